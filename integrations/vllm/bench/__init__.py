@@ -1,0 +1,1 @@
+"""Side-by-side measurements of vLLM with and without plugins."""

@@ -1,0 +1,177 @@
+"""One vLLM engine in a process of its own, told by JSON lines what to run; both ends of the conversation.
+
+The engine lives in the worker's own process (no second one behind it), so that steps can be counted at the scheduler
+and two engines can be run in turns without either disturbing the other.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    # vLLM's ngram drafter starts a thread pool of numba's that only slows a small machine down.
+    "NUMBA_THREADING_LAYER": "workqueue",
+    "NUMBA_NUM_THREADS": "1",
+}
+
+
+class EngineProcess:
+    """The near end: starts a worker, asks it, ends it."""
+
+    def __init__(self, config: dict[str, Any], log: Path, worker: Sequence[str] = ("-m", __name__), **env: str) -> None:
+        """Start a worker and wait until its engine is ready.
+
+        Args:
+            config: Arguments of `vllm.LLM`.
+            log: File that takes what the worker prints.
+            worker: What Python runs as the worker.
+            env: Further environment variables.
+        """
+        self._log = log
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, *worker, json.dumps(config)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**ENVIRONMENT, **os.environ, **env},
+                start_new_session=True,  # Ctrl-C reaches us alone; we end the worker
+            )
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise RuntimeError(f"the engine ended: {tail[0]} (whole log: {self._log})")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the worker and whatever it started."""
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGTERM)
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            except ProcessLookupError:
+                pass
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Worker:
+    """The far end: an engine, and counts taken at its scheduler."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**config)
+        core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self.core, self.runner = core, core.model_executor.driver_worker.worker.model_runner
+        self._drafters: dict[str, Any] = {}
+        self._request_steps = self._emitted = self._drafted = 0
+        self._first: dict[str, float] = {}
+        update = core.scheduler.update_from_output
+
+        def counted(scheduler_output: Any, output: Any) -> Any:
+            now = time.perf_counter()
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            for request, tokens in zip(output.req_ids, output.sampled_token_ids or [], strict=False):
+                if not tokens:
+                    continue
+                if request in self._first:  # decode; a request's first token comes from its prompt's last chunk
+                    self._request_steps += 1
+                    self._emitted += len(tokens)
+                    self._drafted += len(drafts.get(request, ()))
+                self._first.setdefault(request, now)
+            return update(scheduler_output, output)
+
+        core.scheduler.update_from_output = counted
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """Greedy completions of all prompts together, with times in seconds and counts of this call."""
+        from vllm import SamplingParams
+
+        self._request_steps = self._emitted = self._drafted = 0
+        self._first.clear()
+        before = self._proposing()
+        started = time.perf_counter()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": p} for p in prompts],
+            SamplingParams(temperature=0, max_tokens=max_tokens),
+            use_tqdm=False,
+        )
+        ended = time.perf_counter()
+        after = self._proposing()
+        return {
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "seconds": ended - started,
+            "decode_seconds": ended - max(self._first.values()),
+            "request_steps": self._request_steps,
+            "emitted": self._emitted,
+            "drafted": self._drafted,
+            "proposing": {key: after[key] - before[key] for key in after},
+        }
+
+    def _proposing(self) -> dict[str, float]:
+        counts = getattr(getattr(self.runner, "drafter", None), "counts", None) or {}
+        return {key: counts[key] for key in ("seconds", "requests") if key in counts}
+
+    def use(self, drafter: str) -> dict[str, Any]:
+        """Put another instance of our drafter in charge, made fresh under a new name: cold beside hot tables."""
+        ours = self.runner.drafter
+        if drafter not in self._drafters:
+            self._drafters[drafter] = type(ours.plugin)(ours.plugin.options, ours.plugin.engine)
+        ours.plugin = self._drafters[drafter]
+        return {"drafter": drafter}
+
+    def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Run the method that a command names."""
+        return getattr(self, command.pop("do"))(**command)
+
+
+def main(kind: type[Worker] = Worker) -> None:
+    """Serve commands until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    worker = kind(json.loads(sys.argv[1]))
+    answers.write("{}\n")
+    for line in sys.stdin:
+        answers.write(json.dumps(worker.obey(json.loads(line))) + "\n")
+    os._exit(0)  # nothing to save; vLLM's teardown takes seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Prompts for measurements, from files that others wrote."""
+
+import gzip
+import json
+import random
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from ....plugins.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message; ``dataset`` is the name of its folder."""
+
+    dataset: str
+    category: str
+    text: str
+
+
+def read(path: Path) -> list[Prompt]:
+    """Prompts of a ``.jsonl`` or ``.jsonl.gz`` file: lines with ``turns``, ``prompt`` or ``text``, maybe ``category``.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no prompts.
+    """
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        prompts = [_prompt(line, path.absolute().parent.name) for line in lines]
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error, RecursionError) as error:
+        raise ConfigError(f"--prompts {path}: not a file of prompts ({error})") from None
+    if not prompts:
+        raise ConfigError(f"--prompts {path}: the file is empty")
+    return prompts
+
+
+def _prompt(line: dict, dataset: str) -> Prompt:
+    if "task_id" in line:  # HumanEval: the head of a function
+        return Prompt(dataset, "code", f"Complete this Python function:\n```python\n{line['prompt']}\n```")
+    text = line["turns"][0] if "turns" in line else line.get("prompt", line.get("text"))
+    if not isinstance(text, str):
+        raise ValueError("a line has no turns, prompt or text")
+    return Prompt(dataset, str(line.get("category", "all")), text)
+
+
+def sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    """``count`` prompts, drawn in turn from every category, in an order that the seed decides."""
+    rng = random.Random(seed)
+    by_category: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_category[prompt.category].append(prompt)
+    for group in by_category.values():
+        rng.shuffle(group)
+    drawn: list[Prompt] = []
+    while len(drawn) < count and any(by_category.values()):
+        drawn += [group.pop() for group in by_category.values() if group][: count - len(drawn)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def rest(prompts: list[Prompt], drawn: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    """``count`` prompts that were not drawn."""
+    taken = set(drawn)
+    return sample([p for p in prompts if p not in taken], count, seed)

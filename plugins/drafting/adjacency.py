@@ -1,0 +1,232 @@
+"""The matrix of Token Recycling (arXiv 2408.08696, section 3), and rows for longer contexts beside it.
+
+A *row* lists the k tokens that the model thought most probable after some context. Rows 0 .. vocab-1 belong to one
+token, as in the paper. Behind them lie ``2**bits`` rows for contexts of 2 .. ``order`` tokens, addressed by a hash:
+direct-mapped, the newest context wins. A row under a longer context is preferred; the paper's row is the fallback.
+
+Next to each candidate stands a one-byte *confidence*: the bin of its probability, or `FROM_TEXT` when it was read in a
+prompt and no probability is known. How often candidates of a given order, rank and confidence are really accepted is
+counted (`calibrate`), and that share scores the nodes of a draft (`expand`).
+
+Compiled with numba, single-threaded; every array is allocated once.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from .rows import BIN_EDGES, FROM_TEXT, NONE, Acceptance, Rows
+
+F = TypeVar("F", bound=Callable)
+
+
+def compiled(function: F) -> F:
+    """Compile, and keep the result on disk; where no folder can be written (some containers), compile at each start."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[return-value]
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)  # type: ignore[return-value]
+
+
+@compiled
+def _key(tail: NDArray[np.int32], length: int) -> np.uint64:
+    """Hash of the last ``length`` tokens of ``tail``, never 0 (an empty slot)."""
+    x = np.uint64(length) * np.uint64(0xC2B2AE3D27D4EB4F)  # contexts of different lengths must not begin alike
+    for i in range(tail.shape[0] - length, tail.shape[0]):
+        x = (x ^ np.uint64(tail[i])) * np.uint64(0x9E3779B97F4A7C15)
+        x ^= x >> np.uint64(29)
+    return x | np.uint64(1)
+
+
+@compiled
+def _row_of_token(token: int, vocab: int) -> "int | np.int64":
+    """The token's own row; placeholders outside the vocabulary share row 0, since compiled code checks no bounds."""
+    return np.int64(token) if 0 <= token < vocab else np.int64(0)
+
+
+@compiled
+def find(rows: Rows, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int64, int]":
+    """Row of the longest known context that ends ``tail`` ([t], at least one token), and that context's length."""
+    slots = rows.keys.shape[0]
+    vocab = rows.tokens.shape[0] - slots
+    for length in range(min(order, tail.shape[0]), 1, -1):
+        key = _key(tail, length)
+        slot = np.int64((key >> np.uint64(1)) & np.uint64(slots - 1))
+        if rows.keys[slot] == key:
+            return vocab + slot, length
+    return _row_of_token(tail[-1], vocab), 1
+
+
+@compiled
+def _claim(rows: Rows, tail: NDArray[np.int32], length: int) -> "int | np.int64":
+    """Row for the context of ``length`` tokens, emptied if another context had its place."""
+    slots = rows.keys.shape[0]
+    if length == 1:
+        return _row_of_token(tail[-1], rows.tokens.shape[0] - slots)
+    key = _key(tail, length)
+    slot = np.int64((key >> np.uint64(1)) & np.uint64(slots - 1))
+    row = rows.tokens.shape[0] - slots + slot
+    if rows.keys[slot] != key:
+        rows.keys[slot] = key
+        rows.tokens[row, :] = NONE
+    return row
+
+
+@compiled
+def _history(
+    context: NDArray[np.int32], inputs: NDArray[np.int32], parents: NDArray[np.int32], node: int, out: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """The latest tokens up to and including ``node`` of a tree whose root follows ``context``, as a view of ``out``."""
+    filled = 0
+    size = out.shape[0]
+    while node != NONE and filled < size:
+        out[size - 1 - filled] = inputs[node]
+        filled += 1
+        node = parents[node]
+    at = context.shape[0] - 1
+    while at >= 0 and filled < size:
+        out[size - 1 - filled] = context[at]
+        filled += 1
+        at -= 1
+    return out[size - filled :]
+
+
+@compiled
+def confidence_of(prob: float) -> int:
+    """The bin of a probability."""
+    for i in range(BIN_EDGES.shape[0]):
+        if prob > BIN_EDGES[i]:
+            return i
+    return BIN_EDGES.shape[0]
+
+
+@compiled
+def recycle(
+    rows: Rows,
+    order: int,
+    context: NDArray[np.int32],
+    inputs: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    accepted: NDArray[np.bool_],
+    ids: NDArray[np.int32],
+    probs: NDArray[np.float32],
+) -> None:
+    """Overwrite the rows of all verified tokens, rejected ones too, with the model's fresh candidates (section 3.2).
+
+    Where one row is written twice, the deepest accepted position wins, else the first: so rejected positions are
+    written backwards, then accepted ones forwards.
+    """
+    buffer = np.empty(order, np.int32)
+    n = inputs.shape[0]
+    for step in range(2 * n):
+        node = n - 1 - step if step < n else step - n
+        if accepted[node] != (step >= n) or ids[node, 0] < 0:
+            continue
+        tail = _history(context, inputs, parents, node, buffer)
+        for length in range(1, tail.shape[0] + 1):
+            row = _claim(rows, tail, length)
+            for rank in range(ids.shape[1]):
+                rows.tokens[row, rank] = ids[node, rank]
+                rows.confidence[row, rank] = confidence_of(probs[node, rank])
+
+
+@compiled
+def read_text(rows: Rows, order: int, text: NDArray[np.int32]) -> None:
+    """Put every bigram (and longer context) of a text ([t]) at the head of its row, moving the others back."""
+    k = rows.tokens.shape[1]
+    for i in range(text.shape[0] - 1):
+        follower = text[i + 1]
+        for length in range(1, min(order, i + 1) + 1):
+            row = _claim(rows, text[i + 1 - length : i + 1], length)
+            at = k - 1
+            for rank in range(k):
+                if rows.tokens[row, rank] == follower or rows.tokens[row, rank] == NONE:
+                    at = rank
+                    break
+            for rank in range(at, 0, -1):
+                rows.tokens[row, rank] = rows.tokens[row, rank - 1]
+                rows.confidence[row, rank] = rows.confidence[row, rank - 1]
+            rows.tokens[row, 0] = follower
+            rows.confidence[row, 0] = FROM_TEXT
+
+
+@compiled
+def calibrate(
+    rows: Rows, acceptance: Acceptance, order: int, context: NDArray[np.int32], tokens: NDArray[np.int32]
+) -> None:
+    """Count, for each of ``tokens`` [a] that followed ``context`` [m >= 1], which candidate of its row was right.
+
+    Old evidence fades: a cell is halved when it has 2,000 sightings.
+    """
+    text = np.concatenate((context, tokens))
+    for i in range(context.shape[0], text.shape[0]):
+        row, length = find(rows, text[max(0, i - order) : i], order)
+        for rank in range(rows.tokens.shape[1]):
+            token = rows.tokens[row, rank]
+            if token == NONE:
+                break
+            cell = length, rank, rows.confidence[row, rank]
+            acceptance.seen[cell] += 1
+            if token == text[i]:
+                acceptance.right[cell] += 1
+            acceptance.rate[cell] = acceptance.right[cell] / acceptance.seen[cell]
+            if acceptance.seen[cell] >= 2000:
+                acceptance.seen[cell] /= 2
+                acceptance.right[cell] /= 2
+
+
+@compiled
+def expand(
+    rows: Rows,
+    rate: NDArray[np.float32],
+    order: int,
+    context: NDArray[np.int32],
+    max_nodes: int,
+    max_depth: int,
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    scores: NDArray[np.float32],
+) -> int:
+    """Grow a tree below the last token of ``context`` [m >= 1], always at the likeliest place.
+
+    Nodes are written to the three output arrays, parents before children; their number is returned. The frontier holds
+    for each open row its next candidate only, since rows list the model's favourites first; it never exceeds `room`.
+    """
+    k = rows.tokens.shape[1]
+    room = 2 * max_nodes + 2
+    f_score, f_parent = np.empty(room, np.float32), np.empty(room, np.int32)
+    f_row, f_length, f_rank = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    f_base = np.empty(room, np.float32)  # the score of the parent
+    depths = np.empty(max_nodes, np.int32)
+    buffer = np.empty(order, np.int32)
+    f, n = 0, 0
+
+    row, length = find(rows, context[max(0, context.shape[0] - order) :], order)
+    parent, rank, base = NONE, 0, np.float32(1.0)
+    while True:
+        if rank < k and rows.tokens[row, rank] != NONE:  # open a place: the next candidate of (row, parent)
+            f_row[f], f_length[f], f_rank[f], f_parent[f], f_base[f] = row, length, rank, parent, base
+            f_score[f] = base * rate[length, rank, rows.confidence[row, rank]]
+            f += 1
+        if n == max_nodes or f == 0:
+            return n
+        best = np.argmax(f_score[:f])
+        row, length, rank, parent, base = f_row[best], f_length[best], f_rank[best], f_parent[best], f_base[best]
+        score = f_score[best]
+        tokens[n], parents[n], scores[n] = rows.tokens[row, rank], parent, score
+        depths[n] = 1 if parent == NONE else depths[parent] + 1
+
+        f -= 1  # the place is taken; its sibling may use it
+        f_row[best], f_length[best], f_rank[best] = f_row[f], f_length[f], f_rank[f]
+        f_parent[best], f_base[best], f_score[best] = f_parent[f], f_base[f], f_score[f]
+        if depths[n] < max_depth:
+            child_row, child_length = find(rows, _history(context, tokens, parents, n, buffer), order)
+            if rows.tokens[child_row, 0] != NONE:
+                f_row[f], f_length[f], f_rank[f], f_parent[f], f_base[f] = child_row, child_length, 0, n, score
+                f_score[f] = score * rate[child_length, 0, rows.confidence[child_row, 0]]
+                f += 1
+        n += 1
+        rank += 1

@@ -1,0 +1,125 @@
+"""How many drafted tokens are worth verifying: expected tokens per second over a cost measured as steps happen.
+
+A step in which ``b`` requests have ``d`` drafted tokens verified takes ``T(b, d)`` seconds and yields, for each
+request, one token and those of its drafts that are accepted. The best drafts are those that maximise
+
+    (b + sum of the acceptance probabilities of the chosen tokens) / T(b, number of chosen tokens).
+
+Scores fall along every path, so taking the likeliest tokens of the whole batch one by one never leaves a parent out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..contracts import Float32
+
+
+@dataclass
+class _Cell:
+    """Steps of about the same shape: running means of requests and drafted tokens, running median of the duration."""
+
+    requests: float
+    drafted: float
+    seconds: float
+    weight: float
+    last: int  # the step that was seen last
+
+
+class StepCost:
+    """Seconds of an engine step, linear in its requests and in its drafted tokens, learned from the steps themselves.
+
+    The two are told apart since a further request costs more than a further token of the same request. Durations are
+    noisy and their outliers are long (other processes, page faults), so steps of like shape keep a running median, and
+    the plane is fitted through the medians. They fade, as contexts grow and the machine's load changes.
+
+    Args:
+        slope: The cost of one drafted token relative to a whole step, believed until steps tell otherwise.
+        memory: Steps after which an observation has lost 63 % of its weight.
+    """
+
+    MAX_CELLS = 256
+
+    def __init__(self, slope: float = 0.05, memory: float = 400.0) -> None:
+        self._prior, self._memory = slope, memory
+        self._cells: dict[tuple[int, int], _Cell] = {}
+        self.steps = 0
+        # Seconds, once a step was seen; until then only their proportions matter.
+        self.base, self.per_request, self.per_token = 1.0, 0.0, slope
+
+    def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
+        """Estimated seconds of a step."""
+        return self.base + self.per_request * requests + self.per_token * drafted
+
+    def observe(self, requests: int, drafted: int, seconds: float) -> None:
+        """Take in one step that verified drafts and did nothing else (no prompt)."""
+        if requests < 1 or drafted < 0 or seconds <= 0:
+            return
+        self.steps += 1
+        key = _coarse(requests), _coarse(drafted)
+        cell = self._cells.get(key)
+        if cell is None:
+            if len(self._cells) >= self.MAX_CELLS:
+                del self._cells[min(self._cells, key=lambda k: self._cells[k].last)]
+            self._cells[key] = _Cell(requests, drafted, seconds, 1.0, self.steps)
+        else:
+            cell.weight = 1.0 + cell.weight * self._fade(cell)
+            share = 1.0 / cell.weight
+            cell.requests += share * (requests - cell.requests)
+            cell.drafted += share * (drafted - cell.drafted)
+            # A step towards the sample, bounded whatever its distance, settles at the median.
+            bound = cell.seconds * max(0.02, min(0.3, share))
+            cell.seconds += min(max(seconds - cell.seconds, -bound), bound)
+            cell.last = self.steps
+        if self.steps % 8 == 0 or self.steps < 8:
+            self._fit()
+
+    def _fade(self, cell: _Cell) -> float:
+        return float(np.exp((cell.last - self.steps) / self._memory))
+
+    def _fit(self) -> None:
+        """Weighted ridge regression through the medians, drawn towards the believed slope."""
+        cells = list(self._cells.values())
+        w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells])
+        x = np.array([[c.requests, c.drafted] for c in cells])
+        y = np.array([c.seconds for c in cells])
+        mean_x, mean_y = np.average(x, axis=0, weights=w), float(np.average(y, weights=w))
+        believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1])])
+        strength = np.array([1.0, 20.0])  # in squared requests, squared tokens
+        centred = x - mean_x
+        gram = (centred * w[:, None]).T @ centred + np.diag(strength)
+        target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
+        slopes = np.clip(np.linalg.solve(gram, target), 0.0, None)
+        self.per_request, self.per_token = map(float, slopes)
+        self.base = max(mean_y - float(slopes @ mean_x), 1e-3 * mean_y)
+
+    def relative_slope(self, requests: int = 1) -> float:
+        """The cost of one drafted token in units of a step without any."""
+        return self.per_token / float(self(requests, 0))
+
+
+def _coarse(count: int) -> int:
+    """A count with its three leading bits: exact up to 7, then within a quarter."""
+    shift = max(0, count.bit_length() - 3)
+    return count >> shift << shift
+
+
+def allocate(scores: Sequence[Float32], cost: StepCost) -> list[int]:
+    """How many leading tokens of each request's draft to verify.
+
+    Args:
+        scores: For each request of the step the acceptance probabilities along its draft, [n_i], falling.
+        cost: The measured cost of a step.
+
+    Returns:
+        The number of tokens to keep for each request, 0 .. n_i.
+    """
+    if not scores:
+        return []
+    owners = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+    flat = np.concatenate([np.asarray(s, np.float64) for s in scores])
+    order = np.argsort(-flat, kind="stable")  # stable: equal scores keep parents before children
+    yields = len(scores) + np.concatenate(([0.0], np.cumsum(flat[order])))
+    chosen = int(np.argmax(yields / cost(len(scores), np.arange(len(flat) + 1))))
+    return np.bincount(owners[order[:chosen]], minlength=len(scores)).tolist()

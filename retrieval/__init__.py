@@ -1,0 +1,1 @@
+"""What retrieval plugins stand on: encoders, indexes, storage. Empty in this release."""

@@ -1,0 +1,60 @@
+"""The command line: an empty application that plugins fill with commands."""
+
+import os
+import sys
+
+import typer
+
+from . import __version__
+from .plugins.config import ConfigError
+from .plugins.contracts import Unsupported
+from .plugins.manager import plugins
+
+
+def build() -> typer.Typer:
+    """The application with the commands of all plugins."""
+    cli = typer.Typer(
+        name="pilotfish",
+        help="Plugins for a stock vLLM engine, and a retrieval stack beside it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    @cli.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+        if version:
+            typer.echo(__version__)
+            raise typer.Exit
+
+    plugins().add_commands(cli)
+    return cli
+
+
+def main() -> None:
+    """Run a command; what a user got wrong becomes one line and exit code 2."""
+    try:
+        code = build()(standalone_mode=False)
+    except (ConfigError, Unsupported) as error:
+        sys.exit(_refuse(str(error)))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        # Errors of usage have a method for their text; their class has moved between typer's and click's modules.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        hint = "" if "PILOTFISH_LOAD_PLUGINS" not in os.environ else " (PILOTFISH_LOAD_PLUGINS is set)"
+        sys.exit(_refuse(message() + hint))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> int:
+    """One line on standard error, whatever the message holds."""
+    sys.stderr.write(f"pilotfish: {' '.join(message.split())}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main()

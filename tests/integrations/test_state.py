@@ -1,0 +1,67 @@
+import time
+from pathlib import Path
+
+import pytest
+
+from pilotfish.integrations.vllm import state
+from pilotfish.integrations.vllm.state import StateSaver
+
+
+class Recorder:
+    def __init__(self, fail: bool = False) -> None:
+        self.saves, self.fail = 0, fail
+
+    def save(self, path: Path) -> None:
+        self.saves += 1
+        if self.fail:
+            raise OSError("disk full")
+        path.write_text(str(self.saves))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "IDLE", 0.05)
+    monkeypatch.setattr(state, "EVERY", 0.2)
+
+
+def until(condition, seconds: float = 5) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_saved_when_idle_and_only_when_there_is_news(tmp_path: Path) -> None:
+    drafter = Recorder()
+    saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
+    time.sleep(0.3)
+    assert drafter.saves == 0
+    saver.touch()
+    assert until(lambda: drafter.saves == 1)
+    time.sleep(0.3)
+    assert drafter.saves == 1
+    saver.close()
+    assert drafter.saves == 1
+
+
+def test_saved_under_load_and_at_the_end(tmp_path: Path) -> None:
+    drafter = Recorder()
+    saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        saver.touch()
+        time.sleep(0.005)
+    assert 1 <= drafter.saves <= 4
+    saver.touch()
+    before = drafter.saves
+    saver.close()
+    assert drafter.saves == before + 1
+
+
+def test_a_full_disk_is_survived(tmp_path: Path) -> None:
+    drafter = Recorder(fail=True)
+    saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
+    saver.touch()
+    assert until(lambda: drafter.saves >= 1)
+    assert until(lambda: drafter.saves >= 2), "the thread goes on, and tries again"
+    saver.close()

@@ -1,0 +1,92 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.plugins.drafting.budget import StepCost, allocate
+
+
+def cost_of(base: float, slope: float) -> StepCost:
+    cost = StepCost()
+    cost.base, cost.per_request, cost.per_token = base, 0.0, slope
+    return cost
+
+
+falling = st.lists(st.floats(0.01, 1.0), max_size=4).map(lambda x: np.cumprod(x).astype(np.float32))
+
+
+@settings(deadline=None)
+@given(st.lists(falling, min_size=1, max_size=3), st.floats(0.0, 0.5))
+def test_allocation_is_the_best_of_all(scores: list[np.ndarray], slope: float) -> None:
+    cost = cost_of(1.0, slope)
+
+    def rate(lengths: tuple[int, ...]) -> float:
+        gain = len(scores) + sum(float(s[:n].astype(np.float64).sum()) for s, n in zip(scores, lengths, strict=True))
+        return gain / float(cost(len(scores), sum(lengths)))
+
+    chosen = allocate(scores, cost)
+    assert all(0 <= n <= len(s) for n, s in zip(chosen, scores, strict=True))
+    best = max(rate(lengths) for lengths in itertools.product(*(range(len(s) + 1) for s in scores)))
+    assert rate(tuple(chosen)) == pytest.approx(best)
+
+
+def test_dear_tokens_are_not_drafted_and_free_ones_are() -> None:
+    scores = [np.array([0.3, 0.1], np.float32)]
+    assert allocate(scores, cost_of(0.001, 1.0)) == [0]
+    assert allocate(scores, cost_of(1.0, 0.0)) == [2]
+    assert allocate([], cost_of(1.0, 0.1)) == []
+
+
+def test_the_plane_is_found_through_noise_and_outliers() -> None:
+    rng, cost = np.random.default_rng(0), StepCost(slope=0.5)
+    for _ in range(1500):
+        b, d = int(rng.integers(1, 9)), int(rng.integers(0, 20))
+        seconds = (0.040 + 0.010 * b + 0.002 * d) * rng.normal(1.0, 0.03)
+        cost.observe(b, d, seconds * (10 if rng.random() < 0.05 else 1))
+    assert cost.per_token == pytest.approx(0.002, rel=0.25)
+    assert cost.per_request == pytest.approx(0.010, rel=0.25)
+    assert float(cost(4, 3)) == pytest.approx(0.086, rel=0.1)
+
+
+def test_requests_and_tokens_are_told_apart() -> None:
+    """One request with long drafts, then eight with short ones: dear requests must not make tokens look dear."""
+    rng, cost = np.random.default_rng(0), StepCost()
+    for b, longest in ((1, 12), (8, 16)):
+        for _ in range(300):
+            d = int(rng.integers(0, longest))
+            cost.observe(b, d, 0.03 + 0.012 * b + 0.001 * d)
+    assert cost.per_token == pytest.approx(0.001, rel=0.25)
+
+
+def test_a_changed_machine_is_noticed() -> None:
+    rng, cost = np.random.default_rng(0), StepCost()
+    for slope in (0.001, 0.01):
+        for _ in range(1500):
+            d = int(rng.integers(0, 16))
+            cost.observe(1, d, 0.03 + slope * d)
+    assert cost.per_token == pytest.approx(0.01, rel=0.25)
+
+
+def test_without_drafts_the_prior_stands() -> None:
+    cost = StepCost(slope=0.05)
+    for _ in range(100):
+        cost.observe(1, 0, 0.02)
+    assert cost.relative_slope() == pytest.approx(0.05, rel=0.05)
+    cost.observe(0, 0, 1.0)
+    cost.observe(1, -1, 1.0)
+    cost.observe(1, 0, 0.0)
+    assert cost.steps == 100
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3000), st.floats(1e-4, 10)), max_size=80))
+def test_costs_stay_positive_and_memory_bounded(steps: list[tuple[int, int, float]]) -> None:
+    cost = StepCost()
+    for step in steps:
+        cost.observe(*step)
+        assert cost.base > 0
+        assert cost.per_token >= 0
+        assert cost.per_request >= 0
+    assert len(cost._cells) <= StepCost.MAX_CELLS

@@ -1,0 +1,53 @@
+"""What the documents say is what the files and the program say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pilotfish.plugins.manager import HOOKS, plugins
+
+
+def test_tables_are_current(root: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "render.py"), "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def documents(root: Path) -> list[Path]:
+    return [*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / "examples").rglob("*.md")]
+
+
+def test_links_between_documents_lead_somewhere(root: Path) -> None:
+    broken = []
+    for path in documents(root):
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
+            if not (path.parent / target).exists():
+                broken.append(f"{path.name}: {target}")
+    assert broken == []
+
+
+def test_every_option_is_documented(root: Path) -> None:
+    import dataclasses
+
+    for kind in HOOKS:
+        for name, cls in plugins().classes(kind).items():
+            page = (root / "docs" / f"{name}.md").read_text()
+            for option in dataclasses.fields(cls.Options):  # type: ignore[attr-defined]
+                assert f"`{option.name}`" in page, f"docs/{name}.md says nothing of {option.name}"
+
+
+def test_nothing_names_a_folder_of_one_machine(root: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(?<![.\w])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "t" + "mp"]) + r")/")
+    found = []
+    for name in tracked.stdout.split("\0"):
+        path = root / name
+        if name and path.is_file() and not path.is_symlink():
+            found += [f"{name}: {m}" for m in pattern.findall(path.read_text(errors="ignore"))]
+    assert found == []

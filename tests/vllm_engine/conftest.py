@@ -1,0 +1,106 @@
+"""Real engines for tests: each in a process of its own, at most two alive at a time."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pilotfish.integrations.vllm.attach import DRAFTER_CLASS
+from pilotfish.integrations.vllm.bench.engine import EngineProcess
+from pilotfish.integrations.vllm.models import SMOLLM2, fetch
+
+WORKER = Path(__file__).parent / "worker.py"
+Start = Callable[..., EngineProcess]
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """The embedded model."""
+    return str(fetch(SMOLLM2))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of random weights with four heads: starts fast, can be split in two, and soon repeats itself."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model) / name, folder)
+    return str(folder)
+
+
+def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) -> dict[str, Any]:
+    """Engine arguments that select our drafter."""
+    return {
+        "additional_config": {"pilotfish": {"drafter": {"name": name, **options}}},
+        "speculative_config": {"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": tokens},
+    }
+
+
+@pytest.fixture(scope="session")
+def drafting_args() -> Callable[..., dict[str, Any]]:
+    return drafting
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start engines; they end with the module."""
+    alive: list[EngineProcess] = []
+
+    def begin(model: str, env: dict[str, str] | None = None, **config: Any) -> EngineProcess:
+        assert len(alive) < 2, "more than two engines at once"
+        log = tmp_path_factory.mktemp("engine") / "engine.log"
+        common = {
+            "model": model,
+            "dtype": "float32",  # batch shapes change rounding in bfloat16, and with it the text
+            "max_model_len": 1024,
+            "max_num_seqs": 8,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "seed": 0,
+        }
+        engine = EngineProcess({**common, **config}, log, worker=(str(WORKER),), **(env or {}))
+        alive.append(engine)
+        return engine
+
+    yield begin
+    for engine in alive:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def prompts(model: str, root: Path) -> list[list[int]]:
+    """Token ids of the demo's prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = (root / "examples" / "prompts.jsonl").read_text().splitlines()
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": json.loads(line)["prompt"]}], add_generation_prompt=True, tokenize=False
+        )
+        for line in lines
+    ]
+    return [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]

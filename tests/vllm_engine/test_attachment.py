@@ -1,0 +1,164 @@
+"""Nothing selected: nothing changed. Selected wrongly: one line. The kill switch, two ranks, state files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pilotfish.integrations.vllm.attach import DRAFTER_CLASS
+from pilotfish.integrations.vllm.serving import vllm_serve
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+TEXTS = [[5, 6, 7, 8, 9], [100, 200, 300], [1000] * 20]
+
+
+def test_an_engine_that_selects_nothing_is_untouched(start, tiny_model) -> None:
+    """Beside an engine that never heard of us: the same classes, nothing wrapped, the same output."""
+    ours = start(tiny_model)
+    without = start(tiny_model, env={"VLLM_PLUGINS": ""})
+    assert ours.ask(do="state") == without.ask(do="state")
+    state = ours.ask(do="state")
+    assert state["wrapped"] == []
+    assert not state["expand_replaced"]
+    ask = {"do": "sample", "prompts": TEXTS, "sampling": [GREEDY] * 3}
+    assert ours.ask(**ask)["tokens"] == without.ask(**ask)["tokens"]
+    ours.close()
+    without.close()
+
+
+class TestKillSwitchAndState:
+    @pytest.fixture(scope="class")
+    def texts(self, tmp_path_factory, tiny_model) -> list[list[int]]:
+        return tokens_of(tmp_path_factory, tiny_model)
+
+    def test_the_kill_switch(self, tmp_path_factory, tiny_model, drafting_args, texts) -> None:
+        env = {"PILOTFISH_DISABLE": "1"}
+        with engine(tmp_path_factory, tiny_model, env, **drafting_args()) as disabled:
+            answer = disabled.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)
+            assert answer["tokens"] == texts
+            assert answer["drafted"] == 0
+            assert disabled.ask(do="state")["wrapped"] == []
+
+    def test_state_survives_a_restart(self, tmp_path_factory, tiny_model, drafting_args, texts, tmp_path) -> None:
+        path = tmp_path / "state.npz"
+        steps = []
+        for _ in range(2):
+            with engine(tmp_path_factory, tiny_model, {}, **drafting_args(state_path=str(path))) as drafted:
+                answer = drafted.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)
+                assert answer["tokens"] == texts
+                steps.append(answer["request_steps"])
+                drafted.ask(do="shut_down")
+        assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
+        assert steps[1] < steps[0], "the second engine starts hot"
+
+    def test_two_ranks_give_the_same_text(self, tmp_path_factory, tiny_model, drafting_args, texts) -> None:
+        script = (
+            "import json, sys\n"
+            "from vllm import LLM, SamplingParams\n"
+            "if __name__ == '__main__':\n"
+            "    config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])\n"
+            "    llm = LLM(**config)\n"
+            "    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)\n"
+            "    out = llm.generate([{'prompt_token_ids': p} for p in prompts], params, use_tqdm=False)\n"
+            "    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}\n"
+            "    print('ANSWER', json.dumps([[list(o.outputs[0].token_ids) for o in out],\n"
+            "          metrics.get('vllm:spec_decode_num_accepted_tokens', 0)]))\n"
+        )
+        folder = tmp_path_factory.mktemp("tp")
+        (folder / "two.py").write_text(script)
+        config = {
+            "model": tiny_model,
+            "dtype": "float32",
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "tensor_parallel_size": 2,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,
+            **drafting_args(),
+        }
+        result = subprocess.run(
+            [sys.executable, str(folder / "two.py"), json.dumps(config), json.dumps(TEXTS)],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            # Each rank is bound to a core by hand: there is one NUMA node only.
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
+        assert lines, result.stderr[-2000:]
+        tokens, accepted = json.loads(lines[0].removeprefix("ANSWER "))
+        assert tokens == texts
+        assert accepted > 0
+
+
+def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **config):
+    from pilotfish.integrations.vllm.bench.engine import EngineProcess
+
+    worker = Path(__file__).parent / "worker.py"
+    common = {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "seed": 0,
+    }
+    return EngineProcess({**common, **config}, factory.mktemp("engine") / "log", worker=(str(worker),), **env)
+
+
+def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
+    with engine(factory, model, {}) as stock:
+        return stock.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--additional-config", '{"pilotfish": {"drafter": "nope"}}'], ["pilotfish.drafter.name: 'nope': unknown"]),
+        (["--additional-config", '{"pilotfish": {"drafter": "token_recycling"}}'], ["add --speculative-config"]),
+        (
+            [
+                "--speculative-config",
+                json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 3}),
+            ],
+            ["pilotfish.drafter: missing"],
+        ),
+    ],
+    ids=["unknown plugin", "drafter without speculation", "speculation without drafter"],
+)
+def test_vllm_itself_refuses_in_one_line(tiny_model, arguments: list[str], parts: list[str]) -> None:
+    """Not only `pilotfish serve`: plain `vllm serve` ends with our line, and exit code 2, before an engine starts."""
+    result = subprocess.run(
+        [*vllm_serve(tiny_model), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    ours = [line for line in result.stderr.splitlines() if line.startswith("pilotfish: ")]
+    assert len(ours) == 1
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in ours[0]
+
+
+def test_patches_can_be_undone() -> None:
+    code = (
+        "from pilotfish.integrations.vllm import patches\n"
+        "import importlib\n"
+        "before = [getattr(*p._owner()) for p in patches.ALL]\n"
+        "[p.apply() for p in patches.ALL]; [p.apply() for p in patches.ALL]\n"
+        "assert all(p.applied for p in patches.ALL)\n"
+        "[p.undo() for p in patches.ALL]; [p.undo() for p in patches.ALL]\n"
+        "assert [getattr(*p._owner()) for p in patches.ALL] == before\n"
+        "assert not any(p.applied for p in patches.ALL)\n"
+    )
+    # Without the entry point, which applies the first patch on its own.
+    env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=env)

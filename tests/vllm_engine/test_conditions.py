@@ -1,0 +1,55 @@
+"""The same text under hard conditions: preemption, chunked prompts, prefix caching, the end of the context."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def stock(start, model):
+    return start(model)
+
+
+@pytest.fixture(scope="module")
+def hard(start, model, drafting_args):
+    # So few blocks that requests are preempted, prompts in chunks of 64 tokens, and a context that ends soon.
+    return start(
+        model,
+        **drafting_args(),
+        block_size=32,
+        num_gpu_blocks_override=24,
+        max_model_len=320,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+    )
+
+
+def test_preemption_and_chunked_prompts(stock, hard, prompts) -> None:
+    sampling = [{"temperature": 0, "max_tokens": 120, "ignore_eos": True}] * 8
+    a = stock.ask(do="sample", prompts=prompts[:8], sampling=sampling)
+    b = hard.ask(do="sample", prompts=prompts[:8], sampling=sampling)
+    assert b["preemptions"] > 0
+    assert a["tokens"] == b["tokens"]
+    assert b["drafted"] > 0
+
+
+def test_cached_prefixes(stock, hard, prompts) -> None:
+    longer = [[*p, 198, 198] for p in prompts[:3]]  # the prompts were processed by the test before
+    sampling = [{"temperature": 0, "max_tokens": 30}] * 3
+    a = stock.ask(do="sample", prompts=longer, sampling=sampling)
+    for _ in range(2):
+        b = hard.ask(do="sample", prompts=longer, sampling=sampling)
+        assert a["tokens"] == b["tokens"]
+
+
+def test_up_to_the_last_position_of_the_context(stock, hard, prompts) -> None:
+    lengths = [len(p) for p in prompts[:3]]
+    unlimited = [{"temperature": 0, "max_tokens": 320 - n, "ignore_eos": True} for n in lengths]
+    a = stock.ask(do="sample", prompts=prompts[:3], sampling=unlimited)
+    b = hard.ask(
+        do="sample", prompts=prompts[:3], sampling=[{"temperature": 0, "max_tokens": 1000, "ignore_eos": True}] * 3
+    )
+    assert [len(t) for t in b["tokens"]] == [320 - n for n in lengths]
+    assert a["tokens"] == b["tokens"]
+    assert b["emitted"] / b["request_steps"] > 1.2, "drafts go on to the end"

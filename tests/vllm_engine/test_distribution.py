@@ -1,0 +1,66 @@
+"""At a temperature the distribution stays what it was: thousands of short samples, against no speculation.
+
+Two runs without speculation are the control: what they differ by is chance.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.stats import chi2_contingency
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SAMPLES, TOKENS, LEVEL = 1000, 3, 1e-4
+PROMPT = "The three primary colours are red, blue and yellow. My favourite colour is"
+SETTINGS = {"plain": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20, "temperature": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def stock(start, model):
+    return start(model, max_num_seqs=64, enable_prefix_caching=True)
+
+
+@pytest.fixture(scope="module")
+def drafted(start, model, drafting_args):
+    engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafting_args(4))
+    engine.ask(do="draft_always")  # whether it pays or not
+    return engine
+
+
+def draw(engine, count: int, settings: dict) -> tuple[list[tuple[int, ...]], int]:
+    sampling = {"temperature": 1.0, "max_tokens": TOKENS + 1, "ignore_eos": True, **settings}
+    answer = engine.ask(do="sample", prompts=[PROMPT] * count, sampling=[sampling] * count)
+    return [tuple(t[:TOKENS]) for t in answer["tokens"]], answer["drafted"]
+
+
+def p_value(one: list, other: list) -> float:
+    """Chi-square test of two samples of anything; rare outcomes are put together."""
+    a, b = Counter(one), Counter(other)
+    frequent = [x for x in a.keys() | b.keys() if a[x] + b[x] >= 12]
+    table = np.array([[c[x] for x in frequent] + [c.total() - sum(c[x] for x in frequent)] for c in (a, b)])
+    table = table[:, table.sum(0) > 0]
+    return 1.0 if table.shape[1] < 2 else chi2_contingency(table).pvalue  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_distribution_is_unchanged(stock, drafted, settings: dict) -> None:
+    count = SAMPLES if not settings else SAMPLES // 2
+    control, again = draw(stock, count, settings)[0], draw(stock, count, settings)[0]
+    ours, proposed = draw(drafted, count, settings)
+    assert proposed > count / 4, "without drafts the test would show nothing"
+    for position in range(TOKENS):
+        at = [[s[position] for s in sample] for sample in (control, again, ours)]
+        assert p_value(at[0], at[1]) > LEVEL, "the control itself differs"
+        assert p_value(at[0] + at[1], at[2]) > LEVEL, f"token {position + 1}"
+    assert p_value(control + again, ours) > LEVEL, "jointly"
+
+
+def test_the_test_would_notice() -> None:
+    """A sampler that takes the likeliest outcome in one of ten draws whatever the odds is found out."""
+    rng = np.random.default_rng(0)
+    p = np.array([0.3, 0.25, 0.2, 0.15, 0.1])
+    biased = 0.9 * p + 0.1 * np.eye(5)[0]
+    one, other = rng.choice(5, 4000, p=p).tolist(), rng.choice(5, 2000, p=biased).tolist()
+    assert p_value(one, other) < LEVEL
+    assert p_value(one, rng.choice(5, 2000, p=p).tolist()) > LEVEL

@@ -1,0 +1,153 @@
+"""`pilotfish serve` as users meet it: concurrent streams, aborts, metrics, a clean end."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MODEL = "smollm2-135m-instruct"
+TOKENS = 48
+
+
+class Server:
+    def __init__(self, log: Path, *arguments: str) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        common = ("--port", str(self.port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "pilotfish",
+                    "serve",
+                    MODEL,
+                    *common,
+                    "--enforce-eager",
+                    "--max-num-seqs",
+                    "8",
+                    *arguments,
+                ],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+        deadline = time.monotonic() + 240
+        while True:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def left_over(self) -> list[str]:
+        """Processes of the server's session that still run."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found.append(stat.parent.name)
+        return found
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def counters(url: str) -> dict[str, float]:
+    values = {}
+    for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
+        if line.startswith("pilotfish_") and "_created" not in line:
+            name, _, value = line.rpartition(" ")
+            values[name] = float(value)
+    return values
+
+
+async def stream(client: AsyncOpenAI, prompt: list[int], abort_after: int | None = None) -> str:
+    text, seen = "", 0
+    # A prompt of token ids: the server must not change it.
+    answer = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True)
+    async for event in answer:
+        text += event.choices[0].text
+        seen += 1
+        if abort_after is not None and seen >= abort_after:
+            await answer.close()
+            break
+    return text
+
+
+async def eight(url: str, prompts: list[list[int]], aborting: bool) -> list[str]:
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        return await asyncio.gather(
+            *(stream(client, p, 5 + i if aborting and i % 2 else None) for i, p in enumerate(prompts))
+        )
+
+
+def test_streams_aborts_metrics_and_shutdown(tmp_path: Path, prompts: list[list[int]], model: str) -> None:
+    prompts = prompts[:8]
+    plain = Server(tmp_path / "plain.log")
+    try:
+        expected = asyncio.run(eight(plain.url, prompts, aborting=False))
+        assert counters(plain.url) == {}, "nothing selected: no counters of ours"
+    finally:
+        plain.interrupt()
+        plain.kill()
+
+    state = tmp_path / "state.npz"
+    server = Server(tmp_path / "server.log", "--drafter", f"token_recycling,state_path={state}")
+    try:
+        log = server.tail() if server.log.stat().st_size < 3000 else server.log.read_text(errors="replace")
+        assert "pilotfish: drafter token_recycling selected" in log
+        assert set(counters(server.url).values()) == {0.0}
+        with_aborts = asyncio.run(eight(server.url, prompts, aborting=True))
+        assert with_aborts[::2] == expected[::2], "those that went on are as without the plugin"
+        assert all(e.startswith(t) for e, t in zip(expected, with_aborts, strict=True))
+        assert asyncio.run(eight(server.url, prompts, aborting=False)) == expected
+
+        label = '{engine="0",plugin="token_recycling"}'
+        values = counters(server.url)
+        proposals = values[f"pilotfish_drafter_proposals_total{label}"]
+        drafted = values[f"pilotfish_drafter_drafted_tokens_total{label}"]
+        accepted = values[f"pilotfish_drafter_accepted_tokens_total{label}"]
+        assert 0 < proposals <= drafted
+        assert 0 < accepted <= drafted
+        deadline = time.monotonic() + 20
+        while not state.is_file() and time.monotonic() < deadline:  # written once the server has fallen idle
+            time.sleep(0.2)
+        assert "drafter token_recycling is active" in server.log.read_text(errors="replace")
+    finally:
+        code = server.interrupt()
+        left = server.left_over()
+        server.kill()
+    assert code in (0, 130, -signal.SIGINT), server.tail()
+    assert left == []
+    assert state.is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.log", "server.log", "state.npz"]

@@ -1,0 +1,100 @@
+"""The far end of the engine tests: the benchmark's worker, and questions that only tests ask."""
+
+from typing import Any
+
+from pilotfish.integrations.vllm.bench.engine import Worker, main
+
+
+class TestWorker(Worker):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.preemptions = 0
+        preempt = self.core.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.core.scheduler._preempt_request = counted
+
+    def sample(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> dict[str, Any]:
+        """Complete prompts (token ids or text), each with its own sampling parameters."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        def params(values: dict[str, Any]) -> SamplingParams:
+            if schema := values.pop("json_schema", None):
+                values["structured_outputs"] = StructuredOutputsParams(json=schema)
+            return SamplingParams(**values)
+
+        self._emitted = self._request_steps = self._drafted = self.preemptions = 0
+        self._first.clear()
+        inputs: list[Any] = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
+        outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], use_tqdm=False)
+        answers = [o.outputs[0] for o in outputs]
+        return {
+            "tokens": [list(a.token_ids) for a in answers],
+            "text": [a.text for a in answers],
+            "finish": [a.finish_reason for a in answers],
+            "logprobs": [
+                None if a.logprobs is None else [{t: p.logprob for t, p in step.items()} for step in a.logprobs]
+                for a in answers
+            ],
+            "emitted": self._emitted,
+            "request_steps": self._request_steps,
+            "drafted": self._drafted,
+            "preemptions": self.preemptions,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What the drafter holds, and what of vLLM was replaced or wrapped."""
+        from vllm.v1.sample import rejection_sampler
+
+        drafter = getattr(self.runner, "drafter", None)
+        plugin = getattr(drafter, "plugin", None)
+        return {
+            "requests": sorted(getattr(drafter, "_requests", {})),
+            "plugin": None if plugin is None else plugin.stats(),
+            "counts": getattr(drafter, "counts", None),
+            "wrapped": sorted(
+                n for n in ("_sample", "_on_request_state_removed", "shutdown") if n in vars(self.runner)
+            ),
+            "expand_replaced": hasattr(rejection_sampler.expand_batch_to_tokens, "__pilotfish_original__"),
+            "classes": [type(x).__module__ + "." + type(x).__qualname__ for x in self._parts()],
+            "drafter_max_len": getattr(self.runner, "effective_drafter_max_model_len", None),
+        }
+
+    def _parts(self) -> list[Any]:
+        layers = self.runner.compilation_config.static_forward_context.values()
+        return [
+            self.core.scheduler,
+            self.core.model_executor,
+            self.runner,
+            self.runner.sampler,
+            self.runner.model,
+            *[layer.impl for layer in layers],
+        ]
+
+    def draft_always(self) -> dict[str, Any]:
+        """Make drafted tokens cost nothing, so that all are verified."""
+        cost = self.runner.drafter.cost
+        cost.per_token, cost.observe = 0.0, lambda *step: None
+        return {}
+
+    def broken_sampling(self) -> dict[str, Any]:
+        """vLLM's own function, then ours, on parameters that are not whole numbers."""
+        from pilotfish.integrations.vllm import patches
+
+        patches.EXPAND.undo()
+        before = patches.sampling_is_broken()
+        patches.EXPAND.apply()
+        return {"before": before, "after": patches.sampling_is_broken()}
+
+    def shut_down(self) -> dict[str, Any]:
+        """What a server does when it ends."""
+        self.core.shutdown()
+        return {}
+
+
+if __name__ == "__main__":
+    main(TestWorker)
