@@ -117,14 +117,13 @@ def measure(plan: Plan) -> Iterator[list[Run]]:
     """Run every arm beside stock vLLM, one pair of engines after the other."""
     files = [prompt_files.read(path) for path in plan.prompts]
     record.check(plan.out)
-    arms = []
     for arm in plan.arms:
         speculation(arm)
-        if arm == "suffix" and find_spec("arctic_inference") is None:
-            status.print("arm suffix is left out: arctic-inference is not installed")
-        else:
-            arms.append(arm)
     check_model(plan.model)
+    arms = list(plan.arms)
+    if "suffix" in arms and find_spec("arctic_inference") is None:
+        status.print("arm suffix is left out: arctic-inference is not installed")
+        arms.remove("suffix")
     drawn = [
         prompt_files.sample(f, plan.sample if i == 0 else plan.sample_others, plan.seed) for i, f in enumerate(files)
     ]
