@@ -1,1 +1,1 @@
-"""What KV policies stand on: head profiles, selection, cache layout, kernels. Empty in this release."""
+"""What KV policies stand on: which positions are read, and the kernels that choose and read them."""

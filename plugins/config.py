@@ -99,7 +99,7 @@ def parse_assignments(text: str) -> Selection:
     """Read the command line's ``NAME[,key=value...]``; values are read as JSON where they are, else as text."""
     import json
 
-    name, *assignments = text.split(",")
+    name, *assignments = _split_outside_brackets(text)
     options: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -112,6 +112,19 @@ def parse_assignments(text: str) -> Selection:
     if not name.strip():
         raise ConfigError("no plugin named, write NAME[,key=value...]")
     return Selection(name.strip(), options)
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    """Split at commas, but for those inside a value, as in ``select_layers=[2,13]``."""
+    parts, depth, begin = [], 0, 0
+    for i, character in enumerate(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append(text[begin:i])
+            begin = i + 1
+    if depth:
+        raise ConfigError(f"{text}: brackets do not match")
+    return [*parts, text[begin:]]
 
 
 def unknown(path: str, name: str, known: Iterable[str]) -> str:

@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ..kvcache.selection import ReadPlan
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -39,6 +42,7 @@ class Engine:
     dtype: str = "auto"
     device: str = "cpu"
     tensor_parallel_size: int = 1
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,15 @@ class Drafter(Plugin, ABC):
 # ----------------------------------------------------------------------------------- the other kinds of plugin
 
 
-class KVPolicy(Plugin):
+class KVPolicy(Plugin, ABC):
     """Which keys and values a layer keeps or reads. With a budget that covers the context it is stock attention."""
+
+    @abstractmethod
+    def __init__(self, options: Any, engine: Engine) -> None: ...
+
+    @abstractmethod
+    def read_plan(self) -> "ReadPlan":
+        """What every layer reads in a decode step."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...plugins.config import ROOT, ConfigError, PilotfishConfig, parse_config
-from ...plugins.contracts import Engine, Unsupported
+from ...plugins.contracts import Engine, KVPolicy, Unsupported
 from ...plugins.manager import disabled, plugins
 from . import seams
 
@@ -23,9 +23,12 @@ logger = logging.getLogger("vllm.pilotfish")
 DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
 
 
+ATTACHED = ("kv", "drafter")  # the kinds that this release attaches
+
+
 @dataclass(frozen=True)
-class Drafting:
-    """A drafter that was selected and can be served."""
+class Attachment:
+    """A plugin that was selected and can be served."""
 
     cls: type
     options: Any
@@ -69,13 +72,13 @@ def _parse(value: str) -> PilotfishConfig:
     config = parse_config(json.loads(value))
     for kind, selection in config.selected().items():
         plugins().resolve(kind, selection)
-        if kind != "drafter":
-            raise ConfigError(f"{ROOT}.{kind}: this release attaches drafters only")
+        if kind not in ATTACHED:
+            raise ConfigError(f"{ROOT}.{kind}: this release attaches no {kind}")
     return config
 
 
-def admit(vllm_config: Any) -> Drafting | None:
-    """Check the whole engine configuration; None when no drafter is selected.
+def admit(vllm_config: Any) -> dict[str, Attachment]:
+    """Check the whole engine configuration; returns what is attached, by kind.
 
     Raises:
         ConfigError: the selection is wrong.
@@ -84,22 +87,51 @@ def admit(vllm_config: Any) -> Drafting | None:
     config = read(vllm_config.additional_config, vllm_config.speculative_config)
     if disabled():
         logger.warning("pilotfish: PILOTFISH_DISABLE is set, no plugin is attached")
-        return None
-    if config.drafter is None:
-        return None
-    model = vllm_config.model_config.model
-    cls, options = plugins().resolve("drafter", config.drafter)
-    problem = seams.problem(allow_untested=config.allow_untested_vllm)
-    if problem is not None:
-        raise Unsupported(cls.name, problem[0], problem[1], model)
-    _check_speculation(cls.name, vllm_config)
-    engine = describe(vllm_config)
-    cls.check(options, engine)
+        return {}
+    attached = {}
+    checks = {"kv": _check_attention, "drafter": _check_speculation}
+    for kind, selection in config.selected().items():
+        cls, options = plugins().resolve(kind, selection)
+        problem = seams.problem(allow_untested=config.allow_untested_vllm)
+        if problem is not None:
+            raise Unsupported(cls.name, problem[0], problem[1], vllm_config.model_config.model)  # type: ignore[attr-defined]
+        checks[kind](cls.name, vllm_config)  # type: ignore[attr-defined]
+        engine = describe(vllm_config)
+        cls.check(options, engine)  # type: ignore[attr-defined]
+        attached[kind] = Attachment(cls, options, engine)
+    if "drafter" in attached:
+        from . import patches
 
-    from . import patches
+        patches.COUNTERS.apply()
+    return attached
 
-    patches.COUNTERS.apply()
-    return Drafting(cls, options, engine)
+
+def kv_policy(vllm_config: Any) -> KVPolicy | None:
+    """The KV policy that an engine runs with, made anew; None when it runs without."""
+    selection = read(vllm_config.additional_config).kv
+    if selection is None:
+        return None
+    cls, options = plugins().resolve("kv", selection)
+    return cls(options, describe(vllm_config))
+
+
+def attention_backend(stock: type, vllm_config: Any) -> type:
+    """What stands over the backend that vLLM chose for a layer, where a KV policy is selected.
+
+    Raises:
+        Unsupported: there is nothing of ours that stands over this one.
+    """
+    selection = read(vllm_config.additional_config).kv
+    if selection is None:
+        return stock
+    name = stock.get_name()  # type: ignore[attr-defined]
+    if name != "CPU_ATTN":
+        raise Unsupported(
+            selection.name, f"it does not stand over {name}", "leave the policy out", vllm_config.model_config.model
+        )
+    from .sparse_attention import SparseCPUBackend
+
+    return SparseCPUBackend
 
 
 def describe(vllm_config: Any) -> Engine:
@@ -114,6 +146,7 @@ def describe(vllm_config: Any) -> Engine:
         dtype=str(model.dtype).removeprefix("torch."),
         device=vllm_config.device_config.device_type,
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+        layers=model.get_total_num_hidden_layers(),
     )
 
 
@@ -144,6 +177,39 @@ def _check_speculation(plugin: str, vllm_config: Any) -> None:
         raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
 
 
+def _check_attention(plugin: str, vllm_config: Any) -> None:
+    """What in the engine the policy's attention cannot serve; single layers are checked where they are built."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    for present, reason, remedy in (
+        (
+            vllm_config.device_config.device_type != "cpu",
+            "this release reads the cache of CPU engines only",
+            "use a CPU",
+        ),
+        (
+            getattr(vllm_config, "use_v2_model_runner", False),
+            "the V2 model runner is new to it",
+            "unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        (model.runner_type == "pooling", "a pooling model decodes nothing", "leave the policy out"),
+        (model.is_encoder_decoder, "encoder-decoder models are not served", "leave the policy out"),
+        (model.use_mla, "multi-head latent attention keeps no keys per head", "leave the policy out"),
+        (
+            vllm_config.cache_config.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
+            f"kv_cache_dtype={vllm_config.cache_config.cache_dtype} is quantised",
+            "leave out --kv-cache-dtype",
+        ),
+        (parallel.pipeline_parallel_size > 1, "choices do not cross pipeline stages", "use --tensor-parallel-size"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism splits what is chosen from",
+            "leave context parallelism out",
+        ),
+    ):
+        if present:
+            raise Unsupported(plugin, reason, remedy, model.model)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Under vLLM's command line, turn our refusals into one line on standard error and exit code 2.
@@ -164,14 +230,16 @@ def _under_command_line() -> bool:
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.entrypoints"))
 
 
-def start_up_table(drafting: Drafting) -> str:
-    """What is attached, as one log message."""
+def start_up_table(kind: str, attachment: Attachment, how: str) -> str:
+    """What is attached and ``how``, as one log message."""
+    engine = attachment.engine
     lines = [
-        f"pilotfish: drafter {drafting.cls.name} selected",  # type: ignore[attr-defined]
-        f"  origin     {plugins().origin(drafting.cls)}",
-        f"  options    {drafting.options}",
-        f"  engine     {drafting.engine.model}, vocabulary {drafting.engine.vocab_size}, {drafting.engine.device}, "
-        f"{drafting.engine.dtype}, at most {drafting.engine.num_speculative_tokens} drafted tokens a step",
+        f"pilotfish: {kind} {attachment.cls.name} selected",  # type: ignore[attr-defined]
+        f"  origin     {plugins().origin(attachment.cls)}",
+        f"  options    {attachment.options}",
+        f"  engine     {engine.model}, {engine.layers} layers, vocabulary {engine.vocab_size}, {engine.device}, "
+        f"{engine.dtype}",
+        f"  attached   {how}",
         f"  seams      {len(seams.TABLE)} checked against vLLM {seams.installed_version()}",
     ]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ class Drafter:
     """A custom proposer of vLLM; see `vllm.v1.spec_decode.custom_class_proposer`."""
 
     def __init__(self, vllm_config: Any) -> None:
-        drafting = attach.admit(vllm_config)
+        drafting = attach.admit(vllm_config).get("drafter")
         self.plugin: DrafterPlugin | None = None
         self.cost = StepCost()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
@@ -52,7 +52,9 @@ class Drafter:
         self._device = drafting.engine.device
         self._binding = RunnerBinding(runner, plugin.candidates)
         self._active = False
-        logger.info(attach.start_up_table(drafting))
+        logger.info(
+            attach.start_up_table("drafter", drafting, f"proposer, at most {self._depth} drafted tokens a step")
+        )
 
     def load_model(self, target_model: Any) -> None:
         """vLLM has loaded the model: compile our kernels, test vLLM's sampling, start to listen."""

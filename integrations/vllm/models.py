@@ -6,7 +6,6 @@ a crash leaves nothing half written, and of two processes that start at once one
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ...kvcache.kernels.native import cache_dir
 from ...plugins.config import ConfigError
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
@@ -65,13 +65,6 @@ SMOLLM2 = EmbeddedModel(
     weights_sha256="1a934567f88918c88a9b45cf1ca6952f795d6320bea280d19be49898a1378826",
 )
 EMBEDDED = {SMOLLM2.name: SMOLLM2}
-
-
-def cache_dir() -> Path:
-    """``$PILOTFISH_CACHE``, else ``pilotfish`` in the user's cache folder."""
-    if explicit := os.environ.get("PILOTFISH_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pilotfish"
 
 
 def sha256(path: Path) -> str:

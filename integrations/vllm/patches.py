@@ -3,6 +3,7 @@
 | patch | when | why no registry serves |
 |---|---|---|
 | `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
+| `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
@@ -74,6 +75,20 @@ def _front_door(original: Any) -> Any:
     return create_engine_config
 
 
+def _backend(original: Any) -> Any:
+    def _cached_get_attn_backend(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+        stock = original(backend, attn_selector_config, *args, **kwargs)
+        from vllm.config import get_current_vllm_config
+
+        from . import attach
+
+        if not attach.concerned(get_current_vllm_config().additional_config):
+            return stock
+        return attach.attention_backend(stock, get_current_vllm_config())
+
+    return _cached_get_attn_backend
+
+
 def _counters(original: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, vllm_config, *args, **kwargs)
@@ -109,10 +124,11 @@ def _constraints(original: Any) -> Any:
 
 
 FRONT_DOOR = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _front_door)
+BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backend", _backend)
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
-ALL = (FRONT_DOOR, COUNTERS, EXPAND, CONSTRAINTS)
+ALL = (FRONT_DOOR, BACKEND, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

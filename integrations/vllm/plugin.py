@@ -17,5 +17,6 @@ def register() -> None:
         from . import patches
 
         patches.FRONT_DOOR.apply()
+        patches.BACKEND.apply()
     except Exception:  # an unknown vLLM: whoever selected a plugin hears of it from the seams check
         logger.debug("pilotfish: the front door could not be installed", exc_info=True)

@@ -28,6 +28,9 @@ class Seam:
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
+_CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
+_BUILD = ("self", "common_prefix_len", "common_attn_metadata", "fast_build")
+_FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
 TABLE = (
     Seam("plugins/__init__.py", "load_general_plugins", (), "our entry point is called in every process"),
     Seam("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",), "where the selection is checked"),
@@ -56,6 +59,19 @@ TABLE = (
         "sampling parameters of drafted tokens",
     ),
     Seam("v1/sample/rejection_sampler.py", "apply_sampling_constraints", ("logits",), "steps without drafts"),
+    Seam(
+        "v1/attention/selector.py",
+        "_cached_get_attn_backend",
+        ("backend", "attn_selector_config"),
+        "where our attention backend takes the place of vLLM's",
+    ),
+    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.build", _BUILD, "finds the requests beyond the budget"),
+    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder._set_isa_to_layers", ("self", "layer_names"), "cache layout"),
+    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.isa", why="cache layout"),
+    Seam(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD, "attention of a layer"),
+    Seam(_CPU_ATTENTION, "CPUAttentionMetadata.scheduler_metadata", why="work of vLLM's kernel"),
+    Seam("_custom_ops.py", "cpu_attn_get_scheduler_metadata", ("num_reqs", "num_heads"), "work of vLLM's kernel"),
+    Seam("_custom_ops.py", "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache"), "self-test"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
     Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),

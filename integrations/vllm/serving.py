@@ -68,10 +68,19 @@ def compose(
             raise ConfigError("--drafter and --speculative-config both name a drafter; leave one out")
         cls, options = plugins().resolve("drafter", config.drafter)
         depth = num_speculative_tokens or cls.default_depth  # type: ignore[attr-defined]
+        if seams.v2_runner_is_set():
+            raise Unsupported(
+                config.drafter.name,
+                "the V2 model runner takes no custom drafter",
+                "unset VLLM_USE_V2_MODEL_RUNNER",
+                model,
+            )
         _check_engine(cls, options, model, depth, config.allow_untested_vllm)
         speculation = {"method": "custom_class", "model": attach.DRAFTER_CLASS, "num_speculative_tokens": depth}
         arguments += ["--speculative-config", json.dumps(speculation)]
-    elif num_speculative_tokens is not None and not disabled():
+    if config.kv is not None:
+        _check_engine(*plugins().resolve("kv", config.kv), model, 0, config.allow_untested_vllm)
+    if config.drafter is None and num_speculative_tokens is not None and not disabled():
         raise ConfigError("--num-speculative-tokens: no drafter is selected; add --drafter NAME")
     if key:
         additional = {**additional, ROOT: key}
@@ -136,15 +145,18 @@ def _check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested
     """What can be known of the engine before it exists."""
     if problem := seams.problem(allow_untested=allow_untested):
         raise Unsupported(cls.name, *problem, model=model)
-    if seams.v2_runner_is_set():
-        raise Unsupported(
-            cls.name, "the V2 model runner takes no custom drafter", "unset VLLM_USE_V2_MODEL_RUNNER", model
-        )
     folder = models.EMBEDDED[model].folder if model in models.EMBEDDED else Path(model)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config", config)
-        facts = Engine(model, int(text["vocab_size"]), int(text.get("max_position_embeddings", 0)), 0, depth)
+        facts = Engine(
+            model,
+            int(text["vocab_size"]),
+            int(text.get("max_position_embeddings", 0)),
+            0,
+            depth,
+            layers=int(text.get("num_hidden_layers", 0)),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or a configuration in another form: the door-keeper in vLLM checks it
     cls.check(options, facts)

@@ -8,8 +8,9 @@ request, one token and those of its drafts that are accepted. The best drafts ar
 Scores fall along every path, so taking the likeliest tokens of the whole batch one by one never leaves a parent out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,13 @@ class _Cell:
 
 
 class StepCost:
-    """Seconds of an engine step, linear in its requests and in its drafted tokens, learned from the steps themselves.
+    """Seconds of an engine step by its requests and its drafted tokens, learned from the steps themselves.
 
-    The two are told apart since a further request costs more than a further token of the same request. Durations are
-    noisy and their outliers are long (other processes, page faults), so steps of like shape keep a running median, and
-    the plane is fitted through the medians. They fade, as contexts grow and the machine's load changes.
+    Near any number of requests the cost is taken for a plane: a further request costs more than a further token of the
+    same request. It is not one plane for all: a small batch waits for memory and verifies tokens almost for nothing, a
+    large one computes and pays for each. Durations are noisy and their outliers are long (other processes, page
+    faults), so steps of like shape keep a running median, and the planes are fitted through the medians. They fade, as
+    contexts grow and the machine's load changes.
 
     Args:
         slope: The cost of one drafted token relative to a whole step, believed until steps tell otherwise.
@@ -40,17 +43,26 @@ class StepCost:
     """
 
     MAX_CELLS = 256
+    NEAR = 0.5  # octaves of the number of requests within which steps tell about each other
 
     def __init__(self, slope: float = 0.05, memory: float = 400.0) -> None:
         self._prior, self._memory = slope, memory
         self._cells: dict[tuple[int, int], _Cell] = {}
+        self._lines: dict[int, tuple[float, float]] = {}
         self.steps = 0
-        # Seconds, once a step was seen; until then only their proportions matter.
-        self.base, self.per_request, self.per_token = 1.0, 0.0, slope
 
     def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
         """Estimated seconds of a step."""
-        return self.base + self.per_request * requests + self.per_token * drafted
+        without, per_token = self.line(requests)
+        return without + per_token * drafted
+
+    def line(self, requests: int) -> tuple[float, float]:
+        """Seconds of a step of ``requests`` without drafts, and of each drafted token."""
+        if not self._cells:  # only their proportion matters
+            return 1.0, self._prior
+        if requests not in self._lines:
+            self._lines[requests] = self._fit(requests)
+        return self._lines[requests]
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
         """Take in one step that verified drafts and did nothing else (no prompt)."""
@@ -73,30 +85,28 @@ class StepCost:
             cell.seconds += min(max(seconds - cell.seconds, -bound), bound)
             cell.last = self.steps
         if self.steps % 8 == 0 or self.steps < 8:
-            self._fit()
+            self._lines.clear()
 
     def _fade(self, cell: _Cell) -> float:
         return float(np.exp((cell.last - self.steps) / self._memory))
 
-    def _fit(self) -> None:
-        """Weighted ridge regression through the medians, drawn towards the believed slope."""
+    def _fit(self, requests: int) -> tuple[float, float]:
+        """Weighted ridge regression through the medians near ``requests``, drawn towards the believed slope."""
         cells = list(self._cells.values())
-        w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells])
         x = np.array([[c.requests, c.drafted] for c in cells])
         y = np.array([c.seconds for c in cells])
+        distance = np.log2(x[:, 0] / requests) / self.NEAR
+        distance -= np.abs(distance).min() * np.sign(distance)  # the nearest cells count whole, however far
+        w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells]) * np.exp(-0.5 * distance**2)
         mean_x, mean_y = np.average(x, axis=0, weights=w), float(np.average(y, weights=w))
         believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1])])
         strength = np.array([1.0, 20.0])  # in squared requests, squared tokens
         centred = x - mean_x
         gram = (centred * w[:, None]).T @ centred + np.diag(strength)
         target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
-        slopes = np.clip(np.linalg.solve(gram, target), 0.0, None)
-        self.per_request, self.per_token = map(float, slopes)
-        self.base = max(mean_y - float(slopes @ mean_x), 1e-3 * mean_y)
-
-    def relative_slope(self, requests: int = 1) -> float:
-        """The cost of one drafted token in units of a step without any."""
-        return self.per_token / float(self(requests, 0))
+        per_request, per_token = map(float, np.clip(np.linalg.solve(gram, target), 0.0, None))
+        without = mean_y + per_request * (requests - float(mean_x[0])) - per_token * float(mean_x[1])
+        return max(without, 1e-3 * mean_y), per_token
 
 
 def _coarse(count: int) -> int:
@@ -105,12 +115,12 @@ def _coarse(count: int) -> int:
     return count >> shift << shift
 
 
-def allocate(scores: Sequence[Float32], cost: StepCost) -> list[int]:
+def allocate(scores: Sequence[Float32], cost: Callable[[int, Any], Any]) -> list[int]:
     """How many leading tokens of each request's draft to verify.
 
     Args:
         scores: For each request of the step the acceptance probabilities along its draft, [n_i], falling.
-        cost: The measured cost of a step.
+        cost: Of a step, by requests and drafted tokens, as `StepCost`.
 
     Returns:
         The number of tokens to keep for each request, 0 .. n_i.

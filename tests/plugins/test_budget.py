@@ -1,4 +1,6 @@
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +10,8 @@ from hypothesis import strategies as st
 from pilotfish.plugins.drafting.budget import StepCost, allocate
 
 
-def cost_of(base: float, slope: float) -> StepCost:
-    cost = StepCost()
-    cost.base, cost.per_request, cost.per_token = base, 0.0, slope
-    return cost
+def cost_of(base: float, slope: float) -> Callable[[int, Any], Any]:
+    return lambda requests, drafted: base + slope * drafted
 
 
 falling = st.lists(st.floats(0.01, 1.0), max_size=4).map(lambda x: np.cumprod(x).astype(np.float32))
@@ -45,9 +45,10 @@ def test_the_plane_is_found_through_noise_and_outliers() -> None:
         b, d = int(rng.integers(1, 9)), int(rng.integers(0, 20))
         seconds = (0.040 + 0.010 * b + 0.002 * d) * rng.normal(1.0, 0.03)
         cost.observe(b, d, seconds * (10 if rng.random() < 0.05 else 1))
-    assert cost.per_token == pytest.approx(0.002, rel=0.25)
-    assert cost.per_request == pytest.approx(0.010, rel=0.25)
-    assert float(cost(4, 3)) == pytest.approx(0.086, rel=0.1)
+    for requests in (2, 4, 8):
+        without, per_token = cost.line(requests)
+        assert without == pytest.approx(0.040 + 0.010 * requests, rel=0.1)
+        assert per_token == pytest.approx(0.002, rel=0.25)
 
 
 def test_requests_and_tokens_are_told_apart() -> None:
@@ -57,7 +58,18 @@ def test_requests_and_tokens_are_told_apart() -> None:
         for _ in range(300):
             d = int(rng.integers(0, longest))
             cost.observe(b, d, 0.03 + 0.012 * b + 0.001 * d)
-    assert cost.per_token == pytest.approx(0.001, rel=0.25)
+    assert cost.line(8)[1] == pytest.approx(0.001, rel=0.25)
+
+
+def test_tokens_may_be_cheap_for_one_request_and_dear_for_eight() -> None:
+    rng, cost = np.random.default_rng(0), StepCost()
+    for b, slope in ((1, 0.001), (8, 0.004)):
+        for _ in range(400):
+            d = int(rng.integers(0, 16))
+            cost.observe(b, d, 0.03 + 0.003 * b + slope * d)
+    assert cost.line(8) == (pytest.approx(0.054, rel=0.1), pytest.approx(0.004, rel=0.15))
+    assert cost.line(1) == (pytest.approx(0.033, rel=0.1), pytest.approx(0.001, rel=0.5))
+    assert cost.line(64)[1] == pytest.approx(0.004, rel=0.15), "beyond all that was seen, the nearest tells"
 
 
 def test_a_changed_machine_is_noticed() -> None:
@@ -66,14 +78,15 @@ def test_a_changed_machine_is_noticed() -> None:
         for _ in range(1500):
             d = int(rng.integers(0, 16))
             cost.observe(1, d, 0.03 + slope * d)
-    assert cost.per_token == pytest.approx(0.01, rel=0.25)
+    assert cost.line(1)[1] == pytest.approx(0.01, rel=0.25)
 
 
 def test_without_drafts_the_prior_stands() -> None:
     cost = StepCost(slope=0.05)
     for _ in range(100):
         cost.observe(1, 0, 0.02)
-    assert cost.relative_slope() == pytest.approx(0.05, rel=0.05)
+    without, per_token = cost.line(1)
+    assert per_token / without == pytest.approx(0.05, rel=0.05)
     cost.observe(0, 0, 1.0)
     cost.observe(1, -1, 1.0)
     cost.observe(1, 0, 0.0)
@@ -86,7 +99,7 @@ def test_costs_stay_positive_and_memory_bounded(steps: list[tuple[int, int, floa
     cost = StepCost()
     for step in steps:
         cost.observe(*step)
-        assert cost.base > 0
-        assert cost.per_token >= 0
-        assert cost.per_request >= 0
+        without, per_token = cost.line(step[0])
+        assert without > 0
+        assert per_token >= 0
     assert len(cost._cells) <= StepCost.MAX_CELLS

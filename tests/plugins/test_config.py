@@ -81,7 +81,10 @@ def test_assignments() -> None:
     assert parse_assignments("tr,order=2,prime=false,path=/a/b") == Selection(
         "tr", {"order": 2, "prime": False, "path": "/a/b"}
     )
-    for bad in ("tr,order", "", ",a=1", "tr,=3"):
+    assert parse_assignments("td,select_layers=[2,[3,4]],budget=512,x={}") == Selection(
+        "td", {"select_layers": [2, [3, 4]], "budget": 512, "x": {}}
+    )
+    for bad in ("tr,order", "", ",a=1", "tr,=3", "td,x=[1,2"):
         with pytest.raises(ConfigError):
             parse_assignments(bad)
 

@@ -75,10 +75,28 @@ class TestWorker(Worker):
             *[layer.impl for layer in layers],
         ]
 
+    def attention(self, plan: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The attention classes of all layers; with ``plan``, change what the KV policy's layers read."""
+        layers = self.runner.compilation_config.static_forward_context.values()
+        if plan is not None:
+            from pilotfish.kvcache.selection import ReadPlan, Role, Rule
+
+            roles = tuple(Role[name] for name in plan["roles"])
+            for groups in self.runner.attn_groups:
+                for group in groups:
+                    group.get_metadata_builder().plan = ReadPlan(roles, Rule(**plan["rule"]))
+            for layer in layers:
+                layer.impl._role = None
+        return {"impl": sorted({type(layer.impl).__name__ for layer in layers}), "isa": self._isa(layers)}
+
+    @staticmethod
+    def _isa(layers: Any) -> list[str]:
+        return sorted({layer.isa for layer in layers})
+
     def draft_always(self) -> dict[str, Any]:
         """Make drafted tokens cost nothing, so that all are verified."""
         cost = self.runner.drafter.cost
-        cost.per_token, cost.observe = 0.0, lambda *step: None
+        cost.line, cost.observe = lambda requests: (1.0, 0.0), lambda *step: None
         return {}
 
     def broken_sampling(self) -> dict[str, Any]:

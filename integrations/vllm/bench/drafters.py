@@ -32,7 +32,8 @@ from .record import Record
 STOCK = "none"
 Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter's tables ("" where there are none)
 HOT_PROMPTS = 16  # seen by the hot tables before anything is measured
-BATCHES = 4
+QUEUES = 4
+QUEUE = 3  # prompts of a queue, in batches
 MAX_MODEL_LEN = 4096
 
 
@@ -127,7 +128,7 @@ def measure(plan: Plan) -> Iterator[list[Run]]:
     drawn = [
         prompt_files.sample(f, plan.sample if i == 0 else plan.sample_others, plan.seed) for i, f in enumerate(files)
     ]
-    others = prompt_files.rest(files[0], drawn[0], HOT_PROMPTS + BATCHES * plan.batch, plan.seed)
+    others = prompt_files.rest(files[0], drawn[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
     folder = models.resolve(plan.model)
     with counting_bar() as bar:
         for arm in arms:
@@ -154,7 +155,7 @@ def measure_pair(
         "model": folder,
         "dtype": plan.dtype,
         "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": max(8, plan.batch),
+        "max_num_seqs": plan.batch or 8,
         "enforce_eager": True,
         "enable_prefix_caching": False,  # else the second run of a prompt would find its prompt processed
         "seed": 0,
@@ -163,7 +164,7 @@ def measure_pair(
     if plan.hot and arm in plugins().classes("drafter"):
         states = ("cold", "hot")
     heating, batched = others[:HOT_PROMPTS], others[HOT_PROMPTS:]
-    total = len(drawn) * (1 + len(states)) + (2 * (len(batched) // plan.batch) if plan.batch else 0)
+    total = len(drawn) * (1 + len(states)) + (2 * (len(batched) // (QUEUE * plan.batch)) if plan.batch else 0)
     task = bar.add_task(f"{arm}: starting engines", total=total)
     with (
         tempfile.TemporaryDirectory() as logs,
@@ -183,20 +184,24 @@ def measure_pair(
         for i, (prompt, tokens) in enumerate(zip(drawn, encoded, strict=True)):
             runs += _turn(arms, i, prompt.dataset, prompt.category, [tokens], plan.max_tokens, bar, task)
         if plan.batch:
-            runs += _batches(plan, arms, batched, [encode(p) for p in batched], bar, task)
+            runs += _queues(plan, arms, batched, [encode(p) for p in batched], bar, task)
         # Which stock runs belong to which arm: the pair ran together.
         return [replace(r, arm=f"{STOCK}|{arm}") if r.arm == STOCK else r for r in runs]
 
 
-def _batches(
+def _queues(
     plan: Plan, arms: list[Arm], prompts: Sequence[Prompt], encoded: list[list[int]], bar: Progress, task: TaskID
 ) -> list[Run]:
-    """Full batches of prompts that no engine has met: some drafters remember what they generated before."""
+    """Queues of prompts, of which ``plan.batch`` run at a time; no engine has met them (some drafters remember).
+
+    A queue, since the last request of a lone batch decides its end: drafting would pay for seven that wait for one.
+    """
     arms = [(arm, engine, state) for arm, engine, state in arms if state != "hot"]
-    runs = []
-    for turn, start in enumerate(range(0, len(prompts) - plan.batch + 1, plan.batch)):
-        chosen = encoded[start : start + plan.batch]
-        runs += _turn(arms, turn, prompts[start].dataset, "batch", chosen, plan.max_tokens, bar, task)
+    runs, length = [], QUEUE * plan.batch
+    for turn, start in enumerate(range(0, len(prompts) - length + 1, length)):
+        chosen = encoded[start : start + length]
+        more = _turn(arms, turn, prompts[start].dataset, "batch", chosen, plan.max_tokens, bar, task)
+        runs += [replace(r, batch=plan.batch) for r in more]
     return runs
 
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ....kvcache.kernels.native import cache_dir
 from ....plugins.config import ConfigError
 from ..diagnosis import PACKAGES, version
-from ..models import cache_dir
 
 
 @dataclass

@@ -1,0 +1,173 @@
+"""The far end of the KV benchmarks: one engine whose policy is changed between runs, and what only it can see.
+
+Stock attention is a plan whose budget covers every context, so that all arms share one engine, one cache and one clock.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from ....kvcache.kernels import paged_decode
+from ....kvcache.selection import ReadPlan, Role, Rule
+from .. import attach
+from .engine import Worker, main
+
+STOCK = ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))
+
+
+class KVWorker(Worker):
+    """An engine with a KV policy."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self._kind = attach.admit(self.runner.vllm_config)["kv"]
+        self._builders = [g.get_metadata_builder() for groups in self.runner.attn_groups for g in groups]
+        self._reference: list[torch.Tensor] = []
+        self._force: dict[str, list[int]] = {}
+        self._logprobs: dict[str, list[torch.Tensor]] = {}
+        self._count = 0
+        self._wrap_sampling()
+
+    def policy(self, options: dict[str, Any] | None) -> dict[str, Any]:
+        """Set the policy's options; None is stock attention."""
+        plan = STOCK
+        if options is not None:
+            cls: Any = self._kind.cls
+            typed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+            plan = cls(cls.Options(**typed), self._kind.engine).read_plan()
+        for builder in self._builders:
+            builder.plan = plan
+        return {}
+
+    def steps(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
+        """Seconds of ``count`` decode steps of all prompts together, and the text."""
+        outputs, seconds = self._run(prompts, count + 1)
+        return {"tokens": outputs, "seconds": seconds}
+
+    def forced(self, prompts: list[list[int]], texts: list[list[int]], keep: bool) -> dict[str, Any]:
+        """Decode given texts token by token after their prompts.
+
+        Args:
+            prompts: Token ids.
+            texts: What follows each, equally long.
+            keep: Keep the distributions as the reference for later calls; else compare with them.
+
+        Returns:
+            ``nll`` per text and token in nats; without ``keep`` also ``kl`` from the reference, and ``same``: whether
+            the most probable token is the reference's.
+        """
+        self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
+        self._logprobs = {request: [] for request in self._force}
+        self._run(prompts, len(texts[0]))
+        nll, kl, same = [], [], []
+        found = [torch.stack(rows) for rows in self._logprobs.values()]
+        for i, (rows, text) in enumerate(zip(found, texts, strict=True)):
+            nll.append((-rows.gather(1, torch.tensor(text)[:, None])[:, 0]).tolist())
+            if not keep:
+                reference = self._reference[i]
+                kl.append((reference.exp() * (reference - rows)).sum(1).tolist())
+                same.append((reference.argmax(1) == rows.argmax(1)).tolist())
+        if keep:
+            self._reference = found
+        self._force, self._logprobs = {}, {}
+        return {"nll": nll, "kl": kl, "same": same}
+
+    def mass(self, prompts: list[list[int]], texts: list[list[int]], rule: dict[str, Any]) -> dict[str, Any]:
+        """Share of every layer's attention that another layer's choice covers, averaged over heads and tokens.
+
+        Returns:
+            ``mass`` [layers, layers]: row chooses, column reads.
+        """
+        layers = self._kind.engine.layers
+        chooser = Rule(**rule)
+        total, count = torch.zeros(layers, layers), 0
+        weights: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
+
+        def listen(rows: Any, _: Rule, kv_heads: int, logits: torch.Tensor) -> torch.Tensor:
+            nonlocal total, count
+            for r, n in enumerate(rows.context):
+                logits[r, :, n:] = float("-inf")
+            weights.append(logits.softmax(-1))
+            scores = importance(rows, chooser, kv_heads, logits)
+            choice = choose(rows, chooser, scores)
+            sets = scores.shape[1]
+            covered = torch.zeros(rows.count, sets, rows.padded)
+            for r in range(rows.count):
+                for s in range(sets):
+                    covered[r, s, choice.positions(r, s)] = 1
+            masks.append(covered.repeat_interleave(rows.query_heads // sets, dim=1))
+            if len(masks) == layers:
+                w, m = torch.stack(weights), torch.stack(masks)  # [layers, rows, heads, padded]
+                total += torch.einsum("crhn,lrhn->cl", m, w) / (w.shape[1] * w.shape[2])
+                count += 1
+                weights.clear()
+                masks.clear()
+            return scores
+
+        importance, choose = paged_decode.importance, paged_decode.choose
+        plan = ReadPlan((Role.SELECT,) * layers, chooser)
+        for builder in self._builders:
+            builder.plan = plan
+        paged_decode.importance = listen
+        try:
+            self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
+            self._run(prompts, len(texts[0]))
+        finally:
+            paged_decode.importance = importance
+            self._force = {}
+        return {"mass": (total / max(count, 1)).tolist(), "steps": count}
+
+    def _next(self, i: int) -> str:
+        return f"kv-{self._count + i}"
+
+    def _run(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], list[float]]:
+        """Greedy completions, and the seconds of the steps in which all prompts decode."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        names = [self._next(i) for i in range(len(prompts))]
+        self._count += len(prompts)
+        for name, prompt in zip(names, prompts, strict=True):
+            sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        done: dict[str, list[int]] = {}
+        started: set[str] = set()
+        seconds = []
+        while engine.has_unfinished_requests():
+            decoding = len(started) == len(names)
+            began = time.perf_counter()
+            outputs = engine.step()
+            if decoding:
+                seconds.append(time.perf_counter() - began)
+            for output in outputs:
+                started.add(output.request_id)
+                done[output.request_id] = list(output.outputs[0].token_ids)
+        return [done[n] for n in names], seconds
+
+    def _wrap_sampling(self) -> None:
+        """Let forced requests emit their text, and keep the distributions that they had."""
+        original = self.runner._sample
+
+        def sample(logits: Any, metadata: Any) -> Any:
+            output = original(logits, metadata)
+            if not self._force:
+                return output
+            batch = self.runner.input_batch
+            for row, request in enumerate(batch.req_ids):
+                name = next((n for n in self._force if request == n or request.startswith(f"{n}-")), None)
+                at = batch.num_computed_tokens_cpu[row] + self.runner.query_start_loc.np[row + 1]
+                at -= self.runner.query_start_loc.np[row] + batch.num_prompt_tokens[row]
+                if name is None or at < 0:  # a chunk of a prompt
+                    continue
+                if name in self._logprobs:
+                    self._logprobs[name].append(logits[row].float().log_softmax(-1))
+                output.sampled_token_ids[row, 0] = self._force[name][at]
+            return output
+
+        self.runner._sample = sample
+
+
+if __name__ == "__main__":
+    main(KVWorker)

@@ -1,0 +1,227 @@
+"""vLLM's CPU attention backend, with layers that read the positions which an earlier layer chose.
+
+Stands over ``CPU_ATTN`` where a KV policy is selected. In a decode step the requests whose context exceeds the budget
+go through our kernel, in every layer as the policy's plan says; all others, and all prefill, through vLLM's. What was
+chosen is kept in the metadata of the step, which its layers share, and ends with it: prefix caching, preemption and
+chunked prefill meet no state of ours.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from ...kvcache.kernels import paged_decode
+from ...kvcache.kernels.paged_decode import Choice, Rows
+from ...kvcache.selection import ReadPlan, Role
+from ...plugins.contracts import Unsupported
+from . import attach
+
+ISA = "vec"  # the cache layout that our kernel reads; vLLM's own choice on x86 without AMX
+
+
+@dataclass
+class SparseStep:
+    """The requests of one step that our kernel serves, and what its layers have chosen so far.
+
+    Attributes:
+        plan: What each layer reads.
+        rows: Those requests' tokens.
+        others: Metadata for vLLM's kernel with those requests cut to one position; None when there are no others.
+        choice: The latest choice.
+    """
+
+    plan: ReadPlan
+    rows: Rows
+    others: CPUAttentionMetadata | None
+    choice: Choice | None = None
+
+
+@dataclass
+class SparseMetadata(CPUAttentionMetadata):
+    """vLLM's metadata, whole, and our part of the step."""
+
+    step: SparseStep | None = None
+
+
+class SparseCPUBackend(CPUAttentionBackend):
+    """``CPU_ATTN`` with our metadata and our forward."""
+
+    @staticmethod
+    def get_impl_cls() -> type["SparseImpl"]:
+        """The attention of a layer."""
+        return SparseImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SparseBuilder"]:
+        """What builds the metadata of a step."""
+        return SparseBuilder
+
+
+class SparseBuilder(CPUAttentionMetadataBuilder):
+    """Finds the requests of a step that decode beyond the budget."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        attachment = attach.admit(vllm_config)["kv"]
+        policy = attachment.cls(attachment.options, attachment.engine)
+        self.plan: ReadPlan = policy.read_plan()
+        self._check_layers(policy.name, vllm_config, layer_names)
+        if self.isa == "amx":
+            self.isa = ISA
+            self._set_isa_to_layers(layer_names)
+        error = kernel_error(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa)
+        if error is not None:
+            raise Unsupported(policy.name, error, "leave the policy out", vllm_config.model_config.model)
+        how = f"over CPU_ATTN in {len(layer_names)} layers, cache layout {self.isa}"
+        attach.logger.info(attach.start_up_table("kv", attachment, how))
+
+    def _check_layers(self, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
+        """Refuse what the kernel does not compute, by layer."""
+        model = vllm_config.model_config.model
+        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+            impl: Any = layer.impl
+            index = extract_layer_index(name)
+            windowed = impl.sliding_window != -1
+            for present, reason, remedy in (
+                (impl.alibi_slopes is not None, "ALiBi biases", "leave the policy out"),
+                (bool(impl.logits_soft_cap), "a soft cap of the scores", "leave the policy out"),
+                (impl.sinks is not None, "attention sinks that are learned", "leave the policy out"),
+                (impl.head_size % 16 != 0, f"heads of {impl.head_size}", "leave the policy out"),
+                (
+                    windowed and self.plan.roles[index] is Role.SELECT,
+                    "its sliding window hides most positions, so that it cannot choose",
+                    "choose select_layers among the layers without a window",
+                ),
+            ):
+                if present and not (windowed and "select_layers" not in remedy):
+                    raise Unsupported(plugin, reason, remedy, model, name)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseMetadata:
+        """vLLM's metadata, and our part of the step."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return SparseMetadata(**vars(stock), step=self._step(stock, common_attn_metadata))
+
+    def _step(self, stock: CPUAttentionMetadata, common: Any) -> SparseStep | None:
+        if stock.max_seq_len <= self.plan.rule.budget or not stock.causal:
+            return None
+        starts = common.query_start_loc_cpu.tolist()
+        contexts = stock.seq_lens.tolist()
+        requests = [
+            r for r in range(common.num_reqs) if starts[r + 1] - starts[r] == 1 and contexts[r] > self.plan.rule.budget
+        ]
+        if not requests:
+            return None
+        rows = Rows(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
+        others = None if len(requests) == common.num_reqs else self._without(stock, requests)
+        return SparseStep(self.plan, rows, others)
+
+    def _without(self, stock: CPUAttentionMetadata, requests: list[int]) -> CPUAttentionMetadata:
+        """Metadata by which vLLM's kernel spends next to nothing on ``requests``: our kernel overwrites their output."""
+        seq_lens = stock.seq_lens.clone()
+        seq_lens[requests] = 1
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=stock.query_start_loc,
+            causal=stock.causal,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=stock.dynamic_causal,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return replace(stock, seq_lens=seq_lens, scheduler_metadata=schedule)
+
+
+class SparseImpl(CPUAttentionBackendImpl):
+    """The attention of one layer."""
+
+    _role: Role | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; see there for the shapes."""
+        step = getattr(attn_metadata, "step", None)
+        if step is None or self.sliding_window != -1:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if step.others is not None:
+            super().forward(layer, query, key, value, kv_cache, step.others, output, output_scale, output_block_scale)
+        if self._role is None:
+            self._role = step.plan.roles[extract_layer_index(layer.layer_name)]
+        self._decode(query, kv_cache, attn_metadata.block_table, output, step)  # type: ignore[union-attr]
+        return output
+
+    def _decode(
+        self, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, output: torch.Tensor, step: SparseStep
+    ) -> None:
+        rows, rule = step.rows, step.plan.rule
+        if self._role is Role.SPARSE:  # before the first choice there is none, and everything is read
+            paged_decode.decode(query, cache, table, rows, self.scale, output, step.choice)
+        elif self._role is Role.FULL:
+            paged_decode.decode(query, cache, table, rows, self.scale, output)
+        else:
+            logits = torch.empty(rows.count, rows.query_heads, rows.padded)
+            paged_decode.decode(query, cache, table, rows, self.scale, output, logits=logits)
+            step.choice = paged_decode.choose(
+                rows, rule, paged_decode.importance(rows, rule, self.num_kv_heads, logits)
+            )
+
+
+@functools.cache
+def kernel_error(
+    dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int, block_size: int, isa: str
+) -> str | None:
+    """Self-test: our kernel over a small cache that vLLM's own has filled, against attention computed plainly."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    context = block_size + 33
+    query, key, value = (
+        random(1, query_heads, head_size),
+        random(context, kv_heads, head_size),
+        random(context, kv_heads, head_size),
+    )
+    cache = torch.zeros(3, kv_heads, block_size, 2 * head_size, dtype=dtype)
+    table = torch.tensor([[2, 0]], dtype=torch.int32)
+    slots = torch.cat([torch.arange(block_size) + 2 * block_size, torch.arange(33)])
+    keys, values = cache.view(3, kv_heads, 2 * block_size, head_size).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, isa)
+    output = torch.empty_like(query)
+    paged_decode.decode(query, cache, table, Rows([0], [0], [context], query_heads), head_size**-0.5, output)
+
+    wide = [x.float().repeat_interleave(query_heads // kv_heads, dim=1) for x in (key, value)]
+    weights = torch.einsum("hd,thd->ht", query[0].float(), wide[0]).mul(head_size**-0.5).softmax(-1)
+    expected = torch.einsum("ht,thd->hd", weights, wide[1])
+    worst = (output[0].float() - expected).abs().max().item()
+    return None if worst < 0.02 else f"the kernel misreads the cache layout '{isa}' (self-test: off by {worst:.3g})"

@@ -1,0 +1,1 @@
+"""Compiled kernels over vLLM's paged KV cache."""

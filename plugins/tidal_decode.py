@@ -1,0 +1,116 @@
+"""TidalDecode (arXiv 2410.05076): position-persistent sparse attention for decoding.
+
+Neighbouring layers of a model look at nearly the same positions. A few layers attend to everything and choose
+positions; all others attend to those only.
+
+    full_layers          full attention
+    select_layers[0]     full attention; the positions that matter are chosen
+    layers in between    attention over the chosen positions
+    select_layers[1]     full attention; positions are chosen anew
+    ...
+    prefill              full attention everywhere
+    correction           every T decoded tokens, their keys and values are computed anew with full attention
+
+Beyond the paper, each measured (`docs/tidal_decode.md`): heads share one choice by the sum of their attention, which is
+what grouped-query models need; recent positions and sinks are always kept; whole pages can be chosen, which reads
+memory in the order it lies in.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..kvcache.kernels import native
+from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
+from .contracts import Engine, KVPolicy, Unsupported
+from .hookspecs import Register, hookimpl
+
+
+@dataclass(frozen=True)
+class TidalDecodeOptions:
+    """Options of TidalDecode.
+
+    Attributes:
+        budget: Positions that sparse layers read; a context within it is left to stock attention.
+        full_layers: Layers that always attend to everything.
+        select_layers: Layers that attend to everything and choose positions for those after them.
+        aggregate: Who shares a choice, see `kvcache.selection.Rule`.
+        granularity: Choose single positions (``token``, the paper) or pages of 32 (``page``).
+        sinks: First positions, always kept.
+        recent: Latest positions, always kept; a quarter of the budget if not given.
+    """
+
+    budget: int = 512
+    full_layers: tuple[int, ...] = (0, 1)
+    select_layers: tuple[int, ...] = (2, 13)
+    aggregate: Aggregate = "sum"
+    granularity: Granularity = "page"
+    sinks: int = 4
+    recent: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("budget", 1), ("sinks", 0), ("recent", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= 1 << 24:
+                raise ValueError(f"{name}: expected {low} to {1 << 24}, got {value}")
+        for name in ("full_layers", "select_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+                raise ValueError(f"{name}: expected layer numbers in ascending order, got {list(layers)}")
+        if not self.select_layers:
+            raise ValueError("select_layers: at least one layer has to choose positions")
+        if self.granularity == "page" and self.budget % GROUP:
+            raise ValueError(f"budget: expected a multiple of {GROUP} with granularity 'page', got {self.budget}")
+        if self.budget < (least := self.rule.least_budget):
+            raise ValueError(
+                f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent positions and "
+                f"a choice, got {self.budget}"
+            )
+
+    @property
+    def rule(self) -> Rule:
+        """How positions are chosen."""
+        recent = self.budget // 4 if self.recent is None else self.recent
+        return Rule(self.budget, self.sinks, recent, self.aggregate, self.granularity)
+
+
+class TidalDecode(KVPolicy):
+    """The policy: which layers look at everything, and what the others see."""
+
+    name: ClassVar[str] = "tidal_decode"
+    Options: ClassVar[type] = TidalDecodeOptions
+
+    @classmethod
+    def check(cls, options: TidalDecodeOptions, engine: Engine) -> None:
+        """Refuse layers that the model does not have, and a machine that cannot compile the kernels."""
+        for name in ("full_layers", "select_layers"):
+            for layer in getattr(options, name):
+                if engine.layers and layer >= engine.layers:
+                    raise Unsupported(
+                        cls.name,
+                        f"{name} names it, but the model has layers 0 to {engine.layers - 1}",
+                        f"choose {name} for this model",
+                        engine.model,
+                        str(layer),
+                    )
+        if engine.device == "cpu" and native.compiler() is None:
+            raise Unsupported(
+                cls.name, "its kernels need a C++ compiler", "install g++, or name one in CXX", engine.model
+            )
+
+    def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
+        self.options, self.engine = options, engine
+
+    def read_plan(self) -> ReadPlan:
+        """Full, selecting and sparse layers, in the order of the model."""
+        full, select = set(self.options.full_layers), set(self.options.select_layers)
+        roles = tuple(
+            Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
+            for layer in range(self.engine.layers)
+        )
+        return ReadPlan(roles, self.options.rule)
+
+
+@hookimpl
+def register_kv_policies(register: Register) -> None:
+    """Register the policy."""
+    register(TidalDecode)

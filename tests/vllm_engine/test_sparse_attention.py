@@ -1,0 +1,94 @@
+"""A KV policy inside a real engine: identical where it has to be, and indifferent to how requests are batched."""
+
+import random
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+LAYERS = 30
+GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+PAGE = {"budget": 192, "sinks": 4, "recent": 32, "aggregate": "sum", "granularity": "page"}
+
+
+def kv(**options) -> dict:
+    return {"additional_config": {"pilotfish": {"kv": {"name": "tidal_decode", **options}}}}
+
+
+def texts_of(lengths: list[int]) -> list[list[int]]:
+    """Prompts of given lengths that repeat themselves, so that there is something to look back at."""
+    rng = random.Random(0)
+    return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
+
+
+PROMPTS = texts_of([700, 90, 460, 199, 330])
+ASK = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
+
+
+@pytest.fixture(scope="module")
+def stock(start, model) -> list[list[int]]:
+    """What stock vLLM writes."""
+    engine = start(model)
+    tokens = engine.ask(**ASK)["tokens"]
+    engine.close()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def sparse(start, model, stock):
+    """An engine with the policy; blocks of 64, chunks of 128 tokens, prefix caching."""
+    del stock  # its engine has ended
+    return start(
+        model,
+        block_size=64,
+        max_num_batched_tokens=128,
+        enable_prefix_caching=True,
+        **kv(budget=1024),
+    )
+
+
+def test_the_backend_is_ours(sparse) -> None:
+    assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"]}
+
+
+def test_a_budget_that_covers_the_context_changes_nothing(sparse, stock) -> None:
+    assert sparse.ask(**ASK)["tokens"] == stock
+
+
+@pytest.mark.parametrize("role", ["FULL", "SELECT", "SPARSE"])
+def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> None:
+    """Every layer through our kernel: sparse layers without a choice read everything."""
+    sparse.ask(do="attention", plan={"roles": [role] * LAYERS, "rule": PAGE})
+    assert sparse.ask(**ASK)["tokens"] == stock
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "kv_head", "head", "max", "union"])
+@pytest.mark.parametrize("granularity", ["page", "token"])
+def test_a_request_is_answered_alike_in_any_batch(sparse, aggregate: str, granularity: str) -> None:
+    """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
+    rule = {**PAGE, "aggregate": aggregate, "granularity": granularity}
+    roles = ["FULL", "FULL"] + ["SELECT" if i in (2, 13) else "SPARSE" for i in range(2, LAYERS)]
+    sparse.ask(do="attention", plan={"roles": roles, "rule": rule})
+    together = sparse.ask(**ASK)["tokens"]
+    alone = [sparse.ask(do="sample", prompts=[p], sampling=[GREEDY])["tokens"][0] for p in PROMPTS]
+    assert together == alone
+
+
+def test_sparse_layers_read_less(sparse, stock) -> None:
+    """Without the repeated part of the text in view, the text changes: the choice is really what is read."""
+    rule = {**PAGE, "budget": 96, "recent": 0}
+    sparse.ask(do="attention", plan={"roles": ["SELECT"] + ["SPARSE"] * (LAYERS - 1), "rule": rule})
+    assert sparse.ask(**ASK)["tokens"] != stock
+
+
+def test_preempted_requests_go_on(start, model, sparse) -> None:
+    sparse.close()
+    small = start(
+        model, num_gpu_blocks_override=24, block_size=64, enable_prefix_caching=False, **kv(budget=192, recent=32)
+    )
+    ask = {"do": "sample", "prompts": [PROMPTS[0][:500], PROMPTS[2], PROMPTS[4]]}
+    sampling = {**GREEDY, "max_tokens": 120}
+    together = small.ask(**ask, sampling=[sampling] * 3)
+    assert together["preemptions"] > 0
+    alone = [small.ask(do="sample", prompts=[p], sampling=[sampling])["tokens"][0] for p in ask["prompts"]]
+    assert [t[:20] for t in together["tokens"]] == [t[:20] for t in alone]
