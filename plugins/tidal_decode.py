@@ -62,8 +62,8 @@ class TidalDecodeOptions:
             raise ValueError(f"budget: expected a multiple of {GROUP} with granularity 'page', got {self.budget}")
         if self.budget < (least := self.rule.least_budget):
             raise ValueError(
-                f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent positions and "
-                f"a choice, got {self.budget}"
+                f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent positions "
+                f"and a choice, got {self.budget}"
             )
 
     @property

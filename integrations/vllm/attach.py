@@ -180,28 +180,30 @@ def _check_speculation(plugin: str, vllm_config: Any) -> None:
 def _check_attention(plugin: str, vllm_config: Any) -> None:
     """What in the engine the policy's attention cannot serve; single layers are checked where they are built."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = vllm_config.cache_config.cache_dtype
+    leave_out = "leave the policy out"
     for present, reason, remedy in (
+        (vllm_config.device_config.device_type != "cpu", "this release reads the cache of CPU engines only", leave_out),
+        (model.runner_type == "pooling", "a pooling model decodes nothing", leave_out),
+        (model.is_encoder_decoder, "encoder-decoder models are not served", leave_out),
+        (model.use_mla, "multi-head latent attention keeps no keys per head", leave_out),
         (
-            vllm_config.device_config.device_type != "cpu",
-            "this release reads the cache of CPU engines only",
-            "use a CPU",
+            dtype not in ("auto", "float32", "bfloat16", "float16"),
+            f"kv_cache_dtype={dtype} is quantised",
+            "leave out --kv-cache-dtype",
         ),
         (
             getattr(vllm_config, "use_v2_model_runner", False),
-            "the V2 model runner is new to it",
+            "it was not tested with the V2 model runner",
             "unset VLLM_USE_V2_MODEL_RUNNER",
         ),
-        (model.runner_type == "pooling", "a pooling model decodes nothing", "leave the policy out"),
-        (model.is_encoder_decoder, "encoder-decoder models are not served", "leave the policy out"),
-        (model.use_mla, "multi-head latent attention keeps no keys per head", "leave the policy out"),
         (
-            vllm_config.cache_config.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
-            f"kv_cache_dtype={vllm_config.cache_config.cache_dtype} is quantised",
-            "leave out --kv-cache-dtype",
+            parallel.pipeline_parallel_size > 1,
+            "a choice does not cross pipeline stages",
+            "use --tensor-parallel-size instead",
         ),
-        (parallel.pipeline_parallel_size > 1, "choices do not cross pipeline stages", "use --tensor-parallel-size"),
         (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
             "context parallelism splits what is chosen from",
             "leave context parallelism out",
         ),

@@ -129,7 +129,7 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
         return SparseStep(self.plan, rows, others)
 
     def _without(self, stock: CPUAttentionMetadata, requests: list[int]) -> CPUAttentionMetadata:
-        """Metadata by which vLLM's kernel spends next to nothing on ``requests``: our kernel overwrites their output."""
+        """Metadata by which vLLM's kernel spends next to nothing on ``requests``, whose output ours overwrites."""
         seq_lens = stock.seq_lens.clone()
         seq_lens[requests] = 1
         schedule = ops.cpu_attn_get_scheduler_metadata(

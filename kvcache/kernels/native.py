@@ -87,6 +87,6 @@ def _compile(compile_with: str, flags: tuple[str, ...], source: Path, library: P
         )
         if done.returncode:
             raise NoCompiler(f"{compile_with} could not compile {source.name}: {done.stderr.strip()[-500:]}")
-        os.replace(partial, library)
+        Path(partial).replace(library)
     finally:
         Path(partial).unlink(missing_ok=True)

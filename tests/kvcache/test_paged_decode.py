@@ -1,6 +1,7 @@
 """The paged decode kernels against attention written plainly over gathered keys and values."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pilotfish.kvcache.kernels import paged_decode
 from pilotfish.kvcache.kernels.paged_decode import Choice, Rows
-from pilotfish.kvcache.selection import GROUP, Rule
+from pilotfish.kvcache.selection import GROUP, Aggregate, Granularity, Rule
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -164,9 +165,10 @@ def oracle_choice(importance: np.ndarray, rule: Rule) -> list[int]:
 
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
-    granularity = draw(st.sampled_from(["token", "page"]))
+    granularities: tuple[Granularity, ...] = get_args(Granularity)
+    granularity = draw(st.sampled_from(granularities))
     sinks, recent = draw(st.integers(0, 40)), draw(st.integers(0, 100))
-    rule = Rule(1, sinks, recent, draw(st.sampled_from(["head", "kv_head", "sum", "max", "union"])), granularity)
+    rule = Rule(1, sinks, recent, draw(st.sampled_from(get_args(Aggregate))), granularity)
     budget = rule.least_budget + draw(st.integers(0, 200))
     if granularity == "page":
         budget = -(-budget // GROUP) * GROUP
@@ -204,7 +206,7 @@ def test_choices_are_those_of_the_oracle(rule: Rule, contexts: list[int], kv_hea
 def test_what_the_kernel_cannot_read_is_refused() -> None:
     case = build([40], 1, 2, 32, 32, torch.float32, 0)
     output = torch.empty_like(case.query)
-    with pytest.raises(ValueError, match="query torch.float64"):
+    with pytest.raises(ValueError, match=r"query torch\.float64"):
         paged_decode.decode(case.query.double(), case.cache, case.table, case.rows, 1.0, output)
     with pytest.raises(ValueError, match="cache"):
         paged_decode.decode(case.query, case.cache[:, :, :16], case.table, case.rows, 1.0, output)
