@@ -37,6 +37,8 @@ class TidalDecodeOptions:
         granularity: Choose single positions (``token``, the paper) or pages of 32 (``page``).
         sinks: First positions, always kept.
         recent: Latest positions, always kept; a quarter of the budget if not given.
+        correction_interval: Decoded tokens after which their keys and values are computed anew with full attention;
+            0 for never.
     """
 
     budget: int = 512
@@ -46,9 +48,10 @@ class TidalDecodeOptions:
     granularity: Granularity = "page"
     sinks: int = 4
     recent: int | None = None
+    correction_interval: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("sinks", 0), ("recent", 0)):
+        for name, low in (("budget", 1), ("sinks", 0), ("recent", 0), ("correction_interval", 0)):
             value = getattr(self, name)
             if value is not None and not low <= value <= 1 << 24:
                 raise ValueError(f"{name}: expected {low} to {1 << 24}, got {value}")
@@ -107,7 +110,7 @@ class TidalDecode(KVPolicy):
             Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
             for layer in range(self.engine.layers)
         )
-        return ReadPlan(roles, self.options.rule)
+        return ReadPlan(roles, self.options.rule, self.options.correction_interval)
 
 
 @hookimpl

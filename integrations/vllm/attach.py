@@ -98,6 +98,8 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         checks[kind](cls.name, vllm_config)  # type: ignore[attr-defined]
         engine = describe(vllm_config)
         cls.check(options, engine)  # type: ignore[attr-defined]
+        if kind == "kv":
+            _check_correction(cls, options, engine, vllm_config)
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached:
         from . import patches
@@ -210,6 +212,18 @@ def _check_attention(plugin: str, vllm_config: Any) -> None:
     ):
         if present:
             raise Unsupported(plugin, reason, remedy, model.model)
+
+
+def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) -> None:
+    """What in the engine keeps a request's computed tokens from being set back."""
+    if not cls(options, engine).read_plan().correction_interval:
+        return
+    for present, reason, remedy in (
+        (vllm_config.speculative_config is not None, "drafted tokens would be counted as computed", "no speculation"),
+        (vllm_config.scheduler_config.async_scheduling, "steps are scheduled ahead", "--no-async-scheduling"),
+    ):
+        if present:
+            raise Unsupported(cls.name, f"with correction_interval, {reason}", f"use {remedy}", engine.model)
 
 
 @contextlib.contextmanager

@@ -113,3 +113,51 @@ def bench_drafters(
             out=out,
         )
     )
+
+
+@bench.command("kv")
+def bench_kv(
+    text: Annotated[list[Path], typer.Option(help="A long text file; may be repeated. The first is timed on.")],
+    policy: Annotated[str, typer.Option(help="The KV policy.")] = "tidal_decode",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Options of one arm, key=value[,...]; may be repeated [default: budgets].")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    contexts: Annotated[
+        str, typer.Option(help="Contexts at which steps are timed, in tokens.")
+    ] = "1000,2000,4000,8000",
+    batches: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,4",
+    quality_context: Annotated[int, typer.Option(min=64, help="Context at which distributions are compared.")] = 4000,
+    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each such context.")] = 64,
+    dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
+) -> None:
+    """Compare settings of a KV policy with stock attention: time of a decode step, and divergence."""
+    from .bench import kv
+
+    kv.run(
+        kv.Plan(
+            policy=policy,
+            settings=tuple(setting or ("budget=256", "budget=512", "budget=1024")),
+            texts=tuple(text),
+            model=model,
+            contexts=_numbers(contexts, "--contexts"),
+            batches=_numbers(batches, "--batches"),
+            quality_context=quality_context,
+            quality_tokens=quality_tokens,
+            dtype=dtype,
+            out=out,
+        )
+    )
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...]:
+    from ...plugins.config import ConfigError
+
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag}: expected whole numbers separated by commas, got '{text}'") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"{flag}: expected numbers from 1, got '{text}'")
+    return numbers

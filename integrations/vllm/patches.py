@@ -4,6 +4,7 @@
 |---|---|---|
 | `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
 | `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
+| `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of one's own would be one more fork |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
@@ -89,6 +90,19 @@ def _backend(original: Any) -> Any:
     return _cached_get_attn_backend
 
 
+def _scheduler(original: Any) -> Any:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        from . import attach
+
+        if attach.concerned(vllm_config.additional_config):
+            from . import correction
+
+            correction.install(self, vllm_config)
+
+    return __init__
+
+
 def _counters(original: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, vllm_config, *args, **kwargs)
@@ -125,10 +139,11 @@ def _constraints(original: Any) -> Any:
 
 FRONT_DOOR = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _front_door)
 BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backend", _backend)
+SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _scheduler)
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
-ALL = (FRONT_DOOR, BACKEND, COUNTERS, EXPAND, CONSTRAINTS)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

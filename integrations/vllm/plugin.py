@@ -18,5 +18,6 @@ def register() -> None:
 
         patches.FRONT_DOOR.apply()
         patches.BACKEND.apply()
+        patches.SCHEDULER.apply()
     except Exception:  # an unknown vLLM: whoever selected a plugin hears of it from the seams check
         logger.debug("pilotfish: the front door could not be installed", exc_info=True)

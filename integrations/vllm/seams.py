@@ -28,6 +28,7 @@ class Seam:
 
 
 _RUNNER = "v1/worker/gpu_model_runner.py"
+_SCHEDULER = "v1/core/sched/scheduler.py"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
 _BUILD = ("self", "common_prefix_len", "common_attn_metadata", "fast_build")
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
@@ -65,6 +66,9 @@ TABLE = (
         ("backend", "attn_selector_config"),
         "where our attention backend takes the place of vLLM's",
     ),
+    Seam(_SCHEDULER, "Scheduler.__init__", ("self", "vllm_config"), "KV correction"),
+    Seam(_SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output"), "the same"),
+    Seam(_SCHEDULER, "Scheduler.running", why="KV correction"),
     Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.build", _BUILD, "finds the requests beyond the budget"),
     Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder._set_isa_to_layers", ("self", "layer_names"), "cache layout"),
     Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.isa", why="cache layout"),

@@ -62,8 +62,10 @@ def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> Non
     assert sparse.ask(**ASK)["tokens"] == stock
 
 
-@pytest.mark.parametrize("aggregate", ["sum", "kv_head", "head", "max", "union"])
-@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize(
+    ("aggregate", "granularity"),
+    [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
+)
 def test_a_request_is_answered_alike_in_any_batch(sparse, aggregate: str, granularity: str) -> None:
     """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
     rule = {**PAGE, "aggregate": aggregate, "granularity": granularity}
@@ -81,8 +83,16 @@ def test_sparse_layers_read_less(sparse, stock) -> None:
     assert sparse.ask(**ASK)["tokens"] != stock
 
 
-def test_preempted_requests_go_on(start, model, sparse) -> None:
+def test_correcting_every_token_is_full_attention(start, model, stock, sparse) -> None:
+    """With an interval of one, each token is computed again with full attention before anything reads it."""
     sparse.close()
+    ours = start(model, **kv(budget=192, recent=32, select_layers=[0], full_layers=[], correction_interval=1))
+    assert ours.ask(**ASK)["tokens"] == stock
+    assert ours.ask(do="corrected")["tokens"] > 0
+    ours.close()
+
+
+def test_preempted_requests_go_on(start, model) -> None:
     small = start(
         model, num_gpu_blocks_override=24, block_size=64, enable_prefix_caching=False, **kv(budget=192, recent=32)
     )

@@ -93,6 +93,10 @@ class TestWorker(Worker):
     def _isa(layers: Any) -> list[str]:
         return sorted({layer.isa for layer in layers})
 
+    def corrected(self) -> dict[str, Any]:
+        """How many tokens were computed anew."""
+        return {"tokens": self.core.scheduler.pilotfish_corrector.corrected}
+
     def draft_always(self) -> dict[str, Any]:
         """Make drafted tokens cost nothing, so that all are verified."""
         cost = self.runner.drafter.cost

@@ -1,0 +1,93 @@
+"""Profiles: what tuning found for a model, as a versioned JSON file that names the model it is of."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+# What of a model's configuration decides whether a profile fits: its shape, not its weights, so that a profile serves
+# the fine-tuned models of a base too.
+SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rope_theta",
+)
+SHIPPED = Path(__file__).with_name("shipped")
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message is one line that begins with its path."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of a policy for one model.
+
+    Attributes:
+        policy: Name of the policy.
+        model: The model's name, for people.
+        fingerprint: Of its shape, see `fingerprint`.
+        settings: Named settings, each a mapping of the policy's options.
+        evidence: How they were found: text, budget, figures.
+    """
+
+    policy: str
+    model: str
+    fingerprint: str
+    settings: Mapping[str, Mapping[str, Any]]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Hex digest of a model's shape, from its ``config.json`` (the text part of it)."""
+    values = [config.get(name) for name in SHAPE]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def write(path: Path, profile: Profile) -> None:
+    """Write a profile, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        ProfileError: it is missing, not a profile, or of another version.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        version = value.pop("format")
+        profile = Profile(**value)
+        if not all(isinstance(s, dict) for s in profile.settings.values()):
+            raise TypeError("its settings are not objects")
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ProfileError(f"{path}: not a profile") from None
+    if version != FORMAT:
+        raise ProfileError(f"{path}: of version {version}, expected {FORMAT}; tune the model anew")
+    return profile
+
+
+def shipped(policy: str, of: str) -> Profile | None:
+    """The profile that this package ships for a policy and the model with fingerprint ``of``, if any."""
+    for path in sorted(SHIPPED.glob(f"{policy}-*.json")):
+        profile = read(path)
+        if profile.fingerprint == of:
+            return profile
+    return None
