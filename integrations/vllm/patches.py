@@ -4,7 +4,7 @@
 |---|---|---|
 | `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
 | `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
-| `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of one's own would be one more fork |
+| `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |

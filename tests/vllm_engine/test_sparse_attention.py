@@ -83,10 +83,15 @@ def test_sparse_layers_read_less(sparse, stock) -> None:
     assert sparse.ask(**ASK)["tokens"] != stock
 
 
-def test_correcting_every_token_is_full_attention(start, model, stock, sparse) -> None:
-    """With an interval of one, each token is computed again with full attention before anything reads it."""
+def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, model, stock, sparse) -> None:
+    """Requests are set back again and again, among others that prefill, and go on as if nothing had been."""
     sparse.close()
-    ours = start(model, **kv(budget=192, recent=32, select_layers=[0], full_layers=[], correction_interval=1))
+    every = list(range(LAYERS))
+    ours = start(
+        model,
+        max_num_batched_tokens=128,
+        **kv(budget=192, recent=32, select_layers=every, full_layers=[], correction_interval=3),
+    )
     assert ours.ask(**ASK)["tokens"] == stock
     assert ours.ask(do="corrected")["tokens"] > 0
     ours.close()
