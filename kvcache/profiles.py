@@ -18,7 +18,6 @@ SHAPE = (
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
-    "rope_theta",
 )
 SHIPPED = Path(__file__).with_name("shipped")
 

@@ -43,6 +43,7 @@ class Engine:
     device: str = "cpu"
     tensor_parallel_size: int = 1
     layers: int = 0
+    fingerprint: str = ""  # of the model's shape, see `kvcache.profiles`; empty when it is not known yet
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,14 @@ memory in the order it lies in.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+from ..kvcache import profiles
 from ..kvcache.kernels import native
+from ..kvcache.profiles import Profile, ProfileError
 from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
+from .config import ConfigError, unknown
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
 
@@ -31,6 +35,8 @@ class TidalDecodeOptions:
 
     Attributes:
         budget: Positions that sparse layers read; a context within it is left to stock attention.
+        profile: Where the layers below come from when they are not given: ``NAME``, a setting of the profile that is
+            shipped for the model (``default``, ``fast``), or ``FILE`` or ``FILE#NAME``, from `pilotfish tune tidal`.
         full_layers: Layers that always attend to everything.
         select_layers: Layers that attend to everything and choose positions for those after them.
         aggregate: Who shares a choice, see `kvcache.selection.Rule`.
@@ -42,8 +48,9 @@ class TidalDecodeOptions:
     """
 
     budget: int = 512
-    full_layers: tuple[int, ...] = (0, 1)
-    select_layers: tuple[int, ...] = (2, 13)
+    profile: str | None = None
+    full_layers: tuple[int, ...] | None = None
+    select_layers: tuple[int, ...] | None = None
     aggregate: Aggregate = "sum"
     granularity: Granularity = "page"
     sinks: int = 4
@@ -56,11 +63,15 @@ class TidalDecodeOptions:
             if value is not None and not low <= value <= 1 << 24:
                 raise ValueError(f"{name}: expected {low} to {1 << 24}, got {value}")
         for name in ("full_layers", "select_layers"):
-            layers = getattr(self, name)
+            layers = getattr(self, name) or ()
             if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
                 raise ValueError(f"{name}: expected layer numbers in ascending order, got {list(layers)}")
-        if not self.select_layers:
+        if self.select_layers is not None and not self.select_layers:
             raise ValueError("select_layers: at least one layer has to choose positions")
+        if self.select_layers is None and self.full_layers is not None:
+            raise ValueError("full_layers: given without select_layers")
+        if self.select_layers is not None and self.profile is not None:
+            raise ValueError("profile: given beside select_layers; leave one out")
         if self.granularity == "page" and self.budget % GROUP:
             raise ValueError(f"budget: expected a multiple of {GROUP} with granularity 'page', got {self.budget}")
         if self.budget < (least := self.rule.least_budget):
@@ -84,9 +95,9 @@ class TidalDecode(KVPolicy):
 
     @classmethod
     def check(cls, options: TidalDecodeOptions, engine: Engine) -> None:
-        """Refuse layers that the model does not have, and a machine that cannot compile the kernels."""
-        for name in ("full_layers", "select_layers"):
-            for layer in getattr(options, name):
+        """Refuse a profile or layers of another model, and a machine that cannot compile the kernels."""
+        for name, layers in zip(("full_layers", "select_layers"), layers_of(options, engine), strict=True):
+            for layer in layers:
                 if engine.layers and layer >= engine.layers:
                     raise Unsupported(
                         cls.name,
@@ -105,12 +116,63 @@ class TidalDecode(KVPolicy):
 
     def read_plan(self) -> ReadPlan:
         """Full, selecting and sparse layers, in the order of the model."""
-        full, select = set(self.options.full_layers), set(self.options.select_layers)
+        full, select = map(set, layers_of(self.options, self.engine))
         roles = tuple(
             Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
             for layer in range(self.engine.layers)
         )
         return ReadPlan(roles, self.options.rule, self.options.correction_interval)
+
+
+def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layers that read everything, and of these the ones that choose: given, from a profile, or spread evenly.
+
+    Raises:
+        ConfigError: the profile cannot be read, or has no such setting.
+        Unsupported: the profile is of another model.
+    """
+    if options.select_layers is not None:
+        return options.full_layers or (), options.select_layers
+    where, _, name = (options.profile or "").partition("#")
+    path = Path(where)
+    profile: Profile | None
+    if path.suffix == ".json":
+        try:
+            profile = profiles.read(path)
+        except ProfileError as error:
+            raise ConfigError(f"pilotfish.kv.profile: {error}") from None
+        if profile.policy != TidalDecode.name:
+            raise ConfigError(f"pilotfish.kv.profile: {path}: of the policy {profile.policy}")
+        if engine.fingerprint and profile.fingerprint != engine.fingerprint:
+            raise Unsupported(
+                TidalDecode.name,
+                f"the profile {path} is of the model {profile.model}",
+                "run `pilotfish tune tidal` for this model",
+                engine.model,
+            )
+        name = name or "default"
+    else:
+        profile, name = profiles.shipped(TidalDecode.name, engine.fingerprint), where or "default"
+        if profile is None and where and engine.fingerprint:
+            raise Unsupported(
+                TidalDecode.name,
+                f"no profile is shipped for it, so that there is no '{where}'",
+                "run `pilotfish tune tidal` for this model, and name the file",
+                engine.model,
+            )
+    if profile is None:
+        return spread(engine.layers)
+    if name not in profile.settings:
+        raise ConfigError(unknown(f"pilotfish.kv.profile: '{name}'", name, profile.settings))
+    setting = profile.settings[name]
+    return tuple(setting["full_layers"]), tuple(setting["select_layers"])
+
+
+def spread(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For models that were not tuned: two full layers, and ``choices`` selections at even distances behind them."""
+    first = min(2, max(layers - 1, 0))
+    step = max(1, -(-(layers - first) // choices))
+    return tuple(range(first)), tuple(range(first, layers, step)) or (0,)
 
 
 @hookimpl

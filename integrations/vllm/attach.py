@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...kvcache.profiles import fingerprint
 from ...plugins.config import ROOT, ConfigError, PilotfishConfig, parse_config
 from ...plugins.contracts import Engine, KVPolicy, Unsupported
 from ...plugins.manager import disabled, plugins
@@ -149,6 +150,7 @@ def describe(vllm_config: Any) -> Engine:
         device=vllm_config.device_config.device_type,
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         layers=model.get_total_num_hidden_layers(),
+        fingerprint=fingerprint(model.hf_text_config.to_dict()),
     )
 
 

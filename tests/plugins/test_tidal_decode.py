@@ -1,0 +1,100 @@
+"""TidalDecode's options, and where its layers come from."""
+
+from pathlib import Path
+
+import pytest
+
+from pilotfish.kvcache import profiles
+from pilotfish.kvcache.profiles import Profile
+from pilotfish.kvcache.selection import Role
+from pilotfish.plugins.config import ConfigError, build_options
+from pilotfish.plugins.contracts import Engine, Unsupported
+from pilotfish.plugins.tidal_decode import TidalDecode, TidalDecodeOptions, layers_of, spread
+
+ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": 0}, "budget: expected 1 to"),
+        ({"budget": 100}, "budget: expected a multiple of 32"),
+        ({"budget": 128, "recent": 128}, "budget: expected at least"),
+        ({"sinks": -1}, "sinks: expected 0 to"),
+        ({"select_layers": [3, 3]}, "select_layers: expected layer numbers in ascending order"),
+        ({"select_layers": [-1]}, "select_layers: expected layer numbers"),
+        ({"select_layers": []}, "select_layers: at least one"),
+        ({"full_layers": [0]}, "full_layers: given without select_layers"),
+        ({"select_layers": [2], "profile": "fast"}, "profile: given beside select_layers"),
+        ({"aggregate": "mean"}, "aggregate: expected one of"),
+        ({"correction_interval": -1}, "correction_interval: expected 0 to"),
+    ],
+)
+def test_options_out_of_range_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_options(TidalDecodeOptions, values, "pilotfish.kv")
+
+
+def test_roles_follow_the_layers() -> None:
+    plan = TidalDecode(TidalDecodeOptions(full_layers=(0, 1), select_layers=(2, 7)), ENGINE).read_plan()
+    assert [i for i, role in enumerate(plan.roles) if role is Role.FULL] == [0, 1]
+    assert [i for i, role in enumerate(plan.roles) if role is Role.SELECT] == [2, 7]
+    assert len(plan.roles) == 12
+    assert plan.rule.recent == 128
+
+
+def test_a_model_that_was_not_tuned_gets_layers_at_even_distances() -> None:
+    assert layers_of(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
+    for layers in range(1, 100):
+        full, select = spread(layers)
+        assert select
+        assert max(full + select) < layers
+
+
+def test_layers_come_from_a_profile(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    settings = {
+        "default": {"full_layers": [0], "select_layers": [1, 5]},
+        "fast": {"full_layers": [], "select_layers": [0]},
+    }
+    profiles.write(path, Profile("tidal_decode", "m", "f", settings))
+    assert layers_of(TidalDecodeOptions(profile=str(path)), ENGINE) == ((0,), (1, 5))
+    assert layers_of(TidalDecodeOptions(profile=f"{path}#fast"), ENGINE) == ((), (0,))
+    with pytest.raises(ConfigError, match="did you mean 'fast'"):
+        layers_of(TidalDecodeOptions(profile=f"{path}#fats"), ENGINE)
+    other = Engine("other", 1000, 8192, 8, layers=12, fingerprint="g")
+    with pytest.raises(Unsupported, match="is of the model m; run `pilotfish tune tidal`"):
+        TidalDecode.check(TidalDecodeOptions(profile=str(path)), other)
+    with pytest.raises(Unsupported, match="no profile is shipped"):
+        TidalDecode.check(TidalDecodeOptions(profile="fast"), other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9, "policy": "a", "model": "b"}'])
+def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"pilotfish\.kv\.profile: .*not a profile"):
+        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)
+    with pytest.raises(ConfigError, match="No such file"):
+        layers_of(TidalDecodeOptions(profile=str(tmp_path / "none.json")), ENGINE)
+
+
+def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profiles.write(path, Profile("tidal_decode", "m", "f", {}))
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ConfigError, match="of version 2, expected 1"):
+        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)
+
+
+def test_layers_that_the_model_does_not_have_are_named() -> None:
+    with pytest.raises(
+        Unsupported, match=r"model m, layer 12: select_layers names it, but the model has layers 0 to 11"
+    ):
+        TidalDecode.check(TidalDecodeOptions(select_layers=(2, 12)), ENGINE)
+
+
+def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(Unsupported, match=r"need a C\+\+ compiler; install g\+\+"):
+        TidalDecode.check(TidalDecodeOptions(), ENGINE)
