@@ -8,6 +8,7 @@ import typer
 from ...plugins.hookspecs import hookimpl
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
+tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
 
 
 @hookimpl
@@ -18,6 +19,7 @@ def register_commands(cli: typer.Typer) -> None:
     cli.command("doctor")(doctor)
     cli.command("models")(models)
     cli.add_typer(bench, name="bench")
+    cli.add_typer(tune, name="tune")
 
 
 def serve(
@@ -161,3 +163,22 @@ def _numbers(text: str, flag: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise ConfigError(f"{flag}: expected numbers from 1, got '{text}'")
     return numbers
+
+
+@tune.command("tidal")
+def tune_tidal(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    text: Annotated[Path | None, typer.Option(help="A long text [default: Python's reference pages].")] = None,
+    budget: Annotated[int, typer.Option(help="Positions that sparse layers read.")] = 512,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each context.")] = 4000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
+    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 12,
+    default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.08,
+    fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.25,
+    dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
+) -> None:
+    """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
+    from . import tuning
+
+    tuning.run(tuning.Plan(model, text, budget, context, tokens, most, default_kl, fast_kl, dtype, out))

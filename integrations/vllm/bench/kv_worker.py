@@ -40,6 +40,10 @@ class KVWorker(Worker):
             builder.plan = plan
         return {}
 
+    def facts(self) -> dict[str, Any]:
+        """What the engine's plugins are told about it."""
+        return vars(self._kind.engine)
+
     def steps(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
         """Seconds of ``count`` decode steps of all prompts together, and the text."""
         outputs, seconds = self._run(prompts, count + 1)
