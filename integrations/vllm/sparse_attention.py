@@ -14,6 +14,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import (
@@ -25,7 +26,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from ...kvcache.kernels import paged_decode
 from ...kvcache.kernels.paged_decode import Choice, Rows
-from ...kvcache.selection import ReadPlan, Role
+from ...kvcache.selection import ReadPlan, Role, Rule
 from ...plugins.contracts import Unsupported
 from . import attach
 
@@ -191,9 +192,17 @@ class SparseImpl(CPUAttentionBackendImpl):
         else:
             logits = torch.empty(rows.count, rows.query_heads, rows.padded)
             paged_decode.decode(query, cache, table, rows, self.scale, output, logits=logits)
-            step.choice = paged_decode.choose(
-                rows, rule, paged_decode.importance(rows, rule, self.num_kv_heads, logits)
-            )
+            scores = paged_decode.importance(rows, rule, self.num_kv_heads, logits)
+            _reduce_over_ranks(scores, rule)
+            step.choice = paged_decode.choose(rows, rule, scores)
+
+
+def _reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:
+    """A choice that all heads share is shared by the heads of other tensor-parallel ranks too; in place."""
+    group = get_tp_group()
+    if group.world_size > 1 and scores.shape[1] == 1:
+        op = torch.distributed.ReduceOp.MAX if rule.aggregate == "max" else torch.distributed.ReduceOp.SUM
+        torch.distributed.all_reduce(scores, op=op, group=group.cpu_group)
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """Real engines for tests: each in a process of its own, at most two alive at a time."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,52 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     yield begin
     for engine in alive:
         engine.close()
+
+
+TWO_RANKS = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == '__main__':
+    config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    llm = LLM(**config)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    out = llm.generate([{'prompt_token_ids': p} for p in prompts], params, use_tqdm=False)
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}
+    tokens = [list(o.outputs[0].token_ids) for o in out]
+    accepted = metrics.get('vllm:spec_decode_num_accepted_tokens', 0)
+    print('ANSWER', json.dumps({'tokens': tokens, 'accepted': accepted}))
+"""
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Greedy completions of 40 tokens by an engine of two tensor-parallel ranks."""
+
+    def complete(model: str, prompts: list[list[int]], **config: Any) -> dict[str, Any]:
+        script = tmp_path / "two.py"
+        script.write_text(TWO_RANKS)
+        common = {
+            "model": model,
+            "dtype": "float32",
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "tensor_parallel_size": 2,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,
+        }
+        result = subprocess.run(
+            [sys.executable, str(script), json.dumps({**common, **config}), json.dumps(prompts)],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            # Each rank is bound to a core by hand: there is one NUMA node only.
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        )
+        lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
+        assert lines, result.stderr[-2000:]
+        return json.loads(lines[0].removeprefix("ANSWER "))
+
+    return complete
 
 
 @pytest.fixture(scope="session")

@@ -56,44 +56,10 @@ class TestKillSwitchAndState:
         assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
         assert steps[1] < steps[0], "the second engine starts hot"
 
-    def test_two_ranks_give_the_same_text(self, tmp_path_factory, tiny_model, drafting_args, texts) -> None:
-        script = (
-            "import json, sys\n"
-            "from vllm import LLM, SamplingParams\n"
-            "if __name__ == '__main__':\n"
-            "    config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])\n"
-            "    llm = LLM(**config)\n"
-            "    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)\n"
-            "    out = llm.generate([{'prompt_token_ids': p} for p in prompts], params, use_tqdm=False)\n"
-            "    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}\n"
-            "    print('ANSWER', json.dumps([[list(o.outputs[0].token_ids) for o in out],\n"
-            "          metrics.get('vllm:spec_decode_num_accepted_tokens', 0)]))\n"
-        )
-        folder = tmp_path_factory.mktemp("tp")
-        (folder / "two.py").write_text(script)
-        config = {
-            "model": tiny_model,
-            "dtype": "float32",
-            "max_model_len": 512,
-            "enforce_eager": True,
-            "tensor_parallel_size": 2,
-            "max_num_seqs": 8,
-            "disable_log_stats": False,
-            **drafting_args(),
-        }
-        result = subprocess.run(
-            [sys.executable, str(folder / "two.py"), json.dumps(config), json.dumps(TEXTS)],
-            capture_output=True,
-            text=True,
-            timeout=400,
-            # Each rank is bound to a core by hand: there is one NUMA node only.
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-        )
-        lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
-        assert lines, result.stderr[-2000:]
-        tokens, accepted = json.loads(lines[0].removeprefix("ANSWER "))
-        assert tokens == texts
-        assert accepted > 0
+    def test_two_ranks_give_the_same_text(self, two_ranks, tiny_model, drafting_args, texts) -> None:
+        answer = two_ranks(tiny_model, TEXTS, **drafting_args())
+        assert answer["tokens"] == texts
+        assert answer["accepted"] > 0
 
 
 def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **config):

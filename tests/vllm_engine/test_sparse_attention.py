@@ -97,6 +97,18 @@ def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, mo
     ours.close()
 
 
+def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> None:
+    """Each rank sees half of the heads; the choice is the one of all."""
+    policy = kv(budget=192, recent=32, full_layers=[], select_layers=[0])
+    prompts = [p[:460] for p in PROMPTS]
+    sampling = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    ask = {"do": "sample", "prompts": prompts, "sampling": [sampling] * len(prompts)}
+    one = start(tiny_model, max_model_len=512, **policy)
+    expected = one.ask(**ask)["tokens"]
+    one.close()
+    assert two_ranks(tiny_model, prompts, **policy)["tokens"] == expected
+
+
 def test_preempted_requests_go_on(start, model) -> None:
     small = start(
         model, num_gpu_blocks_override=24, block_size=64, enable_prefix_caching=False, **kv(budget=192, recent=32)
