@@ -69,9 +69,14 @@ class EngineProcess:
             raise RuntimeError(f"the engine ended: {tail[0]} (whole log: {self._log})")
         return json.loads(line)
 
+    @property
+    def running(self) -> bool:
+        """Whether the worker lives."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the worker and whatever it started."""
-        if self._process.poll() is None:
+        if self.running:
             try:
                 os.killpg(self._process.pid, signal.SIGTERM)
                 self._process.wait(15)
