@@ -12,10 +12,13 @@ Beyond the paper, each measured (`docs/token_recycling.md`): rows for longer con
 rows primed from the prompt; the tree grown by estimated acceptance, calibrated on line, instead of a fixed template.
 """
 
+import contextlib
+import glob
 import io
 import json
 import os
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,6 +191,7 @@ class TokenRecycling(Drafter):
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, meta=json.dumps(self._meta(self.options, self.engine)), **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(fd, "wb") as file:
@@ -263,6 +267,14 @@ def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:
         node = children[0]
         accepted[node] = True
     return accepted
+
+
+def _sweep(path: Path, age: float = 60.0) -> None:
+    """Remove what writers left beside ``path`` that were killed at their work more than ``age`` seconds ago."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
+        with contextlib.suppress(OSError):  # another one was faster
+            if time.time() - left.stat().st_mtime > age:
+                left.unlink()
 
 
 @hookimpl

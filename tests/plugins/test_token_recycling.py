@@ -1,8 +1,10 @@
 """The drafter as an engine uses it, against a stand-in model whose next token is known."""
 
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,13 @@ class TestState:
         self.trained().save(path)
         with pytest.raises(ConfigError, match="was written with"):
             TokenRecycling.check(options(state_path=str(path), **changed), ENGINE)
+
+    def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
+        for name, age in (("state.npzabc.tmp", 100), ("state.npzdef.tmp", 0), ("other.npzabc.tmp", 100)):
+            (tmp_path / name).write_bytes(b"half")
+            os.utime(tmp_path / name, (time.time() - age,) * 2)
+        self.trained().save(tmp_path / "state.npz")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["other.npzabc.tmp", "state.npz", "state.npzdef.tmp"]
 
     def test_another_vocabulary_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"
