@@ -232,7 +232,8 @@ class TestState:
     def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
         for name, age in (("state.npzabc.tmp", 100), ("state.npzdef.tmp", 0), ("other.npzabc.tmp", 100)):
             (tmp_path / name).write_bytes(b"half")
-            os.utime(tmp_path / name, (time.time() - age,) * 2)
+            then = time.time() - age
+            os.utime(tmp_path / name, (then, then))
         self.trained().save(tmp_path / "state.npz")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["other.npzabc.tmp", "state.npz", "state.npzdef.tmp"]
 
