@@ -154,7 +154,7 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
 class SparseImpl(CPUAttentionBackendImpl):
     """The attention of one layer."""
 
-    _role: Role | None = None
+    _index: int | None = None  # of the layer
 
     def forward(
         self,
@@ -176,18 +176,25 @@ class SparseImpl(CPUAttentionBackendImpl):
             )
         if step.others is not None:
             super().forward(layer, query, key, value, kv_cache, step.others, output, output_scale, output_block_scale)
-        if self._role is None:
-            self._role = step.plan.roles[extract_layer_index(layer.layer_name)]
-        self._decode(query, kv_cache, attn_metadata.block_table, output, step)  # type: ignore[union-attr]
+        if self._index is None:
+            self._index = extract_layer_index(layer.layer_name)
+        role = step.plan.roles[self._index]
+        self._decode(role, query, kv_cache, attn_metadata.block_table, output, step)  # type: ignore[union-attr]
         return output
 
     def _decode(
-        self, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, output: torch.Tensor, step: SparseStep
+        self,
+        role: Role,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        output: torch.Tensor,
+        step: SparseStep,
     ) -> None:
         rows, rule = step.rows, step.plan.rule
-        if self._role is Role.SPARSE:  # before the first choice there is none, and everything is read
+        if role is Role.SPARSE:  # before the first choice there is none, and everything is read
             paged_decode.decode(query, cache, table, rows, self.scale, output, step.choice)
-        elif self._role is Role.FULL:
+        elif role is Role.FULL:
             paged_decode.decode(query, cache, table, rows, self.scale, output)
         else:
             logits = torch.empty(rows.count, rows.query_heads, rows.padded)

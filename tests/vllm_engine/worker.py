@@ -85,8 +85,6 @@ class TestWorker(Worker):
             for groups in self.runner.attn_groups:
                 for group in groups:
                     group.get_metadata_builder().plan = ReadPlan(roles, Rule(**plan["rule"]))
-            for layer in layers:
-                layer.impl._role = None
         return {"impl": sorted({type(layer.impl).__name__ for layer in layers}), "isa": self._isa(layers)}
 
     @staticmethod
