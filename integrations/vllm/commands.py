@@ -173,8 +173,8 @@ def tune_tidal(
     context: Annotated[int, typer.Option(min=64, help="Tokens of each context.")] = 4000,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
     most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 12,
-    default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.08,
-    fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.25,
+    default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
+    fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:

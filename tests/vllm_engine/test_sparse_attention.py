@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from pilotfish.kvcache.profiles import SHIPPED, read
+
 pytestmark = pytest.mark.engine
 
 LAYERS = 30
@@ -47,8 +49,10 @@ def sparse(start, model, stock):
     )
 
 
-def test_the_backend_is_ours(sparse) -> None:
-    assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"]}
+def test_the_backend_is_ours_and_the_layers_are_the_shipped_profile_s(sparse) -> None:
+    (path,) = SHIPPED.glob("tidal_decode-smollm2*.json")
+    layers = read(path).settings["default"]["select_layers"]
+    assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"], "select": layers}
 
 
 def test_a_budget_that_covers_the_context_changes_nothing(sparse, stock) -> None:

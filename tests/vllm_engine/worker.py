@@ -85,11 +85,12 @@ class TestWorker(Worker):
             for groups in self.runner.attn_groups:
                 for group in groups:
                     group.get_metadata_builder().plan = ReadPlan(roles, Rule(**plan["rule"]))
-        return {"impl": sorted({type(layer.impl).__name__ for layer in layers}), "isa": self._isa(layers)}
-
-    @staticmethod
-    def _isa(layers: Any) -> list[str]:
-        return sorted({layer.isa for layer in layers})
+        current = self.runner.attn_groups[0][0].get_metadata_builder().plan
+        return {
+            "impl": sorted({type(layer.impl).__name__ for layer in layers}),
+            "isa": sorted({layer.isa for layer in layers}),
+            "select": [i for i, role in enumerate(current.roles) if role.name == "SELECT"],
+        }
 
     def corrected(self) -> dict[str, Any]:
         """How many tokens were computed anew."""
