@@ -119,35 +119,59 @@ def bench_drafters(
 
 @bench.command("kv")
 def bench_kv(
-    text: Annotated[list[Path], typer.Option(help="A long text file; may be repeated. The first is timed on.")],
     policy: Annotated[str, typer.Option(help="The KV policy.")] = "tidal_decode",
     setting: Annotated[
         list[str] | None, typer.Option(help="Options of one arm, key=value[,...]; may be repeated [default: budgets].")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with wikitext2, gutenberg, pg_essays and kv_retrieval: all of these.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A long text, or a folder of .txt; may be repeated [default: Python's reference pages]."),
+    ] = None,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text that hides the needles [default: the first text].")
+    ] = None,
+    kv_retrieval: Annotated[Path | None, typer.Option(help="A file of dictionaries to look keys up in.")] = None,
     model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
     contexts: Annotated[
         str, typer.Option(help="Contexts at which steps are timed, in tokens.")
-    ] = "1000,2000,4000,8000",
+    ] = "400,1000,2000,4000,8000",
     batches: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,4",
-    quality_context: Annotated[int, typer.Option(min=64, help="Context at which distributions are compared.")] = 4000,
+    quality_contexts: Annotated[str, typer.Option(help="Contexts for comparing distributions.")] = "4000,7900",
     quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each such context.")] = 64,
+    needle_contexts: Annotated[
+        str, typer.Option(help="Contexts of the needle test; none: ''.")
+    ] = "1000,2000,4000,7900",
+    questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
 ) -> None:
-    """Compare settings of a KV policy with stock attention: time of a decode step, and divergence."""
+    """Compare settings of a KV policy with stock attention: time of a decode step, divergence, what is found again."""
     from .bench import kv
 
+    if data is not None:
+        text = [*(text or ()), data / "wikitext2", data / "gutenberg"]
+        haystack = haystack or data / "pg_essays"
+        kv_retrieval = kv_retrieval or data / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz"
     kv.run(
         kv.Plan(
             policy=policy,
-            settings=tuple(setting or ("budget=256", "budget=512", "budget=1024")),
-            texts=tuple(text),
+            settings=tuple(setting or ("budget=256", "budget=512", "budget=1024", "profile=fast")),
+            texts=tuple(text or ()),
             model=model,
             contexts=_numbers(contexts, "--contexts"),
             batches=_numbers(batches, "--batches"),
-            quality_context=quality_context,
+            quality_contexts=_numbers(quality_contexts, "--quality-contexts"),
             quality_tokens=quality_tokens,
+            haystack=haystack,
+            needle_contexts=_numbers(needle_contexts, "--needle-contexts") if needle_contexts else (),
+            kv_retrieval=kv_retrieval,
+            questions=questions,
             dtype=dtype,
+            seed=seed,
             out=out,
         )
     )
@@ -175,10 +199,11 @@ def tune_tidal(
     most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 12,
     default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
     fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
+    needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.02,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:
     """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
     from . import tuning
 
-    tuning.run(tuning.Plan(model, text, budget, context, tokens, most, default_kl, fast_kl, dtype, out))
+    tuning.run(tuning.Plan(model, text, budget, context, tokens, most, default_kl, fast_kl, needle_loss, dtype, out))

@@ -10,6 +10,7 @@ text, as after a preemption, so a correction is a smaller count of computed toke
 
 from typing import Any
 
+from ...kvcache.selection import ReadPlan
 from . import attach
 
 
@@ -50,9 +51,12 @@ class Corrector:
 def install(scheduler: Any, vllm_config: Any) -> None:
     """Let a new scheduler correct, when the engine's KV policy asks for it."""
     policy = attach.kv_policy(vllm_config)
-    if policy is None:
-        return
-    plan = policy.read_plan()
+    if policy is not None:
+        correct(scheduler, policy.read_plan())
+
+
+def correct(scheduler: Any, plan: ReadPlan) -> None:
+    """Wrap a scheduler's `update_from_output`, when a plan asks for correction."""
     if plan.correction_interval < 1:
         return
     corrector = scheduler.pilotfish_corrector = Corrector(plan.correction_interval, plan.rule.budget)

@@ -3,10 +3,10 @@
 1. One pass over a few texts with every layer choosing: for each pair of layers, how much of the attention of the one
    is covered by the choice of the other.
 2. For every number of layers that read everything, the set that misses least (`kvcache.layer_choice`).
-3. Each of these is run, and its divergence from full attention measured.
+3. Each of these is run: its divergence from full attention is measured, and how many needles it finds again.
 
-The ``default`` setting is the one with the fewest reading layers whose divergence stays below the target, ``fast`` the
-one with the fewest that stays below the larger of two targets.
+The ``default`` setting is the one with the fewest reading layers whose divergence stays below the target and that finds
+the needles which full attention finds, ``fast`` the same with a larger divergence allowed.
 """
 
 import statistics
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from ...kvcache import profiles
 from ...kvcache.layer_choice import LayerChoice, best_choices
@@ -24,8 +25,10 @@ from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError, build_options
 from ...plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from . import models
+from .bench import recall, texts
 from .bench.engine import EngineProcess
-from .bench.kv import TEXTS, WORKER, read_text
+from .bench.kv import TEXTS, WORKER
+from .bench.recall import Question
 from .progress import console as status
 from .progress import counting_bar
 from .serving import check_model
@@ -43,83 +46,109 @@ class Plan:
     most: int
     default_kl: float
     fast_kl: float
+    needle_loss: float
     dtype: str
     out: Path
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A set of layers, and how far it is from full attention."""
+    """A set of layers, how far it is from full attention, and the share of needles that it finds."""
 
     choice: LayerChoice
     kl: float
     same_top: float
-
-
-def sample_text() -> str:
-    """English prose that every Python brings: the reference pages that `help()` shows."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    needles: float
 
 
 def run(plan: Plan) -> Profile:
     """Tune, show the figures, write the profile."""
     check_model(plan.model)
     build_options(TidalDecodeOptions, {"budget": plan.budget}, "pilotfish.kv")
-    text = sample_text() if plan.text is None else read_text(plan.text)
+    text = texts.sample() if plan.text is None else texts.read(plan.text)
     if plan.out.is_dir() or not plan.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {plan.out}: not a file in a folder that exists")
     folder = models.resolve(plan.model)
-    prompts, texts = _cut(folder, text, plan)
+    tokenizer = texts.tokenizer_of(folder)
+    cut = texts.excerpts(tokenizer, text, TEXTS, plan.context + plan.tokens, "--text")
+    groups = list(recall.needles(tokenizer, text, plan.context, seed=0))
     config = {
         "model": folder,
         "dtype": plan.dtype,
-        "max_model_len": plan.context + plan.tokens + 1,
-        "max_num_seqs": TEXTS,
+        "max_model_len": plan.context + max(plan.tokens, 96) + 1,
+        "max_num_seqs": max(TEXTS, recall.ROUNDS),
         "enforce_eager": True,
         "enable_prefix_caching": True,
         "additional_config": {"pilotfish": {"kv": {"name": TidalDecode.name, "budget": plan.budget}}},
     }
     with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
-        task = bar.add_task("starting the engine", total=2 + plan.most)
+        task = bar.add_task("starting the engine", total=2 + plan.most + len(groups))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            ask: dict[str, Any] = {"prompts": prompts, "texts": texts}
-            bar.update(task, description="full attention")
-            engine.ask(do="policy", options=None)
-            engine.ask(do="forced", **ask, keep=True)
-            bar.update(task, description="what layers look at", advance=1)
-            rule = TidalDecodeOptions(budget=plan.budget).rule
-            mass = np.array(engine.ask(do="mass", **ask, rule=vars(rule))["mass"])
-            bar.update(task, description="trying sets of layers", advance=1)
-            tried = []
-            for choice in best_choices(mass, most=plan.most):
-                options = {"budget": plan.budget, "full_layers": choice.full, "select_layers": choice.select}
-                engine.ask(do="policy", options=options)
-                answer = engine.ask(do="forced", **ask, keep=False)
-                kl = statistics.fmean(x for row in answer["kl"] for x in row)
-                same = statistics.fmean(x for row in answer["same"] for x in row)
-                tried.append(Tried(choice, kl, same))
-                bar.advance(task)
             fingerprint = engine.ask(do="facts")["fingerprint"]
-    show(tried)
-    profile = to_profile(plan, fingerprint, tried)
+            full, tried = _try(plan, engine, cut, groups, bar, task)
+    show(full, tried)
+    profile = to_profile(plan, fingerprint, full, tried)
     profiles.write(plan.out, profile)
     status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
     return profile
 
 
-def to_profile(plan: Plan, fingerprint: str, tried: list[Tried]) -> Profile:
-    """The profile: each setting takes the fewest reading layers whose divergence stays below its target.
+def _try(
+    plan: Plan, engine: Any, cut: list[list[int]], groups: list[list[Question]], bar: Progress, task: TaskID
+) -> tuple[float, list[Tried]]:
+    """Find the best set of every size and run it; also the share of needles that full attention finds."""
+    ask: dict[str, Any] = {
+        "prompts": [ids[: plan.context] for ids in cut],
+        "texts": [ids[plan.context :] for ids in cut],
+    }
+    bar.update(task, description="full attention")
+    engine.ask(do="policy", options=None)
+    engine.ask(do="forced", **ask, keep=True)
+    bar.update(task, description="what layers look at", advance=1)
+    rule = TidalDecodeOptions(budget=plan.budget).rule
+    mass = np.array(engine.ask(do="mass", **ask, rule=vars(rule))["mass"])
+    bar.update(task, description="trying sets of layers", advance=1)
+    choices = best_choices(mass, most=plan.most)
+    settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
+    distances: list[tuple[float, float]] = []
+    for options in settings:
+        engine.ask(do="policy", options=options)
+        answer = engine.ask(do="forced", **ask, keep=False)
+        kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
+        distances.append((kl, same))
+        bar.advance(task)
+    bar.update(task, description="looking for needles")
+    found: list[list[bool]] = [[] for _ in range(1 + len(settings))]
+    for group in groups:  # under every set, so that a group's contexts are processed once
+        for options, results in zip([None, *settings], found, strict=True):
+            engine.ask(do="policy", options=options)
+            results += [a.exact for a in recall.answer(engine, group)]
+        bar.advance(task)
+    full, *shares = [statistics.fmean(results) for results in found]
+    tried = [Tried(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
+    return full, tried
+
+
+def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:
+    """The profile: each setting takes the fewest reading layers whose divergence and needles meet its target.
 
     A target that nothing meets takes the least divergence that was found, and says so.
+
+    Args:
+        plan: Holds the targets.
+        fingerprint: Of the model.
+        full: Share of needles that full attention finds.
+        tried: The sets, by number of reading layers.
     """
     closest = min(tried, key=lambda t: t.kl)
     settings = {}
     for name, target in (("default", plan.default_kl), ("fast", plan.fast_kl)):
-        found = next((t for t in tried if t.kl <= target), None)
+        found = next((t for t in tried if t.kl <= target and t.needles >= full - plan.needle_loss), None)
         if found is None:
-            status.print(f"no set of layers stays below {target} ({name}): {closest.kl:.3f} is the least", markup=False)
+            status.print(
+                f"no set of layers stays below {target} and finds the needles ({name}): {closest.kl:.3f} is the least",
+                markup=False,
+            )
         chosen = (found or closest).choice
         settings[name] = {"full_layers": list(chosen.full), "select_layers": list(chosen.select)}
     return Profile(
@@ -133,6 +162,7 @@ def to_profile(plan: Plan, fingerprint: str, tried: list[Tried]) -> Profile:
             "context": plan.context,
             "tokens": plan.tokens * TEXTS,
             "dtype": plan.dtype,
+            "needles_full_attention": full,
             "curve": [
                 {
                     "full_layers": list(t.choice.full),
@@ -140,6 +170,7 @@ def to_profile(plan: Plan, fingerprint: str, tried: list[Tried]) -> Profile:
                     "attention_missed": round(t.choice.loss, 4),
                     "kl": round(t.kl, 5),
                     "same_top": round(t.same_top, 4),
+                    "needles": t.needles,
                 }
                 for t in tried
             ],
@@ -147,26 +178,15 @@ def to_profile(plan: Plan, fingerprint: str, tried: list[Tried]) -> Profile:
     )
 
 
-def _cut(folder: str, text: str, plan: Plan) -> tuple[list[list[int]], list[list[int]]]:
-    """Contexts at even distances in the text, and what follows each."""
-    from transformers import AutoTokenizer
-
-    need = plan.context + plan.tokens
-    ids = AutoTokenizer.from_pretrained(folder)(text[: 40 * need], add_special_tokens=False)["input_ids"]
-    if len(ids) < need + TEXTS:
-        raise ConfigError(f"--text: {len(ids)} tokens, at least {need + TEXTS} are needed")
-    stride = (len(ids) - need) // TEXTS
-    starts = [i * stride for i in range(TEXTS)]
-    return [ids[s : s + plan.context] for s in starts], [ids[s + plan.context : s + need] for s in starts]
-
-
-def show(tried: list[Tried]) -> None:
+def show(full: float, tried: list[Tried]) -> None:
     """What was tried, as a table."""
     from rich.table import Table
 
-    table = Table("layers that read everything", "full", "selecting", "attention missed", "KL", "same top token")
+    table = Table("reading everything", "full", "selecting", "attention missed", "KL", "same top token", "needles")
+    table.add_row("all", "", "", "", "0", "", f"{full:.0%}")
     for t in tried:
-        full, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
+        layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
         missed = f"{t.choice.loss:.2f}"
-        table.add_row(str(t.choice.reading), full, select, missed, f"{t.kl:.4f}", f"{t.same_top:.1%}")
+        row = (str(t.choice.reading), layers, select, missed, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
+        table.add_row(*row)
     Console().print(table)

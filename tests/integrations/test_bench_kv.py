@@ -1,14 +1,15 @@
 """The KV benchmark's figures from an engine that is played, and what its command refuses."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.progress import Progress
 
 from pilotfish.integrations.vllm.bench import kv
 from pilotfish.integrations.vllm.bench.kv import Arm
+from pilotfish.integrations.vllm.bench.recall import Question
 
 ARMS = [Arm("none", None), Arm("tidal_decode@budget=256", {"budget": 256})]
 
@@ -28,25 +29,21 @@ class Played:
         if do == "steps":
             seconds = (0.02 if self.options is None else 0.01) * (1 + self.asked.count("steps") // 3)
             return {"seconds": [seconds] * values["count"]}
-        texts = values["texts"]
+        lengths = [len(t) for t in values["texts"]]
+        if values["keep"] is None:
+            return {"right": [[self.options is None] * n for n in lengths]}
         if values["keep"]:
-            return {"nll": [[2.0] * len(t) for t in texts], "kl": [], "same": []}
-        shape = [len(t) for t in texts]
+            return {"nll": [[2.0] * n for n in lengths]}
         return {
-            "nll": [[2.5] * n for n in shape],
-            "kl": [[0.1] * n for n in shape],
-            "same": [[True] * n for n in shape],
+            "nll": [[2.5] * n for n in lengths],
+            "kl": [[0.1] * n for n in lengths],
+            "same": [[True] * n for n in lengths],
         }
-
-
-def bar() -> tuple[Progress, Any]:
-    progress = Progress(disable=True)
-    return progress, progress.add_task("", total=None)
 
 
 def test_step_times_are_compared_turn_by_turn() -> None:
     engine = Played()
-    records = kv.speed(engine, ARMS, list(range(100)), 40, 2, *bar())  # type: ignore[arg-type]
+    records = kv.speed(engine, ARMS, [list(range(40)), list(range(1, 41))])
     speedup = next(r for r in records if r.metric == "step_speedup")
     assert (speedup.arm, speedup.dataset, speedup.params) == (
         "tidal_decode@budget=256",
@@ -60,14 +57,24 @@ def test_step_times_are_compared_turn_by_turn() -> None:
 
 
 def test_quality_is_measured_against_full_attention() -> None:
-    records = kv.quality(Played(), ARMS, "wikitext2", list(range(1000)), 64, 16, *bar())  # type: ignore[arg-type]
+    records = kv.quality(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
     values = {(r.arm, r.metric): r.value for r in records}
     assert values == {
         ("none", "nll"): 2.0,
+        ("none", "perplexity"): round(math.exp(2.0), 4),
         ("tidal_decode@budget=256", "kl"): 0.1,
         ("tidal_decode@budget=256", "nll_delta"): 0.5,
+        ("tidal_decode@budget=256", "perplexity"): round(math.exp(2.5), 4),
         ("tidal_decode@budget=256", "same_top"): 1.0,
     }
+    assert all(r.params == {"context": 64, "tokens": 64} for r in records)
+
+
+def test_questions_are_asked_under_every_arm() -> None:
+    groups = [[Question([1], [2], [3, 4], 0.0), Question([1], [2], [5], 1.0)]]
+    records = kv.questions(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
+    values = {r.arm: r.value for r in records if r.metric == "exact_match"}
+    assert values == {"none": 1.0, "tidal_decode@budget=256": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,10 @@ def test_quality_is_measured_against_full_attention() -> None:
         (("--text", "{short}", "--contexts", "1k"), "--contexts: expected whole numbers"),
         (("--text", "{short}", "--batches", "0"), "--batches: expected numbers from 1"),
         (("--text", "{short}", "--model", "./no"), "no such folder"),
+        (("--contexts", "8190"), "smollm2-135m-instruct has 8192 positions"),
+        (("--haystack", "none.txt"), "--haystack none.txt: No such file"),
+        (("--kv-retrieval", "{short}"), "not a file of dictionaries"),
+        (("--data", "no-such-folder"), "No such file"),
     ],
 )
 def test_bench_kv_refuses_bad_input(cli: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

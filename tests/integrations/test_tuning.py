@@ -4,34 +4,38 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.integrations.vllm import tuning
 from pilotfish.integrations.vllm.tuning import Plan, Tried, to_profile
 from pilotfish.kvcache.layer_choice import LayerChoice
 
-PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, "bfloat16", Path("p.json"))
+PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
 
-def tried(kls: list[float]) -> list[Tried]:
-    return [Tried(LayerChoice((), tuple(range(n + 1)), 0.0), kl, 0.9) for n, kl in enumerate(kls)]
+def tried(kls: list[float], needles: list[float] | None = None) -> list[Tried]:
+    shares = needles or [1.0] * len(kls)
+    return [
+        Tried(LayerChoice((), tuple(range(n + 1)), 0.0), kl, 0.9, share)
+        for n, (kl, share) in enumerate(zip(kls, shares, strict=True))
+    ]
 
 
 def test_the_fewest_layers_that_meet_the_target_are_taken() -> None:
-    profile = to_profile(PLAN, "f", tried([0.9, 0.2, 0.1, 0.05, 0.01]))
+    profile = to_profile(PLAN, "f", 1.0, tried([0.9, 0.2, 0.1, 0.05, 0.01]))
     assert profile.settings["fast"]["select_layers"] == [0, 1]
     assert profile.settings["default"]["select_layers"] == [0, 1, 2, 3]
     assert [row["kl"] for row in profile.evidence["curve"]] == [0.9, 0.2, 0.1, 0.05, 0.01]
 
 
 def test_a_target_out_of_reach_takes_the_closest_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    profile = to_profile(PLAN, "f", tried([0.9, 0.2, 0.3]))
+    profile = to_profile(PLAN, "f", 1.0, tried([0.9, 0.2, 0.3]))
     assert profile.settings["default"]["select_layers"] == [0, 1]
-    assert "stays below 0.08 (default): 0.200 is the least" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stays below 0.08 and finds the needles (default): 0.200 is the least" in said
 
 
-def test_the_embedded_sample_is_long_prose() -> None:
-    text = tuning.sample_text()
-    assert len(text) > 200_000
-    assert "expression" in text
+def test_a_set_that_loses_needles_is_passed_over() -> None:
+    profile = to_profile(PLAN, "f", 0.9, tried([0.2, 0.1, 0.05, 0.01], [0.5, 0.89, 0.7, 0.9]))
+    assert profile.settings["fast"]["select_layers"] == [0, 1]
+    assert profile.settings["default"]["select_layers"] == [0, 1, 2, 3]
 
 
 def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:

@@ -5,15 +5,16 @@ them. Prompts are prefilled once with full attention, which no policy changes, a
 """
 
 import json
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from ....plugins.config import ConfigError, parse_assignments
 from ....plugins.manager import plugins
@@ -21,8 +22,9 @@ from .. import models
 from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_model
-from . import record
+from . import recall, record, texts
 from .engine import EngineProcess
+from .recall import Answered, Question
 from .record import Record
 
 STOCK = "none"
@@ -30,6 +32,7 @@ WORKER = ("-m", "pilotfish.integrations.vllm.bench.kv_worker")
 TURNS = 5
 STEPS = 12  # timed in every turn
 TEXTS = 4  # decoded together when distributions are compared
+ROOM = 96  # positions behind a context, for what is decoded
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,19 @@ class Plan:
 
     policy: str
     settings: tuple[str, ...]  # "key=value,..." for each arm
-    texts: tuple[Path, ...]
+    texts: tuple[Path, ...]  # none: the sample that every Python brings
     model: str
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
-    quality_context: int
+    quality_contexts: tuple[int, ...]
     quality_tokens: int
     dtype: str
     out: Path
+    haystack: Path | None = None
+    needle_contexts: tuple[int, ...] = ()
+    kv_retrieval: Path | None = None
+    questions: int = 40
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,79 +78,102 @@ def arms_of(plan: Plan) -> list[Arm]:
     return arms
 
 
-def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        ConfigError: it cannot be read as text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def run(plan: Plan) -> list[Record]:
     """Measure, write the JSON after every part, print the figures."""
     arms = arms_of(plan)
-    texts = {path: read_text(path) for path in plan.texts}
+    sources = {path.absolute().name if path.is_dir() else path.absolute().parent.name: path for path in plan.texts}
+    read = {name: texts.read(path) for name, path in sources.items()} or {"sample": texts.sample()}
+    haystack = next(iter(read.values())) if plan.haystack is None else texts.read(plan.haystack, "--haystack")
     record.check(plan.out)
     check_model(plan.model)
     folder = models.resolve(plan.model)
-    encoded = _encode(folder, texts, plan)
+    longest = max(*plan.contexts, *plan.needle_contexts, *(c + plan.quality_tokens for c in plan.quality_contexts))
+    if (limit := _positions(folder)) is not None and longest + ROOM > limit:
+        raise ConfigError(f"contexts of {longest} tokens: {plan.model} has {limit} positions, {ROOM} are for decoding")
     config = {
         "model": folder,
         "dtype": plan.dtype,
-        "max_model_len": max(*plan.contexts, plan.quality_context + plan.quality_tokens) + TURNS * STEPS,
-        "max_num_seqs": max(*plan.batches, TEXTS),
+        "max_model_len": longest + ROOM,
+        "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
         "max_num_batched_tokens": 2048,
         "enforce_eager": True,
         "enable_prefix_caching": True,
         "seed": 0,
         "additional_config": {"pilotfish": {"kv": plan.policy}},
     }
+    work = Work(plan, arms, texts.tokenizer_of(folder), read, haystack)
+    parts = list(work.parts())  # refuses texts that are too short before an engine starts
     records: list[Record] = []
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
-        speeds, qualities = len(plan.contexts) * len(plan.batches), len(encoded)
-        task = bar.add_task("starting the engine", total=speeds * TURNS * len(arms) + qualities * len(arms))
+        task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            for part in _parts(plan, arms, encoded, engine, bar, task):
-                records += part
+            for description, part in parts:
+                bar.update(task, description=description)
+                records += part(engine)
                 record.write(plan.out, records)
+                bar.advance(task)
     show(records)
     status.print(f"written to {plan.out}", markup=False)
     return records
 
 
-def _parts(
-    plan: Plan, arms: list[Arm], encoded: dict[str, list[int]], engine: EngineProcess, bar: Progress, task: TaskID
-) -> Iterator[list[Record]]:
-    first = next(iter(encoded.values()))
-    for context in plan.contexts:
-        for batch in plan.batches:
-            bar.update(task, description=f"context {context}, batch {batch}")
-            yield speed(engine, arms, first, context, batch, bar, task)
-    for dataset, tokens in encoded.items():
-        bar.update(task, description=f"quality on {dataset}")
-        yield quality(engine, arms, dataset, tokens, plan.quality_context, plan.quality_tokens, bar, task)
+@dataclass(frozen=True)
+class Work:
+    """The parts of a measurement; what they need of the texts is cut, and refused, before an engine starts."""
+
+    plan: Plan
+    arms: list[Arm]
+    tokenizer: Any
+    texts: dict[str, str]
+    haystack: str
+
+    def parts(self) -> Iterator[tuple[str, Callable[[Any], list[Record]]]]:
+        """What to say, and what to do with the engine."""
+        plan, arms = self.plan, self.arms
+        first = next(iter(self.texts))
+        for context in plan.contexts:
+            for batch in plan.batches:
+                prompts = self._cut(first, batch, context)
+                yield f"context {context}, batch {batch}", partial(speed, arms=arms, prompts=prompts)
+        for name in self.texts:
+            for context in plan.quality_contexts:
+                cut = self._cut(name, TEXTS, context + plan.quality_tokens)
+                yield (
+                    f"quality on {name}, {context}",
+                    partial(quality, arms=arms, dataset=name, cut=cut, context=context),
+                )
+        where = "sample" if plan.haystack is None else plan.haystack.absolute().name
+        for context in plan.needle_contexts:
+            groups = list(recall.needles(self.tokenizer, self.haystack, context, plan.seed))
+            yield (
+                f"needles in {context}",
+                partial(questions, arms=arms, dataset=where, metric="needle_recall", groups=groups, context=context),
+            )
+        if plan.kv_retrieval is not None:
+            context = max(plan.contexts)
+            asked = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, context)
+            groups = [asked[i : i + recall.ROUNDS] for i in range(0, len(asked), recall.ROUNDS)]
+            where = plan.kv_retrieval.absolute().parent.name
+            yield (
+                "keys in dictionaries",
+                partial(questions, arms=arms, dataset=where, metric="exact_match", groups=groups, context=context),
+            )
+
+    def _cut(self, name: str, count: int, length: int) -> list[list[int]]:
+        return texts.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
 
-def speed(
-    engine: EngineProcess, arms: list[Arm], tokens: list[int], context: int, batch: int, bar: Progress, task: TaskID
-) -> list[Record]:
-    """Decode steps of ``batch`` prompts of ``context`` tokens; the order of the arms changes from turn to turn."""
-    stride = (len(tokens) - context) // max(batch, 1)
-    prompts = [tokens[i * stride : i * stride + context] for i in range(batch)]
+def speed(engine: Any, arms: list[Arm], prompts: list[list[int]]) -> list[Record]:
+    """Decode steps of all prompts together; the order of the arms changes from turn to turn."""
+    batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)
     engine.ask(do="steps", prompts=prompts, count=1)  # prefill
     seconds: dict[str, list[float]] = {arm.label: [] for arm in arms}
     for turn in range(TURNS):
         for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
             engine.ask(do="policy", options=arm.options)
-            seconds[arm.label].append(
-                statistics.median(engine.ask(do="steps", prompts=prompts, count=STEPS)["seconds"])
-            )
-            bar.advance(task)
+            answer = engine.ask(do="steps", prompts=prompts, count=STEPS)
+            seconds[arm.label].append(statistics.median(answer["seconds"]))
     params = {"batch": batch, "context": context}
     records = []
     for arm in arms:
@@ -157,62 +188,62 @@ def speed(
     return records
 
 
-def quality(
-    engine: EngineProcess,
-    arms: list[Arm],
-    dataset: str,
-    tokens: list[int],
-    context: int,
-    length: int,
-    bar: Progress,
-    task: TaskID,
-) -> list[Record]:
+def quality(engine: Any, arms: list[Arm], dataset: str, cut: list[list[int]], context: int) -> list[Record]:
     """Divergence from full attention while texts are decoded token by token, each arm living with its own cache."""
-    stride = (len(tokens) - context - length) // TEXTS
-    prompts = [tokens[i * stride : i * stride + context] for i in range(TEXTS)]
-    texts = [tokens[i * stride + context : i * stride + context + length] for i in range(TEXTS)]
-    params = {"context": context, "tokens": length * TEXTS}
+    prompts, texts = [ids[:context] for ids in cut], [ids[context:] for ids in cut]
+    params = {"context": context, "tokens": sum(map(len, texts))}
     records, reference = [], 0.0
     for arm in arms:
         engine.ask(do="policy", options=arm.options)
         answer = engine.ask(do="forced", prompts=prompts, texts=texts, keep=arm.options is None)
         nll = [statistics.fmean(x) for x in answer["nll"]]
         common = ("kv", dataset, arm.label)
-        bar.advance(task)
         if arm.options is None:
             reference = statistics.fmean(nll)
-            records.append(Record(*common, "nll", round(reference, 5), "nats", [round(x, 5) for x in nll], params))
+            rounded = [round(x, 5) for x in nll]
+            records += [
+                Record(*common, "nll", round(reference, 5), "nats", rounded, params),
+                Record(*common, "perplexity", round(math.exp(reference), 4), "", [], params),
+            ]
             continue
         kl = [statistics.fmean(x) for x in answer["kl"]]
         same = statistics.fmean(x for row in answer["same"] for x in row)
+        mean = statistics.fmean(nll)
         records += [
             Record(*common, "kl", round(statistics.fmean(kl), 5), "nats", [round(x, 5) for x in kl], params),
-            Record(*common, "nll_delta", round(statistics.fmean(nll) - reference, 5), "nats", [], params),
+            Record(*common, "nll_delta", round(mean - reference, 5), "nats", [], params),
+            Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params),
             Record(*common, "same_top", round(same, 4), "", [], params),
         ]
     return records
 
 
-def _encode(folder: str, texts: dict[Path, str], plan: Plan) -> dict[str, list[int]]:
-    """Token ids by dataset, of texts long enough."""
-    from transformers import AutoTokenizer
+def questions(
+    engine: Any, arms: list[Arm], dataset: str, metric: str, groups: list[list[Question]], context: int
+) -> list[Record]:
+    """Questions answered under every arm, group by group, so that a group's contexts are processed once."""
+    results: dict[str, list[tuple[Question, Answered]]] = {arm.label: [] for arm in arms}
+    for group in groups:
+        for arm in arms:
+            engine.ask(do="policy", options=arm.options)
+            results[arm.label] += zip(group, recall.answer(engine, group), strict=True)
+    return [r for arm in arms for r in recall.records(dataset, metric, arm.label, results[arm.label], context)]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    need = max(max(plan.contexts) + max(plan.batches), TEXTS * (plan.quality_tokens + 32) + plan.quality_context)
-    encoded: dict[str, list[int]] = {}
-    for path, text in texts.items():
-        ids = tokenizer(text[: 12 * need], add_special_tokens=False)["input_ids"]
-        if len(ids) < need:
-            raise ConfigError(f"--text {path}: {len(ids)} tokens, at least {need} are needed")
-        encoded[path.absolute().parent.name] = ids
-    return encoded
+
+def _positions(folder: str) -> int | None:
+    """How many positions a model has, where its configuration says so."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
 
 
 def show(records: list[Record]) -> None:
     """The figures as a table."""
     from rich.table import Table
 
-    table = Table("dataset", "batch", "arm", "metric", "value")
+    table = Table("dataset", "batch", "context", "arm", "metric", "value")
     for r in records:
-        table.add_row(r.dataset, json.dumps(r.params.get("batch", "")), r.arm, r.metric, f"{r.value:.4g} {r.unit}")
+        if "depth" not in r.params:
+            where = (json.dumps(r.params.get(key, "")) for key in ("batch", "context"))
+            table.add_row(r.dataset, *where, r.arm, r.metric, f"{r.value:.4g} {r.unit}")
     Console().print(table)

@@ -10,7 +10,8 @@ import torch
 
 from ....kvcache.kernels import paged_decode
 from ....kvcache.selection import ReadPlan, Role, Rule
-from .. import attach
+from ....plugins.config import build_options
+from .. import attach, correction
 from .engine import Worker, main
 
 STOCK = ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))
@@ -27,6 +28,7 @@ class KVWorker(Worker):
         self._force: dict[str, list[int]] = {}
         self._logprobs: dict[str, list[torch.Tensor]] = {}
         self._count = 0
+        self._update = self.core.scheduler.update_from_output  # without a policy's correction
         self._wrap_sampling()
 
     def policy(self, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -34,10 +36,11 @@ class KVWorker(Worker):
         plan = STOCK
         if options is not None:
             cls: Any = self._kind.cls
-            typed = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-            plan = cls(cls.Options(**typed), self._kind.engine).read_plan()
+            plan = cls(build_options(cls.Options, options, "pilotfish.kv"), self._kind.engine).read_plan()
         for builder in self._builders:
             builder.plan = plan
+        self.core.scheduler.update_from_output = self._update
+        correction.correct(self.core.scheduler, plan)
         return {}
 
     def facts(self) -> dict[str, Any]:
@@ -46,36 +49,38 @@ class KVWorker(Worker):
 
     def steps(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
         """Seconds of ``count`` decode steps of all prompts together, and the text."""
-        outputs, seconds = self._run(prompts, count + 1)
+        outputs, seconds = self._run(prompts, [count + 1] * len(prompts))
         return {"tokens": outputs, "seconds": seconds}
 
-    def forced(self, prompts: list[list[int]], texts: list[list[int]], keep: bool) -> dict[str, Any]:
+    def forced(self, prompts: list[list[int]], texts: list[list[int]], keep: bool | None) -> dict[str, Any]:
         """Decode given texts token by token after their prompts.
 
         Args:
             prompts: Token ids.
-            texts: What follows each, equally long.
-            keep: Keep the distributions as the reference for later calls; else compare with them.
+            texts: What follows each.
+            keep: Keep the distributions as the reference for later calls; if False, compare with them; None: neither.
 
         Returns:
-            ``nll`` per text and token in nats; without ``keep`` also ``kl`` from the reference, and ``same``: whether
-            the most probable token is the reference's.
+            For each text and token ``nll`` in nats, and ``right``: whether it was the most probable one. When compared,
+            also ``kl`` from the reference, and ``same``: whether the most probable token is the reference's.
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         self._logprobs = {request: [] for request in self._force}
-        self._run(prompts, len(texts[0]))
-        nll, kl, same = [], [], []
+        self._run(prompts, [len(text) for text in texts])
+        answer: dict[str, list[Any]] = {"nll": [], "right": [], "kl": [], "same": []}
         found = [torch.stack(rows) for rows in self._logprobs.values()]
         for i, (rows, text) in enumerate(zip(found, texts, strict=True)):
-            nll.append((-rows.gather(1, torch.tensor(text)[:, None])[:, 0]).tolist())
-            if not keep:
+            wanted = torch.tensor(text)
+            answer["nll"].append((-rows.gather(1, wanted[:, None])[:, 0]).tolist())
+            answer["right"].append((rows.argmax(1) == wanted).tolist())
+            if keep is False:
                 reference = self._reference[i]
-                kl.append((reference.exp() * (reference - rows)).sum(1).tolist())
-                same.append((reference.argmax(1) == rows.argmax(1)).tolist())
+                answer["kl"].append((reference.exp() * (reference - rows)).sum(1).tolist())
+                answer["same"].append((reference.argmax(1) == rows.argmax(1)).tolist())
         if keep:
             self._reference = found
         self._force, self._logprobs = {}, {}
-        return {"nll": nll, "kl": kl, "same": same}
+        return answer
 
     def mass(self, prompts: list[list[int]], texts: list[list[int]], rule: dict[str, Any]) -> dict[str, Any]:
         """Share of every layer's attention that another layer's choice covers, averaged over heads and tokens.
@@ -117,7 +122,7 @@ class KVWorker(Worker):
         paged_decode.importance = listen
         try:
             self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
-            self._run(prompts, len(texts[0]))
+            self._run(prompts, [len(text) for text in texts])
         finally:
             paged_decode.importance = importance
             self._force = {}
@@ -126,15 +131,15 @@ class KVWorker(Worker):
     def _next(self, i: int) -> str:
         return f"kv-{self._count + i}"
 
-    def _run(self, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], list[float]]:
-        """Greedy completions, and the seconds of the steps in which all prompts decode."""
+    def _run(self, prompts: list[list[int]], tokens: list[int]) -> tuple[list[list[int]], list[float]]:
+        """Greedy completions of given lengths, and the seconds of the steps in which all prompts decode."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
         names = [self._next(i) for i in range(len(prompts))]
         self._count += len(prompts)
-        for name, prompt in zip(names, prompts, strict=True):
-            sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        for name, prompt, length in zip(names, prompts, tokens, strict=True):
+            sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
             engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         done: dict[str, list[int]] = {}
         started: set[str] = set()
