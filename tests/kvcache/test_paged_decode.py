@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels import paged_decode
 from pilotfish.kvcache.kernels.paged_decode import Choice, Rows
 from pilotfish.kvcache.selection import GROUP, Aggregate, Granularity, Rule
@@ -59,13 +60,9 @@ def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int,
 
 def plain(case: Case, r: int, head: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
     """(scores [n], output [size]) of one head over the given positions, in float64."""
-    share = case.query.shape[1] // case.keys[r].shape[1]
-    q = case.query[case.tokens[r], head].double().numpy()
-    k = case.keys[r][positions, head // share].double().numpy()
-    v = case.values[r][positions, head // share].double().numpy()
-    scores = k @ q * scale
-    weights = np.exp(scores - scores.max())
-    return scores, weights / weights.sum() @ v
+    keys, values = (x[r][positions].double().numpy() for x in (case.keys, case.values))
+    scores, output = reference.attention(case.query[case.tokens[r]].double().numpy(), keys, values, scale)
+    return scores[head], output[head]
 
 
 shapes = st.fixed_dictionaries(
@@ -133,36 +130,6 @@ def test_reading_chosen_positions_is_attention_over_them(shape: dict, sets_of: s
             np.testing.assert_allclose(actual, expected, atol=TOLERANCE[shape["dtype"]])
 
 
-def oracle_importance(scores: np.ndarray, rule: Rule, kv_heads: int) -> np.ndarray:
-    """[sets, n] from one request's scores [heads, n]."""
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    weights /= weights.sum(1, keepdims=True)
-    heads = len(scores)
-    if rule.aggregate == "head":
-        return weights
-    if rule.aggregate == "kv_head":
-        return weights.reshape(kv_heads, heads // kv_heads, -1).sum(1)
-    if rule.aggregate == "max":
-        return weights.max(0, keepdims=True)
-    if rule.aggregate == "union":
-        proposals = min(rule.budget - rule.recent, scores.shape[1])
-        least = np.sort(weights, 1)[:, -proposals][:, None]
-        weights = np.where(weights >= least, weights, 0)
-    return weights.sum(0, keepdims=True)
-
-
-def oracle_choice(importance: np.ndarray, rule: Rule) -> list[int]:
-    """Positions kept, from importance [n]."""
-    n = len(importance)
-    unit = GROUP if rule.granularity == "page" else 1
-    units = -(-n // unit)
-    scores = [importance[u * unit : (u + 1) * unit].sum(dtype=np.float32) for u in range(units)]
-    kept = {u for u in range(units) if u * unit < rule.sinks or (u + 1) * unit > n - 1 - rule.recent}
-    rest = sorted((u for u in range(units) if u not in kept), key=lambda u: (-scores[u], u))
-    kept |= set(rest[: max(0, rule.budget // unit - len(kept))])
-    return [p for u in sorted(kept) for p in range(u * unit, min(n, (u + 1) * unit))]
-
-
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
     granularities: tuple[Granularity, ...] = get_args(Granularity)
@@ -191,11 +158,11 @@ def test_choices_are_those_of_the_oracle(rule: Rule, contexts: list[int], kv_hea
     found = paged_decode.importance(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
     choice = paged_decode.choose(rows, rule, found)
     for r, n in enumerate(contexts):
-        expected = oracle_importance(scores[r, :, :n].astype(np.float64), rule, kv_heads)
+        expected = reference.importance(scores[r, :, :n].astype(np.float64), rule, kv_heads)
         np.testing.assert_allclose(found[r, :, :n].numpy(), expected, rtol=1e-4, atol=1e-8)
         for s in range(expected.shape[0]):
             positions = [p for p in choice.positions(r, s) if p < n]
-            assert positions == oracle_choice(found[r, s, :n].numpy(), rule)
+            assert positions == reference.choose(found[r, s, :n].numpy(), rule)
             assert len(positions) <= rule.budget
             if n <= rule.budget:
                 assert positions == list(range(n))

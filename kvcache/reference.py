@@ -1,0 +1,69 @@
+"""What the kernels compute, written plainly in float64: the oracle of their tests and of the self-test at start-up."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .selection import GROUP, Rule
+
+Float64 = NDArray[np.float64]
+
+
+def attention(query: NDArray, keys: NDArray, values: NDArray, scale: float) -> tuple[Float64, Float64]:
+    """One query token's attention.
+
+    Args:
+        query: [heads, size].
+        keys: [n, kv_heads, size].
+        values: [n, kv_heads, size].
+        scale: Of the scores.
+
+    Returns:
+        Scores [heads, n], and the output [heads, size].
+    """
+    share = query.shape[0] // keys.shape[1]
+    wide_keys, wide_values = (np.repeat(x.astype(np.float64), share, axis=1) for x in (keys, values))
+    scores = np.einsum("hd,nhd->hn", query.astype(np.float64), wide_keys) * scale
+    return scores, np.einsum("hn,nhd->hd", softmax(scores), wide_values)
+
+
+def softmax(scores: NDArray) -> Float64:
+    """Over the last axis."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def importance(scores: NDArray, rule: Rule, kv_heads: int) -> Float64:
+    """How much each position matters to each set of heads, [sets, n], from one request's scores [heads, n]."""
+    weights = softmax(scores)
+    heads = len(scores)
+    if rule.aggregate == "head":
+        return weights
+    if rule.aggregate == "kv_head":
+        return weights.reshape(kv_heads, heads // kv_heads, -1).sum(1)
+    if rule.aggregate == "max":
+        return weights.max(0, keepdims=True)
+    if rule.aggregate == "union":
+        proposals = min(rule.budget - rule.recent, scores.shape[1])
+        least = np.sort(weights, 1)[:, -proposals][:, None]
+        weights = np.where(weights >= least, weights, 0)
+    return weights.sum(0, keepdims=True)
+
+
+def choose(importance: NDArray, rule: Rule) -> list[int]:
+    """Positions kept, ascending, from one set's importance [n]; of equals the earlier is kept."""
+    n = len(importance)
+    unit = GROUP if rule.granularity == "page" else 1
+    units = -(-n // unit)
+    scores = [importance[u * unit : (u + 1) * unit].sum(dtype=np.float32) for u in range(units)]
+    kept = {u for u in range(units) if u * unit < rule.sinks or (u + 1) * unit > n - 1 - rule.recent}
+    rest = sorted((u for u in range(units) if u not in kept), key=lambda u: (-scores[u], u))
+    kept |= set(rest[: max(0, rule.budget // unit - len(kept))])
+    return positions(sorted(kept), n, rule)
+
+
+def positions(units: Sequence[int], n: int, rule: Rule) -> list[int]:
+    """The positions of pages (or the positions themselves) within a context of ``n``."""
+    unit = GROUP if rule.granularity == "page" else 1
+    return [p for u in units for p in range(u * unit, min(n, (u + 1) * unit))]

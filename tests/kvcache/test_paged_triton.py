@@ -1,0 +1,256 @@
+"""The Triton kernels against plain attention: under Triton's interpreter here, compiled where there is a GPU."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilotfish.kvcache import reference
+from pilotfish.kvcache.selection import GROUP, Aggregate, Granularity, Rule
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.filterwarnings("ignore:divide by zero"),  # the interpreter takes the logarithm of an empty page
+]
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter computes nonsense in bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    """The module, its kernels interpreted where there is no GPU."""
+    before = os.environ.get("TRITON_INTERPRET")
+    if not ON_GPU:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield importlib.import_module("pilotfish.kvcache.kernels.paged_triton")
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+
+
+@dataclass(repr=False)
+class Case:
+    """A filled cache, and a batch of requests that decode (one token) or process a prompt (several)."""
+
+    query: torch.Tensor  # [tokens, heads, size]
+    keys: list[torch.Tensor]  # per request [context, kv_heads, size]
+    values: list[torch.Tensor]
+    cache: torch.Tensor
+    table: torch.Tensor
+    starts: list[int]
+    contexts: list[int]
+
+    def __repr__(self) -> str:
+        shapes = tuple(self.query.shape), tuple(self.cache.shape), self.query.dtype
+        return f"Case(starts={self.starts}, contexts={self.contexts}, query and cache {shapes})"
+
+    def batch(self, kernels: ModuleType) -> Any:
+        return kernels.Batch(
+            torch.tensor(self.starts, dtype=torch.int32, device=DEVICE),
+            torch.tensor(self.contexts, dtype=torch.int32, device=DEVICE),
+            self.table.to(DEVICE),
+            max(self.contexts) + 100,
+        )
+
+    def sparse(self, rule: Rule) -> list[int]:
+        lengths = np.diff(self.starts)
+        return [r for r, n in enumerate(self.contexts) if lengths[r] == 1 and n > rule.budget]
+
+    def attention(self, r: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = (x[r][positions].double().numpy() for x in (self.keys, self.values))
+        return reference.attention(self.query[self.starts[r]].cpu().double().numpy(), keys, values, scale)
+
+
+def build(
+    contexts: list[int], queries: list[int], kv_heads: int, share: int, size: int, block: int, dtype: torch.dtype
+) -> Case:
+    """Requests of the given contexts, their blocks scattered over a larger cache that holds other things too."""
+    rng = torch.Generator().manual_seed(sum(contexts) + size + block)
+    need = [-(-c // block) for c in contexts]
+    order = torch.randperm(sum(need) + 3, generator=rng)
+    # As vLLM lays it out: the heads of a token lie together, and the view has them in front.
+    cache = torch.full((len(order), block, kv_heads, 2 * size), float("nan"), dtype=dtype).transpose(1, 2)
+    table = torch.zeros((len(contexts), -(-(max(contexts) + 100) // block) + 1), dtype=torch.int32)
+    keys, values, used = [], [], 0
+    for r, context in enumerate(contexts):
+        k, v = (torch.randn(context, kv_heads, size, generator=rng).to(dtype) for _ in range(2))
+        for b in range(need[r]):
+            place = int(order[used])
+            used += 1
+            table[r, b] = place
+            part = torch.cat([k, v], -1)[b * block : (b + 1) * block]
+            cache[place, :, : len(part)] = part.transpose(0, 1)
+        keys.append(k)
+        values.append(v)
+    lengths = [min(q, c) for q, c in zip(queries, contexts, strict=True)]
+    starts = [0, *np.cumsum(lengths).tolist()]
+    query = torch.randn(starts[-1] + 1, kv_heads * share, size, generator=rng).to(dtype)
+    return Case(query.to(DEVICE), keys, values, cache.to(DEVICE), table, starts, contexts)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    contexts = draw(st.lists(st.integers(1, 500), min_size=1, max_size=3))
+    return build(
+        contexts,
+        draw(st.lists(st.sampled_from([1, 1, 1, 5]), min_size=len(contexts), max_size=len(contexts))),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 3, 4, 8])),
+        draw(st.sampled_from([32, 64, 80, 128])),
+        draw(st.sampled_from([16, 32, 64])),
+        draw(st.sampled_from(DTYPES)),
+    )
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Rule:
+    granularity = draw(st.sampled_from(get_args(Granularity)))
+    sinks, recent = draw(st.integers(0, 40)), draw(st.integers(0, 60))
+    least = Rule(1, sinks, recent, draw(st.sampled_from(get_args(Aggregate))), granularity)
+    budget = least.least_budget + draw(st.integers(0, 100))
+    if granularity == "page":
+        budget = -(-budget // GROUP) * GROUP
+    return Rule(budget, sinks, recent, least.aggregate, granularity)
+
+
+MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def chosen(kernels: ModuleType, case: Case, rule: Rule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = kernels.importance(case.query, case.cache, case.batch(kernels), rule, scale)
+    return scores, kernels.choose(scores, case.batch(kernels), rule)
+
+
+@MANY
+@given(cases(), rules())
+def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case: Case, rule: Rule) -> None:
+    scale = case.query.shape[-1] ** -0.5
+    scores, kept = chosen(kernels, case, rule, scale)
+    unit = GROUP if rule.granularity == "page" else 1
+    for r in case.sparse(rule):
+        n = case.contexts[r]
+        raw, _ = case.attention(r, list(range(n)), scale)
+        expected = reference.importance(raw, rule, case.cache.shape[1])
+        padded = np.zeros((len(expected), -(-n // unit) * unit))
+        padded[:, :n] = expected
+        expected_units = padded.reshape(len(expected), -1, unit).sum(-1)
+        found = scores[r, :, : expected_units.shape[1]].cpu().numpy()
+        if rule.aggregate != "union":  # whose proposals differ where scores are equal but for rounding
+            np.testing.assert_allclose(found, expected_units, rtol=2e-2 if case.query.dtype != torch.float32 else 1e-3)
+        for s in range(len(expected)):
+            positions = reference.positions(kept[r, s].tolist(), n, rule)
+            spread = np.repeat(found[s] / unit, unit)[:n] if unit > 1 else found[s]
+            assert len(positions) <= rule.budget
+            assert positions == sorted(set(positions))
+            always = {p for p in range(n) if p < rule.sinks or p >= n - 1 - rule.recent}
+            assert always <= set(positions), "sinks, recent positions and the current one are kept"
+            left_out = sorted(set(range(n)) - set(positions))
+            free = [p for p in positions if p not in always and p // unit not in {a // unit for a in always}]
+            if free and left_out:
+                assert spread[free].min() >= spread[left_out].max() * (1 - 1e-5), "the most important ones"
+
+
+@MANY
+@given(cases(), rules())
+def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, rule: Rule) -> None:
+    scale = case.query.shape[-1] ** -0.5
+    _, kept = chosen(kernels, case, rule, scale)
+    output = torch.full_like(case.query, 7.0)
+    kernels.decode(case.query, case.cache, case.batch(kernels), rule, scale, output, kept)
+    heads, sets = case.query.shape[1], kept.shape[1]
+    sparse = case.sparse(rule)
+    for r in sparse:
+        for head in range(heads):
+            positions = reference.positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
+            _, expected = case.attention(r, positions, scale)
+            actual = output[case.starts[r], head].double().cpu().numpy()
+            np.testing.assert_allclose(actual, expected[head], atol=TOLERANCE[case.query.dtype])
+    others = [t for t in range(len(case.query)) if t not in {case.starts[r] for r in sparse}]
+    assert (output[others] == 7).all(), "tokens of others are left alone"
+
+
+@MANY
+@given(cases(), rules(), st.sampled_from(["sum", "max", "union"]))
+def test_a_shortened_table_holds_what_is_kept(
+    kernels: ModuleType, case: Case, rule: Rule, aggregate: Aggregate
+) -> None:
+    block = case.cache.shape[2]
+    rule = Rule(-(-max(rule.budget, 224) // GROUP) * GROUP, rule.sinks, rule.recent, aggregate, "page")
+    if not kernels.can_shorten(rule, block):
+        assert block > GROUP
+        return
+    _, kept = chosen(kernels, case, rule, 0.125)
+    table, lens = torch.full_like(case.table, -1).to(DEVICE), torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
+    kernels.shorten(kept, case.batch(kernels), rule, block, table, lens)
+    sparse = case.sparse(rule)
+    for r, n in enumerate(case.contexts):
+        whole = list(range(n))
+        positions = reference.positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
+        assert int(lens[r]) == len(positions)
+        blocks = [int(table[r, i // block]) for i in range(len(positions))]
+        assert blocks == [int(case.table[r, p // block]) for p in positions]
+        assert [i % block for i in range(len(positions))] == [p % block for p in positions]
+    assert (lens[len(case.contexts) :] == -1).all()
+
+
+def test_which_rules_a_shortened_table_can_express(kernels: ModuleType) -> None:
+    page, token = Rule(256, 4, 64, "sum", "page"), Rule(256, 4, 64, "sum", "token")
+    assert kernels.can_shorten(page, 16) and kernels.can_shorten(page, 32)
+    assert not kernels.can_shorten(page, 64), "half a block cannot be left out"
+    assert not kernels.can_shorten(token, 16)
+    assert not kernels.can_shorten(Rule(256, 4, 64, "kv_head", "page"), 16)
+
+
+def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
+    case = build([300], [1], 1, 2, 32, 16, torch.float32)
+    rule = Rule(128, 4, 32, "sum", "page")
+    with pytest.raises(ValueError, match=r"query .* torch\.float64"):
+        kernels.importance(case.query.double(), case.cache, case.batch(kernels), rule, 1.0)
+    with pytest.raises(ValueError, match="int32"):
+        case.table = case.table.long()
+        kernels.importance(case.query, case.cache, case.batch(kernels), rule, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """Capture with one batch, replay with others of the same shape: nothing was decided on the host."""
+    case = build([700, 640, 90], [1, 1, 1], 2, 4, 128, 16, dtype)
+    rule = Rule(256, 4, 64, "sum", "page")
+    batch, query = case.batch(kernels), case.query
+    output, scale = torch.zeros_like(query), 128**-0.5
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kept = kernels.choose(kernels.importance(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.decode(query, case.cache, batch, rule, scale, output, kept)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = kernels.choose(kernels.importance(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.decode(query, case.cache, batch, rule, scale, output, kept)
+    for lengths in ([700, 640, 90], [500, 90, 300]):
+        case.contexts = lengths
+        batch.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        query.copy_(torch.randn_like(query))
+        output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for r in case.sparse(rule):
+            positions = reference.positions(kept[r, 0].tolist(), lengths[r], rule)
+            _, expected = case.attention(r, positions, scale)
+            np.testing.assert_allclose(output[r].double().cpu().numpy(), expected, atol=TOLERANCE[dtype])
