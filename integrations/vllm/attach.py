@@ -128,13 +128,24 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
     if selection is None:
         return stock
     name = stock.get_name()  # type: ignore[attr-defined]
-    if name != "CPU_ATTN":
-        raise Unsupported(
-            selection.name, f"it does not stand over {name}", "leave the policy out", vllm_config.model_config.model
-        )
-    from .sparse_attention import SparseCPUBackend
+    if name == "CPU_ATTN":
+        from .sparse_cpu import SparseCPUBackend
 
-    return SparseCPUBackend
+        return SparseCPUBackend
+    if name == "TRITON_ATTN":
+        from .sparse_cuda import SparseTritonBackend
+
+        return SparseTritonBackend
+    if name == "FLASH_ATTN":
+        from .sparse_flash import SparseFlashBackend
+
+        return SparseFlashBackend
+    raise Unsupported(
+        selection.name,
+        f"it does not stand over {name}",
+        "choose --attention-backend TRITON_ATTN or FLASH_ATTN",
+        vllm_config.model_config.model,
+    )
 
 
 def describe(vllm_config: Any) -> Engine:
@@ -187,7 +198,11 @@ def _check_attention(plugin: str, vllm_config: Any) -> None:
     dtype = vllm_config.cache_config.cache_dtype
     leave_out = "leave the policy out"
     for present, reason, remedy in (
-        (vllm_config.device_config.device_type != "cpu", "this release reads the cache of CPU engines only", leave_out),
+        (
+            vllm_config.device_config.device_type not in ("cpu", "cuda"),
+            f"it reads the caches of CPUs and CUDA devices, not of {vllm_config.device_config.device_type}",
+            leave_out,
+        ),
         (model.runner_type == "pooling", "a pooling model decodes nothing", leave_out),
         (model.is_encoder_decoder, "encoder-decoder models are not served", leave_out),
         (model.use_mla, "multi-head latent attention keeps no keys per head", leave_out),

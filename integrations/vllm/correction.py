@@ -2,7 +2,7 @@
 
 Sparse layers make hidden states that differ a little from full attention's, and with them the keys and values that are
 cached; the difference grows with the text. A correction sends the last T tokens through the model once more, together
-with the newest one. Rows of several tokens are attended in full by `sparse_attention`, and overwrite what they find.
+with the newest one. Rows of several tokens are attended in full by the sparse backends, and overwrite what they find.
 
 The scheduler needs no new kind of step: it already computes whatever lies between a request's computed tokens and its
 text, as after a preemption, so a correction is a smaller count of computed tokens.

@@ -15,7 +15,7 @@ Two ways to read a choice:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from ..selection import GROUP, Rule
 if TYPE_CHECKING:
     from torch import Tensor
 
+jit = cast(Any, triton.jit)
 TILE = 128  # positions that a program looks at together
 SPLIT = 1024  # positions of one program of `_unit_scores`
 LEAST_ROWS = 16  # of a matrix product on tensor cores
@@ -53,7 +54,7 @@ class Batch:
         return one & (self.seq_lens > rule.budget)
 
 
-@triton.jit
+@jit
 def _is_sparse(starts, seq_lens, request, budget):
     """(first query row, context, whether the request decodes one token beyond the budget)."""
     row = tl.load(starts + request)
@@ -61,7 +62,7 @@ def _is_sparse(starts, seq_lens, request, budget):
     return row, context, (tl.load(starts + request + 1) - row == 1) & (context > budget)
 
 
-@triton.jit
+@jit
 def _unit_scores(
     query,
     cache,
@@ -120,7 +121,7 @@ def _unit_scores(
             tl.store(to, value, mask=(g < SHARE)[:, None] & (unit < units)[None, :])
 
 
-@triton.jit
+@jit
 def _importance(
     scores,
     totals,
@@ -150,7 +151,7 @@ def _importance(
         tl.store(result + (request.to(tl.int64) * SETS + chosen_by) * units + unit, found, mask=unit < units)
 
 
-@triton.jit
+@jit
 def _shorten(
     table,
     kept,
@@ -187,7 +188,7 @@ def _shorten(
         tl.store(short_lens + request, length)
 
 
-@triton.jit
+@jit
 def _decode_part(
     query,
     cache,
@@ -252,7 +253,7 @@ def _decode_part(
         tl.store(totals + to, tl.sum(p, 1), mask=mine)
 
 
-@triton.jit
+@jit
 def _decode_merge(
     parts,
     tops,
@@ -383,19 +384,21 @@ def can_shorten(rule: Rule, block_size: int) -> bool:
     return shared and rule.granularity == "page" and GROUP % block_size == 0
 
 
-def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int, table: "Tensor", lens: "Tensor") -> None:
-    """Write the batch's block table and lengths so that sparse requests have their kept pages only.
+def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int) -> tuple["Tensor", "Tensor"]:
+    """The batch's block table and lengths, of sparse requests with their kept pages only.
 
     Args:
         kept: Of `choose`, [requests, 1, pages].
         batch: The requests.
         rule: How they were chosen, see `can_shorten`.
         block_size: Positions of a block.
-        table: [>= requests, blocks] int32, written.
-        lens: [>= requests] int32, written.
+
+    Returns:
+        [requests, blocks] int32, of which only what the lengths cover is written; [requests] int32.
     """
     requests = len(batch.seq_lens)
     blocks = -(-batch.max_seq_len // block_size)
+    table, lens = torch.empty_like(batch.block_table), torch.empty_like(batch.seq_lens)
     _shorten[(requests, triton.cdiv(blocks, TILE))](
         batch.block_table,
         kept,
@@ -411,6 +414,7 @@ def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int, table: "T
         PAGE=GROUP,
         TILE=TILE,
     )
+    return table, lens
 
 
 def decode(

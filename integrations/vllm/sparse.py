@@ -1,0 +1,78 @@
+"""What the sparse backends of all platforms share: the policy's plan, what it cannot serve, ranks that agree."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from ...kvcache.selection import ReadPlan, Role, Rule
+from ...plugins.contracts import KVPolicy, Unsupported
+from . import attach
+
+WITHOUT_WINDOW = (-1, (-1, -1), None)  # as backends write it
+
+
+def is_windowed(impl: Any) -> bool:
+    """Whether a layer sees a sliding window only; such layers are left to vLLM."""
+    return impl.sliding_window not in WITHOUT_WINDOW
+
+
+def plan_for(vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str) -> ReadPlan:
+    """The selected policy's plan, once it is sure that these layers can be served; says so in the log.
+
+    Args:
+        vllm_config: Of the engine.
+        layer_names: Layers that share a metadata builder.
+        kernel_error: What the self-test of the kernels found.
+        how: How the policy is attached, for the log.
+
+    Raises:
+        Unsupported: a layer computes what our kernels do not, or the self-test failed.
+    """
+    attachment = attach.admit(vllm_config)["kv"]
+    policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
+    plan, model = policy.read_plan(), vllm_config.model_config.model
+    _check_layers(plan, policy.name, vllm_config, layer_names)
+    if kernel_error is not None:
+        raise Unsupported(policy.name, kernel_error, "leave the policy out", model)
+    attach.logger.info(attach.start_up_table("kv", attachment, f"{how} in {len(layer_names)} layers"))
+    return plan
+
+
+def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
+    """Refuse what the kernels do not compute, by layer."""
+    leave_out = "leave the policy out"
+    for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+        impl: Any = layer.impl
+        windowed = is_windowed(impl)
+        chooses = plan.roles[extract_layer_index(name)] is Role.SELECT
+        for present, reason, remedy in (
+            (not windowed and impl.alibi_slopes is not None, "ALiBi biases", leave_out),
+            (not windowed and bool(impl.logits_soft_cap), "a soft cap of the scores", leave_out),
+            (not windowed and impl.sinks is not None, "attention sinks that are learned", leave_out),
+            (not windowed and impl.head_size % 16 != 0, f"heads of {impl.head_size}", leave_out),
+            (
+                windowed and chooses,
+                "its sliding window hides most positions, so that it cannot choose",
+                "choose select_layers among the layers without a window",
+            ),
+        ):
+            if present:
+                raise Unsupported(plugin, reason, remedy, vllm_config.model_config.model, name)
+
+
+def reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:
+    """A choice that all heads share is shared by the heads of other tensor-parallel ranks too; in place.
+
+    Args:
+        scores: [requests, sets, units] importance.
+        rule: How positions are chosen.
+    """
+    group = get_tp_group()
+    if group.world_size > 1 and scores.shape[1] == 1:
+        op = torch.distributed.ReduceOp.MAX if rule.aggregate == "max" else torch.distributed.ReduceOp.SUM
+        on_cpu = scores.device.type == "cpu"
+        torch.distributed.all_reduce(scores, op=op, group=group.cpu_group if on_cpu else group.device_group)
