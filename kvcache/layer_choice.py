@@ -1,8 +1,8 @@
-"""Which layers should choose positions, found from how much attention each layer's choice covers in the others.
+"""Which layers should choose positions, found from how much attention each layer's choice misses in the others.
 
 TidalDecode's authors try every re-selection layer of a model in turn. One pass that records, for every pair of layers,
-the share of attention that the choice of the one covers in the other holds all that is needed to find the best set of
-any size by dynamic programming.
+what the choice of the one misses in the other holds all that is needed to find the best set of any size by dynamic
+programming.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class LayerChoice:
     Attributes:
         full: The first layers, before anything was chosen.
         select: Layers that choose.
-        loss: Attention that sparse layers miss, summed over layers.
+        loss: What sparse layers miss, summed over layers.
     """
 
     full: tuple[int, ...]
@@ -31,21 +31,18 @@ class LayerChoice:
         return len(self.full) + len(self.select)
 
 
-def best_choices(
-    mass: NDArray[np.floating], weights: NDArray[np.floating] | None = None, most: int | None = None
-) -> list[LayerChoice]:
+def best_choices(missed: NDArray[np.floating], most: int | None = None) -> list[LayerChoice]:
     """The choice with the least loss for every number of layers that read everything.
 
     Args:
-        mass: [layers, layers] share of the column's attention that the row's choice covers, 0 to 1.
-        weights: [layers] how much a layer's loss counts; all alike if not given.
+        missed: [layers, layers] what the column misses when it reads the row's choice, at least 0.
         most: Largest number of reading layers to consider; all if not given.
 
     Returns:
         One choice for each number 1, 2, ..., `most`.
     """
-    layers = len(mass)
-    loss = (1.0 - np.asarray(mass, np.float64)) * (1.0 if weights is None else np.asarray(weights, np.float64))
+    layers = len(missed)
+    loss = np.asarray(missed, np.float64)
     most = layers if most is None else min(most, layers)
     # between[c, e]: what the sparse layers c + 1 .. e - 1 miss when c chose for them
     between = np.full((layers, layers + 1), np.inf)

@@ -147,6 +147,7 @@ def bench_kv(
     questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+    eager: Annotated[bool, typer.Option(help="Do not compile the model: starts faster, steps are slower.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
 ) -> None:
     """Compare settings of a KV policy with stock attention: time of a decode step, divergence, what is found again."""
@@ -172,6 +173,7 @@ def bench_kv(
             questions=questions,
             dtype=dtype,
             seed=seed,
+            eager=eager,
             out=out,
         )
     )
@@ -196,7 +198,7 @@ def tune_tidal(
     budget: Annotated[int, typer.Option(help="Positions that sparse layers read.")] = 512,
     context: Annotated[int, typer.Option(min=64, help="Tokens of each context.")] = 4000,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
-    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 12,
+    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 10,
     default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
     fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
     needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.02,

@@ -10,35 +10,35 @@ from hypothesis import strategies as st
 from pilotfish.kvcache.layer_choice import best_choices
 
 
-def loss_of(mass: np.ndarray, weights: np.ndarray, select: tuple[int, ...]) -> float:
+def loss_of(missed: np.ndarray, select: tuple[int, ...]) -> float:
     total, chooser = 0.0, None
-    for layer in range(len(mass)):
+    for layer in range(len(missed)):
         if layer in select:
             chooser = layer
         elif chooser is not None:
-            total += weights[layer] * (1 - mass[chooser, layer])
+            total += missed[chooser, layer]
     return total
 
 
 @given(st.integers(1, 7), st.integers(0, 1000))
 def test_no_other_set_of_layers_loses_less(layers: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    mass, weights = rng.random((layers, layers)), rng.random(layers) + 0.1
-    found = best_choices(mass, weights)
+    missed = rng.random((layers, layers))
+    found = best_choices(missed)
     assert [c.reading for c in found] == list(range(1, layers + 1))
     for choice in found:
         assert choice.full == tuple(range(choice.select[0]))
-        assert choice.loss == pytest.approx(loss_of(mass, weights, choice.select))
+        assert choice.loss == pytest.approx(loss_of(missed, choice.select))
         others = (
             s
             for k in range(1, layers + 1)
             for s in combinations(range(layers), k)
             if s[0] + len(s) == choice.reading  # the layers before the first choice read everything too
         )
-        assert choice.loss == pytest.approx(min(loss_of(mass, weights, s) for s in others))
+        assert choice.loss == pytest.approx(min(loss_of(missed, s) for s in others))
 
 
 def test_the_number_of_layers_can_be_bounded() -> None:
-    mass = np.eye(12)
-    assert len(best_choices(mass, most=4)) == 4
-    assert best_choices(mass)[-1].loss == 0
+    missed = 1 - np.eye(12)
+    assert len(best_choices(missed, most=4)) == 4
+    assert best_choices(missed)[-1].loss == 0

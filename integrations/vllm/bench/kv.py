@@ -54,6 +54,7 @@ class Plan:
     kv_retrieval: Path | None = None
     questions: int = 40
     seed: int = 0
+    eager: bool = False  # models are compiled, as vLLM does by default
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def run(plan: Plan) -> list[Record]:
         "max_model_len": longest + ROOM,
         "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
         "max_num_batched_tokens": 2048,
-        "enforce_eager": True,
+        "enforce_eager": plan.eager,
         "enable_prefix_caching": True,
         "seed": 0,
         "additional_config": {"pilotfish": {"kv": plan.policy}},

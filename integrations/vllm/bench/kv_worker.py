@@ -82,11 +82,14 @@ class KVWorker(Worker):
         self._force, self._logprobs = {}, {}
         return answer
 
-    def mass(self, prompts: list[list[int]], texts: list[list[int]], rule: dict[str, Any]) -> dict[str, Any]:
-        """Share of every layer's attention that another layer's choice covers, averaged over heads and tokens.
+    def missed(self, prompts: list[list[int]], texts: list[list[int]], rule: dict[str, Any]) -> dict[str, Any]:
+        """What a layer misses of its attention when it reads another layer's choice.
+
+        Squared for each head before the mean over heads and tokens is taken: a head that looks at one place and misses
+        it does more harm than many that miss a little of what they average over.
 
         Returns:
-            ``mass`` [layers, layers]: row chooses, column reads.
+            ``missed`` [layers, layers], 0 to 1: row chooses, column reads.
         """
         layers = self._kind.engine.layers
         chooser = Rule(**rule)
@@ -109,7 +112,8 @@ class KVWorker(Worker):
             masks.append(covered.repeat_interleave(rows.query_heads // sets, dim=1))
             if len(masks) == layers:
                 w, m = torch.stack(weights), torch.stack(masks)  # [layers, rows, heads, padded]
-                total += torch.einsum("crhn,lrhn->cl", m, w) / (w.shape[1] * w.shape[2])
+                seen = torch.einsum("crhn,lrhn->clrh", m, w)
+                total += (1 - seen).clamp_min(0).square().mean((2, 3))
                 count += 1
                 weights.clear()
                 masks.clear()
@@ -126,7 +130,7 @@ class KVWorker(Worker):
         finally:
             paged_decode.importance = importance
             self._force = {}
-        return {"mass": (total / max(count, 1)).tolist(), "steps": count}
+        return {"missed": (total / max(count, 1)).tolist(), "steps": count}
 
     def _next(self, i: int) -> str:
         return f"kv-{self._count + i}"

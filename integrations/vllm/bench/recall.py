@@ -78,8 +78,8 @@ def needles(tokenizer: Any, haystack: str, length: int, seed: int) -> Iterator[l
             needle = encode(f"\nThe special magic {city} number is: {number}.\n")
             straw = hay[offset : offset + length - len(needle)]
             at = round(depth * len(straw))
-            asked = encode(f"\n\nWhat is the special magic {city} number? The special magic {city} number is:")
-            group.append(Question([*straw[:at], *needle, *straw[at:]], asked, encode(f" {number}"), depth))
+            asked = encode(f"\n\nWhat is the special magic {city} number? The special magic {city} number is: ")
+            group.append(Question([*straw[:at], *needle, *straw[at:]], asked, encode(number), depth))
         yield group
 
 
