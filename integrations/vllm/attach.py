@@ -175,7 +175,7 @@ def _check_speculation(plugin: str, vllm_config: Any) -> None:
         )
     if getattr(vllm_config, "use_v2_model_runner", False):
         raise Unsupported(
-            plugin, "the V2 model runner takes no custom drafter", "unset VLLM_USE_V2_MODEL_RUNNER", model
+            plugin, "the V2 model runner takes no custom drafter", "set VLLM_USE_V2_MODEL_RUNNER=0", model
         )
     if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
         raise Unsupported(
@@ -212,11 +212,6 @@ def _check_attention(plugin: str, vllm_config: Any) -> None:
             "leave out --kv-cache-dtype",
         ),
         (
-            getattr(vllm_config, "use_v2_model_runner", False),
-            "it was not tested with the V2 model runner",
-            "unset VLLM_USE_V2_MODEL_RUNNER",
-        ),
-        (
             parallel.pipeline_parallel_size > 1,
             "a choice does not cross pipeline stages",
             "use --tensor-parallel-size instead",
@@ -238,6 +233,11 @@ def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) 
     for present, reason, remedy in (
         (vllm_config.speculative_config is not None, "drafted tokens would be counted as computed", "no speculation"),
         (vllm_config.scheduler_config.async_scheduling, "steps are scheduled ahead", "--no-async-scheduling"),
+        (
+            getattr(vllm_config, "use_v2_model_runner", False),
+            "the V2 model runner keeps its own count of computed tokens",
+            "VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
     ):
         if present:
             raise Unsupported(cls.name, f"with correction_interval, {reason}", f"use {remedy}", engine.model)

@@ -72,7 +72,7 @@ def compose(
             raise Unsupported(
                 config.drafter.name,
                 "the V2 model runner takes no custom drafter",
-                "unset VLLM_USE_V2_MODEL_RUNNER",
+                "set VLLM_USE_V2_MODEL_RUNNER=0",
                 model,
             )
         _check_engine(cls, options, model, depth, config.allow_untested_vllm)

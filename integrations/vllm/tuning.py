@@ -108,8 +108,8 @@ def _try(
     rule = TidalDecodeOptions(budget=plan.budget).rule
     missed = np.array(engine.ask(do="missed", **ask, rule=vars(rule))["missed"])
     for group in groups[1::2]:  # and while a needle is looked for and copied
-        found = {"prompts": [q.context for q in group], "texts": [q.text + q.answer for q in group]}
-        missed += np.array(engine.ask(do="missed", **found, rule=vars(rule))["missed"])
+        contexts, copied = [q.context for q in group], [q.text + q.answer for q in group]
+        missed += np.array(engine.ask(do="missed", prompts=contexts, texts=copied, rule=vars(rule))["missed"])
     bar.update(task, description="trying sets of layers", advance=1)
     choices = best_choices(missed, most=plan.most)
     settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]

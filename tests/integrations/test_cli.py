@@ -163,7 +163,7 @@ def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -
 
 def test_serve_refuses_a_runner_without_the_seam(cli: Callable) -> None:
     result = cli("serve", MODEL, "--drafter", "token_recycling", VLLM_USE_V2_MODEL_RUNNER="1")
-    refused(result, "token_recycling does not support model", "V2 model runner", "unset VLLM_USE_V2_MODEL_RUNNER")
+    refused(result, "token_recycling does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def test_models(cli: Callable, tmp_path: Path) -> None:

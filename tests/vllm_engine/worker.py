@@ -88,7 +88,7 @@ class TestWorker(Worker):
         current = self.runner.attn_groups[0][0].get_metadata_builder().plan
         return {
             "impl": sorted({type(layer.impl).__name__ for layer in layers}),
-            "isa": sorted({layer.isa for layer in layers}),
+            "isa": sorted({getattr(layer, "isa", "") for layer in layers}),
             "select": [i for i, role in enumerate(current.roles) if role.name == "SELECT"],
         }
 

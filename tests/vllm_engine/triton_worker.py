@@ -1,0 +1,32 @@
+"""The far end of the engine tests, with vLLM's GPU attention backend on a CPU: its kernels and ours are interpreted."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton.backends
+
+
+class Driver:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+# vLLM's CPU build wants a Triton that compiles for CPUs, else it turns its Triton kernels off.
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)  # type: ignore[assignment]
+torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)  # a kernel's wrapper asks
+
+from vllm.platforms.cpu import CpuPlatform  # noqa: E402 -- after what it looks for
+from worker import TestWorker, main  # noqa: E402
+
+BACKEND = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+CpuPlatform.get_attn_backend_cls = classmethod(lambda cls, *args, **kwargs: BACKEND)  # type: ignore[assignment]
+
+if __name__ == "__main__":
+    main(TestWorker)
