@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-if find_spec("triton") is not None and not Path("/dev/nvidiactl").exists():
-    # Triton decides as it is imported whether it interprets; the kernels' tests do the same for our module. Not for the
-    # engines that tests start: they inherit the environment.
+INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()
+if INTERPRETED:
+    # Triton decides as it is imported whether it interprets; see `interpreted_triton`. Not for the engines that tests
+    # start: they inherit the environment.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
 
@@ -27,6 +28,17 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 def root() -> Path:
     """The repository."""
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def interpreted_triton() -> Iterator[None]:
+    """Triton's kernels are interpreted where there is no GPU."""
+    if not INTERPRETED:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 @pytest.fixture

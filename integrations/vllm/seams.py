@@ -30,6 +30,8 @@ class Seam:
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
+_TRITON_ATTENTION = "v1/attention/backends/triton_attn.py"
+_FLASH_ATTENTION = "v1/attention/backends/flash_attn.py"
 _BUILD = ("self", "common_prefix_len", "common_attn_metadata", "fast_build")
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
 TABLE = (
@@ -74,6 +76,24 @@ TABLE = (
     Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.isa", why="cache layout"),
     Seam(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD, "attention of a layer"),
     Seam(_CPU_ATTENTION, "CPUAttentionMetadata.scheduler_metadata", why="work of vLLM's kernel"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.block_table", why="shortened to what was chosen"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.seq_lens", why="the same"),
+    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.query_start_loc", why="the same"),
+    Seam(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
+    Seam(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder._cudagraph_support", why="piecewise graphs"),
+    Seam(
+        _FLASH_ATTENTION,
+        "FlashAttentionMetadataBuilder.update_block_table",
+        ("self", "metadata", "blk_table", "slot_mapping"),
+        "groups of layers that share a step",
+    ),
+    Seam(_FLASH_ATTENTION, "FlashAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
+    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.block_table", why="shortened to what was chosen"),
+    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.seq_lens", why="the same"),
+    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.scheduler_metadata", why="left out for shortened tables"),
+    Seam("config/vllm.py", "VllmConfig.use_v2_model_runner", why="correction and drafters need the V1 model runner"),
     Seam("_custom_ops.py", "cpu_attn_get_scheduler_metadata", ("num_reqs", "num_heads"), "work of vLLM's kernel"),
     Seam("_custom_ops.py", "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache"), "self-test"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),

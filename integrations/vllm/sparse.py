@@ -20,7 +20,22 @@ def is_windowed(impl: Any) -> bool:
     return impl.sliding_window not in WITHOUT_WINDOW
 
 
-def plan_for(vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str) -> ReadPlan:
+class Announcement:
+    """Says once that a policy is active: when a step goes through its kernels."""
+
+    def __init__(self, plugin: str) -> None:
+        self._plugin, self._made = plugin, False
+
+    def __call__(self, context: int) -> None:
+        """A step is sparse, whose longest context is ``context`` tokens."""
+        if not self._made:
+            self._made = True
+            attach.logger.info("pilotfish: kv %s is active, at a context of %d tokens", self._plugin, context)
+
+
+def plan_for(
+    vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str
+) -> tuple[ReadPlan, Announcement]:
     """The selected policy's plan, once it is sure that these layers can be served; says so in the log.
 
     Args:
@@ -39,7 +54,7 @@ def plan_for(vllm_config: Any, layer_names: list[str], kernel_error: str | None,
     if kernel_error is not None:
         raise Unsupported(policy.name, kernel_error, "leave the policy out", model)
     attach.logger.info(attach.start_up_table("kv", attachment, f"{how} in {len(layer_names)} layers"))
-    return plan
+    return plan, Announcement(policy.name)
 
 
 def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:

@@ -78,7 +78,7 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
         error = kernel_error(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa)
         how = f"over CPU_ATTN, cache layout {self.isa}"
-        self.plan: ReadPlan = sparse.plan_for(vllm_config, layer_names, error, how)
+        self.plan, self.announce = sparse.plan_for(vllm_config, layer_names, error, how)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseMetadata:
         """vLLM's metadata, and our part of the step."""
@@ -95,6 +95,7 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
         ]
         if not requests:
             return None
+        self.announce(stock.max_seq_len)
         rows = Rows(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
         others = None if len(requests) == common.num_reqs else self._without(stock, requests)
         return SparseStep(self.plan, rows, others)

@@ -70,7 +70,8 @@ class SparseBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
-        self.plan = sparse.plan_for(vllm_config, layer_names, kernel_error(size, dtype, device), f"over {self.over}")
+        error = kernel_error(size, dtype, device)
+        self.plan, self.announce = sparse.plan_for(vllm_config, layer_names, error, f"over {self.over}")
         # A captured graph cannot look at the step's lengths: it always chooses, for the longest context there may be.
         self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._longest = vllm_config.model_config.max_model_len
@@ -90,6 +91,8 @@ class SparseBuilder:
         if stock.causal is True and (self._captured or stock.max_seq_len > self.plan.rule.budget):
             table = stock.block_table
             longest = self._longest if self._captured else stock.max_seq_len
+            if stock.max_seq_len > self.plan.rule.budget:
+                self.announce(stock.max_seq_len)
             batch = Batch(stock.query_start_loc, stock.seq_lens, table, longest)
             stock.step = SparseStep(self.plan, batch, copy.copy(stock))
         return stock

@@ -1,8 +1,6 @@
 """The Triton kernels against plain attention: under Triton's interpreter here, compiled where there is a GPU."""
 
 import importlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -30,16 +28,9 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
+def kernels(interpreted_triton: None) -> ModuleType:
     """The module, its kernels interpreted where there is no GPU."""
-    before = os.environ.get("TRITON_INTERPRET")
-    if not ON_GPU:
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield importlib.import_module("pilotfish.kvcache.kernels.paged_triton")
-    finally:
-        if before is None:
-            os.environ.pop("TRITON_INTERPRET", None)
+    return importlib.import_module("pilotfish.kvcache.kernels.paged_triton")
 
 
 @dataclass(repr=False)

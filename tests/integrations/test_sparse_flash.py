@@ -1,0 +1,142 @@
+"""FlashAttention with shortened block tables, its kernel played by plain attention, since none runs without a GPU."""
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pilotfish.kvcache import reference
+from pilotfish.kvcache.selection import ReadPlan, Role, Rule
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a kernel on the CPU")
+
+CONTEXTS, QUERIES, HEADS, KV_HEADS, SIZE, BLOCK = [300, 90, 260, 333], [1, 1, 4, 1], 4, 2, 32, 16
+STARTS = [0, 1, 2, 6, 7]
+
+
+def paged_attention(**call: Any) -> None:
+    """What ``flash_attn_varlen_func`` computes, from the same arguments."""
+    assert call["scheduler_metadata"] is None or call["scheduler_metadata"] == "whole"
+    calls.append(call)
+    starts, lens = call["cu_seqlens_q"].tolist(), call["seqused_k"].tolist()
+    for r, length in enumerate(lens):
+        places = np.arange(length)
+        blocks = call["block_table"][r].numpy()[places // BLOCK]
+        k, v = (call[x].numpy()[blocks, places % BLOCK] for x in ("k", "v"))
+        for row in range(starts[r], starts[r + 1]):
+            seen = length - (starts[r + 1] - 1 - row)
+            _, out = reference.attention(call["q"][row].numpy(), k[:seen], v[:seen], call["softmax_scale"])
+            call["out"][row] = torch.from_numpy(out).float()
+
+
+calls: list[dict[str, Any]] = []
+
+
+@pytest.fixture(scope="module")
+def flash(interpreted_triton: None) -> Any:
+    return importlib.import_module("pilotfish.integrations.vllm.sparse_flash")
+
+
+def build(flash: Any, rule: Rule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+    """A layer's attention, a step's metadata, queries, and a filled cache."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
+    impl: Any = object.__new__(flash.SparseFlashImpl)
+    vars(impl).update(
+        attn_type="decoder",
+        head_size=SIZE,
+        num_kv_heads=KV_HEADS,
+        scale=SIZE**-0.5,
+        sliding_window=(-1, -1),
+        kv_cache_dtype="auto",
+        logits_soft_cap=0,
+        alibi_slopes=None,
+        sinks=None,
+        vllm_flash_attn_version=2,
+        fa4_hd256=False,
+        supports_quant_query_input=False,
+        dcp_world_size=1,
+    )
+    builder: Any = object.__new__(flash.SparseFlashBuilder)
+    plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE), rule)
+    vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
+    generator = torch.Generator().manual_seed(0)
+    need = [-(-c // BLOCK) for c in CONTEXTS]
+    order = torch.randperm(sum(need), generator=generator).int()
+    table = torch.zeros(len(need), max(need), dtype=torch.int32)
+    for r, n in enumerate(need):
+        table[r, :n], order = order[:n], order[n:]
+    numbers = {"dtype": torch.int32}
+    stock = FlashAttentionMetadata(
+        num_actual_tokens=STARTS[-1],
+        max_query_len=max(QUERIES),
+        query_start_loc=torch.tensor(STARTS, **numbers),
+        max_seq_len=max(CONTEXTS),
+        seq_lens=torch.tensor(CONTEXTS, **numbers),
+        block_table=table,
+        slot_mapping=torch.zeros(0),
+        scheduler_metadata="whole",  # type: ignore[arg-type]
+    )
+    cache = torch.randn(sum(need), KV_HEADS, BLOCK, 2 * SIZE, generator=generator)
+    query = torch.randn(STARTS[-1], HEADS, SIZE, generator=generator)
+    return impl, builder._with_step(stock), query, cache
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Rule(160, 4, 32, "sum", "page"), Rule(100, 4, 32, "kv_head", "token")],
+    ids=["shortened tables", "our kernel"],
+)
+def test_sparse_requests_read_what_was_chosen_and_others_everything(
+    flash: Any, monkeypatch: pytest.MonkeyPatch, rule: Rule
+) -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    from pilotfish.integrations.vllm import sparse
+
+    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", paged_attention)
+    monkeypatch.setattr(sparse, "reduce_over_ranks", lambda scores, rule: None)  # there is no group of ranks
+    impl, metadata, query, cache = build(flash, rule)
+    calls.clear()
+    outputs = []
+    for index in range(3):
+        impl._index = index
+        layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
+        outputs.append(impl.forward(layer, query, query, query, cache, metadata, torch.zeros_like(query)))
+    assert torch.equal(outputs[0], outputs[1]), "a layer that chooses attends to everything"
+    assert [c["scheduler_metadata"] for c in calls] == ["whole", "whole", None]
+    step = metadata.step
+    for r, context in enumerate(CONTEXTS):
+        rows = slice(STARTS[r], STARTS[r + 1])
+        if QUERIES[r] > 1 or context <= rule.budget:
+            torch.testing.assert_close(outputs[2][rows], outputs[0][rows])
+            continue
+        places = np.arange(context)
+        text = cache.numpy()[metadata.block_table[r].numpy()[places // BLOCK], :, places % BLOCK]
+        for head in range(HEADS):
+            if step.kept is None:
+                length = int(step.rest.seq_lens[r])
+                assert length <= rule.budget
+                spots = step.rest.block_table[r].numpy()[np.arange(length) // BLOCK]
+                held = cache.numpy()[spots, :, np.arange(length) % BLOCK]
+            else:
+                held = text[[p for p in step.kept[r, head // 2].tolist() if p < context]]
+            assert len(held) < context
+            _, expected = reference.attention(query[STARTS[r]].numpy(), held[..., :SIZE], held[..., SIZE:], SIZE**-0.5)
+            np.testing.assert_allclose(outputs[2][STARTS[r], head].numpy(), expected[head], atol=2e-5)
+
+
+def test_another_group_s_blocks_get_a_step_of_their_own(flash: Any) -> None:
+    _, metadata, _, _ = build(flash, Rule(160, 4, 32, "sum", "page"))
+    builder: Any = object.__new__(flash.SparseFlashBuilder)
+    plan = metadata.step.plan
+    vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
+    other = metadata.block_table + 1
+    updated = builder.update_block_table(metadata, other, metadata.slot_mapping)
+    assert updated.step is not metadata.step
+    assert torch.equal(updated.step.batch.block_table, other)
+    assert updated.step.rest is None
