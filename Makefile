@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check tables bench setup clean
+.PHONY: demo test check tables bench bench-kv setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -29,8 +29,17 @@ bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_be
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --max-tokens 96
 	$(MAKE) tables
 
-tables: $(VENV)/.ready  ## write the tables of README and docs anew from benchmarks/results
+bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
+	$(BIN)/pilotfish bench kv --data $(DATA) --questions 20
+	$(BIN)/pilotfish bench kv --data $(DATA) --questions 20 --contexts 8000 --quality-contexts 4000 \
+	  --needle-contexts 4000 --setting '' --setting granularity=token --setting aggregate=kv_head,granularity=token \
+	  --setting aggregate=head,granularity=token --setting aggregate=max --setting aggregate=union \
+	  --out benchmarks/results/kv_choice.json
+	$(MAKE) tables
+
+tables: $(VENV)/.ready  ## write the tables and figures of README and docs anew from benchmarks/results
 	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/plot.py
 
 setup: $(VENV)/.ready
 

@@ -117,7 +117,90 @@ def drafters_short() -> str:
     return markdown(["drafter", "Spec-Bench", "HumanEval", "tokens per step", "identical outputs"], rows)
 
 
+STOCK = "none"
+
+
+def setting(arm: str) -> str:
+    """A KV policy's arm as people read it."""
+    return (
+        "full attention"
+        if arm == STOCK
+        else f"`{arm.partition('@')[2].replace(',', ' ')}`"
+        if "@" in arm
+        else "default"
+    )
+
+
+def kv_figures(benchmark: str) -> tuple[dict[str, Any], list[str], dict[tuple[str, str, int, int], dict[str, float]]]:
+    """A result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``."""
+    result = load(benchmark)
+    table: dict[tuple[str, str, int, int], dict[str, float]] = {}
+    for r in (r for r in result["records"] if "depth" not in r["params"]):
+        key = r["arm"], r["dataset"], r["params"]["context"], r["params"].get("batch", 0)
+        table.setdefault(key, {})[r["metric"]] = r["value"]
+    return result, list(dict.fromkeys(arm for arm, *_ in table)), table
+
+
+def kv_speed(benchmark: str = "kv") -> str:
+    """Decode steps by context and batch; the last row is what would be left if attention cost nothing."""
+    result, arms, table = kv_figures(benchmark)
+    places = sorted({(b, c) for _, _, c, b in table if b})
+    shortest = min(c for _, c in places)
+
+    def stock(batch: int, context: int) -> float:
+        return table[STOCK, f"context_{context}", context, batch]["step_ms"]
+
+    rows = [["full attention, ms", *(f"{stock(b, c):.1f}" for b, c in places)]]
+    for arm in arms:
+        if arm != STOCK:
+            cells = [table[arm, f"context_{c}", c, b]["step_speedup"] for b, c in places]
+            rows.append([setting(arm), *(f"{x:.2f}" for x in cells)])
+    if len({c for _, c in places}) > 1:
+        ceiling = [stock(b, c) / stock(b, shortest) for b, c in places]
+        rows.append([f"*{shortest} tokens, full attention*", *(f"*{x:.2f}*" for x in ceiling)])
+    return markdown(["", *(f"{c}, batch {b}" for b, c in places)], rows) + provenance(result)
+
+
+def kv_quality(benchmark: str = "kv") -> str:
+    """Distance from full attention on texts."""
+    result, arms, table = kv_figures(benchmark)
+    del result
+    places = [(d, c) for arm, d, c, b in table if arm == STOCK and not b and "nll" in table[arm, d, c, b]]
+    rows = []
+    for arm in arms:
+        cells = [table[arm, d, c, 0] for d, c in places]
+        texts = [
+            f"{x['perplexity']:.2f}" + (f", {x['kl']:.3f}, {x['same_top']:.0%}" if "kl" in x else "") for x in cells
+        ]
+        rows.append([setting(arm), *texts])
+    return markdown(["perplexity, KL, same top token", *(f"{d}, {c}" for d, c in places)], rows)
+
+
+def kv_recall(benchmark: str = "kv") -> str:
+    """Needles and keys found again."""
+    result, arms, table = kv_figures(benchmark)
+    del result
+    needles = sorted({(c, d) for _, d, c, b in table if not b and "needle_recall" in table[STOCK, d, c, b]})
+    keys = sorted({(c, d) for _, d, c, b in table if not b and "exact_match" in table[STOCK, d, c, b]})
+    rows = []
+    for arm in arms:
+        found = [table[arm, d, c, 0] for c, d in needles]
+        mean = sum(x["needle_recall"] for x in found) / max(len(found), 1)
+        cells = [f"{x['needle_recall']:.0%}" for x in found]
+        looked_up = [table[arm, d, c, 0] for c, d in keys]
+        cells += [f"{mean:.1%}", *(f"{x['exact_match']:.0%}, {x['token_recall']:.0%}" for x in looked_up)]
+        rows.append([setting(arm), *cells])
+    head = [*(f"needles in {c}" for c, _ in needles), "all needles", *(f"{d}: exact, tokens" for _, d in keys)]
+    return markdown(["", *head], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kv_speed": kv_speed,
+    "kv_quality": kv_quality,
+    "kv_recall": kv_recall,
+    "kv_choice_speed": lambda: kv_speed("kv_choice"),
+    "kv_choice_quality": lambda: kv_quality("kv_choice"),
+    "kv_choice_recall": lambda: kv_recall("kv_choice"),
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
     "drafters_short": drafters_short,

@@ -11,9 +11,9 @@ positions; all others attend to those only.
     prefill              full attention everywhere
     correction           every T decoded tokens, their keys and values are computed anew with full attention
 
-Beyond the paper, each measured (`docs/tidal_decode.md`): heads share one choice by the sum of their attention, which is
-what grouped-query models need; recent positions and sinks are always kept; whole pages can be chosen, which reads
-memory in the order it lies in.
+Beyond the paper, each measured (`docs/tidal_decode.md`): heads share one choice by the most that any of them attends,
+so that what a single head looks for is kept; recent positions and sinks are always kept; whole pages are chosen, which
+reads memory in the order it lies in.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class TidalDecodeOptions:
         aggregate: Who shares a choice, see `kvcache.selection.Rule`.
         granularity: Choose single positions (``token``, the paper) or pages of 32 (``page``).
         sinks: First positions, always kept.
-        recent: Latest positions, always kept; a quarter of the budget if not given.
+        recent: Latest positions, always kept; an eighth of the budget if not given.
         correction_interval: Decoded tokens after which their keys and values are computed anew with full attention;
             0 for never.
     """
@@ -51,7 +51,7 @@ class TidalDecodeOptions:
     profile: str | None = None
     full_layers: tuple[int, ...] | None = None
     select_layers: tuple[int, ...] | None = None
-    aggregate: Aggregate = "sum"
+    aggregate: Aggregate = "max"
     granularity: Granularity = "page"
     sinks: int = 4
     recent: int | None = None
@@ -83,7 +83,7 @@ class TidalDecodeOptions:
     @property
     def rule(self) -> Rule:
         """How positions are chosen."""
-        recent = self.budget // 4 if self.recent is None else self.recent
+        recent = self.budget // 8 if self.recent is None else self.recent
         return Rule(self.budget, self.sinks, recent, self.aggregate, self.granularity)
 
 

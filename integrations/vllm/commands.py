@@ -7,6 +7,8 @@ import typer
 
 from ...plugins.hookspecs import hookimpl
 
+KV_SETTINGS = ("budget=256", "budget=1024", "profile=fast", "correction_interval=32")
+
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
 tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
 
@@ -121,7 +123,8 @@ def bench_drafters(
 def bench_kv(
     policy: Annotated[str, typer.Option(help="The KV policy.")] = "tidal_decode",
     setting: Annotated[
-        list[str] | None, typer.Option(help="Options of one arm, key=value[,...]; may be repeated [default: budgets].")
+        list[str] | None,
+        typer.Option(help="Options of one arm, key=value[,...], '' for none; may be repeated [default: several]."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder with wikitext2, gutenberg, pg_essays and kv_retrieval: all of these.")
@@ -160,7 +163,7 @@ def bench_kv(
     kv.run(
         kv.Plan(
             policy=policy,
-            settings=tuple(setting or ("budget=256", "budget=512", "budget=1024", "profile=fast")),
+            settings=tuple(("", *KV_SETTINGS) if setting is None else setting),
             texts=tuple(text or ()),
             model=model,
             contexts=_numbers(contexts, "--contexts"),
@@ -201,7 +204,7 @@ def tune_tidal(
     most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 10,
     default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
     fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
-    needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.02,
+    needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.04,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:

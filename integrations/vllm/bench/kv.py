@@ -98,6 +98,7 @@ def run(plan: Plan) -> list[Record]:
         "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
+        "async_scheduling": False,  # with which tokens cannot be computed anew
         "enable_prefix_caching": True,
         "seed": 0,
         "additional_config": {"pilotfish": {"kv": plan.policy}},
