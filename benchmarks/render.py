@@ -194,7 +194,27 @@ def kv_recall(benchmark: str = "kv") -> str:
     return markdown(["", *head], rows)
 
 
+def kv_short() -> str:
+    """For the README: steps at the longest context, and what they cost in quality."""
+    _, arms, table = kv_figures("kv")
+    places = sorted({(b, c) for _, _, c, b in table if b})
+    shortest, longest = min(c for _, c in places), max(c for _, c in places)
+    batches = sorted({b for b, c in places if c == longest})
+    rows = []
+    for arm in arms:
+        values = {key[1:]: x for key, x in table.items() if key[0] == arm}
+        kl = [x["kl"] for x in values.values() if "kl" in x]
+        found = [x["needle_recall"] for x in values.values() if "needle_recall" in x]
+        steps = [values[f"context_{longest}", longest, b] for b in batches]
+        cells = [f"{x['step_speedup']:.2f}x" if "step_speedup" in x else f"{x['step_ms']:.1f} ms" for x in steps]
+        rows.append([setting(arm), *cells, f"{sum(kl) / len(kl):.3f}" if kl else "", f"{sum(found) / len(found):.0%}"])
+    stock = [[table[STOCK, f"context_{c}", c, b]["step_ms"] for c in (longest, shortest)] for b in batches]
+    rows.append(["*bound*", *(f"*{long / short:.2f}x*" for long, short in stock), "", ""])
+    return markdown(["", *(f"{longest} tokens, batch {b}" for b in batches), "KL", "needles found"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kv_short": kv_short,
     "kv_speed": kv_speed,
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,

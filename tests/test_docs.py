@@ -17,6 +17,13 @@ def test_tables_are_current(root: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_figures_are_drawn_from_the_results(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(root / "benchmarks" / "plot.py"), str(tmp_path)], check=True, timeout=120)
+    drawn = {p.name: p.read_bytes()[:8] for p in tmp_path.iterdir()}
+    assert set(drawn) == {p.name for p in (root / "docs" / "figures").iterdir()}
+    assert set(drawn.values()) == {b"\x89PNG\r\n\x1a\n"}
+
+
 def documents(root: Path) -> list[Path]:
     return [*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / "examples").rglob("*.md")]
 

@@ -40,7 +40,7 @@ def test_roles_follow_the_layers() -> None:
     assert [i for i, role in enumerate(plan.roles) if role is Role.FULL] == [0, 1]
     assert [i for i, role in enumerate(plan.roles) if role is Role.SELECT] == [2, 7]
     assert len(plan.roles) == 12
-    assert plan.rule.recent == 128
+    assert plan.rule.recent == 64
 
 
 def test_a_model_that_was_not_tuned_gets_layers_at_even_distances() -> None:
