@@ -31,10 +31,6 @@ bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_be
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
 	$(BIN)/pilotfish bench kv --data $(DATA) --questions 10 --needle-contexts 1000,4000,7900
-	$(BIN)/pilotfish bench kv --data $(DATA) --questions 10 --contexts 8000 --quality-contexts 4000 \
-	  --needle-contexts 4000 --setting '' --setting aggregate=sum --setting aggregate=union --setting granularity=token \
-	  --setting aggregate=kv_head,granularity=token --setting aggregate=head,granularity=token \
-	  --out benchmarks/results/kv_choice.json
 	$(MAKE) tables
 
 tables: $(VENV)/.ready  ## write the tables and figures of README and docs anew from benchmarks/results
