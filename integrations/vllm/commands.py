@@ -7,10 +7,17 @@ import typer
 
 from ...plugins.hookspecs import hookimpl
 
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
 KV_SETTINGS = ("budget=256", "budget=1024", "profile=fast", "correction_interval=32")
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
 tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
+
+
+def _dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got '{value}'")
+    return value
 
 
 @hookimpl
@@ -96,13 +103,18 @@ def bench_drafters(
     sample_others: Annotated[int, typer.Option(min=1, help="Prompts drawn from each further file.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
     batch: Annotated[int, typer.Option(min=0, help="Measure at this batch size as well; 0 for not.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32 makes outputs comparable token by token.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(callback=_dtype, help="float32 makes outputs comparable token by token.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
     """Compare drafters with no speculation, in interleaved runs of two engines at a time."""
+    from ...plugins.config import ConfigError
     from .bench import drafters
 
+    if not arms.strip(", "):
+        raise ConfigError("--arms: no arm named")
     drafters.run(
         drafters.Plan(
             prompts=tuple(prompts),
@@ -148,7 +160,7 @@ def bench_kv(
         str, typer.Option(help="Contexts of the needle test; none: ''.")
     ] = "1000,2000,4000,7900",
     questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
-    dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
     eager: Annotated[bool, typer.Option(help="Do not compile the model: starts faster, steps are slower.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
@@ -205,7 +217,7 @@ def tune_tidal(
     default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
     fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
     needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.04,
-    dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:
     """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""

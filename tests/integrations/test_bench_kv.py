@@ -91,6 +91,7 @@ def test_questions_are_asked_under_every_arm() -> None:
         (("--haystack", "none.txt"), "--haystack none.txt: No such file"),
         (("--kv-retrieval", "{short}"), "not a file of dictionaries"),
         (("--data", "no-such-folder"), "No such file"),
+        (("--dtype", "foo"), "expected one of auto"),
     ],
 )
 def test_bench_kv_refuses_bad_input(cli: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
