@@ -30,7 +30,9 @@ def list_plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON.
         typer.echo(json.dumps({"plugins": listed, "failed": failed, "disabled": disabled()}, indent=2))
         return
     console = Console()
-    table = Table("kind", "plugin", "option", "type", "default", "help", title="Installed plugins")
+    table = Table("kind", title="Installed plugins")
+    for column in ("plugin", "option", "type", "default", "help"):
+        table.add_column(column, overflow="fold")  # a name that is cut cannot be typed
     for plugin in listed:
         first = (plugin["kind"], f"{plugin['name']}\n[dim]from {plugin['origin']}[/]")
         for i, option in enumerate(plugin["options"] or [{}]):

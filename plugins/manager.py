@@ -37,8 +37,8 @@ class Failure:
 
 
 def disabled() -> bool:
-    """Whether the kill switch is set."""
-    return os.environ.get("PILOTFISH_DISABLE", "").strip().lower() in {"1", "true", "yes", "on"}
+    """Whether the kill switch is set: any value counts but for the usual words for no."""
+    return os.environ.get("PILOTFISH_DISABLE", "").strip().lower() not in {"", "0", "false", "no", "off"}
 
 
 def allowed(name: str) -> bool:

@@ -1,5 +1,6 @@
 """The commands that concern vLLM: `serve`, `doctor`, `models`, `bench`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from ...plugins.hookspecs import hookimpl
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
+DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
 KV_SETTINGS = ("budget=256", "budget=1024", "profile=fast", "correction_interval=32")
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
@@ -72,7 +74,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit
 
 
 def models(
-    name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m-instruct",
+    name: Annotated[str | None, typer.Argument(help="An embedded model [default: the first].")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the weights in the cache as well.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
 ) -> None:
@@ -82,10 +84,13 @@ def models(
     from .progress import fetch_with_bar
 
     if list_only:
+        if name is not None or verify:
+            raise ConfigError("models --list: takes nothing else")
         for model in store.EMBEDDED.values():
             state = "fetched" if model.fetched else "not fetched"
             typer.echo(f"{model.name}\t{state}\t{model.folder}")
         return
+    name = name or next(iter(store.EMBEDDED))
     if name not in store.EMBEDDED:
         raise ConfigError(unknown(f"model '{name}'", name, store.EMBEDDED))
     folder = fetch_with_bar(store.EMBEDDED[name])
@@ -166,9 +171,12 @@ def bench_kv(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
 ) -> None:
     """Compare settings of a KV policy with stock attention: time of a decode step, divergence, what is found again."""
+    from ...plugins.config import ConfigError
     from .bench import kv
 
     if data is not None:
+        if missing := [name for name in DATA if not (data / name).exists()]:
+            raise ConfigError(f"--data {data}: there is no {missing[0]}")
         text = [*(text or ()), data / "wikitext2", data / "gutenberg"]
         haystack = haystack or data / "pg_essays"
         kv_retrieval = kv_retrieval or data / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz"
@@ -194,6 +202,12 @@ def bench_kv(
     )
 
 
+def _finite(value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise typer.BadParameter(f"expected a number from 0, got {value}")
+    return value
+
+
 def _numbers(text: str, flag: str) -> tuple[int, ...]:
     from ...plugins.config import ConfigError
 
@@ -211,16 +225,26 @@ def tune_tidal(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
     text: Annotated[Path | None, typer.Option(help="A long text [default: Python's reference pages].")] = None,
     budget: Annotated[int, typer.Option(help="Positions that sparse layers read.")] = 512,
-    context: Annotated[int, typer.Option(min=64, help="Tokens of each context.")] = 4000,
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of each context [default: what the model takes, at most 8000].")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
     most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 10,
-    default_kl: Annotated[float, typer.Option(help="Divergence that the setting `default` may have, in nats.")] = 0.03,
-    fast_kl: Annotated[float, typer.Option(help="Divergence that the setting `fast` may have, in nats.")] = 0.05,
-    needle_loss: Annotated[float, typer.Option(help="Share of needles that may be lost to full attention.")] = 0.04,
+    default_kl: Annotated[
+        float, typer.Option(callback=_finite, help="Divergence that the setting `default` may have, in nats.")
+    ] = 0.03,
+    fast_kl: Annotated[
+        float, typer.Option(callback=_finite, help="Divergence that the setting `fast` may have, in nats.")
+    ] = 0.05,
+    needle_loss: Annotated[
+        float, typer.Option(callback=_finite, help="Share of needles that may be lost to full attention.")
+    ] = 0.04,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:
     """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
     from . import tuning
 
-    tuning.run(tuning.Plan(model, text, budget, context, tokens, most, default_kl, fast_kl, needle_loss, dtype, out))
+    tuning.run(
+        tuning.Plan(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out)
+    )

@@ -102,6 +102,8 @@ def check_model(model: str) -> None:
     path = Path(model)
     if model.startswith("-"):
         raise ConfigError(f"model {model}: MODEL comes first, vLLM's own arguments behind it")
+    if not model.strip():
+        raise ConfigError("model: the name is empty")
     try:
         path.exists()
     except (OSError, ValueError) as error:
@@ -110,11 +112,19 @@ def check_model(model: str) -> None:
         if not models.EMBEDDED[model].fetched:
             models.EMBEDDED[model].source()
     elif path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "params.json")):
+        configs = [path / name for name in ("config.json", "params.json") if (path / name).is_file()]
+        if not configs:
             raise ConfigError(f"model {model}: the folder holds no config.json")
+        try:
+            if not isinstance(json.loads(configs[0].read_bytes()), dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"model {model}: {configs[0].name} cannot be read ({error})") from None
     elif path.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         if not path.is_file():
             raise ConfigError(f"model {model}: no such folder")
+        if path.suffix != ".gguf":
+            raise ConfigError(f"model {model}: a file, expected a folder with config.json and weights")
     elif os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "True", "yes"}:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError

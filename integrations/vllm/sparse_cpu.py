@@ -7,6 +7,7 @@ chunked prefill meet no state of ours.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,9 @@ from ...kvcache.kernels.paged_decode import Choice, Rows
 from ...kvcache.selection import ReadPlan, Role
 from . import sparse
 
+# Given the rows and their scaled scores [rows, query_heads, padded], which it must leave as they are.
+Observer = Callable[[Rows, torch.Tensor], None]
+
 ISA = "vec"  # the cache layout that our kernel reads; vLLM's own choice on x86 without AMX
 
 
@@ -39,12 +43,14 @@ class SparseStep:
         rows: Those requests' tokens.
         others: Metadata for vLLM's kernel with those requests cut to one position; None when there are no others.
         choice: The latest choice.
+        observe: Sees the scores of layers that choose; see `SparseBuilder`.
     """
 
     plan: ReadPlan
     rows: Rows
     others: CPUAttentionMetadata | None
     choice: Choice | None = None
+    observe: "Observer | None" = None
 
 
 @dataclass
@@ -69,7 +75,14 @@ class SparseCPUBackend(CPUAttentionBackend):
 
 
 class SparseBuilder(CPUAttentionMetadataBuilder):
-    """Finds the requests of a step that decode beyond the budget."""
+    """Finds the requests of a step that decode beyond the budget.
+
+    Attributes:
+        plan: What layers read.
+        observe: For measurements: called by every layer that chooses.
+    """
+
+    observe: Observer | None = None
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -98,7 +111,7 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
         self.announce(stock.max_seq_len)
         rows = Rows(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
         others = None if len(requests) == common.num_reqs else self._without(stock, requests)
-        return SparseStep(self.plan, rows, others)
+        return SparseStep(self.plan, rows, others, observe=self.observe)
 
     def _without(self, stock: CPUAttentionMetadata, requests: list[int]) -> CPUAttentionMetadata:
         """Metadata by which vLLM's kernel spends next to nothing on ``requests``, whose output ours overwrites."""
@@ -170,6 +183,8 @@ class SparseImpl(CPUAttentionBackendImpl):
         else:
             logits = torch.empty(rows.count, rows.query_heads, rows.padded)
             paged_decode.decode(query, cache, table, rows, self.scale, output, logits=logits)
+            if step.observe is not None:
+                step.observe(rows, logits)
             scores = paged_decode.importance(rows, rule, self.num_kv_heads, logits)
             sparse.reduce_over_ranks(scores, rule)
             step.choice = paged_decode.choose(rows, rule, scores)

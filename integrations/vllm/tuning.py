@@ -11,11 +11,12 @@ the needles which full attention finds; ``fast`` has the fewest whose divergence
 
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
@@ -27,11 +28,13 @@ from ...plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from . import models
 from .bench import recall, texts
 from .bench.engine import EngineProcess
-from .bench.kv import TEXTS, WORKER
+from .bench.kv import ROOM, TEXTS, WORKER, positions
 from .bench.recall import Question
 from .progress import console as status
 from .progress import counting_bar
 from .serving import check_model
+
+LONGEST = 8000  # tokens: choices that hold in a long context hold in a short one, not the other way round
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Plan:
     model: str
     text: Path | None
     budget: int
-    context: int
+    context: int  # 0: what the model takes, at most `LONGEST`
     tokens: int
     most: int
     default_kl: float
@@ -70,12 +73,14 @@ def run(plan: Plan) -> Profile:
         raise ConfigError(f"--out {plan.out}: not a file in a folder that exists")
     folder = models.resolve(plan.model)
     tokenizer = texts.tokenizer_of(folder)
+    room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
+    plan = replace(plan, context=plan.context or min(LONGEST, (positions(folder) or LONGEST + room) - room))
     cut = texts.excerpts(tokenizer, text, TEXTS, plan.context + plan.tokens, "--text")
     groups = list(recall.needles(tokenizer, text, plan.context, seed=0))[::2]
     config = {
         "model": folder,
         "dtype": plan.dtype,
-        "max_model_len": plan.context + max(plan.tokens, 96) + 1,
+        "max_model_len": plan.context + room,
         "max_num_seqs": max(TEXTS, recall.ROUNDS),
         "enforce_eager": True,
         "enable_prefix_caching": True,
@@ -105,13 +110,16 @@ def _try(
     engine.ask(do="policy", options=None)
     engine.ask(do="forced", **ask, keep=True)
     bar.update(task, description="what layers look at", advance=1)
-    rule = TidalDecodeOptions(budget=plan.budget).rule
-    missed = np.array(engine.ask(do="missed", **ask, rule=vars(rule))["missed"])
-    for group in groups[1::2]:  # and while a needle is looked for and copied
+    rule = vars(TidalDecodeOptions(budget=plan.budget).rule)
+    of_text = np.array(engine.ask(do="missed", **ask, rule=rule)["missed"])
+    of_needles = np.zeros_like(of_text)
+    for group in groups[1::2]:
         contexts, copied = [q.context for q in group], [q.text + q.answer for q in group]
-        missed += np.array(engine.ask(do="missed", prompts=contexts, texts=copied, rule=vars(rule))["missed"])
+        places = [q.place for q in group]
+        answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=places)
+        of_needles += np.array(answer["missed"])
     bar.update(task, description="trying sets of layers", advance=1)
-    choices = best_choices(missed, most=plan.most)
+    choices = best_choices(balanced(of_text, of_needles), most=plan.most)
     settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
     distances: list[tuple[float, float]] = []
     for options in settings:
@@ -130,6 +138,11 @@ def _try(
     full, *shares = [statistics.fmean(results) for results in found]
     tried = [Tried(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
     return full, tried
+
+
+def balanced(*missed: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The mean of several losses, each in units of what the best single choice misses."""
+    return np.mean([m / max(best_choices(m, most=1)[0].loss, 1e-12) for m in missed], axis=0)
 
 
 def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:

@@ -91,6 +91,7 @@ class Rows:
         import torch
 
         self.count, self.query_heads = len(request), query_heads
+        self.request = list(request)
         self.context, self.longest = list(context), max(context)
         self._numbers = torch.tensor([request, token, context], dtype=torch.int32)
         pointers = [row.data_ptr() for row in self._numbers]

@@ -1,6 +1,8 @@
 """The command line: an empty application that plugins fill with commands."""
 
+import errno
 import os
+import signal
 import sys
 
 import typer
@@ -34,12 +36,20 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run a command; what a user got wrong becomes one line and exit code 2."""
+    # A command that is told to end ends what it started: as after Ctrl-C, but with a code of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = build()(standalone_mode=False)
+        sys.stdout.flush()
     except (ConfigError, Unsupported) as error:
         sys.exit(_refuse(str(error)))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        sys.exit(_refuse(f"{error.filename or 'standard output'}: {error.strerror}"))
     except Exception as error:
         # Errors of usage have a method for their text; their class has moved between typer's and click's modules.
         message = getattr(error, "format_message", None)

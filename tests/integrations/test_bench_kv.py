@@ -90,7 +90,7 @@ def test_questions_are_asked_under_every_arm() -> None:
         (("--contexts", "8190"), "smollm2-135m-instruct has 8192 positions"),
         (("--haystack", "none.txt"), "--haystack none.txt: No such file"),
         (("--kv-retrieval", "{short}"), "not a file of dictionaries"),
-        (("--data", "no-such-folder"), "No such file"),
+        (("--data", "no-such-folder"), "--data no-such-folder: there is no wikitext2"),
         (("--dtype", "foo"), "expected one of auto"),
     ],
 )

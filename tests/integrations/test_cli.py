@@ -106,6 +106,7 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
             ("--kv", "tidal_decode,select_layers=[2,40]"),
             ("tidal_decode does not support model", "layer 40", "layers 0 to 29", "choose select_layers"),
         ),
+        (("--drafter", "token_recycling,k=1,k=2"), ("'k' is given twice",)),
         (("--num-speculative-tokens", "5"), ("no drafter is selected",)),
         (("--num-speculative-tokens", "0"), ("--num-speculative-tokens",)),
         (("--drafter", "token_recycling,k=" + "9" * 5000), ("pilotfish.drafter.k: expected int",)),
@@ -145,10 +146,19 @@ def test_the_kill_switch_serves_plain_vllm(cli: Callable) -> None:
     assert "custom_class" not in cli("serve", MODEL, *arguments, PILOTFISH_DISABLE="1").stdout
 
 
-@pytest.mark.parametrize("config", ["[]", '{"vocab_size": null}', '{"text_config": null}', "{"])
+@pytest.mark.parametrize("config", ['{"vocab_size": null}', '{"text_config": null}'])
 def test_a_model_with_an_odd_configuration_is_left_to_vllm(cli: Callable, tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     assert cli("serve", str(tmp_path), "--drafter", "token_recycling", "--print").returncode == 0
+
+
+@pytest.mark.parametrize("config", ["[]", "{"])
+def test_a_broken_configuration_is_refused(cli: Callable, tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    refused(cli("serve", str(tmp_path), "--print"), "config.json cannot be read")
+    refused(cli("tune", "tidal", str(tmp_path)), "config.json cannot be read")
+    refused(cli("serve", str(tmp_path / "config.json"), "--print"), "a file, expected a folder")
+    refused(cli("serve", "", "--print"), "the name is empty")
 
 
 def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -> None:
@@ -183,7 +193,11 @@ def test_bench_refuses_bad_input(cli: Callable, tmp_path: Path) -> None:
         cli("bench", "drafters", "--prompts", str(good), "--arms", "ngrm"), "arm 'ngrm': unknown, did you mean 'ngram'?"
     )
     refused(cli("bench", "drafters", "--prompts", str(good), "--model", "./no"), "no such folder")
-    refused(cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "cannot be written")
+    refused(cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "a folder, expected")
+    away = tmp_path / "not" / "there"
+    refused(cli("bench", "drafters", "--prompts", str(good), "--arms", "nonsense", "--out", str(away / "d.json")))
+    assert not away.parent.exists(), "what was refused leaves nothing behind"
+    refused(cli("bench", "drafters", "--prompts", str(good), "--out", "/proc/d.json"), "--out /proc/d.json")
     (tmp_path / "y.jsonl.gz").write_bytes(b"\x1f\x8b\x08 broken")
     refused(cli("bench", "drafters", "--prompts", str(tmp_path / "y.jsonl.gz")), "not a file of prompts")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl", "y.jsonl.gz"]

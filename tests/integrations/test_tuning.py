@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from pilotfish.integrations.vllm.tuning import Plan, Tried, to_profile
+from pilotfish.integrations.vllm.bench.kv_worker import Missed
+from pilotfish.integrations.vllm.tuning import Plan, Tried, balanced, to_profile
+from pilotfish.kvcache import reference
+from pilotfish.kvcache.kernels.paged_decode import Rows
 from pilotfish.kvcache.layer_choice import LayerChoice
+from pilotfish.kvcache.selection import Rule
 
 PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
@@ -42,6 +48,7 @@ def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
     for arguments, message in (
         (("./no",), "no such folder"),
         (("smollm2-135m-instruct", "--text", str(tmp_path / "none.txt")), "No such file"),
+        (("smollm2-135m-instruct", "--default-kl", "nan"), "expected a number from 0"),
         (("smollm2-135m-instruct", "--budget", "100"), "multiple of 32"),
         (("smollm2-135m-instruct", "--out", str(tmp_path / "no" / "p.json")), "not a file in a folder that exists"),
     ):
@@ -49,3 +56,37 @@ def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
         assert answer.returncode == 2, answer
         assert message in answer.stderr
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+
+
+def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_one_place() -> None:
+    rng = np.random.default_rng(0)
+    heads, contexts, layers = 3, [300, 257], 2
+    rule = Rule(budget=160, sinks=4, recent=32, aggregate="max", granularity="page")
+    rows = Rows([1, 0], [0, 1], contexts, heads)
+    scores = [torch.from_numpy(rng.normal(0, 3, (2, heads, rows.padded)).astype(np.float32)) for _ in range(layers)]
+    for places in (None, {1: (40, 90), 0: (100, 130)}):
+        observer = Missed(layers, rule, (places or {}).get)
+        kept = [s.clone() for s in scores]
+        for s in scores:
+            observer(rows, s)
+        assert all(torch.equal(s, before) for s, before in zip(scores, kept, strict=True)), "layers go on with them"
+        assert observer.steps == 1
+        expected = np.zeros((layers, layers))
+        for row, context in enumerate(contexts):
+            seen = [s[row, :, :context].double().numpy() for s in scores]
+            weights = [reference.softmax(s) for s in seen]
+            begin, end = places[rows.request[row]] if places else (0, context)
+            for chooser in range(layers):
+                chosen = reference.choose(reference.importance(seen[chooser], rule, 1)[0], rule)
+                lost = np.ones(context, bool)
+                lost[chosen] = False
+                lost[:begin] = lost[end:] = False
+                for reader in range(layers):
+                    expected[chooser, reader] += (weights[reader][:, lost].sum(-1) ** 2).mean() / len(contexts)
+        np.testing.assert_allclose(observer.mean.numpy(), expected, atol=1e-5)
+
+
+def test_losses_are_balanced_by_what_one_choice_misses() -> None:
+    text = np.array([[0.0, 2.0], [0.0, 0.0]])  # one choice at layer 0 misses 2; none later than 0 is cheaper
+    needles = 100 * text
+    assert balanced(text, needles)[0, 1] == balanced(text)[0, 1]

@@ -89,7 +89,7 @@ def run(plan: Plan) -> list[Record]:
     check_model(plan.model)
     folder = models.resolve(plan.model)
     longest = max(*plan.contexts, *plan.needle_contexts, *(c + plan.quality_tokens for c in plan.quality_contexts))
-    if (limit := _positions(folder)) is not None and longest + ROOM > limit:
+    if (limit := positions(folder)) is not None and longest + ROOM > limit:
         raise ConfigError(f"contexts of {longest} tokens: {plan.model} has {limit} positions, {ROOM} are for decoding")
     config = {
         "model": folder,
@@ -232,7 +232,7 @@ def questions(
     return [r for arm in arms for r in recall.records(dataset, metric, arm.label, results[arm.label], context)]
 
 
-def _positions(folder: str) -> int | None:
+def positions(folder: str) -> int | None:
     """How many positions a model has, where its configuration says so."""
     from transformers import AutoConfig
 

@@ -4,6 +4,7 @@ Stock attention is a plan whose budget covers every context, so that all arms sh
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,55 +83,45 @@ class KVWorker(Worker):
         self._force, self._logprobs = {}, {}
         return answer
 
-    def missed(self, prompts: list[list[int]], texts: list[list[int]], rule: dict[str, Any]) -> dict[str, Any]:
+    def missed(
+        self,
+        prompts: list[list[int]],
+        texts: list[list[int]],
+        rule: dict[str, Any],
+        places: list[tuple[int, int]] | None = None,
+    ) -> dict[str, Any]:
         """What a layer misses of its attention when it reads another layer's choice.
 
         Squared for each head before the mean over heads and tokens is taken: a head that looks at one place and misses
         it does more harm than many that miss a little of what they average over.
 
+        Args:
+            prompts: Token ids.
+            texts: What is decoded after each.
+            rule: How positions are chosen, as a `Rule`'s fields.
+            places: For each prompt the positions, from and to, whose attention alone counts; all if not given.
+
         Returns:
             ``missed`` [layers, layers], 0 to 1: row chooses, column reads.
         """
-        layers = self._kind.engine.layers
-        chooser = Rule(**rule)
-        total, count = torch.zeros(layers, layers), 0
-        weights: list[torch.Tensor] = []
-        masks: list[torch.Tensor] = []
-
-        def listen(rows: Any, _: Rule, kv_heads: int, logits: torch.Tensor) -> torch.Tensor:
-            nonlocal total, count
-            for r, n in enumerate(rows.context):
-                logits[r, :, n:] = float("-inf")
-            weights.append(logits.softmax(-1))
-            scores = importance(rows, chooser, kv_heads, logits)
-            choice = choose(rows, chooser, scores)
-            sets = scores.shape[1]
-            covered = torch.zeros(rows.count, sets, rows.padded)
-            for r in range(rows.count):
-                for s in range(sets):
-                    covered[r, s, choice.positions(r, s)] = 1
-            masks.append(covered.repeat_interleave(rows.query_heads // sets, dim=1))
-            if len(masks) == layers:
-                w, m = torch.stack(weights), torch.stack(masks)  # [layers, rows, heads, padded]
-                seen = torch.einsum("crhn,lrhn->clrh", m, w)
-                total += (1 - seen).clamp_min(0).square().mean((2, 3))
-                count += 1
-                weights.clear()
-                masks.clear()
-            return scores
-
-        importance, choose = paged_decode.importance, paged_decode.choose
-        plan = ReadPlan((Role.SELECT,) * layers, chooser)
+        self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
+        place_of = dict(zip(self._force, places or [None] * len(texts), strict=True))
+        observer = Missed(self._kind.engine.layers, Rule(**rule), lambda row: place_of[self._name(row)])
         for builder in self._builders:
-            builder.plan = plan
-        paged_decode.importance = listen
+            builder.plan = ReadPlan((Role.SELECT,) * observer.layers, observer.rule)
+            builder.observe = observer
         try:
-            self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
             self._run(prompts, [len(text) for text in texts])
         finally:
-            paged_decode.importance = importance
+            for builder in self._builders:
+                builder.observe = None
             self._force = {}
-        return {"missed": (total / max(count, 1)).tolist(), "steps": count}
+        return {"missed": observer.mean.tolist(), "steps": observer.steps}
+
+    def _name(self, row: int) -> str:
+        """The forced request in a row of the batch."""
+        request = self.runner.input_batch.req_ids[row]
+        return next(n for n in self._force if request == n or request.startswith(f"{n}-"))
 
     def _next(self, i: int) -> str:
         return f"kv-{self._count + i}"
@@ -180,6 +171,44 @@ class KVWorker(Worker):
             return output
 
         self.runner._sample = sample
+
+
+class Missed:
+    """Observes every layer of every step, and sums what layers miss by reading each other's choice."""
+
+    def __init__(self, layers: int, rule: Rule, place_of: Callable[[int], tuple[int, int] | None]) -> None:
+        """Observe ``layers`` layers; ``place_of`` tells the positions that count in a row of the batch."""
+        self.layers, self.rule, self.steps = layers, rule, 0
+        self._place_of = place_of
+        self._total = torch.zeros(layers, layers)
+        self._weights: list[torch.Tensor] = []
+        self._masks: list[torch.Tensor] = []
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """[layers, layers], over the steps seen."""
+        return self._total / max(self.steps, 1)
+
+    def __call__(self, rows: paged_decode.Rows, logits: torch.Tensor) -> None:
+        """One layer's scores, [rows, query_heads, padded]; the last layer's end a step."""
+        scores = logits.clone()
+        choice = paged_decode.choose(rows, self.rule, paged_decode.importance(rows, self.rule, 1, scores))
+        weights, mask = torch.zeros_like(logits), torch.zeros(rows.count, rows.padded)
+        for r, n in enumerate(rows.context):
+            weights[r, :, :n] = logits[r, :, :n].softmax(-1)
+            mask[r, choice.positions(r)] = 1
+            if place := self._place_of(rows.request[r]):
+                weights[r, :, : place[0]] = 0
+                weights[r, :, place[1] :] = 0
+        self._weights.append(weights)
+        self._masks.append(mask)
+        if len(self._masks) == self.layers:
+            w, m = torch.stack(self._weights), torch.stack(self._masks)
+            seen = torch.einsum("crn,lrhn->clrh", m, w)
+            self._total += (w.sum(-1) - seen).clamp_min(0).square().mean((2, 3))
+            self.steps += 1
+            self._weights.clear()
+            self._masks.clear()
 
 
 if __name__ == "__main__":

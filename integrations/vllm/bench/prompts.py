@@ -7,6 +7,7 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ....plugins.config import ConfigError
 
@@ -40,7 +41,9 @@ def read(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _prompt(line: dict, dataset: str) -> Prompt:
+def _prompt(line: Any, dataset: str) -> Prompt:
+    if not isinstance(line, dict):
+        raise ValueError("a line is not an object")
     if "task_id" in line:  # HumanEval: the head of a function
         return Prompt(dataset, "code", f"Complete this Python function:\n```python\n{line['prompt']}\n```")
     text = line["turns"][0] if "turns" in line else line.get("prompt", line.get("text"))

@@ -32,12 +32,14 @@ class Question:
         text: The question, decoded after it.
         answer: What has to follow.
         depth: Where in the context the answer stands, 0 to 1.
+        place: The positions of the context, from and to, that hold the answer.
     """
 
     context: list[int]
     text: list[int]
     answer: list[int]
     depth: float
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def needles(tokenizer: Any, haystack: str, length: int, seed: int) -> Iterator[l
             straw = hay[offset : offset + length - len(needle)]
             at = round(depth * len(straw))
             asked = encode(f"\n\nWhat is the special magic {city} number? The special magic {city} number is: ")
-            group.append(Question([*straw[:at], *needle, *straw[at:]], asked, encode(number), depth))
+            context = [*straw[:at], *needle, *straw[at:]]
+            group.append(Question(context, asked, encode(number), depth, (at, at + len(needle))))
         yield group
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,14 @@ def check(path: Path) -> None:
     Raises:
         ConfigError: the file is a folder, or its folder cannot be made or written.
     """
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: a folder, expected a file")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=there):  # rights alone do not tell: some file systems take no files
+            pass
     except OSError as error:
         raise ConfigError(f"--out {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--out {path}: cannot be written")
 
 
 def machine() -> dict[str, Any]:
