@@ -20,6 +20,19 @@ def is_windowed(impl: Any) -> bool:
     return impl.sliding_window not in WITHOUT_WINDOW
 
 
+class HasRole:
+    """The attention of one layer, which knows its part in a plan."""
+
+    _index: int | None = None  # of the layer, once its name was seen
+
+    def role(self, layer: Any, plan: ReadPlan) -> Role:
+        """What ``layer``, whose attention this is, does by a plan."""
+        index = self._index
+        if index is None:
+            index = self._index = extract_layer_index(layer.layer_name)
+        return plan.roles[index]
+
+
 class Announcement:
     """Says once that a policy is active: when a step goes through its kernels."""
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -135,10 +134,8 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
         return replace(stock, seq_lens=seq_lens, scheduler_metadata=schedule)
 
 
-class SparseImpl(CPUAttentionBackendImpl):
+class SparseImpl(sparse.HasRole, CPUAttentionBackendImpl):
     """The attention of one layer."""
-
-    _index: int | None = None  # of the layer
 
     def forward(
         self,
@@ -160,10 +157,7 @@ class SparseImpl(CPUAttentionBackendImpl):
             )
         if step.others is not None:
             super().forward(layer, query, key, value, kv_cache, step.others, output, output_scale, output_block_scale)
-        if self._index is None:
-            self._index = extract_layer_index(layer.layer_name)
-        role = step.plan.roles[self._index]
-        self._decode(role, query, kv_cache, attn_metadata.block_table, output, step)  # type: ignore[union-attr]
+        self._decode(self.role(layer, step.plan), query, kv_cache, attn_metadata.block_table, output, step)  # type: ignore[union-attr]
         return output
 
     def _decode(

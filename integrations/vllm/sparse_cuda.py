@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -98,10 +97,8 @@ class SparseBuilder:
         return stock
 
 
-class SparseImpl:
+class SparseImpl(sparse.HasRole):
     """The attention of one layer; stands before vLLM's among the bases of a class."""
-
-    _index: int | None = None  # of the layer
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Our kernel writes what it computes; nothing is quantised on the way."""
@@ -126,9 +123,7 @@ class SparseImpl:
         stock: Any = super().forward  # type: ignore[misc]
         if step is None or sparse.is_windowed(self):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        if self._index is None:
-            self._index = extract_layer_index(layer.layer_name)
-        role, scale = step.plan.roles[self._index], self.scale  # type: ignore[attr-defined]
+        role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
         if role is Role.SPARSE and step.rest is not None:  # before the first choice everything is read
             stock(layer, query, key, value, kv_cache, step.rest, output, *scales)
             if step.kept is not None:

@@ -1,4 +1,4 @@
-"""Choosing and reading positions of a paged KV cache on a GPU, as Triton kernels.
+"""Choosing and reading positions of a paged KV cache on a GPU, by Triton kernels.
 
 The cache is that of vLLM's Triton and FlashAttention backends, [blocks, kv_heads, block_size, 2 * head_size], K and
 then V in the last dimension, in any order of strides.
@@ -15,20 +15,19 @@ Two ways to read a choice:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-import triton.language as tl
 
 from ..selection import GROUP, Rule
+from . import programs_triton as kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-jit = cast(Any, triton.jit)
 TILE = 128  # positions that a program looks at together
-SPLIT = 1024  # positions of one program of `_unit_scores`
+SPLIT = 1024  # positions of one program of `programs_triton.unit_scores`
 LEAST_ROWS = 16  # of a matrix product on tensor cores
 
 
@@ -54,242 +53,6 @@ class Batch:
         return one & (self.seq_lens > rule.budget)
 
 
-@jit
-def _is_sparse(starts, seq_lens, request, budget):
-    """(first query row, context, whether the request decodes one token beyond the budget)."""
-    row = tl.load(starts + request)
-    context = tl.load(seq_lens + request)
-    return row, context, (tl.load(starts + request + 1) - row == 1) & (context > budget)
-
-
-@jit
-def _unit_scores(
-    query,
-    cache,
-    table,
-    starts,
-    seq_lens,
-    scores,
-    scale,
-    budget,
-    units,
-    query_stride,
-    block_stride,
-    head_stride,
-    token_stride,
-    table_stride,
-    HEADS: tl.constexpr,  # query heads
-    SHARE: tl.constexpr,  # query heads of a KV head
-    ROWS: tl.constexpr,  # SHARE, padded
-    SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Log-sum-exp of the scaled scores of every unit, scores [requests, heads, units]; units beyond a context: -inf."""
-    request, kv_head = tl.program_id(0), tl.program_id(1)
-    row, context, sparse = _is_sparse(starts, seq_lens, request, budget)
-    if sparse:
-        g, d = tl.arange(0, ROWS), tl.arange(0, SIZE_PADDED)
-        head = kv_head * SHARE + g
-        q = tl.load(
-            query + row.to(tl.int64) * query_stride + head[:, None] * SIZE + d[None, :],
-            mask=(g < SHARE)[:, None] & (d < SIZE)[None, :],
-            other=0.0,
-        )
-        begin = tl.program_id(2) * SPLIT
-        for tile in range(begin, min(begin + SPLIT, units * UNIT), TILE):
-            position = tile + tl.arange(0, TILE)
-            inside = position < context
-            block = tl.load(table + request * table_stride + position // BLOCK, mask=inside, other=0).to(tl.int64)
-            at = block * block_stride + kv_head * head_stride + (position % BLOCK) * token_stride
-            k = tl.load(cache + at[:, None] + d[None, :], mask=inside[:, None] & (d < SIZE)[None, :], other=0.0)
-            x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
-            x = tl.where(inside[None, :], x, -float("inf"))
-            if UNIT == 1:
-                unit = position
-                value = x
-            else:
-                unit = tile // UNIT + tl.arange(0, TILE // UNIT)
-                x = tl.reshape(x, (ROWS, TILE // UNIT, UNIT))
-                top = tl.max(x, 2)
-                some = tl.where(top == -float("inf"), 0.0, top)
-                value = some + tl.log(tl.sum(tl.exp(x - some[:, :, None]), 2))
-            to = scores + (request.to(tl.int64) * HEADS + head[:, None]) * units + unit[None, :]
-            tl.store(to, value, mask=(g < SHARE)[:, None] & (unit < units)[None, :])
-
-
-@jit
-def _importance(
-    scores,
-    totals,
-    least,
-    starts,
-    seq_lens,
-    result,
-    budget,
-    units,
-    HEADS: tl.constexpr,
-    SETS: tl.constexpr,
-    TAKE_MAX: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Attention of each unit: a softmax for each head, summed (or its maximum) over the heads of a set."""
-    request, chosen_by = tl.program_id(0), tl.program_id(1)
-    _, _, sparse = _is_sparse(starts, seq_lens, request, budget)
-    if sparse:
-        unit = tl.program_id(2) * TILE + tl.arange(0, TILE)
-        found = tl.zeros([TILE], tl.float32)
-        for i in range(HEADS // SETS):
-            head = request.to(tl.int64) * HEADS + chosen_by * (HEADS // SETS) + i
-            x = tl.load(scores + head * units + unit, mask=unit < units, other=-float("inf"))
-            p = tl.exp(x - tl.load(totals + head))
-            p = tl.where(x >= tl.load(least + head), p, 0.0)
-            found = tl.maximum(found, p) if TAKE_MAX else found + p
-        tl.store(result + (request.to(tl.int64) * SETS + chosen_by) * units + unit, found, mask=unit < units)
-
-
-@jit
-def _shorten(
-    table,
-    kept,
-    starts,
-    seq_lens,
-    short_table,
-    short_lens,
-    budget,
-    pages,
-    table_stride,
-    short_stride,
-    PAGE_BLOCKS: tl.constexpr,  # blocks of a page
-    PAGE: tl.constexpr,  # positions of a page
-    TILE: tl.constexpr,
-):
-    """Copy a request's block table, of sparse requests the blocks of kept pages only; and its length."""
-    request = tl.program_id(0)
-    _, context, sparse = _is_sparse(starts, seq_lens, request, budget)
-    slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    length = context
-    source = slot
-    if sparse:
-        page = tl.load(kept + request * pages + slot // PAGE_BLOCKS, mask=slot // PAGE_BLOCKS < pages, other=0)
-        source = page * PAGE_BLOCKS + slot % PAGE_BLOCKS
-        last = tl.load(kept + request * pages + pages - 1)
-        length = (pages - 1) * PAGE + context - last * PAGE
-    inside = slot * (PAGE // PAGE_BLOCKS) < length
-    tl.store(
-        short_table + request * short_stride + slot,
-        tl.load(table + request * table_stride + source, mask=inside, other=0),
-        mask=inside,
-    )
-    if tl.program_id(1) == 0:
-        tl.store(short_lens + request, length)
-
-
-@jit
-def _decode_part(
-    query,
-    cache,
-    table,
-    starts,
-    seq_lens,
-    kept,
-    parts,
-    tops,
-    totals,
-    scale,
-    budget,
-    units,
-    query_stride,
-    block_stride,
-    head_stride,
-    token_stride,
-    table_stride,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
-    TOGETHER: tl.constexpr,  # query heads of a program: SHARE, or 1 when each has its own choice
-    ROWS: tl.constexpr,  # TOGETHER, padded
-    SETS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Attention over one tile of the positions that a request kept; parts are merged by `_decode_merge`."""
-    request, program, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, context, sparse = _is_sparse(starts, seq_lens, request, budget)
-    if sparse:
-        first = program * TOGETHER
-        kv_head = first // SHARE
-        g, d = tl.arange(0, ROWS), tl.arange(0, SIZE_PADDED)
-        q = tl.load(
-            query + row.to(tl.int64) * query_stride + (first + g)[:, None] * SIZE + d[None, :],
-            mask=(g < TOGETHER)[:, None] & (d < SIZE)[None, :],
-            other=0.0,
-        )
-        slot = part * TILE + tl.arange(0, TILE)
-        chosen_by = first * SETS // HEADS
-        unit = tl.load(kept + (request * SETS + chosen_by) * units + slot // UNIT, mask=slot // UNIT < units, other=0)
-        position = unit * UNIT + slot % UNIT
-        inside = (slot // UNIT < units) & (position < context)
-        block = tl.load(table + request * table_stride + position // BLOCK, mask=inside, other=0).to(tl.int64)
-        at = block * block_stride + kv_head * head_stride + (position % BLOCK) * token_stride
-        there = inside[:, None] & (d < SIZE)[None, :]
-        k = tl.load(cache + at[:, None] + d[None, :], mask=there, other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
-        x = tl.where(inside[None, :], x, -float("inf"))
-        top = tl.max(x, 1)
-        some = tl.where(top == -float("inf"), 0.0, top)
-        p = tl.exp(x - some[:, None])
-        v = tl.load(cache + at[:, None] + SIZE + d[None, :], mask=there, other=0.0)
-        mixed = tl.dot(p.to(v.dtype), v, input_precision="ieee").to(tl.float32)
-        to = (request.to(tl.int64) * HEADS + first + g) * tl.num_programs(2) + part
-        mine = g < TOGETHER
-        tl.store(parts + to[:, None] * SIZE + d[None, :], mixed, mask=mine[:, None] & (d < SIZE)[None, :])
-        tl.store(tops + to, top, mask=mine)
-        tl.store(totals + to, tl.sum(p, 1), mask=mine)
-
-
-@jit
-def _decode_merge(
-    parts,
-    tops,
-    totals,
-    starts,
-    seq_lens,
-    output,
-    budget,
-    count,
-    output_stride,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    SIZE_PADDED: tl.constexpr,
-):
-    """Merge a head's parts by log-sum-exp, in their order."""
-    request, head = tl.program_id(0), tl.program_id(1)
-    row, _, sparse = _is_sparse(starts, seq_lens, request, budget)
-    if sparse:
-        d = tl.arange(0, SIZE_PADDED)
-        base = (request.to(tl.int64) * HEADS + head) * count
-        top = -float("inf")
-        for i in range(count):
-            top = tl.maximum(top, tl.load(tops + base + i))
-        total = 0.0
-        mixed = tl.zeros([SIZE_PADDED], tl.float32)
-        for i in range(count):
-            weight = tl.exp(tl.load(tops + base + i) - top)
-            total += weight * tl.load(totals + base + i)
-            mixed += weight * tl.load(parts + (base + i) * SIZE + d, mask=d < SIZE, other=0.0)
-        to = output + row.to(tl.int64) * output_stride + head * SIZE + d
-        tl.store(to, (mixed / total).to(output.dtype.element_ty), mask=d < SIZE)
-
-
-# --------------------------------------------------------------------------------------------- for torch
-
-
 def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale: float) -> "Tensor":
     """How much each unit (a page, or a position) matters to each set of heads.
 
@@ -311,7 +74,7 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
     units = -(-batch.max_seq_len // GROUP) * GROUP // unit
     scores = torch.full((requests, heads, units), float("-inf"), dtype=torch.float32, device=query.device)
     share = heads // kv_heads
-    _unit_scores[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
+    kernels.unit_scores[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
         query,
         cache,
         batch.block_table,
@@ -340,7 +103,7 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
         least = scores.topk(min(rule.budget - rule.recent, units), sorted=False).values.amin(-1)
     sets = rule.sets(heads, kv_heads)
     result = torch.empty(requests, sets, units, dtype=torch.float32, device=query.device)
-    _importance[(requests, sets, triton.cdiv(units, TILE))](
+    kernels.importance[(requests, sets, triton.cdiv(units, TILE))](
         scores,
         totals,
         least,
@@ -399,7 +162,7 @@ def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int) -> tuple[
     requests = len(batch.seq_lens)
     blocks = -(-batch.max_seq_len // block_size)
     table, lens = torch.empty_like(batch.block_table), torch.empty_like(batch.seq_lens)
-    _shorten[(requests, triton.cdiv(blocks, TILE))](
+    kernels.shorten[(requests, triton.cdiv(blocks, TILE))](
         batch.block_table,
         kept,
         batch.query_start_loc,
@@ -447,7 +210,7 @@ def decode(
     parts = torch.empty(requests, heads, count, size, **workspace)
     tops, totals = torch.empty(2, requests, heads, count, **workspace)
     sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
-    _decode_part[(requests, heads // together, count)](
+    kernels.decode_part[(requests, heads // together, count)](
         query,
         cache,
         batch.block_table,
@@ -472,7 +235,7 @@ def decode(
         UNIT=unit,
         TILE=TILE,
     )
-    _decode_merge[(requests, heads)](
+    kernels.decode_merge[(requests, heads)](
         parts,
         tops,
         totals,
