@@ -67,3 +67,29 @@ def positions(units: Sequence[int], n: int, rule: Rule) -> list[int]:
     """The positions of pages (or the positions themselves) within a context of ``n``."""
     unit = GROUP if rule.granularity == "page" else 1
     return [p for u in units for p in range(u * unit, min(n, (u + 1) * unit))]
+
+
+def windowed_attention(
+    query: NDArray, keys: NDArray, values: NDArray, scale: float, left_out: tuple[int, int], compensation: bool
+) -> Float64:
+    """One query token's attention without a stretch of positions (RazorAttention, section 3.3).
+
+    Args:
+        query: [heads, size], of one KV head.
+        keys: [n, size].
+        values: [n, size].
+        scale: Of the scores.
+        left_out: The positions, from and to.
+        compensation: Whether their mean key and value stand for them, with their number as weight.
+
+    Returns:
+        [heads, size].
+    """
+    begin, end = left_out
+    k, v = (np.delete(x.astype(np.float64), slice(begin, end), axis=0) for x in (keys, values))
+    scores = query.astype(np.float64) @ k.T * scale
+    if compensation and end > begin:
+        mean_key, mean_value = (x[begin:end].astype(np.float64).mean(0) for x in (keys, values))
+        extra = query.astype(np.float64) @ mean_key * scale + np.log(end - begin)
+        scores, v = np.concatenate([scores, extra[:, None]], 1), np.concatenate([v, mean_value[None]])
+    return softmax(scores) @ v

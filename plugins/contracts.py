@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from ..kvcache.head_window import HeadPlan
     from ..kvcache.selection import ReadPlan
 
 Int32 = NDArray[np.int32]
@@ -43,6 +44,7 @@ class Engine:
     device: str = "cpu"
     tensor_parallel_size: int = 1
     layers: int = 0
+    kv_heads: int = 0  # of a layer, on all ranks together
     fingerprint: str = ""  # of the model's shape, see `kvcache.profiles`; empty when it is not known yet
 
 
@@ -184,14 +186,21 @@ class Drafter(Plugin, ABC):
 
 
 class KVPolicy(Plugin, ABC):
-    """Which keys and values a layer keeps or reads. With a budget that covers the context it is stock attention."""
+    """Which keys and values a layer reads, or keeps. With a budget that covers the context it is stock attention.
+
+    A policy has one of two plans; the other is None.
+    """
 
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...
 
-    @abstractmethod
-    def read_plan(self) -> "ReadPlan":
-        """What every layer reads in a decode step."""
+    def read_plan(self) -> "ReadPlan | None":
+        """What every layer reads in a decode step; everything stays in memory."""
+        return None
+
+    def head_plan(self) -> "HeadPlan | None":
+        """Which heads keep everything; what the others drop is free memory."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ reads memory in the order it lies in.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from ..kvcache import profiles
 from ..kvcache.kernels import native
-from ..kvcache.profiles import Profile, ProfileError
 from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
-from .config import ConfigError, unknown
+from . import kv_profiles
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
 
@@ -133,39 +130,10 @@ def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, .
     """
     if options.select_layers is not None:
         return options.full_layers or (), options.select_layers
-    where, _, name = (options.profile or "").partition("#")
-    path = Path(where)
-    profile: Profile | None
-    if path.suffix == ".json":
-        try:
-            profile = profiles.read(path)
-        except ProfileError as error:
-            raise ConfigError(f"pilotfish.kv.profile: {error}") from None
-        if profile.policy != TidalDecode.name:
-            raise ConfigError(f"pilotfish.kv.profile: {path}: of the policy {profile.policy}")
-        if engine.fingerprint and profile.fingerprint != engine.fingerprint:
-            raise Unsupported(
-                TidalDecode.name,
-                f"the profile {path} is of the model {profile.model}",
-                "run `pilotfish tune tidal` for this model",
-                engine.model,
-            )
-        name = name or "default"
-    else:
-        profile, name = profiles.shipped(TidalDecode.name, engine.fingerprint), where or "default"
-        if profile is None and where and engine.fingerprint:
-            raise Unsupported(
-                TidalDecode.name,
-                f"no profile is shipped for it, so that there is no '{where}'",
-                "run `pilotfish tune tidal` for this model, and name the file",
-                engine.model,
-            )
-    if profile is None:
+    found = kv_profiles.setting(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
+    if found is None:
         return spread(engine.layers)
-    if name not in profile.settings:
-        raise ConfigError(unknown(f"pilotfish.kv.profile: '{name}'", name, profile.settings))
-    setting = profile.settings[name]
-    return tuple(setting["full_layers"]), tuple(setting["select_layers"])
+    return tuple(found["full_layers"]), tuple(found["select_layers"])
 
 
 def spread(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:

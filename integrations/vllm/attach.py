@@ -228,7 +228,8 @@ def _check_attention(plugin: str, vllm_config: Any) -> None:
 
 def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) -> None:
     """What in the engine keeps a request's computed tokens from being set back."""
-    if not cls(options, engine).read_plan().correction_interval:
+    plan = cls(options, engine).read_plan()
+    if plan is None or not plan.correction_interval:
         return
     for present, reason, remedy in (
         (vllm_config.speculative_config is not None, "drafted tokens would be counted as computed", "no speculation"),

@@ -229,16 +229,16 @@ def tune_tidal(
         int | None, typer.Option(min=64, help="Tokens of each context [default: what the model takes, at most 8000].")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
-    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 10,
+    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 6,
     default_kl: Annotated[
         float, typer.Option(callback=_finite, help="Divergence that the setting `default` may have, in nats.")
-    ] = 0.03,
+    ] = 0.1,
     fast_kl: Annotated[
         float, typer.Option(callback=_finite, help="Divergence that the setting `fast` may have, in nats.")
-    ] = 0.05,
+    ] = 0.15,
     needle_loss: Annotated[
         float, typer.Option(callback=_finite, help="Share of needles that may be lost to full attention.")
-    ] = 0.04,
+    ] = 0.02,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:

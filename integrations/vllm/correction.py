@@ -51,8 +51,9 @@ class Corrector:
 def install(scheduler: Any, vllm_config: Any) -> None:
     """Let a new scheduler correct, when the engine's KV policy asks for it."""
     policy = attach.kv_policy(vllm_config)
-    if policy is not None:
-        correct(scheduler, policy.read_plan())
+    plan = None if policy is None else policy.read_plan()
+    if plan is not None:
+        correct(scheduler, plan)
 
 
 def correct(scheduler: Any, plan: ReadPlan) -> None:

@@ -63,6 +63,7 @@ def plan_for(
     attachment = attach.admit(vllm_config)["kv"]
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan, model = policy.read_plan(), vllm_config.model_config.model
+    assert plan is not None  # `attach.attention_backend` asked
     _check_layers(plan, policy.name, vllm_config, layer_names)
     if kernel_error is not None:
         raise Unsupported(policy.name, kernel_error, "leave the policy out", model)

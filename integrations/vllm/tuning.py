@@ -87,7 +87,7 @@ def run(plan: Plan) -> Profile:
         "additional_config": {"pilotfish": {"kv": {"name": TidalDecode.name, "budget": plan.budget}}},
     }
     with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
-        task = bar.add_task("starting the engine", total=2 + plan.most + len(groups))
+        task = bar.add_task("starting the engine", total=2 + len(groups))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
             fingerprint = engine.ask(do="facts")["fingerprint"]
             full, tried = _try(plan, engine, cut, groups, bar, task)
@@ -119,7 +119,7 @@ def _try(
         answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=places)
         of_needles += np.array(answer["missed"])
     bar.update(task, description="trying sets of layers", advance=1)
-    choices = best_choices(balanced(of_text, of_needles), most=plan.most)
+    choices = candidates(of_text, of_needles, plan.most)
     settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
     distances: list[tuple[float, float]] = []
     for options in settings:
@@ -127,7 +127,6 @@ def _try(
         answer = engine.ask(do="forced", **ask, keep=False)
         kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
         distances.append((kl, same))
-        bar.advance(task)
     bar.update(task, description="looking for needles")
     found: list[list[bool]] = [[] for _ in range(1 + len(settings))]
     for group in groups:  # under every set, so that a group's contexts are processed once
@@ -140,9 +139,23 @@ def _try(
     return full, tried
 
 
-def balanced(*missed: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The mean of several losses, each in units of what the best single choice misses."""
-    return np.mean([m / max(best_choices(m, most=1)[0].loss, 1e-12) for m in missed], axis=0)
+def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], most: int) -> list[LayerChoice]:
+    """Sets worth running: the best of every size for texts, for needles, and for both; the smallest first.
+
+    Args:
+        of_text: [layers, layers] what the column misses when it reads the row's choice, while a text is decoded.
+        of_needles: The same of needles that are looked for.
+        most: Largest number of layers that read everything.
+
+    Returns:
+        Sets that differ; their losses cannot be compared with each other.
+    """
+    losses = [m / max(best_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
+    for weights in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
+        for choice in best_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
+            found.setdefault((choice.full, choice.select), choice)
+    return sorted(found.values(), key=lambda c: c.reading)
 
 
 def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:
@@ -154,8 +167,9 @@ def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) ->
         plan: Holds the targets.
         fingerprint: Of the model.
         full: Share of needles that full attention finds.
-        tried: The sets, by number of reading layers.
+        tried: The sets.
     """
+    tried = sorted(tried, key=lambda t: (t.choice.reading, t.kl))
     closest = min(tried, key=lambda t: t.kl)
     settings = {}
     for name, target, needles in (
@@ -186,7 +200,6 @@ def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) ->
                 {
                     "full_layers": list(t.choice.full),
                     "select_layers": list(t.choice.select),
-                    "attention_missed": round(t.choice.loss, 4),
                     "kl": round(t.kl, 5),
                     "same_top": round(t.same_top, 4),
                     "needles": t.needles,
@@ -201,11 +214,10 @@ def show(full: float, tried: list[Tried]) -> None:
     """What was tried, as a table."""
     from rich.table import Table
 
-    table = Table("reading everything", "full", "selecting", "attention missed", "KL", "same top token", "needles")
-    table.add_row("all", "", "", "", "0", "", f"{full:.0%}")
+    table = Table("reading everything", "full", "selecting", "KL", "same top token", "needles")
+    table.add_row("all", "", "", "0", "", f"{full:.0%}")
     for t in tried:
         layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
-        missed = f"{t.choice.loss:.2f}"
-        row = (str(t.choice.reading), layers, select, missed, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
+        row = (str(t.choice.reading), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
         table.add_row(*row)
     Console().print(table)

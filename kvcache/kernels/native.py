@@ -60,7 +60,8 @@ def load(name: str) -> ctypes.CDLL:
     compile_with = compiler()
     if compile_with is None:
         raise NoCompiler("no C++ compiler: install g++, or name one in CXX")
-    key = hashlib.sha256("\0".join([source.read_text(), compile_with, *flags, _processor()]).encode()).hexdigest()[:16]
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.hpp")))]
+    key = hashlib.sha256("\0".join([*texts, compile_with, *flags, _processor()]).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}-{key}.so"
     if not library.is_file():
         _compile(compile_with, flags, source, library)

@@ -17,20 +17,26 @@ from . import native
 if TYPE_CHECKING:
     from torch import Tensor
 
+TYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 AGGREGATES = {"head": 0, "kv_head": 0, "sum": 0, "max": 1, "union": 2}  # enum Aggregate
 
 
-class _Cache(Structure):
+class Head(Structure):
+    """Where the keys and values of a KV head are; `attend.hpp`."""
+
     _fields_ = (
         ("data", c_void_p),
         ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("block_size", c_int32),
-        ("head_size", c_int32),
-        ("kv_heads", c_int32),
-        ("block_table", c_void_p),
+        ("table", c_void_p),
         ("table_stride", c_int64),
+        ("windowed", c_int32),
     )
+
+
+class Cache(Structure):
+    """The heads of a layer; `attend.hpp`."""
+
+    _fields_ = (("heads", POINTER(Head)), ("kv_heads", c_int32), ("block_size", c_int32), ("head_size", c_int32))
 
 
 class _Rows(Structure):
@@ -65,7 +71,7 @@ def library() -> ctypes.CDLL:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
     lib = native.load("paged_decode")
-    cache, rows, choice, rule = POINTER(_Cache), POINTER(_Rows), POINTER(_Choice), POINTER(_Rule)
+    cache, rows, choice, rule = POINTER(Cache), POINTER(_Rows), POINTER(_Choice), POINTER(_Rule)
     where = (c_void_p, c_int64)
     lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *where, *where, *where, c_int)
     lib.pilotfish_decode.restype = c_int
@@ -158,9 +164,8 @@ def decode(
     """
     import torch
 
-    types = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
     size = query.shape[-1]
-    if query.dtype not in types or cache.dtype != query.dtype or output.dtype != query.dtype:
+    if str(query.dtype) not in TYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
         raise ValueError(f"query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
     if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % GROUP or query.shape[1] % cache.shape[1]:
         raise ValueError(f"query {tuple(query.shape)}, cache {tuple(cache.shape)}")
@@ -168,18 +173,12 @@ def decode(
         raise ValueError("a head is not contiguous")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         raise ValueError(f"block table of {block_table.dtype}")
-    paged = _Cache(
-        cache.data_ptr(),
-        cache.stride(0),
-        cache.stride(1),
-        cache.shape[2],
-        size,
-        cache.shape[1],
-        block_table.data_ptr(),
-        block_table.stride(0),
-    )
+    blocks = (cache.stride(0), block_table.data_ptr(), block_table.stride(0), 0)
+    step = cache.stride(1) * cache.element_size()
+    heads = (Head * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
+    paged = Cache(heads, cache.shape[1], cache.shape[2], size)
     library().pilotfish_decode(
-        types[query.dtype],
+        TYPES[str(query.dtype)],
         byref(paged),
         byref(rows.struct),
         byref(_EVERYTHING if choice is None else choice.struct()),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pilotfish.integrations.vllm.bench.kv_worker import Missed
-from pilotfish.integrations.vllm.tuning import Plan, Tried, balanced, to_profile
+from pilotfish.integrations.vllm.tuning import Plan, Tried, candidates, to_profile
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.paged_decode import Rows
-from pilotfish.kvcache.layer_choice import LayerChoice
+from pilotfish.kvcache.layer_choice import LayerChoice, best_choices
 from pilotfish.kvcache.selection import Rule
 
 PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
@@ -86,7 +86,13 @@ def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_o
         np.testing.assert_allclose(observer.mean.numpy(), expected, atol=1e-5)
 
 
-def test_losses_are_balanced_by_what_one_choice_misses() -> None:
-    text = np.array([[0.0, 2.0], [0.0, 0.0]])  # one choice at layer 0 misses 2; none later than 0 is cheaper
-    needles = 100 * text
-    assert balanced(text, needles)[0, 1] == balanced(text)[0, 1]
+def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
+    rng = np.random.default_rng(1)
+    of_text, of_needles = (np.triu(rng.random((8, 8)), 1) for _ in range(2))
+    found = candidates(of_text, 1000 * of_needles, most=4)
+    sets = {(c.full, c.select) for c in found}
+    assert len(sets) == len(found)
+    assert [c.reading for c in found] == sorted(c.reading for c in found)
+    for losses in (of_text, of_needles):
+        assert {(c.full, c.select) for c in best_choices(losses, 4)} <= sets
+    assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"

@@ -1,0 +1,72 @@
+"""What windowed heads keep: sinks and the latest positions, in whole blocks (RazorAttention, arXiv 2407.15891).
+
+Values and arithmetic only, shared by whoever frees blocks and whoever reads them: both see the same window.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeadWindow:
+    """What a windowed head keeps of a text.
+
+    Attributes:
+        sinks: First positions, always kept.
+        window: The shortest window of latest positions (S0 of the paper).
+        ratio: The window grows to 1/ratio of the text (C of the paper); 0: it does not grow.
+        compensation: One more position stands for all that is left out: their mean key and value, with their weight.
+        exact_prefill: Nothing is left out while a prompt is processed; else the window moves with every chunk.
+    """
+
+    sinks: int
+    window: int
+    ratio: int
+    compensation: bool
+    exact_prefill: bool
+
+    def sink_blocks(self, block_size: int) -> int:
+        """Blocks that hold the sinks."""
+        return -(-self.sinks // block_size)
+
+    def length(self, tokens: int) -> int:
+        """Positions that the window has at least, ``max(S0, N / C)``."""
+        return max(self.window, tokens // self.ratio if self.ratio else 0)
+
+    def first_kept(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
+        """The first block behind the sinks that a step reads.
+
+        It never decreases with ``tokens``, so what was freed is not asked for again.
+
+        Args:
+            tokens: Processed before the step.
+            block_size: Tokens of a block.
+            in_prompt: The step processes a prompt.
+        """
+        sinks = self.sink_blocks(block_size)
+        if in_prompt and self.exact_prefill:
+            return sinks
+        return max(sinks, (tokens - self.length(tokens)) // block_size)
+
+    def decoding_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
+        """The most blocks that a text of up to ``tokens`` holds while ``in_flight`` of them are processed in a step."""
+        window = -(-(self.length(tokens) + in_flight) // block_size) + 1
+        return min(-(-tokens // block_size), self.sink_blocks(block_size) + window)
+
+    def most_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
+        """As `decoding_blocks`, the prompt included."""
+        if self.exact_prefill:
+            return -(-tokens // block_size)
+        return self.decoding_blocks(tokens, in_flight, block_size)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which KV heads of a model keep everything; all others are windowed.
+
+    Attributes:
+        whole: For each layer the KV heads that keep everything.
+        window: Of the others.
+    """
+
+    whole: tuple[frozenset[int], ...]
+    window: HeadWindow
