@@ -47,6 +47,13 @@ class HeadWindow:
             return sinks
         return max(sinks, (tokens - self.length(tokens)) // block_size)
 
+    def left_out(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
+        """Positions, whole blocks, that a token does not see which has ``tokens`` before it.
+
+        This depends on its position alone, not on how a text was cut into steps.
+        """
+        return (self.first_kept(tokens, block_size, in_prompt) - self.sink_blocks(block_size)) * block_size
+
     def decoding_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
         """The most blocks that a text of up to ``tokens`` holds while ``in_flight`` of them are processed in a step."""
         window = -(-(self.length(tokens) + in_flight) // block_size) + 1

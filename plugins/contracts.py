@@ -191,6 +191,8 @@ class KVPolicy(Plugin, ABC):
     A policy has one of two plans; the other is None.
     """
 
+    frees_blocks: ClassVar[bool] = False  # by a `head_plan`; there is no prefix caching then
+
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...
 

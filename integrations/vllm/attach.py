@@ -101,6 +101,8 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         cls.check(options, engine)  # type: ignore[attr-defined]
         if kind == "kv":
             _check_correction(cls, options, engine, vllm_config)
+            if cls.frees_blocks:  # type: ignore[attr-defined]
+                _check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached:
         from . import patches
@@ -124,10 +126,18 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
     Raises:
         Unsupported: there is nothing of ours that stands over this one.
     """
-    selection = read(vllm_config.additional_config).kv
-    if selection is None:
+    policy = kv_policy(vllm_config)
+    if policy is None:
         return stock
     name = stock.get_name()  # type: ignore[attr-defined]
+    if policy.head_plan() is not None:
+        if name == "CPU_ATTN":
+            from .windowed_cpu import WindowedCPUBackend
+
+            return WindowedCPUBackend
+        raise Unsupported(
+            policy.name, f"it does not stand over {name} yet", "use a CPU engine", vllm_config.model_config.model
+        )
     if name == "CPU_ATTN":
         from .sparse_cpu import SparseCPUBackend
 
@@ -141,7 +151,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
 
         return SparseFlashBackend
     raise Unsupported(
-        selection.name,
+        policy.name,
         f"it does not stand over {name}",
         "choose --attention-backend TRITON_ATTN or FLASH_ATTN",
         vllm_config.model_config.model,
@@ -161,6 +171,7 @@ def describe(vllm_config: Any) -> Engine:
         device=vllm_config.device_config.device_type,
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         layers=model.get_total_num_hidden_layers(),
+        kv_heads=model.get_total_num_kv_heads(),
         fingerprint=fingerprint(model.hf_text_config.to_dict()),
     )
 
@@ -242,6 +253,32 @@ def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) 
     ):
         if present:
             raise Unsupported(cls.name, f"with correction_interval, {reason}", f"use {remedy}", engine.model)
+
+
+def _check_blocks(plugin: str, vllm_config: Any) -> None:
+    """What in the engine expects all blocks of a request to stay, or one block table for all heads."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    for present, reason, remedy in (
+        (
+            cache.enable_prefix_caching,
+            "prefix caching would look for blocks that were given back",
+            "use --no-enable-prefix-caching",
+        ),
+        (
+            vllm_config.device_config.device_type != "cpu",
+            f"heads have caches of their own on CPUs only yet, not on {vllm_config.device_config.device_type}",
+            "leave the policy out",
+        ),
+        (parallel.tensor_parallel_size > 1, "its heads are not split over ranks yet", "leave the policy out"),
+        (vllm_config.kv_transfer_config is not None, "a KV connector moves whole blocks", "leave the connector out"),
+        (
+            getattr(vllm_config, "use_v2_model_runner", False),
+            "the V2 model runner does not say what is a prompt",
+            "set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+    ):
+        if present:
+            raise Unsupported(plugin, reason, remedy, vllm_config.model_config.model)
 
 
 @contextlib.contextmanager

@@ -248,3 +248,20 @@ def tune_tidal(
     tuning.run(
         tuning.Plan(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out)
     )
+
+
+@tune.command("razor")
+def tune_razor(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    sequences: Annotated[int, typer.Option(min=1, help="Random sequences to read.")] = 1,
+    longest: Annotated[
+        int, typer.Option(min=256, help="Tokens of a sequence, where the model takes as many.")
+    ] = 10_001,
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("razor_attention.json"),
+    plot: Annotated[Path | None, typer.Option(help="Where a heat map of the heads goes, as PNG.")] = None,
+) -> None:
+    """Find the heads of MODEL that look far back for RazorAttention, and write a profile of them."""
+    from . import tuning_heads
+
+    tuning_heads.run(tuning_heads.Plan(model, sequences, longest, dtype, out, plot))

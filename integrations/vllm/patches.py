@@ -5,6 +5,7 @@
 | `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
 | `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
 | `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
+| `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
@@ -103,6 +104,16 @@ def _scheduler(original: Any) -> Any:
     return __init__
 
 
+def _capacity(original: Any) -> Any:
+    def get_max_concurrency_for_kv_cache_config(vllm_config: Any, kv_cache_config: Any) -> float:
+        from . import head_cache
+
+        found = head_cache.capacity(kv_cache_config, vllm_config)
+        return original(vllm_config, kv_cache_config) if found is None else found
+
+    return get_max_concurrency_for_kv_cache_config
+
+
 def _counters(original: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, vllm_config, *args, **kwargs)
@@ -143,7 +154,8 @@ SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _schedul
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
-ALL = (FRONT_DOOR, BACKEND, SCHEDULER, COUNTERS, EXPAND, CONSTRAINTS)
+CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, CAPACITY, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

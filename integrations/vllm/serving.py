@@ -79,7 +79,10 @@ def compose(
         speculation = {"method": "custom_class", "model": attach.DRAFTER_CLASS, "num_speculative_tokens": depth}
         arguments += ["--speculative-config", json.dumps(speculation)]
     if config.kv is not None:
-        _check_engine(*plugins().resolve("kv", config.kv), model, 0, config.allow_untested_vllm)
+        cls, options = plugins().resolve("kv", config.kv)
+        _check_engine(cls, options, model, 0, config.allow_untested_vllm)
+        if cls.frees_blocks and not any("enable-prefix-caching" in a.replace("_", "-") for a in extra):  # type: ignore[attr-defined]
+            arguments.append("--no-enable-prefix-caching")
     if config.drafter is None and num_speculative_tokens is not None and not disabled():
         raise ConfigError("--num-speculative-tokens: no drafter is selected; add --drafter NAME")
     if key:

@@ -95,8 +95,16 @@ int pilotfish_update_means(int type, const Cache* cache, int requests, const int
 int pilotfish_attend(int type, const Cache* cache, const Rows* rows, const Window* window, float scale, const void* query,
                      int64_t query_stride, void* output, int64_t output_stride, int threads) {
     const Choice everything = {0, 0, nullptr, nullptr, nullptr};
-    FOR_TYPE(decode<T>(*cache, *rows, everything, *window, scale, (const T*)query, query_stride, (T*)output, output_stride,
-                       nullptr, 0, threads))
+    constexpr int TOGETHER = 64;  // rows whose sums are held at once: a chunk of a prompt has thousands
+    const auto some = [&](auto* q, auto* out) {
+        for (int begin = 0; begin < rows->count; begin += TOGETHER) {
+            const Rows part = {std::min(TOGETHER, rows->count - begin), rows->query_heads, rows->request + begin,
+                               rows->token + begin, rows->context + begin};
+            const Window gaps = {window->sinks, window->gaps + begin, window->means};
+            decode(*cache, part, everything, gaps, scale, q, query_stride, out, output_stride, nullptr, 0, threads);
+        }
+    };
+    FOR_TYPE(some((const T*)query, (T*)output))
 }
 
 }  // extern "C"

@@ -46,32 +46,23 @@ def means_bytes(head_size: int) -> int:
 
 
 class WindowedStep:
-    """What the layers of a step share: which positions are new, which tokens are decoded here, what is left out."""
+    """What the layers of a step share: which positions are new, which tokens are decoded here, what is left out.
 
-    def __init__(
-        self, begins: Sequence[int], ends: Sequence[int], first_kept: Sequence[int], rows: Rows | None
-    ) -> None:
-        """Describe a step.
+    Attributes:
+        begins: [requests] int32 positions of each processed before the step.
+        ends: [requests] int32, and after it.
+        rows: The query tokens that `HeadCaches.attend` serves; None when there are none.
+        gaps: [rows] int32 groups that windowed heads leave out.
+    """
 
-        Args:
-            begins: [requests] positions of each processed before the step.
-            ends: [requests] and after it.
-            first_kept: [requests] the first block behind the sinks that windowed heads read.
-            rows: The query tokens that `HeadCaches.attend` serves; None when there are none.
-        """
+    def __init__(self, begins: Sequence[int], ends: Sequence[int], rows: Rows | None, left_out: Sequence[int]) -> None:
+        """Describe a step; ``left_out`` [rows] positions that windowed heads leave out, whole blocks."""
         import torch
 
         self.begins = torch.tensor(begins, dtype=torch.int32)
         self.ends = torch.tensor(ends, dtype=torch.int32)
-        self.first_kept, self.rows = list(first_kept), rows
-
-    def gaps(self, sink_blocks: int, block_size: int) -> "Tensor":
-        """[rows] int32 groups that windowed heads leave out."""
-        import torch
-
-        assert self.rows is not None
-        left_out = [self.first_kept[r] - sink_blocks for r in self.rows.request]
-        return torch.tensor(left_out, dtype=torch.int32) * (block_size // GROUP)
+        self.rows = rows
+        self.gaps = torch.tensor(left_out, dtype=torch.int32) // GROUP
 
 
 class HeadCaches:
@@ -153,7 +144,7 @@ class HeadCaches:
             self._threads(),
         )
 
-    def attend(self, query: "Tensor", scale: float, output: "Tensor", step: WindowedStep, gaps: "Tensor") -> None:
+    def attend(self, query: "Tensor", scale: float, output: "Tensor", step: WindowedStep) -> None:
         """Attention of the step's rows; writes their part of ``output``.
 
         Args:
@@ -161,11 +152,10 @@ class HeadCaches:
             scale: Of the scores.
             output: As ``query``.
             step: Holds the rows.
-            gaps: Of `WindowedStep.gaps`.
         """
         assert step.rows is not None
         means = self._means if self.window.compensation else -1
-        window = _Window(self.sink_blocks * self.block_size // GROUP, gaps.data_ptr(), means)
+        window = _Window(self.sink_blocks * self.block_size // GROUP, step.gaps.data_ptr(), means)
         library().pilotfish_attend(
             self._type,
             byref(self._cache),

@@ -16,6 +16,31 @@ class TestWorker(Worker):
             return preempt(*args, **kwargs)
 
         self.core.scheduler._preempt_request = counted
+        self.least_free = 1 << 30
+        schedule = self.core.scheduler.schedule
+
+        def watched() -> Any:
+            output = schedule()
+            self.least_free = min(self.least_free, self._pool.get_num_free_blocks())
+            return output
+
+        self.core.scheduler.schedule = watched
+
+    @property
+    def _pool(self) -> Any:
+        return self.core.scheduler.kv_cache_manager.block_pool
+
+    def blocks(self) -> dict[str, Any]:
+        """The cache's blocks: all, free now, and the fewest that were free since this was asked last."""
+        least, self.least_free = self.least_free, 1 << 30
+        cache = self.runner.vllm_config.cache_config
+        return {
+            "all": self._pool.num_gpu_blocks - 1,  # one is vLLM's own
+            "free": self._pool.get_num_free_blocks(),
+            "least": least,
+            "concurrency": cache.kv_cache_max_concurrency,
+            "tokens": cache.kv_cache_size_tokens,
+        }
 
     def sample(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> dict[str, Any]:
         """Complete prompts (token ids or text), each with its own sampling parameters."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ ENVIRONMENT = {
     "NUMBA_THREADING_LAYER": "workqueue",
     "NUMBA_NUM_THREADS": "1",
 }
+
+
+PROGRESS = "progress"  # the key of an answer that is not the last
 
 
 class EngineProcess:
@@ -54,12 +57,15 @@ class EngineProcess:
             self.close()
             raise
 
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer."""
+    def ask(self, on_progress: Callable[[float], None] | None = None, **command: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer; ``on_progress`` hears how much of it is done, 0 to 1."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        while PROGRESS in (answer := self._answer()):
+            if on_progress is not None:
+                on_progress(answer[PROGRESS])
+        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -98,6 +104,8 @@ class EngineProcess:
 
 class Worker:
     """The far end: an engine, and counts taken at its scheduler."""
+
+    progress: Callable[[float], None] = staticmethod(lambda done: None)  # tells the near end, see `main`
 
     def __init__(self, config: dict[str, Any]) -> None:
         from vllm import LLM
@@ -172,6 +180,7 @@ def main(kind: type[Worker] = Worker) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     worker = kind(json.loads(sys.argv[1]))
+    worker.progress = lambda done: print(json.dumps({PROGRESS: done}), file=answers)  # type: ignore[method-assign]
     answers.write("{}\n")
     for line in sys.stdin:
         answers.write(json.dumps(worker.obey(json.loads(line))) + "\n")
