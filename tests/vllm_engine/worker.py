@@ -19,8 +19,8 @@ class TestWorker(Worker):
         self.least_free = 1 << 30
         schedule = self.core.scheduler.schedule
 
-        def watched() -> Any:
-            output = schedule()
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
             self.least_free = min(self.least_free, self._pool.get_num_free_blocks())
             return output
 

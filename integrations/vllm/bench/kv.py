@@ -91,6 +91,13 @@ def run(plan: Plan) -> list[Record]:
     longest = max(*plan.contexts, *plan.needle_contexts, *(c + plan.quality_tokens for c in plan.quality_contexts))
     if (limit := positions(folder)) is not None and longest + ROOM > limit:
         raise ConfigError(f"contexts of {longest} tokens: {plan.model} has {limit} positions, {ROOM} are for decoding")
+    if plugins().get("kv", plan.policy).frees_blocks:  # type: ignore[attr-defined]
+        from . import kv_memory
+
+        records = kv_memory.run(plan, arms, folder, texts.tokenizer_of(folder), read, haystack)
+        show(records)
+        status.print(f"written to {plan.out}", markup=False)
+        return records
     config = {
         "model": folder,
         "dtype": plan.dtype,

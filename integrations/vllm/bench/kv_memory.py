@@ -1,0 +1,200 @@
+"""KV policies that free memory, side by side with stock attention: capacity, a load, steps, divergence, needles.
+
+What a policy keeps decides the layout of the cache, so every arm is an engine of its own. Arms are run one after the
+other, but for the steps, which two engines take in turns.
+"""
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..progress import counting_bar
+from . import recall, record, texts
+from .engine import EngineProcess
+from .kv import ROOM, STOCK, TEXTS, Arm, Plan
+from .recall import Question
+from .record import Record
+
+WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
+MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait
+REQUESTS, COMPLETION = 20, 100  # of the load: requests of half to a whole context, and tokens that each decodes
+TURNS, STEPS = 3, 24  # of the timed steps
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Work:
+    """The parts of a measurement; texts are cut, and refused when too short, before an engine starts."""
+
+    plan: Plan
+    arms: list[Arm]
+    folder: str
+    tokenizer: Any
+    texts: dict[str, str]
+    haystack: str
+
+    def config(self, arm: Arm, longest: int, **more: Any) -> dict[str, Any]:
+        """Arguments of one arm's engine."""
+        policy = {} if arm.options is None else {"pilotfish": {"kv": {"name": self.plan.policy, **arm.options}}}
+        return {
+            "model": self.folder,
+            "dtype": self.plan.dtype,
+            "max_model_len": longest + ROOM,
+            "max_num_batched_tokens": CHUNK,
+            "enforce_eager": self.plan.eager,
+            "async_scheduling": False,
+            "enable_prefix_caching": False,
+            "seed": 0,
+            "additional_config": policy,
+            **more,
+        }
+
+    def parts(self, logs: Path) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
+        """What to say, and what to run."""
+        plan = self.plan
+        longest = max(plan.contexts)
+        asked = [
+            self.cut(next(iter(self.texts)), REQUESTS, longest)[i][: longest // 2 + i * longest // (2 * REQUESTS - 2)]
+            for i in range(REQUESTS)
+        ]
+        yield "a load", partial(self.load, longest, asked, logs)
+        for context in plan.contexts:
+            for batch in plan.batches:
+                prompts = self.cut(next(iter(self.texts)), batch, context)
+                yield f"steps at {context}, batch {batch}", partial(self.steps, prompts, logs)
+        cuts = [
+            (name, context, self.cut(name, TEXTS, context + plan.quality_tokens))
+            for name in self.texts
+            for context in plan.quality_contexts
+        ]
+        needles = [
+            (context, list(recall.needles(self.tokenizer, self.haystack, context, plan.seed)))
+            for context in plan.needle_contexts
+        ]
+        for arm in self.arms:
+            yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, logs)
+
+    def cut(self, name: str, count: int, length: int) -> list[list[int]]:
+        """Token ids of excerpts of a text."""
+        return texts.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
+
+    def load(self, longest: int, asked: list[list[int]], logs: Path) -> list[Record]:
+        """The same requests, all at once, to an engine of every arm with the same memory."""
+        records: list[Record] = []
+        base: dict[str, float] = {}
+        for arm in self.arms:
+            config = self.config(arm, longest, max_num_seqs=REQUESTS, kv_cache_memory_bytes=MEMORY)
+            with EngineProcess(config, logs / "load.log", worker=WORKER) as engine:
+                reported = engine.ask(do="capacity")
+                found = engine.ask(do="load", prompts=asked, tokens=COMPLETION)
+            params = {"context": longest, "requests": len(asked), "memory_mib": MEMORY >> 20}
+            values = {
+                "capacity_tokens": (reported["tokens"], "tokens"),
+                "concurrency": (reported["concurrency"], ""),
+                "load_s": (found["seconds"], "s"),
+                "load_steps": (found["steps"], ""),
+                "peak_decoding": (found["peak"], ""),
+                "preemptions": (found["preempted"], ""),
+                "least_free_share": (found["least_free"] / found["blocks"], ""),
+                "blocks_lost": (found["blocks"] - found["free_at_end"], ""),
+            }
+            base = base or {name: value for name, (value, _) in values.items()}
+            values["capacity_ratio"] = (reported["tokens"] / base["capacity_tokens"], "x")
+            values["load_speedup"] = (base["load_s"] / found["seconds"], "x")
+            records += [
+                Record("kv", "load", arm.label, metric, round(float(value), 4), unit, [], params)
+                for metric, (value, unit) in values.items()
+            ]
+        return records
+
+    def steps(self, prompts: list[list[int]], logs: Path) -> list[Record]:
+        """Decode steps of every arm and of stock attention in turns, two engines at a time."""
+        batch, context = len(prompts), len(prompts[0])
+        params = {"batch": batch, "context": context}
+        common = ("kv", f"context_{context}")
+        records: list[Record] = []
+        for arm in self.arms[1:]:
+            seconds: dict[str, list[float]] = {STOCK: [], arm.label: []}
+            with ExitStack() as stack:
+                engines = {
+                    a.label: stack.enter_context(
+                        EngineProcess(self.config(a, context, max_num_seqs=batch), logs / f"{i}.log", worker=WORKER)
+                    )
+                    for i, a in enumerate((self.arms[0], arm))
+                }
+                for turn in range(TURNS):
+                    for label in sorted(engines, reverse=bool(turn % 2)):
+                        answer = engines[label].ask(do="steps", prompts=prompts, count=STEPS)
+                        seconds[label].append(statistics.median(answer["seconds"]))
+            ratios = [round(a / b, 4) for a, b in zip(seconds[STOCK], seconds[arm.label], strict=True)]
+            for label in (STOCK, arm.label) if arm is self.arms[1] else (arm.label,):
+                ms = [round(1e3 * s, 3) for s in seconds[label]]
+                records.append(Record(*common, label, "step_ms", statistics.median(ms), "ms", ms, params))
+            records.append(Record(*common, arm.label, "step_speedup", statistics.median(ratios), "x", ratios, params))
+        return records
+
+    def quality(
+        self,
+        arm: Arm,
+        cuts: list[tuple[str, int, list[list[int]]]],
+        needles: list[tuple[int, list[list[Question]]]],
+        logs: Path,
+    ) -> list[Record]:
+        """Divergence from stock attention, whose distributions the first arm leaves in files; and needles."""
+        longest = max([c + self.plan.quality_tokens for _, c, _ in cuts] + [c for c, _ in needles])
+        rows = max(TEXTS, recall.ROUNDS)
+        records: list[Record] = []
+        with EngineProcess(self.config(arm, longest, max_num_seqs=rows), logs / "quality.log", worker=WORKER) as engine:
+            for name, context, cut in cuts:
+                answer = engine.ask(
+                    do="forced",
+                    prompts=[ids[:context] for ids in cut],
+                    texts=[ids[context:] for ids in cut],
+                    keep=arm.options is None,
+                    reference=str(logs / f"{name}-{context}.pt"),
+                )
+                params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
+                records += _divergence(("kv", name, arm.label), answer, params)
+            where = "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
+            for context, groups in needles:
+                found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
+                records += recall.records(where, "needle_recall", arm.label, found, context)
+        return records
+
+
+def _divergence(common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any]) -> list[Record]:
+    nll = [statistics.fmean(x) for x in answer["nll"]]
+    mean = statistics.fmean(nll)
+    records = [
+        Record(*common, "nll", round(mean, 5), "nats", [round(x, 5) for x in nll], params),
+        Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params),
+    ]
+    if answer["kl"]:
+        kl = [statistics.fmean(x) for x in answer["kl"]]
+        same = statistics.fmean(x for row in answer["same"] for x in row)
+        records += [
+            Record(*common, "kl", round(statistics.fmean(kl), 5), "nats", [round(x, 5) for x in kl], params),
+            Record(*common, "same_top", round(same, 4), "", [], params),
+        ]
+    return records
+
+
+def run(plan: Plan, arms: list[Arm], folder: str, tokenizer: Any, read: dict[str, str], haystack: str) -> list[Record]:
+    """Measure, write the JSON after every part."""
+    work = Work(plan, arms, folder, tokenizer, read, haystack)
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as name, counting_bar() as bar:
+        parts = list(work.parts(Path(name)))
+        task = bar.add_task("starting", total=len(parts))
+        for description, part in parts:
+            bar.update(task, description=description)
+            records += part()
+            record.write(plan.out, records)
+            bar.advance(task)
+    return records
