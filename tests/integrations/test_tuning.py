@@ -96,3 +96,16 @@ def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
     for losses in (of_text, of_needles):
         assert {(c.full, c.select) for c in best_choices(losses, 4)} <= sets
     assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"
+
+
+def test_tune_razor_refuses_bad_input(cli, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("./no",), "no such folder"),
+        (("smollm2-135m-instruct", "--out", str(tmp_path)), "--out"),
+        (("smollm2-135m-instruct", "--plot", str(tmp_path / "no" / "p.png")), "--plot"),
+        (("smollm2-135m-instruct", "--longest", "3"), "--longest"),
+    ):
+        answer = cli("tune", "razor", *arguments)
+        assert answer.returncode == 2, answer
+        assert message in answer.stderr
+        assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr

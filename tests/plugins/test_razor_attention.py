@@ -1,0 +1,72 @@
+"""RazorAttention's options, and which heads of a model keep everything."""
+
+from pathlib import Path
+
+import pytest
+
+from pilotfish.kvcache import profiles
+from pilotfish.kvcache.profiles import Profile
+from pilotfish.plugins.config import ConfigError, build_options
+from pilotfish.plugins.contracts import Engine, Unsupported
+from pilotfish.plugins.razor_attention import RazorAttention, RazorAttentionOptions, whole_heads
+
+ENGINE = Engine("m", 1000, 8192, 8, layers=4, kv_heads=2, fingerprint="f")
+SCORES = {"echo": [[0.0, 0.0]] * 3 + [[0.9, 0.0]], "induction": [[0.1, 0.2], [0.8, 0.0], [0.3, 0.7], [0.0, 0.0]]}
+
+
+def options(**values) -> RazorAttentionOptions:
+    return build_options(RazorAttentionOptions, values, "pilotfish.kv")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep": 0}, "keep: expected a share above 0"),
+        ({"keep": 1.5}, "keep: expected a share"),
+        ({"keep": []}, "keep: expected pairs"),
+        ({"keep": [[1]]}, "keep: expected pairs"),
+        ({"keep": [[1, -1]]}, "keep: expected pairs"),
+        ({"keep": [[1, 1]], "profile": "p.json"}, "profile: given beside heads"),
+        ({"keep": "all"}, "keep: expected"),
+        ({"window": 0}, "window: expected 1 to"),
+        ({"ratio": -1}, "ratio: expected 0 to"),
+        ({"sinks": -1}, "sinks: expected 0 to"),
+        ({"prefill": "lazy"}, "prefill: expected one of 'exact', 'streaming'"),
+        ({"windows": 512}, "windows: unknown, did you mean 'window'"),
+    ],
+)
+def test_options_out_of_range_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(**values)
+
+
+def test_heads_are_named_or_come_from_scores(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profiles.write(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
+    assert whole_heads(options(keep=[[1, 1], [3, 0]]), ENGINE) == [(1, 1), (3, 0)]
+    assert whole_heads(options(keep=0.25, profile=str(path)), ENGINE)[:2] == [(1, 0), (2, 1)]
+    assert set(whole_heads(options(keep=0.25, profile=str(path), protect_layers=1), ENGINE)) >= {(0, 0), (0, 1), (1, 0)}
+    plan = RazorAttention(options(keep=[[1, 1], [3, 0]], window=64), ENGINE).head_plan()
+    assert plan.whole == (frozenset(), frozenset({1}), frozenset(), frozenset({0}))
+    assert plan.window.window == 64
+
+
+def test_what_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profiles.write(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
+    other = Engine("other", 1000, 8192, 8, layers=4, kv_heads=2, fingerprint="g")
+    with pytest.raises(Unsupported, match="is of the model m; run `pilotfish tune razor`"):
+        RazorAttention.check(options(profile=str(path)), other)
+    with pytest.raises(Unsupported, match="no profile of its heads is shipped"):
+        RazorAttention.check(options(), other)
+    with pytest.raises(Unsupported, match="layer 9: keep names its head 0, but the model has layers 0 to 3"):
+        RazorAttention.check(options(keep=[[9, 0]]), ENGINE)
+
+
+def test_the_shipped_profile_is_of_the_embedded_model() -> None:
+    (path,) = profiles.SHIPPED.glob("razor_attention-smollm2*.json")
+    scores = profiles.read(path).settings["default"]
+    assert (len(scores["echo"]), len(scores["echo"][0])) == (30, 3)
+    kept = whole_heads(options(profile=str(path)), Engine("m", 1, 1, 1, layers=30, kv_heads=3))
+    assert len(kept) == 15
+    assert kept[0] == (18, 2)
