@@ -32,6 +32,8 @@ _SCHEDULER = "v1/core/sched/scheduler.py"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
 _TRITON_ATTENTION = "v1/attention/backends/triton_attn.py"
 _FLASH_ATTENTION = "v1/attention/backends/flash_attn.py"
+_CACHE_MANAGER = "v1/core/single_type_kv_cache_manager.py"
+_FREE = ("self", "request_id", "processed_computed_tokens", "num_prompt_tokens")
 _BUILD = ("self", "common_prefix_len", "common_attn_metadata", "fast_build")
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
 TABLE = (
@@ -96,6 +98,38 @@ TABLE = (
     Seam("config/vllm.py", "VllmConfig.use_v2_model_runner", why="correction and drafters need the V1 model runner"),
     Seam("_custom_ops.py", "cpu_attn_get_scheduler_metadata", ("num_reqs", "num_heads"), "work of vLLM's kernel"),
     Seam("_custom_ops.py", "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache"), "self-test"),
+    Seam("_custom_ops.py", "cpu_attention_with_kv_cache", ("query", "key_cache", "value_cache"), "heads one by one"),
+    Seam(
+        _CPU_ATTENTION,
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "keys and values go to blocks of each head's own",
+    ),
+    Seam(
+        "v1/attention/backend.py",
+        "AttentionImplBase.process_weights_after_loading",
+        ("self", "act_dtype"),
+        "where a layer is split into heads",
+    ),
+    Seam("v1/attention/backend.py", "CommonAttentionMetadata.is_prefilling", why="prompts are read whole"),
+    Seam("v1/attention/backend.py", "AttentionMetadataBuilder.supports_update_block_table", why="groups of heads"),
+    Seam("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry.register", ("cls", "kvcache_spec_cls"), "windowed heads"),
+    Seam("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry._ensure_registered", ("cls",), "before ours"),
+    Seam(_CACHE_MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks", _FREE, "frees what windowed heads drop"),
+    Seam(
+        _CACHE_MANAGER,
+        "SingleTypeKVCacheManager._remove_blocks_in_range",
+        ("self", "request_id", "first_block", "last_block"),
+        "the same",
+    ),
+    Seam("v1/kv_cache_interface.py", "AttentionSpec.page_size_padded", why="room for means behind a block"),
+    Seam("config/vllm.py", "VllmConfig.max_in_flight_tokens", why="admission of windowed heads"),
+    Seam(
+        "v1/core/kv_cache_utils.py",
+        "get_max_concurrency_for_kv_cache_config",
+        ("vllm_config", "kv_cache_config"),
+        "capacity with windowed heads",
+    ),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
     Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),
