@@ -234,7 +234,8 @@ def razor() -> str:
         "load_s": ("seconds", "{:.0f}"),
         "load_speedup": ("times as fast", "{:.2f}"),
     }
-    others = [n for n in dict.fromkeys(n for f in table.values() for n in f) if n.endswith((": nll", ": kl", ": same_top"))]
+    names = dict.fromkeys(n for f in table.values() for n in f)
+    others = [n for n in names if n.endswith((": nll", ": kl", ": same_top", ": needle_recall"))]
     rows = [
         [
             setting(arm),

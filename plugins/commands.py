@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .config import type_name
@@ -42,6 +43,7 @@ def list_plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON.
                 json.dumps(option.get("default")),
                 option.get("help", ""),
             )
+            cells = tuple(map(escape, cells))  # brackets are meant, not markup
             table.add_row(*(first if i == 0 else ("", "")), *cells, end_section=i + 1 >= len(plugin["options"]))
     console.print(table)
     for failure in manager.failures:

@@ -105,6 +105,8 @@ def parse_assignments(text: str) -> Selection:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{name}: '{assignment}' is not of the form key=value")
+        if key.strip() == "name":
+            raise ConfigError(f"{name}: 'name' is given twice")
         if key.strip() in options:
             raise ConfigError(f"{name}: '{key.strip()}' is given twice")
         try:

@@ -22,6 +22,7 @@ from ..kvcache.head_window import HeadPlan, HeadWindow
 from ..kvcache.kernels import native
 from ..kvcache.retrieval_heads import Pair
 from . import kv_profiles
+from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
 
@@ -83,7 +84,7 @@ class RazorAttention(KVPolicy):
     @classmethod
     def check(cls, options: RazorAttentionOptions, engine: Engine) -> None:
         """Refuse a model without a profile, heads of another model, and a machine that cannot compile the kernels."""
-        if not engine.kv_heads:  # not known before the engine is configured
+        if not (engine.kv_heads and engine.fingerprint):  # not known before the engine is configured
             return
         for layer, head in whole_heads(options, engine):
             if layer >= engine.layers or head >= engine.kv_heads:
@@ -118,7 +119,8 @@ def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
         Unsupported: there is none for this model, or it is of another one.
     """
     if isinstance(options.keep, tuple):
-        protected = ((layer, head) for layer in range(options.protect_layers) for head in range(engine.kv_heads))
+        first = range(min(options.protect_layers, engine.layers))
+        protected = ((layer, head) for layer in first for head in range(engine.kv_heads))
         return list(dict.fromkeys([*((layer, head) for layer, head in options.keep), *protected]))
     found = kv_profiles.setting(RazorAttention.name, options.profile, engine, TUNE)
     if found is None:
@@ -128,7 +130,15 @@ def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
             f"run `{TUNE}` for this model, and name the file in profile",
             engine.model,
         )
-    echo, induction = (np.asarray(found[name], np.float64) for name in ("echo", "induction"))
+    shape = (engine.layers, engine.kv_heads)
+    try:
+        echo, induction = (np.asarray(found[name], np.float64) for name in ("echo", "induction"))
+        if not echo.shape == induction.shape == shape or not np.isfinite(echo + induction).all():
+            raise ValueError
+    except (KeyError, ValueError, TypeError):
+        raise ConfigError(
+            f"pilotfish.kv.profile: echo and induction are expected as {shape[0]} lists of {shape[1]} numbers"
+        ) from None
     return retrieval_heads.choose(echo, induction, options.keep, options.protect_layers)
 
 

@@ -22,6 +22,7 @@ from typing import ClassVar
 from ..kvcache.kernels import native
 from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
 from . import kv_profiles
+from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
 
@@ -33,7 +34,8 @@ class TidalDecodeOptions:
     Attributes:
         budget: Positions that sparse layers read; a context within it is left to stock attention.
         profile: Where the layers below come from when they are not given: ``NAME``, a setting of the profile that is
-            shipped for the model (``default``, ``fast``), or ``FILE`` or ``FILE#NAME``, from `pilotfish tune tidal`.
+            shipped for the model (``default``, ``fast``), or ``FILE.json`` or ``FILE.json#NAME``, from
+            `pilotfish tune tidal`.
         full_layers: Layers that always attend to everything.
         select_layers: Layers that attend to everything and choose positions for those after them.
         aggregate: Who shares a choice, see `kvcache.selection.Rule`.
@@ -133,7 +135,13 @@ def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, .
     found = kv_profiles.setting(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if found is None:
         return spread(engine.layers)
-    return tuple(found["full_layers"]), tuple(found["select_layers"])
+    full, select = (found.get(name, ()) for name in ("full_layers", "select_layers"))
+    for layers in (full, select):
+        if not isinstance(layers, list) or not all(isinstance(n, int) and n >= 0 for n in layers):
+            raise ConfigError("pilotfish.kv.profile: full_layers and select_layers are expected as lists of numbers")
+    if not select:
+        raise ConfigError("pilotfish.kv.profile: select_layers is empty, so that nothing would be chosen")
+    return tuple(full), tuple(select)
 
 
 def spread(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,10 @@ from ...plugins.hookspecs import hookimpl
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
 DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
-KV_SETTINGS = ("budget=256", "budget=1024", "profile=fast", "correction_interval=32")
+KV_SETTINGS = {  # measured beside a policy's own defaults
+    "tidal_decode": ("budget=256", "budget=1024", "profile=fast", "correction_interval=32"),
+    "razor_attention": ("prefill=streaming", "compensation=false"),
+}
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
 tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
@@ -183,7 +186,7 @@ def bench_kv(
     kv.run(
         kv.Plan(
             policy=policy,
-            settings=tuple(("", *KV_SETTINGS) if setting is None else setting),
+            settings=tuple(("", *KV_SETTINGS.get(policy, ())) if setting is None else setting),
             texts=tuple(text or ()),
             model=model,
             contexts=_numbers(contexts, "--contexts"),

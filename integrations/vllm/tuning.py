@@ -26,7 +26,7 @@ from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError, build_options
 from ...plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from . import models
-from .bench import recall, texts
+from .bench import recall, record, texts
 from .bench.engine import EngineProcess
 from .bench.kv import ROOM, TEXTS, WORKER, positions
 from .bench.recall import Question
@@ -69,8 +69,7 @@ def run(plan: Plan) -> Profile:
     check_model(plan.model)
     build_options(TidalDecodeOptions, {"budget": plan.budget}, "pilotfish.kv")
     text = texts.sample() if plan.text is None else texts.read(plan.text)
-    if plan.out.is_dir() or not plan.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {plan.out}: not a file in a folder that exists")
+    check_out(plan.out)
     folder = models.resolve(plan.model)
     tokenizer = texts.tokenizer_of(folder)
     room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
@@ -96,6 +95,17 @@ def run(plan: Plan) -> Profile:
     profiles.write(plan.out, profile)
     status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
     return profile
+
+
+def check_out(path: Path) -> None:
+    """Refuse a place where a profile cannot go, or would not be found again.
+
+    Raises:
+        ConfigError: it is not a ``.json`` file in a folder that exists.
+    """
+    if path.suffix != ".json" or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: not a .json file in a folder that exists")
+    record.check(path)
 
 
 def _try(

@@ -18,11 +18,13 @@ from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError
 from ...plugins.razor_attention import RazorAttention, RazorAttentionOptions
 from . import models
+from .bench import record
 from .bench.engine import EngineProcess
 from .bench.kv import positions
 from .progress import console as status
 from .progress import counting_bar
 from .serving import check_model
+from .tuning import check_out
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.heads_worker")
 
@@ -42,9 +44,11 @@ class Plan:
 def run(plan: Plan) -> Profile:
     """Score the heads, show the best, write the profile and the picture."""
     check_model(plan.model)
-    for flag, path in (("--out", plan.out), ("--plot", plan.plot)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{flag} {path}: not a file in a folder that exists")
+    check_out(plan.out)
+    if plan.plot is not None:
+        if plan.plot.suffix != ".png" or not plan.plot.absolute().parent.is_dir():
+            raise ConfigError(f"--plot {plan.plot}: not a .png file in a folder that exists")
+        record.check(plan.plot, "--plot")
     folder = models.resolve(plan.model)
     room = min(plan.longest, positions(folder) or plan.longest) - 1
     config = {

@@ -6,6 +6,7 @@ alone, exactly as the cache manager does, so the two agree without talking.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,6 +133,7 @@ class WindowedImpl(CPUAttentionBackendImpl):
     policy: str
     plan: HeadPlan
     _caches: HeadCaches | None = None
+    _heads: Sequence[Any] = ()  # cache layers, one for each KV head
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -140,6 +142,8 @@ class WindowedImpl(CPUAttentionBackendImpl):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split the layer into heads: called when the model is loaded, before the engine asks for cache specs."""
         super().process_weights_after_loading(act_dtype)
+        if self._heads:  # weights were loaded anew
+            return
         config = self._vllm_config
         layers = config.compilation_config.static_forward_context
         layer = next(x for x in layers.values() if getattr(x, "impl", None) is self)

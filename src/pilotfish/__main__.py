@@ -40,7 +40,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = build()(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (ConfigError, Unsupported) as error:
         sys.exit(_refuse(str(error)))
     except (KeyboardInterrupt, typer.Abort):

@@ -50,7 +50,10 @@ def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
         (("smollm2-135m-instruct", "--text", str(tmp_path / "none.txt")), "No such file"),
         (("smollm2-135m-instruct", "--default-kl", "nan"), "expected a number from 0"),
         (("smollm2-135m-instruct", "--budget", "100"), "multiple of 32"),
-        (("smollm2-135m-instruct", "--out", str(tmp_path / "no" / "p.json")), "not a file in a folder that exists"),
+        (
+            ("smollm2-135m-instruct", "--out", str(tmp_path / "no" / "p.json")),
+            "not a .json file in a folder",
+        ),
     ):
         answer = cli("tune", "tidal", *arguments)
         assert answer.returncode == 2, answer

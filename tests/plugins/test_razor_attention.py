@@ -70,3 +70,19 @@ def test_the_shipped_profile_is_of_the_embedded_model() -> None:
     kept = whole_heads(options(profile=str(path)), Engine("m", 1, 1, 1, layers=30, kv_heads=3))
     assert len(kept) == 15
     assert kept[0] == (18, 2)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {},
+        {"echo": [[0, 0]], "induction": [[0, 0]]},
+        {**SCORES, "echo": [[0], [1, 2], [0], [0]]},
+        {**SCORES, "echo": None},
+    ],
+)
+def test_scores_of_another_shape_are_refused(tmp_path: Path, scores: dict) -> None:
+    path = tmp_path / "p.json"
+    profiles.write(path, Profile("razor_attention", "m", "f", {"default": scores}))
+    with pytest.raises(ConfigError, match="expected as 4 lists of 2 numbers"):
+        whole_heads(options(profile=str(path)), ENGINE)

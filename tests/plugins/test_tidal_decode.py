@@ -98,3 +98,15 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Unsupported, match=r"need a C\+\+ compiler; install g\+\+"):
         TidalDecode.check(TidalDecodeOptions(), ENGINE)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"full_layers": "ab", "select_layers": [1]}, {"full_layers": None, "select_layers": [1]}]
+    + [{"full_layers": [], "select_layers": layers} for layers in ([], [-3], ["a"])],
+)
+def test_settings_without_layers_are_refused(tmp_path: Path, setting: dict) -> None:
+    path = tmp_path / "p.json"
+    profiles.write(path, Profile("tidal_decode", "m", "f", {"default": setting}))
+    with pytest.raises(ConfigError, match="select_layers"):
+        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)

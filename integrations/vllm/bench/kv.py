@@ -72,6 +72,8 @@ def arms_of(plan: Plan) -> list[Arm]:
         ConfigError: no such policy, or a setting that it refuses.
     """
     arms = [Arm(STOCK, None)]
+    if len(set(plan.settings)) < len(plan.settings):
+        raise ConfigError("--setting: the same setting is given twice")
     for setting in plan.settings:
         selection = parse_assignments(",".join(filter(None, (plan.policy, setting))))
         plugins().resolve("kv", selection)

@@ -50,20 +50,22 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
         temporary.unlink(missing_ok=True)
 
 
-def check(path: Path) -> None:
+def check(path: Path, flag: str = "--out") -> None:
     """Refuse a place that cannot be written before an hour is spent on measuring.
 
     Raises:
         ConfigError: the file is a folder, or its folder cannot be made or written.
     """
     if path.is_dir():
-        raise ConfigError(f"--out {path}: a folder, expected a file")
+        raise ConfigError(f"{flag} {path}: a folder, expected a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"{flag} {path}: not a plain file, and would be replaced by one")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # rights alone do not tell: some file systems take no files
             pass
     except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror}") from None
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
 
 
 def machine() -> dict[str, Any]:
