@@ -49,8 +49,8 @@ class WindowedHeadSpec(AttentionSpec):
 
     @property
     def decoding_blocks(self) -> int:
-        """The most blocks that a request holds behind its prompt."""
-        return self.window.decoding_blocks(self.longest, self.in_flight, self.block_size)
+        """The most blocks that a request holds behind its prompt, where it adds a token at a time."""
+        return self.window.decoding_blocks(self.longest, 1, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one request, in bytes."""

@@ -147,7 +147,7 @@ class Engine:
 def test_capacity_counts_one_request_in_its_prompt_and_the_others_decoding() -> None:
     exact = HeadWindow(4, 300, 5, True, exact_prefill=True)
     whole = -(-LONGEST // BLOCK)
-    steady = whole + 2 * exact.decoding_blocks(LONGEST, CHUNK, BLOCK)
+    steady = whole + 2 * exact.decoding_blocks(LONGEST, 1, BLOCK)
     assert capacity(config(exact, 3 * whole + 2 * steady), Engine) == pytest.approx(3)
     assert capacity(config(exact, 3 * whole // 2), Engine) == pytest.approx(0.5, abs=0.01)
     plain = KVCacheConfig(100, [], [KVCacheGroupSpec(["whole"], FullAttentionSpec(**SHAPE))])
