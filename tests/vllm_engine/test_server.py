@@ -64,8 +64,14 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(60)
 
-    def left_over(self) -> list[str]:
-        """Processes of the server's session that still run."""
+    def left_over(self, grace: float = 10) -> list[str]:
+        """Processes of the server's session that still run after ``grace`` seconds: its children end a moment later."""
+        deadline = time.monotonic() + grace
+        while (found := self._session()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def _session(self) -> list[str]:
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
