@@ -216,44 +216,11 @@ def kv_short() -> str:
     return markdown(["", *(f"{longest} tokens, batch {b}" for b in batches), "KL", "needles found"], rows)
 
 
-def razor() -> str:
-    """RazorAttention: the same memory and the same load, and what it costs in quality."""
-    result = load("kv_memory")
-    arms = list(dict.fromkeys(r["arm"] for r in result["records"]))
-    table: dict[str, dict[str, float]] = {arm: {} for arm in arms}
-    for r in result["records"]:
-        name = r["metric"] if r["dataset"] == "load" else f"{r['dataset']}, {r['params']['context']}: {r['metric']}"
-        if "depth" not in r["params"]:
-            table[r["arm"]][name] = r["value"]
-    shown = {
-        "capacity_tokens": ("tokens that fit", "{:,.0f}"),
-        "capacity_ratio": ("ratio", "{:.2f}"),
-        "peak_decoding": ("decode together", "{:.0f}"),
-        "load_steps": ("steps", "{:.0f}"),
-        "preemptions": ("preemptions", "{:.0f}"),
-        "load_s": ("seconds", "{:.0f}"),
-        "load_speedup": ("times as fast", "{:.2f}"),
-    }
-    names = dict.fromkeys(n for f in table.values() for n in f)
-    others = [n for n in names if n.endswith((": nll", ": kl", ": same_top", ": needle_recall"))]
-    rows = [
-        [
-            setting(arm),
-            *(form.format(f[name]) if name in f else "" for name, (_, form) in shown.items()),
-            *(f"{f[name]:.3f}" if name in f else "" for name in others),
-        ]
-        for arm, f in table.items()
-    ]
-    head = ["", *(title for title, _ in shown.values()), *(n.replace(": ", " ") for n in others)]
-    return markdown(head, rows) + provenance(result)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "kv_short": kv_short,
     "kv_speed": kv_speed,
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,
-    "razor": razor,
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
     "drafters_short": drafters_short,

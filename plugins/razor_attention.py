@@ -19,9 +19,8 @@ import numpy as np
 
 from ..kvcache import retrieval_heads
 from ..kvcache.head_window import HeadPlan, HeadWindow
-from ..kvcache.kernels import native
 from ..kvcache.retrieval_heads import Pair
-from . import kv_profiles
+from . import cpu_kernels, kv_profiles
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
@@ -96,10 +95,7 @@ class RazorAttention(KVPolicy):
                     engine.model,
                     str(layer),
                 )
-        if engine.device == "cpu" and native.compiler() is None:
-            raise Unsupported(
-                cls.name, "its kernels need a C++ compiler", "install g++, or name one in CXX", engine.model
-            )
+        cpu_kernels.check(cls.name, engine)
 
     def __init__(self, options: RazorAttentionOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine

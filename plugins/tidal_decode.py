@@ -19,9 +19,8 @@ reads memory in the order it lies in.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..kvcache.kernels import native
 from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
-from . import kv_profiles
+from . import cpu_kernels, kv_profiles
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
@@ -105,10 +104,7 @@ class TidalDecode(KVPolicy):
                         engine.model,
                         str(layer),
                     )
-        if engine.device == "cpu" and native.compiler() is None:
-            raise Unsupported(
-                cls.name, "its kernels need a C++ compiler", "install g++, or name one in CXX", engine.model
-            )
+        cpu_kernels.check(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine

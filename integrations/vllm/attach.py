@@ -130,7 +130,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
     if policy is None:
         return stock
     name = stock.get_name()  # type: ignore[attr-defined]
-    if policy.head_plan() is not None:
+    if policy.frees_blocks:
         if name == "CPU_ATTN":
             from .windowed_cpu import WindowedCPUBackend
 

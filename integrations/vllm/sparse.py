@@ -71,26 +71,36 @@ def plan_for(
     return plan, Announcement(policy.name)
 
 
+def unserved(impl: Any, multiple: int) -> list[str]:
+    """What a layer computes that none of our kernels does; its head size has to be a multiple of ``multiple``."""
+    return [
+        reason
+        for present, reason in (
+            (impl.alibi_slopes is not None, "ALiBi biases"),
+            (bool(impl.logits_soft_cap), "a soft cap of the scores"),
+            (impl.sinks is not None, "attention sinks that are learned"),
+            (impl.head_size % multiple != 0, f"heads of {impl.head_size}"),
+        )
+        if present
+    ]
+
+
 def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
     """Refuse what the kernels do not compute, by layer."""
-    leave_out = "leave the policy out"
+    model = vllm_config.model_config.model
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
         impl: Any = layer.impl
-        windowed = is_windowed(impl)
-        chooses = plan.roles[extract_layer_index(name)] is Role.SELECT
-        for present, reason, remedy in (
-            (not windowed and impl.alibi_slopes is not None, "ALiBi biases", leave_out),
-            (not windowed and bool(impl.logits_soft_cap), "a soft cap of the scores", leave_out),
-            (not windowed and impl.sinks is not None, "attention sinks that are learned", leave_out),
-            (not windowed and impl.head_size % 16 != 0, f"heads of {impl.head_size}", leave_out),
-            (
-                windowed and chooses,
+        if not is_windowed(impl):
+            if reasons := unserved(impl, 16):
+                raise Unsupported(plugin, reasons[0], "leave the policy out", model, name)
+        elif plan.roles[extract_layer_index(name)] is Role.SELECT:
+            raise Unsupported(
+                plugin,
                 "its sliding window hides most positions, so that it cannot choose",
                 "choose select_layers among the layers without a window",
-            ),
-        ):
-            if present:
-                raise Unsupported(plugin, reason, remedy, vllm_config.model_config.model, name)
+                model,
+                name,
+            )
 
 
 def reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:

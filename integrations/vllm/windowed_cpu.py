@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
@@ -20,7 +19,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
 )
 
 from ...kvcache import reference
@@ -29,8 +27,8 @@ from ...kvcache.kernels.head_cache import HeadCaches, WindowedStep, means_bytes
 from ...kvcache.kernels.paged_decode import Rows
 from ...plugins.contracts import KVPolicy, Unsupported
 from . import attach, head_cache
-from .sparse import Announcement, is_windowed
-from .sparse_cpu import ISA
+from .cpu_builder import CPUBuilder
+from .sparse import Announcement, is_windowed, unserved
 
 
 @dataclass
@@ -62,16 +60,13 @@ class WindowedCPUBackend(CPUAttentionBackend):
         return WindowedBuilder
 
 
-class WindowedBuilder(CPUAttentionMetadataBuilder):
+class WindowedBuilder(CPUBuilder):
     """Finds what windowed heads leave out in a step."""
 
     supports_update_block_table: bool = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa == "amx":
-            self.isa = ISA
-            self._set_isa_to_layers(layer_names)
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self.query_heads = impl.num_heads  # of a whole layer
         self.num_heads = impl.num_queries_per_kv  # of what is a layer here: one KV head
@@ -95,30 +90,10 @@ class WindowedBuilder(CPUAttentionMetadataBuilder):
         rows = Rows(request, row, [n + 1 for n in before], self.query_heads) if tokens else None
         gaps = [left_out(n, in_prompt=in_prompt[r]) for r, n in zip(request, before, strict=True)]
         step = WindowedStep(begins, ends, rows, gaps)
-        # vLLM's kernel spends next to nothing on our requests, and ours overwrites its output.
         if 0 < len(ours) < common.num_reqs:
-            stock.seq_lens = stock.seq_lens.clone()
-            for r in ours:
-                stock.seq_lens[r] = starts[r + 1] - starts[r]
-            stock.scheduler_metadata = self._schedule(stock)
+            stock = self.without(stock, ours)
         windowed = stock.max_seq_len if any(gaps) else 0
         return WindowedMetadata(**vars(stock), step=step, stock=len(ours) < common.num_reqs, windowed=windowed)
-
-    def _schedule(self, stock: CPUAttentionMetadata) -> torch.Tensor:
-        return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(stock.seq_lens),
-            num_heads=self.num_heads,
-            num_kv_heads=1,
-            head_dim=self.head_dim,
-            seq_lens=stock.seq_lens,
-            dtype=self.dtype,
-            query_start_loc=stock.query_start_loc,
-            causal=stock.causal,
-            sliding_window_size=-1,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
 
     def update_block_table(
         self, metadata: WindowedMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -132,36 +107,27 @@ class WindowedImpl(CPUAttentionBackendImpl):
 
     policy: str
     plan: HeadPlan
-    _caches: HeadCaches | None = None
+    _announce: Announcement
+    _whole: frozenset[int]  # KV heads that keep everything
     _heads: Sequence[Any] = ()  # cache layers, one for each KV head
+    _caches: HeadCaches | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._vllm_config = get_current_vllm_config()
 
+    def split(self, layer: Any, layers: dict[str, Any], plan: HeadPlan, policy: str, announce: Announcement) -> None:
+        """Give every KV head of ``layer``, whose attention this is, a cache layer among vLLM's ``layers``."""
+        self.policy, self.plan, self._announce = policy, plan, announce
+        _check_layer(self, layer.layer_name, self._vllm_config.model_config.model)
+        self._whole = plan.whole[extract_layer_index(layer.layer_name)]
+        self._heads = head_cache.split(layer, layers, self._whole, plan.window)
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split the layer into heads: called when the model is loaded, before the engine asks for cache specs."""
         super().process_weights_after_loading(act_dtype)
-        if self._heads:  # weights were loaded anew
-            return
-        config = self._vllm_config
-        layers = config.compilation_config.static_forward_context
-        layer = next(x for x in layers.values() if getattr(x, "impl", None) is self)
-        attachment = attach.admit(config)["kv"]
-        policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
-        plan = policy.head_plan()
-        assert plan is not None  # `attach.attention_backend` asked
-        self.policy, self.plan = policy.name, plan
-        _check_layer(self, layer.layer_name, config.model_config.model)
-        index = extract_layer_index(layer.layer_name)
-        self._whole = plan.whole[index]
-        self._heads = head_cache.split(layer, layers, self._whole, plan.window)
-        self._announce = Announcement(policy.name)
-        if index == 0:
-            kept = sum(map(len, plan.whole))
-            total = len(plan.whole) * self.num_kv_heads
-            how = f"over CPU_ATTN; {kept} of {total} KV heads keep everything ({kept / total:.1%})"
-            attach.logger.info(attach.start_up_table("kv", attachment, how))
+        if not self._heads:  # the first layer splits all of them; weights that are loaded anew change nothing
+            split_layers(self._vllm_config)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -170,14 +136,14 @@ class WindowedImpl(CPUAttentionBackendImpl):
         del layer, kv_cache, slot_mapping  # the first head's; all are bound here
         context: Any = get_forward_context()
         metadata = context.attn_metadata
+        if not metadata:  # warming up
+            return
         caches = self._caches or self._look_at_caches()
-        mine = [metadata[head.layer_name] for head in self._heads] if metadata else None
+        mine = [metadata[head.layer_name] for head in self._heads]
         slots = [context.slot_mapping[head.layer_name] for head in self._heads]
-        tables = [m.block_table for m in mine] if mine else [slots[0][None].int()] * len(slots)
-        caches.bind(tables, slots)
+        caches.bind([m.block_table for m in mine], slots)
         caches.store(key[: len(slots[0])], value[: len(slots[0])])
-        if mine:
-            caches.update_means(mine[0].step)
+        caches.update_means(mine[0].step)
 
     def forward(
         self,
@@ -244,17 +210,31 @@ class WindowedImpl(CPUAttentionBackendImpl):
         return self._caches
 
 
+def split_layers(vllm_config: Any) -> None:
+    """Split all attention layers of a model by its policy's plan, and say so in the log.
+
+    Raises:
+        Unsupported: the engine or a layer cannot be served.
+    """
+    attachment = attach.admit(vllm_config)["kv"]
+    policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
+    plan = policy.head_plan()
+    assert plan is not None  # such a policy has one
+    layers = vllm_config.compilation_config.static_forward_context
+    ours = [layer for layer in layers.values() if isinstance(getattr(layer, "impl", None), WindowedImpl)]
+    announce = Announcement(policy.name)
+    for layer in ours:
+        layer.impl.split(layer, layers, plan, policy.name, announce)
+    kept, total = sum(map(len, plan.whole)), sum(layer.impl.num_kv_heads for layer in ours)
+    how = f"over CPU_ATTN; {kept} of {total} KV heads keep everything ({kept / total:.1%})"
+    attach.logger.info(attach.start_up_table("kv", attachment, how))
+
+
 def _check_layer(impl: WindowedImpl, name: str, model: str) -> None:
     """Refuse what the kernels do not compute."""
-    for present, reason in (
-        (is_windowed(impl), "its sliding window drops positions already"),
-        (impl.alibi_slopes is not None, "ALiBi biases"),
-        (bool(impl.logits_soft_cap), "a soft cap of the scores"),
-        (impl.sinks is not None, "attention sinks that are learned"),
-        (impl.head_size % 32 != 0, f"heads of {impl.head_size}"),
-    ):
-        if present:
-            raise Unsupported(impl.policy, reason, "leave the policy out", model, name)
+    reasons = ["its sliding window drops positions already"] if is_windowed(impl) else unserved(impl, 32)
+    if reasons:
+        raise Unsupported(impl.policy, reasons[0], "leave the policy out", model, name)
 
 
 @functools.cache

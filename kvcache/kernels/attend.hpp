@@ -204,3 +204,12 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
 }
 
 }  // namespace
+
+// Return from a function after `call`, in which T is the number type of the function's `type`; 1 for an unknown one.
+#define FOR_TYPE(call)                                  \
+    switch (type) {                                     \
+        case 0: { typedef float T; call; return 0; }    \
+        case 1: { typedef BFloat16 T; call; return 0; } \
+        case 2: { typedef Float16 T; call; return 0; }  \
+        default: return 1;                              \
+    }

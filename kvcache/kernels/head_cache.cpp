@@ -68,14 +68,6 @@ void update_means(const Cache& cache, int requests, const int32_t* begins, const
 
 }  // namespace
 
-#define FOR_TYPE(call)                             \
-    switch (type) {                                \
-        case 0: { typedef float T; call; return 0; }    \
-        case 1: { typedef BFloat16 T; call; return 0; } \
-        case 2: { typedef Float16 T; call; return 0; }  \
-        default: return 1;                         \
-    }
-
 extern "C" {
 
 // Write the keys and values of tokens. slots: for each head [tokens], block * block_size + offset, negative for none.

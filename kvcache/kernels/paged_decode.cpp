@@ -34,16 +34,9 @@ extern "C" {
 int pilotfish_decode(int type, const Cache* cache, const Rows* rows, const Choice* choice, float scale, const void* query,
                      int64_t query_stride, void* output, int64_t output_stride, float* logits, int64_t logits_stride,
                      int threads) {
-#define DECODE(T) \
-    decode<T>(*cache, *rows, *choice, Window{0, nullptr, -1}, scale, (const T*)query, query_stride, (T*)output, \
-              output_stride, logits, logits_stride, threads)
-    switch (type) {
-        case 0: DECODE(float); return 0;
-        case 1: DECODE(BFloat16); return 0;
-        case 2: DECODE(Float16); return 0;
-        default: return 1;
-    }
-#undef DECODE
+    const Window nothing = {0, nullptr, -1};
+    FOR_TYPE(decode<T>(*cache, *rows, *choice, nothing, scale, (const T*)query, query_stride, (T*)output, output_stride,
+                       logits, logits_stride, threads))
 }
 
 // How much each position matters: softmax over positions for each head, then one number for each set and position.

@@ -1,6 +1,7 @@
 """An engine that decodes given texts, and tells what it thought of them: the far end of quality measurements."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ class ForcedWorker(Worker):
         request = self.runner.input_batch.req_ids[row]
         return next((n for n in self._force if request == n or request.startswith(f"{n}-")), None)
 
-    def _run(self, prompts: list[list[int]], tokens: list[int]) -> tuple[list[list[int]], list[float]]:
+    def _run(
+        self, prompts: list[list[int]], tokens: list[int], after_step: Callable[[], None] = lambda: None
+    ) -> tuple[list[list[int]], list[float]]:
         """Greedy completions of given lengths, and the seconds of the steps in which all prompts decode."""
         from vllm import SamplingParams
 
@@ -92,6 +95,7 @@ class ForcedWorker(Worker):
             for output in outputs:
                 started.add(output.request_id)
                 done[output.request_id] = list(output.outputs[0].token_ids)
+            after_step()
         return [done[n] for n in names], seconds
 
     def _wrap_sampling(self) -> None:

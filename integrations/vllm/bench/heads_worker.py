@@ -31,7 +31,6 @@ class HeadsWorker(Worker):
         layers = self.runner.vllm_config.compilation_config.static_forward_context
         found: dict[int, tuple[list[float], list[float]]] = {}
         watched = {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
-        originals = {name: layer.impl.forward for name, layer in watched.items()}
 
         def watch(name: str, impl: Any) -> None:
             original = impl.forward
@@ -51,8 +50,8 @@ class HeadsWorker(Worker):
         try:
             self.generate([tokens], 1)
         finally:
-            for name, layer in watched.items():
-                layer.impl.forward = originals[name]
+            for layer in watched.values():
+                del layer.impl.forward  # the class's own is back
         if len(found) < len(watched):
             raise RuntimeError(f"{len(watched) - len(found)} layers did not see the whole text in one step")
         echo, induction = ([found[layer][i] for layer in sorted(found)] for i in (0, 1))

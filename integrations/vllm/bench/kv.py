@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from ....plugins.config import ConfigError, parse_assignments
 from ....plugins.manager import plugins
@@ -93,15 +94,23 @@ def run(plan: Plan) -> list[Record]:
     longest = max(*plan.contexts, *plan.needle_contexts, *(c + plan.quality_tokens for c in plan.quality_contexts))
     if (limit := positions(folder)) is not None and longest + ROOM > limit:
         raise ConfigError(f"contexts of {longest} tokens: {plan.model} has {limit} positions, {ROOM} are for decoding")
+    work = Work(plan, arms, folder, texts.tokenizer_of(folder), read, haystack)
     if plugins().get("kv", plan.policy).frees_blocks:  # type: ignore[attr-defined]
         from . import kv_memory
 
-        records = kv_memory.run(plan, arms, folder, texts.tokenizer_of(folder), read, haystack)
-        show(records)
-        status.print(f"written to {plan.out}", markup=False)
-        return records
+        records = kv_memory.run(work)
+    else:
+        records = _in_one_engine(work, longest)
+    show(records)
+    status.print(f"written to {plan.out}", markup=False)
+    return records
+
+
+def _in_one_engine(work: "Work", longest: int) -> list[Record]:
+    """All parts, the policy being changed between runs."""
+    plan = work.plan
     config = {
-        "model": folder,
+        "model": work.folder,
         "dtype": plan.dtype,
         "max_model_len": longest + ROOM,
         "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
@@ -112,19 +121,23 @@ def run(plan: Plan) -> list[Record]:
         "seed": 0,
         "additional_config": {"pilotfish": {"kv": plan.policy}},
     }
-    work = Work(plan, arms, texts.tokenizer_of(folder), read, haystack)
     parts = list(work.parts())  # refuses texts that are too short before an engine starts
-    records: list[Record] = []
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
         task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            for description, part in parts:
-                bar.update(task, description=description)
-                records += part(engine)
-                record.write(plan.out, records)
-                bar.advance(task)
-    show(records)
-    status.print(f"written to {plan.out}", markup=False)
+            return measure([(said, partial(part, engine)) for said, part in parts], plan.out, bar, task)
+
+
+def measure(
+    parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, bar: Progress, task: TaskID
+) -> list[Record]:
+    """Run the parts of a measurement, each with what to say; the JSON is written after every one."""
+    records: list[Record] = []
+    for description, part in parts:
+        bar.update(task, description=description)
+        records += part()
+        record.write(out, records)
+        bar.advance(task)
     return records
 
 
@@ -134,6 +147,7 @@ class Work:
 
     plan: Plan
     arms: list[Arm]
+    folder: str  # of the model
     tokenizer: Any
     texts: dict[str, str]
     haystack: str
@@ -144,22 +158,19 @@ class Work:
         first = next(iter(self.texts))
         for context in plan.contexts:
             for batch in plan.batches:
-                prompts = self._cut(first, batch, context)
+                prompts = self.cut(first, batch, context)
                 yield f"context {context}, batch {batch}", partial(speed, arms=arms, prompts=prompts)
         for name in self.texts:
             for context in plan.quality_contexts:
-                cut = self._cut(name, TEXTS, context + plan.quality_tokens)
+                cut = self.cut(name, TEXTS, context + plan.quality_tokens)
                 yield (
                     f"quality on {name}, {context}",
                     partial(quality, arms=arms, dataset=name, cut=cut, context=context),
                 )
-        where = "sample" if plan.haystack is None else plan.haystack.absolute().name
         for context in plan.needle_contexts:
             groups = list(recall.needles(self.tokenizer, self.haystack, context, plan.seed))
-            yield (
-                f"needles in {context}",
-                partial(questions, arms=arms, dataset=where, metric="needle_recall", groups=groups, context=context),
-            )
+            search = partial(questions, arms=arms, dataset=self.haystack_name, metric="needle_recall")
+            yield f"needles in {context}", partial(search, groups=groups, context=context)
         if plan.kv_retrieval is not None:
             context = max(plan.contexts)
             asked = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, context)
@@ -170,7 +181,13 @@ class Work:
                 partial(questions, arms=arms, dataset=where, metric="exact_match", groups=groups, context=context),
             )
 
-    def _cut(self, name: str, count: int, length: int) -> list[list[int]]:
+    @property
+    def haystack_name(self) -> str:
+        """What the needles are hidden in."""
+        return "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
+
+    def cut(self, name: str, count: int, length: int) -> list[list[int]]:
+        """Token ids of excerpts of a text."""
         return texts.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
 
@@ -203,27 +220,33 @@ def quality(engine: Any, arms: list[Arm], dataset: str, cut: list[list[int]], co
     """Divergence from full attention while texts are decoded token by token, each arm living with its own cache."""
     prompts, texts = [ids[:context] for ids in cut], [ids[context:] for ids in cut]
     params = {"context": context, "tokens": sum(map(len, texts))}
-    records, reference = [], 0.0
+    records: list[Record] = []
+    reference = None
     for arm in arms:
         engine.ask(do="policy", options=arm.options)
         answer = engine.ask(do="forced", prompts=prompts, texts=texts, keep=arm.options is None)
-        nll = [statistics.fmean(x) for x in answer["nll"]]
-        common = ("kv", dataset, arm.label)
+        records += divergence(("kv", dataset, arm.label), answer, params, reference)
         if arm.options is None:
-            reference = statistics.fmean(nll)
-            rounded = [round(x, 5) for x in nll]
-            records += [
-                Record(*common, "nll", round(reference, 5), "nats", rounded, params),
-                Record(*common, "perplexity", round(math.exp(reference), 4), "", [], params),
-            ]
-            continue
+            reference = statistics.fmean(statistics.fmean(x) for x in answer["nll"])
+    return records
+
+
+def divergence(
+    common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any], reference: float | None = None
+) -> list[Record]:
+    """Records of what an engine thought of forced texts; with the NLL of a ``reference``, the difference from it."""
+    nll = [statistics.fmean(x) for x in answer["nll"]]
+    mean = statistics.fmean(nll)
+    records = [Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params)]
+    if reference is None:
+        records.insert(0, Record(*common, "nll", round(mean, 5), "nats", [round(x, 5) for x in nll], params))
+    else:
+        records.insert(0, Record(*common, "nll_delta", round(mean - reference, 5), "nats", [], params))
+    if answer.get("kl"):
         kl = [statistics.fmean(x) for x in answer["kl"]]
         same = statistics.fmean(x for row in answer["same"] for x in row)
-        mean = statistics.fmean(nll)
         records += [
             Record(*common, "kl", round(statistics.fmean(kl), 5), "nats", [round(x, 5) for x in kl], params),
-            Record(*common, "nll_delta", round(mean - reference, 5), "nats", [], params),
-            Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params),
             Record(*common, "same_top", round(same, 4), "", [], params),
         ]
     return records

@@ -4,20 +4,18 @@ What a policy keeps decides the layout of the cache, so every arm is an engine o
 other, but for the steps, which two engines take in turns.
 """
 
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..progress import counting_bar
-from . import recall, record, texts
+from . import recall
 from .engine import EngineProcess
-from .kv import ROOM, STOCK, TEXTS, Arm, Plan
+from .kv import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
 from .recall import Question
 from .record import Record
 
@@ -28,16 +26,8 @@ TURNS, STEPS = 3, 24  # of the timed steps
 CHUNK = 2048
 
 
-@dataclass(frozen=True)
-class Work:
-    """The parts of a measurement; texts are cut, and refused when too short, before an engine starts."""
-
-    plan: Plan
-    arms: list[Arm]
-    folder: str
-    tokenizer: Any
-    texts: dict[str, str]
-    haystack: str
+class MemoryWork(Work):
+    """The parts of a measurement with an engine for every arm."""
 
     def config(self, arm: Arm, longest: int, **more: Any) -> dict[str, Any]:
         """Arguments of one arm's engine."""
@@ -55,7 +45,7 @@ class Work:
             **more,
         }
 
-    def parts(self, logs: Path) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
+    def parts_in(self, logs: Path) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
         """What to say, and what to run."""
         plan = self.plan
         longest = max(plan.contexts)
@@ -79,10 +69,6 @@ class Work:
         ]
         for arm in self.arms:
             yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, logs)
-
-    def cut(self, name: str, count: int, length: int) -> list[list[int]]:
-        """Token ids of excerpts of a text."""
-        return texts.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
     def load(self, longest: int, asked: list[list[int]], logs: Path) -> list[Record]:
         """The same requests, all at once, to an engine of every arm with the same memory."""
@@ -160,41 +146,16 @@ class Work:
                     reference=str(logs / f"{name}-{context}.pt"),
                 )
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
-                records += _divergence(("kv", name, arm.label), answer, params)
-            where = "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
+                records += divergence(("kv", name, arm.label), answer, params)
             for context, groups in needles:
                 found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
-                records += recall.records(where, "needle_recall", arm.label, found, context)
+                records += recall.records(self.haystack_name, "needle_recall", arm.label, found, context)
         return records
 
 
-def _divergence(common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any]) -> list[Record]:
-    nll = [statistics.fmean(x) for x in answer["nll"]]
-    mean = statistics.fmean(nll)
-    records = [
-        Record(*common, "nll", round(mean, 5), "nats", [round(x, 5) for x in nll], params),
-        Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params),
-    ]
-    if answer["kl"]:
-        kl = [statistics.fmean(x) for x in answer["kl"]]
-        same = statistics.fmean(x for row in answer["same"] for x in row)
-        records += [
-            Record(*common, "kl", round(statistics.fmean(kl), 5), "nats", [round(x, 5) for x in kl], params),
-            Record(*common, "same_top", round(same, 4), "", [], params),
-        ]
-    return records
-
-
-def run(plan: Plan, arms: list[Arm], folder: str, tokenizer: Any, read: dict[str, str], haystack: str) -> list[Record]:
-    """Measure, write the JSON after every part."""
-    work = Work(plan, arms, folder, tokenizer, read, haystack)
-    records: list[Record] = []
-    with tempfile.TemporaryDirectory() as name, counting_bar() as bar:
-        parts = list(work.parts(Path(name)))
-        task = bar.add_task("starting", total=len(parts))
-        for description, part in parts:
-            bar.update(task, description=description)
-            records += part()
-            record.write(plan.out, records)
-            bar.advance(task)
-    return records
+def run(work: Work) -> list[Record]:
+    """Measure all parts."""
+    memory = MemoryWork(**vars(work))
+    with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
+        parts = list(memory.parts_in(Path(logs)))
+        return measure(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))

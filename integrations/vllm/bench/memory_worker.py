@@ -22,38 +22,32 @@ class MemoryWorker(ForcedWorker):
             ``seconds`` and ``steps`` until all are done, the most requests that decoded together (``peak``), how often
             one was ``preempted``, the fewest free blocks and those free at the end, and the completions.
         """
-        from vllm import SamplingParams
-
-        engine, scheduler = self.llm.llm_engine, self.core.scheduler
+        scheduler = self.core.scheduler
         pool, preempt = scheduler.kv_cache_manager.block_pool, scheduler._preempt_request
         found = {"steps": 0, "peak": 0, "preempted": 0, "blocks": pool.num_gpu_blocks - 1}
-        least = pool.get_num_free_blocks()
+        found["least_free"] = pool.get_num_free_blocks()
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             found["preempted"] += 1
             return preempt(*args, **kwargs)
 
-        for i, prompt in enumerate(prompts):
-            sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            engine.add_request(f"load-{i}", {"prompt_token_ids": prompt}, sampling)
+        def look() -> None:
+            found["steps"] += 1
+            decoding = sum(r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running)
+            found["peak"] = max(found["peak"], decoding)
+            found["least_free"] = min(found["least_free"], pool.get_num_free_blocks())
+
         scheduler._preempt_request = counted
-        began, done = time.perf_counter(), {}
+        began = time.perf_counter()
         try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    done[output.request_id] = list(output.outputs[0].token_ids)
-                found["steps"] += 1
-                decoding = sum(r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running)
-                found["peak"] = max(found["peak"], decoding)
-                least = min(least, pool.get_num_free_blocks())
+            completions, _ = self._run(prompts, [tokens] * len(prompts), look)
         finally:
             scheduler._preempt_request = preempt
         return {
             **found,
             "seconds": time.perf_counter() - began,
-            "least_free": least,
             "free_at_end": pool.get_num_free_blocks(),
-            "tokens": [done[f"load-{i}"] for i in range(len(prompts))],
+            "tokens": completions,
         }
 
 
