@@ -1,8 +1,7 @@
 """vLLM's CPU attention backend over heads with caches of their own, of which most keep a window (`head_cache`).
 
-Requests that process a prompt with nothing left out go through vLLM's kernel, one call for each KV head; every other
-query token through ours, one call for a layer. What a step leaves out is computed from the lengths of its requests
-alone, exactly as the cache manager does, so the two agree without talking.
+Keys and values are written and read by our kernels, a few calls for a layer whatever its heads. What a step leaves out
+is computed from the lengths of its requests alone, exactly as the cache manager does, so the two agree without talking.
 """
 
 import functools
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
@@ -19,15 +17,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
 )
 
 from ...kvcache import reference
 from ...kvcache.head_window import HeadPlan, HeadWindow
 from ...kvcache.kernels.head_cache import HeadCaches, WindowedStep, means_bytes
-from ...kvcache.kernels.paged_decode import Rows
 from ...plugins.contracts import KVPolicy, Unsupported
 from . import attach, head_cache
-from .cpu_builder import CPUBuilder
 from .sparse import Announcement, is_windowed, unserved
 
 
@@ -36,13 +33,11 @@ class WindowedMetadata(CPUAttentionMetadata):
     """vLLM's metadata of a group of heads, and what all groups share of the step.
 
     Attributes:
-        step: Positions, and the query tokens that our kernel serves.
-        stock: Whether vLLM's kernel serves a request.
+        step: The query tokens, and what each of them leaves out.
         windowed: The longest context, when something is left out, else 0.
     """
 
     step: WindowedStep | None = None
-    stock: bool = True
     windowed: int = 0
 
 
@@ -60,7 +55,7 @@ class WindowedCPUBackend(CPUAttentionBackend):
         return WindowedBuilder
 
 
-class WindowedBuilder(CPUBuilder):
+class WindowedBuilder(CPUAttentionMetadataBuilder):
     """Finds what windowed heads leave out in a step."""
 
     supports_update_block_table: bool = True
@@ -71,29 +66,22 @@ class WindowedBuilder(CPUBuilder):
         self.query_heads = impl.num_heads  # of a whole layer
         self.num_heads = impl.num_queries_per_kv  # of what is a layer here: one KV head
         self.window: HeadWindow = impl.plan.window
-        error = kernel_error(self.dtype, impl.num_queries_per_kv, self.head_dim, self.block_size, self.isa)
+        error = kernel_error(self.dtype, impl.num_queries_per_kv, self.head_dim, self.block_size)
         if error is not None:
             raise Unsupported(impl.policy, error, "leave the policy out", vllm_config.model_config.model)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> WindowedMetadata:
         """vLLM's metadata, and our part of the step."""
-        common = common_attn_metadata
-        stock = super().build(common_prefix_len, common, fast_build)
-        starts, ends = common.query_start_loc_cpu.tolist(), stock.seq_lens.tolist()
-        begins = [end - (starts[r + 1] - starts[r]) for r, end in enumerate(ends)]
-        in_prompt = common.is_prefilling.tolist()
-        left_out = functools.partial(self.window.left_out, block_size=self.block_size)
-        # A prompt of which nothing is left out is read by vLLM's kernel.
-        ours = [r for r, end in enumerate(ends) if end - begins[r] == 1 or left_out(end - 1, in_prompt=in_prompt[r])]
-        tokens = [(r, begins[r] + i, starts[r] + i) for r in ours for i in range(ends[r] - begins[r])]
-        request, before, row = ([token[i] for token in tokens] for i in range(3))
-        rows = Rows(request, row, [n + 1 for n in before], self.query_heads) if tokens else None
-        gaps = [left_out(n, in_prompt=in_prompt[r]) for r, n in zip(request, before, strict=True)]
-        step = WindowedStep(begins, ends, rows, gaps)
-        if 0 < len(ours) < common.num_reqs:
-            stock = self.without(stock, ours)
-        windowed = stock.max_seq_len if any(gaps) else 0
-        return WindowedMetadata(**vars(stock), step=step, stock=len(ours) < common.num_reqs, windowed=windowed)
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        ends, in_prompt = stock.seq_lens.tolist(), common_attn_metadata.is_prefilling.tolist()
+        lengths = common_attn_metadata.query_start_loc_cpu.diff().tolist()
+        begins = [end - length for end, length in zip(ends, lengths, strict=True)]
+
+        def left_out(request: int, position: int) -> int:
+            return self.window.left_out(position, self.block_size, in_prompt[request])
+
+        step = WindowedStep(begins, ends, left_out, self.query_heads)
+        return WindowedMetadata(**vars(stock), step=step, windowed=stock.max_seq_len if step.gaps.any() else 0)
 
     def update_block_table(
         self, metadata: WindowedMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -158,50 +146,14 @@ class WindowedImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As vLLM's; see there for the shapes."""
-        del key, value, kv_cache, output_scale, output_block_scale
+        del layer, key, value, kv_cache, output_scale, output_block_scale
         if attn_metadata is None:  # warming up
             return output
-        metadata: Any = get_forward_context().attn_metadata
-        step, count, share = attn_metadata.step, attn_metadata.num_actual_tokens, self.num_queries_per_kv
-        assert step is not None
-        if attn_metadata.stock:
-            for h, head in enumerate(self._heads):
-                heads = slice(h * share, (h + 1) * share)
-                part = torch.empty(count, share, self.head_size, dtype=output.dtype)
-                self._stock(layer, query[:count, heads].contiguous(), head.kv_cache, metadata[head.layer_name], part)
-                output[:count, heads] = part
-        if step.rows is not None:
-            assert self._caches is not None
-            if attn_metadata.windowed:
-                self._announce(attn_metadata.windowed)
-            self._caches.attend(query, self.scale, output, step)
+        assert attn_metadata.step is not None and self._caches is not None
+        if attn_metadata.windowed:
+            self._announce(attn_metadata.windowed)
+        self._caches.attend(query, self.scale, output, attn_metadata.step)
         return output
-
-    def _stock(
-        self, layer: Any, query: torch.Tensor, cache: torch.Tensor, metadata: CPUAttentionMetadata, output: torch.Tensor
-    ) -> None:
-        """VLLM's kernel over one head's cache."""
-        blocks, _, block_size, _ = cache.shape
-        keys, values = cache.view(blocks, 1, 2 * block_size, self.head_size).chunk(2, dim=2)
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=keys,
-            value_cache=values,
-            output=output,
-            query_start_loc=metadata.query_start_loc,
-            seq_lens=metadata.seq_lens,
-            scale=self.scale,
-            causal=metadata.causal,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=metadata.block_table,
-            softcap=0,
-            scheduler_metadata=metadata.scheduler_metadata,
-            s_aux=None,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
 
     def _look_at_caches(self) -> HeadCaches:
         caches = [head.kv_cache for head in self._heads]
@@ -238,51 +190,30 @@ def _check_layer(impl: WindowedImpl, name: str, model: str) -> None:
 
 
 @functools.cache
-def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int, isa: str) -> str | None:
-    """Self-test: what our kernel stores and vLLM's reads, and what ours reads, against attention computed plainly."""
+def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int) -> str | None:
+    """Self-test: a prompt and a decoded token by our kernels against attention computed plainly."""
     generator = torch.Generator().manual_seed(0)
-    context = 3 * block_size + 9
-    key, value = (torch.randn(context, 1, head_size, generator=generator).to(dtype) for _ in range(2))
-    query = torch.randn(1, share, head_size, generator=generator).to(dtype)
+    prompt = 3 * block_size + 9
+    key, value = (torch.randn(prompt + 1, 1, head_size, generator=generator).to(dtype) for _ in range(2))
+    query = torch.randn(prompt + 1, share, head_size, generator=generator).to(dtype)
     page = block_size * 2 * head_size + means_bytes(head_size) // dtype.itemsize
     cache = torch.zeros(5 * page, dtype=dtype).as_strided(
         (5, 1, block_size, 2 * head_size), (page, block_size * 2 * head_size, 2 * head_size, 1)
     )
     table = torch.tensor([[2, 0, 4, 1]], dtype=torch.int32)
-    position = torch.arange(context)
+    position = torch.arange(prompt + 1)
     slots = table[0, position // block_size].long() * block_size + position % block_size
-    window = HeadWindow(1, block_size, 0, compensation=True, exact_prefill=True)
+    window = HeadWindow(1, block_size, 0, compensation=True, exact_prefill=False)
     caches = HeadCaches([cache], [True], window)
-    caches.bind([table], [slots])
-    caches.store(key, value)
-    left_out = window.left_out(context - 1, block_size)
-    rows = Rows([0], [0], [context], share)
-    caches.update_means(WindowedStep([0], [context], None, []))
-    ours, theirs, scale = torch.empty_like(query), torch.empty_like(query), head_size**-0.5
-    caches.attend(query, scale, ours, WindowedStep([context - 1], [context], rows, [left_out]))
-
-    starts, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=1,
-        num_heads=share,
-        num_kv_heads=1,
-        head_dim=head_size,
-        seq_lens=lengths,
-        dtype=dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=isa,
-        enable_kv_split=True,
-    )
-    keys, values = cache.view(5, 1, 2 * block_size, head_size).chunk(2, dim=2)
-    ops.cpu_attention_with_kv_cache(
-        query, keys, values, theirs, starts, lengths, scale, True, None, -1, table, 0, schedule, None
-    )
-
-    q, k, v = (x.double().numpy() for x in (query[0], key[:, 0], value[:, 0]))
-    worst = 0.0
-    for output, stretch in ((ours, (block_size, block_size + left_out)), (theirs, (0, 0))):
-        expected = reference.windowed_attention(q, k, v, scale, stretch, compensation=True)
-        worst = max(worst, abs(output[0].double().numpy() - expected).max())
-    return None if worst < 0.03 else f"the kernels misread the cache layout '{isa}' (self-test: off by {worst:.3g})"
+    output, scale, worst = torch.empty_like(query), head_size**-0.5, 0.0
+    q, k, v = (x.double().numpy() for x in (query, key[:, 0], value[:, 0]))
+    for begin, end in ((0, prompt), (prompt, prompt + 1)):
+        caches.bind([table], [slots[begin:end]])
+        step = WindowedStep([begin], [end], lambda _, n: window.left_out(n, block_size), share)
+        caches.store(key[begin:end], value[begin:end])
+        caches.update_means(step)
+        caches.attend(query[begin:end], scale, output[begin:end], step)
+        stretch = (block_size, block_size + window.left_out(end - 1, block_size))
+        expected = reference.windowed_attention(q[end - 1], k[:end], v[:end], scale, stretch, compensation=True)
+        worst = max(worst, abs(output[end - 1].double().numpy() - expected).max())
+    return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

@@ -40,7 +40,7 @@ struct Choice {  // the positions to read; sets = 0 reads all
 
 struct Window {  // what windowed heads leave out; no gaps: nothing
     int32_t sinks;        // groups before it
-    const int32_t* gaps;  // [count] groups left out, whole blocks
+    const int32_t* gaps;  // [tokens] groups left out by each row of the query, whole blocks
     int64_t means;        // elements from a block's beginning to the float32 means of all K and V [2, head_size] between
                           // the sinks and this block; negative: there are none, and what is left out is forgotten
 };
@@ -53,17 +53,35 @@ constexpr int SPLIT = 8;  // groups in one piece of work
 
 struct Partial { float top, total; };
 
+// The block that holds a position of a request.
+template <typename T>
+inline const T* block_at(const Cache& cache, const Head& head, int request, int position) {
+    return (const T*)head.data + head.block_stride * head.table[request * head.table_stride + position / cache.block_size];
+}
+
+struct LeftOut {  // what a window leaves out, as one more position; no means: nothing
+    const float* means;  // of K and V, [2, head_size]
+    float logit;         // with their weight
+};
+
+template <typename T>
+inline LeftOut left_out(const Cache& cache, const Head& head, const Window& window, int request, int gap, float scale,
+                        const T* query) {
+    if (!gap || window.means < 0) return {nullptr, LOWEST};
+    const float* means =
+        (const float*)(block_at<T>(cache, head, request, (window.sinks + gap) * GROUP) + window.means);
+    float product = 0;
+    for (int d = 0; d < cache.head_size; ++d) product += widen(query[d]) * means[d];
+    return {means, product * scale + std::log((float)(gap * GROUP))};
+}
+
 template <typename T>
 void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Window& window, float scale, const T* query,
             int64_t query_stride, T* output, int64_t output_stride, float* logits, int64_t logits_stride, int threads) {
     const int heads = rows.query_heads, size = cache.head_size;
     const int share = heads / cache.kv_heads;
     const auto gap_of = [&](int r, int kv_head) {  // groups that a head leaves out behind the sinks
-        return window.gaps && cache.heads[kv_head].windowed ? window.gaps[r] : 0;
-    };
-    const auto block_of = [&](const Head& head, int r, int position) {
-        return (const T*)head.data +
-               head.block_stride * head.table[rows.request[r] * head.table_stride + position / cache.block_size];
+        return window.gaps && cache.heads[kv_head].windowed ? window.gaps[rows.token[r]] : 0;
     };
     const int per_unit = choice.sets == heads ? 1 : share;
     const int units = heads / per_unit;
@@ -116,7 +134,7 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
             for (int g = begin; g < end; ++g) {
                 const int group = chosen ? chosen[g] : g < window.sinks ? g : g + gap;
                 const int position = group * GROUP, offset = position % cache.block_size;
-                const T* keys = block_of(at, r, position);
+                const T* keys = block_at<T>(cache, at, rows.request[r], position);
                 const T* value = keys + (int64_t)cache.block_size * size + (int64_t)offset * size;
                 keys += offset;
                 for (int h = 0; h < per_unit; h += HEADS) {
@@ -172,22 +190,15 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
         for (int item = 0; item < rows.count * heads; ++item) {
             const int r = item / heads, h = item % heads;
             const int gap = gap_of(r, h / share);
-            const float* means = nullptr;  // of what is left out, as one more position of weight `gap * GROUP`
-            Partial left_out = {LOWEST, 0};
-            if (gap && window.means >= 0) {
-                means = (const float*)(block_of(cache.heads[h / share], r, (window.sinks + gap) * GROUP) + window.means);
-                const T* from = query + rows.token[r] * query_stride + (int64_t)h * size;
-                float product = 0;
-                for (int d = 0; d < size; ++d) product += widen(from[d]) * means[d];
-                left_out = {product * scale + std::log((float)(gap * GROUP)), 1};
-            }
-            float top = left_out.top, total = 0;
+            const LeftOut rest = left_out(cache, cache.heads[h / share], window, rows.request[r], gap, scale,
+                                          query + rows.token[r] * query_stride + (int64_t)h * size);
+            float top = rest.logit, total = 0;
             for (int s = first[r]; s < first[r + 1]; ++s)
                 if (partials[(int64_t)s * heads + h].total > 0) top = std::max(top, partials[(int64_t)s * heads + h].top);
             std::vector<float> mixed(size, 0.0f);
-            if (means) {
-                total = std::exp(left_out.top - top);
-                for (int d = 0; d < size; ++d) mixed[d] = total * means[size + d];
+            if (rest.means) {
+                total = std::exp(rest.logit - top);
+                for (int d = 0; d < size; ++d) mixed[d] = total * rest.means[size + d];
             }
             for (int s = first[r]; s < first[r + 1]; ++s) {
                 const Partial& part = partials[(int64_t)s * heads + h];

@@ -1,10 +1,10 @@
 // A KV cache in which every KV head has blocks of its own: writing it, the means of what windowed heads leave out, and
-// decode attention over it.
+// attention over it.
 //
 // A plain C interface, nothing of torch: pointers, strides in elements, sizes. type: 0 float32, 1 bfloat16, 2 float16.
 // Functions return 0, or 1 for an unknown type.
 
-#include "attend.hpp"
+#include "prompt.hpp"
 
 namespace {
 
@@ -87,16 +87,22 @@ int pilotfish_update_means(int type, const Cache* cache, int requests, const int
 int pilotfish_attend(int type, const Cache* cache, const Rows* rows, const Window* window, float scale, const void* query,
                      int64_t query_stride, void* output, int64_t output_stride, int threads) {
     const Choice everything = {0, 0, nullptr, nullptr, nullptr};
-    constexpr int TOGETHER = 64;  // rows whose sums are held at once: a chunk of a prompt has thousands
+    constexpr int TOGETHER = 64;  // rows whose sums are held at once
     const auto some = [&](auto* q, auto* out) {
         for (int begin = 0; begin < rows->count; begin += TOGETHER) {
             const Rows part = {std::min(TOGETHER, rows->count - begin), rows->query_heads, rows->request + begin,
                                rows->token + begin, rows->context + begin};
-            const Window gaps = {window->sinks, window->gaps + begin, window->means};
-            decode(*cache, part, everything, gaps, scale, q, query_stride, out, output_stride, nullptr, 0, threads);
+            decode(*cache, part, everything, *window, scale, q, query_stride, out, output_stride, nullptr, 0, threads);
         }
     };
     FOR_TYPE(some((const T*)query, (T*)output))
+}
+
+// The same of stretches of consecutive tokens.
+int pilotfish_read_prompts(int type, const Cache* cache, const Prompts* prompts, const Window* window, float scale,
+                           const void* query, int64_t query_stride, void* output, int64_t output_stride, int threads) {
+    FOR_TYPE(read_prompts(*cache, *prompts, *window, scale, (const T*)query, query_stride, (T*)output, output_stride,
+                          threads))
 }
 
 }  // extern "C"

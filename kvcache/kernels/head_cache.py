@@ -8,8 +8,9 @@ state beside the cache, nothing to set back when a request is preempted.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..head_window import HeadWindow
@@ -21,8 +22,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FEW = 2  # query tokens of a request that are read one by one
+
+
 class _Window(Structure):
     _fields_ = (("sinks", c_int32), ("gaps", c_void_p), ("means", c_int64))
+
+
+class _Prompts(Structure):
+    _fields_ = (
+        ("count", c_int32),
+        ("query_heads", c_int32),
+        ("request", c_void_p),
+        ("token", c_void_p),
+        ("context", c_void_p),
+        ("length", c_void_p),
+    )
 
 
 @functools.cache
@@ -33,10 +48,11 @@ def library() -> ctypes.CDLL:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
     lib = native.load("head_cache")
-    cache, rows, where = POINTER(Cache), c_void_p, (c_void_p, c_int64)
+    cache, rows, window, where = POINTER(Cache), c_void_p, POINTER(_Window), (c_void_p, c_int64)
     lib.pilotfish_store.argtypes = (c_int, cache, c_void_p, c_int, *where, *where, c_int)
     lib.pilotfish_update_means.argtypes = (c_int, cache, c_int, c_void_p, c_void_p, c_int, c_int64, c_int)
-    lib.pilotfish_attend.argtypes = (c_int, cache, rows, POINTER(_Window), c_float, *where, *where, c_int)
+    for attend in (lib.pilotfish_attend, lib.pilotfish_read_prompts):
+        attend.argtypes = (c_int, cache, rows, window, c_float, *where, *where, c_int)
     return lib
 
 
@@ -46,23 +62,41 @@ def means_bytes(head_size: int) -> int:
 
 
 class WindowedStep:
-    """What the layers of a step share: which positions are new, which tokens are decoded here, what is left out.
+    """What the layers of a step share: which positions are new, and what each of them leaves out.
 
-    Attributes:
-        begins: [requests] int32 positions of each processed before the step.
-        ends: [requests] int32, and after it.
-        rows: The query tokens that `HeadCaches.attend` serves; None when there are none.
-        gaps: [rows] int32 groups that windowed heads leave out.
+    Tokens of a request that come one or a few at a time, as decoded ones and drafts do, are `Rows`, whose contexts are
+    split over threads; more of them share what they read, tile by tile.
     """
 
-    def __init__(self, begins: Sequence[int], ends: Sequence[int], rows: Rows | None, left_out: Sequence[int]) -> None:
-        """Describe a step; ``left_out`` [rows] positions that windowed heads leave out, whole blocks."""
+    def __init__(
+        self, begins: Sequence[int], ends: Sequence[int], left_out: Callable[[int, int], int], query_heads: int
+    ) -> None:
+        """Describe a step, whose query tokens are those of the requests in their order.
+
+        Args:
+            begins: [requests] positions of each processed before the step.
+            ends: [requests] and after it.
+            left_out: For a request and a position of it, how many positions windowed heads leave out: whole blocks.
+            query_heads: Number of query heads.
+        """
         import torch
 
-        self.begins = torch.tensor(begins, dtype=torch.int32)
-        self.ends = torch.tensor(ends, dtype=torch.int32)
-        self.rows = rows
-        self.gaps = torch.tensor(left_out, dtype=torch.int32) // GROUP
+        spans = list(zip(begins, ends, strict=True))
+        firsts = [0, *accumulate(e - b for b, e in spans)]
+        few = [r for r, (b, e) in enumerate(spans) if e - b <= FEW]
+        tokens = [(r, i) for r in few for i in range(ends[r] - begins[r])]
+        many = [r for r, (b, e) in enumerate(spans) if e - b > FEW]
+        prompts = [many, [firsts[r] for r in many], [begins[r] + 1 for r in many], [ends[r] - begins[r] for r in many]]
+        self.begins, self.ends = (torch.tensor(x, dtype=torch.int32) for x in (begins, ends))
+        self.gaps = torch.tensor([left_out(r, n) for r, (b, e) in enumerate(spans) for n in range(b, e)])
+        self.gaps = (self.gaps // GROUP).int()
+        self.rows = self.prompts = None
+        if tokens:
+            places, contexts = [firsts[r] + i for r, i in tokens], [begins[r] + i + 1 for r, i in tokens]
+            self.rows = Rows([r for r, _ in tokens], places, contexts, query_heads)
+        if many:
+            self._prompts = torch.tensor(prompts, dtype=torch.int32)
+            self.prompts = _Prompts(len(many), query_heads, *(x.data_ptr() for x in self._prompts))
 
 
 class HeadCaches:
@@ -145,26 +179,19 @@ class HeadCaches:
         )
 
     def attend(self, query: "Tensor", scale: float, output: "Tensor", step: WindowedStep) -> None:
-        """Attention of the step's rows; writes their part of ``output``.
+        """Attention of the step's tokens.
 
         Args:
             query: [tokens, query_heads, head_size], heads contiguous.
             scale: Of the scores.
             output: As ``query``.
-            step: Holds the rows.
+            step: Says what each token sees.
         """
-        assert step.rows is not None
         means = self._means if self.window.compensation else -1
         window = _Window(self.sink_blocks * self.block_size // GROUP, step.gaps.data_ptr(), means)
-        library().pilotfish_attend(
-            self._type,
-            byref(self._cache),
-            byref(step.rows.struct),
-            byref(window),
-            scale,
-            query.data_ptr(),
-            query.stride(0),
-            output.data_ptr(),
-            output.stride(0),
-            self._threads(),
-        )
+        where = (query.data_ptr(), query.stride(0), output.data_ptr(), output.stride(0))
+        common = (byref(window), scale, *where, self._threads())
+        if step.rows is not None:
+            library().pilotfish_attend(self._type, byref(self._cache), byref(step.rows.struct), *common)
+        if step.prompts is not None:
+            library().pilotfish_read_prompts(self._type, byref(self._cache), byref(step.prompts), *common)

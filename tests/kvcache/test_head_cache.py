@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels.head_cache import HeadCaches, WindowedStep, means_bytes
-from pilotfish.kvcache.kernels.paged_decode import Rows
 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
@@ -42,7 +41,7 @@ class Text:
         )
 
     def step(self, begins, ends, in_prompt=False):
-        """Process positions of every request, the last of each decoded by our kernel; returns (query, output, gaps)."""
+        """Process positions of every request; returns what was asked and answered for each."""
         key = torch.cat([k[b:e] for k, b, e in zip(self.keys, begins, ends, strict=True)])
         value = torch.cat([v[b:e] for v, b, e in zip(self.values, begins, ends, strict=True)])
         slots = []
@@ -56,25 +55,36 @@ class Text:
                     ]
                 )
             )
-        last = np.cumsum([e - b for b, e in zip(begins, ends, strict=True)]) - 1
-        gaps = [self.window.left_out(e - 1, self.block, in_prompt) for e in ends]
-        rows = Rows(range(len(ends)), last.tolist(), ends, len(self.windowed) * self.share)
-        step = WindowedStep(begins, ends, rows, gaps)
-        query = torch.randn(len(key), rows.query_heads, self.size, generator=self.rng).to(self.dtype)
+        heads = len(self.windowed) * self.share
+        step = WindowedStep(begins, ends, lambda _, n: self.window.left_out(n, self.block, in_prompt), heads)
+        query = torch.randn(len(key), heads, self.size, generator=self.rng).to(self.dtype)
         output = torch.full_like(query, 7.0)
         self.caches.bind(self.tables, slots)
         self.caches.store(key, value)
         self.caches.update_means(step)
         self.caches.attend(query, self.size**-0.5, output, step)
-        return query[last], output[last], gaps
+        lengths = [e - b for b, e in zip(begins, ends, strict=True)]
+        return query.split(lengths), output.split(lengths)
+
+    def check(self, begins, ends, in_prompt=False) -> None:
+        """Process positions, and compare the first, the last and some between of every request."""
+        query, output = self.step(begins, ends, in_prompt)
+        for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            for n in {begin, end - 1, *range(begin, end, 37)}:
+                gap = self.window.left_out(n, self.block, in_prompt)
+                np.testing.assert_allclose(
+                    output[r][n - begin].double().numpy(),
+                    self.expected(query[r][n - begin], r, n + 1, gap),
+                    atol=TOLERANCE[self.dtype],
+                )
 
     def expected(self, query, r, end, gap):
-        """[query_heads, size] of request ``r``."""
+        """[query_heads, size] of a token of request ``r`` with ``end`` positions."""
         sinks = self.caches.sink_blocks * self.block
         parts = []
         for h, leaves_out in enumerate(self.windowed):
             left_out = (sinks, sinks + gap) if leaves_out else (0, 0)
-            q = query[r, h * self.share : (h + 1) * self.share].double().numpy()
+            q = query[h * self.share : (h + 1) * self.share].double().numpy()
             k, v = (x[r][:end, h].double().numpy() for x in (self.keys, self.values))
             parts.append(reference.windowed_attention(q, k, v, self.size**-0.5, left_out, self.window.compensation))
         return np.concatenate(parts)
@@ -105,17 +115,13 @@ def test_heads_attend_to_what_their_window_leaves(
         ends = [min(d + chunk, n - 1) for d, n in zip(done, lengths, strict=True)]
         if any(e == d for d, e in zip(done, ends, strict=True)):
             break
-        text.step(done, ends)
+        text.check(done, ends)
         done = ends
     for _ in range(2):
         ends = [min(d + 1, n) for d, n in zip(done, lengths, strict=True)]
         if ends == done or any(e == d for d, e in zip(done, ends, strict=True)):
             break
-        query, output, gaps = text.step(done, ends)
-        for r, end in enumerate(ends):
-            np.testing.assert_allclose(
-                output[r].double().numpy(), text.expected(query, r, end, gaps[r]), atol=TOLERANCE[dtype]
-            )
+        text.check(done, ends)
         done = ends
 
 

@@ -41,6 +41,9 @@ class EngineProcess:
             env: Further environment variables.
         """
         self._log = log
+        environment = {**ENVIRONMENT, **os.environ, **env}
+        if "kv_cache_memory_bytes" in config:  # over which vLLM's CPU platform takes the variable without a word
+            del environment["VLLM_CPU_KVCACHE_SPACE"]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, *worker, json.dumps(config)],
@@ -48,7 +51,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**ENVIRONMENT, **os.environ, **env},
+                env=environment,
                 start_new_session=True,  # Ctrl-C reaches us alone; we end the worker
             )
         try:

@@ -1,0 +1,266 @@
+// Attention of prompts, many query tokens of a request at a time, over the caches of `attend.hpp`.
+//
+// Work is cut into (tile, KV head): a tile is consecutive tokens of a request, so that all their query heads share what
+// is read. Keys and values are taken CHUNK positions at a time and laid out anew in cells of what one multiply-add sums:
+// one float, or two bfloat16 where the processor multiplies pairs. Softmax runs online in float32. Chunks begin at
+// multiples of CHUNK whatever the tile, so a token's result does not depend on how its prompt was cut.
+#pragma once
+
+#include "attend.hpp"
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+extern "C" {
+
+struct Prompts {  // stretches of consecutive query tokens of one request each
+    int32_t count, query_heads;
+    const int32_t* request;  // [count] row of the block tables
+    const int32_t* token;    // [count] row of the first in query and output
+    const int32_t* context;  // [count] tokens to look at by the first, itself included
+    const int32_t* length;   // [count]
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int CHUNK = 128;
+constexpr int GROUPS = CHUNK / GROUP;
+constexpr int TILE = 96;  // rows: query tokens times the query heads of a KV head
+#if defined(__AVX512F__)
+constexpr int BAND = 12;  // rows whose scores stay in registers, 2 vectors each
+#else
+constexpr int BAND = 2;
+#endif
+static_assert(TILE % BAND == 0, "tiles are whole bands");
+
+typedef uint32_t Cell;
+
+// How numbers of a type enter a multiply-add: DEEP of them in a cell.
+template <typename T>
+struct Product {
+    static constexpr int DEEP = 1;
+    static Vec add(Vec to, Cell a, Vec b) {
+        float x;
+        std::memcpy(&x, &a, sizeof x);
+        return to + splat(x) * b;
+    }
+    // Cells of rows [DEEP][LANES].
+    static Vec pack(const T* rows, int64_t stride) { (void)stride; return load(rows); }
+    static void pack_left(const T* from, int n, Cell* to) {
+        for (int i = 0; i < n; i += LANES) store((float*)to + i, load(from + i));
+    }
+    static void pack_weights(const float* from, int n, Cell* to) { std::memcpy(to, from, n * sizeof(float)); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+template <>
+struct Product<BFloat16> {
+    static constexpr int DEEP = 2;
+    static Vec add(Vec to, Cell a, Vec b) {
+        return (Vec)_mm512_dpbf16_ps((__m512)to, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+    }
+    static Vec pack(const BFloat16* rows, int64_t stride) {
+        Half a, b;
+        std::memcpy(&a, rows, sizeof a);
+        std::memcpy(&b, rows + stride, sizeof b);
+        return (Vec)(__builtin_convertvector(a, UintVec) | __builtin_convertvector(b, UintVec) << 16);
+    }
+    static void pack_left(const BFloat16* from, int n, Cell* to) { std::memcpy(to, from, n * sizeof *from); }
+    static void pack_weights(const float* from, int n, Cell* to) {
+        for (int i = 0; i < n; i += LANES) {
+            const __m256bh narrow = _mm512_cvtneps_pbh((__m512)load(from + i));
+            std::memcpy(to + i / 2, &narrow, sizeof narrow);
+        }
+    }
+};
+#endif
+
+// Lay a matrix [depth][width] out as cells [depth / DEEP][width].
+template <typename T>
+inline void pack(const T* from, int64_t stride, int depth, int width, Cell* to) {
+    constexpr int DEEP = Product<T>::DEEP;
+    for (int k = 0; k < depth; k += DEEP, from += DEEP * stride, to += width)
+        for (int i = 0; i < width; i += LANES) store((float*)to + i, Product<T>::pack(from + i, stride));
+}
+
+// to[m] = to[m] * factor[m] + left[m] @ right, for M rows and N vectors; without factors: to[m] = left[m] @ right.
+template <int M, int N, typename T>
+inline void multiply(const Cell* left, int64_t left_stride, const Cell* right, int64_t right_stride, int steps, float* to,
+                     int64_t to_stride, const float* factor) {
+    Vec total[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n)
+            total[m][n] = factor ? load(to + m * to_stride + n * LANES) * factor[m] : Vec{};
+    for (int s = 0; s < steps; ++s, right += right_stride) {
+        Vec b[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) b[n] = load((const float*)right + n * LANES);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) total[m][n] = Product<T>::add(total[m][n], left[m * left_stride + s], b[n]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) store(to + m * to_stride + n * LANES, total[m][n]);
+}
+
+// sums[BAND][size] = sums * factor + weights @ values.
+template <typename T>
+inline void add_values(const Cell* weights, int64_t stride, const Cell* values, int steps, int size, float* sums,
+                       const float* factor) {
+    constexpr int HALF = BAND / 2;
+    int d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES)
+        for (int m = 0; m < BAND; m += HALF)
+            multiply<HALF, 4, T>(weights + m * stride, stride, values + d, size, steps, sums + m * size + d, size, factor + m);
+    for (; d + 2 * LANES <= size; d += 2 * LANES)
+        multiply<BAND, 2, T>(weights, stride, values + d, size, steps, sums + d, size, factor);
+    for (; d < size; d += LANES) multiply<BAND, 1, T>(weights, stride, values + d, size, steps, sums + d, size, factor);
+}
+
+// Softmax of one row of scores going on: weights in place, hidden ones 0. seen: of each group how many tokens count.
+inline void go_on(float* scores, const int* seen, float scale, float& top, float& total, float& factor) {
+    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Vec most = splat(LOWEST);
+    for (int i = 0; i < CHUNK; i += LANES) {
+        const IntVec hidden = lane >= seen[i / GROUP] - i % GROUP;
+        const Vec x = hidden ? splat(LOWEST) : load(scores + i) * scale;
+        store(scores + i, x);
+        most = x > most ? x : most;
+    }
+    float now = top;
+    for (int i = 0; i < LANES; ++i) now = std::max(now, most[i]);
+    Vec sums = Vec{};
+    for (int i = 0; i < CHUNK; i += LANES) {
+        const Vec x = load(scores + i);
+        const Vec e = x > LOWEST ? exponential(x - now) : Vec{};
+        store(scores + i, e);
+        sums += e;
+    }
+    factor = exponential(splat(top - now))[0];
+    total = total * factor + sum(sums);
+    top = now;
+}
+
+struct Tile { int prompt, begin, count; };  // tokens begin .. begin + count of a prompt
+
+template <typename T>
+void read_tile(const Cache& cache, const Prompts& prompts, const Window& window, float scale, const T* query,
+               int64_t query_stride, T* output, int64_t output_stride, Tile tile, int kv_head, std::vector<Cell>& cells,
+               std::vector<float>& numbers) {
+    constexpr int DEEP = Product<T>::DEEP;
+    const int size = cache.head_size, share = prompts.query_heads / cache.kv_heads, rows = tile.count * share;
+    const int bands = (rows + BAND - 1) / BAND, request = prompts.request[tile.prompt];
+    const int token = prompts.token[tile.prompt] + tile.begin, context = prompts.context[tile.prompt] + tile.begin;
+    const Head& head = cache.heads[kv_head];
+    const int* gaps = window.gaps && head.windowed ? window.gaps + token : nullptr;  // [tile.count]
+    const int least = gaps ? *std::min_element(gaps, gaps + tile.count) : 0;
+    const auto query_of = [&](int row) {
+        return query + (token + row / share) * query_stride + (int64_t)(kv_head * share + row % share) * size;
+    };
+
+    cells.assign((size_t)(bands * BAND + CHUNK * 2) * size / DEEP + BAND * CHUNK / DEEP, 0);
+    Cell* left = cells.data();                                // [rows][size]
+    Cell* keys = left + (size_t)bands * BAND * size / DEEP;   // GROUPS of [size][GROUP]
+    Cell* values = keys + (size_t)CHUNK * size / DEEP;        // [CHUNK][size]
+    Cell* weights = values + (size_t)CHUNK * size / DEEP;     // [BAND][CHUNK]
+    numbers.assign((size_t)bands * BAND * (size + 2) + BAND * CHUNK, 0);
+    float* sums = numbers.data();                             // [rows][size]
+    float* top = sums + (size_t)bands * BAND * size;          // [rows]
+    float* total = top + bands * BAND;                        // [rows]
+    float* scores = total + bands * BAND;                     // [BAND][CHUNK]
+    std::fill(top, top + bands * BAND, LOWEST);
+    for (int row = 0; row < rows; ++row) Product<T>::pack_left(query_of(row), size, left + (size_t)row * size / DEEP);
+
+    const int end = context + tile.count - 1;  // positions that the last token sees
+    for (int begin = 0; begin < end; begin += CHUNK) {
+        int valid[GROUPS];  // tokens of each group that the last token may see; 0: no token of the tile sees it
+        bool any = false;
+        for (int g = 0; g < GROUPS; ++g) {
+            const int position = begin + g * GROUP, group = position / GROUP;
+            const bool left_out = group >= window.sinks && group < window.sinks + least;
+            valid[g] = left_out ? 0 : std::max(0, std::min(GROUP, end - position));
+            any |= valid[g] > 0;
+        }
+        if (!any) continue;
+        for (int g = 0; g < GROUPS; ++g) {
+            Cell* to = values + (size_t)g * GROUP * size / DEEP;
+            if (!valid[g]) {
+                std::fill(to, to + (size_t)GROUP * size / DEEP, 0);
+                continue;
+            }
+            const int position = begin + g * GROUP, offset = position % cache.block_size;
+            const T* block = block_at<T>(cache, head, request, position);
+            pack(block + offset, cache.block_size, size, GROUP, keys + (size_t)g * size * GROUP / DEEP);
+            const T* value = block + (int64_t)(cache.block_size + offset) * size;
+            if (valid[g] == GROUP) {
+                pack(value, size, GROUP, size, to);
+            } else {  // what lies behind may be anything, and 0 times anything is not always 0
+                std::vector<T> whole((size_t)GROUP * size, T{});
+                std::copy(value, value + (size_t)valid[g] * size, whole.begin());
+                pack(whole.data(), size, GROUP, size, to);
+            }
+        }
+        for (int band = 0; band < bands; ++band) {
+            const int first = band * BAND;
+            for (int g = 0; g < GROUPS; ++g)
+                if (valid[g])
+                    multiply<BAND, 2, T>(left + (size_t)first * size / DEEP, size / DEEP,
+                                         keys + (size_t)g * size * GROUP / DEEP, GROUP, size / DEEP, scores + g * GROUP,
+                                         CHUNK, nullptr);
+            float factor[BAND];
+            for (int m = 0; m < BAND; ++m) {
+                const int t = std::min((first + m) / share, tile.count - 1);
+                int seen[GROUPS];
+                for (int g = 0; g < GROUPS; ++g) {
+                    const int position = begin + g * GROUP, group = position / GROUP;
+                    const bool left_out = gaps && group >= window.sinks && group < window.sinks + gaps[t];
+                    seen[g] = left_out ? 0 : std::min(valid[g], std::max(0, context + t - position));
+                }
+                go_on(scores + m * CHUNK, seen, scale, top[first + m], total[first + m], factor[m]);
+                Product<T>::pack_weights(scores + m * CHUNK, CHUNK, weights + m * CHUNK / DEEP);
+            }
+            add_values<T>(weights, CHUNK / DEEP, values, CHUNK / DEEP, size, sums + (size_t)first * size, factor);
+        }
+    }
+
+    for (int row = 0; row < rows; ++row) {
+        const float* from = sums + (size_t)row * size;
+        const LeftOut rest = left_out(cache, head, window, request, gaps ? gaps[row / share] : 0, scale, query_of(row));
+        const float most = std::max(top[row], rest.logit);
+        const float mine = std::exp(top[row] - most), other = rest.means ? std::exp(rest.logit - most) : 0;
+        const float whole = total[row] * mine + other;
+        T* to = output + (token + row / share) * output_stride + (int64_t)(kv_head * share + row % share) * size;
+        for (int d = 0; d < size; ++d)
+            narrow((from[d] * mine + (rest.means ? other * rest.means[size + d] : 0)) / whole, to + d);
+    }
+}
+
+template <typename T>
+void read_prompts(const Cache& cache, const Prompts& prompts, const Window& window, float scale, const T* query,
+                  int64_t query_stride, T* output, int64_t output_stride, int threads) {
+    const int step = std::max(1, TILE / (prompts.query_heads / cache.kv_heads));
+    std::vector<Tile> tiles;
+    for (int p = 0; p < prompts.count; ++p)
+        for (int begin = 0; begin < prompts.length[p]; begin += step)
+            tiles.push_back({p, begin, std::min(step, prompts.length[p] - begin)});
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Cell> cells;
+        std::vector<float> numbers;
+        const int works = (int)tiles.size() * cache.kv_heads;
+#pragma omp for schedule(dynamic)
+        for (int work = 0; work < works; ++work)  // the last tiles of a prompt are the longest
+            read_tile(cache, prompts, window, scale, query, query_stride, output, output_stride,
+                      tiles[tiles.size() - 1 - work / cache.kv_heads], work % cache.kv_heads, cells, numbers);
+    }
+}
+
+}  // namespace
