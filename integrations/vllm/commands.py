@@ -159,10 +159,12 @@ def bench_kv(
     kv_retrieval: Annotated[Path | None, typer.Option(help="A file of dictionaries to look keys up in.")] = None,
     model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
     contexts: Annotated[
-        str, typer.Option(help="Contexts at which steps are timed, in tokens.")
+        str, typer.Option(help="Contexts at which steps are timed, in tokens; none: ''.")
     ] = "400,1000,2000,4000,8000",
     batches: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,4",
-    quality_contexts: Annotated[str, typer.Option(help="Contexts for comparing distributions.")] = "4000,7900",
+    quality_contexts: Annotated[
+        str, typer.Option(help="Contexts for comparing distributions; none: ''.")
+    ] = "4000,7900",
     quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each such context.")] = 64,
     needle_contexts: Annotated[
         str, typer.Option(help="Contexts of the needle test; none: ''.")
@@ -189,12 +191,12 @@ def bench_kv(
             settings=tuple(("", *KV_SETTINGS.get(policy, ())) if setting is None else setting),
             texts=tuple(text or ()),
             model=model,
-            contexts=_numbers(contexts, "--contexts"),
+            contexts=_numbers(contexts, "--contexts", none=True),
             batches=_numbers(batches, "--batches"),
-            quality_contexts=_numbers(quality_contexts, "--quality-contexts"),
+            quality_contexts=_numbers(quality_contexts, "--quality-contexts", none=True),
             quality_tokens=quality_tokens,
             haystack=haystack,
-            needle_contexts=_numbers(needle_contexts, "--needle-contexts") if needle_contexts else (),
+            needle_contexts=_numbers(needle_contexts, "--needle-contexts", none=True),
             kv_retrieval=kv_retrieval,
             questions=questions,
             dtype=dtype,
@@ -211,9 +213,11 @@ def _finite(value: float) -> float:
     return value
 
 
-def _numbers(text: str, flag: str) -> tuple[int, ...]:
+def _numbers(text: str, flag: str, none: bool = False) -> tuple[int, ...]:
     from ...plugins.config import ConfigError
 
+    if none and not text:
+        return ()
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:

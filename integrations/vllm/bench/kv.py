@@ -57,6 +57,12 @@ class Plan:
     seed: int = 0
     eager: bool = False  # models are compiled, as vLLM does by default
 
+    @property
+    def longest(self) -> int:
+        """The longest context, what is decoded behind it for comparison included."""
+        compared = (c + self.quality_tokens for c in self.quality_contexts)
+        return max([*self.contexts, *self.needle_contexts, *compared], default=0)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -89,30 +95,32 @@ def run(plan: Plan) -> list[Record]:
     read = {name: texts.read(path) for name, path in sources.items()} or {"sample": texts.sample()}
     haystack = next(iter(read.values())) if plan.haystack is None else texts.read(plan.haystack, "--haystack")
     record.check(plan.out)
+    if not plan.longest:
+        raise ConfigError("no contexts are given: there is nothing to measure")
     check_model(plan.model)
     folder = models.resolve(plan.model)
-    longest = max(*plan.contexts, *plan.needle_contexts, *(c + plan.quality_tokens for c in plan.quality_contexts))
-    if (limit := positions(folder)) is not None and longest + ROOM > limit:
-        raise ConfigError(f"contexts of {longest} tokens: {plan.model} has {limit} positions, {ROOM} are for decoding")
+    if (limit := positions(folder)) is not None and plan.longest + ROOM > limit:
+        said = f"contexts of {plan.longest} tokens"
+        raise ConfigError(f"{said}: {plan.model} has {limit} positions, {ROOM} are for decoding")
     work = Work(plan, arms, folder, texts.tokenizer_of(folder), read, haystack)
     if plugins().get("kv", plan.policy).frees_blocks:  # type: ignore[attr-defined]
         from . import kv_memory
 
         records = kv_memory.run(work)
     else:
-        records = _in_one_engine(work, longest)
+        records = _in_one_engine(work)
     show(records)
     status.print(f"written to {plan.out}", markup=False)
     return records
 
 
-def _in_one_engine(work: "Work", longest: int) -> list[Record]:
+def _in_one_engine(work: "Work") -> list[Record]:
     """All parts, the policy being changed between runs."""
     plan = work.plan
     config = {
         "model": work.folder,
         "dtype": plan.dtype,
-        "max_model_len": longest + ROOM,
+        "max_model_len": plan.longest + ROOM,
         "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
@@ -172,19 +180,30 @@ class Work:
             search = partial(questions, arms=arms, dataset=self.haystack_name, metric="needle_recall")
             yield f"needles in {context}", partial(search, groups=groups, context=context)
         if plan.kv_retrieval is not None:
-            context = max(plan.contexts)
+            context = plan.longest
             asked = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, context)
             groups = [asked[i : i + recall.ROUNDS] for i in range(0, len(asked), recall.ROUNDS)]
-            where = plan.kv_retrieval.absolute().parent.name
             yield (
                 "keys in dictionaries",
-                partial(questions, arms=arms, dataset=where, metric="exact_match", groups=groups, context=context),
+                partial(
+                    questions,
+                    arms=arms,
+                    dataset=self.dictionaries_name,
+                    metric="exact_match",
+                    groups=groups,
+                    context=context,
+                ),
             )
 
     @property
     def haystack_name(self) -> str:
         """What the needles are hidden in."""
         return "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
+
+    @property
+    def dictionaries_name(self) -> str:
+        """Where the dictionaries come from."""
+        return "" if self.plan.kv_retrieval is None else self.plan.kv_retrieval.absolute().parent.name
 
     def cut(self, name: str, count: int, length: int) -> list[list[int]]:
         """Token ids of excerpts of a text."""

@@ -21,8 +21,8 @@ from .record import Record
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait
-REQUESTS, COMPLETION = 20, 100  # of the load: requests of half to a whole context, and tokens that each decodes
-TURNS, STEPS = 3, 24  # of the timed steps
+REQUESTS, COMPLETION = 20, 150  # of the load: requests of half to a whole context, and tokens that each decodes
+TURNS, STEPS = 5, 12  # of the timed steps
 CHUNK = 2048
 
 
@@ -47,17 +47,17 @@ class MemoryWork(Work):
 
     def parts_in(self, logs: Path) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
         """What to say, and what to run."""
-        plan = self.plan
-        longest = max(plan.contexts)
-        asked = [
-            self.cut(next(iter(self.texts)), REQUESTS, longest)[i][: longest // 2 + i * longest // (2 * REQUESTS - 2)]
-            for i in range(REQUESTS)
-        ]
-        yield "a load", partial(self.load, longest, asked, logs)
-        for context in plan.contexts:
-            for batch in plan.batches:
-                prompts = self.cut(next(iter(self.texts)), batch, context)
-                yield f"steps at {context}, batch {batch}", partial(self.steps, prompts, logs)
+        plan, first = self.plan, next(iter(self.texts))
+        if plan.contexts:
+            longest = max(plan.contexts)
+            asked = [
+                ids[: longest // 2 + i * longest // (2 * REQUESTS - 2)]
+                for i, ids in enumerate(self.cut(first, REQUESTS, longest))
+            ]
+            yield "a load", partial(self.load, longest, asked, logs)
+            prompts = [self.cut(first, batch, context) for context in plan.contexts for batch in plan.batches]
+            for arm in self.arms[1:]:
+                yield f"steps of {arm.label}", partial(self.steps, arm, prompts, logs)
         cuts = [
             (name, context, self.cut(name, TEXTS, context + plan.quality_tokens))
             for name in self.texts
@@ -67,8 +67,11 @@ class MemoryWork(Work):
             (context, list(recall.needles(self.tokenizer, self.haystack, context, plan.seed)))
             for context in plan.needle_contexts
         ]
+        asked = []
+        if plan.kv_retrieval is not None:
+            asked = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
         for arm in self.arms:
-            yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, logs)
+            yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, asked, logs)
 
     def load(self, longest: int, asked: list[list[int]], logs: Path) -> list[Record]:
         """The same requests, all at once, to an engine of every arm with the same memory."""
@@ -99,30 +102,38 @@ class MemoryWork(Work):
             ]
         return records
 
-    def steps(self, prompts: list[list[int]], logs: Path) -> list[Record]:
-        """Decode steps of every arm and of stock attention in turns, two engines at a time."""
-        batch, context = len(prompts), len(prompts[0])
-        params = {"batch": batch, "context": context}
-        common = ("kv", f"context_{context}")
+    def steps(self, arm: Arm, groups: list[list[list[int]]], logs: Path) -> list[Record]:
+        """Decode steps of an arm and of stock attention in turns, two engines at a time, and the memory they hold."""
+        longest, batch = max(len(g[0]) for g in groups), max(map(len, groups))
         records: list[Record] = []
-        for arm in self.arms[1:]:
-            seconds: dict[str, list[float]] = {STOCK: [], arm.label: []}
-            with ExitStack() as stack:
-                engines = {
-                    a.label: stack.enter_context(
-                        EngineProcess(self.config(a, context, max_num_seqs=batch), logs / f"{i}.log", worker=WORKER)
-                    )
-                    for i, a in enumerate((self.arms[0], arm))
-                }
+        with ExitStack() as stack:
+            engines = {
+                a.label: stack.enter_context(
+                    EngineProcess(self.config(a, longest, max_num_seqs=batch), logs / f"{i}.log", worker=WORKER)
+                )
+                for i, a in enumerate((self.arms[0], arm))
+            }
+            for prompts in groups:
+                common, params = f"context_{len(prompts[0])}", {"batch": len(prompts), "context": len(prompts[0])}
+                seconds: dict[str, list[float]] = {label: [] for label in engines}
+                held = {label: e.ask(do="hold", prompts=prompts, tokens=ROOM)["bytes"] for label, e in engines.items()}
                 for turn in range(TURNS):
                     for label in sorted(engines, reverse=bool(turn % 2)):
-                        answer = engines[label].ask(do="steps", prompts=prompts, count=STEPS)
+                        answer = engines[label].ask(do="go_on", count=STEPS)
                         seconds[label].append(statistics.median(answer["seconds"]))
-            ratios = [round(a / b, 4) for a, b in zip(seconds[STOCK], seconds[arm.label], strict=True)]
-            for label in (STOCK, arm.label) if arm is self.arms[1] else (arm.label,):
-                ms = [round(1e3 * s, 3) for s in seconds[label]]
-                records.append(Record(*common, label, "step_ms", statistics.median(ms), "ms", ms, params))
-            records.append(Record(*common, arm.label, "step_speedup", statistics.median(ratios), "x", ratios, params))
+                for engine in engines.values():
+                    engine.ask(do="let_go")
+                for label in engines:
+                    if label == STOCK and arm is not self.arms[1]:
+                        continue
+                    ms = [round(1e3 * s, 3) for s in seconds[label]]
+                    ratios = [round(a / b, 4) for a, b in zip(seconds[STOCK], seconds[label], strict=True)]
+                    records += [
+                        Record("kv", common, label, "step_ms", statistics.median(ms), "ms", ms, params),
+                        Record("kv", common, label, "step_speedup", statistics.median(ratios), "x", ratios, params),
+                        Record("kv", common, label, "kv_mib", round(held[label] / 2**20, 2), "MiB", [], params),
+                        Record("kv", common, label, "kv_ratio", round(held[STOCK] / held[label], 3), "x", [], params),
+                    ]
         return records
 
     def quality(
@@ -130,19 +141,20 @@ class MemoryWork(Work):
         arm: Arm,
         cuts: list[tuple[str, int, list[list[int]]]],
         needles: list[tuple[int, list[list[Question]]]],
+        dictionaries: list[Question],
         logs: Path,
     ) -> list[Record]:
-        """Divergence from stock attention, whose distributions the first arm leaves in files; and needles."""
-        longest = max([c + self.plan.quality_tokens for _, c, _ in cuts] + [c for c, _ in needles])
-        rows = max(TEXTS, recall.ROUNDS)
+        """Divergence from stock attention, whose distributions the first arm leaves in files; needles; dictionaries."""
+        stock, rows = arm.options is None, max(TEXTS, recall.ROUNDS)
+        config = self.config(arm, self.plan.longest, max_num_seqs=rows, enable_prefix_caching=stock)
         records: list[Record] = []
-        with EngineProcess(self.config(arm, longest, max_num_seqs=rows), logs / "quality.log", worker=WORKER) as engine:
+        with EngineProcess(config, logs / "quality.log", worker=WORKER) as engine:
             for name, context, cut in cuts:
                 answer = engine.ask(
                     do="forced",
                     prompts=[ids[:context] for ids in cut],
                     texts=[ids[context:] for ids in cut],
-                    keep=arm.options is None,
+                    keep=stock,
                     reference=str(logs / f"{name}-{context}.pt"),
                 )
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
@@ -150,6 +162,11 @@ class MemoryWork(Work):
             for context, groups in needles:
                 found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
                 records += recall.records(self.haystack_name, "needle_recall", arm.label, found, context)
+            if dictionaries:
+                where = self.dictionaries_name
+                groups = [dictionaries[i : i + recall.ROUNDS] for i in range(0, len(dictionaries), recall.ROUNDS)]
+                found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
+                records += recall.records(where, "exact_match", arm.label, found, self.plan.longest)
         return records
 
 

@@ -15,6 +15,44 @@ class MemoryWorker(ForcedWorker):
         cache = self.runner.vllm_config.cache_config
         return {"tokens": cache.kv_cache_size_tokens, "concurrency": cache.kv_cache_max_concurrency}
 
+    def hold(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        """Process prompts and begin to decode them, ``tokens`` each at most; `go_on` goes on.
+
+        Returns:
+            ``bytes`` of the cache that they hold while they decode.
+        """
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        self._held = [self._next(i) for i in range(len(prompts))]
+        self._count += len(prompts)
+        for name, prompt in zip(self._held, prompts, strict=True):
+            sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+            engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        started: set[str] = set()
+        while len(started) < len(prompts):
+            started |= {output.request_id for output in engine.step()}
+        self.go_on(2)  # blocks behind a prompt are freed when the next step is scheduled
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        groups = self.core.scheduler.kv_cache_config.kv_cache_groups  # a block is a page of every layer of a group
+        return {"bytes": used * max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)}
+
+    def go_on(self, count: int) -> dict[str, Any]:
+        """Decode ``count`` steps of what `hold` began; their ``seconds``."""
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            self.llm.llm_engine.step()
+            seconds.append(time.perf_counter() - began)
+        return {"seconds": seconds}
+
+    def let_go(self) -> dict[str, Any]:
+        """End what `hold` began."""
+        self.llm.llm_engine.abort_request(self._held)
+        self.llm.llm_engine.step()
+        return {}
+
     def load(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """Complete all prompts, all asked for at once.
 
