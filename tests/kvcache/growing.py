@@ -1,0 +1,97 @@
+"""Requests that grow chunk by chunk in a cache whose heads have blocks of their own, for the kernels of all platforms."""
+
+import numpy as np
+import torch
+
+from pilotfish.kvcache import reference
+from pilotfish.kvcache.kernels.head_cache import HeadCaches, WindowedStep, means_bytes
+
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+
+
+class Text:
+    """Requests that grow chunk by chunk, in a layer whose heads have blocks of their own; by the CPU kernels."""
+
+    device = "cpu"
+
+    def make_caches(self, caches, windowed, window):
+        """The layer."""
+        return HeadCaches(caches, windowed, window)
+
+    def make_step(self, begins, ends, in_prompt):
+        """What the kernels are told about a step."""
+        heads = len(self.windowed) * self.share
+        return WindowedStep(begins, ends, lambda _, n: self.window.left_out(n, self.block, in_prompt), heads)
+
+    def __init__(self, lengths, windowed, share, size, block, dtype, window, seed) -> None:
+        self.rng = torch.Generator().manual_seed(seed)
+        self.window, self.block, self.size, self.share, self.dtype = window, block, size, share, dtype
+        self.windowed, self.lengths = windowed, lengths
+        blocks = [-(-n // block) + 1 for n in lengths]
+        page = block * 2 * size + means_bytes(size) // torch.empty(0, dtype=dtype).element_size()
+        memory = torch.full((len(windowed), sum(blocks) + 1, page), float("nan"), dtype=dtype, device=self.device)
+        strides = (page, block * 2 * size, 2 * size, 1)
+        shape = (sum(blocks) + 1, 1, block, 2 * size)
+        self.caches = self.make_caches([m.as_strided(shape, strides) for m in memory.unbind()], windowed, window)
+        self.memory = memory
+        self.tables = []
+        for _ in windowed:
+            order, table = torch.randperm(sum(blocks), generator=self.rng), torch.zeros(len(lengths), max(blocks))
+            used = 0
+            for r, n in enumerate(blocks):
+                table[r, :n] = order[used : used + n] + 1
+                used += n
+            self.tables.append(table.int().to(self.device))
+        heads = len(windowed)
+        self.keys, self.values = (
+            [(torch.randn(n, heads, size, generator=self.rng) + 0.3).to(dtype) for n in lengths] for _ in range(2)
+        )
+
+    def step(self, begins, ends, in_prompt=False):
+        """Process positions of every request; returns what was asked and answered for each."""
+        key = torch.cat([k[b:e] for k, b, e in zip(self.keys, begins, ends, strict=True)])
+        value = torch.cat([v[b:e] for v, b, e in zip(self.values, begins, ends, strict=True)])
+        slots = []
+        for table in (t.cpu() for t in self.tables):
+            positions = [torch.arange(b, e) for b, e in zip(begins, ends, strict=True)]
+            slots.append(
+                torch.cat(
+                    [
+                        t[p // self.block].long() * self.block + p % self.block
+                        for t, p in zip(table, positions, strict=True)
+                    ]
+                ).to(self.device)
+            )
+        step = self.make_step(begins, ends, in_prompt)
+        shape = len(key), len(self.windowed) * self.share, self.size
+        query = torch.randn(shape, generator=self.rng).to(self.dtype).to(self.device)
+        output = torch.full_like(query, 7.0)
+        self.caches.bind(self.tables, slots)
+        self.caches.store(key.to(self.device), value.to(self.device))
+        self.caches.update_means(step)
+        self.caches.attend(query, self.size**-0.5, output, step)
+        lengths = [e - b for b, e in zip(begins, ends, strict=True)]
+        return query.cpu().split(lengths), output.cpu().split(lengths)
+
+    def check(self, begins, ends, in_prompt=False) -> None:
+        """Process positions, and compare the first, the last and some between of every request."""
+        query, output = self.step(begins, ends, in_prompt)
+        for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            for n in {begin, end - 1, *range(begin, end, 37)}:
+                gap = self.window.left_out(n, self.block, in_prompt)
+                np.testing.assert_allclose(
+                    output[r][n - begin].double().numpy(),
+                    self.expected(query[r][n - begin], r, n + 1, gap),
+                    atol=TOLERANCE[self.dtype],
+                )
+
+    def expected(self, query, r, end, gap):
+        """[query_heads, size] of a token of request ``r`` with ``end`` positions."""
+        sinks = self.caches.sink_blocks * self.block
+        parts = []
+        for h, leaves_out in enumerate(self.windowed):
+            left_out = (sinks, sinks + gap) if leaves_out else (0, 0)
+            q = query[h * self.share : (h + 1) * self.share].double().numpy()
+            k, v = (x[r][:end, h].double().numpy() for x in (self.keys, self.values))
+            parts.append(reference.windowed_attention(q, k, v, self.size**-0.5, left_out, self.window.compensation))
+        return np.concatenate(parts)
