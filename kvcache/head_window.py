@@ -77,3 +77,28 @@ class HeadPlan:
 
     whole: tuple[frozenset[int], ...]
     window: HeadWindow
+
+    def of_rank(self, rank: int, ranks: int, kv_heads: int) -> "HeadPlan":
+        """The part of a tensor-parallel rank, in its own numbers.
+
+        All ranks keep equally many heads whole, as their caches have to be alike: others fill up to the rank that has
+        most of them, layer by layer.
+
+        Args:
+            rank: Whose.
+            ranks: How many there are.
+            kv_heads: Of a whole layer; with fewer than ranks, several ranks have the same one.
+        """
+        each = max(1, kv_heads // ranks)
+
+        def mine(r: int) -> list[set[int]]:
+            first = r * kv_heads // ranks
+            return [{head - first for head in heads if first <= head < first + each} for heads in self.whole]
+
+        whole = mine(rank)
+        missing = max(sum(map(len, mine(r))) for r in range(ranks)) - sum(map(len, whole))
+        for heads in whole:
+            others = sorted(set(range(each)) - heads)[:missing]
+            heads.update(others)
+            missing -= len(others)
+        return HeadPlan(tuple(map(frozenset, whole)), self.window)

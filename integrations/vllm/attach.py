@@ -24,6 +24,7 @@ logger = logging.getLogger("vllm.pilotfish")
 DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
 
 
+WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
 ATTACHED = ("kv", "drafter")  # the kinds that this release attaches
 
 
@@ -89,6 +90,8 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
     if disabled():
         logger.warning("pilotfish: PILOTFISH_DISABLE is set, no plugin is attached")
         return {}
+    from . import patches
+
     attached = {}
     checks = {"kv": _check_attention, "drafter": _check_speculation}
     for kind, selection in config.selected().items():
@@ -103,10 +106,9 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
             _check_correction(cls, options, engine, vllm_config)
             if cls.frees_blocks:  # type: ignore[attr-defined]
                 _check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
+                patches.SESSIONS.apply()
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached:
-        from . import patches
-
         patches.COUNTERS.apply()
     return attached
 
@@ -135,8 +137,15 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             from .windowed_cpu import WindowedCPUBackend
 
             return WindowedCPUBackend
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+            from .windowed_triton import WindowedTritonBackend
+
+            return WindowedTritonBackend
         raise Unsupported(
-            policy.name, f"it does not stand over {name} yet", "use a CPU engine", vllm_config.model_config.model
+            policy.name,
+            f"it does not stand over {name}",
+            "use --attention-backend TRITON_ATTN",
+            vllm_config.model_config.model,
         )
     if name == "CPU_ATTN":
         from .sparse_cpu import SparseCPUBackend
@@ -223,6 +232,11 @@ def _check_attention(plugin: str, vllm_config: Any) -> None:
             "leave out --kv-cache-dtype",
         ),
         (
+            dtype in ("float32", "bfloat16", "float16") and dtype != str(model.dtype).removeprefix("torch."),
+            f"kv_cache_dtype={dtype} is not the model's {str(model.dtype).removeprefix('torch.')}",
+            "leave out --kv-cache-dtype",
+        ),
+        (
             parallel.pipeline_parallel_size > 1,
             "a choice does not cross pipeline stages",
             "use --tensor-parallel-size instead",
@@ -257,19 +271,29 @@ def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) 
 
 def _check_blocks(plugin: str, vllm_config: Any) -> None:
     """What in the engine expects all blocks of a request to stay, or one block table for all heads."""
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    cache, speculative = vllm_config.cache_config, vllm_config.speculative_config
+    leave_out = "leave the policy out"
     for present, reason, remedy in (
+        (
+            speculative is not None and speculative.method not in WITHOUT_MODEL,
+            f"the drafter '{getattr(speculative, 'method', '')}' has attention layers of its own",
+            f"choose one without: {', '.join(WITHOUT_MODEL)}",
+        ),
+        (
+            getattr(vllm_config.model_config, "is_mm_prefix_lm", False),
+            "tokens of a picture look at those behind them",
+            leave_out,
+        ),
+        (
+            getattr(vllm_config.model_config, "rswa_window", None) is not None,
+            "the model has a window of its own for what it generates",
+            leave_out,
+        ),
         (
             cache.enable_prefix_caching,
             "prefix caching would look for blocks that were given back",
             "use --no-enable-prefix-caching",
         ),
-        (
-            vllm_config.device_config.device_type != "cpu",
-            f"heads have caches of their own on CPUs only yet, not on {vllm_config.device_config.device_type}",
-            "leave the policy out",
-        ),
-        (parallel.tensor_parallel_size > 1, "its heads are not split over ranks yet", "leave the policy out"),
         (vllm_config.kv_transfer_config is not None, "a KV connector moves whole blocks", "leave the connector out"),
         (
             getattr(vllm_config, "use_v2_model_runner", False),

@@ -169,6 +169,7 @@ def bench_kv(
     needle_contexts: Annotated[
         str, typer.Option(help="Contexts of the needle test; none: ''.")
     ] = "1000,2000,4000,7900",
+    needles: Annotated[int, typer.Option(min=1, max=10, help="Needles at each of ten depths.")] = 5,
     questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
@@ -197,6 +198,7 @@ def bench_kv(
             quality_tokens=quality_tokens,
             haystack=haystack,
             needle_contexts=_numbers(needle_contexts, "--needle-contexts", none=True),
+            needles=needles,
             kv_retrieval=kv_retrieval,
             questions=questions,
             dtype=dtype,

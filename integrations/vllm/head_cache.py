@@ -6,6 +6,7 @@ what lies between the sinks and the window at every step. All pages are equally 
 admission and preemption serve both.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,19 +98,19 @@ patches.CAPACITY.apply()
 
 
 class HeadLayer(AttentionLayerBase):
-    """One KV head of an attention layer, as a layer with a cache of its own."""
+    """A layer with the cache of one KV head."""
 
-    def __init__(self, layer: Any, name: str, spec: "HeadSpec") -> None:
-        self.layer, self.layer_name, self.spec = layer, name, spec
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer, self.layer_name = layer, name
         self.impl, self.kv_cache = layer.impl, torch.tensor([])
 
     def get_attn_backend(self) -> Any:
-        """The backend of the layer that it belongs to."""
+        """The backend of the layer that it came from."""
         return self.layer.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> AttentionSpec:
-        """How much of a text it keeps."""
-        return self.spec.of(self.layer, vllm_config)
+        """How much of a text it keeps; `split` says."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -139,26 +140,39 @@ class HeadSpec:
         )
 
 
-def split(layer: Any, layers: dict[str, Any], whole: frozenset[int], window: HeadWindow) -> list[Any]:
-    """Make a cache layer of every KV head of an attention layer; the first takes the place of the layer itself.
+def split(
+    ours: Sequence[Any], layers: dict[str, Any], whole: Sequence[frozenset[int]], window: HeadWindow
+) -> list[list[Any]]:
+    """Make as many cache layers as there are KV heads; an attention layer is one of them itself.
+
+    vLLM wants the same cache layers on all tensor-parallel ranks, whose heads differ. So the first cache layers keep
+    everything, as many as there are such heads, whichever heads of whichever layers these are.
 
     Args:
-        layer: vLLM's attention layer.
+        ours: vLLM's attention layers.
         layers: vLLM's layers by name, to which ours are added.
-        whole: KV heads of this layer that keep everything.
+        whole: For each attention layer, KV heads that keep everything.
         window: Of the others.
 
     Returns:
-        For each KV head the layer whose ``kv_cache`` is its own.
+        For each attention layer and KV head the cache layer whose ``kv_cache`` is its own.
     """
-    specs = [HeadSpec(None if head in whole else window) for head in range(layer.num_kv_heads)]
-    layer.get_kv_cache_spec = lambda vllm_config: specs[0].of(layer, vllm_config)
-    heads = [layer]
-    for head, spec in enumerate(specs[1:], 1):
-        name = f"{layer.layer_name}.head{head}"
-        layers[name] = HeadLayer(layer, name, spec)
-        heads.append(layers[name])
-    return heads
+    slots: list[Any] = []
+    for layer in ours:
+        slots.append(layer)
+        for head in range(1, layer.num_kv_heads):
+            name = f"{layer.layer_name}.head{head}"
+            layers[name] = HeadLayer(layer, name)
+            slots.append(layers[name])
+    kept = sum(map(len, whole))
+    for number, slot in enumerate(slots):
+        spec = HeadSpec(None if number < kept else window)
+        slot.get_kv_cache_spec = functools.partial(spec.of, slot.layer if isinstance(slot, HeadLayer) else slot)
+    keep, leave = iter(slots[:kept]), iter(slots[kept:])
+    return [
+        [next(keep if head in heads else leave) for head in range(layer.num_kv_heads)]
+        for layer, heads in zip(ours, whole, strict=True)
+    ]
 
 
 def capacity(kv_cache_config: Any, vllm_config: Any) -> float | None:

@@ -6,6 +6,7 @@
 | `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
 | `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
 | `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
+| `SESSIONS` | a KV policy frees blocks | vLLM has no hook that refuses a request |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
@@ -114,6 +115,22 @@ def _capacity(original: Any) -> Any:
     return get_max_concurrency_for_kv_cache_config
 
 
+def _sessions(original: Any) -> Any:
+    def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+        if resumable:
+            from . import attach
+
+            policy = attach.kv_policy(self.vllm_config)
+            if policy is not None and policy.frees_blocks:
+                raise ValueError(
+                    f"pilotfish: {policy.name}: a session of inputs that follow one another would read blocks that "
+                    "were given back; send whole prompts, or leave the policy out"
+                )
+        return original(self, *args, resumable=resumable, **kwargs)
+
+    return process_inputs
+
+
 def _counters(original: Any) -> Any:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, vllm_config, *args, **kwargs)
@@ -155,7 +172,8 @@ COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _co
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
 CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
-ALL = (FRONT_DOOR, BACKEND, SCHEDULER, CAPACITY, COUNTERS, EXPAND, CONSTRAINTS)
+SESSIONS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _sessions)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, CAPACITY, SESSIONS, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

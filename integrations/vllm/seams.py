@@ -130,6 +130,12 @@ TABLE = (
         ("vllm_config", "kv_cache_config"),
         "capacity with windowed heads",
     ),
+    Seam(
+        "v1/engine/input_processor.py",
+        "InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params"),
+        "refuses sessions whose blocks were given back",
+    ),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
     Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),

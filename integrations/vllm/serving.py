@@ -76,14 +76,23 @@ def compose(
                 "set VLLM_USE_V2_MODEL_RUNNER=0",
                 model,
             )
-        _check_engine(cls, options, model, depth, config.allow_untested_vllm)
+        check_engine(cls, options, model, depth, config.allow_untested_vllm)
         speculation = {"method": "custom_class", "model": attach.DRAFTER_CLASS, "num_speculative_tokens": depth}
         arguments += ["--speculative-config", json.dumps(speculation)]
     if config.kv is not None:
         cls, options = plugins().resolve("kv", config.kv)
-        _check_engine(cls, options, model, 0, config.allow_untested_vllm)
-        if cls.frees_blocks and not any("enable-prefix-caching" in a.replace("_", "-") for a in extra):  # type: ignore[attr-defined]
-            arguments.append("--no-enable-prefix-caching")
+        check_engine(cls, options, model, 0, config.allow_untested_vllm)
+        if cls.frees_blocks:  # type: ignore[attr-defined]
+            asked = {a.replace("_", "-") for a in extra}
+            if "--enable-prefix-caching" in asked:
+                raise Unsupported(
+                    config.kv.name,
+                    "prefix caching would look for blocks that were given back",
+                    "use --no-enable-prefix-caching",
+                    model,
+                )
+            if "--no-enable-prefix-caching" not in asked:
+                arguments.append("--no-enable-prefix-caching")
     if config.drafter is None and num_speculative_tokens is not None and not disabled():
         raise ConfigError("--num-speculative-tokens: no drafter is selected; add --drafter NAME")
     if key:
@@ -155,7 +164,7 @@ def run(command: Command) -> None:
     os.execv(command.arguments[0], command.arguments)
 
 
-def _check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
+def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
     """What can be known of the engine before it exists."""
     if problem := seams.problem(allow_untested=allow_untested):
         raise Unsupported(cls.name, *problem, model=model)

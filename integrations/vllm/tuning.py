@@ -73,7 +73,10 @@ def run(plan: Plan) -> Profile:
     folder = models.resolve(plan.model)
     tokenizer = texts.tokenizer_of(folder)
     room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
-    plan = replace(plan, context=plan.context or min(LONGEST, (positions(folder) or LONGEST + room) - room))
+    limit = positions(folder) or LONGEST + room
+    plan = replace(plan, context=plan.context or min(LONGEST, limit - room))
+    if not 0 < plan.context <= max(limit - room, 0):
+        raise ConfigError(f"--context {plan.context}: {plan.model} has {limit} positions, {room} are for decoding")
     cut = texts.excerpts(tokenizer, text, TEXTS, plan.context + plan.tokens, "--text")
     groups = list(recall.needles(tokenizer, text, plan.context, seed=0))[::2]
     config = {

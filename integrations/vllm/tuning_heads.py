@@ -7,6 +7,7 @@ serves can be profiled: rotations, norms of queries and keys and grouped heads a
 
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def run(plan: Plan) -> Profile:
         if plan.plot.suffix != ".png" or not plan.plot.absolute().parent.is_dir():
             raise ConfigError(f"--plot {plan.plot}: not a .png file in a folder that exists")
         record.check(plan.plot, "--plot")
+        if find_spec("matplotlib") is None:
+            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
     folder = models.resolve(plan.model)
     room = min(plan.longest, positions(folder) or plan.longest) - 1
     config = {
@@ -118,15 +121,9 @@ def show(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
 
 
 def draw(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
-    """Heat maps of layers x heads; the heads that keep everything are marked.
+    """Heat maps of layers x heads; the heads that keep everything are marked."""
+    from matplotlib import pyplot
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib") from None
     figure, axes = pyplot.subplots(1, 2, figsize=(3 + 0.5 * echo.shape[1], 2 + 0.2 * len(echo)), layout="constrained")
     for axis, name, values in zip(axes, ("induction", "echo"), (induction, echo), strict=True):
         image = axis.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=1)

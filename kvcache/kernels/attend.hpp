@@ -98,7 +98,7 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
     }
     const int splits = first[rows.count];
     std::vector<Partial> partials((size_t)splits * heads);
-    std::vector<float> sums((size_t)splits * heads * size);
+    std::unique_ptr<float[]> sums(new float[(size_t)splits * heads * size]);  // read where there are weights only
 
 #pragma omp parallel num_threads(threads)
     {

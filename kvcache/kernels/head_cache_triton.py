@@ -2,8 +2,8 @@
 
 Each head is a cache of one KV head in the layout of vLLM's Triton backend, [blocks, 1, block_size, 2 * head_size]: K
 and then V of each position. Behind them, a block of a windowed head has room for the float32 means of K and V over all
-blocks between it and the sinks. What a token leaves out is computed on the device from its position, so that nothing waits for
-it and a step can be captured in a CUDA graph.
+blocks between it and the sinks. What a token leaves out is computed on the device from its position, so that nothing
+waits for it and a step can be captured in a CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -72,6 +72,8 @@ class HeadCaches:
             if leaves_out and cache.stride(0) * cache.element_size() < room:
                 apart = cache.stride(0) * cache.element_size()
                 raise ValueError(f"blocks {apart} bytes apart have no room for means, {room} are needed")
+        if block_size & (block_size - 1):
+            raise ValueError(f"blocks of {block_size} tokens, a power of two is needed")
         if first.stride(0) * first.element_size() % 4:
             raise ValueError(f"blocks {first.stride(0) * first.element_size()} bytes apart hold no float32")
         self.window, self.block_size, self.size = window, block_size, size
@@ -91,7 +93,7 @@ class HeadCaches:
             tables: For each head [requests, blocks] int32.
             slots: For each head [tokens] int64, where new keys and values go.
         """
-        key = tuple(x.data_ptr() for pair in zip(tables, slots, strict=True) for x in pair)
+        key = (tables[0].stride(0), *(x.data_ptr() for x in (*tables, *slots)))
         if key not in self._places:
             rows = [
                 [cache.data_ptr(), table.data_ptr(), places.data_ptr(), table.stride(0), windowed]

@@ -172,8 +172,7 @@ def attend(
             inside = seen < count
             block = tl.load(table + position // BLOCK, mask=inside, other=0).to(tl.int64)
             at = cache + block * block_stride + (position % BLOCK) * 2 * SIZE
-            valid = inside[:, None] & there[None, :]
-            k = tl.load(at[:, None] + d[None, :], mask=valid, other=0.0)
+            k = tl.load(at[:, None] + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
             dropped = (position[None, :] >= edge) & (position[None, :] < edge + gap[:, None])
             x = tl.where((position[None, :] <= before[:, None]) & inside[None, :] & ~dropped, x, -float("inf"))
@@ -181,7 +180,7 @@ def attend(
             some = tl.where(now == -float("inf"), 0.0, now)
             factor = tl.exp(top - some)
             p = tl.exp(x - some[:, None])
-            v = tl.load(at[:, None] + SIZE + d[None, :], mask=valid, other=0.0)
+            v = tl.load(at[:, None] + SIZE + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
             mixed = mixed * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee").to(tl.float32)
             total = total * factor + tl.sum(p, 1)
             top = now

@@ -92,13 +92,21 @@ def test_questions_are_asked_under_every_arm() -> None:
         (("--kv-retrieval", "{short}"), "not a file of dictionaries"),
         (("--data", "no-such-folder"), "--data no-such-folder: there is no wikitext2"),
         (("--dtype", "foo"), "expected one of auto"),
+        (("--setting", "select_layers=[99]"), "layers 0 to 29"),
+        (("--setting", "profile=nosuch.json"), "nosuch.json"),
+        (("--needle-contexts", "10"), "a context of 64 tokens at least"),
+        (("--model", "{empty}"), "model {empty}: "),
+        (("--contexts", "", "--quality-contexts", "", "--needle-contexts", ""), "there is nothing to measure"),
     ],
 )
 def test_bench_kv_refuses_bad_input(cli: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     short = tmp_path / "short.txt"
     short.write_text("A short text.")
-    answer = cli("bench", "kv", *(a.format(short=short) for a in arguments))
+    empty = tmp_path / "model"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    answer = cli("bench", "kv", *(a.format(short=short, empty=empty) for a in arguments))
     assert answer.returncode == 2, answer
-    assert message in answer.stderr
+    assert message.format(empty=empty) in answer.stderr
     assert "Traceback" not in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr

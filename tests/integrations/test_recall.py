@@ -64,6 +64,27 @@ def test_a_short_haystack_is_refused() -> None:
         list(recall.needles(Letters(), HAY, 3000, seed=0))
 
 
+def test_a_context_too_short_for_a_needle_is_refused() -> None:
+    with pytest.raises(ConfigError, match="64 tokens at least, got 10"):
+        list(recall.needles(Letters(), HAY, 10, seed=0))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"ordered_kv_records": [["a", "b", "c"]], "key": "a", "value": "b"},
+        {"ordered_kv_records": [["a", "b"]], "key": "x", "value": "b"},
+        {"ordered_kv_records": [["a", 1]], "key": "a", "value": 1},
+        {"ordered_kv_records": 3, "key": "a", "value": "b"},
+    ],
+)
+def test_malformed_dictionaries_are_refused(tmp_path: Path, row: dict) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match="not a file of dictionaries"):
+        recall.dictionaries(Letters(), path, 1, 100)
+
+
 def dictionary_file(path: Path, keys: int) -> Path:
     lines = []
     for i in range(6):

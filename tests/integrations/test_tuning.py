@@ -50,6 +50,7 @@ def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
         (("smollm2-135m-instruct", "--text", str(tmp_path / "none.txt")), "No such file"),
         (("smollm2-135m-instruct", "--default-kl", "nan"), "expected a number from 0"),
         (("smollm2-135m-instruct", "--budget", "100"), "multiple of 32"),
+        (("smollm2-135m-instruct", "--context", "9000"), "has 8192 positions"),
         (
             ("smollm2-135m-instruct", "--out", str(tmp_path / "no" / "p.json")),
             "not a .json file in a folder",

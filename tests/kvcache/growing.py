@@ -1,4 +1,4 @@
-"""Requests that grow chunk by chunk in a cache whose heads have blocks of their own, for the kernels of all platforms."""
+"""Requests that grow chunk by chunk in a cache whose heads have blocks of their own, for all kernels."""
 
 import numpy as np
 import torch
@@ -77,13 +77,25 @@ class Text:
         """Process positions, and compare the first, the last and some between of every request."""
         query, output = self.step(begins, ends, in_prompt)
         for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            for n in {begin, end - 1, *range(begin, end, 37)}:
+            for n in {*range(begin, end, 37), *range(begin, end)[-1:]}:
                 gap = self.window.left_out(n, self.block, in_prompt)
                 np.testing.assert_allclose(
                     output[r][n - begin].double().numpy(),
                     self.expected(query[r][n - begin], r, n + 1, gap),
                     atol=TOLERANCE[self.dtype],
                 )
+
+    def grow(self, chunk) -> None:
+        """Process all prompts, chunk by chunk, then decode two tokens of each; everything is compared."""
+        done = [0] * len(self.lengths)
+        prompts = [n - 2 for n in self.lengths]
+        while done != prompts:
+            ends = [min(d + chunk, n) for d, n in zip(done, prompts, strict=True)]
+            self.check(done, ends, in_prompt=True)
+            done = ends
+        for ends in ([n - 1 for n in self.lengths], self.lengths):
+            self.check(done, ends)
+            done = ends
 
     def expected(self, query, r, end, gap):
         """[query_heads, size] of a token of request ``r`` with ``end`` positions."""

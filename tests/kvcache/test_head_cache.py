@@ -11,7 +11,7 @@ from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels.head_cache import HeadCaches
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(40, 600), min_size=1, max_size=3),
     windowed=st.lists(st.booleans(), min_size=1, max_size=4),
@@ -23,27 +23,16 @@ from pilotfish.kvcache.kernels.head_cache import HeadCaches
     length=st.integers(1, 300),
     ratio=st.sampled_from([0, 2, 5]),
     compensation=st.booleans(),
+    exact=st.booleans(),
     seed=st.integers(0, 1 << 30),
     chunk=st.integers(1, 400),
 )
 def test_heads_attend_to_what_their_window_leaves(
-    lengths, windowed, share, size, block, dtype, sinks, length, ratio, compensation, seed, chunk
+    lengths, windowed, share, size, block, dtype, sinks, length, ratio, compensation, exact, seed, chunk
 ) -> None:
-    window = HeadWindow(sinks, length, ratio, compensation, exact_prefill=False)
+    window = HeadWindow(sinks, length, ratio, compensation, exact)
     text = Text(lengths, windowed, share, size, block, dtype, window, seed)
-    done = [0] * len(lengths)
-    while min(done) < min(lengths) - 1:  # prompts of all requests, chunk by chunk, then two decoded tokens
-        ends = [min(d + chunk, n - 1) for d, n in zip(done, lengths, strict=True)]
-        if any(e == d for d, e in zip(done, ends, strict=True)):
-            break
-        text.check(done, ends)
-        done = ends
-    for _ in range(2):
-        ends = [min(d + 1, n) for d, n in zip(done, lengths, strict=True)]
-        if ends == done or any(e == d for d, e in zip(done, ends, strict=True)):
-            break
-        text.check(done, ends)
-        done = ends
+    text.grow(max(chunk, max(lengths) // 8))
 
 
 def test_the_means_are_of_everything_between_sinks_and_block() -> None:

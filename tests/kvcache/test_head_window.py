@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.kvcache.head_window import HeadWindow
+from pilotfish.kvcache.head_window import HeadPlan, HeadWindow
 
 windows = st.builds(
     HeadWindow,
@@ -46,3 +46,31 @@ def test_a_prompt_is_whole_when_prefill_is_exact() -> None:
     assert exact.first_kept(8000, 32) == streaming.first_kept(8000, 32) == (8000 - 1600) // 32
     assert exact.most_blocks(8000, 2048, 32) == 250
     assert streaming.most_blocks(8000, 2048, 32) == 1 + (1600 + 2048) // 32 + 1
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda heads: st.tuples(
+            st.just(heads), st.lists(st.frozensets(st.integers(0, heads - 1)), min_size=1, max_size=5)
+        )
+    ),
+    st.integers(1, 12),
+)
+def test_ranks_keep_equally_many_heads_and_all_that_are_asked(
+    model: tuple[int, list[frozenset[int]]], ranks: int
+) -> None:
+    heads, whole = model
+    if heads % ranks and ranks % heads:  # vLLM refuses such a split
+        ranks = heads
+    plan = HeadPlan(tuple(whole), HeadWindow(4, 64, 0, True, True))
+    each = max(1, heads // ranks)
+    parts = [plan.of_rank(rank, ranks, heads).whole for rank in range(ranks)]
+    counts = [sum(map(len, part)) for part in parts]
+    assert len(set(counts)) == 1
+    for layer, asked in enumerate(whole):
+        for head in asked:
+            rank = head // each if ranks <= heads else head * (ranks // heads)
+            assert head % each in parts[rank][layer]
+    assert all(head < each for part in parts for kept in part for head in kept)
+    if ranks == 1:
+        assert parts[0] == plan.whole

@@ -44,7 +44,7 @@ def test_heads_are_named_or_come_from_scores(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     profiles.write(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
     assert whole_heads(options(keep=[[1, 1], [3, 0]]), ENGINE) == [(1, 1), (3, 0)]
-    assert whole_heads(options(keep=0.25, profile=str(path)), ENGINE)[:2] == [(1, 0), (2, 1)]
+    assert whole_heads(options(keep=0.25, profile=str(path)), ENGINE)[:2] == [(3, 0), (1, 0)]
     assert set(whole_heads(options(keep=0.25, profile=str(path), protect_layers=1), ENGINE)) >= {(0, 0), (0, 1), (1, 0)}
     plan = RazorAttention(options(keep=[[1, 1], [3, 0]], window=64), ENGINE).head_plan()
     assert plan.whole == (frozenset(), frozenset({1}), frozenset(), frozenset({0}))

@@ -15,6 +15,7 @@ from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.models import SMOLLM2, fetch
 
 WORKER = Path(__file__).parent / "worker.py"
+TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
 Start = Callable[..., EngineProcess]
 
 
@@ -62,6 +63,17 @@ def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) ->
     }
 
 
+@pytest.fixture(scope="module")
+def start_interpreted(start: Start) -> Start:
+    """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted."""
+
+    def begin(model: str, runner: str, **config: Any) -> EngineProcess:
+        small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
+        return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, TRITON_WORKER, **{**small, **config})
+
+    return begin
+
+
 @pytest.fixture(scope="session")
 def drafting_args() -> Callable[..., dict[str, Any]]:
     return drafting
@@ -72,7 +84,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start engines; they end with the module."""
     alive: list[EngineProcess] = []
 
-    def begin(model: str, env: dict[str, str] | None = None, **config: Any) -> EngineProcess:
+    def begin(model: str, env: dict[str, str] | None = None, worker: Path = WORKER, **config: Any) -> EngineProcess:
         assert sum(engine.running for engine in alive) < 2, "more than two engines at once"
         log = tmp_path_factory.mktemp("engine") / "engine.log"
         common = {
@@ -84,7 +96,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             "enable_prefix_caching": False,
             "seed": 0,
         }
-        engine = EngineProcess({**common, **config}, log, worker=(str(WORKER),), **(env or {}))
+        engine = EngineProcess({**common, **config}, log, worker=(str(worker),), **(env or {}))
         alive.append(engine)
         return engine
 

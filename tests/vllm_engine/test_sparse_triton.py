@@ -5,8 +5,6 @@ of 16, one with requests cut out of the batch and one with shortened block table
 """
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-WORKER = Path(__file__).parent / "triton_worker.py"
 PAGE = {"budget": 160, "sinks": 4, "recent": 32, "aggregate": "sum", "granularity": "page"}
 TOKEN = {**PAGE, "budget": 100, "aggregate": "kv_head", "granularity": "token"}
 ROLES = {"sparse": ["SELECT", "SPARSE"], "all choose": ["SELECT", "SELECT"]}
@@ -48,26 +45,10 @@ def plan(engine: EngineProcess, roles: str, rule: dict[str, Any]) -> list[list[i
     return engine.ask(**ASK)["tokens"]
 
 
-def interpreted(model: str, folder: Path, runner: str, **config: Any) -> EngineProcess:
-    common = {
-        "model": model,
-        "dtype": "float32",
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 128,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "block_size": 16,
-        "seed": 0,
-    }
-    log = folder / "engine.log"
-    return EngineProcess({**common, **config}, log, worker=(str(WORKER),), VLLM_USE_V2_MODEL_RUNNER=runner)
-
-
 @pytest.fixture(scope="module")
-def engine(tiny_model, tmp_path_factory, expected) -> Iterator[EngineProcess]:
-    with interpreted(tiny_model, tmp_path_factory.mktemp("v1"), "0", **policy()) as engine:
-        yield engine
+def engine(tiny_model, start_interpreted, expected) -> EngineProcess:
+    del expected  # its engine has ended
+    return start_interpreted(tiny_model, "0", block_size=16, **policy())
 
 
 def test_the_backend_is_ours(engine: EngineProcess) -> None:
@@ -87,7 +68,7 @@ def test_a_budget_that_covers_the_context_changes_nothing(engine: EngineProcess,
     assert plan(engine, "sparse", {**PAGE, "budget": 512}) == expected["whole"]
 
 
-def test_the_v2_model_runner(tiny_model, tmp_path, expected: dict[str, Any]) -> None:
+def test_the_v2_model_runner(tiny_model, start_interpreted, expected: dict[str, Any]) -> None:
     """The default of GPU engines."""
-    with interpreted(tiny_model, tmp_path, "1", **policy()) as engine:
-        assert engine.ask(**ASK)["tokens"] == expected["page"]
+    engine = start_interpreted(tiny_model, "1", block_size=16, **policy())
+    assert engine.ask(**ASK)["tokens"] == expected["page"]

@@ -91,27 +91,41 @@ def test_preempted_requests_go_on(start, model, streaming) -> None:
     small.close()
 
 
-def test_exact_prefill_reads_whole_prompts_and_frees_them(start, model, stock) -> None:
-    engine = start(model, max_num_batched_tokens=128, **kv(**WINDOW))
+@pytest.fixture(scope="module")
+def exact(start, model):
+    """An engine that reads prompts whole."""
+    return start(model, max_num_batched_tokens=128, **kv(**WINDOW))
+
+
+def test_exact_prefill_reads_whole_prompts_and_frees_them(exact, stock) -> None:
+    engine = exact
     answers = engine.ask(**ask(PROMPTS))["tokens"]
     assert [a[0] for a in answers] == [s[0] for s in stock], "the first token follows a prompt that was read whole"
     assert answers != stock
     engine.ask(do="blocks")
     engine.ask(**ask([PROMPTS[0]], max_tokens=1))
     assert (found := engine.ask(do="blocks"))["all"] - found["least"] == 6 * -(-700 // BLOCK)
-    engine.close()
 
 
-def test_together_with_a_drafter(start, model, drafting_args) -> None:
+def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
     """Tokens that are drafted see what they would see if they were decoded one by one."""
     drafter, policy = drafting_args(), kv(**WINDOW)
     both = drafter["additional_config"]["pilotfish"] | policy["additional_config"]["pilotfish"]
-    plain = start(model, **policy)
-    expected = plain.ask(**ask(PROMPTS, max_tokens=60))["tokens"]
-    plain.close()
+    expected = exact.ask(**ask(PROMPTS, max_tokens=60))["tokens"]
+    exact.close()
     engine = start(model, **{**policy, **drafter, "additional_config": {"pilotfish": both}})
     engine.ask(do="draft_always")
     answer = engine.ask(**ask(PROMPTS, max_tokens=60))
     assert answer["tokens"] == expected
     assert answer["drafted"] > 0
     engine.close()
+
+
+def test_two_tensor_parallel_ranks(two_ranks, start, tiny_model) -> None:
+    """Each rank keeps one head whole, of different layers, though all ranks' caches have to be alike."""
+    policy = kv(keep=[[0, 0], [1, 1]], window=64, ratio=0, prefill="streaming")
+    prompts = [p[:400] for p in PROMPTS[:3]]
+    alone = start(tiny_model, **policy)
+    expected = alone.ask(**ask(prompts, max_tokens=40))["tokens"]
+    alone.close()
+    assert two_ranks(tiny_model, prompts, enable_prefix_caching=False, **policy)["tokens"] == expected

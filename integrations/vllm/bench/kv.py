@@ -17,12 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ....plugins.config import ConfigError, parse_assignments
+from ....plugins.config import ConfigError, Selection, parse_assignments
 from ....plugins.manager import plugins
 from .. import models
 from ..progress import console as status
 from ..progress import counting_bar
-from ..serving import check_model
+from ..serving import check_engine, check_model
 from . import recall, record, texts
 from .engine import EngineProcess
 from .recall import Answered, Question
@@ -52,6 +52,7 @@ class Plan:
     out: Path
     haystack: Path | None = None
     needle_contexts: tuple[int, ...] = ()
+    needles: int = recall.ROUNDS  # at each depth
     kv_retrieval: Path | None = None
     questions: int = 40
     seed: int = 0
@@ -91,14 +92,16 @@ def arms_of(plan: Plan) -> list[Arm]:
 def run(plan: Plan) -> list[Record]:
     """Measure, write the JSON after every part, print the figures."""
     arms = arms_of(plan)
-    sources = {path.absolute().name if path.is_dir() else path.absolute().parent.name: path for path in plan.texts}
-    read = {name: texts.read(path) for name, path in sources.items()} or {"sample": texts.sample()}
+    read = {name: texts.read(path) for name, path in _named(plan.texts).items()} or {"sample": texts.sample()}
     haystack = next(iter(read.values())) if plan.haystack is None else texts.read(plan.haystack, "--haystack")
     record.check(plan.out)
     if not plan.longest:
         raise ConfigError("no contexts are given: there is nothing to measure")
     check_model(plan.model)
     folder = models.resolve(plan.model)
+    for arm in arms[1:]:
+        cls, options = plugins().resolve("kv", Selection(plan.policy, arm.options or {}))
+        check_engine(cls, options, plan.model, 0, allow_untested=False)
     if (limit := positions(folder)) is not None and plan.longest + ROOM > limit:
         said = f"contexts of {plan.longest} tokens"
         raise ConfigError(f"{said}: {plan.model} has {limit} positions, {ROOM} are for decoding")
@@ -114,6 +117,16 @@ def run(plan: Plan) -> list[Record]:
     return records
 
 
+def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Texts by their folder's name; a second one of a folder by its own name too."""
+    found: dict[str, Path] = {}
+    for path in (p.absolute() for p in paths):
+        name = path.name if path.is_dir() else path.parent.name
+        if found.setdefault(name, path) != path:
+            found[f"{name}/{path.stem}"] = path
+    return found
+
+
 def _in_one_engine(work: "Work") -> list[Record]:
     """All parts, the policy being changed between runs."""
     plan = work.plan
@@ -121,7 +134,7 @@ def _in_one_engine(work: "Work") -> list[Record]:
         "model": work.folder,
         "dtype": plan.dtype,
         "max_model_len": plan.longest + ROOM,
-        "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS),
+        "max_num_seqs": max(*plan.batches, TEXTS, recall.ROUNDS, plan.needles),
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
         "async_scheduling": False,  # with which tokens cannot be computed anew
@@ -176,7 +189,7 @@ class Work:
                     partial(quality, arms=arms, dataset=name, cut=cut, context=context),
                 )
         for context in plan.needle_contexts:
-            groups = list(recall.needles(self.tokenizer, self.haystack, context, plan.seed))
+            groups = list(recall.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles))
             search = partial(questions, arms=arms, dataset=self.haystack_name, metric="needle_recall")
             yield f"needles in {context}", partial(search, groups=groups, context=context)
         if plan.kv_retrieval is not None:
@@ -284,10 +297,22 @@ def questions(
 
 
 def positions(folder: str) -> int | None:
-    """How many positions a model has, where its configuration says so."""
+    """How many positions a model has, where its configuration says so.
+
+    Raises:
+        ConfigError: the configuration cannot be read.
+    """
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {folder}: its configuration cannot be used ({_first_line(error)})") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def show(records: list[Record]) -> None:

@@ -51,7 +51,7 @@ class MemoryWork(Work):
         if plan.contexts:
             longest = max(plan.contexts)
             asked = [
-                ids[: longest // 2 + i * longest // (2 * REQUESTS - 2)]
+                ids[: max(1, longest // 2 + i * longest // (2 * REQUESTS - 2))]
                 for i, ids in enumerate(self.cut(first, REQUESTS, longest))
             ]
             yield "a load", partial(self.load, longest, asked, logs)
@@ -64,14 +64,14 @@ class MemoryWork(Work):
             for context in plan.quality_contexts
         ]
         needles = [
-            (context, list(recall.needles(self.tokenizer, self.haystack, context, plan.seed)))
+            (context, list(recall.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles)))
             for context in plan.needle_contexts
         ]
-        asked = []
+        looked_up = []
         if plan.kv_retrieval is not None:
-            asked = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
-        for arm in self.arms:
-            yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, asked, logs)
+            looked_up = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
+        for arm in self.arms if cuts or needles or looked_up else ():
+            yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, looked_up, logs)
 
     def load(self, longest: int, asked: list[list[int]], logs: Path) -> list[Record]:
         """The same requests, all at once, to an engine of every arm with the same memory."""
@@ -145,17 +145,17 @@ class MemoryWork(Work):
         logs: Path,
     ) -> list[Record]:
         """Divergence from stock attention, whose distributions the first arm leaves in files; needles; dictionaries."""
-        stock, rows = arm.options is None, max(TEXTS, recall.ROUNDS)
+        stock, rows = arm.options is None, max(TEXTS, recall.ROUNDS, self.plan.needles)
         config = self.config(arm, self.plan.longest, max_num_seqs=rows, enable_prefix_caching=stock)
         records: list[Record] = []
         with EngineProcess(config, logs / "quality.log", worker=WORKER) as engine:
-            for name, context, cut in cuts:
+            for number, (name, context, cut) in enumerate(cuts):
                 answer = engine.ask(
                     do="forced",
                     prompts=[ids[:context] for ids in cut],
                     texts=[ids[context:] for ids in cut],
                     keep=stock,
-                    reference=str(logs / f"{name}-{context}.pt"),
+                    reference=str(logs / f"{number}.pt"),
                 )
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
                 records += divergence(("kv", name, arm.label), answer, params)
@@ -173,6 +173,7 @@ class MemoryWork(Work):
 def run(work: Work) -> list[Record]:
     """Measure all parts."""
     memory = MemoryWork(**vars(work))
-    with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
-        parts = list(memory.parts_in(Path(logs)))
-        return measure(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))
+    with tempfile.TemporaryDirectory() as logs:
+        parts = list(memory.parts_in(Path(logs)))  # refuses texts that are too short before anything is shown
+        with counting_bar() as bar:
+            return measure(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))

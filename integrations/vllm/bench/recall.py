@@ -21,6 +21,7 @@ from .record import Record
 CITIES = ("Paris", "London", "Tokyo", "Madrid", "Rome", "Berlin", "Vienna", "Cairo", "Lisbon", "Chicago")
 DEPTHS = 10
 ROUNDS = 5
+SHORTEST = 64  # tokens of a context that hides a needle
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,21 @@ class Answered:
     share: float
 
 
-def needles(tokenizer: Any, haystack: str, length: int, seed: int) -> Iterator[list[Question]]:
-    """The needle test: a magic number in a text of other things; a group of `ROUNDS` for each of `DEPTHS` depths.
+def needles(tokenizer: Any, haystack: str, length: int, seed: int, rounds: int = ROUNDS) -> Iterator[list[Question]]:
+    """The needle test: a magic number in a text of other things; a group for each of `DEPTHS` depths.
 
     Args:
         tokenizer: Of the model.
         haystack: A text of at least ``length`` tokens.
         length: Tokens of the context.
         seed: Decides numbers, and which part of the text is taken.
+        rounds: Needles of a group, at most as many as there are `CITIES`.
 
     Raises:
         ConfigError: the haystack is too short.
     """
+    if length < SHORTEST:
+        raise ConfigError(f"a needle needs a context of {SHORTEST} tokens at least, got {length}")
     rng = random.Random(f"{seed} {length}")
 
     def encode(text: str) -> list[int]:
@@ -71,11 +75,11 @@ def needles(tokenizer: Any, haystack: str, length: int, seed: int) -> Iterator[l
     if len(hay) <= length:
         raise ConfigError(f"the haystack has {len(hay)} tokens, more than {length} are needed")
     # Every depth has the same straw, so that prefix caching processes it once up to the needle.
-    rounds = [(city, rng.randrange(len(hay) - length)) for city in rng.sample(CITIES, ROUNDS)]
+    straws = [(city, rng.randrange(len(hay) - length)) for city in rng.sample(CITIES, rounds)]
     for step in range(DEPTHS):
         depth = step / (DEPTHS - 1)
         group = []
-        for city, offset in rounds:
+        for city, offset in straws:
             number = str(rng.randrange(10**6, 10**7))
             needle = encode(f"\nThe special magic {city} number is: {number}.\n")
             straw = hay[offset : offset + length - len(needle)]
@@ -106,7 +110,9 @@ def dictionaries(tokenizer: Any, path: Path, count: int, longest: int) -> list[Q
         content = path.read_bytes()
         lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8").splitlines()
         rows = [json.loads(lines[i * len(lines) // count]) for i in range(count)]
-        tasks = [(row["ordered_kv_records"], row["key"], row["value"]) for row in rows]
+        tasks = [([(str(k), str(v)) for k, v in row["ordered_kv_records"]], row["key"], row["value"]) for row in rows]
+        if any(not isinstance(value, str) or key not in dict(pairs) for pairs, key, value in tasks):
+            raise ValueError("a key is not in its dictionary, or its value is no text")
     except OSError as error:
         raise ConfigError(f"--kv-retrieval {path}: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, EOFError) as error:

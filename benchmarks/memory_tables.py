@@ -1,0 +1,99 @@
+"""Tables of policies that free memory: `pilotfish bench kv --policy razor_attention`."""
+
+from common import STOCK, kv_figures, markdown, provenance, setting
+
+QUALITY = ("kv_memory_quality",)  # further files: other settings, heads drawn at random
+
+
+def load_table() -> str:
+    """A load of many requests in little memory."""
+    result, arms, table = kv_figures("kv_memory")
+    rows = []
+    for arm in arms:
+        f = next(x for (a, d, *_), x in table.items() if (a, d) == (arm, "load"))
+        rows.append(
+            [
+                setting(arm),
+                f"{f['capacity_tokens']:,.0f} ({f['capacity_ratio']:.2f}x)",
+                f"{f['concurrency']:.1f}",
+                f"{f['peak_decoding']:.0f}",
+                f"{f['load_steps']:.0f}",
+                f"{f['preemptions']:.0f}",
+                f"{f['least_free_share']:.0%}",
+                f"{f['blocks_lost']:.0f}",
+                f"{f['load_s']:.0f}",
+                f"{f['load_speedup']:.2f}x",
+            ]
+        )
+    head = ["tokens that fit", "longest requests that fit", "most decoding together", "steps", "preempted"]
+    head += ["least free", "blocks lost", "seconds", "throughput"]
+    return markdown(["", *head], rows) + provenance(result)
+
+
+def steps() -> str:
+    """Decode steps and the memory that requests hold, by context and batch."""
+    _, arms, table = kv_figures("kv_memory")
+    places = sorted({(c, b) for _, _, c, b in table if b})
+    rows = []
+    for context, batch in places:
+        cells = [table[arm, f"context_{context}", context, batch] for arm in arms]
+        row = [f"{context:,} tokens, batch {batch}", f"{cells[0]['step_ms']:.1f}"]
+        row += [f"{x['step_ms']:.1f} ({x['step_speedup']:.2f}x)" for x in cells[1:]]
+        row += [f"{cells[0]['kv_mib']:.0f}", *(f"{x['kv_mib']:.0f} ({x['kv_ratio']:.2f}x less)" for x in cells[1:])]
+        rows.append(row)
+    names = [setting(arm) for arm in arms]
+    return markdown(["", *(f"{n}, ms" for n in names), *(f"{n}, MiB" for n in names)], rows)
+
+
+def quality() -> str:
+    """What is lost: on texts, and in what is found again."""
+    rows, head = [], []
+    for name in QUALITY:
+        _, arms, table = kv_figures(name)
+        texts = sorted({(d, c) for arm, d, c, b in table if "nll" in table[arm, d, c, b]})
+        needles = sorted({(c, d) for arm, d, c, b in table if "needle_recall" in table[arm, d, c, b]})
+        keys = sorted({(c, d) for arm, d, c, b in table if "exact_match" in table[arm, d, c, b]})
+        names = [f"{d}, {c:,}" for d, c in texts] + [f"needles in {c:,}" for c, _ in needles]
+        head = head or [*names, *(f"{d}: exact, tokens" for _, d in keys)]
+        for arm in arms if name == QUALITY[0] else arms[1:]:
+            found: dict[str, str] = {}
+            for d, c in texts:
+                x, stock = table[arm, d, c, 0], table[STOCK, d, c, 0]
+                more = f"{x['nll'] - stock['nll']:+.4f}, {x['kl']:.3f}, {x['same_top']:.0%}" if "kl" in x else ""
+                found[f"{d}, {c:,}"] = more or f"{x['nll']:.4f}"
+            for c, d in needles:
+                found[f"needles in {c:,}"] = f"{table[arm, d, c, 0]['needle_recall']:.0%}"
+            for c, d in keys:
+                x = table[arm, d, c, 0]
+                found[f"{d}: exact, tokens"] = f"{x['exact_match']:.0%}, {x['token_recall']:.0%}"
+            label = "other heads, drawn at random" if "keep=" in arm else setting(arm)
+            rows.append([label, *(found.get(h, "") for h in head)])
+    return markdown(["NLL and its difference, KL, same top token", *head], rows)
+
+
+def short() -> str:
+    """For the README."""
+    _, arms, table = kv_figures("kv_memory")
+    longest = max(c for _, _, c, b in table if b)
+    batch = max(b for *_, b in table)
+    qualities = [kv_figures(name)[2] for name in QUALITY]
+    rows = []
+    for arm in arms:
+        under_load = next(x for (a, d, *_), x in table.items() if (a, d) == (arm, "load"))
+        one, many = (table[arm, f"context_{longest}", longest, b] for b in (1, batch))
+        found = [x for t in qualities for (a, *_), x in t.items() if a == arm]
+        needles = [x["needle_recall"] for x in found if "needle_recall" in x]
+        kl = [x["kl"] for x in found if "kl" in x]
+        rows.append(
+            [
+                setting(arm),
+                f"{one['kv_mib']:.0f} MiB",
+                *(f"{x['step_ms']:.1f} ms" if arm == STOCK else f"{x['step_speedup']:.2f}x" for x in (one, many)),
+                f"{under_load['peak_decoding']:.0f}",
+                f"{under_load['load_speedup']:.2f}x",
+                f"{sum(kl) / len(kl):.3f}" if kl else "",
+                f"{sum(needles) / len(needles):.0%}" if needles else "",
+            ]
+        )
+    head = [f"cache of {longest:,} tokens", "step, batch 1", f"batch {batch}", "decoding together under load"]
+    return markdown(["", *head, "throughput", "KL", "needles found"], rows)

@@ -1,0 +1,31 @@
+"""RazorAttention over vLLM's Triton backend in a real engine, kernels interpreted: the text is that of the CPU backend.
+
+The two share no code below the policy but the cache manager: C++ and Triton kernels, other cache layouts.
+"""
+
+import random
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
+PROMPTS = [
+    ([random.Random(i).randrange(1000, 40000) for i in range(60)] * 5)[:n]
+    for n in (250, 40, 190)  # beyond the window, within it, beyond it
+]
+ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
+OPTIONS = {"name": "razor_attention", "keep": [[0, 1]], "window": 64, "ratio": 0, "prefill": "streaming"}
+
+
+def test_the_text_is_that_of_the_other_backend(start, start_interpreted, tiny_model) -> None:
+    config = {"block_size": 32, "additional_config": {"pilotfish": {"kv": OPTIONS}}}
+    native = start(tiny_model, max_num_batched_tokens=128, **config)
+    expected = native.ask(**ASK)["tokens"]
+    native.close()
+    engine = start_interpreted(tiny_model, "0", **config)
+    assert any(name.endswith(".WindowedTritonImpl") for name in engine.ask(do="state")["classes"])
+    assert engine.ask(**ASK)["tokens"] == expected
+    found = engine.ask(do="blocks")
+    assert found["free"] == found["all"]
