@@ -100,8 +100,8 @@ patches.CAPACITY.apply()
 class HeadLayer(AttentionLayerBase):
     """A layer with the cache of one KV head."""
 
-    def __init__(self, layer: Any, name: str) -> None:
-        self.layer, self.layer_name = layer, name
+    def __init__(self, layer: Any, name: str, spec: "HeadSpec") -> None:
+        self.layer, self.layer_name, self.spec = layer, name, spec
         self.impl, self.kv_cache = layer.impl, torch.tensor([])
 
     def get_attn_backend(self) -> Any:
@@ -109,8 +109,8 @@ class HeadLayer(AttentionLayerBase):
         return self.layer.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> AttentionSpec:
-        """How much of a text it keeps; `split` says."""
-        raise NotImplementedError
+        """How much of a text it keeps."""
+        return self.spec.of(self.layer, vllm_config)
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,18 @@ def split(
     Returns:
         For each attention layer and KV head the cache layer whose ``kv_cache`` is its own.
     """
+    kept = sum(map(len, whole))
     slots: list[Any] = []
     for layer in ours:
-        slots.append(layer)
-        for head in range(1, layer.num_kv_heads):
-            name = f"{layer.layer_name}.head{head}"
-            layers[name] = HeadLayer(layer, name)
-            slots.append(layers[name])
-    kept = sum(map(len, whole))
-    for number, slot in enumerate(slots):
-        spec = HeadSpec(None if number < kept else window)
-        slot.get_kv_cache_spec = functools.partial(spec.of, slot.layer if isinstance(slot, HeadLayer) else slot)
+        for head in range(layer.num_kv_heads):
+            spec = HeadSpec(None if len(slots) < kept else window)
+            if head == 0:
+                layer.get_kv_cache_spec = functools.partial(spec.of, layer)
+                slots.append(layer)
+            else:
+                name = f"{layer.layer_name}.head{head}"
+                layers[name] = HeadLayer(layer, name, spec)
+                slots.append(layers[name])
     keep, leave = iter(slots[:kept]), iter(slots[kept:])
     return [
         [next(keep if head in heads else leave) for head in range(layer.num_kv_heads)]

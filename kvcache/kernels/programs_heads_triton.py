@@ -9,6 +9,8 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
+from .programs_triton import merge_parts
+
 jit = cast(Any, triton.jit)
 
 
@@ -207,14 +209,6 @@ def merge(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, SIZE_PADDED)
     base = (token * HEADS + head) * count
-    top = -float("inf")
-    for i in range(count):
-        top = tl.maximum(top, tl.load(tops + base + i))
-    total = 0.0
-    mixed = tl.zeros([SIZE_PADDED], tl.float32)
-    for i in range(count):
-        weight = tl.exp(tl.load(tops + base + i) - top)
-        total += weight * tl.load(totals + base + i)
-        mixed += weight * tl.load(parts + (base + i) * SIZE + d, mask=d < SIZE, other=0.0)
+    merged = merge_parts(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
     to = output + token * output_stride + head * SIZE + d
-    tl.store(to, (mixed / total).to(output.dtype.element_ty), mask=d < SIZE)
+    tl.store(to, merged.to(output.dtype.element_ty), mask=d < SIZE)

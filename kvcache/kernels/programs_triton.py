@@ -208,6 +208,21 @@ def decode_part(
 
 
 @jit
+def merge_parts(parts, tops, totals, base, count, d, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr):
+    """Attention of one head from its ``count`` parts, by log-sum-exp, in their order."""
+    top = -float("inf")
+    for i in range(count):
+        top = tl.maximum(top, tl.load(tops + base + i))
+    total = 0.0
+    mixed = tl.zeros([SIZE_PADDED], tl.float32)
+    for i in range(count):
+        weight = tl.exp(tl.load(tops + base + i) - top)
+        total += weight * tl.load(totals + base + i)
+        mixed += weight * tl.load(parts + (base + i) * SIZE + d, mask=d < SIZE, other=0.0)
+    return mixed / total
+
+
+@jit
 def decode_merge(
     parts,
     tops,
@@ -228,17 +243,9 @@ def decode_merge(
     if sparse:
         d = tl.arange(0, SIZE_PADDED)
         base = (request.to(tl.int64) * HEADS + head) * count
-        top = -float("inf")
-        for i in range(count):
-            top = tl.maximum(top, tl.load(tops + base + i))
-        total = 0.0
-        mixed = tl.zeros([SIZE_PADDED], tl.float32)
-        for i in range(count):
-            weight = tl.exp(tl.load(tops + base + i) - top)
-            total += weight * tl.load(totals + base + i)
-            mixed += weight * tl.load(parts + (base + i) * SIZE + d, mask=d < SIZE, other=0.0)
+        merged = merge_parts(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
         to = output + row.to(tl.int64) * output_stride + head * SIZE + d
-        tl.store(to, (mixed / total).to(output.dtype.element_ty), mask=d < SIZE)
+        tl.store(to, merged.to(output.dtype.element_ty), mask=d < SIZE)
 
 
 # --------------------------------------------------------------------------------------------- for torch

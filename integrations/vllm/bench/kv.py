@@ -307,12 +307,8 @@ def positions(folder: str) -> int | None:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {folder}: its configuration cannot be used ({_first_line(error)})") from None
+        raise ConfigError(f"model {folder}: its configuration cannot be used ({texts.first_line(error)})") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def show(records: list[Record]) -> None:

@@ -42,8 +42,12 @@ def tokenizer_of(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model {folder}: no tokenizer that can be used ({said})") from None
+        raise ConfigError(f"model {folder}: no tokenizer that can be used ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def excerpts(tokenizer: Any, text: str, count: int, length: int, name: str) -> list[list[int]]:
