@@ -36,11 +36,16 @@ bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gut
 RAZOR := VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench kv --policy razor_attention
 TEXTS := --text $(DATA)/wikitext2 --text $(DATA)/gutenberg --haystack $(DATA)/pg_essays
 
+# As many heads as the profile keeps, drawn at random from the others.
+OTHER_HEADS := keep=[[1,2],[5,2],[9,0],[11,0],[12,0],[12,2],[15,0],[16,1],[17,0],[17,2],[20,1],[20,2],[21,1],[21,2],[24,2]]
+
 bench-memory: $(VENV)/.ready  ## the same for policies that free memory
 	$(RAZOR) --text $(DATA)/wikitext2 --setting '' --setting prefill=streaming --contexts 1000,4000,8000 \
 	  --quality-contexts '' --needle-contexts '' --out benchmarks/results/kv_memory.json
-	$(RAZOR) $(TEXTS) --setting '' --contexts '' --quality-contexts 4000 --needle-contexts 4000 --needles 2 \
+	$(RAZOR) --data $(DATA) --setting '' --contexts '' --needle-contexts 4000,7900 --needles 3 --questions 5 \
 	  --out benchmarks/results/kv_memory_quality.json
+	$(RAZOR) $(TEXTS) --setting prefill=streaming --setting compensation=false --setting '$(OTHER_HEADS)' --contexts '' \
+	  --quality-contexts 4000 --needle-contexts 4000 --needles 3 --out benchmarks/results/kv_memory_controls.json
 	$(MAKE) tables
 
 tables: $(VENV)/.ready  ## write the tables and figures of README and docs anew from benchmarks/results

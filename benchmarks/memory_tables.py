@@ -2,7 +2,7 @@
 
 from common import STOCK, kv_figures, markdown, provenance, setting
 
-QUALITY = ("kv_memory_quality",)  # further files: other settings, heads drawn at random
+QUALITY = ("kv_memory_quality", "kv_memory_controls")
 
 
 def load_table() -> str:
