@@ -11,24 +11,11 @@ counted (`calibrate`), and that share scores the nodes of a draft (`expand`).
 Compiled with numba, single-threaded; every array is allocated once.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ...retrieval.compiled import compiled
 from .rows import BIN_EDGES, FROM_TEXT, NONE, Acceptance, Rows
-
-F = TypeVar("F", bound=Callable)
-
-
-def compiled(function: F) -> F:
-    """Compile, and keep the result on disk; where no folder can be written (some containers), compile at each start."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[return-value]
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)  # type: ignore[return-value]
 
 
 @compiled
@@ -230,3 +217,63 @@ def expand(
                 f += 1
         n += 1
         rank += 1
+
+
+@compiled
+def fill(
+    rows: Rows,
+    rate: NDArray[np.float32],
+    order: int,
+    context: NDArray[np.int32],
+    shape: NDArray[np.int32],
+    ranks: NDArray[np.int32],
+    max_nodes: int,
+    max_depth: int,
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    scores: NDArray[np.float32],
+) -> int:
+    """Fill a static tree below the last token of ``context`` [m >= 1] from the rows (section 3.3).
+
+    Nodes whose row holds no candidate of their rank are left out, with all below them.
+
+    Args:
+        rows: All rows.
+        rate: See `make_acceptance`.
+        order: Longest context with rows of its own.
+        context: The text's latest tokens.
+        shape: [nodes] parents of the static tree's nodes, level by level.
+        ranks: [nodes] which candidate of its parent's row each node is.
+        max_nodes: Nodes at most, the first.
+        max_depth: Levels at most.
+        tokens: Result, [max_nodes]; as the next two.
+        parents: Result.
+        scores: Result.
+
+    Returns:
+        The number of nodes.
+    """
+    place = np.full(shape.shape[0], NONE, np.int32)
+    depths = np.empty(max_nodes, np.int32)
+    buffer = np.empty(order, np.int32)
+    tail = context[max(0, context.shape[0] - order) :]
+    n = 0
+    for node in range(shape.shape[0]):
+        if n == max_nodes:
+            break
+        parent = NONE if shape[node] == NONE else int(place[shape[node]])
+        if shape[node] != NONE and parent == NONE:
+            continue
+        depth = 1 if parent == NONE else depths[parent] + 1
+        if depth > max_depth:
+            break
+        row, length = find(rows, tail if parent == NONE else _history(context, tokens, parents, parent, buffer), order)
+        token = rows.tokens[row, ranks[node]] if ranks[node] < rows.tokens.shape[1] else NONE
+        if token == NONE:
+            continue
+        above = np.float32(1.0) if parent == NONE else scores[parent]
+        tokens[n], parents[n], depths[n] = token, parent, depth
+        scores[n] = above * rate[length, ranks[node], rows.confidence[row, ranks[node]]]
+        place[node] = n
+        n += 1
+    return n

@@ -1,0 +1,79 @@
+"""`pilotfish datastore`, through a process of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pilotfish.integrations.vllm import datastore_commands as commands
+from pilotfish.integrations.vllm.bench import texts
+from pilotfish.integrations.vllm.models import SMOLLM2, fetch
+from pilotfish.plugins.config import ConfigError
+from pilotfish.retrieval.datastore import Datastore
+
+TOKENIZER = ("--tokenizer", "smollm2-135m-instruct")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    (folder / "inner").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 30)
+    (folder / "inner" / "b.py").write_text("for i in range(10):\n    print(i)\n")
+    (folder / "c.bin").write_bytes(b"\xff\xfe\x00\x80")
+    (folder / ".hidden" / "d.txt").write_text("not this one")
+    return folder
+
+
+def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    answer = cli("datastore", "build", str(corpus), *TOKENIZER, "--out", str(store))
+    assert answer.returncode == 0, answer.stderr
+    assert "passed over 1 files that are no UTF-8 text" in answer.stderr
+    opened = Datastore(store, verify=True)
+    assert opened.about.texts == 2
+    tokenizer = texts.tokenizer_of(str(fetch(SMOLLM2)))
+    assert opened.about.fingerprint == commands.fingerprint(tokenizer)
+    tail = tokenizer("quick brown", add_special_tokens=False)["input_ids"][1:]
+    tail = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
+    match = opened.find(np.array(tail, np.int32))
+    assert (match.length, match.places) == (len(tail), 30)
+    assert tokenizer.decode(opened.followers(match, 2, 1)[0]) == " fox jumps"
+    answer = cli("datastore", "info", str(store), "--verify")
+    assert answer.returncode == 0, answer.stderr
+    assert "checksums  right" in answer.stdout
+
+
+def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = texts.tokenizer_of(str(fetch(SMOLLM2)))
+    text = "".join(f"line {i}\n" for i in range(300))
+    whole = commands.encode(tokenizer, text)
+    monkeypatch.setattr(commands, "PIECE", 100)
+    assert commands.encode(tokenizer, text) == whole
+    assert tokenizer.decode(commands.encode(tokenizer, "x" * 1000)) == "x" * 1000
+
+
+def test_endings_choose_files(corpus: Path) -> None:
+    assert [p.name for p in commands.find([corpus], ())] == ["a.txt", "c.bin", "b.py"]
+    assert [p.name for p in commands.find([corpus], (".py",))] == ["b.py"]
+    with pytest.raises(ConfigError, match="no files with such an ending"):
+        commands.find([corpus], (".md",))
+
+
+def test_bad_input_is_refused(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for arguments, message in (
+        (("build", str(tmp_path / "none"), *TOKENIZER), "no such file or folder"),
+        (("build", str(corpus), "--tokenizer", "./no"), "no such folder"),
+        (("build", str(corpus), *TOKENIZER, "--out", str(tmp_path / "mine")), "exists, and is no datastore"),
+        (("build", str(corpus / "c.bin"), *TOKENIZER, "--out", str(tmp_path / "s")), "hold no tokens"),
+        (("info", str(corpus)), "not a datastore"),
+    ):
+        answer = inside("datastore", *arguments)
+        assert answer.returncode == 2, answer
+        assert message in answer.stderr
+        assert "Traceback" not in answer.stderr
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,123 @@
+"""Suffix arrays and the datastore: against plain search, and what is damaged or in the way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval import suffix_search, suffixes
+from pilotfish.retrieval.datastore import Datastore, DatastoreError, build
+from pilotfish.retrieval.suffixes import BREAK, DEPTH
+
+texts = st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=5)
+
+
+def joined(parts: list[list[int]]) -> np.ndarray:
+    return np.array([t for part in parts for t in [*part, BREAK]], np.int32)
+
+
+@given(texts)
+def test_suffixes_are_in_the_order_of_their_first_tokens(parts: list[list[int]]) -> None:
+    tokens = joined(parts)
+    expected = sorted(range(len(tokens)), key=lambda i: (tokens[i : i + DEPTH].tolist(), i))
+    assert suffixes.sort(tokens).tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)  # compiles
+@given(texts, st.lists(st.integers(0, 3), max_size=30), st.integers(1, DEPTH), st.integers(1, 4))
+def test_the_longest_suffix_and_all_its_places_are_found(
+    parts: list[list[int]], tail: list[int], longest: int, shortest: int
+) -> None:
+    tokens = joined(parts)
+    order = suffixes.sort(tokens)
+    match = suffix_search.find(tokens, order, np.array(tail, np.int32), longest, shortest)
+    expected: tuple[int, list[int]] = (0, [])
+    for length in range(shortest, min(longest, len(tail)) + 1):
+        places = [i for i in range(len(tokens)) if tokens[i : i + length].tolist() == tail[-length:]]
+        if places:
+            expected = length, places
+    assert (match.length, sorted(order[match.begin : match.end].tolist())) == expected
+    followers = suffix_search.followers(tokens, order, match, 5, 1000)
+    assert len(followers) == match.places
+    for row, place in zip(followers.tolist(), order[match.begin : match.end].tolist(), strict=True):
+        after = tokens[place + match.length :].tolist()
+        after = after[: after.index(BREAK)][:5]
+        assert row == [*after, *[-1] * (5 - len(after))]
+
+
+def test_of_many_occurrences_a_spread_is_taken() -> None:
+    tokens = joined([[1, 2, i] for i in range(10)] + [[1, 2, 7]] * 90)
+    order = suffixes.sort(tokens)
+    match = suffix_search.find(tokens, order, np.array([1, 2], np.int32))
+    assert (match.length, match.places) == (2, 100)
+    some = suffix_search.followers(tokens, order, match, 1, 20)[:, 0].tolist()
+    assert len(some) == 20
+    assert some.count(7) >= 17
+
+
+def test_a_datastore_is_what_was_written(tmp_path: Path) -> None:
+    about = build(tmp_path / "store", [[5, 6, 7], [], [5, 6, 9]], "name", "print", 100)
+    assert (about.texts, about.tokens) == (3, 9)
+    store = Datastore(tmp_path / "store", verify=True)
+    assert store.about == about
+    match = store.find(np.array([4, 5, 6], np.int32))
+    assert (match.length, match.places) == (2, 2)
+    assert sorted(store.followers(match, 1, 10)[:, 0].tolist()) == [7, 9]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store"], "nothing is left beside it"
+
+
+def test_tokens_are_bounded(tmp_path: Path) -> None:
+    assert build(tmp_path / "store", [[1] * 50] * 10, "name", "print", 60).tokens == 60
+
+
+def test_an_older_one_is_replaced_and_stays_readable_where_it_is_open(tmp_path: Path) -> None:
+    build(tmp_path / "store", [[1, 2, 3]], "name", "print", 100)
+    old = Datastore(tmp_path / "store")
+    build(tmp_path / "store", [[4, 5, 6, 7]], "name", "print", 100)
+    assert old.tokens.tolist() == [1, 2, 3, BREAK]
+    assert Datastore(tmp_path / "store").tokens.tolist() == [4, 5, 6, 7, BREAK]
+
+
+def test_nothing_is_written_when_it_fails(tmp_path: Path) -> None:
+    def breaks():
+        yield [1, 2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "store", breaks(), "name", "print", 100)
+    with pytest.raises(DatastoreError, match="hold no tokens"):
+        build(tmp_path / "store", [], "name", "print", 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_things_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(DatastoreError, match="exists, and is no datastore"):
+            build(place, [[1, 2]], "name", "print", 100)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    build(store, [[1, 2, 3]], "name", "print", 100)
+    whole = (store / "order.npy").read_bytes()
+    (store / "order.npy").write_bytes(whole[:-1] + b"\7")
+    Datastore(store)
+    with pytest.raises(DatastoreError, match=r"order\.npy is damaged"):
+        Datastore(store, verify=True)
+    (store / "order.npy").write_bytes(whole[:-4])
+    with pytest.raises(DatastoreError, match=r"order\.npy"):
+        Datastore(store)
+    about = json.loads((store / "datastore.json").read_text())
+    (store / "datastore.json").write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(DatastoreError, match="of version 99"):
+        Datastore(store)
+    (store / "datastore.json").write_text("{")
+    with pytest.raises(DatastoreError, match="cannot be read"):
+        Datastore(store)
+    with pytest.raises(DatastoreError, match="not a datastore"):
+        Datastore(tmp_path / "none")

@@ -1,0 +1,66 @@
+"""The history of texts: against plain search."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval.history import History
+
+pieces = st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=30), st.booleans()), min_size=1, max_size=8)
+
+
+def joined(parts: list[tuple[list[int], bool]]) -> list[int]:
+    return [t for part, ends in parts for t in [*part, *([-1] if ends else [])]]
+
+
+def look_up(text: list[int], tail: list[int], width: int, longest: int, shortest: int) -> tuple[int, list[list[int]]]:
+    """Plain search: the newest places first."""
+    best, rows = 0, []
+    for length in range(max(shortest, 2), min(longest, len(tail)) + 1):
+        places = [
+            i for i in range(length, len(text)) if text[i - length : i] == tail[len(tail) - length :] and text[i] >= 0
+        ]
+        if places:
+            best, rows = length, places[::-1]
+    found = []
+    for place in rows:
+        after = text[place : place + width]
+        after = after[: after.index(-1)] if -1 in after else after
+        found.append([*after, *[-1] * (width - len(after))])
+    return best, found
+
+
+@settings(max_examples=300, deadline=None)  # compiles
+@given(pieces, st.lists(st.integers(0, 3), max_size=20), st.integers(2, 12), st.integers(2, 4), st.integers(1, 6))
+def test_the_longest_end_and_what_followed_are_found(parts, tail, longest, shortest, width) -> None:
+    history = History(1024)
+    for part, ends in parts:
+        history.append(np.array(part, np.int32), ends)
+    length, rows = history.find(np.array(tail, np.int32), width, 10_000, longest, shortest)
+    expected, followers = look_up(joined(parts), tail, width, longest, shortest)
+    if sum(len(p) for p, _ in parts) <= 100:  # a chain has no more positions than are looked at
+        assert (length, rows.tolist()) == (expected, followers)
+    assert len(history) == len(joined(parts))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(20, 400))
+def test_what_the_ring_dropped_is_not_found(seed: int, count: int) -> None:
+    text = np.random.default_rng(seed).integers(0, 3, count).astype(np.int32)
+    history = History(64)
+    for begin in range(0, count, 17):
+        history.append(text[begin : begin + 17])
+    length, rows = history.find(text[-8:], 4, 1000, 8)
+    assert (length, rows.tolist()) == look_up(text[-64:].tolist(), text[-8:].tolist(), 4, 8, 2)
+    assert len(history) == min(count, 64)
+
+
+def test_repeated_output_is_found_from_the_prompts_end() -> None:
+    history, rng = History(1 << 14), np.random.default_rng(0)
+    outputs = [rng.integers(0, 500, 200).astype(np.int32) for _ in range(20)]
+    for output in outputs:
+        history.append(output, ends=True)
+    for output in outputs:
+        length, rows = history.find(output[:9], 24, 8, 24)
+        assert length == 9
+        assert rows[0].tolist() == output[9:33].tolist()
