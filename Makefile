@@ -10,13 +10,16 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check tables bench bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
 
 test: check  ## lint, types, and every test, those with a real engine too
 	$(BIN)/python -m pytest
+
+test-all: check  ## and those that take long: GPU kernels interpreted in real engines, further tensor-parallel ranks
+	$(BIN)/python -m pytest -m ''
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -27,6 +30,17 @@ bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_be
 	$(BIN)/pip install -q '.[bench]'
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --max-tokens 96
+	$(MAKE) tables
+
+TREE := token_recycling@verification=tree
+TWICE := suffix,token_recycling,$(TREE),$(TREE)@nodes=8,$(TREE)@nodes=40,rasd,rasd@verification=tree
+PARTS := rasd@base=none,rasd@opinion=false@prune=0.0,rasd@fuse=false,rasd@outputs=0
+
+bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on prompts that come twice; DATA as for bench
+	$(BIN)/pip install -q arctic-inference
+	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
+	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 12 --sample-others 4 \
+	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval

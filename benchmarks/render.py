@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import memory_tables
+import tree_tables
 from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -170,6 +171,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,
     "memory_short": memory_tables.short,
+    "drafters_twice_short": tree_tables.twice_short,
+    "drafters_twice": tree_tables.twice,
+    "drafters_twice_by_category": tree_tables.twice_by_category,
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
     "drafters_short": drafters_short,

@@ -9,10 +9,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 ROOT = "pilotfish"
 KINDS = ("kv", "drafter", "pruner")
+MAX_NODES = 128  # drafted tokens that vLLM verifies of a request in one step
 T = TypeVar("T")
 
 
@@ -29,6 +30,27 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """How the engine verifies drafts; written among the options of a drafter, any drafter.
+
+    Attributes:
+        verification: A `chain` is one path of the drafter's tree, in vLLM's own way; a `tree` takes part whole.
+        nodes: Drafted tokens of a request in each step; as many as pay by what steps cost when None.
+    """
+
+    verification: Literal["chain", "tree"] = "chain"
+    nodes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nodes is not None and not 0 <= self.nodes <= MAX_NODES:
+            raise ValueError(f"nodes: expected 0 to {MAX_NODES}, got {self.nodes}")
+
+
+# Options that all plugins of a kind have.
+COMMON = {"drafter": tuple(f.name for f in dataclasses.fields(Verification))}
+
+
+@dataclass(frozen=True)
 class PilotfishConfig:
     """The value of the key ``pilotfish`` in vLLM's ``additional_config``."""
 
@@ -36,6 +58,7 @@ class PilotfishConfig:
     drafter: Selection | None = None
     pruner: Selection | None = None
     allow_untested_vllm: bool = False
+    verification: Verification = Verification()
 
     def selected(self) -> dict[str, Selection]:
         """The kinds for which a plugin was chosen."""
@@ -53,7 +76,9 @@ def parse_config(value: object) -> PilotfishConfig:
     for key, entry in mapping.items():
         path = f"{ROOT}.{key}"
         if key in KINDS:
-            parsed[key] = _parse_selection(entry, path)
+            parsed[key] = selection = _parse_selection(entry, path)
+            if key == "drafter":
+                parsed[key], parsed["verification"] = _split_verification(selection, path)
         elif key == "allow_untested_vllm":
             parsed[key] = _coerce(entry, bool, path)
         else:
@@ -70,13 +95,21 @@ def _parse_selection(entry: object, path: str) -> Selection:
     return Selection(_coerce(options.pop("name"), str, f"{path}.name"), options)
 
 
-def build_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+def _split_verification(selection: Selection, path: str) -> tuple[Selection, Verification]:
+    """A drafter's own options, and those of its verification."""
+    ours = {key: value for key, value in selection.options.items() if key in COMMON["drafter"]}
+    rest = {key: value for key, value in selection.options.items() if key not in COMMON["drafter"]}
+    return Selection(selection.name, rest), build_options(Verification, ours, path)
+
+
+def build_options(cls: type[T], values: Mapping[str, Any], path: str, others: Iterable[str] = ()) -> T:
     """Build the options dataclass ``cls`` of a plugin from what a user wrote.
 
     Args:
         cls: A frozen dataclass; its ``__post_init__`` may raise `ValueError` on a value out of range.
         values: Option names and values.
         path: Where the options stand, for messages, as ``pilotfish.drafter``.
+        others: Names that may stand there too, for messages.
 
     Raises:
         ConfigError: an unknown option (with the nearest known one), a wrong type, a value out of range.
@@ -85,7 +118,7 @@ def build_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(unknown(f"{path}.{key}", key, known))
+            raise ConfigError(unknown(f"{path}.{key}", key, [*known, *others]))
     typed = {key: _coerce(value, known[key], f"{path}.{key}") for key, value in values.items()}
     try:
         return cls(**typed)

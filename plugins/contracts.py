@@ -148,9 +148,11 @@ class DraftBudget:
 class Drafter(Plugin, ABC):
     """Guesses the next tokens of requests. It never changes the output distribution: the engine verifies each guess."""
 
-    default_depth: ClassVar[int] = 8  # tokens drafted when the user names no number
+    default_depth: ClassVar[int] = 8  # longest path that is drafted when the user names no number
+    default_nodes: ClassVar[int] = 64  # and, where trees are verified, most nodes
     candidates: int = 8  # how many of the model's next tokens `observe` is shown
     state_path: str | None = None  # where `save` and `load` keep the state between runs, if anywhere
+    whole: bool = False  # its trees have a size of their own: the engine verifies all of what it proposes
 
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...

@@ -14,7 +14,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .config import ConfigError, Selection, build_options, unknown
+from .config import COMMON, ConfigError, Selection, build_options, unknown
 
 GROUP = hookspecs.PROJECT
 
@@ -143,7 +143,8 @@ class PluginManager:
     def resolve(self, kind: str, selection: Selection) -> tuple[type, Any]:
         """The class that a selection names, and its options, built and checked."""
         cls = self.get(kind, selection.name)
-        return cls, build_options(cls.Options, selection.options, f"pilotfish.{kind}")  # type: ignore[attr-defined]
+        others = COMMON.get(kind, ())
+        return cls, build_options(cls.Options, selection.options, f"pilotfish.{kind}", others)  # type: ignore[attr-defined]
 
 
 @functools.cache

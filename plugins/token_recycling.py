@@ -31,6 +31,7 @@ import numpy as np
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
 from .drafting import rows
+from .drafting.template import template
 from .hookspecs import Register, hookimpl
 
 FORMAT = 1  # of the state file
@@ -48,6 +49,8 @@ class TokenRecyclingOptions:
         share: Who shares rows: all requests of the `engine`, those of one `tenant`, or none (`request`).
         max_tables: How many tables may exist when rows are not shared by all; the idle one unused longest goes first.
         state_path: File that keeps the shared rows between runs; read at start, written when the engine falls idle.
+        shape: `dynamic` grows each tree where it is likeliest; `template` fills the paper's static tree, which then is
+            verified whole, whatever a step costs.
     """
 
     k: int = 8
@@ -57,6 +60,7 @@ class TokenRecyclingOptions:
     share: Literal["engine", "tenant", "request"] = "engine"
     max_tables: int = 64
     state_path: str | None = None
+    shape: Literal["dynamic", "template"] = "dynamic"
 
     def __post_init__(self) -> None:
         for name, low, high in (("k", 1, 64), ("order", 1, 8), ("bits", 4, 24), ("max_tables", 1, 4096)):
@@ -71,6 +75,7 @@ class TokenRecycling(Drafter):
 
     name: ClassVar[str] = "token_recycling"
     default_depth: ClassVar[int] = 12
+    default_nodes: ClassVar[int] = 80  # as many as the paper's tree has
     Options: ClassVar[type] = TokenRecyclingOptions
 
     @classmethod
@@ -99,6 +104,8 @@ class TokenRecycling(Drafter):
         self._rows = adjacency
         self.options, self.engine = options, engine
         self.candidates, self.state_path = options.k, options.state_path
+        self.whole = options.shape == "template"
+        self._template = template() if self.whole else None
         self._tables: OrderedDict[str, _Table] = OrderedDict()
         self._table_of: dict[str, str] = {}  # request -> key of its table
         if options.state_path is not None and Path(options.state_path).exists():
@@ -157,19 +164,12 @@ class TokenRecycling(Drafter):
         order, (tokens, parents, scores) = self.options.order, self._buffers(budget.nodes)
         for request in requests:
             table, depth = self._table(self._table_of[request.id]), min(budget.depth, request.limit)
-            n = 0
-            if depth > 0:
-                n = self._rows.expand(
-                    table.rows,
-                    table.acceptance.rate,
-                    order,
-                    request.tokens[-order:],
-                    budget.nodes,
-                    depth,
-                    tokens,
-                    parents,
-                    scores,
-                )
+            n, out = 0, (budget.nodes, depth, tokens, parents, scores)
+            where = (table.rows, table.acceptance.rate, order, request.tokens[-order:])
+            if depth > 0 and self._template is not None:
+                n = self._rows.fill(*where, *self._template, *out)
+            elif depth > 0:
+                n = self._rows.expand(*where, *out)
             trees.append(DraftTree(tokens[:n].copy(), parents[:n].copy(), scores[:n].copy()))
         return trees
 

@@ -17,14 +17,10 @@ from ...kvcache.profiles import fingerprint
 from ...plugins.config import ROOT, ConfigError, PilotfishConfig, parse_config
 from ...plugins.contracts import Engine, KVPolicy, Unsupported
 from ...plugins.manager import disabled, plugins
-from . import seams
+from . import seams, support
 
 logger = logging.getLogger("vllm.pilotfish")
 
-DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
-
-
-WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
 ATTACHED = ("kv", "drafter")  # the kinds that this release attaches
 
 
@@ -39,16 +35,11 @@ class Attachment:
 
 def concerned(additional_config: Any, speculative: Any = None) -> bool:
     """Whether an engine's arguments mention us at all."""
-    return _key(additional_config) is not None or _names_us(speculative)
+    return _key(additional_config) is not None or support.names_us(speculative)
 
 
 def _key(additional_config: Any) -> Any:
     return additional_config.get(ROOT) if isinstance(additional_config, Mapping) else None
-
-
-def _names_us(speculative: Any) -> bool:
-    model = speculative.get("model") if isinstance(speculative, Mapping) else getattr(speculative, "model", None)
-    return model == DRAFTER_CLASS
 
 
 def read(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
@@ -61,9 +52,9 @@ def read(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
         return PilotfishConfig()
     value = _key(additional_config)
     config = _parse(json.dumps(value, sort_keys=True)) if value is not None else PilotfishConfig()
-    if speculative is not None and _names_us(speculative) and config.drafter is None:
+    if speculative is not None and support.names_us(speculative) and config.drafter is None:
         raise ConfigError(
-            f"{ROOT}.drafter: missing, though --speculative-config names {DRAFTER_CLASS}; "
+            f"{ROOT}.drafter: missing, though --speculative-config names {support.DRAFTER_CLASS}; "
             'add --additional-config \'{"pilotfish": {"drafter": "token_recycling"}}\''
         )
     return config
@@ -93,19 +84,18 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
     from . import patches
 
     attached = {}
-    checks = {"kv": _check_attention, "drafter": _check_speculation}
     for kind, selection in config.selected().items():
         cls, options = plugins().resolve(kind, selection)
         problem = seams.problem(allow_untested=config.allow_untested_vllm)
         if problem is not None:
             raise Unsupported(cls.name, problem[0], problem[1], vllm_config.model_config.model)  # type: ignore[attr-defined]
-        checks[kind](cls.name, vllm_config)  # type: ignore[attr-defined]
         engine = describe(vllm_config)
+        support.check(kind, cls, config, vllm_config)
         cls.check(options, engine)  # type: ignore[attr-defined]
         if kind == "kv":
-            _check_correction(cls, options, engine, vllm_config)
+            support.check_correction(cls, options, engine, vllm_config)
             if cls.frees_blocks:  # type: ignore[attr-defined]
-                _check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
+                support.check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
                 patches.SESSIONS.apply()
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached:
@@ -123,15 +113,31 @@ def kv_policy(vllm_config: Any) -> KVPolicy | None:
 
 
 def attention_backend(stock: type, vllm_config: Any) -> type:
-    """What stands over the backend that vLLM chose for a layer, where a KV policy is selected.
+    """What stands over the backend that vLLM chose for a layer, where a KV policy or tree verification is selected.
 
     Raises:
         Unsupported: there is nothing of ours that stands over this one.
     """
+    config = read(vllm_config.additional_config)
+    name = stock.get_name()  # type: ignore[attr-defined]
+    if config.drafter is not None and config.verification.verification == "tree":
+        if name == "CPU_ATTN":
+            from .tree_cpu import TreeCPUBackend
+
+            return TreeCPUBackend
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+            from .tree_triton import TreeTritonBackend
+
+            return TreeTritonBackend
+        raise Unsupported(
+            config.drafter.name,
+            f"trees are not verified over {name}",
+            "use verification=chain",
+            vllm_config.model_config.model,
+        )
     policy = kv_policy(vllm_config)
     if policy is None:
         return stock
-    name = stock.get_name()  # type: ignore[attr-defined]
     if policy.frees_blocks:
         if name == "CPU_ATTN":
             from .windowed_cpu import WindowedCPUBackend
@@ -183,126 +189,6 @@ def describe(vllm_config: Any) -> Engine:
         kv_heads=model.get_total_num_kv_heads(),
         fingerprint=fingerprint(model.hf_text_config.to_dict()),
     )
-
-
-def _check_speculation(plugin: str, vllm_config: Any) -> None:
-    """The drafter's other half, and what in the engine would keep it from working as promised."""
-    speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
-    if speculative is None or not _names_us(speculative) or speculative.method != "custom_class":
-        value = json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 12})
-        raise ConfigError(
-            f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
-        )
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        raise Unsupported(
-            plugin, "the V2 model runner takes no custom drafter", "set VLLM_USE_V2_MODEL_RUNNER=0", model
-        )
-    if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
-        raise Unsupported(
-            plugin,
-            f"rejection_sample_method={speculative.rejection_sample_method!r} changes the output distribution",
-            "leave it out of --speculative-config",
-            model,
-        )
-    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-        raise Unsupported(
-            plugin, "prompts given as embeddings have no tokens", "leave out --enable-prompt-embeds", model
-        )
-    if vllm_config.model_config.runner_type == "pooling":
-        raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
-
-
-def _check_attention(plugin: str, vllm_config: Any) -> None:
-    """What in the engine the policy's attention cannot serve; single layers are checked where they are built."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    dtype = vllm_config.cache_config.cache_dtype
-    leave_out = "leave the policy out"
-    for present, reason, remedy in (
-        (
-            vllm_config.device_config.device_type not in ("cpu", "cuda"),
-            f"it reads the caches of CPUs and CUDA devices, not of {vllm_config.device_config.device_type}",
-            leave_out,
-        ),
-        (model.runner_type == "pooling", "a pooling model decodes nothing", leave_out),
-        (model.is_encoder_decoder, "encoder-decoder models are not served", leave_out),
-        (model.use_mla, "multi-head latent attention keeps no keys per head", leave_out),
-        (
-            dtype not in ("auto", "float32", "bfloat16", "float16"),
-            f"kv_cache_dtype={dtype} is quantised",
-            "leave out --kv-cache-dtype",
-        ),
-        (
-            dtype in ("float32", "bfloat16", "float16") and dtype != str(model.dtype).removeprefix("torch."),
-            f"kv_cache_dtype={dtype} is not the model's {str(model.dtype).removeprefix('torch.')}",
-            "leave out --kv-cache-dtype",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            "a choice does not cross pipeline stages",
-            "use --tensor-parallel-size instead",
-        ),
-        (
-            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
-            "context parallelism splits what is chosen from",
-            "leave context parallelism out",
-        ),
-    ):
-        if present:
-            raise Unsupported(plugin, reason, remedy, model.model)
-
-
-def _check_correction(cls: Any, options: Any, engine: Engine, vllm_config: Any) -> None:
-    """What in the engine keeps a request's computed tokens from being set back."""
-    plan = cls(options, engine).read_plan()
-    if plan is None or not plan.correction_interval:
-        return
-    for present, reason, remedy in (
-        (vllm_config.speculative_config is not None, "drafted tokens would be counted as computed", "no speculation"),
-        (vllm_config.scheduler_config.async_scheduling, "steps are scheduled ahead", "--no-async-scheduling"),
-        (
-            getattr(vllm_config, "use_v2_model_runner", False),
-            "the V2 model runner keeps its own count of computed tokens",
-            "VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-    ):
-        if present:
-            raise Unsupported(cls.name, f"with correction_interval, {reason}", f"use {remedy}", engine.model)
-
-
-def _check_blocks(plugin: str, vllm_config: Any) -> None:
-    """What in the engine expects all blocks of a request to stay, or one block table for all heads."""
-    cache, speculative = vllm_config.cache_config, vllm_config.speculative_config
-    leave_out = "leave the policy out"
-    for present, reason, remedy in (
-        (
-            speculative is not None and speculative.method not in WITHOUT_MODEL,
-            f"the drafter '{getattr(speculative, 'method', '')}' has attention layers of its own",
-            f"choose one without: {', '.join(WITHOUT_MODEL)}",
-        ),
-        (
-            getattr(vllm_config.model_config, "is_mm_prefix_lm", False),
-            "tokens of a picture look at those behind them",
-            leave_out,
-        ),
-        (
-            getattr(vllm_config.model_config, "rswa_window", None) is not None,
-            "the model has a window of its own for what it generates",
-            leave_out,
-        ),
-        (
-            cache.enable_prefix_caching,
-            "prefix caching would look for blocks that were given back",
-            "use --no-enable-prefix-caching",
-        ),
-        (vllm_config.kv_transfer_config is not None, "a KV connector moves whole blocks", "leave the connector out"),
-        (
-            getattr(vllm_config, "use_v2_model_runner", False),
-            "the V2 model runner does not say what is a prompt",
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-    ):
-        if present:
-            raise Unsupported(plugin, reason, remedy, vllm_config.model_config.model)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,9 @@ def models(
 def bench_drafters(
     prompts: Annotated[list[Path], typer.Option(help="A .jsonl or .jsonl.gz file of prompts; may be repeated.")],
     model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
-    arms: Annotated[str, typer.Option(help="Arms beside no speculation.")] = "ngram,suffix,token_recycling",
+    arms: Annotated[
+        str, typer.Option(help="Arms beside no speculation: NAME[@option=value ...], separated by commas.")
+    ] = "ngram,suffix,token_recycling",
     sample: Annotated[int, typer.Option(min=1, help="Prompts drawn from the first file, over all categories.")] = 48,
     sample_others: Annotated[int, typer.Option(min=1, help="Prompts drawn from each further file.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
@@ -115,6 +117,7 @@ def bench_drafters(
         str, typer.Option(callback=_dtype, help="float32 makes outputs comparable token by token.")
     ] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    twice: Annotated[bool, typer.Option(help="Run all prompts a second time; tables cold only.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
     """Compare drafters with no speculation, in interleaved runs of two engines at a time."""
@@ -135,6 +138,7 @@ def bench_drafters(
             dtype=dtype,
             seed=seed,
             out=out,
+            twice=twice,
         )
     )
 

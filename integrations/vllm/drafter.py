@@ -1,7 +1,7 @@
 """The proposer that vLLM constructs for ``--speculative-config '{"method": "custom_class", ...}'``.
 
 It stands between vLLM's model runner and a registered `contracts.Drafter`: shows it what every step verified, asks it
-for trees, and verifies of each tree the best root-to-leaf path, as far as that pays.
+for trees, and has of each as much verified as pays: its best root-to-leaf path, or the tree itself (see `trees`).
 """
 
 import time
@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vllm.distributed import get_tp_group
 
 from ...plugins.config import ConfigError
-from ...plugins.contracts import Candidates, DraftBudget, DraftRequest
+from ...plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree, Engine
 from ...plugins.contracts import Drafter as DrafterPlugin
 from ...plugins.drafting.budget import StepCost, allocate
+from ...plugins.drafting.tree import cut
 from ...plugins.manager import disabled
-from . import attach, patches
+from . import attach, patches, step_times
 from .runner import RunnerBinding, Verified, find_runner
 from .state import StateSaver
+from .trees import TreeVerifier
 
 logger = attach.logger
 
-BREADTH = 4  # nodes grown for each token of the path that is verified
+BREADTH = 4  # nodes grown for each token of a path that is verified
 
 
 class Drafter:
@@ -29,6 +32,8 @@ class Drafter:
 
     def __init__(self, vllm_config: Any) -> None:
         drafting = attach.admit(vllm_config).get("drafter")
+        self.trees: TreeVerifier | None = None
+        self._engine: Engine | None = None
         self.plugin: DrafterPlugin | None = None
         self.cost = StepCost()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
@@ -40,11 +45,15 @@ class Drafter:
         runner = find_runner()
         if runner is None:
             raise ConfigError("pilotfish.drafter: must be constructed by vLLM's V1 model runner")
-        from vllm.distributed import get_tp_group
-
-        if get_tp_group().rank_in_group != 0:  # the scheduler takes drafts from the first rank only
+        self._runner, self._engine = runner, drafting.engine
+        self._verification = attach.read(vllm_config.additional_config).verification
+        if self._verification.verification == "tree":
+            self.trees = TreeVerifier(runner, drafting.cls.name)  # type: ignore[attr-defined]
+        self._tp = get_tp_group()
+        if self._tp.rank_in_group != 0:  # the scheduler takes drafts from the first rank only
             return
-        self._depth = drafting.engine.num_speculative_tokens
+        self._most = drafting.engine.num_speculative_tokens
+        self._depth = self._most if self.trees is None else min(self._most, drafting.cls.default_depth)  # type: ignore[attr-defined]
         plugin: DrafterPlugin = drafting.cls(drafting.options, drafting.engine)
         self.plugin = plugin
         path = plugin.state_path
@@ -52,14 +61,20 @@ class Drafter:
         self._device = drafting.engine.device
         self._binding = RunnerBinding(runner, plugin.candidates)
         self._active = False
-        logger.info(
-            attach.start_up_table("drafter", drafting, f"proposer, at most {self._depth} drafted tokens a step")
-        )
+        how = f"proposer, at most {self._most} drafted tokens a step, verified as a {self._verification.verification}"
+        logger.info(attach.start_up_table("drafter", drafting, how))
 
     def load_model(self, target_model: Any) -> None:
         """vLLM has loaded the model: compile our kernels, test vLLM's sampling, start to listen."""
         del target_model
-        if self.plugin is None or disabled():
+        if disabled():
+            return
+        if self.trees is not None:
+            self.trees.attach()
+        if self._engine is not None and self._verification.nodes is None:
+            most = self._engine.num_speculative_tokens + 1
+            step_times.when_ready(self._runner, self._engine, most, self._shape)
+        if self.plugin is None:
             return
         self._warm_up(self.plugin)
         if self._device == "cpu" and patches.sampling_is_broken():
@@ -77,6 +92,11 @@ class Drafter:
                 "apply_sampling_constraints was wrapped"
             )
         self._binding.attach(self._finish, self.close)
+
+    def _shape(self, times: step_times.Times) -> None:
+        """Step times were measured; one size alone tells nothing."""
+        if len(times) > 1:
+            self.cost.shape(list(times), list(times.values()))
 
     @staticmethod
     def _warm_up(plugin: DrafterPlugin) -> None:
@@ -111,9 +131,12 @@ class Drafter:
         """
         del slot_mappings
         if self.plugin is None:
+            if self.trees is not None:
+                self.trees.keep(self._tp.broadcast_object(None))
             return [[] for _ in sampled_token_ids]
         started = time.perf_counter()
-        verified = self._binding.step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        tree_of = None if self.trees is None else self.trees.tree_of
+        verified = self._binding.step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, tree_of)
         self._time_step(verified, started)
         for i, request in enumerate(verified):
             if request.request not in self._requests:
@@ -130,28 +153,47 @@ class Drafter:
         return drafts
 
     def _draft(self, verified: list[Verified]) -> list[list[int]]:
-        """Ask for trees, take each one's best path, and of those paths as much as the cost of a step allows."""
+        """Ask for trees, and take of each as much as the cost of a step allows."""
         assert self.plugin is not None
         drafts: list[list[int]] = [[] for _ in verified]
         wanting = []
         for i, request in enumerate(verified):
             if len(request.tokens) and self._requests[request.request]:
-                room = min(self._binding.room(request.request, i, len(request.text)), self._depth)
+                room = min(self._binding.room(request.request, i, len(request.text)), self._most)
                 wanting.append((i, DraftRequest(request.request, request.text, room)))
-        if not wanting:
-            return drafts
-        trees = self.plugin.propose([r for _, r in wanting], DraftBudget(BREADTH * self._depth, self._depth))
-        paths = [tree.best_path() for tree in trees]
-        lengths = allocate([tree.scores[path] for tree, path in zip(trees, paths, strict=True)], self.cost)
-        for (i, request), tree, path, length in zip(wanting, trees, paths, lengths, strict=True):
-            drafts[i] = tree.tokens[path[: min(length, request.limit)]].tolist()
-        total = sum(lengths)
-        self.counts["proposals"] += sum(length > 0 for length in lengths)
-        self.counts["proposed_tokens"] += total
-        if total and not self._active:
-            self._active = True
-            logger.info("pilotfish: drafter %s is active, its first draft has %d tokens", self.plugin.name, total)
+        kept: dict[str, DraftTree] = {}
+        if wanting:
+            nodes = BREADTH * self._depth if self.trees is None else self._most
+            proposed = self.plugin.propose([r for _, r in wanting], DraftBudget(nodes, self._depth))
+            trees = [self._verifiable(r, tree) for (_, r), tree in zip(wanting, proposed, strict=True)]
+            sizes = self._allocate(trees)
+            for (i, request), tree, size in zip(wanting, trees, sizes, strict=True):
+                kept[request.id] = cut(tree, size)
+                drafts[i] = kept[request.id].tokens.tolist()
+            total = sum(map(len, drafts))
+            self.counts["proposals"] += sum(map(bool, drafts))
+            self.counts["proposed_tokens"] += total
+            if total and not self._active:
+                self._active = True
+                logger.info("pilotfish: drafter %s is active, its first draft has %d tokens", self.plugin.name, total)
+        if self.trees is not None:
+            self.trees.keep(self._tp.broadcast_object(kept))
         return drafts
+
+    def _verifiable(self, request: DraftRequest, tree: DraftTree) -> DraftTree:
+        """Of a tree what the request can have verified: all of it, or its best path."""
+        if self.trees is None or not self.trees.serves(request.id):
+            path = tree.best_path()
+            tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
+        return cut(tree, max(request.limit, 0))
+
+    def _allocate(self, trees: list[DraftTree]) -> list[int]:
+        """How many nodes of each tree to verify."""
+        if self._verification.nodes is not None:
+            return [min(len(tree), self._verification.nodes) for tree in trees]
+        if self.plugin is not None and self.plugin.whole:
+            return [len(tree) for tree in trees]
+        return allocate([tree.scores for tree in trees], self.cost)
 
     def _time_step(self, verified: list[Verified], now: float) -> None:
         """Learn the cost of a step from the time since the last one, when both did nothing but decode."""

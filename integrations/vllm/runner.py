@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...plugins.contracts import ROOT, Candidates, Int32
+from ...plugins.contracts import ROOT, Candidates, DraftTree, Int32
 
 CONTEXT = 16  # tokens before the first verified row that a drafter is shown
 
@@ -110,13 +110,20 @@ class RunnerBinding:
             left = min(left, params.max_tokens - (length - int(batch.num_prompt_tokens[index])))
         return left - 1  # the step yields one more token than it accepts
 
-    def step(self, sampled: list[list[int]], num_tokens: np.ndarray, token_ids: np.ndarray) -> list[Verified]:
+    def step(
+        self,
+        sampled: list[list[int]],
+        num_tokens: np.ndarray,
+        token_ids: np.ndarray,
+        tree_of: Callable[[int], DraftTree | None] | None = None,
+    ) -> list[Verified]:
         """The rows of the step that was just sampled, by request, in the order of the batch.
 
         Args:
             sampled: Accepted and sampled tokens of each request.
             num_tokens: [b] length of each text, those tokens included.
             token_ids: [b, max_model_len] the texts.
+            tree_of: The tree that was verified for a request, by its index; None for a chain.
         """
         if self._top is None:
             return []
@@ -134,10 +141,13 @@ class RunnerBinding:
             inputs = np.empty(d + 1, np.int32)
             inputs[0] = token_ids[i, at]
             inputs[1:] = drafts[draft : draft + d]
+            parents = np.arange(ROOT, d, dtype=np.int32)
+            if tree_of is not None and (tree := tree_of(i)) is not None:
+                parents[1:] = tree.parents + 1
             candidates = Candidates(
                 context=token_ids[i, max(0, at - CONTEXT) : at],
                 inputs=inputs,
-                parents=np.arange(ROOT, d, dtype=np.int32),
+                parents=parents,
                 ids=ids[row : row + d + 1],
                 probs=probs[row : row + d + 1],
             )

@@ -14,7 +14,7 @@ from ...kvcache.profiles import SHAPE, fingerprint
 from ...plugins.config import ROOT, ConfigError, parse_assignments
 from ...plugins.contracts import Engine, Unsupported
 from ...plugins.manager import disabled, plugins
-from . import attach, diagnosis, models, seams
+from . import attach, diagnosis, models, seams, support
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def compose(
         ):
             raise ConfigError("--drafter and --speculative-config both name a drafter; leave one out")
         cls, options = plugins().resolve("drafter", config.drafter)
-        depth = num_speculative_tokens or cls.default_depth  # type: ignore[attr-defined]
+        depth = num_speculative_tokens or support.drafted_tokens(cls, config.verification)
         if seams.v2_runner_is_set():
             raise Unsupported(
                 config.drafter.name,
@@ -77,7 +77,7 @@ def compose(
                 model,
             )
         check_engine(cls, options, model, depth, config.allow_untested_vllm)
-        speculation = {"method": "custom_class", "model": attach.DRAFTER_CLASS, "num_speculative_tokens": depth}
+        speculation = {"method": "custom_class", "model": support.DRAFTER_CLASS, "num_speculative_tokens": depth}
         arguments += ["--speculative-config", json.dumps(speculation)]
     if config.kv is not None:
         cls, options = plugins().resolve("kv", config.kv)

@@ -8,17 +8,15 @@ chunked prefill meet no state of ours.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
 )
 
 from ...kvcache import reference
@@ -26,8 +24,8 @@ from ...kvcache.kernels import paged_decode
 from ...kvcache.kernels.paged_decode import Choice, Rows
 from ...kvcache.selection import ReadPlan, Role
 from . import sparse
+from .split_cpu import SplitBuilder
 
-ISA = "vec"  # the cache layout that our kernels read; vLLM's own choice on x86 without AMX
 # Given the rows and their scaled scores [rows, query_heads, padded], which it must leave as they are.
 Observer = Callable[[Rows, torch.Tensor], None]
 
@@ -72,7 +70,7 @@ class SparseCPUBackend(CPUAttentionBackend):
         return SparseBuilder
 
 
-class SparseBuilder(CPUAttentionMetadataBuilder):
+class SparseBuilder(SplitBuilder):
     """Finds the requests of a step that decode beyond the budget.
 
     Attributes:
@@ -84,9 +82,6 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if self.isa == "amx":
-            self.isa = ISA
-            self._set_isa_to_layers(layer_names)
         error = kernel_error(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa)
         how = f"over CPU_ATTN, cache layout {self.isa}"
         self.plan, self.announce = sparse.plan_for(vllm_config, layer_names, error, how)
@@ -108,32 +103,8 @@ class SparseBuilder(CPUAttentionMetadataBuilder):
             return None
         self.announce(stock.max_seq_len)
         rows = Rows(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
-        others = None if len(requests) == common.num_reqs else self._without(stock, requests)
+        others = None if len(requests) == common.num_reqs else self.without(stock, requests)
         return SparseStep(self.plan, rows, others, observe=self.observe)
-
-    def _without(self, stock: CPUAttentionMetadata, requests: list[int]) -> CPUAttentionMetadata:
-        """Metadata by which vLLM's kernel spends next to nothing on ``requests``, whose output ours overwrites.
-
-        They are cut to their query tokens.
-        """
-        seq_lens = stock.seq_lens.clone()
-        seq_lens[requests] = stock.query_start_loc.diff()[requests]
-        schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            seq_lens=seq_lens,
-            dtype=self.dtype,
-            query_start_loc=stock.query_start_loc,
-            causal=stock.causal,
-            sliding_window_size=self.window_size,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            dynamic_causal=stock.dynamic_causal,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        return replace(stock, seq_lens=seq_lens, scheduler_metadata=schedule)
 
 
 class SparseImpl(sparse.HasRole, CPUAttentionBackendImpl):

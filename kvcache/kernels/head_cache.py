@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..head_window import HeadWindow
 from ..selection import GROUP
 from . import native
-from .paged_decode import TYPES, Cache, Head, Rows
+from .paged_decode import TYPES, Cache, Head, Prompts, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +27,6 @@ FEW = 2  # query tokens of a request that are read one by one
 
 class _Window(Structure):
     _fields_ = (("sinks", c_int32), ("gaps", c_void_p), ("means", c_int64))
-
-
-class _Prompts(Structure):
-    _fields_ = (
-        ("count", c_int32),
-        ("query_heads", c_int32),
-        ("request", c_void_p),
-        ("token", c_void_p),
-        ("context", c_void_p),
-        ("length", c_void_p),
-    )
 
 
 @functools.cache
@@ -96,7 +85,7 @@ class WindowedStep:
             self.rows = Rows([r for r, _ in tokens], places, contexts, query_heads)
         if many:
             self._prompts = torch.tensor(prompts, dtype=torch.int32)
-            self.prompts = _Prompts(len(many), query_heads, *(x.data_ptr() for x in self._prompts))
+            self.prompts = Prompts(len(many), query_heads, *(x.data_ptr() for x in self._prompts), None, None)
 
 
 class HeadCaches:

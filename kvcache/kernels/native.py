@@ -61,14 +61,14 @@ def load(name: str) -> ctypes.CDLL:
     if compile_with is None:
         raise NoCompiler("no C++ compiler: install g++, or name one in CXX")
     texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.hpp")))]
-    key = hashlib.sha256("\0".join([*texts, compile_with, *flags, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, compile_with, *flags, processor()]).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{name}-{key}.so"
     if not library.is_file():
         _compile(compile_with, flags, source, library)
     return ctypes.CDLL(str(library))
 
 
-def _processor() -> str:
+def processor() -> str:
     """What distinguishes processors that share a cache folder, as on a network file system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

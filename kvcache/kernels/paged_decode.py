@@ -49,6 +49,21 @@ class _Rows(Structure):
     )
 
 
+class Prompts(Structure):
+    """Stretches of consecutive query tokens; `prompt.hpp`."""
+
+    _fields_ = (
+        ("count", c_int32),
+        ("query_heads", c_int32),
+        ("request", c_void_p),
+        ("token", c_void_p),
+        ("context", c_void_p),
+        ("length", c_void_p),
+        ("seen", c_void_p),
+        ("first_seen", c_void_p),
+    )
+
+
 class _Choice(Structure):
     _fields_ = (
         ("sets", c_int32),
@@ -134,6 +149,40 @@ class Choice:
         return _Choice(self.groups.shape[1], self.groups.shape[2], *pointers)
 
 
+def view(query: "Tensor", cache: "Tensor", block_table: "Tensor", output: "Tensor") -> Cache:
+    """The cache of a layer as the kernels read it; it must outlive what is returned.
+
+    Args:
+        query: [tokens, query_heads, head_size], heads contiguous.
+        cache: [blocks, kv_heads, block_size, 2 * head_size] in the type of the query.
+        block_table: [requests, blocks] int32.
+        output: As ``query``.
+
+    Raises:
+        ValueError: shapes or types that the kernels do not read.
+    """
+    import torch
+
+    size = query.shape[-1]
+    if str(query.dtype) not in TYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
+        raise ValueError(f"query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
+    if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % GROUP or query.shape[1] % cache.shape[1]:
+        raise ValueError(f"query {tuple(query.shape)}, cache {tuple(cache.shape)}")
+    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
+        raise ValueError("a head is not contiguous")
+    if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+        raise ValueError(f"block table of {block_table.dtype}")
+    return whole(cache, block_table.data_ptr(), block_table.stride(0))
+
+
+def whole(cache: "Tensor", table: "int | None" = None, table_stride: int = 0) -> Cache:
+    """A cache as the kernels read it, unchecked; without a table of blocks for those that take slots."""
+    blocks = (cache.stride(0), table, table_stride, 0)
+    step = cache.stride(1) * cache.element_size()
+    heads = (Head * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
+    return Cache(heads, cache.shape[1], cache.shape[2], cache.shape[3] // 2)
+
+
 _EVERYTHING = _Choice(0, 0, None, None, None)
 
 
@@ -160,23 +209,11 @@ def decode(
         logits: [rows, query_heads, >= context] float32 that takes the scaled scores.
 
     Raises:
-        ValueError: shapes or types that the kernel does not read.
+        ValueError: as `view`.
     """
     import torch
 
-    size = query.shape[-1]
-    if str(query.dtype) not in TYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
-        raise ValueError(f"query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
-    if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % GROUP or query.shape[1] % cache.shape[1]:
-        raise ValueError(f"query {tuple(query.shape)}, cache {tuple(cache.shape)}")
-    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
-        raise ValueError("a head is not contiguous")
-    if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
-        raise ValueError(f"block table of {block_table.dtype}")
-    blocks = (cache.stride(0), block_table.data_ptr(), block_table.stride(0), 0)
-    step = cache.stride(1) * cache.element_size()
-    heads = (Head * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
-    paged = Cache(heads, cache.shape[1], cache.shape[2], size)
+    paged = view(query, cache, block_table, output)
     library().pilotfish_decode(
         TYPES[str(query.dtype)],
         byref(paged),

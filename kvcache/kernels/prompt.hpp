@@ -20,6 +20,10 @@ struct Prompts {  // stretches of consecutive query tokens of one request each
     const int32_t* token;    // [count] row of the first in query and output
     const int32_t* context;  // [count] tokens to look at by the first, itself included
     const int32_t* length;   // [count]
+    // Where the tokens of a stretch are a tree: bits [length, (length + 31) / 32] for each, which of the stretch it sees.
+    // Null: those up to itself.
+    const uint32_t* seen;
+    const int64_t* first_seen;  // [count] where a stretch's bits begin
 };
 
 }  // extern "C"
@@ -125,12 +129,25 @@ inline void add_values(const Cell* weights, int64_t stride, const Cell* values, 
     for (; d < size; d += LANES) multiply<BAND, 1, T>(weights, stride, values + d, size, steps, sums + d, size, factor);
 }
 
-// Softmax of one row of scores going on: weights in place, hidden ones 0. seen: of each group how many tokens count.
-inline void go_on(float* scores, const int* seen, float scale, float& top, float& total, float& factor) {
-    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline uint32_t first_bits(int n) { return n <= 0 ? 0 : n >= GROUP ? ~0u : (1u << n) - 1; }
+
+// Which of the GROUP tokens from ``at`` on are seen by a token of a tree; what lies before the tree (at < 0) is.
+inline uint32_t seen_from(const uint32_t* bits, int words, int at) {
+    if (at <= -GROUP) return ~0u;
+    if (at < 0) return first_bits(-at) | bits[0] << -at;
+    const int word = at / GROUP, shift = at % GROUP;
+    uint32_t found = word < words ? bits[word] >> shift : 0;
+    if (shift && word + 1 < words) found |= bits[word + 1] << (GROUP - shift);
+    return found;
+}
+
+// Softmax of one row of scores going on: weights in place, hidden ones 0. seen: of each group which tokens count.
+inline void go_on(float* scores, const uint32_t* seen, float scale, float& top, float& total, float& factor) {
+    UintVec bit;
+    for (int i = 0; i < LANES; ++i) bit[i] = 1u << i;
     Vec most = splat(LOWEST);
     for (int i = 0; i < CHUNK; i += LANES) {
-        const IntVec hidden = lane >= seen[i / GROUP] - i % GROUP;
+        const IntVec hidden = (IntVec)((UintVec{} + (seen[i / GROUP] >> i % GROUP) & bit) == 0);
         const Vec x = hidden ? splat(LOWEST) : load(scores + i) * scale;
         store(scores + i, x);
         most = x > most ? x : most;
@@ -162,6 +179,9 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
     const Head& head = cache.heads[kv_head];
     const int* gaps = window.gaps && head.windowed ? window.gaps + token : nullptr;  // [tile.count]
     const int least = gaps ? *std::min_element(gaps, gaps + tile.count) : 0;
+    const int length = prompts.length[tile.prompt], words = (length + GROUP - 1) / GROUP;
+    const int before = prompts.context[tile.prompt] - 1;  // the stretch
+    const uint32_t* tree = prompts.seen ? prompts.seen + prompts.first_seen[tile.prompt] : nullptr;
     const auto query_of = [&](int row) {
         return query + (token + row / share) * query_stride + (int64_t)(kv_head * share + row % share) * size;
     };
@@ -179,9 +199,9 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
     std::fill(top, top + bands * BAND, LOWEST);
     for (int row = 0; row < rows; ++row) Product<T>::pack_left(query_of(row), size, left + (size_t)row * size / DEEP);
 
-    const int end = context + tile.count - 1;  // positions that the last token sees
+    const int end = tree ? before + length : context + tile.count - 1;  // positions that any token of the tile sees
     for (int begin = 0; begin < end; begin += CHUNK) {
-        int valid[GROUPS];  // tokens of each group that the last token may see; 0: no token of the tile sees it
+        int valid[GROUPS];  // tokens of each group that any may see; 0: no token of the tile sees it
         bool any = false;
         for (int g = 0; g < GROUPS; ++g) {
             const int position = begin + g * GROUP, group = position / GROUP;
@@ -218,11 +238,15 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
             float factor[BAND];
             for (int m = 0; m < BAND; ++m) {
                 const int t = std::min((first + m) / share, tile.count - 1);
-                int seen[GROUPS];
+                uint32_t seen[GROUPS];
                 for (int g = 0; g < GROUPS; ++g) {
                     const int position = begin + g * GROUP, group = position / GROUP;
                     const bool left_out = gaps && group >= window.sinks && group < window.sinks + gaps[t];
-                    seen[g] = left_out ? 0 : std::min(valid[g], std::max(0, context + t - position));
+                    seen[g] = left_out ? 0 : first_bits(valid[g]);
+                    if (tree)
+                        seen[g] &= seen_from(tree + (int64_t)(tile.begin + t) * words, words, position - before);
+                    else
+                        seen[g] &= first_bits(context + t - position);
                 }
                 go_on(scores + m * CHUNK, seen, scale, top[first + m], total[first + m], factor[m]);
                 Product<T>::pack_weights(scores + m * CHUNK, CHUNK, weights + m * CHUNK / DEEP);

@@ -1,11 +1,12 @@
 """How many drafted tokens are worth verifying: expected tokens per second over a cost measured as steps happen.
 
 A step in which ``b`` requests have ``d`` drafted tokens verified takes ``T(b, d)`` seconds and yields, for each
-request, one token and those of its drafts that are accepted. The best drafts are those that maximise
+request, one token and those of its drafts that are accepted. The best drafts, chains or trees, maximise
 
     (b + sum of the acceptance probabilities of the chosen tokens) / T(b, number of chosen tokens).
 
-Scores fall along every path, so taking the likeliest tokens of the whole batch one by one never leaves a parent out.
+Scores fall along every path, so taking the likeliest tokens of the whole batch one by one never leaves a parent out,
+and no tree of as many nodes has more accepted.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,9 +34,12 @@ class StepCost:
 
     Near any number of requests the cost is taken for a plane: a further request costs more than a further token of the
     same request. It is not one plane for all: a small batch waits for memory and verifies tokens almost for nothing, a
-    large one computes and pays for each. Durations are noisy and their outliers are long (other processes, page
-    faults), so steps of like shape keep a running median, and the planes are fitted through the medians. They fade, as
-    contexts grow and the machine's load changes.
+    large one computes and pays for each. How further tokens of a step grow dearer, or stay cheap up to a bound, a
+    measurement at start may tell (`shape`); then the plane is over what it says instead of the number.
+
+    Durations are noisy and their outliers are long (other processes, page faults), so steps of like shape keep a
+    running median, and the planes are fitted through the medians. They fade, as contexts grow and the machine's load
+    changes.
 
     Args:
         slope: The cost of one drafted token relative to a whole step, believed until steps tell otherwise.
@@ -49,15 +53,40 @@ class StepCost:
         self._prior, self._memory = slope, memory
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._lines: dict[int, tuple[float, float]] = {}
+        self._rows, self._units = np.array([0.0, 1.0]), np.array([0.0, 1.0])
+        # In squared units: how much evidence it takes to move the believed slope. A measured shape deserves more trust:
+        # small drafts, whose units hardly differ, must not say that large ones are dear.
+        self._trust = 20.0
         self.steps = 0
+
+    def shape(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
+        """Take over how long steps of so many rows, ascending and beginning with 1, took; their proportions count.
+
+        Times rise with rows: where noise says otherwise, the middle of what comes before and behind is taken.
+        """
+        taken = np.asarray(seconds, np.float64)
+        times = (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
+        self._trust = 1000.0
+        self._rows, self._units = np.asarray(rows, np.float64), (times / times[0] - 1) / self._prior
+        self._lines.clear()
+
+    def units(self, requests: "float | np.ndarray", drafted: "float | np.ndarray") -> "float | np.ndarray":
+        """What drafted tokens cost, in tokens of the believed slope; without a measured shape, their number."""
+        return self._at(requests + drafted) - self._at(requests)  # type: ignore[operator]
+
+    def _at(self, rows: "float | np.ndarray") -> "float | np.ndarray":
+        """Units of a step, continued in a line behind the last that was measured."""
+        (x0, x1), (u0, u1) = self._rows[-2:], self._units[-2:]
+        beyond = np.maximum(np.asarray(rows) - x1, 0) * (u1 - u0) / (x1 - x0)
+        return np.interp(rows, self._rows, self._units) + beyond
 
     def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
         """Estimated seconds of a step."""
-        without, per_token = self.line(requests)
-        return without + per_token * drafted
+        without, per_unit = self.line(requests)
+        return without + per_unit * self.units(requests, drafted)
 
     def line(self, requests: int) -> tuple[float, float]:
-        """Seconds of a step of ``requests`` without drafts, and of each drafted token."""
+        """Seconds of a step of ``requests`` without drafts, and of each unit of drafted tokens."""
         if not self._cells:  # only their proportion matters
             return 1.0, self._prior
         if requests not in self._lines:
@@ -94,19 +123,20 @@ class StepCost:
         """Weighted ridge regression through the medians near ``requests``, drawn towards the believed slope."""
         cells = list(self._cells.values())
         x = np.array([[c.requests, c.drafted] for c in cells])
+        x[:, 1] = self.units(x[:, 0], x[:, 1])
         y = np.array([c.seconds for c in cells])
         distance = np.log2(x[:, 0] / requests) / self.NEAR
         distance -= np.abs(distance).min() * np.sign(distance)  # the nearest cells count whole, however far
         w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells]) * np.exp(-0.5 * distance**2)
         mean_x, mean_y = np.average(x, axis=0, weights=w), float(np.average(y, weights=w))
         believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1])])
-        strength = np.array([1.0, 20.0])  # in squared requests, squared tokens
+        strength = np.array([1.0, self._trust])  # in squared requests, squared units
         centred = x - mean_x
         gram = (centred * w[:, None]).T @ centred + np.diag(strength)
         target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
-        per_request, per_token = map(float, np.clip(np.linalg.solve(gram, target), 0.0, None))
-        without = mean_y + per_request * (requests - float(mean_x[0])) - per_token * float(mean_x[1])
-        return max(without, 1e-3 * mean_y), per_token
+        per_request, per_unit = map(float, np.clip(np.linalg.solve(gram, target), 0.0, None))
+        without = mean_y + per_request * (requests - float(mean_x[0])) - per_unit * float(mean_x[1])
+        return max(without, 1e-3 * mean_y), per_unit
 
 
 def _coarse(count: int) -> int:

@@ -10,7 +10,14 @@ from pilotfish.integrations.vllm.bench.drafters import STOCK, Run, summarise
 
 
 def run(
-    arm: str, turn: int, seconds: float, tokens: list[int], steps: int, category: str = "qa", batch: int = 1
+    arm: str,
+    turn: int,
+    seconds: float,
+    tokens: list[int],
+    steps: int,
+    category: str = "qa",
+    batch: int = 1,
+    again: bool = False,
 ) -> Run:
     answer = {
         "tokens": [tokens] * batch,
@@ -21,7 +28,7 @@ def run(
         "drafted": 2 * steps,
         "proposing": {"seconds": 0.001 * steps, "requests": steps} if arm != STOCK else {},
     }
-    return Run(arm, "data", category, batch, turn, answer)
+    return Run(arm, "data", category, batch, turn, again, answer)
 
 
 def test_figures() -> None:
@@ -42,6 +49,21 @@ def test_figures() -> None:
     assert figures["data", "proposal_ms"].value == pytest.approx(1.0)
     assert figures["data", "drafted_per_step"].value == 2.0
     assert {r.arm for r in figures.values()} == {"tr@cold"}
+
+
+def test_prompts_that_come_twice_are_told_apart() -> None:
+    stock, arm = f"{STOCK}|rasd@verification=tree", "rasd@verification=tree"
+    runs = [
+        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
+        run(arm, 0, 1.0, [1, 2, 3, 4, 5], 2),
+        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4, again=True),
+        run(arm, 0, 0.25, [1, 2, 3, 4, 5], 1, again=True),
+    ]
+    figures = {(r.dataset, r.metric): r.value for r in summarise(runs)}
+    assert figures["data", "speedup"] == pytest.approx(2.0)
+    assert figures["data_again", "speedup"] == pytest.approx(8.0)
+    assert figures["data_twice", "speedup"] == pytest.approx(4.0)
+    assert figures["data_again/qa", "accepted_length"] == 4.0
 
 
 def test_a_result_file_is_whole_and_names_no_folder_of_this_machine(

@@ -99,14 +99,20 @@ def test_questions_are_asked_under_every_arm() -> None:
         (("--contexts", "", "--quality-contexts", "", "--needle-contexts", ""), "there is nothing to measure"),
     ],
 )
-def test_bench_kv_refuses_bad_input(cli: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_bench_kv_refuses_bad_input(inside: Callable, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     short = tmp_path / "short.txt"
     short.write_text("A short text.")
     empty = tmp_path / "model"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
-    answer = cli("bench", "kv", *(a.format(short=short, empty=empty) for a in arguments))
+    answer = inside("bench", "kv", *(a.format(short=short, empty=empty) for a in arguments))
     assert answer.returncode == 2, answer
     assert message.format(empty=empty) in answer.stderr
     assert "Traceback" not in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+
+
+def test_bench_kv_is_refused_in_a_process_too(cli: Callable) -> None:
+    answer = cli("bench", "kv", "--contexts", "1k")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("pilotfish: --contexts: expected whole numbers")

@@ -97,6 +97,10 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling,ordr=2"), ("pilotfish.drafter.ordr: unknown, did you mean 'order'?",)),
         (("--drafter", "token_recycling,order=two"), ("pilotfish.drafter.order: expected int, got 'two'",)),
         (("--drafter", "token_recycling,order=99"), ("pilotfish.drafter.order: expected 1 to 8, got 99",)),
+        (("--drafter", "token_recycling,verification=trees"), ("expected one of 'chain', 'tree', got 'trees'",)),
+        (("--drafter", "token_recycling,verificaton=tree"), ("did you mean 'verification'?",)),
+        (("--drafter", "rasd,nodes=200"), ("pilotfish.drafter.nodes: expected 0 to 128, got 200",)),
+        (("--drafter", "rasd,datastore=nowhere"), ("pilotfish.drafter.datastore: nowhere: not a datastore",)),
         (("--drafter", "token_recycling,order"), ("not of the form key=value",)),
         (("--drafter", "token_recycling", "--speculative-config", "{}"), ("leave one out",)),
         (("--drafter", "token_recycling", "--additional-config", "{"), ("--additional-config: not JSON",)),
@@ -138,8 +142,8 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling,state_path=no/such/folder/x"), ("not a folder that can be written",)),
     ],
 )
-def test_serve_refuses_in_one_line(cli: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    refused(cli("serve", MODEL, *arguments), *parts)
+def test_serve_refuses_in_one_line(inside: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    refused(inside("serve", MODEL, *arguments), *parts)
 
 
 def test_serve_refuses_models_that_are_not_there(cli: Callable, tmp_path: Path) -> None:

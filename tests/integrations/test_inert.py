@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pilotfish.integrations.vllm import attach
+from pilotfish.integrations.vllm import attach, support
 from pilotfish.plugins.config import ConfigError, PilotfishConfig
 
 STANDARD = "assert not {'torch', 'vllm', 'numpy', 'numba', 'typer', 'rich'} & set(sys.modules), sys.modules.keys()"
@@ -40,7 +40,7 @@ def test_importing_the_adapter_package_needs_no_torch() -> None:
         (None, None, False),
         ({"other": 1}, {"method": "ngram"}, False),
         ({"pilotfish": {}}, None, True),
-        ({}, {"model": attach.DRAFTER_CLASS}, True),
+        ({}, {"model": support.DRAFTER_CLASS}, True),
     ],
 )
 def test_only_those_who_mention_us_are_concerned(additional, speculative, concerned: bool) -> None:
@@ -49,7 +49,7 @@ def test_only_those_who_mention_us_are_concerned(additional, speculative, concer
 
 def test_half_a_selection_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish.drafter: missing, though"):
-        attach.read({}, {"model": attach.DRAFTER_CLASS})
+        attach.read({}, {"model": support.DRAFTER_CLASS})
 
 
 def test_kinds_that_are_not_attached_yet_are_refused() -> None:

@@ -44,7 +44,7 @@ def test_a_set_that_loses_needles_is_passed_over() -> None:
     assert profile.settings["fast"]["select_layers"] == [0], "fast promises speed, not needles"
 
 
-def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
+def test_tune_refuses_bad_input(cli, inside, tmp_path: Path) -> None:
     for arguments, message in (
         (("./no",), "no such folder"),
         (("smollm2-135m-instruct", "--text", str(tmp_path / "none.txt")), "No such file"),
@@ -56,7 +56,7 @@ def test_tune_refuses_bad_input(cli, tmp_path: Path) -> None:
             "not a .json file in a folder",
         ),
     ):
-        answer = cli("tune", "tidal", *arguments)
+        answer = (cli if message == "no such folder" else inside)("tune", "tidal", *arguments)
         assert answer.returncode == 2, answer
         assert message in answer.stderr
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
@@ -102,14 +102,14 @@ def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
     assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"
 
 
-def test_tune_razor_refuses_bad_input(cli, tmp_path: Path) -> None:
+def test_tune_razor_refuses_bad_input(inside, tmp_path: Path) -> None:
     for arguments, message in (
         (("./no",), "no such folder"),
         (("smollm2-135m-instruct", "--out", str(tmp_path)), "--out"),
         (("smollm2-135m-instruct", "--plot", str(tmp_path / "no" / "p.png")), "--plot"),
         (("smollm2-135m-instruct", "--longest", "3"), "--longest"),
     ):
-        answer = cli("tune", "razor", *arguments)
+        answer = inside("tune", "razor", *arguments)
         assert answer.returncode == 2, answer
         assert message in answer.stderr
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr

@@ -103,3 +103,29 @@ def test_costs_stay_positive_and_memory_bounded(steps: list[tuple[int, int, floa
         assert without > 0
         assert per_token >= 0
     assert len(cost._cells) <= StepCost.MAX_CELLS
+
+
+def test_a_measured_shape_says_where_tokens_stop_being_free() -> None:
+    """A machine that verifies 32 rows in the time of one, and pays for each row behind them."""
+    cost = StepCost()
+    cost.shape([1, 32, 64], [0.010, 0.0101, 0.0201])
+    assert cost(1, 31) / cost(1, 0) == pytest.approx(1.01)
+    assert cost(1, 63) / cost(1, 0) == pytest.approx(2.01)
+    assert cost(1, 95) / cost(1, 0) == pytest.approx(3.01), "behind what was measured it goes on as it was"
+    scores = [np.full(64, 0.1, np.float32)]
+    assert allocate(scores, cost) == [31]
+    for d in (0, 10, 31, 50) * 20:
+        cost.observe(1, d, 2 * (0.010 + 0.0003125 * max(0, d - 31)))  # twice as slow, of the same shape
+    assert allocate(scores, cost) == [31]
+    assert cost(1, 63) == pytest.approx(0.040, rel=0.1)
+
+
+def test_small_drafts_do_not_say_that_large_ones_are_dear() -> None:
+    """Up to eight rows cost next to nothing by the shape; that real steps differ there by overheads tells little."""
+    cost = StepCost()
+    cost.shape([1, 8, 12, 16, 24, 32], [0.0300, 0.0305, 0.033, 0.038, 0.048, 0.058])
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        d = int(rng.integers(2, 9))
+        cost.observe(1, d, 0.038 + 0.0007 * d)
+    assert cost(1, 23) / cost(1, 0) < 2.0, "the shape says 1.6"

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.plugins.config import ConfigError, Selection, build_options, parse_assignments, parse_config
+from pilotfish.plugins.config import (
+    ConfigError,
+    Selection,
+    Verification,
+    build_options,
+    parse_assignments,
+    parse_config,
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,15 @@ def test_whole_configuration() -> None:
     assert config.allow_untested_vllm
     assert list(config.selected()) == ["drafter"]
     assert parse_config({"kv": "razor"}).kv == Selection("razor")
+
+
+def test_how_drafts_are_verified_stands_among_the_drafters_options() -> None:
+    config = parse_config({"drafter": {"name": "x", "k": 3, "verification": "tree", "nodes": 5}})
+    assert config.drafter == Selection("x", {"k": 3})
+    assert config.verification == Verification("tree", 5)
+    assert parse_config({"drafter": "x"}).verification == Verification("chain", None)
+    with pytest.raises(ConfigError, match=r"pilotfish\.drafter\.nodes: expected 0 to 128, got 129"):
+        parse_config({"drafter": {"name": "x", "nodes": 129}})
 
 
 @pytest.mark.parametrize(

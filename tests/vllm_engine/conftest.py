@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pilotfish.integrations.vllm.attach import DRAFTER_CLASS
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.models import SMOLLM2, fetch
+from pilotfish.integrations.vllm.support import DRAFTER_CLASS
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
@@ -55,6 +55,19 @@ def tiny_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+class Remembered:
+    """An engine whose answers are kept: one that nothing changes says the same again."""
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self._engine, self._answers = engine, {}
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        key = json.dumps(command)
+        if key not in self._answers:
+            self._answers[key] = self._engine.ask(**command)
+        return self._answers[key]
+
+
 def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) -> dict[str, Any]:
     """Engine arguments that select our drafter."""
     return {
@@ -72,6 +85,11 @@ def start_interpreted(start: Start) -> Start:
         return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, TRITON_WORKER, **{**small, **config})
 
     return begin
+
+
+@pytest.fixture(scope="session")
+def remembered() -> type[Remembered]:
+    return Remembered
 
 
 @pytest.fixture(scope="session")

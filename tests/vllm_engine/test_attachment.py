@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.integrations.vllm.attach import DRAFTER_CLASS
 from pilotfish.integrations.vllm.serving import vllm_serve
+from pilotfish.integrations.vllm.support import DRAFTER_CLASS
 
 pytestmark = pytest.mark.engine
 
@@ -57,7 +57,7 @@ class TestKillSwitchAndState:
         assert steps[1] < steps[0], "the second engine starts hot"
 
     def test_two_ranks_give_the_same_text(self, two_ranks, tiny_model, drafting_args, texts) -> None:
-        answer = two_ranks(tiny_model, TEXTS, **drafting_args())
+        answer = two_ranks(tiny_model, TEXTS, **drafting_args(20, verification="tree", nodes=20))
         assert answer["tokens"] == texts
         assert answer["accepted"] > 0
 

@@ -6,16 +6,17 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def stock(start, model):
-    return start(model)
+def stock(start, model, remembered):
+    return remembered(start(model))
 
 
-@pytest.fixture(scope="module")
-def hard(start, model, drafting_args):
+@pytest.fixture(scope="module", params=["chain", "tree"])
+def hard(request, start, model, drafting_args):
     # So few blocks that requests are preempted, prompts in chunks of 64 tokens, and a context that ends soon.
-    return start(
+    tree = {"tokens": 10, "verification": "tree", "nodes": 10}
+    engine = start(
         model,
-        **drafting_args(),
+        **drafting_args(**(tree if request.param == "tree" else {})),
         block_size=32,
         num_gpu_blocks_override=24,
         max_model_len=320,
@@ -23,6 +24,8 @@ def hard(start, model, drafting_args):
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
     )
+    yield engine
+    engine.close()
 
 
 def test_preemption_and_chunked_prompts(stock, hard, prompts) -> None:

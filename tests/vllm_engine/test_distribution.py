@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-SAMPLES, TOKENS, LEVEL = 1000, 3, 1e-4
+SAMPLES, TOKENS, LEVEL = 600, 3, 1e-4
 PROMPT = "The three primary colours are red, blue and yellow. My favourite colour is"
 SETTINGS = {"plain": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20, "temperature": 0.7}}
 
@@ -21,11 +21,13 @@ def stock(start, model):
     return start(model, max_num_seqs=64, enable_prefix_caching=True)
 
 
-@pytest.fixture(scope="module")
-def drafted(start, model, drafting_args):
-    engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafting_args(4))
+@pytest.fixture(scope="module", params=["chain", "tree"])
+def drafted(request, start, model, drafting_args):
+    drafter = drafting_args(4) if request.param == "chain" else drafting_args(5, verification="tree")
+    engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafter)
     engine.ask(do="draft_always")  # whether it pays or not
-    return engine
+    yield engine
+    engine.close()
 
 
 def draw(engine, count: int, settings: dict) -> tuple[list[tuple[int, ...]], int]:
@@ -43,7 +45,10 @@ def p_value(one: list, other: list) -> float:
     return 1.0 if table.shape[1] < 2 else chi2_contingency(table).pvalue  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(s, id=name, marks=[pytest.mark.long] if name == "top_k" else []) for name, s in SETTINGS.items()],
+)
 def test_distribution_is_unchanged(stock, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2
     control, again = draw(stock, count, settings)[0], draw(stock, count, settings)[0]

@@ -15,13 +15,21 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def stock(start, model):
-    return start(model)
+def stock(start, model, remembered):
+    return remembered(start(model))
 
 
-@pytest.fixture(scope="module")
-def drafted(start, model, drafting_args):
-    return start(model, **drafting_args())
+@pytest.fixture(scope="module", params=["chain", "tree"])
+def drafted(request, start, model, drafting_args):
+    if request.param == "chain":
+        engine = start(model, **drafting_args())
+    else:
+        engine = start(model, **drafting_args(24, verification="tree"))
+        engine.ask(do="draft_always")  # whether it pays or not
+    yield engine
+    if request.param == "tree":
+        assert engine.ask(do="trees")["moved"] > 5, "trees were verified"
+    engine.close()
 
 
 def both(stock, drafted, prompts: list, sampling: list[dict[str, Any]]) -> tuple[dict, dict]:

@@ -101,6 +101,7 @@ def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, mo
     ours.close()
 
 
+@pytest.mark.long
 def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> None:
     """Each rank sees half of the heads; the choice is the one of all."""
     policy = kv(budget=192, recent=32, full_layers=[], select_layers=[0])

@@ -11,7 +11,7 @@ import pytest
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 PAGE = {"budget": 160, "sinks": 4, "recent": 32, "aggregate": "sum", "granularity": "page"}
 TOKEN = {**PAGE, "budget": 100, "aggregate": "kv_head", "granularity": "token"}

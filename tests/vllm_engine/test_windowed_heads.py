@@ -121,6 +121,7 @@ def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
     engine.close()
 
 
+@pytest.mark.long
 def test_two_tensor_parallel_ranks(two_ranks, start, tiny_model) -> None:
     """Each rank keeps one head whole, of different layers, though all ranks' caches have to be alike."""
     policy = kv(keep=[[0, 0], [1, 1]], window=64, ratio=0, prefill="streaming")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
 PROMPTS = [

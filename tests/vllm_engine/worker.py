@@ -127,6 +127,66 @@ class TestWorker(Worker):
         cost.line, cost.observe = lambda requests: (1.0, 0.0), lambda *step: None
         return {}
 
+    def trees(self) -> dict[str, Any]:
+        """What tree verification has done."""
+        return {"moved": self.runner.drafter.trees.moved}
+
+    def integrity(self, prompts: list[list[int]], max_tokens: int, looks: int) -> dict[str, Any]:
+        """How far the cache of drafted requests is from that of the same tokens, processed as a prompt.
+
+        Requests join one after the other; after every step, what each has in the cache is read.
+        """
+        import random
+
+        import torch
+
+        seen: list[tuple[list[int], torch.Tensor]] = []
+        engine, running = self.llm.llm_engine, self.core.scheduler.running
+        waiting = list(enumerate(prompts))
+        before = self.runner.drafter.trees.moved
+        while waiting or engine.has_unfinished_requests():
+            if waiting:
+                number, prompt = waiting.pop(0)
+                self._add(f"kv-{number}", prompt, max_tokens)
+            engine.step()
+            for request in self.core.scheduler.running:
+                done = request.num_computed_tokens
+                if done > len(request.prompt_token_ids):
+                    seen.append((list(request.all_token_ids[:done]), self._cache(request.request_id, done)))
+        moved, worst = self.runner.drafter.trees.moved - before, 0.0
+        for number, (tokens, cache) in enumerate(random.Random(0).sample(seen, looks)):
+            self._add(f"fresh-{number}", tokens, 2)
+            while not running and not self.core.scheduler.running:
+                engine.step()
+            while self.core.scheduler.running and self.core.scheduler.running[0].num_computed_tokens < len(tokens):
+                engine.step()
+            fresh = self._cache(self.core.scheduler.running[0].request_id, len(tokens))
+            worst = max(worst, float((cache - fresh).abs().max()))
+            while engine.has_unfinished_requests():
+                engine.step()
+        return {"moved": moved, "steps": len(seen), "worst": worst, "scale": float(seen[0][1].abs().max())}
+
+    def _add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def _cache(self, request: str, count: int) -> Any:
+        """Keys and values of a request's first tokens, [layers, count, kv_heads, 2 * head_size]."""
+        import torch
+
+        batch, layers = self.runner.input_batch, []
+        table = batch.block_table[0].get_cpu_tensor()[batch.req_id_to_index[request]]
+        for layer in self.runner.compilation_config.static_forward_context.values():
+            _, heads, block, width = layer.kv_cache.shape
+            pages = layer.kv_cache[table[: -(-count // block)].long()].view(-1, heads, 2, block * width // 2)
+            keys = pages[:, :, 0].reshape(-1, heads, width // 2, block).transpose(2, 3)  # K lies transposed
+            values = pages[:, :, 1].reshape(-1, heads, block, width // 2)
+            both = torch.cat([keys, values], -1).permute(0, 2, 1, 3).reshape(-1, heads, width)
+            layers.append(both[:count].clone())
+        return torch.stack(layers)
+
     def broken_sampling(self) -> dict[str, Any]:
         """vLLM's own function, then ours, on parameters that are not whole numbers."""
         from pilotfish.integrations.vllm import patches

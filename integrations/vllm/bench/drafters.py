@@ -1,8 +1,9 @@
 """Drafters side by side: every arm shares its runs, prompt by prompt, with an engine that does not speculate.
 
 Two engines live at a time: stock vLLM and one with a drafter. Each prompt is run on both, in alternating order, so that
-a machine whose speed drifts slows both. Token Recycling is measured twice in its engine: *cold* with tables that are
-empty at the first prompt, *hot* with tables that have seen other prompts before (never the measured ones).
+a machine whose speed drifts slows both. Our drafters can be measured twice in their engine: *cold* with tables that are
+empty at the first prompt, *hot* with tables that have seen other prompts before (never the measured ones). Or all
+prompts come a second time (``twice``), which drafters that keep outputs profit from.
 """
 
 import statistics
@@ -17,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ....plugins.config import ConfigError, unknown
+from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown
 from ....plugins.manager import plugins
-from .. import attach, models
+from .. import attach, models, support
 from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_model
@@ -52,6 +53,7 @@ class Plan:
     seed: int
     out: Path
     hot: bool = True  # measure tables that have seen other prompts, too
+    twice: bool = False  # run all prompts a second time, and the tables cold only
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Run:
     category: str
     batch: int
     turn: int  # runs of the same prompts have the same
+    again: bool  # the prompts come for the second time
     answer: dict[str, Any]
 
     @property
@@ -72,6 +75,8 @@ class Run:
 
 def speculation(arm: str) -> dict[str, Any]:
     """Engine arguments of an arm: vLLM's own drafters as its documentation sets them, ours by plugin name.
+
+    Options stand behind an @ each, as in ``rasd@verification=tree@nodes=40``.
 
     Raises:
         ConfigError: no such arm.
@@ -90,14 +95,17 @@ def speculation(arm: str) -> dict[str, Any]:
     if arm == "suffix":
         return {"speculative_config": {"method": "suffix", "num_speculative_tokens": 16}}
     drafters = plugins().classes("drafter")
-    if arm not in drafters:
-        raise ConfigError(unknown(f"arm '{arm}'", arm, [*drafters, "ngram", "suffix"]))
+    chosen = parse_assignments(arm.replace("@", ","))
+    if chosen.name not in drafters:
+        raise ConfigError(unknown(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
+    key = {"drafter": {"name": chosen.name, **chosen.options}}
+    config = attach.read({ROOT: key})
     return {
-        "additional_config": {"pilotfish": {"drafter": arm}},
+        "additional_config": {ROOT: key},
         "speculative_config": {
             "method": "custom_class",
-            "model": attach.DRAFTER_CLASS,
-            "num_speculative_tokens": drafters[arm].default_depth,  # type: ignore[attr-defined]
+            "model": support.DRAFTER_CLASS,
+            "num_speculative_tokens": support.drafted_tokens(drafters[chosen.name], config.verification),
         },
     }
 
@@ -161,10 +169,12 @@ def measure_pair(
         "seed": 0,
     }
     states = ("",)
-    if plan.hot and arm in plugins().classes("drafter"):
+    if plan.hot and not plan.twice and "additional_config" in speculation(arm):
         states = ("cold", "hot")
+    passes = (False, True) if plan.twice else (False,)
     heating, batched = others[:HOT_PROMPTS], others[HOT_PROMPTS:]
-    total = len(drawn) * (1 + len(states)) + (2 * (len(batched) // (QUEUE * plan.batch)) if plan.batch else 0)
+    queues = len(batched) // (QUEUE * plan.batch) if plan.batch else 0
+    total = len(passes) * len(drawn) * (1 + len(states)) + 2 * queues
     task = bar.add_task(f"{arm}: starting engines", total=total)
     with (
         tempfile.TemporaryDirectory() as logs,
@@ -181,8 +191,10 @@ def measure_pair(
         bar.update(task, description=arm)
         arms: list[Arm] = [(STOCK, stock, "")] + [(f"{arm}@{s}" if s else arm, drafted, s) for s in states]
         runs = []
-        for i, (prompt, tokens) in enumerate(zip(drawn, encoded, strict=True)):
-            runs += _turn(arms, i, prompt.dataset, prompt.category, [tokens], plan.max_tokens, bar, task)
+        for again in passes:
+            for i, (prompt, tokens) in enumerate(zip(drawn, encoded, strict=True)):
+                more = _turn(arms, i, prompt.dataset, prompt.category, [tokens], plan.max_tokens, bar, task)
+                runs += [replace(r, again=again) for r in more]
         if plan.batch:
             runs += _queues(plan, arms, batched, [encode(p) for p in batched], bar, task)
         # Which stock runs belong to which arm: the pair ran together.
@@ -222,7 +234,7 @@ def _turn(
         if state:
             engine.ask(do="use", drafter=state)
         answer = engine.ask(do="generate", prompts=prompts, max_tokens=max_tokens)
-        runs.append(Run(arm, dataset, category, len(prompts), turn, answer))
+        runs.append(Run(arm, dataset, category, len(prompts), turn, False, answer))
         bar.advance(task)
     return runs
 
@@ -231,17 +243,24 @@ def _turn(
 
 
 def summarise(runs: Sequence[Run]) -> list[Record]:
-    """Ratios against the stock runs of the same pair, by dataset, category and batch size."""
+    """Ratios against the stock runs of the same pair, by dataset, category and batch size.
+
+    Where prompts came twice, ``DATASET`` is their first time, ``DATASET_again`` their second, ``DATASET_twice`` both.
+    """
     records: list[Record] = []
     arms = list(dict.fromkeys(r.arm for r in runs if not r.arm.startswith(STOCK)))
     for arm in arms:
-        stock = {(r.dataset, r.batch, r.turn): r for r in runs if r.arm == f"{STOCK}|{arm.partition('@')[0]}"}
+        pair_of = f"{STOCK}|{arm.removesuffix('@cold').removesuffix('@hot')}"
+        stock = {(r.dataset, r.batch, r.turn, r.again): r for r in runs if r.arm == pair_of}
+        twice = any(r.again for r in runs if r.arm == arm)
         groups: dict[tuple[str, int], list[tuple[Run, Run]]] = defaultdict(list)
         for mine in (r for r in runs if r.arm == arm):
-            pair = (mine, stock[mine.dataset, mine.batch, mine.turn])
-            groups[mine.dataset, mine.batch].append(pair)
-            if mine.batch == 1:
-                groups[f"{mine.dataset}/{mine.category}", 1].append(pair)
+            pair = (mine, stock[mine.dataset, mine.batch, mine.turn, mine.again])
+            endings = [("_again" if mine.again else ""), *(["_twice"] if twice and mine.batch == 1 else [])]
+            for dataset in (mine.dataset + ending for ending in endings):
+                groups[dataset, mine.batch].append(pair)
+                if mine.batch == 1:
+                    groups[f"{dataset}/{mine.category}", 1].append(pair)
         for (dataset, batch), pairs in groups.items():
             records += _figures(arm, dataset, {"batch": batch}, pairs)
     return records

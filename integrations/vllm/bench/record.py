@@ -35,7 +35,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     result = {
         "machine": machine(),
         "versions": {name: v for name in (*PACKAGES, "arctic-inference") if (v := version(name)) is not None},
-        "command": shlex.join(["pilotfish", *(_short(a) for a in sys.argv[1:])]),
+        "command": shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "records": [asdict(r) for r in records],
     }
@@ -81,6 +81,12 @@ def machine() -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     return {"processor": name, "cores": os.cpu_count(), "memory_gib": memory, "system": platform.system()}
+
+
+def _program(path: str) -> list[str]:
+    """How people start the program: by its command, or as a script."""
+    script = path.endswith(".py") and Path(path).name != "__main__.py"
+    return ["python", _short(path)] if script else ["pilotfish"]
 
 
 def _short(argument: str) -> str:

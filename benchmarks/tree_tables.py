@@ -1,0 +1,57 @@
+"""Tables of drafters on prompts that come twice, chains beside trees: `pilotfish bench drafters --twice`."""
+
+from common import figures, load, markdown, provenance
+
+RESULT = "drafters_trees"
+NAMES = {"ngram": "vLLM `ngram`", "suffix": "`suffix` (arctic-inference)"}
+
+
+def label(arm: str) -> str:
+    """An arm as readers know it."""
+    name, *options = arm.split("@")
+    title = {"token_recycling": "Token Recycling", "rasd": "RASD"}.get(name, name)
+    kind = "tree" if "verification=tree" in options else "chain"
+    rest = [f"`{o}`" for o in options if o != "verification=tree"]
+    return NAMES.get(arm) or ", ".join([f"{title}, {kind}", *rest])
+
+
+def twice() -> str:
+    """Speed and tokens per step: the first time, the second, both."""
+    result = load(RESULT)
+    table = figures(result)
+    arms = list(dict.fromkeys(arm for _, _, arm in table))
+    sets = [d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))]
+    rows = []
+    for dataset in dict.fromkeys(sets):
+        for arm in arms:
+            first, second, both = (table[dataset + ending, 1, arm] for ending in ("", "_again", "_twice"))
+            same = first["identical_share"] == second["identical_share"] == 1
+            cells = [f"{x['speedup']:.2f} ({x['accepted_length']:.2f})" for x in (first, second, both)]
+            drafted, ms = f"{first['drafted_per_step']:.1f}", first.get("proposal_ms")
+            rows.append([dataset, label(arm), *cells, drafted, f"{ms:.2f}" if ms else "", "yes" if same else "no"])
+    head = ["prompts", "drafter", "first time", "second time", "both", "drafted per step", "proposal ms", "identical"]
+    return markdown(head, rows) + provenance(result)
+
+
+def twice_by_category() -> str:
+    """Speed and tokens per step of prompts seen for the first time, by category."""
+    table = figures(load(RESULT))
+    arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
+    places = {d for d, *_ in table if "/" in d and not d.split("/")[0].endswith(("_again", "_twice"))}
+    rows = [
+        [d, *(f"{table[d, 1, a]['speedup']:.2f} ({table[d, 1, a]['accepted_length']:.2f})" for a in arms)]
+        for d in sorted(places)
+    ]
+    return markdown(["category", *map(label, arms)], rows)
+
+
+def twice_short() -> str:
+    """For the README: whole settings on the first set of prompts."""
+    table = figures(load(RESULT))
+    arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
+    dataset = next(d for d, *_ in table)
+    rows = []
+    for arm in arms:
+        cells = [table[dataset + ending, 1, arm] for ending in ("", "_again", "_twice")]
+        rows.append([label(arm), *(f"{x['speedup']:.2f}x" for x in cells), f"{cells[0]['accepted_length']:.2f}"])
+    return markdown(["drafter", "first time", "second time", "both", "tokens per step, first time"], rows)

@@ -1,0 +1,117 @@
+"""How long this machine takes for steps of more and more rows: measured when an engine starts, once for a model.
+
+The times are kept in the user's cache. They tell how further rows of a step grow dearer, which `StepCost` goes on to
+correct by the steps that really happen.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+
+from ...kvcache.kernels.native import cache_dir, processor
+from ...plugins.contracts import Engine
+from . import attach, seams
+from .runner import top_k
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # rows of a step
+REPEATS = 7
+Times = dict[int, float]  # rows -> seconds
+
+
+def when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[Times], None]) -> None:
+    """Measure as soon as the runner can run steps, or take what was measured before.
+
+    Args:
+        runner: vLLM's model runner, on every tensor-parallel rank.
+        engine: The facts that decide whether earlier times hold.
+        most: Largest number of rows that matters.
+        receive: Is given the times.
+    """
+    graphs = engine.device == "cuda" and not runner.vllm_config.model_config.enforce_eager
+    name = "capture_model" if graphs else "initialize_kv_cache"
+    original = getattr(runner, name)
+
+    def then_measure(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not kwargs.get("is_profiling", False):
+            setattr(runner, name, original)
+            receive(_times(runner, engine, min(most, runner.max_num_tokens)))
+        return result
+
+    setattr(runner, name, then_measure)
+
+
+def _times(runner: Any, engine: Engine, most: int) -> Times:
+    """Times from the cache, or measured; all ranks do the same."""
+    sizes, path, tp = [n for n in SIZES if n <= most], _path(runner, engine), get_tp_group()
+    known = tp.broadcast_object(_read(path, sizes) if tp.rank_in_group == 0 else None)
+    if known is None:
+        known = measure(runner, sizes)
+        if tp.rank_in_group == 0:
+            _write(path, known)
+            rows = ", ".join(f"{n}: {1000 * t:.1f}" for n, t in known.items())
+            attach.logger.info("pilotfish: milliseconds of a step by its rows, measured: %s", rows)
+    return known
+
+
+@torch.inference_mode()
+def measure(runner: Any, sizes: list[int]) -> Times:
+    """Least seconds of the model, its logits and their candidates for steps of ``sizes`` rows.
+
+    Attention to earlier tokens is left out.
+    """
+    model, taken = runner.model, {n: [] for n in sizes}
+    for repeat in range(REPEATS + 1):
+        for n in sizes:  # in turn, so that a busy moment meets all
+            started = time.perf_counter()
+            hidden, _ = runner._dummy_run(n, skip_eplb=True)
+            logits = model.compute_logits(hidden[:n])
+            if logits is not None:
+                top_k(logits, 8)[1].sum().item()  # waits for the device
+                logits.argmax(-1).sum().item()
+            if repeat:  # the first round warms up
+                taken[n].append(time.perf_counter() - started)
+    return {n: min(times) for n, times in taken.items()}
+
+
+def _path(runner: Any, engine: Engine) -> Path:
+    config = runner.vllm_config.model_config
+    facts = [
+        config.model,
+        engine.fingerprint,
+        engine.dtype,
+        str(config.quantization),
+        config.enforce_eager,
+        engine.tensor_parallel_size,
+        torch.cuda.get_device_name() if engine.device == "cuda" else f"{torch.get_num_threads()} threads",
+        seams.installed_version(),
+        processor(),
+    ]
+    return cache_dir() / "steps" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: Path, sizes: list[int]) -> Times | None:
+    try:
+        times = {int(n): float(t) for n, t in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None  # none yet, or not ours
+    return {n: times[n] for n in sizes} if all(times.get(n, 0) > 0 for n in sizes) else None
+
+
+def _write(path: Path, times: Times) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(times), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:  # a cache is a convenience
+        attach.logger.warning("pilotfish: step times are not kept: %s", error)
+    finally:
+        partial.unlink(missing_ok=True)

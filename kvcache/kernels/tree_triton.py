@@ -1,0 +1,105 @@
+"""As `tree`, for GPUs, over the cache of vLLM's Triton backend.
+
+That is [blocks, kv_heads, block_size, 2 * head_size]: each position has its key and behind it its value. What lies
+before a tree is split among programs and merged by log-sum-exp, as in `head_cache_triton`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+
+from . import programs_tree_triton as kernels
+from .head_cache_triton import LEAST_ROWS, PROGRAMS, ROWS, SPLITS, TILE
+from .tree import words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Trees:
+    """The trees of a step, on the device; see `tree.Trees`."""
+
+    def __init__(
+        self,
+        request: Sequence[int],
+        token: Sequence[int],
+        context: Sequence[int],
+        seen: Sequence[NDArray[np.bool_]],
+        device: torch.device,
+    ) -> None:
+        bits = [words(mask) for mask in seen]
+        begins = np.cumsum([0, *(b.size for b in bits[:-1])])
+        lengths = [len(mask) for mask in seen]
+        numbers = np.array([request, token, [c - 1 for c in context], lengths, begins], np.int32).T
+        rows = np.concatenate([np.arange(t, t + n) for t, n in zip(token, lengths, strict=True)]).astype(np.int32)
+        self.numbers = torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
+        self.bits = torch.from_numpy(np.concatenate([b.ravel() for b in bits]).view(np.int32)).to(device)
+        self.rows = torch.from_numpy(rows).to(device)
+        self.count, self.longest = len(lengths), max(lengths)
+        self.positions = max(c + n for c, n in zip(context, lengths, strict=True)) - 1
+
+
+def read_trees(
+    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: Trees, scale: float, output: "Tensor"
+) -> None:
+    """Attention of the trees' tokens, see `tree.read_trees`.
+
+    Raises:
+        ValueError: shapes or strides that the kernels do not read.
+    """
+    tokens, heads, size = query.shape
+    kv_heads, block_size = cache.shape[1], cache.shape[2]
+    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
+        raise ValueError(f"strides of query {query.stride()}, cache {cache.stride()}, output {output.stride()}")
+    share = heads // kv_heads
+    rows = max(LEAST_ROWS, ROWS, triton.next_power_of_2(share))
+    together = rows // share
+    tiles = triton.cdiv(trees.longest, together)
+    splits = min(SPLITS, triton.cdiv(PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE))
+    parts = torch.empty(tokens, heads, splits, size, dtype=torch.float32, device=query.device)
+    tops, totals = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=query.device)
+    sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
+    kernels.attend[(trees.count * tiles, kv_heads, splits)](
+        query,
+        cache,
+        block_table,
+        trees.numbers,
+        trees.bits,
+        parts,
+        tops,
+        totals,
+        scale,
+        query.stride(0),
+        cache.stride(0),
+        cache.stride(1),
+        block_table.stride(0),
+        tiles,
+        SHARE=share,
+        ROWS=rows,
+        TOKENS=together,
+        BLOCK=block_size,
+        TILE=TILE,
+        **sizes,
+    )
+    kernels.merge[(len(trees.rows), heads)](parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes)
+
+
+class Mover:
+    """Moves tokens within the caches of all layers, see `tree.Mover`."""
+
+    def __init__(self, caches: "Sequence[Tensor]") -> None:
+        """Look at ``caches``, each [blocks, kv_heads, block_size, 2 * head_size]."""
+        self._caches = list(caches)
+
+    def __call__(self, source: "Tensor", target: "Tensor") -> None:
+        """Copy keys and values from slots to slots, [tokens] each.
+
+        All are read before any is written: as in `tree.Mover`, where no target lies behind a source still to be read.
+        """
+        for cache in self._caches:
+            size = cache.shape[2]
+            cache[target // size, :, target % size] = cache[source // size, :, source % size].clone()

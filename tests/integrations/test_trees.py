@@ -1,0 +1,192 @@
+"""Tree verification without an engine: what is drawn and walked, who is served, what is refused."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from pilotfish.integrations.vllm import patches, trees
+from pilotfish.plugins.contracts import DraftTree, Unsupported
+
+VOCABULARY = 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mended_sampling() -> Iterator[None]:
+    """As the drafter mends it at start, where vLLM's build needs it."""
+    patches.EXPAND.apply()
+    yield
+    patches.EXPAND.undo()
+
+
+@pytest.mark.parametrize(
+    ("params", "plain"),
+    [
+        ({}, True),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 1, "stop": ["x"], "ignore_eos": True}, True),
+        ({"logprobs": 0}, False),
+        ({"min_tokens": 3}, False),
+        ({"bad_words": ["a"]}, False),
+        ({"allowed_token_ids": [1, 2]}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": -0.5}, False),
+        ({"frequency_penalty": 0.5}, False),
+        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, False),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
+)
+def test_who_can_have_a_tree(params: dict, plain: bool) -> None:
+    assert trees.is_plain(SamplingParams(**params)) is plain
+
+
+class Builder:
+    """Stands for a builder of attention metadata."""
+
+    error: str | None = None
+
+    def __init__(self) -> None:
+        self.placed, self.moves = [], []
+
+    def move(self, source, target) -> None:
+        self.moves += zip(source, target, strict=True)
+
+
+def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: Builder) -> SimpleNamespace:
+    """A model runner with a batch of requests, whose queries begin at ``starts``."""
+    greedy = [p.temperature == 0 for p in requests.values()]
+    sampling = SimpleNamespace(
+        all_greedy=all(greedy),
+        all_random=not any(greedy),
+        temperature=torch.tensor([p.temperature for p in requests.values()]),
+        top_k=None,
+        top_p=None,
+        generators={},
+    )
+    ids = list(requests)
+    return SimpleNamespace(
+        attn_groups=[[SimpleNamespace(metadata_builders=[builder])]],
+        query_start_loc=SimpleNamespace(np=np.array(starts)),
+        positions=torch.arange(100, 100 + starts[-1]),
+        input_batch=SimpleNamespace(
+            req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampling_metadata=sampling
+        ),
+        requests={r: SimpleNamespace(sampling_params=p) for r, p in requests.items()},
+        _prepare_inputs=lambda *_: "prepared",
+        _sample=lambda *_: SimpleNamespace(sampled_token_ids=torch.full((len(ids), 8), 9, dtype=torch.int32)),
+    )
+
+
+def tree(*nodes: tuple[int, int]) -> DraftTree:
+    tokens, parents = zip(*nodes, strict=True)
+    return DraftTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.ones(len(nodes), np.float32))
+
+
+def step(runner: SimpleNamespace, scheduled: dict[str, list[int]], drawn: list[int]) -> list[list[int]]:
+    """One step whose model draws ``drawn`` at its rows; the output tokens."""
+    assert runner._prepare_inputs(SimpleNamespace(scheduled_spec_decode_tokens=scheduled)) == "prepared"
+    counts = [len(scheduled.get(r, [])) for r in runner.input_batch.req_ids]
+    metadata = SimpleNamespace(
+        num_draft_tokens=counts,
+        max_spec_len=max(counts),
+        draft_token_ids=torch.tensor([t for r in runner.input_batch.req_ids for t in scheduled.get(r, [])]),
+        cu_num_sampled_tokens=torch.tensor(counts).add(1).cumsum(0).int(),
+    )
+    logits = torch.nn.functional.one_hot(torch.tensor(drawn), VOCABULARY).float() * 50
+    output = runner._sample(logits, metadata).sampled_token_ids
+    return [[t for t in row if t >= 0] for row in output.tolist()]
+
+
+GREEDY = SamplingParams(temperature=0)
+#        5        the root's children 5 and 6
+#       / \
+#      7   8     below 5;  6 -> 7 -> 9
+TREE = tree((5, -1), (6, -1), (7, 0), (8, 0), (7, 1), (9, 4))
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
+def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingParams) -> None:
+    builder = Builder()
+    runner = runner_of({"a": params, "b": params, "c": params}, [0, 7, 10, 11], builder)
+    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier.attach()
+    verifier.keep({"a": TREE, "b": tree((1, -1), (2, 0))})
+    drafts = {"a": TREE.tokens.tolist(), "b": [1, 2]}
+    out = step(runner, drafts, [6, 0, 7, 0, 0, 9, 3, 1, 4, 0, 11])
+    assert out == [[6, 7, 9, 3], [1, 4], [11]]
+    assert runner.positions[:7].tolist() == [100, 101, 101, 102, 102, 102, 103]
+    assert runner.positions[7:].tolist() == [107, 108, 109, 110]
+    assert [(p.index, p.first, p.position) for p in builder.placed] == [(0, 0, 100)]
+    assert builder.moves == [(2, 1), (5, 2), (6, 3)], "rows of the accepted nodes to those behind the root"
+    assert verifier.moved == 3
+
+
+def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> None:
+    builder = Builder()
+    runner = runner_of({"a": GREEDY}, [0, 4], builder)
+    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier.attach()
+    verifier.keep({"a": TREE})
+    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[5, 7, 12]]
+    assert builder.moves == [(3, 2)]
+    verifier.keep({})
+    assert not builder.moves.clear()
+    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[9] * 8], "a chain is vLLM's"
+    assert not builder.moves
+
+
+def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
+    builder = Builder()
+    runner = runner_of({"a": GREEDY, "b": SamplingParams(temperature=0, logprobs=1)}, [0, 7, 9], builder)
+    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier.attach()
+    assert verifier.serves("a")
+    assert not verifier.serves("b")
+    verifier.keep({"a": TREE, "b": tree((1, -1))})
+    out = step(runner, {"a": TREE.tokens.tolist(), "b": [1]}, [5, 8, 0, 0, 2, 0, 0, 1, 1])
+    assert out == [[5, 8, 2], [9] * 8]
+
+
+def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> None:
+    builder = Builder()
+    builder.error = "the kernel misreads the cache"
+    verifier = trees.TreeVerifier(runner_of({"a": GREEDY}, [0, 7], builder), "rasd")
+    with caplog.at_level("WARNING", "vllm.pilotfish"):
+        assert not verifier.serves("a")
+        assert not verifier.serves("a")
+    assert verifier.builders == []
+
+
+def test_draws_have_the_models_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
+    sampling = SimpleNamespace(
+        all_greedy=False, all_random=True, temperature=torch.ones(1), top_k=None, top_p=None, generators={}
+    )
+    metadata = SimpleNamespace(num_draft_tokens=[3999], cu_num_sampled_tokens=torch.tensor([4000], dtype=torch.int32))
+    torch.manual_seed(0)
+    drawn = np.bincount(trees.draw(logits.clone(), metadata, sampling), minlength=4) / 4000
+    np.testing.assert_allclose(drawn, torch.softmax(logits[0], -1).numpy(), atol=0.03)
+    sampling.generators = {0: torch.Generator().manual_seed(3)}
+    one = trees.draw(logits.clone(), metadata, sampling)
+    sampling.generators = {0: torch.Generator().manual_seed(3)}
+    assert trees.draw(logits.clone(), metadata, sampling) == one
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [({"sliding_window": (127, 0)}, "a sliding window"), ({"alibi_slopes": [1.0]}, "ALiBi"), ({"head_size": 72}, "72")],
+)
+def test_layers_that_cannot_be_served_are_named(changed: dict, reason: str) -> None:
+    plain = {"sliding_window": (-1, -1), "alibi_slopes": None, "logits_soft_cap": None, "sinks": None, "head_size": 64}
+    config = SimpleNamespace(
+        additional_config={"pilotfish": {"drafter": {"name": "rasd", "verification": "tree"}}},
+        model_config=SimpleNamespace(model="some/model"),
+    )
+    layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(**plain))}
+    trees.check_layers(config, layers)
+    layers["layers.1"] = SimpleNamespace(impl=SimpleNamespace(**{**plain, **changed}))
+    with pytest.raises(Unsupported, match=rf"rasd .*some/model, layer layers\.1: .*{reason}.*verification=chain"):
+        trees.check_layers(config, layers)

@@ -1,0 +1,56 @@
+"""Trees in verification: depths, who sees whom, the walk."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pilotfish.plugins.contracts import ROOT, DraftTree
+from pilotfish.plugins.drafting.tree import ancestors, cut, depths, is_chain, walk
+
+PARENTS = st.integers(0, 40).flatmap(
+    lambda n: st.tuples(*(st.integers(ROOT, i - 1) for i in range(n))).map(lambda p: np.array(p, np.int32))
+)
+
+
+def path_to(parents: np.ndarray, node: int) -> list[int]:
+    """Nodes from the root's child down to ``node``."""
+    path = []
+    while node != ROOT:
+        path.append(node)
+        node = int(parents[node])
+    return path[::-1]
+
+
+@given(PARENTS)
+def test_a_row_sees_the_root_its_ancestors_and_itself(parents: np.ndarray) -> None:
+    seen, depth = ancestors(parents), depths(parents)
+    assert np.flatnonzero(seen[0]).tolist() == [0]
+    for node in range(len(parents)):
+        path = path_to(parents, node)
+        assert np.flatnonzero(seen[node + 1]).tolist() == sorted([0, *(p + 1 for p in path)])
+        assert depth[node] == len(path)
+
+
+@given(PARENTS, st.data())
+def test_the_walk_is_the_longest_path_that_agrees_with_the_draws(parents: np.ndarray, data: st.DataObject) -> None:
+    tokens = [data.draw(st.integers(0, 2)) for _ in parents]
+    drawn = [data.draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
+    path, output = walk(tokens, parents.tolist(), drawn)
+    assert [tokens[node] for node in path] == output[:-1]
+    assert output == [drawn[0], *(drawn[node + 1] for node in path)]
+    assert not path or path == path_to(parents, path[-1])
+    last = path[-1] if path else ROOT
+    assert not any(parents[i] == last and tokens[i] == output[-1] for i in range(len(parents)))
+
+
+@given(st.integers(0, 5))
+def test_a_chain_is_a_tree_with_one_leaf(n: int) -> None:
+    assert is_chain(np.arange(ROOT, n - 1, dtype=np.int32))
+    assert not is_chain(np.array([ROOT, ROOT], np.int32))
+
+
+@given(PARENTS, st.integers(0, 50))
+def test_the_first_nodes_of_a_tree_are_one(parents: np.ndarray, nodes: int) -> None:
+    n = len(parents)
+    tree = DraftTree(np.arange(n, dtype=np.int32), parents, np.ones(n, np.float32))
+    assert len(cut(tree, nodes)) == min(n, nodes)

@@ -1,0 +1,109 @@
+"""Tries of continuations: counted, judged, scored, fused; against plain trees of paths."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.plugins.contracts import ROOT, DraftTree
+from pilotfish.plugins.drafting import tries
+
+rows = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=12)
+
+
+def grown(continuations: list[list[int]], room: int = 200) -> tuple[np.ndarray, ...]:
+    width = max(map(len, continuations))
+    followers = np.array([[*c, *[-1] * (width - len(c))] for c in continuations], np.int32)
+    arrays = tuple(np.empty(room, np.int32) for _ in range(4))
+    n = tries.grow(followers, *arrays)
+    return tuple(a[:n] for a in arrays)
+
+
+def paths(tokens: np.ndarray, parents: np.ndarray) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+        found.append((() if parent == ROOT else found[parent]) + (token,))
+    return found
+
+
+def scored(parents: np.ndarray, data: st.DataObject) -> np.ndarray:
+    scores: list[float] = []
+    for parent in parents.tolist():
+        scores.append(data.draw(st.floats(0.01, 1)) * (1.0 if parent == ROOT else scores[parent]))
+    return np.array(scores, np.float32)
+
+
+@settings(deadline=None)
+@given(rows)
+def test_a_trie_counts_beginnings(continuations: list[list[int]]) -> None:
+    tokens, parents, counts, depths = grown(continuations)
+    found = dict(zip(paths(tokens, parents), counts.tolist(), strict=True))
+    expected = {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
+    assert found == {p: sum(tuple(c[: len(p)]) == p for c in continuations) for p in expected}
+    assert depths.tolist() == [len(p) for p in paths(tokens, parents)]
+    few = grown(continuations, room=3)
+    assert len(few[0]) == min(3, len(tokens))
+
+
+@settings(deadline=None)
+@given(rows, rows, st.data())
+def test_the_drafters_tree_is_asked_about_the_same_path(a, b, data: st.DataObject) -> None:
+    tokens, parents, *_ = grown(a)
+    base_tokens, base_parents, *_ = grown(b)
+    scores = scored(base_parents, data)
+    opinions = np.empty(len(tokens), np.int32)
+    tries.judge(tokens, parents, base_tokens, base_parents, scores, opinions)
+    base = dict(zip(paths(base_tokens, base_parents), scores.tolist(), strict=True))
+    for path, opinion in zip(paths(tokens, parents), opinions.tolist(), strict=True):
+        siblings = {p: s for p, s in base.items() if len(p) == len(path) and p[:-1] == path[:-1]}
+        if not siblings:
+            assert opinion == tries.UNKNOWN
+        elif path not in siblings:
+            assert opinion == tries.ABSENT
+        else:
+            assert opinion == (tries.FIRST if siblings[path] >= max(siblings.values()) else tries.LISTED)
+
+
+@settings(deadline=None)
+@given(rows, rows, rows, st.integers(1, 40), st.data())
+def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObject) -> None:
+    parts = []
+    for continuations in (a, b, c):
+        tokens, parents, *_ = grown(continuations)
+        parts.append((tokens, parents, scored(parents, data)))
+    room = sum(len(p[0]) for p in parts)
+    tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+    n = tries.merge(0, tokens, parents, scores, *parts[0])
+    n = tries.merge(n, tokens, parents, scores, *parts[1])
+    retrieved = dict(zip(paths(tokens[:n], parents[:n]), scores[:n].tolist(), strict=True))
+    for part in parts[:2]:
+        for path, score in zip(paths(*part[:2]), part[2].tolist(), strict=True):
+            assert retrieved[path] >= score
+    n = tries.fuse(n, tokens, parents, scores, *parts[2])
+    found = paths(tokens[:n], parents[:n])
+    assert len(set(found)) == len(found)
+    assert set(found) == {p for part in parts for p in paths(*part[:2])}
+    assert all(scores[i] <= scores[parents[i]] for i in range(n) if parents[i] != ROOT)
+    assert scores[:n].max() <= 1
+    tree = DraftTree(*tries.best_first(tokens[:n], parents[:n], scores[:n], most))  # checks that parents come first
+    assert len(tree) == min(n, most)
+    assert (np.diff(tree.scores) <= 0).all()
+    kept = dict(zip(paths(tree.tokens, tree.parents), tree.scores.tolist(), strict=True))
+    assert kept.items() <= dict(zip(found, scores[:n].tolist(), strict=True)).items()
+
+
+def test_scores_become_the_share_that_came() -> None:
+    seen, right = tries.make_rates(2)
+    tokens, parents, counts, depths = grown([[1, 2], [1, 3], [1, 2], [5, 5]])
+    opinions = np.full(len(tokens), tries.UNKNOWN, np.int32)
+    scores, cells = np.empty(len(tokens), np.float32), np.empty((len(tokens), 3), np.int32)
+    rng = np.random.default_rng(0)
+    for _ in range(4000):
+        tries.score(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+        came = np.array([1, 2 if rng.random() < 0.9 else 3] if rng.random() < 0.7 else [9], np.int32)
+        tries.learn(1, tokens, parents, cells, came, seen, right)
+    tries.score(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+    by_path = dict(zip(paths(tokens, parents), scores.tolist(), strict=True))
+    assert abs(by_path[1,] - 0.7) < 0.05
+    assert abs(by_path[1, 2] - 0.63) < 0.06
+    assert by_path[5,] < 0.03
+    assert (seen[0] == 4).all(), "sources are told apart"
