@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 ROOT = "pilotfish"
 KINDS = ("kv", "drafter", "pruner")
-MAX_NODES = 128  # drafted tokens that vLLM verifies of a request in one step
+MAX_NODES = 127  # drafted tokens of a request that vLLM verifies in one step, beside the one before them
 T = TypeVar("T")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .config import ConfigError, Selection
+from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
 from .hookspecs import Register, hookimpl
 
@@ -127,7 +127,7 @@ class RASD(Drafter):
         """Begin to keep the request's text."""
         if self.base is not None:
             self.base.start(request, prompt, tenant)
-        text = self._history(self.engine.max_model_len or 1 << 15) if self.options.own else None
+        text = self._history(len(prompt) + 1024) if self.options.own else None
         if text is not None:
             text.append(prompt)
         self._requests[request] = _Request(text, [np.array(prompt[-CONTEXT:], np.int32)])
@@ -143,6 +143,7 @@ class RASD(Drafter):
         if len(tokens):
             live.kept.append(np.array(tokens, np.int32))
             if live.text is not None:
+                live.text = live.text.with_room(len(tokens))
                 live.text.append(tokens)
 
     def finish(self, request: str) -> None:
@@ -242,7 +243,8 @@ def _base(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
         return None
     from .manager import plugins
 
-    return plugins().resolve("drafter", Selection(options.base))
+    cls = plugins().get("drafter", options.base, "pilotfish.drafter.base")
+    return cls, cls.Options()  # type: ignore[attr-defined,return-value]
 
 
 def _open(folder: str) -> "Datastore":

@@ -125,11 +125,14 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
         DatastoreError: there is no token, or the folder holds something else.
     """
     check_place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise DatastoreError(f"{folder}: {error.strerror}") from None
     try:
         parts, count, room = [], 0, most
-        for ids in texts:
+        for ids in filter(None, texts):
             part = np.asarray([*ids[: room - 1], BREAK], np.int32)
             if room < 2:
                 break
@@ -145,6 +148,8 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
         (partial / ABOUT).write_text(json.dumps({"format": FORMAT, **asdict(about)}, indent=1) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, folder)
+    except OSError as error:
+        raise DatastoreError(f"{folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return about
@@ -158,6 +163,9 @@ def check_place(folder: Path) -> None:
     """
     if folder.is_symlink() or (folder.exists() and not (folder / ABOUT).is_file() and any_inside(folder)):
         raise DatastoreError(f"{folder}: exists, and is no datastore")
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise DatastoreError(f"{folder}: {there} is no folder")
 
 
 def any_inside(folder: Path) -> bool:

@@ -98,6 +98,15 @@ class History:
         """Memory."""
         return self._ring.nbytes + self._earlier.nbytes + self._heads.nbytes
 
+    def with_room(self, tokens: int) -> "History":
+        """Itself if so many more tokens fit without dropping any, else a larger history of the same text."""
+        if self._written + tokens <= len(self._ring):
+            return self
+        larger = History(2 * len(self._ring) + tokens)
+        held = np.arange(self._written - len(self), self._written) & (len(self._ring) - 1)
+        larger.append(self._ring[held])
+        return larger
+
     def append(self, tokens: Int32, ends: bool = False) -> None:
         """Add tokens [t] to the text that is being written; ``ends``: the next ones belong to another."""
         pieces = [np.ascontiguousarray(tokens, np.int32)]

@@ -12,7 +12,7 @@ import numpy as np
 from vllm.distributed import get_tp_group
 
 from ...plugins.config import ConfigError
-from ...plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree, Engine
+from ...plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree
 from ...plugins.contracts import Drafter as DrafterPlugin
 from ...plugins.drafting.budget import StepCost, allocate
 from ...plugins.drafting.tree import cut
@@ -33,7 +33,7 @@ class Drafter:
     def __init__(self, vllm_config: Any) -> None:
         drafting = attach.admit(vllm_config).get("drafter")
         self.trees: TreeVerifier | None = None
-        self._engine: Engine | None = None
+        self._drafting = drafting
         self.plugin: DrafterPlugin | None = None
         self.cost = StepCost()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
@@ -45,11 +45,12 @@ class Drafter:
         runner = find_runner()
         if runner is None:
             raise ConfigError("pilotfish.drafter: must be constructed by vLLM's V1 model runner")
-        self._runner, self._engine = runner, drafting.engine
+        self._runner = runner
         self._verification = attach.read(vllm_config.additional_config).verification
         if self._verification.verification == "tree":
-            self.trees = TreeVerifier(runner, drafting.cls.name)  # type: ignore[attr-defined]
+            self.trees = TreeVerifier(runner, drafting.cls.name, get_tp_group())  # type: ignore[attr-defined]
         self._tp = get_tp_group()
+        self._device = drafting.engine.device
         if self._tp.rank_in_group != 0:  # the scheduler takes drafts from the first rank only
             return
         self._most = drafting.engine.num_speculative_tokens
@@ -58,7 +59,6 @@ class Drafter:
         self.plugin = plugin
         path = plugin.state_path
         self._saver = None if path is None else StateSaver(plugin, Path(path))
-        self._device = drafting.engine.device
         self._binding = RunnerBinding(runner, plugin.candidates)
         self._active = False
         how = f"proposer, at most {self._most} drafted tokens a step, verified as a {self._verification.verification}"
@@ -67,16 +67,21 @@ class Drafter:
     def load_model(self, target_model: Any) -> None:
         """vLLM has loaded the model: compile our kernels, test vLLM's sampling, start to listen."""
         del target_model
-        if disabled():
+        if disabled() or self._drafting is None:
             return
         if self.trees is not None:
             self.trees.attach()
-        if self._engine is not None and self._verification.nodes is None:
-            most = self._engine.num_speculative_tokens + 1
-            step_times.when_ready(self._runner, self._engine, most, self._shape)
+        if self._verification.nodes is None:
+            engine = self._drafting.engine
+            step_times.when_ready(self._runner, engine, engine.num_speculative_tokens + 1, self._shape)
+        self._mend()  # on every rank: all of them sample
         if self.plugin is None:
             return
-        self._warm_up(self.plugin)
+        self._warm_up(self._drafting.cls(self._drafting.options, self._drafting.engine))
+        self._binding.attach(self._finish, self.close)
+
+    def _mend(self) -> None:
+        """Replace what vLLM's build gets wrong in sampling drafts, where its self-tests fail."""
         if self._device == "cpu" and patches.sampling_is_broken():
             patches.EXPAND.apply()
             if patches.sampling_is_broken():
@@ -91,7 +96,6 @@ class Drafter:
                 "pilotfish: this vLLM build fails on a step without drafts when a request asks for top-k; "
                 "apply_sampling_constraints was wrapped"
             )
-        self._binding.attach(self._finish, self.close)
 
     def _shape(self, times: step_times.Times) -> None:
         """Step times were measured; one size alone tells nothing."""
@@ -100,16 +104,14 @@ class Drafter:
 
     @staticmethod
     def _warm_up(plugin: DrafterPlugin) -> None:
-        """Run every compiled kernel once, so that no request waits for a compiler."""
-        name, tokens = "pilotfish-warm-up", np.zeros(4, np.int32)
+        """Run every compiled kernel once, on an instance of its own, so that no request waits for a compiler."""
+        name, text = "pilotfish-warm-up", np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)  # it repeats: there is a draft
         nothing = np.full((1, 8), -1, np.int32)  # candidates that no row can learn from
-        plugin.start(name, tokens[:1])
-        plugin.observe(
-            name,
-            tokens[:1],
-            Candidates(tokens[:2], tokens[:1], np.full(1, -1, np.int32), nothing, np.zeros((1, 8), np.float32)),
-        )
-        plugin.propose([DraftRequest(name, tokens, 2)], DraftBudget(2, 2))
+        seen = Candidates(text[:-1], text[-1:], np.full(1, -1, np.int32), nothing, np.zeros((1, 8), np.float32))
+        plugin.start(name, text)
+        for _ in range(2):  # the second time there is a draft to learn from
+            plugin.observe(name, text[2:3], seen)
+            plugin.propose([DraftRequest(name, text, 2)], DraftBudget(4, 2))
         plugin.finish(name)
 
     # ------------------------------------------------------------------------------------------------- every step

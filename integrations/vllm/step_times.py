@@ -34,6 +34,8 @@ def when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[Times]
         most: Largest number of rows that matters.
         receive: Is given the times.
     """
+    if runner.vllm_config.parallel_config.data_parallel_size > 1:
+        return  # the ranks would have to agree, also across machines
     graphs = engine.device == "cuda" and not runner.vllm_config.model_config.enforce_eager
     name = "capture_model" if graphs else "initialize_kv_cache"
     original = getattr(runner, name)

@@ -85,8 +85,15 @@ class TreeBuilder:
 class TreeVerifier:
     """Our hold on one model runner, on every tensor-parallel rank."""
 
-    def __init__(self, runner: Any, plugin: str) -> None:
-        self._runner, self._plugin = runner, plugin
+    def __init__(self, runner: Any, plugin: str, tp: Any = None) -> None:
+        """Hold a runner.
+
+        Args:
+            runner: vLLM's.
+            plugin: Name of the drafter, for messages.
+            tp: vLLM's group of tensor-parallel ranks; None for one rank.
+        """
+        self._runner, self._plugin, self._tp = runner, plugin, tp
         self._trees: dict[str, DraftTree] = {}  # request -> what was drafted for its next step
         self._placed: dict[int, Placed] = {}  # index in the batch -> what its step verifies
         self._builders: list[Any] | None = None
@@ -118,10 +125,12 @@ class TreeVerifier:
             groups = [group for groups in self._runner.attn_groups for group in groups]
             self._builders = [builder for group in groups for builder in group.metadata_builders]
             strange = [type(b).__name__ for b in self._builders if not hasattr(b, "placed")]
-            reason = (
-                f"{strange[0]} knows no trees" if strange else next(filter(None, (b.error for b in self._builders)), "")
-            )
-            if reason:
+            errors = [f"{strange[0]} knows no trees"] if strange else [b.error for b in self._builders]
+            if self._tp is not None and self._tp.world_size > 1:  # where one rank cannot, none does
+                everywhere: list[Any] = [None] * self._tp.world_size
+                torch.distributed.all_gather_object(everywhere, errors, group=self._tp.cpu_group)
+                errors = [error for rank in everywhere for error in rank]
+            if reason := next(filter(None, errors), None):
                 attach.logger.warning(
                     "pilotfish: %s: trees are NOT verified, chains are drafted instead: %s", self._plugin, reason
                 )
@@ -146,6 +155,10 @@ class TreeVerifier:
     def _place(self, scheduled: Mapping[str, list[int]]) -> None:
         """Find the trees among what was scheduled, and give their nodes the positions of their depth."""
         runner, self._placed = self._runner, {}
+        # On every rank alike, or some would not be asked for drafts near the end of the context (see `RunnerBinding`).
+        runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
+        if not self.builders:
+            return
         starts = runner.query_start_loc.np
         for request, tokens in scheduled.items():
             tree = self._trees.get(request)

@@ -15,7 +15,7 @@ def attend(
     query,
     cache,
     table,
-    trees,  # [count, 5] int32: request, row of the root, positions before it, tokens, where its bits begin
+    trees,  # [count, 6] int32: request, row of the root, positions before it, tokens, where bits and where parts begin
     bits,
     parts,
     tops,
@@ -38,7 +38,7 @@ def attend(
     """A part of the attention of a tile of a tree's tokens to what they see; merged by `merge`."""
     tree, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, part = tl.program_id(1), tl.program_id(2)
-    at_tree = trees + tree * 5
+    at_tree = trees + tree * 6
     start, before, length = tl.load(at_tree + 1), tl.load(at_tree + 2), tl.load(at_tree + 3)
     first = tile * TOKENS
     if first < length:
@@ -82,7 +82,7 @@ def attend(
             total = total * factor + tl.sum(p, 1)
             top = now
 
-        to = ((start + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
+        to = ((tl.load(at_tree + 5) + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
         tl.store(parts + to[:, None] * SIZE + d[None, :], mixed, mask=mine[:, None] & there[None, :])
         tl.store(tops + to, top, mask=mine)
         tl.store(totals + to, total, mask=mine)
@@ -102,7 +102,8 @@ def merge(
     SIZE_PADDED: tl.constexpr,
 ):
     """Merge the parts of one of the trees' tokens and one head by log-sum-exp, in their order."""
-    token, head = tl.load(rows + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.load(rows + row).to(tl.int64)
     d = tl.arange(0, SIZE_PADDED)
-    merged = merge_parts(parts, tops, totals, (token * HEADS + head) * count, count, d, SIZE, SIZE_PADDED)
+    merged = merge_parts(parts, tops, totals, (row * HEADS + head) * count, count, d, SIZE, SIZE_PADDED)
     tl.store(output + token * output_stride + head * SIZE + d, merged.to(output.dtype.element_ty), mask=d < SIZE)

@@ -34,7 +34,8 @@ class Trees:
         bits = [words(mask) for mask in seen]
         begins = np.cumsum([0, *(b.size for b in bits[:-1])])
         lengths = [len(mask) for mask in seen]
-        numbers = np.array([request, token, [c - 1 for c in context], lengths, begins], np.int32).T
+        firsts = np.cumsum([0, *lengths[:-1]])
+        numbers = np.array([request, token, [c - 1 for c in context], lengths, begins, firsts], np.int32).T
         rows = np.concatenate([np.arange(t, t + n) for t, n in zip(token, lengths, strict=True)]).astype(np.int32)
         self.numbers = torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
         self.bits = torch.from_numpy(np.concatenate([b.ravel() for b in bits]).view(np.int32)).to(device)
@@ -51,7 +52,7 @@ def read_trees(
     Raises:
         ValueError: shapes or strides that the kernels do not read.
     """
-    tokens, heads, size = query.shape
+    _, heads, size = query.shape
     kv_heads, block_size = cache.shape[1], cache.shape[2]
     if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
         raise ValueError(f"strides of query {query.stride()}, cache {cache.stride()}, output {output.stride()}")
@@ -60,8 +61,9 @@ def read_trees(
     together = rows // share
     tiles = triton.cdiv(trees.longest, together)
     splits = min(SPLITS, triton.cdiv(PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE))
-    parts = torch.empty(tokens, heads, splits, size, dtype=torch.float32, device=query.device)
-    tops, totals = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=query.device)
+    shape = len(trees.rows), heads, splits
+    parts = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
+    tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
     sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
     kernels.attend[(trees.count * tiles, kv_heads, splits)](
         query,

@@ -229,7 +229,7 @@ def fuse(
         else:
             scores[at] = max(scores[at], above * conditional)
         place[i] = at
-    # A raised score must not lie above its parent's, nor a grown parent leave its retrieved children behind it.
+    # A raised score must not lie above its parent's.
     for i in range(n):
         if parents[i] != ROOT and scores[i] > scores[parents[i]]:
             scores[i] = scores[parents[i]]

@@ -99,7 +99,7 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling,order=99"), ("pilotfish.drafter.order: expected 1 to 8, got 99",)),
         (("--drafter", "token_recycling,verification=trees"), ("expected one of 'chain', 'tree', got 'trees'",)),
         (("--drafter", "token_recycling,verificaton=tree"), ("did you mean 'verification'?",)),
-        (("--drafter", "rasd,nodes=200"), ("pilotfish.drafter.nodes: expected 0 to 128, got 200",)),
+        (("--drafter", "rasd,nodes=200"), ("pilotfish.drafter.nodes: expected 0 to 127, got 200",)),
         (("--drafter", "rasd,datastore=nowhere"), ("pilotfish.drafter.datastore: nowhere: not a datastore",)),
         (("--drafter", "token_recycling,order"), ("not of the form key=value",)),
         (("--drafter", "token_recycling", "--speculative-config", "{}"), ("leave one out",)),

@@ -71,6 +71,7 @@ def test_bad_input_is_refused(inside: Callable, corpus: Path, tmp_path: Path) ->
         (("build", str(corpus), *TOKENIZER, "--out", str(tmp_path / "mine")), "exists, and is no datastore"),
         (("build", str(corpus / "c.bin"), *TOKENIZER, "--out", str(tmp_path / "s")), "hold no tokens"),
         (("info", str(corpus)), "not a datastore"),
+        (("build", str(corpus), *TOKENIZER, "--out", str(corpus / "c.bin" / "x")), "c.bin is no folder"),
     ):
         answer = inside("datastore", *arguments)
         assert answer.returncode == 2, answer

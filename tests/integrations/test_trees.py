@@ -68,6 +68,8 @@ def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: B
     )
     ids = list(requests)
     return SimpleNamespace(
+        max_model_len=1024,
+        num_spec_tokens=8,
         attn_groups=[[SimpleNamespace(metadata_builders=[builder])]],
         query_start_loc=SimpleNamespace(np=np.array(starts)),
         positions=torch.arange(100, 100 + starts[-1]),
@@ -158,6 +160,12 @@ def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> Non
         assert not verifier.serves("a")
         assert not verifier.serves("a")
     assert verifier.builders == []
+    runner = runner_of({"a": GREEDY}, [0, 7], builder)
+    verifier = trees.TreeVerifier(runner, "rasd")
+    verifier.attach()
+    verifier.keep({"a": TREE})
+    step(runner, {"a": TREE.tokens.tolist()}, [0] * 7)
+    assert runner.positions[:7].tolist() == list(range(100, 107)), "positions are a chain's"
 
 
 def test_draws_have_the_models_distribution() -> None:

@@ -72,8 +72,8 @@ def test_how_drafts_are_verified_stands_among_the_drafters_options() -> None:
     assert config.drafter == Selection("x", {"k": 3})
     assert config.verification == Verification("tree", 5)
     assert parse_config({"drafter": "x"}).verification == Verification("chain", None)
-    with pytest.raises(ConfigError, match=r"pilotfish\.drafter\.nodes: expected 0 to 128, got 129"):
-        parse_config({"drafter": {"name": "x", "nodes": 129}})
+    with pytest.raises(ConfigError, match=r"pilotfish\.drafter\.nodes: expected 0 to 127, got 128"):
+        parse_config({"drafter": {"name": "x", "nodes": 128}})
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,20 @@ def test_what_the_ring_dropped_is_not_found(seed: int, count: int) -> None:
     assert len(history) == min(count, 64)
 
 
+def test_a_text_of_unknown_length_makes_room() -> None:
+    text = np.random.default_rng(0).integers(0, 30, 500).astype(np.int32)
+    history, whole = History(16), History(512)
+    whole.append(text)
+    for begin in range(0, 500, 7):
+        history = history.with_room(len(text[begin : begin + 7]))
+        history.append(text[begin : begin + 7])
+    assert len(history) == 500
+    for end in range(20, 500, 31):
+        found, expected = (h.find(text[:end], 5, 8, 12) for h in (history, whole))
+        assert found[0] == expected[0]
+        assert found[1].tolist() == expected[1].tolist()
+
+
 def test_repeated_output_is_found_from_the_prompts_end() -> None:
     history, rng = History(1 << 14), np.random.default_rng(0)
     outputs = [rng.integers(0, 500, 200).astype(np.int32) for _ in range(20)]

@@ -129,7 +129,10 @@ from vllm import LLM, SamplingParams
 if __name__ == '__main__':
     config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     llm = LLM(**config)
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    greedy = {'max_tokens': 40, 'ignore_eos': True}
+    # Every other request samples, from one token: where a rank knew nothing of top-k, ranks would not agree.
+    kinds = [{'temperature': 0}, {'temperature': 0.8, 'top_k': 1}]
+    params = [SamplingParams(**greedy, **kinds[i % 2]) for i in range(len(prompts))]
     out = llm.generate([{'prompt_token_ids': p} for p in prompts], params, use_tqdm=False)
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}
     tokens = [list(o.outputs[0].token_ids) for o in out]
