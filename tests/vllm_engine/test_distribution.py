@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-SAMPLES, TOKENS, LEVEL = 600, 3, 1e-4
+SAMPLES, TOKENS, LEVEL = 400, 3, 1e-4
 PROMPT = "The three primary colours are red, blue and yellow. My favourite colour is"
 SETTINGS = {"plain": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20, "temperature": 0.7}}
 

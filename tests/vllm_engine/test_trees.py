@@ -29,24 +29,3 @@ def test_seeds_decide_beside_a_request_that_vllm_samples(trees, prompts) -> None
     assert answer["tokens"][0] == answer["tokens"][2]
     other = trees.ask(do="sample", prompts=[short[0]], sampling=[{**twin, "seed": 6}])
     assert other["tokens"][0] != answer["tokens"][0]
-
-
-@pytest.mark.long
-def test_the_text_over_vllms_triton_backend_is_the_same(start, start_interpreted, tiny_model, drafting_args) -> None:
-    """Trees by the Triton kernels, interpreted, in a real engine."""
-    ask = {
-        "do": "sample",
-        "prompts": [[*range(900, 960)], [*range(2000, 2030)]],
-        "sampling": [{"temperature": 0, "max_tokens": 40, "ignore_eos": True}] * 2,
-    }
-    native = start(tiny_model, block_size=32)
-    expected = native.ask(**ask)["tokens"]
-    native.close()
-    engine = start_interpreted(
-        tiny_model, "0", block_size=32, **drafting_args(10, name="rasd", verification="tree", nodes=10)
-    )
-    assert any(name.endswith(".TreeTritonImpl") for name in engine.ask(do="state")["classes"])
-    answer = engine.ask(**ask)
-    assert answer["tokens"] == expected
-    assert answer["emitted"] > answer["request_steps"], "some drafts were right"
-    engine.close()
