@@ -53,10 +53,15 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def write(path: Path, profile: Profile) -> None:
     """Write a profile, whole or not at all."""
+    write_whole(path, json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

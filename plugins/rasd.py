@@ -205,9 +205,7 @@ class RASD(Drafter):
         self._tries.score(source, length, len(followers), parents, counts, depths, opinions, *learned, scores, cells)
         self._requests[request].tries.append((source, tokens, parents, cells))
         kept = np.flatnonzero(scores >= self.options.prune)  # with a node its ancestors, whose scores are no lower
-        place = np.full(n + 1, -1, np.int32)
-        place[kept + 1] = np.arange(len(kept), dtype=np.int32)
-        return tokens[kept], place[parents[kept] + 1], scores[kept]
+        return self._tries.keep(kept, tokens, parents, scores)
 
     # ------------------------------------------------------------------------------------------------------- state
 

@@ -6,7 +6,6 @@ correct by the steps that really happen.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from vllm.distributed import get_tp_group
 
 from ...kvcache.kernels.native import cache_dir, processor
+from ...kvcache.profiles import write_whole
 from ...plugins.contracts import Engine
 from . import attach, seams
 from .runner import top_k
@@ -108,12 +108,7 @@ def _read(path: Path, sizes: list[int]) -> Times | None:
 
 
 def _write(path: Path, times: Times) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(times), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(times))
     except OSError as error:  # a cache is a convenience
         attach.logger.warning("pilotfish: step times are not kept: %s", error)
-    finally:
-        partial.unlink(missing_ok=True)

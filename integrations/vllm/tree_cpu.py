@@ -14,7 +14,6 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from ...kvcache import reference
 from ...kvcache.kernels.tree import Mover, Trees, read_trees
 from ...plugins.drafting.tree import ancestors
 from . import trees
@@ -124,12 +123,7 @@ def kernel_error(
         read_trees(query, cache, table, step, head_size**-0.5, output)
     except Exception as error:  # no compiler, a layout that is not read
         return str(error)
-    worst = 0.0
-    for row in range(1 + nodes):
-        path = [*range(before), *(before + np.flatnonzero(seen[row]))]
-        q, k, v = (x.double().numpy() for x in (query[row], keys[path], values[path]))
-        _, expected = reference.attention(q, k, v, head_size**-0.5)
-        worst = max(worst, float(abs(output[row].double().numpy() - expected).max()))
+    worst = trees.off_by(query, output, keys.double().numpy(), values.double().numpy(), before, seen)
     if not worst < 0.02:
         return f"the kernel misreads the cache layout '{isa}' (self-test: off by {worst:.3g})"
     path = [before + 1 + node for node in (2, 3, 4, 6)]

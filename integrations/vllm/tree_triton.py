@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from ...kvcache import reference
 from ...kvcache.kernels.tree_triton import Mover, Trees, read_trees
 from ...plugins.drafting.tree import ancestors
 from . import trees
@@ -105,10 +104,5 @@ def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: to
     output, scale = torch.zeros_like(query), head_size**-0.5
     read_trees(query, cache, table, Trees([0], [0], [before + 1], [seen], device), scale, output)
     text = cache[table[0].long()].transpose(1, 2).reshape(-1, 2, 2 * head_size).double().cpu().numpy()
-    worst = 0.0
-    for row in range(rows):
-        path = [*range(before), *(before + np.flatnonzero(seen[row]))]
-        keys, values = text[path, :, :head_size], text[path, :, head_size:]
-        _, expected = reference.attention(query[row].double().cpu().numpy(), keys, values, scale)
-        worst = max(worst, float(abs(output[row].double().cpu().numpy() - expected).max()))
+    worst = trees.off_by(query, output, text[..., :head_size], text[..., head_size:], before, seen)
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

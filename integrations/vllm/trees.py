@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
+from ...kvcache import reference
 from ...plugins.contracts import ROOT, DraftTree, Unsupported
 from ...plugins.drafting.tree import ancestors, cut, depths, is_chain, walk
 from . import attach, sparse
@@ -267,6 +268,28 @@ def is_plain(params: Any) -> bool:
     wants += ("min_tokens", "presence_penalty", "frequency_penalty", "min_p", "thinking_token_budget")
     asked = any(getattr(params, name, None) not in (None, 0, [], {}) for name in wants)
     return not asked and params.logprobs is None and params.repetition_penalty == 1.0
+
+
+def off_by(
+    query: torch.Tensor, output: torch.Tensor, keys: Any, values: Any, before: int, seen: NDArray[np.bool_]
+) -> float:
+    """How far a kernel's attention of a tree is from attention computed plainly; for self-tests.
+
+    Args:
+        query: [rows, query_heads, size] of the root and the nodes.
+        output: What the kernel made of it, alike.
+        keys: [before + rows, kv_heads, size] float64.
+        values: As ``keys``.
+        before: Positions before the root.
+        seen: [rows, rows] which of them each sees.
+    """
+    worst = 0.0
+    for row in range(len(query)):
+        path = [*range(before), *(before + np.flatnonzero(seen[row]))]
+        q = query[row].double().cpu().numpy()
+        _, expected = reference.attention(q, keys[path], values[path], query.shape[-1] ** -0.5)
+        worst = max(worst, float(abs(output[row].double().cpu().numpy() - expected).max()))
+    return worst
 
 
 def check_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:

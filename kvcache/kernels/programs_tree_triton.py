@@ -5,7 +5,7 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_triton import merge_parts
+from .programs_triton import go_on, merge_parts
 
 jit = cast(Any, triton.jit)
 
@@ -73,14 +73,8 @@ def attend(
             word = tl.load(own_bits[:, None] + node[None, :] // 32, mask=in_tree[None, :], other=0)
             seen = (position < before)[None, :] | (((word >> (node % 32)[None, :]) & 1) != 0)
             x = tl.where(seen & inside[None, :], x, -float("inf"))
-            now = tl.maximum(top, tl.max(x, 1))
-            some = tl.where(now == -float("inf"), 0.0, now)
-            factor = tl.exp(top - some)
-            p = tl.exp(x - some[:, None])
             v = tl.load(at[:, None] + SIZE + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            mixed = mixed * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee").to(tl.float32)
-            total = total * factor + tl.sum(p, 1)
-            top = now
+            top, total, mixed = go_on(x, v, top, total, mixed)
 
         to = ((tl.load(at_tree + 5) + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
         tl.store(parts + to[:, None] * SIZE + d[None, :], mixed, mask=mine[:, None] & there[None, :])

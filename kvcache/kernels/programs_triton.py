@@ -208,6 +208,17 @@ def decode_part(
 
 
 @jit
+def go_on(x, v, top, total, mixed):
+    """One more step of a softmax: scores [rows, positions], -inf where hidden, and values [positions, size]."""
+    now = tl.maximum(top, tl.max(x, 1))
+    some = tl.where(now == -float("inf"), 0.0, now)
+    factor = tl.exp(top - some)
+    p = tl.exp(x - some[:, None])
+    mixed = mixed * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee").to(tl.float32)
+    return now, total * factor + tl.sum(p, 1), mixed
+
+
+@jit
 def merge_parts(parts, tops, totals, base, count, d, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr):
     """Attention of one head from its ``count`` parts, by log-sum-exp, in their order."""
     top = -float("inf")

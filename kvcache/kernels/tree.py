@@ -58,12 +58,11 @@ class Trees:
 
         bits = [words(mask) for mask in seen]
         begins = np.cumsum([0, *(b.size for b in bits[:-1])])
-        self.count, self.query_heads = len(request), query_heads
         self._bits = torch.from_numpy(np.concatenate([b.ravel() for b in bits]).view(np.int32))
         self._begins = torch.from_numpy(begins.astype(np.int64))
         self._numbers = torch.tensor([request, token, context, [len(m) for m in seen]], dtype=torch.int32)
         pointers = (x.data_ptr() for x in (*self._numbers, self._bits, self._begins))
-        self.struct = Prompts(self.count, query_heads, *pointers)
+        self.struct = Prompts(len(request), query_heads, *pointers)
 
 
 def words(mask: NDArray[np.bool_]) -> NDArray[np.uint32]:

@@ -238,8 +238,12 @@ def fuse(
 
 def best_first(tokens: Int32, parents: Int32, scores: Float32, most: int) -> tuple[Int32, Int32, Float32]:
     """The likeliest nodes of a tree, at most ``most``, likeliest first; parents stay before their children."""
-    order = np.argsort(-scores, kind="stable")[:most]
+    return keep(np.argsort(-scores, kind="stable")[:most], tokens, parents, scores)
+
+
+def keep(nodes: NDArray[np.int64], tokens: Int32, parents: Int32, scores: Float32) -> tuple[Int32, Int32, Float32]:
+    """Some ``nodes`` of a tree in their new order, each with its ancestors before it, numbered anew."""
     place = np.empty(len(tokens) + 1, np.int32)
     place[0] = ROOT  # of ROOT itself
-    place[order + 1] = np.arange(len(order), dtype=np.int32)
-    return tokens[order], place[parents[order] + 1], scores[order]
+    place[nodes + 1] = np.arange(len(nodes), dtype=np.int32)
+    return tokens[nodes], place[parents[nodes] + 1], scores[nodes]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ....kvcache.kernels.native import cache_dir
+from ....kvcache.profiles import write_whole
 from ....plugins.config import ConfigError
 from ..diagnosis import PACKAGES, version
 
@@ -41,13 +42,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     }
     if raw is not None:
         result["raw"] = raw
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def check(path: Path, flag: str = "--out") -> None:
