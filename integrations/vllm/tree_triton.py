@@ -100,6 +100,7 @@ def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: to
         torch.randn(shape, generator=generator).to(dtype).to(device)
         for shape in ((rows, 4, head_size), (3, 2, block_size, 2 * head_size))
     )
+    cache = cache.transpose(1, 2).contiguous().transpose(1, 2)  # positions first, as vLLM lays it out by default
     table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
     output, scale = torch.zeros_like(query), head_size**-0.5
     read_trees(query, cache, table, Trees([0], [0], [before + 1], [seen], device), scale, output)

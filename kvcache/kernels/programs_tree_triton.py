@@ -24,6 +24,7 @@ def attend(
     query_stride,
     block_stride,
     head_stride,
+    token_stride,
     table_stride,
     tiles,
     HEADS: tl.constexpr,  # query heads
@@ -65,7 +66,7 @@ def attend(
             position = begin + tl.arange(0, TILE)
             inside = position < count
             block = tl.load(table + position // BLOCK, mask=inside, other=0).to(tl.int64)
-            at = cache + block * block_stride + (position % BLOCK) * 2 * SIZE
+            at = cache + block * block_stride + (position % BLOCK) * token_stride
             k = tl.load(at[:, None] + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
             node = tl.maximum(position - before, 0)

@@ -1,7 +1,7 @@
 """As `tree`, for GPUs, over the cache of vLLM's Triton backend.
 
-That is [blocks, kv_heads, block_size, 2 * head_size]: each position has its key and behind it its value. What lies
-before a tree is split among programs and merged by log-sum-exp, as in `head_cache_triton`.
+That is [blocks, kv_heads, block_size, 2 * head_size], in any order of strides but the last: each position has its key
+and behind it its value. What lies before a tree is split among programs and merged by log-sum-exp, as in `head_cache_triton`.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def read_trees(
     """
     _, heads, size = query.shape
     kv_heads, block_size = cache.shape[1], cache.shape[2]
-    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
+    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride(3) != 1:
         raise ValueError(f"strides of query {query.stride()}, cache {cache.stride()}, output {output.stride()}")
     share = heads // kv_heads
     rows = max(LEAST_ROWS, ROWS, triton.next_power_of_2(share))
@@ -76,8 +76,7 @@ def read_trees(
         totals,
         scale,
         query.stride(0),
-        cache.stride(0),
-        cache.stride(1),
+        *cache.stride()[:3],
         block_table.stride(0),
         tiles,
         SHARE=share,

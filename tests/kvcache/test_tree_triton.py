@@ -34,14 +34,17 @@ def kernels(interpreted_triton: None) -> ModuleType:
     size=st.sampled_from([32, 64, 80]),
     block=st.sampled_from([16, 32, 48]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
+    heads_first=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, dtype, seed) -> None:
+def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, dtype, heads_first, seed) -> None:
     random, shuffle = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     kv_heads, share = heads
     forest = [(before, np.array([shuffle.integers(-1, i) for i in range(n)], np.int32)) for before, n in sizes]
     needed = [-(-(before + 1 + len(parents)) // block) for before, parents in forest]
     cache = torch.randn(sum(needed) + 1, kv_heads, block, 2 * size, generator=random).to(dtype)
+    if not heads_first:  # as vLLM lays it out unless told otherwise
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
     numbers, table = torch.randperm(len(cache), generator=random).int(), torch.zeros(len(forest), max(needed)).int()
     for r, n in enumerate(needed):
         table[r, :n] = numbers[sum(needed[:r]) : sum(needed[:r]) + n]
