@@ -14,11 +14,21 @@ constexpr int GROUP = 32;  // tokens chosen or left together by page; one cache 
 constexpr int HEADS = 4;   // query heads whose sums stay in registers
 constexpr float LOWEST = -1e30f;
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t UintVec __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
+// As wide as the processor's registers: compilers keep wider vectors in memory, which costs a factor of ten.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PAIR = 2 * LANES;  // what inner loops go on by
+static_assert(GROUP % PAIR == 0, "groups are whole pairs of vectors");
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { _Float16 value; };
@@ -99,19 +109,22 @@ inline float exponentials(float* x, int64_t n, float top) {
 // logits[h][0..GROUP) of M query heads against one group of transposed keys.
 template <int M, typename T>
 inline void score(const float* q, int head_size, const T* keys, int64_t row_stride, float* logits, int64_t out_stride) {
-    Vec low[M], high[M];
-    for (int h = 0; h < M; ++h) low[h] = high[h] = Vec{};
-    for (int d = 0; d < head_size; ++d, keys += row_stride) {
-        const Vec a = load(keys), b = load(keys + LANES);
-        for (int h = 0; h < M; ++h) {
-            const Vec x = splat(q[h * head_size + d]);
-            low[h] += x * a;
-            high[h] += x * b;
+    for (int part = 0; part < GROUP; part += PAIR) {
+        Vec low[M], high[M];
+        for (int h = 0; h < M; ++h) low[h] = high[h] = Vec{};
+        const T* row = keys + part;
+        for (int d = 0; d < head_size; ++d, row += row_stride) {
+            const Vec a = load(row), b = load(row + LANES);
+            for (int h = 0; h < M; ++h) {
+                const Vec x = splat(q[h * head_size + d]);
+                low[h] += x * a;
+                high[h] += x * b;
+            }
         }
-    }
-    for (int h = 0; h < M; ++h) {
-        store(logits + h * out_stride, low[h]);
-        store(logits + h * out_stride + LANES, high[h]);
+        for (int h = 0; h < M; ++h) {
+            store(logits + h * out_stride + part, low[h]);
+            store(logits + h * out_stride + part + LANES, high[h]);
+        }
     }
 }
 
@@ -137,7 +150,7 @@ inline void mix(const float* weights, int64_t weight_stride, const T* const* val
 
 template <int M, typename T>
 inline void mix(const float* w, int64_t stride, const T* const* values, int n, int head_size, float* sums) {
-    if (head_size % (4 * LANES) == 0) mix<M, 4>(w, stride, values, n, head_size, sums);
+    if (LANES == 16 && head_size % (4 * LANES) == 0) mix<M, 4>(w, stride, values, n, head_size, sums);
     else if (head_size % (2 * LANES) == 0) mix<M, 2>(w, stride, values, n, head_size, sums);
     else mix<M, 1>(w, stride, values, n, head_size, sums);
 }

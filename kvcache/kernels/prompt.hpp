@@ -36,7 +36,7 @@ constexpr int TILE = 96;  // rows: query tokens times the query heads of a KV he
 #if defined(__AVX512F__)
 constexpr int BAND = 12;  // rows whose scores stay in registers, 2 vectors each
 #else
-constexpr int BAND = 2;
+constexpr int BAND = 6;
 #endif
 static_assert(TILE % BAND == 0, "tiles are whole bands");
 
@@ -121,7 +121,7 @@ inline void add_values(const Cell* weights, int64_t stride, const Cell* values, 
                        const float* factor) {
     constexpr int HALF = BAND / 2;
     int d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES)
+    for (; LANES == 16 && d + 4 * LANES <= size; d += 4 * LANES)
         for (int m = 0; m < BAND; m += HALF)
             multiply<HALF, 4, T>(weights + m * stride, stride, values + d, size, steps, sums + m * size + d, size, factor + m);
     for (; d + 2 * LANES <= size; d += 2 * LANES)
@@ -231,10 +231,10 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
         for (int band = 0; band < bands; ++band) {
             const int first = band * BAND;
             for (int g = 0; g < GROUPS; ++g)
-                if (valid[g])
+                for (int part = 0; valid[g] && part < GROUP; part += PAIR)
                     multiply<BAND, 2, T>(left + (size_t)first * size / DEEP, size / DEEP,
-                                         keys + (size_t)g * size * GROUP / DEEP, GROUP, size / DEEP, scores + g * GROUP,
-                                         CHUNK, nullptr);
+                                         keys + (size_t)g * size * GROUP / DEEP + part, GROUP, size / DEEP,
+                                         scores + g * GROUP + part, CHUNK, nullptr);
             float factor[BAND];
             for (int m = 0; m < BAND; ++m) {
                 const int t = std::min((first + m) / share, tile.count - 1);
