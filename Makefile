@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -41,6 +41,19 @@ bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on pr
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 12 --sample-others 4 \
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
+	$(MAKE) tables
+
+STORE := out/hotpotqa-store
+ALONE := rasd@base=none@own=false@outputs=0@datastore=$(STORE)
+SOURCES := suffix,token_recycling,rasd@outputs=0,rasd@base=none@outputs=0,$(ALONE),rasd@datastore=$(STORE)
+
+bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a domain; DATA holds xquad, hotpotqa, gutenberg
+	$(BIN)/pip install -q arctic-inference
+	$(BIN)/pilotfish datastore build $(DATA)/hotpotqa/hotpotqa_train_corpus.json --tokenizer smollm2 --out $(STORE)
+	$(BIN)/pilotfish bench drafters --prompts $(DATA)/xquad/xquad.en.json --prompts $(DATA)/hotpotqa/hotpotqa_train.json \
+	  --arms "$(SOURCES)" --sample 8 --sample-others 8 --max-tokens 96 --batch 0 --no-hot \
+	  --out benchmarks/results/drafters_sources.json
+	$(BIN)/python benchmarks/datastore_lookups.py $(DATA)/gutenberg $(DATA)/pg_essays $(DATA)/wikitext2
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval

@@ -173,6 +173,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice_short": tree_tables.twice_short,
     "drafters_twice": tree_tables.twice,
+    "drafters_sources": tree_tables.sources,
+    "datastore_lookups": tree_tables.lookups,
     "drafters_twice_by_category": tree_tables.twice_by_category,
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,

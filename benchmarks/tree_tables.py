@@ -11,7 +11,7 @@ def label(arm: str) -> str:
     name, *options = arm.split("@")
     title = {"token_recycling": "Token Recycling", "rasd": "RASD"}.get(name, name)
     kind = "tree" if "verification=tree" in options else "chain"
-    rest = [f"`{o}`" for o in options if o != "verification=tree"]
+    rest = [f"`{o.split('=')[0] if o.startswith('datastore=') else o}`" for o in options if o != "verification=tree"]
     return NAMES.get(arm) or ", ".join([f"{title}, {kind}", *rest])
 
 
@@ -55,3 +55,33 @@ def twice_short() -> str:
         cells = [table[dataset + ending, 1, arm] for ending in ("", "_again", "_twice")]
         rows.append([label(arm), *(f"{x['speedup']:.2f}x" for x in cells), f"{cells[0]['accepted_length']:.2f}"])
     return markdown(["drafter", "first time", "second time", "both", "tokens per step, first time"], rows)
+
+
+def sources() -> str:
+    """Speed and tokens per step by what is retrieved from, on documents and on a domain."""
+    result = load("drafters_sources")
+    table = figures(result)
+    rows = []
+    for (dataset, _, arm), x in table.items():
+        if "/" not in dataset:
+            ms, same = x.get("proposal_ms"), "yes" if x["identical_share"] == 1 else "no"
+            cells = [f"{x['speedup']:.2f}", f"{x['accepted_length']:.2f}", f"{x['drafted_per_step']:.1f}"]
+            rows.append([dataset, label(arm), *cells, f"{ms:.2f}" if ms else "", same])
+    head = ["prompts", "drafter", "speed-up", "tokens per step", "drafted per step", "proposal ms", "identical"]
+    return markdown(head, rows) + provenance(result)
+
+
+def lookups() -> str:
+    """Times of look-ups."""
+    result = load("datastore")
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for r in result["records"]:
+        rows.setdefault((r["arm"], r["dataset"]), {})[r["metric"]] = f"{r['value']:g}"
+    names = {"datastore": "datastore", "history": "history of texts"}
+    metrics = ("lookup_us_median", "lookup_us_p99", "build_s")
+    lines = [
+        [names[arm], f"{int(tokens.removeprefix('tokens_')):,}", *(x.get(m, "") for m in metrics)]
+        for (arm, tokens), x in rows.items()
+    ]
+    head = ["looked up in", "tokens", "median us", "99th percentile us", "build s"]
+    return markdown(head, lines) + provenance(result)

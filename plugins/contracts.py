@@ -130,11 +130,19 @@ class Candidates:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """A request that wants a draft: its text so far ([t] token ids, the root last) and how many tokens it can take."""
+    """A request that wants a draft.
+
+    Attributes:
+        id: Its name.
+        tokens: [t] token ids of its text so far, the root last.
+        limit: How many tokens it can take.
+        drafted: [d] what a draft model that the engine runs proposed; empty where there is none.
+    """
 
     id: str
     tokens: Int32
     limit: int
+    drafted: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,18 @@ class Drafter(Plugin, ABC):
     candidates: int = 8  # how many of the model's next tokens `observe` is shown
     state_path: str | None = None  # where `save` and `load` keep the state between runs, if anywhere
     whole: bool = False  # its trees have a size of their own: the engine verifies all of what it proposes
+
+    @classmethod
+    def needs_draft_model(cls, options: Any) -> bool:
+        """Whether requests have to bring what a draft model proposed, which the engine then runs."""
+        del options
+        return False
+
+    @classmethod
+    def tokenizer(cls, options: Any) -> tuple[str, str] | None:
+        """Fingerprint of the tokenizer whose ids it was given, see `retrieval.datastore.fingerprint`, and where."""
+        del options
+        return None
 
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...

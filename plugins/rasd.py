@@ -21,12 +21,14 @@ import numpy as np
 
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
+from .drafting.engine_draft import EngineDraft
 from .hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
     from ..retrieval.datastore import Datastore
     from ..retrieval.history import History
 
+ENGINE = EngineDraft.name
 OWN, OUTPUTS, STORED = range(3)
 NAMES = ("own", "outputs", "datastore")
 NODES = 64  # of a trie, as REST keeps them (arXiv 2311.08252)
@@ -38,7 +40,8 @@ class RASDOptions:
     """Options of RASD.
 
     Attributes:
-        base: The drafter whose tree is fused with what is retrieved, with its default options; `none` for none.
+        base: The drafter whose tree is fused with what is retrieved, with its default options; `engine` for a
+            draft model that the engine runs; `none` for none.
         own: Retrieve from the request's own prompt and output.
         outputs: Tokens of earlier outputs that are kept and retrieved from, at 16 bytes each; 0 for none.
         datastore: Folder that `pilotfish datastore build` wrote.
@@ -89,6 +92,19 @@ class RASD(Drafter):
     Options: ClassVar[type] = RASDOptions
 
     @classmethod
+    def needs_draft_model(cls, options: RASDOptions) -> bool:
+        """Whether a draft model is the base."""
+        return options.base == ENGINE
+
+    @classmethod
+    def tokenizer(cls, options: RASDOptions) -> tuple[str, str] | None:
+        """That of the datastore."""
+        if options.datastore is None:
+            return None
+        about = _open(options.datastore).about
+        return about.fingerprint, f"{options.datastore}, built with --tokenizer {about.tokenizer}"
+
+    @classmethod
     def check(cls, options: RASDOptions, engine: Engine) -> None:
         """Refuse a missing compiler, a base that cannot serve, and a datastore of other tokens."""
         if find_spec("numba") is None:
@@ -96,11 +112,11 @@ class RASD(Drafter):
         if (base := _base(options)) is not None:
             base[0].check(base[1], engine)
         if options.datastore is not None:
-            store = _open(options.datastore)
-            if int(store.tokens.max(initial=0)) >= engine.vocab_size:
+            about = _open(options.datastore).about
+            if about.largest >= engine.vocab_size:
                 raise Unsupported(
                     cls.name,
-                    f"{options.datastore} holds tokens of {store.about.tokenizer}, beyond the vocabulary of "
+                    f"{options.datastore} holds tokens of {about.tokenizer}, beyond the vocabulary of "
                     f"{engine.vocab_size}",
                     "build it with --tokenizer of the model that is served",
                     engine.model,
@@ -239,6 +255,8 @@ def _base(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
     """
     if options.base == "none":
         return None
+    if options.base == ENGINE:
+        return EngineDraft, None
     from .manager import plugins
 
     cls = plugins().get("drafter", options.base, "pilotfish.drafter.base")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import suffixes
 from .suffixes import BREAK, DEPTH, Match
 
-FORMAT = 1
+FORMAT = 2
 ABOUT, TOKENS, ORDER = "datastore.json", "tokens.npy", "order.npy"
 
 
@@ -37,6 +37,7 @@ class About:
         fingerprint: Of the tokenizer; token ids mean nothing to another one.
         texts: How many texts.
         tokens: How many tokens, breaks between texts included.
+        largest: The largest token id.
         depth: Tokens by which the suffixes are ordered.
         digests: SHA-256 of the arrays' files, by name.
     """
@@ -45,6 +46,7 @@ class About:
     fingerprint: str
     texts: int
     tokens: int
+    largest: int
     depth: int
     digests: dict[str, str]
 
@@ -144,7 +146,7 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
         np.save(partial / TOKENS, tokens)
         np.save(partial / ORDER, suffixes.sort(tokens))
         digests = {name: _digest(partial / name) for name in (TOKENS, ORDER)}
-        about = About(tokenizer, fingerprint, count, len(tokens), DEPTH, digests)
+        about = About(tokenizer, fingerprint, count, len(tokens), int(tokens.max()), DEPTH, digests)
         (partial / ABOUT).write_text(json.dumps({"format": FORMAT, **asdict(about)}, indent=1) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, folder)
@@ -153,6 +155,11 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return about
+
+
+def fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """Hex digest of a tokenizer's vocabulary: ids mean the same where it is the same."""
+    return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
 def check_place(folder: Path) -> None:

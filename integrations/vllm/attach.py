@@ -90,8 +90,10 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         if problem is not None:
             raise Unsupported(cls.name, problem[0], problem[1], vllm_config.model_config.model)  # type: ignore[attr-defined]
         engine = describe(vllm_config)
-        support.check(kind, cls, config, vllm_config)
+        support.check(kind, cls, options, config, vllm_config)
         cls.check(options, engine)  # type: ignore[attr-defined]
+        if kind == "drafter":
+            support.check_tokenizer(cls, options, vllm_config.model_config)
         if kind == "kv":
             support.check_correction(cls, options, engine, vllm_config)
             if cls.frees_blocks:  # type: ignore[attr-defined]
@@ -110,6 +112,15 @@ def kv_policy(vllm_config: Any) -> KVPolicy | None:
         return None
     cls, options = plugins().resolve("kv", selection)
     return cls(options, describe(vllm_config))
+
+
+def over_draft_model(vllm_config: Any) -> bool:
+    """Whether a drafter was selected that builds on a draft model of vLLM's."""
+    selection = read(vllm_config.additional_config).drafter
+    if selection is None:
+        return False
+    cls, options = plugins().resolve("drafter", selection)
+    return cls.needs_draft_model(options)  # type: ignore[attr-defined]
 
 
 def attention_backend(stock: type, vllm_config: Any) -> type:

@@ -117,6 +117,7 @@ def bench_drafters(
         str, typer.Option(callback=_dtype, help="float32 makes outputs comparable token by token.")
     ] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    hot: Annotated[bool, typer.Option(help="Measure tables that have seen other prompts, too.")] = True,
     twice: Annotated[bool, typer.Option(help="Run all prompts a second time; tables cold only.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
@@ -138,6 +139,7 @@ def bench_drafters(
             dtype=dtype,
             seed=seed,
             out=out,
+            hot=hot,
             twice=twice,
         )
     )

@@ -1,6 +1,5 @@
 """`pilotfish datastore`: a corpus of texts as token ids, from which drafts are retrieved."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,7 @@ def build(
             bar.update(task, description="sorting")
 
         try:
-            about = store.build(out, read(), tokenizer, fingerprint(found), max_tokens)
+            about = store.build(out, read(), tokenizer, store.fingerprint(found.get_vocab()), max_tokens)
         except store.DatastoreError as error:
             raise ConfigError(str(error)) from None
     if passed:
@@ -128,9 +127,3 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         ids += tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
         begin = end
     return ids
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """Hex digest of a tokenizer's vocabulary: ids mean the same where it is the same."""
-    names = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]

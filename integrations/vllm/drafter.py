@@ -122,6 +122,7 @@ class Drafter:
         num_tokens_no_spec: np.ndarray,
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
+        drafted: list[list[int]] | None = None,
     ) -> list[list[int]]:
         """Drafts for each request of the batch; an empty list where there is none.
 
@@ -130,6 +131,7 @@ class Drafter:
             num_tokens_no_spec: [b] length of each text, those tokens included.
             token_ids_cpu: [b, max_model_len] the texts.
             slot_mappings: Not used.
+            drafted: What vLLM's draft model proposed for each request, where there is one.
         """
         del slot_mappings
         if self.plugin is None:
@@ -144,7 +146,7 @@ class Drafter:
             if request.request not in self._requests:
                 self._start(request.request, i)
             self.plugin.observe(request.request, request.tokens, request.candidates)
-        drafts = self._draft(verified)
+        drafts = self._draft(verified, drafted)
         if self._saver is not None:
             self._saver.touch()
         self._step_ended = time.perf_counter()
@@ -154,7 +156,7 @@ class Drafter:
         self.counts["requests"] += len(verified)
         return drafts
 
-    def _draft(self, verified: list[Verified]) -> list[list[int]]:
+    def _draft(self, verified: list[Verified], drafted: list[list[int]] | None) -> list[list[int]]:
         """Ask for trees, and take of each as much as the cost of a step allows."""
         assert self.plugin is not None
         drafts: list[list[int]] = [[] for _ in verified]
@@ -162,7 +164,8 @@ class Drafter:
         for i, request in enumerate(verified):
             if len(request.tokens) and self._requests[request.request]:
                 room = min(self._binding.room(request.request, i, len(request.text)), self._most)
-                wanting.append((i, DraftRequest(request.request, request.text, room)))
+                proposed = np.array([] if drafted is None else drafted[i], np.int32)
+                wanting.append((i, DraftRequest(request.request, request.text, room, proposed)))
         kept: dict[str, DraftTree] = {}
         if wanting:
             nodes = BREADTH * self._depth if self.trees is None else self._most

@@ -5,6 +5,7 @@
 | `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
 | `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
 | `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
+| `DRAFT_MODEL` | a drafter over a draft model is selected | vLLM's own methods take no companion |
 | `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
 | `SESSIONS` | a KV policy frees blocks | vLLM has no hook that refuses a request |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
@@ -87,6 +88,8 @@ def _backend(original: Any) -> Any:
 
         if not attach.concerned(get_current_vllm_config().additional_config):
             return stock
+        if attach.over_draft_model(get_current_vllm_config()):
+            DRAFT_MODEL.apply()  # here, since all workers build attention layers before they load a draft model
         return attach.attention_backend(stock, get_current_vllm_config())
 
     return _cached_get_attn_backend
@@ -103,6 +106,19 @@ def _scheduler(original: Any) -> Any:
             correction.install(self, vllm_config)
 
     return __init__
+
+
+def _draft_model(original: Any) -> Any:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        from . import attach
+
+        if attach.over_draft_model(self.vllm_config):
+            from . import draft_model
+
+            draft_model.accompany(self)
+
+    return load_model
 
 
 def _capacity(original: Any) -> Any:
@@ -171,9 +187,10 @@ SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _schedul
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
+DRAFT_MODEL = Patch("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", _draft_model)
 CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
 SESSIONS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _sessions)
-ALL = (FRONT_DOOR, BACKEND, SCHEDULER, CAPACITY, SESSIONS, COUNTERS, EXPAND, CONSTRAINTS)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, SESSIONS, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

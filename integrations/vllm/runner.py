@@ -75,7 +75,9 @@ class RunnerBinding:
             # Within num_speculative_tokens of max_model_len vLLM would drop the drafts of the whole batch, and verify
             # zeros in their place. We clip for each request instead (`room`), so the limit can lie behind the end.
             # Set at each step, since fitting the context to memory resets it.
-            runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
+            # A draft model of vLLM's has to keep its limit.
+            if not runner.speculative_config.uses_draft_model():
+                runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
             self._metadata = spec_decode_metadata
             self._top = None if logits is None else top_k(logits, self._k)
             self.seconds += time.perf_counter() - started

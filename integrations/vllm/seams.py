@@ -27,6 +27,7 @@ class Seam:
     why: str = ""
 
 
+_PROPOSER = "v1/spec_decode/llm_base_proposer.py"
 _RUNNER = "v1/worker/gpu_model_runner.py"
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
@@ -45,6 +46,9 @@ TABLE = (
     Seam("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",), "makes the drafter"),
     Seam(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "where logits are seen"),
     Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output"), "calls the drafter"),
+    Seam(_PROPOSER, "SpecDecodeBaseProposer.load_model", ("self", "target_model"), "a drafter over a draft model"),
+    Seam("config/speculative.py", "SpeculativeConfig.disable_padded_drafter_batch", why="the same"),
+    Seam("config/speculative.py", "SpeculativeConfig.uses_draft_model", ("self",), "the same"),
     Seam(_RUNNER, "GPUModelRunner._on_request_state_removed", ("self", "req_id", "req_state"), "a request ends"),
     Seam(_RUNNER, "GPUModelRunner.shutdown", ("self",), "state is saved"),
     Seam(_RUNNER, "GPUModelRunner._prepare_inputs", ("self", "scheduler_output"), "trees: positions of nodes"),

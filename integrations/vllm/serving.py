@@ -62,12 +62,21 @@ def compose(
 
     arguments: list[str] = []
     if config.drafter is not None:
-        if any(
+        cls, options = plugins().resolve("drafter", config.drafter)
+        speculates = any(
             a.split("=")[0].split(".")[0].replace("_", "-") in ("--speculative-config", "-sc", "--spec-method")
             for a in extra
-        ):
+        )
+        over_model = cls.needs_draft_model(options)  # type: ignore[attr-defined]
+        if speculates and not over_model:
             raise ConfigError("--drafter and --speculative-config both name a drafter; leave one out")
-        cls, options = plugins().resolve("drafter", config.drafter)
+        if over_model and not speculates:
+            raise ConfigError(
+                f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
+                f"'{support.DRAFT_MODEL}'"
+            )
+        if over_model and num_speculative_tokens is not None:
+            raise ConfigError("--num-speculative-tokens: --speculative-config says it already")
         depth = num_speculative_tokens or support.drafted_tokens(cls, config.verification)
         if seams.v2_runner_is_set():
             raise Unsupported(
@@ -77,8 +86,9 @@ def compose(
                 model,
             )
         check_engine(cls, options, model, depth, config.allow_untested_vllm)
-        speculation = {"method": "custom_class", "model": support.DRAFTER_CLASS, "num_speculative_tokens": depth}
-        arguments += ["--speculative-config", json.dumps(speculation)]
+        if not over_model:
+            speculation = {"method": "custom_class", "model": support.DRAFTER_CLASS, "num_speculative_tokens": depth}
+            arguments += ["--speculative-config", json.dumps(speculation)]
     if config.kv is not None:
         cls, options = plugins().resolve("kv", config.kv)
         check_engine(cls, options, model, 0, config.allow_untested_vllm)

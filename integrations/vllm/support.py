@@ -8,6 +8,9 @@ from ...plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
 from ...plugins.contracts import Engine, Unsupported
 
 DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
+DRAFT_MODEL = json.dumps(
+    {"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8, "disable_padded_drafter_batch": True}
+)
 WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
 
 
@@ -24,7 +27,7 @@ def names_us(speculative: Any) -> bool:
     return model == DRAFTER_CLASS
 
 
-def check(kind: str, cls: Any, config: PilotfishConfig, vllm_config: Any) -> None:
+def check(kind: str, cls: Any, options: Any, config: PilotfishConfig, vllm_config: Any) -> None:
     """What any plugin of a kind needs of an engine.
 
     Raises:
@@ -34,15 +37,17 @@ def check(kind: str, cls: Any, config: PilotfishConfig, vllm_config: Any) -> Non
     if kind == "kv":
         _check_attention(cls.name, vllm_config)
     else:
-        _check_speculation(cls.name, vllm_config)
+        _check_speculation(cls, options, config, vllm_config)
         if config.verification.verification == "tree":
             _check_trees(cls.name, config, vllm_config)
 
 
-def _check_speculation(plugin: str, vllm_config: Any) -> None:
+def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_config: Any) -> None:
     """The drafter's other half, and what in the engine would keep it from working as promised."""
-    speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
-    if speculative is None or not names_us(speculative) or speculative.method != "custom_class":
+    plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
+    if cls.needs_draft_model(options):
+        _check_draft_model(plugin, config, speculative, model)
+    elif speculative is None or not names_us(speculative) or speculative.method != "custom_class":
         value = json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 12})
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
@@ -64,6 +69,45 @@ def _check_speculation(plugin: str, vllm_config: Any) -> None:
         )
     if vllm_config.model_config.runner_type == "pooling":
         raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
+
+
+def _check_draft_model(plugin: str, config: PilotfishConfig, speculative: Any, model: str) -> None:
+    """What a drafter over vLLM's own draft model needs of it."""
+    if speculative is None or speculative.method != "draft_model":
+        raise ConfigError(f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL}'")
+    if not speculative.disable_padded_drafter_batch:
+        raise Unsupported(
+            plugin,
+            "drafts would be made before it is known what was accepted",
+            'add "disable_padded_drafter_batch": true to --speculative-config',
+            model,
+        )
+    if config.verification.verification == "tree":
+        raise Unsupported(
+            plugin, "the draft model's cache knows no trees", "use verification=chain, or another base", model
+        )
+
+
+def check_tokenizer(cls: Any, options: Any, model_config: Any) -> None:
+    """Refuse a drafter whose token ids were made by a tokenizer with another vocabulary than the model's.
+
+    Raises:
+        Unsupported: it is another.
+    """
+    if (wanted := cls.tokenizer(options)) is None:
+        return
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    from ...retrieval.datastore import fingerprint
+
+    found = cached_tokenizer_from_config(model_config)
+    if found is not None and fingerprint(found.get_vocab()) != wanted[0]:
+        raise Unsupported(
+            cls.name,
+            f"its token ids are those of another tokenizer ({wanted[1]})",
+            "build it with --tokenizer of the model that is served",
+            model_config.model,
+        )
 
 
 def _check_attention(plugin: str, vllm_config: Any) -> None:

@@ -10,7 +10,7 @@ from pilotfish.integrations.vllm import datastore_commands as commands
 from pilotfish.integrations.vllm.bench import texts
 from pilotfish.integrations.vllm.models import SMOLLM2, fetch
 from pilotfish.plugins.config import ConfigError
-from pilotfish.retrieval.datastore import Datastore
+from pilotfish.retrieval.datastore import Datastore, fingerprint
 
 TOKENIZER = ("--tokenizer", "smollm2-135m-instruct")
 
@@ -35,7 +35,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     opened = Datastore(store, verify=True)
     assert opened.about.texts == 2
     tokenizer = texts.tokenizer_of(str(fetch(SMOLLM2)))
-    assert opened.about.fingerprint == commands.fingerprint(tokenizer)
+    assert opened.about.fingerprint == fingerprint(tokenizer.get_vocab())
     tail = tokenizer("quick brown", add_special_tokens=False)["input_ids"][1:]
     tail = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
     match = opened.find(np.array(tail, np.int32))

@@ -9,6 +9,7 @@ import pytest
 
 from pilotfish.plugins.config import ConfigError, Selection
 from pilotfish.plugins.contracts import Candidates, DraftBudget, DraftRequest, DraftTree, Engine
+from pilotfish.plugins.drafting.engine_draft import EngineDraft
 from pilotfish.plugins.manager import plugins
 from pilotfish.plugins.rasd import RASD, RASDOptions
 from pilotfish.retrieval import datastore
@@ -137,3 +138,26 @@ def test_wrong_surroundings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "datastore.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(ConfigError, match="cannot be read"):
         RASD.check(RASDOptions(datastore=str(tmp_path)), ENGINE)
+
+
+def test_what_a_draft_model_proposed_is_scored_by_how_far_it_held() -> None:
+    base = EngineDraft(None, ENGINE)
+    text = np.arange(10, dtype=np.int32)
+    for _ in range(200):  # the first token is right, the second never
+        request = DraftRequest("a", text, 24, np.array([5, 6, 7], np.int32))
+        tree = base.propose([request], BUDGET)[0]
+        base.observe("a", np.array([5, 9], np.int32), seen([1], [5]))
+    assert tree.tokens.tolist() == [5, 6, 7]
+    assert tree.scores[0] > 0.95
+    assert tree.scores[1] < 0.05
+    assert tree.scores[2] <= tree.scores[1]
+    assert len(base.propose([DraftRequest("a", text, 1, np.array([5, 6], np.int32))], BUDGET)[0]) == 1
+
+
+def test_what_is_retrieved_goes_on_where_a_draft_model_stops() -> None:
+    drafter = RASD(RASDOptions(base="engine", outputs=0), ENGINE)
+    text = [1, 2, 3, 4, 5, 6, 1, 2]
+    drafter.start("a", np.array(text, np.int32))
+    request = DraftRequest("a", np.array(text, np.int32), 24, np.array([3, 4], np.int32))
+    tree = drafter.propose([request], BUDGET)[0]
+    assert tree.tokens[tree.best_path()].tolist()[:4] == [3, 4, 5, 6]

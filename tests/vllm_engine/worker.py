@@ -75,7 +75,7 @@ class TestWorker(Worker):
         """What the drafter holds, and what of vLLM was replaced or wrapped."""
         from vllm.v1.sample import rejection_sampler
 
-        drafter = getattr(self.runner, "drafter", None)
+        drafter = self._ours
         plugin = getattr(drafter, "plugin", None)
         return {
             "requests": sorted(getattr(drafter, "_requests", {})),

@@ -162,12 +162,18 @@ class Worker:
         }
 
     def _proposing(self) -> dict[str, float]:
-        counts = getattr(getattr(self.runner, "drafter", None), "counts", None) or {}
+        counts = getattr(self._ours, "counts", None) or {}
         return {key: counts[key] for key in ("seconds", "requests") if key in counts}
+
+    @property
+    def _ours(self) -> Any:
+        """Our proposer, or the one that stands behind vLLM's draft model; vLLM's, or None, where there is none."""
+        proposer = getattr(self.runner, "drafter", None)
+        return getattr(proposer, "pilotfish", proposer)
 
     def use(self, drafter: str) -> dict[str, Any]:
         """Put another instance of our drafter in charge, made fresh under a new name: cold beside hot tables."""
-        ours = self.runner.drafter
+        ours = self._ours
         if drafter not in self._drafters:
             self._drafters[drafter] = type(ours.plugin)(ours.plugin.options, ours.plugin.engine)
         ours.plugin = self._drafters[drafter]

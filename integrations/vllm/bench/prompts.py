@@ -22,7 +22,10 @@ class Prompt:
 
 
 def read(path: Path) -> list[Prompt]:
-    """Prompts of a ``.jsonl`` or ``.jsonl.gz`` file: lines with ``turns``, ``prompt`` or ``text``, maybe ``category``.
+    """Prompts of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` file.
+
+    Lines, or the items of one list, have ``turns``, ``prompt``, ``text`` or ``question``, maybe ``category``. Of a file in
+    the form of SQuAD, every paragraph is one prompt with its first question.
 
     Raises:
         ConfigError: the file cannot be read, or holds no prompts.
@@ -30,7 +33,10 @@ def read(path: Path) -> list[Prompt]:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        whole = path.name.endswith((".json", ".json.gz"))
+        lines = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        if isinstance(lines, dict):
+            lines = [paragraph for article in lines["data"] for paragraph in article["paragraphs"]]
         prompts = [_prompt(line, path.absolute().parent.name) for line in lines]
     except OSError as error:
         raise ConfigError(f"--prompts {path}: {error.strerror or error}") from None
@@ -46,9 +52,13 @@ def _prompt(line: Any, dataset: str) -> Prompt:
         raise ValueError("a line is not an object")
     if "task_id" in line:  # HumanEval: the head of a function
         return Prompt(dataset, "code", f"Complete this Python function:\n```python\n{line['prompt']}\n```")
-    text = line["turns"][0] if "turns" in line else line.get("prompt", line.get("text"))
+    if "qas" in line:  # SQuAD: a passage with questions
+        ask = "Answer with a sentence, and quote the passage that supports it."
+        return Prompt(dataset, "document_qa", f"{line['context']}\n\n{line['qas'][0]['question']}\n{ask}")
+    named = (line[name] for name in ("prompt", "text", "question") if name in line)
+    text = line["turns"][0] if "turns" in line else next(named, None)
     if not isinstance(text, str):
-        raise ValueError("a line has no turns, prompt or text")
+        raise ValueError("a line has no turns, prompt, text or question")
     return Prompt(dataset, str(line.get("category", "all")), text)
 
 

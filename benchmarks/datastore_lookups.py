@@ -1,0 +1,86 @@
+"""How long look-ups in a datastore take: `python benchmarks/datastore_lookups.py FOLDER...`, folders of real texts.
+
+Paragraphs are drawn from the texts, again and again, until there are as many tokens as asked for. What is looked up are
+places of the same texts whose latest tokens may have been changed, so that matches of every length are met.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS
+
+from pilotfish.integrations.vllm import models
+from pilotfish.integrations.vllm.bench import record, texts
+from pilotfish.integrations.vllm.bench.record import Record
+from pilotfish.integrations.vllm.datastore_commands import encode, find
+from pilotfish.retrieval.datastore import Datastore, build
+from pilotfish.retrieval.history import History
+
+LOOKUPS = 20_000
+WIDTH, MOST = 24, 32  # followers: their length, and how many; as RASD asks for them
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    arguments = parser.parse_args()
+    tokenizer = texts.tokenizer_of(models.resolve(models.SMOLLM2.name))
+    rng = random.Random(0)
+    paragraphs = [
+        ids
+        for path in find(arguments.folders, (".txt",))
+        for part in path.read_text(encoding="utf-8").split("\n\n")
+        if len(ids := encode(tokenizer, part)) > 20
+    ]
+    drawn: list[list[int]] = []
+    count = 0
+    while count < arguments.tokens:
+        drawn.append(rng.choice(paragraphs))
+        count += len(drawn[-1]) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        about = build(Path(folder) / "store", drawn, "smollm2", "0", arguments.tokens)
+        built = time.perf_counter() - started
+        store = Datastore(Path(folder) / "store")
+        rows = [Record("datastore", f"tokens_{about.tokens}", "datastore", "build_s", round(built, 2), "s")]
+        rows += timed("datastore", about.tokens, paragraphs, lambda tail: lookup(store, tail))
+        history = History(1 << 20)
+        for ids in drawn[: (1 << 20) // 100]:
+            history.append(np.array(ids, np.int32), ends=True)
+        rows += timed("history", len(history), paragraphs, lambda tail: history.find(tail, WIDTH, MOST, WIDTH, 2))
+    record.write(RESULTS / "datastore.json", rows)
+
+
+def lookup(store: Datastore, tail: np.ndarray) -> None:
+    """As RASD looks up."""
+    store.followers(store.find(tail), WIDTH, MOST)
+
+
+def timed(arm: str, tokens: int, paragraphs: list[list[int]], look_up: object) -> list[Record]:
+    """Median and 99th percentile of look-ups, in microseconds."""
+    rng, taken = random.Random(1), []
+    for i in range(LOOKUPS + 100):
+        ids = rng.choice(paragraphs)
+        end = rng.randrange(8, len(ids))
+        tail = np.array(ids[max(0, end - 40) : end], np.int32)
+        tail[: -rng.randrange(1, 8)] += 1  # so many latest tokens are real
+        started = time.perf_counter()
+        look_up(tail)  # type: ignore[operator]
+        if i >= 100:
+            taken.append(1e6 * (time.perf_counter() - started))
+    name = f"tokens_{tokens}"
+    return [
+        Record("datastore", name, arm, "lookup_us_median", round(statistics.median(taken), 1), "us"),
+        Record("datastore", name, arm, "lookup_us_p99", round(statistics.quantiles(taken, n=100)[-1], 1), "us"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
