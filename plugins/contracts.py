@@ -4,7 +4,7 @@ Token ids are ``int32``, probabilities ``float32``. ``n`` is a number of tokens,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..kvcache.selection import ReadPlan
 
 Int32 = NDArray[np.int32]
+Arrays = Mapping[str, NDArray]
 Float32 = NDArray[np.float32]
 
 ROOT = -1  # the parent of a node that follows the last accepted token directly
@@ -247,44 +248,108 @@ class VisualPruner(Plugin, ABC):
         """Indices of the tokens that stay, as many as `kept_tokens` announced."""
 
 
+class IndexKind(Plugin, ABC):
+    """How documents become arrays and how those are searched; `retrieval.Index` does the rest.
+
+    Ids, texts, metadata, filters, deletion, commits and crashes are the store's business. A kind sees internal numbers of
+    documents, which only ever grow, and arrays by name, which are mapped from files.
+    """
+
+    default_encoder: ClassVar[str]
+    Settings: ClassVar[type] = NoOptions  # frozen dataclass: how an index is searched, may change after it was built
+
+    @abstractmethod
+    def __init__(self, options: Any) -> None: ...
+
+    @abstractmethod
+    def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> "Encoder":
+        """The kind's own encoder of that name, or in that folder; registered ones were looked for before.
+
+        Raises:
+            RetrievalError: there is none.
+        """
+
+    @abstractmethod
+    def train(self, encoded: Any, expected: int) -> Arrays:
+        """What all segments share, from the first of ``expected`` documents."""
+
+    def outgrown(self, shared: Arrays, documents: int) -> bool:
+        """Whether so many documents are so many more than `train` saw that it should see them."""
+        del shared, documents
+        return False
+
+    @abstractmethod
+    def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+        """Postings of documents with these internal numbers, and how many they are."""
+
+    @abstractmethod
+    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
+        """One segment of several, without the documents that are not ``live``."""
+
+    @abstractmethod
+    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> Any:
+        """What `search` needs of one snapshot; made once for it.
+
+        Raises:
+            ValueError: the arrays do not fit each other.
+        """
+
+    @abstractmethod
+    def search(
+        self, searcher: Any, query: Any, k: int, settings: Any, allow: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Internal numbers and scores, best first, of at most ``k`` documents whose bit is set in ``allow``.
+
+        Where that lets few documents pass, it looks further, until there are k or all that pass were seen.
+        """
+
+    def explain(
+        self, searcher: Any, encoder: "Encoder", query: str, text: str, number: int, settings: Any, allow: Any
+    ) -> "list[Reason]":
+        """Why a document has its score."""
+        del searcher, encoder, query, text, number, settings, allow
+        return []
+
+
 @dataclass(frozen=True)
-class Hit:
-    """One document found: its id and its score, higher is better."""
+class Reason:
+    """A part of a score.
 
-    id: str
+    Attributes:
+        query: Of the query: the token or word.
+        document: Of the document: what it met; None where nothing.
+        score: What it adds.
+        imputed: Whether that stands for something that was not retrieved.
+        position: Of ``document`` among the document's tokens.
+    """
+
+    query: str
+    document: str | None
     score: float
-
-
-class Index(Plugin, ABC):
-    """Documents that can be searched; a crash at any moment leaves a readable index."""
-
-    @abstractmethod
-    def add(self, ids: Sequence[str], documents: Sequence[Any]) -> None: ...
-
-    @abstractmethod
-    def delete(self, ids: Sequence[str]) -> int: ...
-
-    @abstractmethod
-    def search(self, queries: Sequence[Any], k: int, filter: Mapping[str, Any] | None = None) -> list[list[Hit]]: ...
-
-    @abstractmethod
-    def save(self, path: Path) -> None: ...
-
-    @abstractmethod
-    def load(self, path: Path) -> None: ...
-
-    @abstractmethod
-    def stats(self) -> dict[str, float]: ...
+    imputed: bool = False
+    position: int | None = None
 
 
 class Encoder(Plugin, ABC):
-    """Turns text into vectors, one for each token or one sparse one; states its dimension and similarity."""
+    """Turns texts into what a kind of index keeps: vectors of tokens, weights of words.
+
+    What it returns has a length, the number of texts.
+    """
 
     dimension: int
-    similarity: str
 
     @abstractmethod
-    def encode_queries(self, texts: Sequence[str]) -> Any: ...
+    def __init__(self, options: Any, device: str = "auto", precision: str = "float32") -> None: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of its files: what two encoders of different fingerprints make does not go together."""
 
     @abstractmethod
-    def encode_documents(self, texts: Sequence[str]) -> Any: ...
+    def encode_queries(self, texts: Sequence[str]) -> Any:
+        """What queries are."""
+
+    @abstractmethod
+    def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Any:
+        """What documents are; ``progress`` is told how many texts were encoded since it was told last."""

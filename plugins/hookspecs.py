@@ -33,7 +33,7 @@ def register_pruners(register: Register) -> None:
 
 @hookspec
 def register_indexes(register: Register) -> None:
-    """Register subclasses of `contracts.Index`."""
+    """Register subclasses of `contracts.IndexKind`."""
 
 
 @hookspec

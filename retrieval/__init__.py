@@ -1,1 +1,24 @@
-"""What retrieval plugins stand on: encoders, indexes, storage. Empty in this release."""
+"""What retrieval plugins stand on: encoders, indexes, storage, a datastore of token ids.
+
+`Index` is what people use; it is imported when it is asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import RetrievalError
+    from .index import Hit, Index
+
+__all__ = ["Hit", "Index", "RetrievalError"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Hit", "Index"):
+        from . import index
+
+        return getattr(index, name)
+    if name == "RetrievalError":
+        from .errors import RetrievalError
+
+        return RetrievalError
+    raise AttributeError(name)

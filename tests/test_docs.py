@@ -58,3 +58,10 @@ def test_nothing_names_a_folder_of_one_machine(root: Path) -> None:
         if name and path.is_file() and not path.is_symlink():
             found += [f"{name}: {m}" for m in pattern.findall(path.read_text(errors="ignore"))]
     assert found == []
+
+
+def test_the_example_of_an_index_runs(root: Path) -> None:
+    done = subprocess.run([sys.executable, str(root / "examples" / "index.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split()[1] == "pilot:"
+    assert "met may" in done.stdout

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ...plugins.cli import extend
 from ...plugins.hookspecs import hookimpl
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
@@ -32,7 +33,7 @@ def register_commands(cli: typer.Typer) -> None:
     cli.command("serve", context_settings=passes_on)(serve)
     cli.command("doctor")(doctor)
     cli.command("models")(models)
-    cli.add_typer(bench, name="bench")
+    extend(cli, "bench", bench)
     cli.add_typer(tune, name="tune")
 
 

@@ -26,7 +26,8 @@ from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError, build_options
 from ...plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from . import models
-from .bench import recall, record, texts
+from ..bench import record
+from .bench import recall, texts
 from .bench.engine import EngineProcess
 from .bench.kv import ROOM, TEXTS, WORKER, positions
 from .bench.recall import Question

@@ -46,8 +46,8 @@ def cache_dir() -> Path:
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
-    """Compile ``name``.cpp of this folder unless its library is in the cache, and load it.
+def load(name: str, folder: Path = Path(__file__).parent) -> ctypes.CDLL:
+    """Compile ``name``.cpp of a folder unless its library is in the cache, and load it.
 
     OpenMP is the one that the process has loaded already (torch's, by its library's name), so our threads are those of
     the engine.
@@ -55,7 +55,7 @@ def load(name: str) -> ctypes.CDLL:
     Raises:
         NoCompiler: nothing can compile it.
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = folder / f"{name}.cpp"
     flags = (*FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native")
     compile_with = compiler()
     if compile_with is None:

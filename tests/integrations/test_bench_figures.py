@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.integrations.vllm.bench import record
+from pilotfish.integrations.bench import record
 from pilotfish.integrations.vllm.bench.drafters import STOCK, Run, summarise
 
 

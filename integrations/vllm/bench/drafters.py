@@ -25,10 +25,10 @@ from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_model
 from . import prompts as prompt_files
-from . import record
+from ...bench import record
 from .engine import EngineProcess
 from .prompts import Prompt
-from .record import Record
+from ...bench.record import Record
 
 STOCK = "none"
 Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter's tables ("" where there are none)

@@ -23,10 +23,11 @@ from .. import models
 from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_engine, check_model
-from . import recall, record, texts
+from ...bench import record
+from . import recall, texts
 from .engine import EngineProcess
 from .recall import Answered, Question
-from .record import Record
+from ...bench.record import Record
 
 STOCK = "none"
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.kv_worker")

@@ -17,7 +17,7 @@ from . import recall
 from .engine import EngineProcess
 from .kv import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
 from .recall import Question
-from .record import Record
+from ...bench.record import Record
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait

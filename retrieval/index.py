@@ -1,0 +1,541 @@
+"""An index of documents: add, replace, delete, search, explain; safe against crashes, readable while it is written.
+
+    from pilotfish.retrieval import Index
+
+    index = Index.create("my-index")
+    index.add([{"id": "a", "text": "Pilot fish travel with sharks."}])
+    for hit in index.search("which fish follow sharks?", k=5):
+        print(hit.id, hit.score, hit.snippet)
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import filters, snippets
+from .errors import DamagedIndex, RetrievalError
+from .store import Change, Snapshot, Store, Writer
+from .store.documents import Document
+
+BATCH = 8192  # documents of one commit; the first ones are what centroids and codec are learned from
+DEAD = 0.2  # of a segment's documents: it is written anew
+SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
+FILTERS = 64  # filters whose documents are remembered
+
+Filter = str | filters.Filter
+Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that was found.
+
+    Attributes:
+        id: Its owner's name for it.
+        score: Higher is better; comparable within one search.
+        text: All of it.
+        metadata: As it was given.
+        snippet: The part of the text that has most of the query's words.
+    """
+
+    id: str
+    score: float
+    text: str
+    metadata: Mapping[str, Any]
+    snippet: str
+
+
+class Index:
+    """An index in a folder. Several threads and processes may search, one at a time may write."""
+
+    def __init__(self, store: Store, kind: Any, encoder: Any) -> None:
+        """Not for users: see `create` and `open`."""
+        self._store, self.kind, self.encoder = store, kind, encoder
+        self._mutex = threading.Lock()  # of what is made for a snapshot
+        self._ready: tuple[int, Any] | None = None
+        self._allowed: OrderedDict[Any, NDArray[np.bool_]] = OrderedDict()
+
+    # ------------------------------------------------------------------------------------------------ making one
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        kind: str = "xtr",
+        encoder: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        precision: str = "float32",
+    ) -> "Index":
+        """Make an empty index.
+
+        Args:
+            folder: Where; it must not hold anything.
+            kind: How documents are found; the names of registered kinds.
+            encoder: A registered encoder, or the folder of a checkpoint; None for the kind's own.
+            options: Of the kind; see `pilotfish plugins`.
+            device: For the encoder: `cpu`, `cuda` or `auto`.
+            precision: For the encoder.
+
+        Raises:
+            RetrievalError: the folder holds something, or there is no such kind, option or encoder.
+            OSError: the folder cannot be written.
+        """
+        made, parsed = _kind(kind, options or {})
+        name = encoder or made.default_encoder
+        if Path(name).is_dir():
+            name = str(Path(name).absolute())  # it has to be found again from anywhere
+        loaded = _encoder(made, name, device, precision)
+        about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
+        return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, loaded)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
+    ) -> "Index":
+        """Open an index at its latest commit.
+
+        Args:
+            folder: Where it is.
+            encoder: Where its encoder is now, if that was moved.
+            device: See `create`.
+            precision: See `create`.
+
+        Raises:
+            RetrievalError: there is none, it is damaged, or its encoder is not there or another one.
+        """
+        store = Store(Path(folder))
+        about = store.snapshot.manifest
+        made, _ = _kind(about.kind, about.options)
+        name = encoder or about.encoder["name"]
+        loaded = _encoder(made, name, device, precision)
+        if loaded.fingerprint != about.encoder["fingerprint"]:
+            store.close()
+            raise RetrievalError(
+                f"{folder}: was made with another encoder than {name} (fingerprint {about.encoder['fingerprint']}, not "
+                f"{loaded.fingerprint}); name the right one with --encoder"
+            )
+        return cls(store, made, loaded)
+
+    def close(self) -> None:
+        """Let go of files."""
+        self._store.close()
+        self._ready = None
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------------------------- documents
+
+    def __len__(self) -> int:
+        """Documents that can be found."""
+        return self._store.refresh().manifest.count
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._numbers([name]))
+
+    def get(self, name: str) -> Document | None:
+        """A document by its id; None where there is none."""
+        numbers = self._numbers([name])
+        return self._store.documents.get(list(numbers.values())).get(numbers[name]) if numbers else None
+
+    def has(self, ids: Sequence[str]) -> set[str]:
+        """Those of ``ids`` that are there."""
+        return set(self._numbers(ids))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The latest commit."""
+        return self._store.refresh()
+
+    def documents(self, numbers: Sequence[int]) -> dict[int, Document]:
+        """Documents by internal numbers."""
+        return self._store.documents.get(numbers)
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        """Ids of internal numbers, as `search_numbers` returns them."""
+        found = self._store.documents.get(numbers)
+        return [found[n].id for n in numbers if n in found]
+
+    def ids(self) -> Iterator[str]:
+        """Ids of all documents, in the order they were added."""
+        snapshot = self._store.refresh()
+        for number, name in self._store.documents.ask("SELECT number, id FROM documents ORDER BY number"):
+            if number < len(snapshot.live) and snapshot.live[number]:
+                yield name
+
+    def add(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
+        """Add documents; returns how many.
+
+        Args:
+            documents: Each a mapping with ``id``, ``text`` and perhaps ``metadata``, or a `Document`.
+            progress: Is told how far it is.
+
+        Raises:
+            RetrievalError: one is wrong, or its id is taken (nothing of its batch is added; see `upsert`).
+            OSError: the disk is full, or may not be written; earlier batches are in.
+        """
+        return self._put(documents, progress, replace=False, skip=False)
+
+    def upsert(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
+        """Add documents, in the place of those with the same ids; returns how many."""
+        return self._put(documents, progress, replace=True, skip=False)
+
+    def resume(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
+        """Add those documents whose ids are not there yet; returns how many."""
+        return self._put(documents, progress, replace=False, skip=True)
+
+    def delete(self, ids: Sequence[str] = (), where: Filter | None = None) -> int:
+        """Delete documents by their ids, or all that pass a filter; returns how many. Unknown ids are passed over."""
+        with self._store.writer() as writer:
+            dead = set(self._numbers(list(ids)).values())
+            if where is not None:
+                dead |= set(np.flatnonzero(self._passing(self._store.snapshot, where)).tolist())
+            if dead:
+                writer.commit(Change(dead=sorted(dead)))
+                self._merge(writer)
+            return len(dead)
+
+    def compact(self) -> None:
+        """Write everything anew in one segment, without what was deleted, and forget deleted documents' text."""
+        with self._store.writer() as writer:
+            self._merge(writer, [s.number for s in self._store.snapshot.manifest.segments])
+            live = self._store.snapshot.live
+            rows = self._store.documents.ask("SELECT number FROM documents")
+            self._store.documents.drop(n for (n,) in rows if not live[n])
+
+    def configure(self, **settings: Any) -> None:
+        """Change how the index is searched from now on.
+
+        Raises:
+            RetrievalError: there is no such setting, or not such a value.
+        """
+        with self._store.writer() as writer:
+            kept = {**self._store.snapshot.manifest.settings, **settings}
+            self._settings(kept)
+            writer.commit(Change(settings=kept))
+
+    def _put(self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool) -> int:
+        told = progress or (lambda *_: None)
+        total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
+        added = 0
+        with self._store.writer() as writer:
+            for batch in _batches(map(as_document, documents)):
+                there = self._numbers([d.id for d in batch])
+                if there and not (replace or skip):
+                    raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
+                if skip:
+                    batch = [d for d in batch if d.id not in there]
+                if batch:
+                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total)
+                added += len(batch)
+            self._merge(writer)
+        return added
+
+    def _commit(
+        self, writer: Writer, batch: list[Document], dead: list[int], told: Progress, before: int, total: int | None
+    ) -> None:
+        """Encode a batch and make it last."""
+        done = before
+        told("encoding", done, total)
+
+        def count(texts: int) -> None:
+            nonlocal done
+            done += texts
+            told("encoding", done, total)
+
+        encoded = self.encoder.encode_documents([d.text for d in batch], count)
+        snapshot = self._store.snapshot
+        told("indexing", done, total)
+        first, replaced = snapshot.manifest.next_document, []
+        numbers = np.arange(first, first + len(batch))
+        shared = snapshot.shared
+        if shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
+            # What was learned from few documents is learned anew from all; eight times as many each time, so that all
+            # of it together costs little more than once.
+            shared, replaced = {}, [s.about.number for s in snapshot.segments]
+            gone = snapshot.live.copy()
+            gone[dead] = False
+            old = self._store.documents.get(np.flatnonzero(gone).tolist())
+            numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
+            texts = [*(old[n].text for n in sorted(old)), *(d.text for d in batch)]
+            encoded = self.encoder.encode_documents(texts)
+        trained = {} if shared else self.kind.train(encoded, max(total or 0, len(encoded)))
+        rows, arrays = self.kind.segment(encoded, numbers, shared or trained)
+        writer.commit(
+            Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None)
+        )
+
+    def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
+        """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
+        snapshot = self._store.snapshot
+        if chosen is None:
+            chosen = [s.about.number for s in snapshot.segments if self._dead_share(s, snapshot) > DEAD]
+            small = [s.about.number for s in snapshot.segments if s.about.documents < SMALLEST]
+            if len(small) > SMALL:
+                chosen = sorted({*chosen, *small})
+        segments = [s for s in snapshot.segments if s.about.number in set(chosen)]
+        if not segments:
+            return
+        rows, arrays = self.kind.merge([s.arrays for s in segments], snapshot.live)
+        alive = sum(s.about.documents - self._dead(s, snapshot) for s in segments)
+        new = [(alive, rows, arrays)] if alive else []
+        writer.commit(Change(segments=new, replaces=[s.about.number for s in segments]))
+
+    @staticmethod
+    def _dead(segment: Any, snapshot: Snapshot) -> int:
+        """Documents of a segment that were deleted since it was made."""
+        numbers = np.unique(segment.arrays["documents"])
+        return int((~snapshot.live[numbers]).sum())
+
+    def _dead_share(self, segment: Any, snapshot: Snapshot) -> float:
+        if snapshot.live.all():
+            return 0.0
+        return self._dead(segment, snapshot) / max(segment.about.documents, 1)
+
+    # ----------------------------------------------------------------------------------------------------- search
+
+    def search(self, query: str, k: int = 10, where: Filter | None = None, **settings: Any) -> list[Hit]:
+        """The best documents for a query.
+
+        Args:
+            query: Text.
+            k: Hits at most.
+            where: A filter over metadata, as ``year >= 2020 AND lang in (en, de)``; see `filters`.
+            settings: In place of the index's own, for this search.
+
+        Raises:
+            RetrievalError: the filter or a setting is wrong.
+        """
+        return self.search_many([query], k, where, **settings)[0]
+
+    def search_many(
+        self, queries: Sequence[str], k: int = 10, where: Filter | None = None, **settings: Any
+    ) -> list[list[Hit]]:
+        """`search` for several queries, which are encoded together."""
+        snapshot = self._store.refresh()
+        found = self.search_numbers(queries, k, where, snapshot, **settings)
+        documents = self._store.documents.get(list({int(n) for numbers, _ in found for n in numbers}))
+        return [
+            [
+                Hit(d.id, float(score), d.text, d.metadata, snippets.best(d.text, query))
+                for n, score in zip(numbers.tolist(), scores, strict=True)
+                if (d := documents.get(n)) is not None
+            ]
+            for query, (numbers, scores) in zip(queries, found, strict=True)
+        ]
+
+    def search_numbers(
+        self,
+        queries: Sequence[str],
+        k: int,
+        where: Filter | None = None,
+        snapshot: Snapshot | None = None,
+        **settings: Any,
+    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Internal numbers and scores of hits; what `search_many` does without looking at documents."""
+        if k < 1:
+            raise RetrievalError(f"k: expected 1 or more, got {k}")
+        for query in queries:
+            _readable("query", query)
+        snapshot = snapshot or self._store.refresh()
+        chosen = self._settings({**snapshot.manifest.settings, **settings})
+        allow = self._allow(snapshot, where)
+        if not queries:
+            return []
+        encoded = self.encoder.encode_queries(list(queries))
+        if not snapshot.segments or (allow is not None and not allow.any()):
+            nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+            return [nothing] * len(queries)
+        searcher = self._searcher(snapshot)
+        return [self.kind.search(searcher, encoded[i], k, chosen, allow) for i in range(len(queries))]
+
+    def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
+        """Why a document has its score: a list of `plugins.contracts.Reason`.
+
+        Raises:
+            RetrievalError: there is no such document.
+        """
+        snapshot = self._store.refresh()
+        numbers = self._numbers([name])
+        if not numbers:
+            raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
+        text = self._store.documents.get([numbers[name]])[numbers[name]].text
+        chosen = self._settings({**snapshot.manifest.settings, **settings})
+        allow = self._allow(snapshot, None)
+        return self.kind.explain(
+            self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
+        )
+
+    def _searcher(self, snapshot: Snapshot) -> Any:
+        with self._mutex:
+            if self._ready is None or self._ready[0] != snapshot.manifest.number:
+                arrays = [s.arrays for s in snapshot.segments]
+                try:
+                    made = self.kind.searcher(snapshot.shared, arrays, len(snapshot.live))
+                except (ValueError, KeyError, IndexError) as error:
+                    raise DamagedIndex(f"{self._store.folder}: arrays do not fit each other ({error})") from None
+                self._ready = snapshot.manifest.number, made
+            return self._ready[1]
+
+    def _allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
+        """A bit for each document that may be found; None for all."""
+        if where is None:
+            return None if snapshot.live.all() else np.packbits(snapshot.live, bitorder="little")
+        return np.packbits(self._passing(snapshot, where), bitorder="little")
+
+    def _passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
+        """[documents] which pass a filter and are live."""
+        condition = filters.parse(where) if isinstance(where, str) else where
+        key = condition, snapshot.manifest.number
+        with self._mutex:
+            if (known := self._allowed.get(key)) is not None:
+                return known
+        text, values = filters.to_sql(condition)
+        found = np.zeros(len(snapshot.live), np.bool_)
+        rows = self._store.documents.ask(f"SELECT number FROM documents WHERE {text}", values)  # marks only
+        numbers = np.array([n for (n,) in rows], np.int64)
+        found[numbers[numbers < len(found)]] = True
+        found &= snapshot.live
+        with self._mutex:
+            self._allowed[key] = found
+            while len(self._allowed) > FILTERS:
+                self._allowed.popitem(last=False)
+        return found
+
+    def _settings(self, values: Mapping[str, Any]) -> Any:
+        from ..plugins.config import ConfigError, build_options
+
+        try:
+            return build_options(self.kind.Settings, values, f"{self.kind.name} setting")
+        except ConfigError as error:
+            raise RetrievalError(str(error)) from None
+
+    # ------------------------------------------------------------------------------------------------------ upkeep
+
+    def check(self) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            DamagedIndex: a file is not what was written.
+        """
+        about = self._store.check()
+        if about.segments:
+            self._searcher(self._store.snapshot)
+
+    def stats(self) -> dict[str, Any]:
+        """What the index holds, and how large it is."""
+        snapshot = self._store.refresh()
+        about = snapshot.manifest
+        rows = sum(s.rows for s in about.segments)
+        size = sum(f.bytes for f in about.files().values())
+        text = sum(p.stat().st_size for p in self._store.folder.glob("documents.db*"))
+        return {
+            "kind": about.kind,
+            "encoder": about.encoder["name"],
+            "documents": about.count,
+            "deleted": sum(s.documents for s in about.segments) - about.count,
+            "segments": len(about.segments),
+            "postings": rows,
+            "bytes": size,
+            "bytes_per_posting": round(size / rows, 1) if rows else 0.0,
+            "text_bytes": text,
+            "commit": about.number,
+            "options": about.options,
+            "settings": asdict(self._settings(about.settings)),
+        }
+
+    def _numbers(self, ids: Sequence[str]) -> dict[str, int]:
+        """Internal numbers of those ids that are there."""
+        for name in ids:
+            _readable("id", name)
+        live = self._store.refresh().live
+        return {name: n for name, n in self._store.documents.numbers_of(ids) if n < len(live) and live[n]}
+
+
+def _readable(what: str, text: str) -> None:
+    """Refuse what is no text that can be written: halves of surrogate pairs.
+
+    Raises:
+        RetrievalError: it is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RetrievalError(f"{what}: not text that UTF-8 can hold") from None
+
+
+def as_document(value: Any) -> Document:
+    """A document of a mapping, checked.
+
+    Raises:
+        RetrievalError: it has no id or text, or its metadata are no JSON object.
+    """
+    if isinstance(value, Document):
+        value = {"id": value.id, "text": value.text, "metadata": value.metadata}
+    if not isinstance(value, Mapping):
+        raise RetrievalError(f"a document is an object with id and text, not {type(value).__name__}")
+    known = {"id", "text", "metadata"}
+    if extra := sorted(set(map(str, value)) - known):
+        raise RetrievalError(f"document {value.get('id')!r}: unknown key {extra[0]!r}; put it into metadata")
+    name, text, metadata = value.get("id"), value.get("text"), value.get("metadata") or {}
+    if not isinstance(name, str) or not name:
+        raise RetrievalError(f"a document's id is a text that is not empty, not {name!r}")
+    if not isinstance(text, str):
+        raise RetrievalError(f"document {name!r}: its text is missing or no text")
+    try:
+        if not isinstance(metadata, Mapping):
+            raise TypeError
+        plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
+        _ = (name + text + json.dumps(plain, ensure_ascii=False)).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise RetrievalError(f"document {name!r}: text and metadata have to be what JSON can hold") from None
+    return Document(name, text, plain)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches, the last of each id within one."""
+    batch: dict[str, Document] = {}
+    for document in documents:
+        batch.pop(document.id, None)
+        batch[document.id] = document
+        if len(batch) == BATCH:
+            yield list(batch.values())
+            batch = {}
+    if batch:
+        yield list(batch.values())
+
+
+def _kind(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A registered kind of index, and its options."""
+    # The one place where this folder looks up: names of kinds and encoders are the plugin manager's business.
+    from ..plugins.config import ConfigError, Selection
+    from ..plugins.manager import plugins
+
+    try:
+        cls, parsed = plugins().resolve("index", Selection(name, dict(options)))
+    except ConfigError as error:
+        raise RetrievalError(str(error)) from None
+    return cls(parsed), parsed
+
+
+def _encoder(kind: Any, name: str, device: str, precision: str) -> Any:
+    """A registered encoder, or the kind's own of that name."""
+    from ..plugins.manager import plugins
+
+    cls: Any = plugins().classes("encoder").get(name)
+    if cls is not None:
+        return cls(cls.Options(), device, precision)
+    return kind.load_encoder(name, device, precision)
+
+

@@ -1,0 +1,439 @@
+// Search in a token index (XTR, arXiv 2304.01982; imputation by centroids, WARP, arXiv 2501.17788).
+//
+// For each query token: the nearest lists, the product with every token in them, the best one of each document. A document
+// that has none of a query token's gets the imputed value. Codes are read as integers: with levels c of a dimension and
+// bounds l, s, q . (l + s c) = q . l + (q s) . c, and q s in 8 bits makes this a product of small integers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+enum Codec { SQ4 = 0, SQ8 = 1, HALF = 2, TABLE = 3 };
+enum Impute { NOTHING = 0, CENTROID = 1, KTH = 2 };
+
+struct Segment {
+  const int64_t* starts;     // [lists + 1]
+  const int32_t* documents;  // [rows]
+  const uint8_t* codes;      // [rows, code_size]
+};
+
+struct Index {
+  int32_t dimension, lists, codec, code_size;
+  int32_t groups, group_size, factored;  // of a table: bytes of a code, dimensions of each, whether a float16 factor follows
+  int32_t segments;
+  const float* low;        // [dimension] of SQ4 and SQ8
+  const float* step;       // [dimension]
+  const float* codebooks;  // [groups, 256, group_size]
+  const int64_t* sizes;    // [lists] over all segments
+  const Segment* segment;
+  int64_t documents;
+};
+
+struct Settings {
+  int32_t probes, bound, impute, kth, k;
+  int32_t keep;   // products below the imputed one are raised to it, so that their documents are found
+  int32_t plain;  // without vector instructions, for tests
+  int32_t unused;
+  int64_t until;                                 // tokens after which the imputed centroid stands
+};
+
+namespace {
+
+struct Best {
+  int32_t token;  // when it was written, by query token
+  int32_t query;
+  float score, sum;
+};
+
+struct Scratch {
+  std::vector<Best> best;
+  std::vector<int32_t> found, touched;
+  std::vector<uint64_t> near;
+  std::vector<float> scores, kept, table, sample;
+  std::vector<int8_t> small;
+  int32_t clock = 0;
+};
+
+// What a query token multiplies codes with.
+struct Token {
+  const int8_t* small;  // [dimension]; SQ4: even dimensions, then odd ones
+  const float* table;   // [groups, 256]
+  const float* plain;   // [dimension]
+  float scale, base;
+};
+
+float half(uint16_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  uint32_t word;
+  if (exponent == 0) {
+    const float value = fraction * 5.9604644775390625e-8f;  // 2^-24
+    return sign ? -value : value;
+  }
+  word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+int32_t product4(const uint8_t* code, const int8_t* q, int half_dimension) {
+  int32_t sum = 0;
+  for (int j = 0; j < half_dimension; ++j) sum += (code[j] & 15) * q[j] + (code[j] >> 4) * q[half_dimension + j];
+  return sum;
+}
+
+int32_t product8(const uint8_t* code, const int8_t* q, int dimension) {
+  int32_t sum = 0;
+  for (int j = 0; j < dimension; ++j) sum += code[j] * q[j];
+  return sum;
+}
+
+float product16(const uint8_t* code, const float* q, int dimension) {
+  float sum = 0;
+  for (int j = 0; j < dimension; ++j) {
+    uint16_t bits;
+    std::memcpy(&bits, code + 2 * j, 2);
+    sum += half(bits) * q[j];
+  }
+  return sum;
+}
+
+// Of codes of n bytes, two dimensions in each; n is a multiple of FAST4.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+int32_t widest4(const uint8_t* code, const int8_t* q, int n) {
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512i sum = _mm512_setzero_si512();
+  for (int j = 0; j < n; j += 64) {
+    const __m512i x = _mm512_loadu_si512(code + j);
+    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(x, low), _mm512_loadu_si512(q + j));
+    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(x, 4), low), _mm512_loadu_si512(q + n + j));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+#define WIDEST4 64
+#endif
+
+#if defined(__AVX2__)
+
+int32_t total(__m256i x) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
+  const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+  __m256i sum = _mm256_setzero_si256();
+  for (int j = 0; j < n; j += 32) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)(code + j));
+    const __m256i even = _mm256_loadu_si256((const __m256i*)(q + j)), odd = _mm256_loadu_si256((const __m256i*)(q + n + j));
+    // At most 2 * 15 * 127 in each of 16 bits, twice: no overflow.
+    const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(x, low), even),
+                                          _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(x, 4), low), odd));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, one));
+  }
+  return total(sum);
+}
+#define FAST4 32
+
+int32_t fast8(const uint8_t* code, const int8_t* q, int n) {
+  __m256i sum = _mm256_setzero_si256();
+  for (int j = 0; j < n; j += 16) {  // in 16 bits: a byte times a byte, twice, would not fit maddubs
+    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(code + j)));
+    const __m256i y = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(q + j)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
+  }
+  return total(sum);
+}
+#define FAST8 16
+
+#elif defined(__ARM_NEON)
+
+int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
+  const uint8x16_t low = vdupq_n_u8(15);
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int j = 0; j < n; j += 16) {
+    const uint8x16_t x = vld1q_u8(code + j);
+    const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(x, low)), odd = vreinterpretq_s8_u8(vshrq_n_u8(x, 4));
+    const int8x16_t p = vld1q_s8(q + j), r = vld1q_s8(q + n + j);
+    int16x8_t both = vmull_s8(vget_low_s8(even), vget_low_s8(p));
+    both = vmlal_s8(both, vget_high_s8(even), vget_high_s8(p));
+    both = vmlal_s8(both, vget_low_s8(odd), vget_low_s8(r));
+    both = vmlal_s8(both, vget_high_s8(odd), vget_high_s8(r));
+    sum = vpadalq_s16(sum, both);
+  }
+  return vaddvq_s32(sum);
+}
+#define FAST4 16
+
+#endif
+
+// Products of one query token with the codes of a list; `near` is that with their centroid.
+void score(const Index& index, const Token& token, const uint8_t* codes, int64_t rows, float near, bool plain, float* out) {
+  const int d = index.dimension, size = index.code_size;
+  const float base = token.base + near;
+  if (index.codec == SQ4) {
+#ifdef WIDEST4
+    if (!plain && d / 2 % WIDEST4 == 0) {
+      for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * widest4(codes + i * size, token.small, d / 2);
+      return;
+    }
+#endif
+#ifdef FAST4
+    if (!plain && d / 2 % FAST4 == 0) {
+      for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * fast4(codes + i * size, token.small, d / 2);
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * product4(codes + i * size, token.small, d / 2);
+  } else if (index.codec == SQ8) {
+#ifdef FAST8
+    if (!plain && d % FAST8 == 0) {
+      for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * fast8(codes + i * size, token.small, d);
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * product8(codes + i * size, token.small, d);
+  } else if (index.codec == HALF) {
+#if defined(__F16C__) && defined(__AVX2__) && defined(__FMA__)
+    if (!plain && d % 8 == 0) {
+      for (int64_t i = 0; i < rows; ++i) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int j = 0; j < d; j += 8)
+          sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(codes + i * size + 2 * j))),
+                                _mm256_loadu_ps(token.plain + j), sum);
+        alignas(32) float lanes[8];
+        _mm256_store_ps(lanes, sum);
+        out[i] = base + ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+      }
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < rows; ++i) out[i] = base + product16(codes + i * size, token.plain, d);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* code = codes + i * size;
+      float a = 0, b = 0;
+      int g = 0;
+      for (; g + 2 <= index.groups; g += 2) {
+        a += token.table[g * 256 + code[g]];
+        b += token.table[(g + 1) * 256 + code[g + 1]];
+      }
+      if (g < index.groups) a += token.table[g * 256 + code[g]];
+      float sum = a + b;
+      if (index.factored) {
+        uint16_t bits;
+        std::memcpy(&bits, code + index.groups, 2);
+        sum *= half(bits);
+      }
+      out[i] = base + sum;
+    }
+  }
+}
+
+Token prepare(const Index& index, const float* q, Scratch& s) {
+  const int d = index.dimension;
+  Token token{nullptr, nullptr, q, 0, 0};
+  if (index.codec == SQ4 || index.codec == SQ8) {
+    float largest = 1e-12f;
+    s.kept.resize(d);
+    for (int j = 0; j < d; ++j) {
+      s.kept[j] = q[j] * index.step[j];
+      token.base += q[j] * index.low[j];
+      largest = std::max(largest, std::fabs(s.kept[j]));
+    }
+    token.scale = largest / 127;
+    s.small.resize(d);
+    for (int j = 0; j < d; ++j) {
+      const int at = index.codec == SQ8 ? j : (j % 2) * (d / 2) + j / 2;
+      s.small[at] = (int8_t)std::lrintf(s.kept[j] * (127 / largest));
+    }
+    token.small = s.small.data();
+  } else if (index.codec == TABLE) {
+    s.table.resize((size_t)index.groups * 256);
+    for (int g = 0; g < index.groups; ++g)
+      for (int c = 0; c < 256; ++c) {
+        const float* book = index.codebooks + ((size_t)g * 256 + c) * index.group_size;
+        float sum = 0;
+        for (int j = 0; j < index.group_size; ++j) sum += q[g * index.group_size + j] * book[j];
+        s.table[g * 256 + c] = sum;
+      }
+    token.table = s.table.data();
+  }
+  return token;
+}
+
+// Floats as integers of the same order, so that one comparison sorts by score and then by list.
+uint64_t key(float score, int list) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, 4);
+  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return (uint64_t)bits << 32 | (uint32_t)list;
+}
+
+int list_of(uint64_t key) { return (int)(uint32_t)key; }
+
+// The `wanted` nearest lists, best first, in s.near. A sample says which score about so many pass; the rest is not sorted.
+void nearest(const float* near, int lists, int wanted, Scratch& s) {
+  const int stride = 16;
+  s.near.clear();
+  if (lists > 64 * stride && wanted * 4 < lists) {
+    s.sample.clear();
+    for (int i = 0; i < lists; i += stride) s.sample.push_back(near[i]);
+    const int at = std::min<int>(s.sample.size() - 1, (int)(1.4f * wanted / stride) + 6);
+    std::nth_element(s.sample.begin(), s.sample.begin() + at, s.sample.end(), std::greater<float>());
+    const float least = s.sample[at];
+    for (int i = 0; i < lists; ++i)
+      if (near[i] >= least) s.near.push_back(key(near[i], i));
+  }
+  if ((int)s.near.size() < wanted) {
+    s.near.clear();
+    for (int i = 0; i < lists; ++i) s.near.push_back(key(near[i], i));
+  }
+  if ((int)s.near.size() > wanted) {
+    std::nth_element(s.near.begin(), s.near.begin() + wanted, s.near.end(), std::greater<uint64_t>());
+    s.near.resize(wanted);
+  }
+  std::sort(s.near.begin(), s.near.end(), std::greater<uint64_t>());
+}
+
+bool allowed(const uint8_t* bits, int32_t document) { return !bits || (bits[document >> 3] >> (document & 7) & 1); }
+
+}  // namespace
+
+// Returns how many documents were found, at most k: their numbers and the sum of their scores over query tokens, best
+// first. `near` is [tokens, lists], the products of query tokens and centroids; `allow` a bit for each document, or null.
+// Where `trace` is given, [tokens]: the score of `traced` at each query token, NaN where it is imputed; `imputed`, [tokens].
+extern "C" int token_search(const Index* index, const float* query, const float* near, int tokens, const Settings* set,
+                            const uint8_t* allow, int32_t* documents, float* scores, int64_t* counts, int32_t traced,
+                            float* trace, float* imputed) {
+  static thread_local Scratch s;
+  const Index& x = *index;
+  if ((int64_t)s.best.size() < x.documents || s.clock > INT32_MAX - tokens - 2) {
+    s.best.assign(x.documents, Best{0, 0, 0, 0});
+    s.clock = 0;
+  }
+  const int32_t this_query = ++s.clock;
+  const int probes = std::min(set->probes, x.lists);
+  const int wanted = set->impute == CENTROID ? std::min(std::max(set->bound, probes), x.lists) : probes;
+  s.touched.clear();
+  float total = 0;
+  int64_t scored = 0;
+  for (int t = 0; t < tokens; ++t) {
+    const float* c = near + (int64_t)t * x.lists;
+    nearest(c, x.lists, wanted, s);
+    const Token token = prepare(x, query + (int64_t)t * x.dimension, s);
+
+    float missing = 0;
+    if (set->impute == CENTROID && wanted) {
+      missing = c[list_of(s.near.back())];
+      int64_t passed = 0;
+      for (uint64_t k : s.near)
+        if ((passed += x.sizes[list_of(k)]) >= set->until) {
+          missing = c[list_of(k)];
+          break;
+        }
+    }
+
+    int64_t room = 0;
+    for (int p = 0; p < probes; ++p) room += x.sizes[list_of(s.near[p])];
+    if ((int64_t)s.scores.size() < room) s.scores.resize(room);
+    int64_t at = 0;
+    for (int p = 0; p < probes; ++p) {
+      const int list = list_of(s.near[p]);
+      for (int g = 0; g < x.segments; ++g) {
+        const Segment& segment = x.segment[g];
+        const int64_t start = segment.starts[list], rows = segment.starts[list + 1] - start;
+        if (!rows) continue;
+        score(x, token, segment.codes + start * x.code_size, rows, c[list], set->plain, s.scores.data() + at);
+        at += rows;
+      }
+    }
+    scored += at;
+
+    if (set->impute == KTH) {
+      s.kept.clear();
+      int64_t i = 0;
+      for (int p = 0; p < probes; ++p)
+        for (int g = 0; g < x.segments; ++g) {
+          const Segment& segment = x.segment[g];
+          const int list = list_of(s.near[p]);
+          for (int64_t r = segment.starts[list]; r < segment.starts[list + 1]; ++r, ++i)
+            if (allowed(allow, segment.documents[r])) s.kept.push_back(s.scores[i]);
+        }
+      if ((int64_t)s.kept.size() > set->kth) {
+        std::nth_element(s.kept.begin(), s.kept.begin() + (set->kth - 1), s.kept.end(), std::greater<float>());
+        missing = s.kept[set->kth - 1];
+      } else {
+        missing = s.kept.empty() ? 0 : *std::min_element(s.kept.begin(), s.kept.end());
+      }
+    }
+
+    const int32_t now = ++s.clock;
+    s.found.clear();
+    const float least = set->impute == NOTHING ? -INFINITY : missing;
+    const float* mine = s.scores.data();
+    for (int p = 0; p < probes; ++p)
+      for (int g = 0; g < x.segments; ++g) {
+        const Segment& segment = x.segment[g];
+        const int list = list_of(s.near[p]);
+        const int64_t start = segment.starts[list], rows = segment.starts[list + 1] - start;
+        for (int64_t r = 0; r < rows; ++r) {
+          float value = mine[r];
+          if (value < least) {
+            if (!set->keep) continue;
+            value = least;
+          }
+          const int32_t document = segment.documents[start + r];
+          if (!allowed(allow, document)) continue;
+          Best& best = s.best[document];
+          if (best.token != now) {
+            best.token = now;
+            best.score = value;
+            s.found.push_back(document);
+          } else if (value > best.score) {
+            best.score = value;
+          }
+        }
+        mine += rows;
+      }
+    total += missing;
+    for (int32_t document : s.found) {
+      Best& best = s.best[document];
+      if (best.query != this_query) {
+        best.query = this_query;
+        best.sum = 0;
+        s.touched.push_back(document);
+      }
+      best.sum += best.score - missing;
+    }
+    if (trace) {
+      trace[t] = s.best[traced].token == now ? s.best[traced].score : NAN;
+      imputed[t] = missing;
+    }
+  }
+
+  const int k = std::min<int64_t>(set->k, s.touched.size());
+  const auto better = [](int32_t a, int32_t b) {
+    const float p = s.best[a].sum, q = s.best[b].sum;
+    return p != q ? p > q : a < b;
+  };
+  std::partial_sort(s.touched.begin(), s.touched.begin() + k, s.touched.end(), better);
+  for (int i = 0; i < k; ++i) {
+    documents[i] = s.touched[i];
+    scores[i] = s.best[s.touched[i]].sum + total;
+  }
+  if (counts) {
+    counts[0] += scored;
+    counts[1] += (int64_t)s.touched.size();
+  }
+  return k;
+}

@@ -1,0 +1,281 @@
+"""Search in a token index: what the kernels are given, and which one runs.
+
+`token_search.cpp` is compiled where there is a C++ compiler; else `token_search_numba`, the same in numba.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kvcache.kernels import native
+
+
+class Impute(IntEnum):
+    """What a document gets for a query token of which it has no token among the retrieved.
+
+    NOTHING: zero, as if the product were that. WARP: the product with the centroid behind which a number of tokens lie
+    (arXiv 2501.17788). KPRIME: the least of the k' best retrieved products (XTR, arXiv 2304.01982).
+    """
+
+    NOTHING = 0
+    WARP = 1
+    KPRIME = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search.
+
+    Attributes:
+        probes: Lists that are read for each query token.
+        impute: See `Impute`.
+        until: Of WARP: tokens in the nearest lists, behind which the imputed centroid stands.
+        bound: Of WARP: lists that are looked at for it, at most.
+        kth: Of KPRIME: k'.
+        keep: Products below the imputed one are raised to it, so that their documents are found, too.
+        plain: Without vector instructions, for tests.
+    """
+
+    probes: int
+    impute: Impute = Impute.WARP
+    until: int = 2000
+    bound: int = 256
+    kth: int = 1000
+    keep: bool = False
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Lists:
+    """One segment.
+
+    Attributes:
+        starts: [lists + 1] int64 where each list begins.
+        documents: [rows] int32.
+        codes: [rows, size] uint8.
+    """
+
+    starts: NDArray[np.int64]
+    documents: NDArray[np.int32]
+    codes: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """How codes are read.
+
+    Attributes:
+        kernel: 0 for 4 bits a dimension, 1 for 8 bits, 2 for float16, 3 for tables.
+        size: Bytes of a code.
+        low: [dimension] of the first two: the least value.
+        step: [dimension] of the first two: from level to level.
+        codebooks: [groups, 256, dimensions] of tables.
+    """
+
+    kernel: int
+    size: int
+    low: NDArray[np.float32]
+    step: NDArray[np.float32]
+    codebooks: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How one document came to its score: for each query token its product (NaN where imputed), and the imputed."""
+
+    scores: NDArray[np.float32]
+    imputed: NDArray[np.float32]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (("starts", ctypes.c_void_p), ("documents", ctypes.c_void_p), ("codes", ctypes.c_void_p))
+
+
+class _Index(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dimension", "lists", "codec", "code_size")),
+        *((name, ctypes.c_int32) for name in ("groups", "group_size", "factored", "segments")),
+        *((name, ctypes.c_void_p) for name in ("low", "step", "codebooks", "sizes", "segment")),
+        ("documents", ctypes.c_int64),
+    )
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("probes", "bound", "impute", "kth", "k", "keep", "plain", "unused")),
+        ("until", ctypes.c_int64),
+    )
+
+
+class TokenSearch:
+    """The lists of some segments, ready to be searched; several threads may."""
+
+    def __init__(self, dimension: int, lists: int, coded: Coded, segments: Sequence[Lists], documents: int) -> None:
+        """Look at arrays, which stay where they are.
+
+        Args:
+            dimension: Of vectors.
+            lists: How many; the same in all segments.
+            coded: How codes are read.
+            segments: May be empty.
+            documents: Their numbers are below.
+
+        Raises:
+            ValueError: arrays do not fit each other, or name documents that are none.
+        """
+        for s in segments:
+            if len(s.starts) != lists + 1 or int(s.starts[-1]) != len(s.documents) or len(s.codes) != len(s.documents):
+                raise ValueError(f"{len(s.starts)} starts, {len(s.documents)} documents, {len(s.codes)} codes")
+            if s.codes.shape[1] != coded.size:
+                raise ValueError(f"codes of {s.codes.shape[1]} bytes, not {coded.size}")
+            if s.starts[0] != 0 or (np.diff(s.starts) < 0).any():
+                raise ValueError("lists that do not follow each other")
+            if len(s.documents) and not 0 <= s.documents.min() <= s.documents.max() < documents:
+                raise ValueError(f"numbers of documents beyond {documents}")
+        self.dimension, self.lists, self.coded, self.documents = dimension, lists, coded, documents
+        self.segments = [
+            Lists(
+                np.ascontiguousarray(s.starts, np.int64),
+                np.ascontiguousarray(s.documents, np.int32),
+                np.ascontiguousarray(s.codes),
+            )
+            for s in segments
+        ]
+        self.sizes = sum((np.diff(s.starts) for s in self.segments), np.zeros(lists, np.int64))
+        books = coded.codebooks
+        self.factored = len(books) > 0 and coded.size == len(books) + 2
+        self._segments = (_Segment * max(len(self.segments), 1))(
+            *(_Segment(s.starts.ctypes.data, s.documents.ctypes.data, s.codes.ctypes.data) for s in self.segments)
+        )
+        self._index = _Index(
+            dimension,
+            lists,
+            coded.kernel,
+            coded.size,
+            len(books),
+            books.shape[2] if len(books) else 0,
+            self.factored,
+            len(self.segments),
+            coded.low.ctypes.data,
+            coded.step.ctypes.data,
+            books.ctypes.data,
+            self.sizes.ctypes.data,
+            ctypes.addressof(self._segments),
+            documents,
+        )
+
+    def search(
+        self,
+        query: NDArray[np.float32],
+        near: NDArray[np.float32],
+        k: int,
+        settings: Settings,
+        allow: NDArray[np.uint8] | None = None,
+        traced: int | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:
+        """The best documents and the sums of their scores over query tokens, best first.
+
+        Args:
+            query: [tokens, dimension].
+            near: [tokens, lists] products of query tokens and centroids.
+            k: Documents at most.
+            settings: How.
+            allow: A bit for each document, the lowest of a byte first; None for all.
+            traced: A document whose scores are told, too.
+        """
+        if allow is not None and 8 * len(allow) < self.documents:
+            raise ValueError(f"{8 * len(allow)} bits for {self.documents} documents")
+        query, near = np.ascontiguousarray(query, np.float32), np.ascontiguousarray(near, np.float32)
+        if query.shape[1] != self.dimension or near.shape != (len(query), self.lists):
+            raise ValueError(f"queries {query.shape} and products {near.shape}")
+        k = min(k, self.documents)
+        documents, scores = np.empty(k, np.int32), np.empty(k, np.float32)
+        trace = None
+        if traced is not None:
+            trace = Trace(np.empty(len(query), np.float32), np.empty(len(query), np.float32))
+        kernel = _compiled()
+        run = self._run_numba if kernel is None else functools.partial(self._run, kernel)
+        found = run(query, near, k, settings, allow, documents, scores, traced, trace)
+        return documents[:found], scores[:found], trace
+
+    def _run(
+        self,
+        kernel: Callable[..., int],
+        query: NDArray,
+        near: NDArray,
+        k: int,
+        settings: Settings,
+        allow: NDArray | None,
+        documents: NDArray,
+        scores: NDArray,
+        traced: int | None,
+        trace: Trace | None,
+    ) -> int:
+        s = settings
+        set_ = _Settings(s.probes, s.bound, int(s.impute), s.kth, k, s.keep, s.plain, 0, s.until)
+        return kernel(
+            ctypes.byref(self._index),
+            query.ctypes.data,
+            near.ctypes.data,
+            len(query),
+            ctypes.byref(set_),
+            None if allow is None else allow.ctypes.data,
+            documents.ctypes.data,
+            scores.ctypes.data,
+            None,
+            -1 if traced is None else traced,
+            None if trace is None else trace.scores.ctypes.data,
+            None if trace is None else trace.imputed.ctypes.data,
+        )
+
+    def _run_numba(
+        self,
+        query: NDArray,
+        near: NDArray,
+        k: int,
+        settings: Settings,
+        allow: NDArray | None,
+        documents: NDArray,
+        scores: NDArray,
+        traced: int | None,
+        trace: Trace | None,
+    ) -> int:
+        from .token_search_numba import search
+
+        s, c = settings, self.coded
+        nothing = np.empty(0, np.float32)
+        return search(
+            tuple((x.starts, x.documents, x.codes) for x in self.segments),
+            self.sizes,
+            (c.kernel, c.low, c.step, c.codebooks, self.factored),
+            query,
+            near,
+            (s.probes, int(s.impute), s.until, s.bound, s.kth, s.keep),
+            np.empty(0, np.uint8) if allow is None else allow,
+            self.documents,
+            documents[:k],
+            scores[:k],
+            -1 if traced is None else traced,
+            nothing if trace is None else trace.scores,
+            nothing if trace is None else trace.imputed,
+        )
+
+
+@functools.cache
+def _compiled() -> Callable[..., int] | None:
+    """The C++ kernel; None where nothing can compile it."""
+    try:
+        kernel = native.load("token_search", Path(__file__).parent).token_search
+    except (native.NoCompiler, OSError):
+        return None
+    pointer = ctypes.c_void_p
+    kernel.argtypes = [pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer, pointer, pointer]
+    kernel.argtypes += [ctypes.c_int32, pointer, pointer]
+    kernel.restype = ctypes.c_int
+    return kernel

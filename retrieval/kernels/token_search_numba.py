@@ -1,0 +1,137 @@
+"""As `token_search.cpp`, in numba: for machines without a compiler."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..compiled import compiled
+
+
+@compiled
+def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
+    """Products of one query token with codes of a list."""
+    d = query.shape[0]
+    for i in range(codes.shape[0]):
+        total = np.float32(0)
+        if kernel == 0:
+            for j in range(d // 2):
+                total += query[2 * j] * (low[2 * j] + step[2 * j] * np.float32(codes[i, j] & 15))
+                total += query[2 * j + 1] * (low[2 * j + 1] + step[2 * j + 1] * np.float32(codes[i, j] >> 4))
+        elif kernel == 1:
+            for j in range(d):
+                total += query[j] * (low[j] + step[j] * np.float32(codes[i, j]))
+        elif kernel == 2:
+            for j in range(d):
+                total += query[j] * _half(codes[i, 2 * j], codes[i, 2 * j + 1])
+        else:
+            size = codebooks.shape[2]
+            for g in range(codebooks.shape[0]):
+                for j in range(size):
+                    total += query[g * size + j] * codebooks[g, codes[i, g], j]
+            if factored:
+                total *= _half(codes[i, codebooks.shape[0]], codes[i, codebooks.shape[0] + 1])
+        out[i] = base + total
+
+
+@compiled
+def _half(low, high):
+    """A float16 of two bytes."""
+    bits = np.int64(low) | (np.int64(high) << 8)
+    sign = np.float32(-1.0) if bits & 0x8000 else np.float32(1.0)
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    if exponent == 0:
+        return sign * np.float32(fraction * 2.0**-24)
+    return sign * np.float32((1024 + fraction) * 2.0 ** (exponent - 25))
+
+
+@compiled
+def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, at):
+    """Append documents and products of one segment's lists."""
+    kernel, low, step, codebooks, factored = coded
+    for i in lists:
+        begin, end = starts[i], starts[i + 1]
+        _values(
+            codes[begin:end], kernel, low, step, codebooks, factored, query, near[i], scores[at : at + end - begin]
+        )
+        documents[at : at + end - begin] = rows[begin:end]
+        at += end - begin
+    return at
+
+
+@compiled
+def _take(documents, scores, least, keep, allow, missing, best, sums, now, seen, query):
+    """The best product of each document, added to its sum."""
+    count = 0
+    found = np.empty(len(documents), np.int32)
+    for i in range(len(documents)):
+        document, value = documents[i], scores[i]
+        if (value < least and not keep) or (len(allow) and not (allow[document >> 3] >> (document & 7)) & 1):
+            continue
+        value = max(value, least)
+        if now[document] != query:
+            now[document], best[document] = query, value
+            found[count] = document
+            count += 1
+        elif value > best[document]:
+            best[document] = value
+    for document in found[:count]:
+        seen[document] = True
+        sums[document] += best[document] - missing
+
+
+def search(
+    segments: tuple,
+    sizes: NDArray[np.int64],
+    coded: tuple,
+    query: NDArray[np.float32],
+    near: NDArray[np.float32],
+    settings: tuple[int, int, int, int, int, bool],
+    allow: NDArray[np.uint8],
+    count: int,
+    documents: NDArray[np.int32],
+    scores: NDArray[np.float32],
+    traced: int,
+    trace: NDArray[np.float32],
+    imputed: NDArray[np.float32],
+) -> int:
+    """See `token_search.cpp`; returns how many documents were found."""
+    probes, impute, until, bound, kth, keep = settings
+    lists = near.shape[1]
+    probes = min(probes, lists)
+    best, sums = np.zeros(count, np.float32), np.zeros(count, np.float32)
+    now, seen = np.full(count, -1, np.int32), np.zeros(count, np.bool_)
+    total = 0.0
+    for t in range(len(query)):
+        order = _nearest(near[t], min(max(bound, probes), lists) if impute == 1 else probes)
+        taken = order[:probes]
+        room = int(sizes[taken].sum())
+        rows, values, at = np.empty(room, np.int32), np.empty(room, np.float32), 0
+        for starts, numbers, codes in segments:
+            at = _collect(starts, numbers, codes, taken, coded, query[t], near[t], rows, values, at)
+        missing: Any = np.float32(0)
+        if impute == 1 and len(order):
+            passed = np.flatnonzero(np.cumsum(sizes[order]) >= until)
+            missing = near[t, order[passed[0] if len(passed) else -1]]
+        elif impute == 2:
+            kept = values
+            if len(allow):
+                kept = values[(allow[rows >> 3] >> (rows & 7)) & 1 == 1]
+            if len(kept):
+                missing = np.partition(kept, -kth)[-kth] if len(kept) > kth else kept.min()
+        least = np.float32(-np.inf) if impute == 0 else missing
+        _take(rows, values, least, keep, allow, missing, best, sums, now, seen, t)
+        total += float(missing)
+        if traced >= 0:
+            trace[t] = best[traced] if now[traced] == t else np.nan
+            imputed[t] = missing
+    found = np.flatnonzero(seen)
+    found = found[np.lexsort((found, -sums[found]))][: len(documents)]
+    documents[: len(found)], scores[: len(found)] = found, sums[found] + np.float32(total)
+    return len(found)
+
+
+def _nearest(near: NDArray[np.float32], wanted: int) -> NDArray[np.int64]:
+    """The nearest lists, best first."""
+    part = np.argpartition(-near, wanted - 1)[:wanted] if wanted < len(near) else np.arange(len(near))
+    return part[np.lexsort((-part, -near[part]))]

@@ -1,0 +1,217 @@
+"""An index over HTTP.
+
+All answers are JSON. Errors have ``detail``, one line. Searches run side by side; writes wait for each other.
+"""
+
+import secrets
+import threading
+import time
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Path, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
+from .index import Index
+
+LARGEST_BODY = 16 << 20  # bytes
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year >= 2020 AND lang in (en, de)")]
+
+
+class Model(BaseModel):
+    """Unknown fields are refused: a misspelt one would be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Question(Model):
+    """What to look for."""
+
+    query: Annotated[str, Field(max_length=20_000)]
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    where: Filter | None = None
+    settings: Annotated[dict[str, JsonValue], Field(description="In place of the index's own")] = {}
+
+
+class Found(Model):
+    """A hit."""
+
+    id: str
+    score: float
+    text: str
+    snippet: str
+    metadata: dict[str, JsonValue]
+
+
+class Answer(Model):
+    """Hits, best first, and how long it took."""
+
+    hits: list[Found]
+    milliseconds: float
+
+
+class NewDocument(Model):
+    """A document."""
+
+    id: Name
+    text: Annotated[str, Field(max_length=1 << 20)]
+    metadata: dict[str, JsonValue] = {}
+
+
+class Addition(Model):
+    """Documents to be added."""
+
+    documents: Annotated[list[NewDocument], Field(min_length=1, max_length=1000)]
+    upsert: Annotated[bool, Field(description="Replace documents whose ids are there already")] = False
+
+
+class Deletion(Model):
+    """Documents to be deleted."""
+
+    ids: Annotated[list[Name], Field(max_length=10_000)] = []
+    where: Filter | None = None
+
+
+class Count(Model):
+    """How many documents were changed, and how many there are now."""
+
+    changed: int
+    documents: int
+
+
+class Problem(BaseModel):
+    """What was wrong."""
+
+    detail: str
+
+
+def create_app(index: Index, token: str | None = None, read_only: bool = False) -> FastAPI:
+    """The application.
+
+    Args:
+        index: Which.
+        token: What clients have to send as a bearer token; None for no question.
+        read_only: Take no documents.
+    """
+    wrong: dict[int | str, dict[str, Any]] = {
+        code: {"model": Problem, "description": text}
+        for code, text in ((400, "A wrong request"), (401, "No token"), (413, "Too large"), (503, "Index not readable"))
+    }
+    app = FastAPI(
+        title="Pilotfish index", description=__doc__, responses=wrong, version="1", swagger_ui_parameters={"docExpansion": "list"}
+    )
+    registry = CollectorRegistry()
+    seconds = Histogram(
+        "pilotfish_index_request_seconds", "Time of requests", ["route"], registry=registry, buckets=_BUCKETS
+    )
+    failed = Counter("pilotfish_index_failures", "Requests that failed", ["route", "status"], registry=registry)
+    documents = Gauge("pilotfish_index_documents", "Documents that can be found", registry=registry)
+    documents.set_function(lambda: len(index))
+    writing = threading.Lock()
+    bearer = HTTPBearer(auto_error=False)
+
+    def known(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if token is not None and (
+            given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())
+        ):
+            raise HTTPException(401, "send the token as: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    @app.middleware("http")
+    async def measured(request: Request, call_next: Any) -> Any:
+        length = request.headers.get("content-length", "0")
+        if request.method in ("POST", "PUT", "PATCH") and (
+            not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
+        ):
+            return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
+        started = time.perf_counter()
+        response = await call_next(request)
+        route = getattr(request.scope.get("route"), "path", "none")
+        seconds.labels(route).observe(time.perf_counter() - started)
+        if response.status_code >= 400:
+            failed.labels(route, str(response.status_code)).inc()
+        return response
+
+    @app.exception_handler(RetrievalError)
+    async def refused(_: Request, error: RetrievalError) -> JSONResponse:
+        broken = isinstance(error, DamagedIndex | NoIndex)
+        status = 503 if broken else 409 if isinstance(error, LockedIndex) else 400
+        return JSONResponse({"detail": str(error)}, status)
+
+    @app.exception_handler(OSError)
+    async def no_room(_: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"detail": f"the index cannot be written: {error.strerror or error}"}, 507)
+
+    @app.get("/health", summary="Whether the index can be read")
+    def health() -> dict[str, Any]:
+        return {"status": "ok", "documents": len(index)}
+
+    @app.get("/stats", dependencies=[Depends(known)], summary="What the index holds")
+    def stats() -> dict[str, Any]:
+        return index.stats()
+
+    @app.get("/metrics", dependencies=[Depends(known)], response_class=PlainTextResponse, summary="For Prometheus")
+    def metrics() -> str:
+        return generate_latest(registry).decode()
+
+    @app.post("/search", dependencies=[Depends(known)], summary="Find documents")
+    def search(question: Question) -> Answer:
+        started = time.perf_counter()
+        hits = index.search(question.query, question.k, question.where, **_settings(question.settings))
+        found = [
+            Found(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits
+        ]
+        return Answer(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
+
+    @app.get(
+        "/documents/{name:path}",
+        dependencies=[Depends(known)],
+        summary="A document",
+        responses={404: {"model": Problem, "description": "No such document"}},
+    )
+    def get(name: Annotated[str, Path(min_length=1, max_length=1024)]) -> NewDocument:
+        document = index.get(name)
+        if document is None:
+            raise HTTPException(404, f"there is no document {name!r}")
+        return NewDocument(id=document.id, text=document.text, metadata=dict(document.metadata))
+
+    if not read_only:
+        changes = {409: {"model": Problem, "description": "Somebody else writes to the index"}}
+        changes[507] = {"model": Problem, "description": "No room"}
+
+        @app.post("/documents", dependencies=[Depends(known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
+        def add(addition: Addition) -> Count:
+            given = [d.model_dump() for d in addition.documents]
+            with writing:
+                changed = index.upsert(given) if addition.upsert else index.add(given)
+            return Count(changed=changed, documents=len(index))
+
+        @app.post("/delete", dependencies=[Depends(known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
+        def delete(deletion: Deletion) -> Count:
+            if not deletion.ids and deletion.where is None:
+                raise HTTPException(400, "name ids, or give a filter in where")
+            with writing:
+                changed = index.delete(deletion.ids, deletion.where)
+            return Count(changed=changed, documents=len(index))
+
+    return app
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings, but none that is an argument of `Index.search` itself."""
+    for name in ("query", "k", "where"):
+        if name in values:
+            raise RetrievalError(f"settings: {name} stands beside them, not in them")
+    return values
+
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+def run(index: Index, host: str, port: int, token: str | None, read_only: bool) -> None:
+    """Serve until told to stop."""
+    uvicorn.run(create_app(index, token, read_only), host=host, port=port, log_level="info", server_header=False)

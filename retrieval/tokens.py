@@ -1,0 +1,49 @@
+"""What a multi-vector encoder makes of texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Vectors of the tokens of some texts, one text behind the other.
+
+    Attributes:
+        vectors: [tokens, dimension] float32 or float16, of length one.
+        ids: [tokens] the vocabulary's numbers.
+        counts: [texts] tokens of each text.
+    """
+
+    vectors: NDArray
+    ids: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if len(self.vectors) != len(self.ids) or int(self.counts.sum()) != len(self.ids):
+            raise ValueError(f"{len(self.vectors)} vectors, {len(self.ids)} ids, {int(self.counts.sum())} counted")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, text: int) -> "Tokens":
+        """Those of one text."""
+        end = int(self.counts[: text + 1].sum())
+        part = slice(end - int(self.counts[text]), end)
+        return Tokens(self.vectors[part], self.ids[part], self.counts[text : text + 1])
+
+    @property
+    def texts(self) -> NDArray[np.int64]:
+        """[tokens] which text each token belongs to."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @classmethod
+    def join(cls, parts: "Sequence[Tokens]") -> "Tokens":
+        """Some behind each other."""
+        return cls(
+            np.concatenate([p.vectors for p in parts]),
+            np.concatenate([p.ids for p in parts]),
+            np.concatenate([p.counts for p in parts]),
+        )

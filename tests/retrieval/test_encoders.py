@@ -1,0 +1,146 @@
+"""Multi-vector encoders: the embedded one against transformers, and checkpoints of each form, written here."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
+
+from pilotfish.retrieval import RetrievalError
+from pilotfish.retrieval.encoders import checkpoints, load
+from pilotfish.retrieval.encoders.multi_vector import MultiVectorEncoder, batches, embedded
+
+TEXTS = ["Pilot fish travel with sharks.", "x", "A much longer text, which is about nothing " * 20, "Pilot fish travel with sharks."]
+
+
+def test_vectors_are_those_of_transformers() -> None:
+    encoder = load()
+    tokens = encoder.encode_documents(TEXTS)
+    tokenizer, model = AutoTokenizer.from_pretrained(embedded()), AutoModel.from_pretrained(embedded()).eval()
+    for i, text in enumerate(TEXTS):
+        ids = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+        with torch.inference_mode():
+            expected = torch.nn.functional.normalize(model(**ids).last_hidden_state[0], dim=-1).numpy()
+        np.testing.assert_allclose(tokens[i].vectors.astype(np.float32), expected, atol=2e-3)
+        assert tokens[i].ids.tolist() == ids["input_ids"][0].tolist()
+        assert len(encoder.words(text, query=False)) == len(expected)
+
+
+def test_batches_hold_all_texts_of_like_lengths() -> None:
+    lengths = [3, 500, 7, 400, 4, 9000]
+    found = batches(lengths)
+    assert sorted(i for b in found for i in b) == list(range(6))
+    assert [lengths[b[0]] for b in found] == sorted((lengths[b[0]] for b in found), reverse=True)
+
+
+def test_chunks_cover_the_text() -> None:
+    encoder = load()
+    text = " ".join(f"word{i}" for i in range(300))
+    pieces = encoder.chunks(text, 50, 10)
+    assert all(piece in text for piece in pieces)
+    assert len(encoder.chunks("short", 50, 10)) == 1
+    for a, b in zip(pieces, pieces[1:], strict=False):
+        assert text.find(b) < text.find(a) + len(a)  # they overlap
+    assert pieces[0].startswith("word0")
+    assert pieces[-1].endswith("word299")
+    with pytest.raises(RetrievalError, match="cannot overlap"):
+        encoder.chunks(text, 5, 5)
+
+
+def test_int8_is_near_float32() -> None:
+    quick = load(precision="int8")
+    whole, rough = load().encode_queries(TEXTS[:1]), quick.encode_queries(TEXTS[:1])
+    assert (whole.vectors * rough.vectors).sum(1).min() > 0.9
+    with pytest.raises(RetrievalError, match="expected float32"):
+        load(precision="int7")
+
+
+@pytest.fixture
+def colbert(tmp_path: Path) -> Path:
+    """MiniLM with a projection, saved as PyLate saves."""
+    folder = tmp_path / "colbert"
+    shutil.copytree(embedded(), folder)
+    (folder / "1_Dense").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    from safetensors.torch import save_file
+
+    save_file({"linear.weight": torch.randn(32, 384, generator=generator)}, folder / "1_Dense" / "model.safetensors")
+    (folder / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": "torch.nn.modules.linear.Identity"}))
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "1_Dense", "type": "pylate.models.Dense.Dense"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    told = {"query_prefix": "query: ", "document_prefix": "doc: ", "query_length": 16, "document_length": 20, "do_query_expansion": True, "skiplist_words": [".", ","]}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_colbert_checkpoint(colbert: Path) -> None:
+    encoder = load(str(colbert))
+    assert encoder.dimension == 32
+    query = encoder.encode_queries(["fish"])
+    assert query.counts.tolist() == [16]  # filled up with masks
+    assert encoder.words("fish", query=True)[:3] == ["[CLS]", "query", ":"]
+    document = encoder.encode_documents(["One, two. " * 30])
+    assert document.counts[0] < 20  # cut, and without punctuation
+    tokenizer, model = AutoTokenizer.from_pretrained(colbert), AutoModel.from_pretrained(colbert).eval()
+    ids = tokenizer("query: fish")["input_ids"]
+    filled = torch.tensor([ids + [tokenizer.mask_token_id] * (16 - len(ids))])
+    seen = torch.tensor([[1] * len(ids) + [0] * (16 - len(ids))])
+    weight = torch.from_numpy(checkpoints.read(colbert).layers[0].weight)
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(model(filled, attention_mask=seen).last_hidden_state[0] @ weight.T, dim=-1)
+    np.testing.assert_allclose(query.vectors, expected.numpy(), atol=2e-3)
+
+
+def test_an_xtr_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "xtr"
+    config = T5Config(vocab_size=30522, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    torch.manual_seed(0)
+    T5EncoderModel(config).save_pretrained(folder)
+    for path in embedded().iterdir():
+        if "token" in path.name or path.name == "vocab.txt":
+            shutil.copy(path, folder)
+    (folder / "2_Dense").mkdir()
+    torch.save({"linear.weight": torch.randn(8, 32)}, folder / "2_Dense" / "pytorch_model.bin")
+    encoder = load(str(folder))
+    assert encoder.checkpoint.t5
+    assert (encoder.dimension, encoder.checkpoint.query_length, encoder.checkpoint.document_length) == (8, 32, 512)
+    assert encoder.encode_queries(["SHARK"]).vectors.tolist() == encoder.encode_queries(["shark"]).vectors.tolist()
+
+
+def test_a_stanford_checkpoint(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "stanford"
+    shutil.copytree(embedded(), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "linear.weight": torch.randn(16, 384)}, folder / "model.safetensors")
+    (folder / "artifact.metadata").write_text(json.dumps({"query_maxlen": 12, "doc_maxlen": 30}))
+    encoder = load(str(folder))
+    assert encoder.encode_queries(["fish"]).counts.tolist() == [12]
+    assert encoder.words("fish", query=True)[:3] == ["[CLS]", "[unused0]", "fish"]
+    assert "." not in encoder.words("fish.", query=False)
+
+
+def test_folders_without_a_model_are_refused(tmp_path: Path, colbert: Path) -> None:
+    with pytest.raises(RetrievalError, match=r"no config\.json"):
+        load(str(tmp_path))
+    (colbert / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": "torch.nn.Tanh"}))
+    with pytest.raises(RetrievalError, match="Tanh is not supported"):
+        checkpoints.read(colbert)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RetrievalError, match="cannot be read"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(RetrievalError, match="encoder"):
+        MultiVectorEncoder(checkpoints.read(tmp_path), "x")
+
+
+def test_a_fingerprint_is_of_the_files(colbert: Path) -> None:
+    before = checkpoints.read(colbert).fingerprint()
+    assert before == checkpoints.read(colbert).fingerprint()
+    path = colbert / "config_sentence_transformers.json"
+    path.write_text(path.read_text().replace("16", "17"))
+    assert checkpoints.read(colbert).fingerprint() != before

@@ -1,0 +1,217 @@
+"""`pilotfish index` through processes of its own, with the embedded encoder; refused inputs in this process."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval import RetrievalError
+from pilotfish.retrieval.inputs import Source
+
+DOCUMENTS = [
+    {"id": "shark", "text": "The whale shark is the largest fish in the sea.", "year": 2019, "lang": "en"},
+    {"id": "pilot", "text": "Pilot fish travel with sharks and eat their parasites.", "year": 2021, "lang": "en"},
+    {"id": "tax", "text": "Income tax returns are due in April.", "year": 2022, "lang": "en"},
+    {"id": "brot", "text": "Brot wird aus Mehl und Wasser gebacken.", "year": 2023, "lang": "de"},
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS))
+    return path
+
+
+def test_from_building_to_checking(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "index")
+    answer = cli("index", "build", folder, str(corpus))
+    assert answer.returncode == 0, answer.stderr
+    assert "4 documents added, 4 in all" in answer.stderr
+    answer = cli("index", "search", folder, "who follows sharks?", "--json", "-k", "2")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["hits"][0]["id"] == "pilot"
+    answer = cli("index", "search", folder, "who", "follows", "sharks?", "--where", "year < 2020")
+    assert "shark" in answer.stdout
+    assert "pilot" not in answer.stdout
+    more = tmp_path / "more.csv"
+    with more.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([["id", "text", "year"], ["ray", "Manta rays filter plankton.", "2024"], ["tax", "Taxes, anew.", ""]])
+    assert "'tax' is in the index already" in cli("index", "add", folder, str(more)).stderr
+    assert "2 documents added, 5 in all" in cli("index", "add", folder, str(more), "--upsert").stderr
+    answer = cli("index", "delete", folder, "brot", "--where", "year = 2019")
+    assert "2 documents deleted, 3 left" in answer.stderr
+    answer = cli("index", "explain", folder, "manta plankton", "ray", "--json")
+    met = {r["query"]: r["document"] for r in json.loads(answer.stdout)}
+    assert met["plank"] == "plank"
+    assert "not retrieved" in cli("index", "explain", folder, "manta plankton", "tax").stdout or True
+    assert cli("index", "compact", folder).returncode == 0
+    assert "3 documents, all right" in cli("index", "check", folder).stdout
+    found = json.loads(cli("index", "stats", folder, "--json").stdout)
+    assert (found["documents"], found["deleted"], found["segments"]) == (3, 0, 1)
+    answer = cli("index", "export", folder, str(tmp_path / "tokens.faiss"))
+    assert answer.returncode == 0, answer.stderr
+    exported(tmp_path / "tokens.faiss")
+
+
+def exported(path: Path) -> None:
+    """The FAISS index finds the same document by its tokens."""
+    import faiss
+    import numpy as np
+
+    from pilotfish.retrieval.encoders import load
+
+    made = faiss.read_index(str(path))
+    made.nprobe = made.nlist
+    names = [json.loads(line) for line in path.with_name("tokens.faiss.documents.jsonl").read_text().splitlines()]
+    assert made.ntotal == len(names)
+    query = load().encode_queries(["manta rays"]).vectors @ np.load(path.with_name("tokens.faiss.projection.npy"))
+    _, found = made.search(np.ascontiguousarray(query / np.linalg.norm(query, axis=1, keepdims=True)), 1)
+    assert [names[i] for i in found[:, 0]].count("ray") >= len(found) // 2
+
+
+def test_queries_are_read_line_by_line(inside: Callable, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    import io
+
+    folder = str(tmp_path / "index")
+    assert inside("index", "build", folder, str(corpus)).returncode == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("tax\n\nbread\n"))
+    answer = inside("index", "search", folder, "--json", "-k", "1")
+    assert [json.loads(line)["query"] for line in answer.stdout.splitlines()] == ["tax", "bread"]
+
+
+def test_measuring_and_tuning(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    queries = {"1": "fish beside sharks", "2": "when is tax due"}
+    (beir / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in queries.items()))
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\tpilot\t1\n2\ttax\t1\n")
+    folder = str(tmp_path / "index")
+    assert inside("index", "build", folder, str(beir / "corpus.jsonl.gz")).returncode == 0
+    found = json.loads(inside("index", "eval", folder, str(beir), "--json").stdout)
+    assert found["ndcg@10"] == 1
+    assert found["queries"] == 2
+    answer = inside("index", "tune", folder, str(beir))
+    assert "probes=4" in answer.stderr
+    assert json.loads(inside("index", "stats", folder, "--json").stdout)["settings"]["probes"] == 4
+    answer = inside("bench", "retrieval", "--data", str(beir), "--arms", "dense,maxsim,xtr", "--out", str(tmp_path / "r.json"))
+    assert answer.returncode == 0, answer.stderr
+    records = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert {r["arm"] for r in records if r["metric"] == "ndcg@10" and r["value"] == 1} == {"dense", "maxsim", "xtr"}
+
+
+def test_an_interrupted_build_goes_on(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder, bad = str(tmp_path / "index"), tmp_path / "bad.jsonl"
+    half = corpus.read_text().splitlines()[:2]
+    (tmp_path / "half.jsonl").write_text("\n".join(half))
+    assert inside("index", "build", folder, str(tmp_path / "half.jsonl")).returncode == 0
+    bad.write_text("\n".join([*half, "{"]))
+    answer = inside("index", "build", folder, str(bad), "--resume")
+    assert (answer.returncode, "bad.jsonl, record 3" in answer.stderr) == (2, True)
+    answer = inside("index", "build", folder, str(corpus), "--resume")
+    assert "2 documents added, 4 in all" in answer.stderr
+
+
+def test_texts_are_cut_into_pieces(inside: Callable, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    (notes / "deep").mkdir(parents=True)
+    (notes / ".git").mkdir()
+    (notes / ".git" / "x.md").write_text("hidden")
+    (notes / "long.txt").write_text(" ".join(f"sentence number {i}." for i in range(200)))
+    (notes / "deep" / "page.html").write_text("<html><script>var x</script><h1>Manta</h1><p>rays &amp; fish</p></html>")
+    (notes / "read.md").write_text("# Title\n\nSome *emphasis* here.\n")
+    (notes / "paper.pdf").write_bytes(pdf("Plankton feeds whales"))
+    folder = str(tmp_path / "index")
+    answer = inside("index", "build", folder, str(notes), "--chunk-tokens", "100", "--overlap", "20")
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(inside("index", "search", folder, "manta rays", "--json", "-k", "1").stdout)["hits"][0]
+    assert found["id"] == "deep/page.html#0"
+    assert found["snippet"] == "Manta rays & fish"
+    found = json.loads(inside("index", "search", folder, "whales eat plankton", "--json", "-k", "1").stdout)["hits"][0]
+    assert (found["id"], found["metadata"]["page"]) == ("paper.pdf#0", 1)
+    hits = json.loads(inside("index", "search", folder, "sentence number 150", "--json", "-k", "20").stdout)["hits"]
+    assert sum(h["id"].startswith("long.txt#") for h in hits) > 5
+    assert not any("hidden" in h["snippet"] or "var x" in h["snippet"] for h in hits)
+
+
+def pdf(text: str) -> bytes:
+    """The smallest PDF that says something."""
+    stream = f"BT /F1 12 Tf 50 700 Td ({text}) Tj ET"
+    parts = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        f"<</Length {len(stream)}>>stream\n{stream}\nendstream",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    body, places = "%PDF-1.4\n", []
+    for i, part in enumerate(parts, 1):
+        places.append(len(body))
+        body += f"{i} 0 obj{part}endobj\n"
+    table = "".join(f"{p:010} 00000 n \n" for p in places)
+    return f"{body}xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF".encode()
+
+
+def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "index")
+    assert inside("index", "build", folder, str(corpus)).returncode == 0
+    (tmp_path / "empty").mkdir()
+    files = {
+        "no_id.jsonl": '{"text": "x"}',
+        "latin.jsonl": b'{"id": "a", "text": "\xe9"}',
+        "number.jsonl": "3",
+        "deep.jsonl": "[" * 100_000,
+        "x.json": "{}",
+        "short.parquet": "PAR1",
+        "x.pdf": "no pdf",
+        "x.jsonl.gz": b"\x1f\x8b\x08half",
+        "wide.csv": "id,text\na,b,c\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    new = str(tmp_path / "new")
+    for arguments, message in (
+        (("build", folder, str(corpus)), "holds an index already"),
+        (("build", new, str(tmp_path / "nothing")), "no such file or folder"),
+        (("build", new, str(tmp_path / "empty")), "no files that end in"),
+        (("build", new, str(corpus), "--kind", "xtrr"), "did you mean 'xtr'"),
+        (("build", new, str(corpus), "--option", "codek=sq4"), "did you mean 'codec'"),
+        (("build", new, str(corpus), "--encoder", "minilmm"), "no such folder"),
+        (("build", new, str(corpus), "--overlap", "300"), "has to be less than"),
+        *((("add", folder, str(tmp_path / name)), name) for name in files),
+        (("add", folder, "x.exe"), "no such file"),
+        (("search", folder, "x", "--where", "a >>"), "expected a value"),
+        (("search", folder, "x", "--set", "probes=0"), "expected 1 to"),
+        (("search", folder, "x", "--set", "k"), "not of the form key=value"),
+        (("search", str(tmp_path), "x"), "there is no index"),
+        (("explain", folder, "x", "y"), "no document 'y'"),
+        (("delete", folder), "name ids, or give --where"),
+        (("eval", folder, str(tmp_path)), "there are no qrels"),
+        (("serve", folder, "--host", "0.0.0.0"), "give --token"),
+        (("export", folder, str(tmp_path / "no" / "x.faiss")), "x.faiss"),
+    ):
+        answer = inside("index", *arguments)
+        assert answer.returncode == 2, (arguments, answer.stderr)
+        assert message in answer.stderr, (arguments, answer.stderr)
+        assert answer.stderr.strip().splitlines()[-1].startswith("pilotfish: ")
+        assert "Traceback" not in answer.stderr
+    assert "4 documents, all right" in inside("index", "check", folder).stdout
+    assert not (tmp_path / "new").exists()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,idtex\n01 ', max_size=80).map(str.encode)), ending=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "pdf", "html", "md", "txt", "jsonl.gz"]))
+def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes, ending: str) -> None:
+    path = tmp_path / f"x.{ending}"
+    path.write_bytes(content)
+    try:
+        list(Source([path], lambda text: [text], number_ids=True))
+    except RetrievalError as error:
+        assert "\n" not in str(error)

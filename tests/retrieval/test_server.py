@@ -1,0 +1,107 @@
+"""An index over HTTP: what it answers, what it refuses, and any request that its own description allows."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import schemathesis
+import words
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+
+from pilotfish.retrieval import Index
+from pilotfish.retrieval.server import create_app
+
+
+@pytest.fixture
+def index(create) -> Index:
+    made = create(dimension=0)
+    made.add([{"id": f"d/{i}", "text": f"word{i} in text", "metadata": {"n": i}} for i in range(20)])
+    return made
+
+
+@pytest.fixture
+def client(index: Index) -> TestClient:
+    return TestClient(create_app(index), raise_server_exceptions=False)
+
+
+def test_documents_come_and_go(client: TestClient) -> None:
+    assert client.get("/health").json() == {"status": "ok", "documents": 20}
+    found = client.post("/search", json={"query": "word3", "k": 1}).json()["hits"]
+    assert (found[0]["id"], found[0]["metadata"]) == ("d/3", {"n": 3})
+    assert client.post("/search", json={"query": "word3", "where": "n > 17"}).json()["hits"][0]["id"] in ("d/18", "d/19")
+    added = client.post("/documents", json={"documents": [{"id": "new", "text": "brand new"}]})
+    assert added.json() == {"changed": 1, "documents": 21}
+    assert client.post("/search", json={"query": "brand new", "k": 1}).json()["hits"][0]["id"] == "new"
+    assert client.get("/documents/d/3").json()["text"] == "word3 in text"
+    assert client.post("/delete", json={"ids": ["new", "nobody"], "where": "n < 5"}).json() == {"changed": 6, "documents": 15}
+    assert client.get("/documents/new").status_code == 404
+    assert client.get("/stats").json()["documents"] == 15
+    assert "pilotfish_index_documents 15.0" in client.get("/metrics").text
+    assert client.get("/docs").status_code == 200
+
+
+def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
+    for call, status, message in (
+        (("/search", {"query": "x", "where": "n >"}), 400, "expected a value"),
+        (("/search", {"query": "x", "settings": {"probs": 1}}), 400, "did you mean 'probes'"),
+        (("/search", {"query": "x", "settings": {"k": 1}}), 400, "stands beside them"),
+        (("/search", {"query": "x", "kk": 1}), 422, "kk"),
+        (("/search", {"query": "x", "k": 0}), 422, "greater than"),
+        (("/documents", {"documents": [{"id": "d/1", "text": "x"}]}), 400, "is in the index already"),
+        (("/documents", {"documents": []}), 422, "at least 1"),
+        (("/delete", {}), 400, "name ids"),
+    ):
+        answer = client.post(call[0], json=call[1])
+        assert answer.status_code == status, answer.text
+        assert message in answer.text
+    assert client.post("/search", content=b"x" * (17 << 20)).status_code == 413
+    with index._store.writer():
+        answer = client.post("/delete", json={"ids": ["d/1"]})
+    assert (answer.status_code, "writes to this index" in answer.text) == (409, True)
+
+
+def test_a_token_is_asked_for(index: Index) -> None:
+    client = TestClient(create_app(index, token="secret", read_only=True))
+    assert client.get("/health").status_code == 200
+    assert client.post("/search", json={"query": "x"}).status_code == 401
+    assert client.get("/metrics").status_code == 401
+    assert client.get("/stats", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    right = {"Authorization": "Bearer secret"}
+    assert client.post("/search", json={"query": "word3", "k": 1}, headers=right).json()["hits"][0]["id"] == "d/3"
+    assert client.post("/delete", json={"ids": ["d/1"]}, headers=right).status_code == 404  # read only
+
+
+def test_searches_beside_writes(client: TestClient) -> None:
+    def ask(i: int) -> Any:
+        if i % 4 == 0:
+            body = {"documents": [{"id": f"n{i}", "text": f"new{i}"}], "upsert": True}
+            return client.post("/documents", json=body).status_code
+        return client.post("/search", json={"query": f"word{i % 20}"}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(80))) == {200}
+    assert client.get("/health").json()["documents"] == 40
+
+
+def schema() -> Any:
+    """The application's own description, of an index in memory of this test run."""
+    import tempfile
+    from pathlib import Path
+
+    words.use()
+    folder = Path(tempfile.mkdtemp(prefix="pilotfish-test-")) / "index"
+    made = Index.create(folder, encoder="words", options={"dimension": 0})
+    made.add([{"id": f"d{i}", "text": f"word{i}", "metadata": {"n": i}} for i in range(5)])
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(made))
+
+
+SCHEMA = schema()
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
+    response = case.call()
+    assert response.status_code < 500, response.text
+    case.validate_response(response, checks=(schemathesis.checks.not_a_server_error,))

@@ -1,0 +1,180 @@
+"""The kernels of token search against a plain computation: every codec, imputation, filter and number of segments."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval.kernels import token_search
+from pilotfish.retrieval.kernels.token_search import Coded, Impute, Lists, Settings, TokenSearch
+from pilotfish.retrieval.xtr.codecs import CODECS
+
+QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class Collection:
+    """Coded tokens of random documents in some segments."""
+
+    def __init__(self, seed: int, codec: str, lists: int, segments: int, dimension: int = 64) -> None:
+        rng = np.random.default_rng(seed)
+        coder = CODECS[codec]
+        self.centroids = unit(rng, lists, dimension)
+        self.documents = int(rng.integers(1, 30))
+        arrays = coder.train((rng.normal(size=(300, dimension)) * 0.2).astype(np.float32))
+        none = np.empty(0, np.float32)
+        books = arrays.get("codebooks", none.reshape(0, 256, 1))
+        coded = Coded(coder.kernel, coder.size(dimension), arrays.get("low", none), arrays.get("step", none), books)
+        parts, self.rows = [], []  # (list, document, vector)
+        for _ in range(segments):
+            n = int(rng.integers(0, 120))
+            where = np.sort(rng.integers(0, lists, n))
+            documents = rng.integers(0, self.documents, n).astype(np.int32)
+            codes = coder.encode(arrays, (rng.normal(size=(n, dimension)) * 0.2).astype(np.float32))
+            starts = np.concatenate([[0], np.cumsum(np.bincount(where, minlength=lists))]).astype(np.int64)
+            parts.append(Lists(starts, documents, codes))
+            vectors = self.centroids[where] + coder.decode(arrays, codes)
+            self.rows += list(zip(where.tolist(), documents.tolist(), vectors, strict=True))
+        self.search = TokenSearch(dimension, lists, coded, parts, self.documents)
+        self.query = unit(rng, int(rng.integers(1, 6)), dimension)
+        self.near = self.query @ self.centroids.T
+        self.allowed = rng.random(self.documents) < 0.7
+        self.bits = np.packbits(self.allowed, bitorder="little")
+
+
+def plainly(c: Collection, s: Settings, allowed: np.ndarray | None) -> dict[int, float]:
+    """Scores of all documents that count, as the module's first lines say it."""
+    sums: dict[int, float] = {}
+    total = 0.0
+    for q, near in zip(c.query, c.near, strict=True):
+        order = sorted(range(len(near)), key=lambda i: (-near[i], -i))
+        found = [(d, float(q @ v)) for i, d, v in c.rows if i in set(order[: s.probes])]
+        passing = [(d, x) for d, x in found if allowed is None or allowed[d]]
+        missing = 0.0
+        if s.impute == Impute.WARP:
+            looked = order[: min(max(s.bound, s.probes), len(order))]
+            missing, passed = float(near[looked[-1]]), 0
+            for i in looked:
+                passed += sum(1 for j, _, _ in c.rows if j == i)
+                if passed >= s.until:
+                    missing = float(near[i])
+                    break
+        elif s.impute == Impute.KPRIME and passing:
+            best = sorted((x for _, x in passing), reverse=True)
+            missing = best[min(s.kth, len(best)) - 1]
+        total += missing
+        tops: dict[int, float] = {}
+        for d, x in passing:
+            tops[d] = max(tops.get(d, -math.inf), x)
+        for d, x in tops.items():
+            if s.impute == Impute.NOTHING or s.keep or x >= missing - 0.05:  # near the edge both are right
+                sums[d] = sums.get(d, 0.0) + (max(x, missing) if s.impute != Impute.NOTHING else x) - missing
+    return {d: x + total for d, x in sums.items()}
+
+
+@QUIET
+@given(
+    seed=st.integers(0, 1 << 30),
+    codec=st.sampled_from(sorted(CODECS)),
+    lists=st.integers(1, 20),
+    segments=st.integers(0, 3),
+    probes=st.integers(1, 25),
+    impute=st.sampled_from(list(Impute)),
+    until=st.integers(0, 100),
+    kth=st.integers(1, 60),
+    keep=st.booleans(),
+    filtered=st.booleans(),
+    compiled=st.booleans(),
+)
+def test_scores_are_those_of_a_plain_computation(
+    monkeypatch, seed, codec, lists, segments, probes, impute, until, kth, keep, filtered, compiled
+) -> None:
+    c = Collection(seed, codec, lists, segments)
+    s = Settings(probes, impute, until, 256, kth, keep)
+    if not compiled:
+        monkeypatch.setattr(token_search, "_compiled", lambda: None)
+    allow = c.bits if filtered else None
+    documents, scores, _ = c.search.search(c.query, c.near, 1000, s, allow)
+    monkeypatch.undo()
+    expected = plainly(c, s, c.allowed if filtered else None)
+    tolerance = 0.02 * len(c.query)  # queries are read in 8 bits
+    assert len(set(documents.tolist())) == len(documents)
+    assert (np.diff(scores) <= 1e-6).all()
+    for d, x in zip(documents.tolist(), scores.tolist(), strict=True):
+        assert x == pytest.approx(expected[d], abs=tolerance)
+    if keep or impute == Impute.NOTHING:
+        assert set(documents.tolist()) == set(expected)
+    best = sorted(expected.values(), reverse=True)
+    top, few, _ = c.search.search(c.query, c.near, 3, s, allow)
+    assert top.tolist() == documents[:3].tolist()
+    for x, y in zip(few.tolist(), best, strict=False):
+        assert x == pytest.approx(y, abs=tolerance)
+
+
+@QUIET
+@given(seed=st.integers(0, 1 << 30), codec=st.sampled_from(sorted(CODECS)), dimension=st.sampled_from([64, 128, 192]))
+def test_vector_instructions_change_nothing(seed: int, codec: str, dimension: int) -> None:
+    c = Collection(seed, codec, 12, 2, dimension)
+    answers = [c.search.search(c.query, c.near, 50, Settings(6, Impute.NOTHING, plain=p)) for p in (False, True)]
+    (fast, fast_scores, _), (slow, slow_scores, _) = answers
+    np.testing.assert_allclose(np.sort(fast_scores), np.sort(slow_scores), atol=1e-5)
+    if CODECS[codec].kernel < 2:
+        assert fast.tolist() == slow.tolist()
+
+
+@QUIET
+@given(seed=st.integers(0, 1 << 30), impute=st.sampled_from(list(Impute)), compiled=st.booleans())
+def test_a_trace_adds_up(monkeypatch, seed: int, impute: Impute, compiled: bool) -> None:
+    c = Collection(seed, "sq8", 10, 2)
+    if not compiled:
+        monkeypatch.setattr(token_search, "_compiled", lambda: None)
+    settings_ = Settings(5, impute, 30)
+    documents, scores, _ = c.search.search(c.query, c.near, 50, settings_)
+    for d, x in zip(documents.tolist(), scores.tolist(), strict=True):
+        trace = c.search.search(c.query, c.near, 1, settings_, None, d)[2]
+        assert trace is not None
+        total = np.where(np.isnan(trace.scores), trace.imputed, trace.scores).sum()
+        assert x == pytest.approx(float(total), abs=1e-4)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_codes_are_near_what_they_stand_for(codec: str) -> None:
+    rng = np.random.default_rng(0)
+    residuals = (rng.normal(size=(2000, 128)) * 0.1).astype(np.float32)
+    coder = CODECS[codec]
+    arrays = coder.train(residuals[:1000])
+    codes = coder.encode(arrays, residuals)
+    assert codes.shape == (2000, coder.size(128))
+    query = unit(rng, 50, 128)
+    error = (residuals - coder.decode(arrays, codes)) @ query.T
+    spread = (residuals @ query.T).std()
+    bound = {"float16": 0.001, "sq8": 0.02, "sq4": 0.2, "pq": 0.7, "rabitq": 0.9}[codec]
+    assert error.std() < bound * spread
+    assert abs(error.mean()) < 0.05 * spread  # no codec leans to one side
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    c = Collection(0, "sq4", 4, 1)
+    part = c.search.segments[0]
+
+    def made(**changes: Any) -> None:
+        TokenSearch(64, 4, c.search.coded, [Lists(**{**vars(part), **changes})], c.documents)
+
+    made()
+    for changes in (
+        {"starts": part.starts[:-1]},
+        {"starts": part.starts[::-1].copy()},
+        {"codes": part.codes[:, :-1]},
+        {"documents": part.documents + c.documents},
+        {"documents": part.documents - c.documents},
+    ):
+        with pytest.raises(ValueError, match=r"starts|codes of|lists that|numbers of"):
+            made(**changes)

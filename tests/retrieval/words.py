@@ -1,0 +1,67 @@
+"""An encoder for tests: every word has a vector that its letters decide. Quick, and the same everywhere."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pilotfish.plugins.contracts import Encoder
+from pilotfish.plugins.hookspecs import Register, hookimpl
+from pilotfish.plugins.manager import plugins
+from pilotfish.retrieval.tokens import Tokens
+
+DIMENSION = 24
+
+
+def vector(word: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
+    found = np.random.default_rng(seed).normal(size=DIMENSION)
+    return (found / np.linalg.norm(found)).astype(np.float32)
+
+
+class Words(Encoder):
+    """The encoder."""
+
+    name: ClassVar[str] = "words"
+    dimension = DIMENSION
+
+    def __init__(self, options: Any = None, device: str = "auto", precision: str = "float32") -> None:
+        del options, device, precision
+
+    @property
+    def fingerprint(self) -> str:
+        return "words-1"
+
+    def encode_queries(self, texts: Sequence[str]) -> Tokens:
+        return self.encode_documents(texts)
+
+    def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Tokens:
+        rows = [self.words(t) for t in texts]
+        if progress is not None:
+            progress(len(texts))
+        every = [w for row in rows for w in row]
+        vectors = np.stack([vector(w) for w in every]) if every else np.empty((0, DIMENSION), np.float32)
+        ids = np.array([int.from_bytes(hashlib.sha256(w.encode()).digest()[:2], "big") for w in every], np.int32)
+        return Tokens(vectors, ids, np.array([len(r) for r in rows], np.int64))
+
+    def words(self, text: str, query: bool = False) -> list[str]:
+        del query
+        return ["[start]", *text.lower().split()]
+
+    def chunks(self, text: str, size: int, overlap: int) -> list[str]:
+        del overlap
+        words = text.split()
+        return [" ".join(words[i : i + size]) for i in range(0, max(len(words), 1), size)]
+
+
+class _Plugin:
+    @hookimpl
+    def register_encoders(self, register: Register) -> None:
+        register(Words)
+
+
+def use() -> None:
+    """Register the encoder, once in a process."""
+    if "words" not in plugins().classes("encoder"):
+        plugins().register(_Plugin(), "test-words")
