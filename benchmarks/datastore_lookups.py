@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from common import RESULTS
 
-from pilotfish.integrations.vllm import models
 from pilotfish.integrations.bench import record
-from pilotfish.integrations.vllm.bench import texts
 from pilotfish.integrations.bench.record import Record
+from pilotfish.integrations.vllm import models
+from pilotfish.integrations.vllm.bench import texts
 from pilotfish.integrations.vllm.datastore_commands import encode, find
 from pilotfish.retrieval.datastore import Datastore, build
 from pilotfish.retrieval.history import History

@@ -1,8 +1,8 @@
-"""A token index of millions: `python benchmarks/token_scale.py DATA --tokens 10000000`; DATA holds vaswani and cranfield.
+"""A token index of millions: `python benchmarks/token_scale.py DATA --tokens 10000000`.
 
-Tokens are drawn from the documents of both collections, again and again, each with a little noise, so that lists are as uneven
-as real ones are. Told are times of a search at one thread, memory of the process that searches, and how long it takes until
-100 new documents are found.
+DATA holds vaswani and cranfield. Tokens are drawn from the documents of both, again and again, each with some noise,
+so that lists are as uneven as real ones are. Told are times of a search at one thread, memory of the process that
+searches, and how long it takes until 100 new documents are found.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = {**json.loads(done.stdout.splitlines()[-1]), "build_s": seconds}
             rows += [
-                Record("token_scale", f"tokens_{arguments.tokens}", f"xtr@codec={codec}", name, round(value, 3), unit(name))
+                Record(
+                    "token_scale", f"tokens_{arguments.tokens}", f"xtr@codec={codec}", name, round(value, 3), unit(name)
+                )
                 for name, value in found.items()
             ]
     record.write(RESULTS / "token_scale.json", rows)
@@ -107,7 +109,9 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
     segments = store.snapshot.segments
     n, arrays = kind.merge([s.arrays for s in segments], store.snapshot.live)
     with store.writer() as writer:
-        writer.commit(Change(segments=[(len(store.snapshot.live), n, arrays)], replaces=[s.about.number for s in segments]))
+        writer.commit(
+            Change(segments=[(len(store.snapshot.live), n, arrays)], replaces=[s.about.number for s in segments])
+        )
     return seconds + time.perf_counter() - started
 
 
@@ -139,7 +143,11 @@ def search(place: Path) -> dict[str, float]:
                         taken.append(1e3 * (time.perf_counter() - started))
             found[f"query_ms_median_{probes}"] = statistics.median(taken)
         found["resident_mib"] = _memory() - before
-        new = Tokens(np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000], np.arange(6000, dtype=np.int32) % 900, np.full(100, 60))
+        new = Tokens(
+            np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000],
+            np.arange(6000, dtype=np.int32) % 900,
+            np.full(100, 60),
+        )
         started = time.perf_counter()
         first = snapshot.manifest.next_document
         n, arrays = kind.segment(new, np.arange(first, first + 100), snapshot.shared)

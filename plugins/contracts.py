@@ -251,8 +251,8 @@ class VisualPruner(Plugin, ABC):
 class IndexKind(Plugin, ABC):
     """How documents become arrays and how those are searched; `retrieval.Index` does the rest.
 
-    Ids, texts, metadata, filters, deletion, commits and crashes are the store's business. A kind sees internal numbers of
-    documents, which only ever grow, and arrays by name, which are mapped from files.
+    Ids, texts, metadata, filters, deletion, commits and crashes are the store's business. A kind sees internal numbers
+    of documents, which only ever grow, and arrays by name, which are mapped from files.
     """
 
     default_encoder: ClassVar[str]

@@ -4,9 +4,9 @@
     score(document) = (1/n) sum over i of the best product among its tokens retrieved for i,
                       or, where none was, the imputed value m_i
 
-m_i is the least retrieved product in the paper (``impute=kprime``). The default is cheaper: the product with the centroid
-behind which a number of tokens lie (WARP, arXiv 2501.17788); products below m_i count as m_i. What the arrays are and how
-they are searched is in `retrieval.xtr`.
+m_i is the least retrieved product in the paper (``impute=kprime``). The default is cheaper: the product with the
+centroid behind which a number of tokens lie (WARP, arXiv 2501.17788); products below m_i count as m_i. What the arrays
+are and how they are searched is in `retrieval.xtr`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CODECS = ("sq4", "sq8", "float16", "pq", "rabitq")
 IMPUTE = ("warp", "kprime", "none")
-LEARNED, GROWN = 1000, 8  # documents: with so many nothing is learned anew, and else with so many times as many
+FEW, MANY = 64, 1000  # documents that centroids and codec were learned from
 WIDER = 4  # times as many lists are read, while too few documents pass a filter
 
 
@@ -78,7 +78,12 @@ class XTRSettings:
     def __post_init__(self) -> None:
         if self.impute not in IMPUTE:
             raise ValueError(f"impute: expected {', '.join(IMPUTE)}, got {self.impute!r}")
-        for name, low, high in (("probes", 1, 1 << 20), ("until", 0, 1 << 40), ("kprime", 1, 1 << 24), ("rerank", 0, 10_000)):
+        for name, low, high in (
+            ("probes", 1, 1 << 20),
+            ("until", 0, 1 << 40),
+            ("kprime", 1, 1 << 24),
+            ("rerank", 0, 10_000),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
 
@@ -115,9 +120,9 @@ class XTR(IndexKind):
         return index.train(encoded, self.layout, expected)
 
     def outgrown(self, shared: Arrays, documents: int) -> bool:
-        """Eight times as many, up to what one commit holds."""
+        """With few documents at once, with some when they double, with many when somebody asks for it."""
         trained = int(shared["trained"][0])
-        return trained < LEARNED and documents > GROWN * trained
+        return documents > trained if trained < FEW else trained < MANY and documents >= 2 * trained
 
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Lists of coded tokens."""

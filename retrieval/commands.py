@@ -15,8 +15,12 @@ from ..plugins.hookspecs import hookimpl
 index = typer.Typer(help="Put documents into an index, and find them again.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
-Paths = Annotated[list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")]
-Where = Annotated[str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")]
+Paths = Annotated[
+    list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")
+]
+Where = Annotated[
+    str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
 EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
 Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
@@ -54,7 +58,9 @@ def build(
     folder: Folder,
     paths: Paths,
     kind: Annotated[str, typer.Option(help="A kind of index; see `pilotfish plugins`.")] = "xtr",
-    option: Annotated[list[str] | None, typer.Option(help="An option of that kind, NAME=VALUE; may be repeated.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of that kind, NAME=VALUE; may be repeated.")
+    ] = None,
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -119,7 +125,9 @@ def delete(
 @index.command("search")
 def search(
     folder: Folder,
-    query: Annotated[list[str] | None, typer.Argument(help="What to look for; without, queries are read line by line.")] = None,
+    query: Annotated[
+        list[str] | None, typer.Argument(help="What to look for; without, queries are read line by line.")
+    ] = None,
     k: K = 10,
     where: Where = None,
     settings: Set = None,
@@ -207,7 +215,10 @@ def tune(
             best = tuning.choose(tried, loss)
             for trial in tried:
                 mark = "*" if trial is best else " "
-                typer.echo(f"{mark} probes {trial.probes:4}  until {trial.until:7}  nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms")
+                typer.echo(
+                    f"{mark} probes {trial.probes:4}  until {trial.until:7}  "
+                    f"nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms"
+                )
             if not dry_run:
                 opened.configure(probes=best.probes, until=best.until)
                 _told(f"{folder}: probes={best.probes}, until={best.until} from now on")
@@ -235,17 +246,20 @@ def check(folder: Folder) -> None:
 
 
 @index.command("compact")
-def compact(folder: Folder) -> None:
+def compact(
+    folder: Folder,
+    relearn: Annotated[
+        bool, typer.Option(help="Encode all anew, and learn from it: for an index that has grown manyfold.")
+    ] = False,
+) -> None:
     """Write an index anew without what was deleted."""
     with refusals(), _opened(folder) as opened:
-        opened.compact()
+        _with_bar(lambda told: opened.compact(relearn, told) or 0)
         _told(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
 
 @index.command("export")
-def export(
-    folder: Folder, out: Annotated[Path, typer.Argument(help="The file of the FAISS index.")]
-) -> None:
+def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of the FAISS index.")]) -> None:
     """Write the tokens as a plain FAISS index, and beside it which document each is of."""
     with refusals(), _opened(folder) as opened:
         from .xtr import export as exporting
@@ -293,7 +307,9 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32") -> Iterator[Any]:
+def _opened(
+    folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
+) -> Iterator[Any]:
     from .index import Index
 
     with Index.open(folder, encoder, device, precision) as opened:
@@ -319,7 +335,14 @@ def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: boo
 def _with_bar(work: Callable[[Callable[[str, int, int | None], None]], int]) -> int:
     """Do ``work`` under a bar that shows what it is told."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:

@@ -10,8 +10,9 @@
     field      = name ("." name)*                                  goes into nested objects
     value      = number | true | false | null | "text" | 'text' | word
 
-Types are kept apart: 2020 is not "2020", and true is not 1. What a comparison says of a field that is missing or of another
-type is no; ``!=`` and ``not in`` are the negations of ``=`` and ``in``, so there it is yes. Keywords may be small or large.
+Types are kept apart: 2020 is not "2020", and true is not 1. What a comparison says of a field that is missing or of
+another type is no; ``!=`` and ``not in`` are the negations of ``=`` and ``in``, so there it is yes. Keywords may be
+small or large.
 """
 
 import re
@@ -223,7 +224,8 @@ def to_sql(condition: Filter) -> tuple[str, list[Any]]:
         )
         values = [path, path, _plain(value)]
         if isinstance(value, str):
-            inside = f"({inside} OR (json_type(metadata, ?) = 'text' AND instr(json_extract(metadata, ?), ?) > 0))"
+            held = "json_type(metadata, ?) = 'text' AND instr(json_extract(metadata, ?), ?) > 0"
+            inside = f"({inside} OR COALESCE({held}, 0))"
             values += [path, path, value]
         return inside, values
     sign = "=" if condition.operator == "in" else condition.operator
@@ -232,8 +234,8 @@ def to_sql(condition: Filter) -> tuple[str, list[Any]]:
     for value in condition.values:
         compare = "IS ?" if sign == "=" else f"{sign} ?"
         texts.append(
-            f"(COALESCE(json_type(metadata, ?) IN ({_SQL_TYPES[type(value)]}), 0) "
-            f"AND json_extract(metadata, ?) {compare})"
+            f"COALESCE(json_type(metadata, ?) IN ({_SQL_TYPES[type(value)]}) "
+            f"AND json_extract(metadata, ?) {compare}, 0)"
         )
         values += [path, path, _plain(value)]
     return f"({' OR '.join(texts)})", values

@@ -1,11 +1,11 @@
 """An index of documents: add, replace, delete, search, explain; safe against crashes, readable while it is written.
 
-    from pilotfish.retrieval import Index
+from pilotfish.retrieval import Index
 
-    index = Index.create("my-index")
-    index.add([{"id": "a", "text": "Pilot fish travel with sharks."}])
-    for hit in index.search("which fish follow sharks?", k=5):
-        print(hit.id, hit.score, hit.snippet)
+index = Index.create("my-index")
+index.add([{"id": "a", "text": "Pilot fish travel with sharks."}])
+for hit in index.search("which fish follow sharks?", k=5):
+    print(hit.id, hit.score, hit.snippet)
 """
 
 import json
@@ -206,9 +206,17 @@ class Index:
                 self._merge(writer)
             return len(dead)
 
-    def compact(self) -> None:
-        """Write everything anew in one segment, without what was deleted, and forget deleted documents' text."""
+    def compact(self, relearn: bool = False, progress: Progress | None = None) -> None:
+        """Write everything anew in one segment, without what was deleted, and forget deleted documents' text.
+
+        Args:
+            relearn: Encode all documents again, and learn from them what all segments share: for an index that has
+                grown far beyond its first documents.
+            progress: Is told how far encoding is.
+        """
         with self._store.writer() as writer:
+            if relearn and len(self):
+                self._relearn(writer, progress or (lambda *_: None))
             self._merge(writer, [s.number for s in self._store.snapshot.manifest.segments])
             live = self._store.snapshot.live
             rows = self._store.documents.ask("SELECT number FROM documents")
@@ -230,12 +238,11 @@ class Index:
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
         with self._store.writer() as writer:
-            for batch in _batches(map(as_document, documents)):
-                there = self._numbers([d.id for d in batch])
+            for given in _batches(map(as_document, documents)):
+                there = self._numbers([d.id for d in given])
                 if there and not (replace or skip):
                     raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
-                if skip:
-                    batch = [d for d in batch if d.id not in there]
+                batch = [d for d in given if not (skip and d.id in there)]
                 if batch:
                     self._commit(writer, batch, list(there.values()) if replace else [], told, added, total)
                 added += len(batch)
@@ -261,20 +268,32 @@ class Index:
         numbers = np.arange(first, first + len(batch))
         shared = snapshot.shared
         if shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
-            # What was learned from few documents is learned anew from all; eight times as many each time, so that all
-            # of it together costs little more than once.
             shared, replaced = {}, [s.about.number for s in snapshot.segments]
-            gone = snapshot.live.copy()
-            gone[dead] = False
-            old = self._store.documents.get(np.flatnonzero(gone).tolist())
+            staying = snapshot.live.copy()
+            staying[dead] = False
+            old = self._store.documents.get(np.flatnonzero(staying).tolist())
             numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
             texts = [*(old[n].text for n in sorted(old)), *(d.text for d in batch)]
             encoded = self.encoder.encode_documents(texts)
         trained = {} if shared else self.kind.train(encoded, max(total or 0, len(encoded)))
         rows, arrays = self.kind.segment(encoded, numbers, shared or trained)
-        writer.commit(
-            Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None)
-        )
+        writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
+
+    def _relearn(self, writer: Writer, told: Progress) -> None:
+        """Encode everything, part by part, for new shared arrays from the first part."""
+        snapshot = self._store.snapshot
+        numbers = np.flatnonzero(snapshot.live)
+        shared: Any = {}
+        segments = []
+        for begin in range(0, len(numbers), BATCH):
+            part = numbers[begin : begin + BATCH]
+            texts = self._store.documents.get(part.tolist())
+            encoded = self.encoder.encode_documents([texts[int(n)].text for n in part])
+            told("encoding", begin + len(part), len(numbers))
+            shared = shared or self.kind.train(encoded, len(numbers))
+            segments.append((len(part), *self.kind.segment(encoded, part, shared)))
+        replaced = [s.about.number for s in snapshot.segments]
+        writer.commit(Change(segments=segments, replaces=replaced, shared=shared))
 
     def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
         """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
@@ -373,9 +392,7 @@ class Index:
         text = self._store.documents.get([numbers[name]])[numbers[name]].text
         chosen = self._settings({**snapshot.manifest.settings, **settings})
         allow = self._allow(snapshot, None)
-        return self.kind.explain(
-            self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
-        )
+        return self.kind.explain(self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow)
 
     def _searcher(self, snapshot: Snapshot) -> Any:
         with self._mutex:
@@ -384,6 +401,7 @@ class Index:
                 try:
                     made = self.kind.searcher(snapshot.shared, arrays, len(snapshot.live))
                 except (ValueError, KeyError, IndexError) as error:
+                    self._store.check()  # which names the file, where one was damaged
                     raise DamagedIndex(f"{self._store.folder}: arrays do not fit each other ({error})") from None
                 self._ready = snapshot.manifest.number, made
             return self._ready[1]
@@ -537,5 +555,3 @@ def _encoder(kind: Any, name: str, device: str, precision: str) -> Any:
     if cls is not None:
         return cls(cls.Options(), device, precision)
     return kind.load_encoder(name, device, precision)
-
-

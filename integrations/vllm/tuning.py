@@ -25,8 +25,8 @@ from ...kvcache.layer_choice import LayerChoice, best_choices
 from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError, build_options
 from ...plugins.tidal_decode import TidalDecode, TidalDecodeOptions
-from . import models
 from ..bench import record
+from . import models
 from .bench import recall, texts
 from .bench.engine import EngineProcess
 from .bench.kv import ROOM, TEXTS, WORKER, positions

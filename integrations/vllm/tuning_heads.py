@@ -18,8 +18,8 @@ from ...kvcache import profiles, retrieval_heads
 from ...kvcache.profiles import Profile
 from ...plugins.config import ConfigError
 from ...plugins.razor_attention import RazorAttention, RazorAttentionOptions
-from . import models
 from ..bench import record
+from . import models
 from .bench.engine import EngineProcess
 from .bench.kv import positions
 from .progress import console as status

@@ -1,7 +1,8 @@
 """As `tree`, for GPUs, over the cache of vLLM's Triton backend.
 
 That is [blocks, kv_heads, block_size, 2 * head_size], in any order of strides but the last: each position has its key
-and behind it its value. What lies before a tree is split among programs and merged by log-sum-exp, as in `head_cache_triton`.
+and behind it its value. What lies before a tree is split among programs and merged by log-sum-exp, as in
+`head_cache_triton`.
 """
 
 from collections.abc import Sequence

@@ -68,16 +68,15 @@ class MultiVectorEncoder:
         finally:
             logging.set_verbosity(kept)
         self._layers = [
-            (torch.from_numpy(l.weight), None if l.bias is None else torch.from_numpy(l.bias)) for l in checkpoint.layers
+            (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
+            for x in checkpoint.layers
         ]
         self._model = _in_precision(model, precision, device)
         same = query_precision in (None, precision)
         self._query_model = self._model if same else _in_precision(model, str(query_precision), device)
         self.dimension = len(self._layers[-1][0]) if self._layers else int(model.config.hidden_size)
         self._skipped = {
-            i
-            for word in checkpoint.skipped
-            for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
+            i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
         self._remembered: OrderedDict[str, Tokens] = OrderedDict()
 
@@ -162,7 +161,8 @@ class MultiVectorEncoder:
                 mask[i, : len(rows[row])] = [token != unseen for token in rows[row]]
             with torch.inference_mode():
                 hidden = model(
-                    input_ids=torch.from_numpy(ids).to(self.device), attention_mask=torch.from_numpy(mask).to(self.device)
+                    input_ids=torch.from_numpy(ids).to(self.device),
+                    attention_mask=torch.from_numpy(mask).to(self.device),
                 ).last_hidden_state.float()
                 for weight, bias in self._layers:
                     hidden = torch.nn.functional.linear(

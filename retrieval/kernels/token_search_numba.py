@@ -51,9 +51,7 @@ def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, 
     kernel, low, step, codebooks, factored = coded
     for i in lists:
         begin, end = starts[i], starts[i + 1]
-        _values(
-            codes[begin:end], kernel, low, step, codebooks, factored, query, near[i], scores[at : at + end - begin]
-        )
+        _values(codes[begin:end], kernel, low, step, codebooks, factored, query, near[i], scores[at : at + end - begin])
         documents[at : at + end - begin] = rows[begin:end]
         at += end - begin
     return at

@@ -1,13 +1,14 @@
 """The documents of an index: their own ids, text and metadata, in SQLite.
 
-Rows are only ever added, under internal numbers that are never used twice. A row counts when a manifest knows its number
-and has its bit set, so a transaction that was not followed by a manifest has no effect; see `store`.
+Rows are only ever added, under internal numbers that are never used twice. A row counts when a manifest knows its
+number and has its bit set, so a transaction that was not followed by a manifest has no effect; see `store`.
 """
 
 import json
 import os
 import sqlite3
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ CREATE TABLE IF NOT EXISTS documents (
     number INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
     text TEXT NOT NULL,
-    metadata TEXT NOT NULL
+    metadata TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX IF NOT EXISTS by_id ON documents (id);
 """
@@ -112,7 +114,12 @@ class Documents:
     def check(self) -> str | None:
         """What SQLite finds wrong with the file, if anything."""
         answers = [row[0] for row in self.ask("PRAGMA quick_check")]
-        return None if answers == ["ok"] else answers[0]
+        if answers != ["ok"]:
+            return answers[0]
+        for number, *row, checksum in self.ask("SELECT number, id, text, metadata, checksum FROM documents"):
+            if _checksum(*row) != checksum:
+                return f"row {number}"
+        return None
 
     # ------------------------------------------------------------------------------------------------- the writer's
 
@@ -132,11 +139,9 @@ class Documents:
         Raises:
             OSError: the disk is full, or may not be written; nothing was added.
         """
-        rows = (
-            (first + i, d.id, d.text, json.dumps(d.metadata, ensure_ascii=False, sort_keys=True))
-            for i, d in enumerate(documents)
-        )
-        self._change("INSERT INTO documents (number, id, text, metadata) VALUES (?, ?, ?, ?)", rows)
+        texts = ((d.id, d.text, json.dumps(d.metadata, ensure_ascii=False, sort_keys=True)) for d in documents)
+        rows = ((first + i, *row, _checksum(*row)) for i, row in enumerate(texts))
+        self._change("INSERT INTO documents (number, id, text, metadata, checksum) VALUES (?, ?, ?, ?, ?)", rows)
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Remove rows for good."""
@@ -156,3 +161,8 @@ class Documents:
             raise OSError(None, str(error), str(self._path)) from None
         except sqlite3.DatabaseError as error:
             raise DamagedIndex(f"{self._path}: {error}") from None
+
+
+def _checksum(name: str, text: str, metadata: str) -> int:
+    """Of a row: SQLite keeps none."""
+    return zlib.crc32("\0".join((name, text, metadata)).encode())

@@ -114,7 +114,9 @@ def current(folder: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         raise NoIndex(f"{folder}: there is no index; make one with `pilotfish index build`") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedIndex(f"{folder}: {CURRENT} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise DamagedIndex(
+            f"{folder}: {CURRENT} cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     number = name.removeprefix("manifest-").removesuffix(".json")
     if name != f"manifest-{number}.json" or not (number.isascii() and number.isdigit()):
         raise DamagedIndex(f"{folder}: {CURRENT} names no manifest")

@@ -7,8 +7,8 @@
     documents.db                ids, text and metadata; see `documents`
     write.lock                  held by the writer
 
-Readers pin a snapshot: its files are mapped, so a later commit may remove them. What a crash leaves behind (files that no
-manifest names, rows that no manifest knows) has no effect, and goes with the next writer.
+Readers pin a snapshot: its files are mapped, so a later commit may remove them. What a crash leaves behind (files that
+no manifest names, rows that no manifest knows) has no effect, and goes with the next writer.
 """
 
 import contextlib
@@ -281,7 +281,9 @@ class Writer:
         about, folder = self._store.snapshot.manifest, self._store.folder
         needed = {*about.files(), about.name, manifest.CURRENT}
         for path in folder.iterdir():
-            ours = path.name.startswith(("segment-", "shared-", "live-", "manifest-", ".segment-", ".shared-", ".live-"))
+            ours = path.name.startswith(
+                ("segment-", "shared-", "live-", "manifest-", ".segment-", ".shared-", ".live-")
+            )
             if ours and path.name not in needed:
                 with contextlib.suppress(OSError):
                     path.unlink()

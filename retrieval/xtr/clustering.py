@@ -1,15 +1,14 @@
 """Centroids of token vectors, and the lists to which tokens go.
 
-Token-aware clustering: tokens of one vocabulary entry lie together, so each frequent entry gets clusters of its own, and
-k-means runs within an entry instead of over all. Entries too rare for that share clusters. Some fifty times faster than
-k-means over everything, at equal quality of search.
+Token-aware clustering: tokens of one vocabulary entry lie together, so each frequent entry gets clusters of its own,
+and k-means runs within an entry instead of over all. Entries too rare for that share clusters. Some fifty times faster
+than k-means over everything, at equal quality of search.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
 
 LEAST, MOST = 16, 1 << 18  # lists
 POINTS = 64  # vectors per centroid that k-means looks at
@@ -103,7 +102,8 @@ def kmeans(vectors: NDArray[np.float32], k: int, seed: int = 0) -> NDArray[np.fl
         vectors.shape[1], k, niter=ROUNDS, seed=seed, max_points_per_centroid=POINTS, min_points_per_centroid=1
     )
     runner.train(np.ascontiguousarray(vectors, np.float32))
-    return runner.centroids.copy()
+    # Equal vectors give equal centroids, of which all but one stay empty and stand in the way of others.
+    return runner.centroids[np.sort(np.unique(runner.centroids.round(4), axis=0, return_index=True)[1])]
 
 
 def nearest(vectors: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:

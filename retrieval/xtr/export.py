@@ -13,8 +13,8 @@ from ..store import files
 def write(index: Any, out: Path) -> int:
     """Write an ``IndexIVFFlat`` by inner product of all live tokens, decoded; returns how many.
 
-    A vector's number in FAISS is its line in ``OUT.documents.jsonl``, whose lines hold the ids of documents. Queries have
-    to be projected as the index projects them: ``OUT.projection.npy``.
+    A vector's number in FAISS is its line in ``OUT.documents.jsonl``, whose lines hold the ids of documents. Queries
+    have to be projected as the index projects them: ``OUT.projection.npy``.
 
     Raises:
         RetrievalError: the index is of another kind, or empty.
@@ -43,7 +43,10 @@ def write(index: Any, out: Path) -> int:
             vectors = centroids[i] + layout.coder.decode(snapshot.shared, s["codes"][part][kept])
             ids = np.arange(total, total + len(vectors), dtype=np.int64)
             made.invlists.add_entries(
-                int(i), len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(np.ascontiguousarray(vectors, np.float32).view(np.uint8))
+                int(i),
+                len(ids),
+                faiss.swig_ptr(ids),
+                faiss.swig_ptr(np.ascontiguousarray(vectors, np.float32).view(np.uint8)),
             )
             numbers.append(s["documents"][part][kept])
             total += len(ids)

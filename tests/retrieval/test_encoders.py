@@ -1,5 +1,6 @@
 """Multi-vector encoders: the embedded one against transformers, and checkpoints of each form, written here."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,12 @@ from pilotfish.retrieval import RetrievalError
 from pilotfish.retrieval.encoders import checkpoints, load
 from pilotfish.retrieval.encoders.multi_vector import MultiVectorEncoder, batches, embedded
 
-TEXTS = ["Pilot fish travel with sharks.", "x", "A much longer text, which is about nothing " * 20, "Pilot fish travel with sharks."]
+TEXTS = [
+    "Pilot fish travel with sharks.",
+    "x",
+    "A much longer text, which is about nothing " * 20,
+    "Pilot fish travel with sharks.",
+]
 
 
 def test_vectors_are_those_of_transformers() -> None:
@@ -42,7 +48,7 @@ def test_chunks_cover_the_text() -> None:
     pieces = encoder.chunks(text, 50, 10)
     assert all(piece in text for piece in pieces)
     assert len(encoder.chunks("short", 50, 10)) == 1
-    for a, b in zip(pieces, pieces[1:], strict=False):
+    for a, b in itertools.pairwise(pieces):
         assert text.find(b) < text.find(a) + len(a)  # they overlap
     assert pieces[0].startswith("word0")
     assert pieces[-1].endswith("word299")
@@ -68,10 +74,22 @@ def colbert(tmp_path: Path) -> Path:
     from safetensors.torch import save_file
 
     save_file({"linear.weight": torch.randn(32, 384, generator=generator)}, folder / "1_Dense" / "model.safetensors")
-    (folder / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": "torch.nn.modules.linear.Identity"}))
-    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "1_Dense", "type": "pylate.models.Dense.Dense"}]
+    (folder / "1_Dense" / "config.json").write_text(
+        json.dumps({"activation_function": "torch.nn.modules.linear.Identity"})
+    )
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
-    told = {"query_prefix": "query: ", "document_prefix": "doc: ", "query_length": 16, "document_length": 20, "do_query_expansion": True, "skiplist_words": [".", ","]}
+    told = {
+        "query_prefix": "query: ",
+        "document_prefix": "doc: ",
+        "query_length": 16,
+        "document_length": 20,
+        "do_query_expansion": True,
+        "skiplist_words": [".", ","],
+    }
     (folder / "config_sentence_transformers.json").write_text(json.dumps(told))
     return folder
 
@@ -90,7 +108,9 @@ def test_a_colbert_checkpoint(colbert: Path) -> None:
     seen = torch.tensor([[1] * len(ids) + [0] * (16 - len(ids))])
     weight = torch.from_numpy(checkpoints.read(colbert).layers[0].weight)
     with torch.inference_mode():
-        expected = torch.nn.functional.normalize(model(filled, attention_mask=seen).last_hidden_state[0] @ weight.T, dim=-1)
+        expected = torch.nn.functional.normalize(
+            model(filled, attention_mask=seen).last_hidden_state[0] @ weight.T, dim=-1
+        )
     np.testing.assert_allclose(query.vectors, expected.numpy(), atol=2e-3)
 
 

@@ -15,7 +15,10 @@ VOCABULARY = ["shark", "fish", "pilot", "ray", "whale", "coral", "reef", "tide",
 TEXT = st.lists(st.sampled_from(VOCABULARY), max_size=6).map(" ".join)
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("upsert"), st.dictionaries(st.integers(0, 12), st.tuples(TEXT, st.integers(0, 3)), min_size=1, max_size=5)),
+        st.tuples(
+            st.just("upsert"),
+            st.dictionaries(st.integers(0, 12), st.tuples(TEXT, st.integers(0, 3)), min_size=1, max_size=5),
+        ),
         st.tuples(st.just("delete"), st.lists(st.integers(0, 12), max_size=4)),
         st.tuples(st.just("where"), st.integers(0, 3)),
         st.tuples(st.just("compact"), st.none()),
@@ -97,8 +100,8 @@ def test_what_was_learned_from_one_document_is_learned_anew(create) -> None:
     for begin, end in ((0, 1), (1, 5), (5, 40), (40, 300)):
         index.add([{"id": str(i), "text": texts[i]} for i in range(begin, end)])
     assert int(index.snapshot.shared["trained"][0]) > 1
-    found = [index.search(texts[i], 1)[0].id for i in range(0, 300, 7)]
-    assert found == [str(i) for i in range(0, 300, 7)]
+    asked = range(0, 300, 7)
+    assert sum(index.search(texts[i], 1)[0].id == str(i) for i in asked) >= 0.9 * len(asked)
 
 
 @pytest.mark.parametrize("codec", ["sq4", "sq8", "float16", "pq", "rabitq"])
@@ -125,7 +128,10 @@ def test_reranking_is_by_all_tokens(create) -> None:
     for hit in index.search("shark reef", 3, rerank=10):
         text = {"a": "shark fish", "c": "fish net reef"}[hit.id]
         expected = np.mean(
-            [max(float(words.vector(q) @ words.vector(w)) for w in encoder.words(text)) for q in encoder.words("shark reef")]
+            [
+                max(float(words.vector(q) @ words.vector(w)) for w in encoder.words(text))
+                for q in encoder.words("shark reef")
+            ]
         )
         assert hit.score == pytest.approx(expected, abs=2e-3)
     index.compact()
@@ -148,13 +154,15 @@ def test_an_explanation_adds_up(create) -> None:
 
 def test_segments_are_merged_and_deleted_text_goes(create, monkeypatch: pytest.MonkeyPatch) -> None:
     index = create(dimension=0)
+    index.add([{"id": f"first{i}", "text": f"first{i}"} for i in range(200)])
+    index.delete([f"first{i}" for i in range(200)])
     for i in range(12):
         index.add([{"id": str(i), "text": f"word{i}"}])
     assert index.stats()["segments"] <= index_module.SMALL + 1
     index.delete([str(i) for i in range(8)])
     assert index.stats()["deleted"] == 0  # too many of a segment: it was written anew
     before = index.snapshot.manifest.next_document
-    index.compact()
+    index.compact(relearn=True)
     assert index.stats()["segments"] == 1
     assert index.snapshot.manifest.next_document == before  # numbers are never used twice
     assert sorted(h.id for h in index.search("word9", 20)) == ["10", "11", "8", "9"]

@@ -42,7 +42,9 @@ def test_from_building_to_checking(cli: Callable, corpus: Path, tmp_path: Path) 
     more = tmp_path / "more.csv"
     with more.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerows([["id", "text", "year"], ["ray", "Manta rays filter plankton.", "2024"], ["tax", "Taxes, anew.", ""]])
+        rows.writerows(
+            [["id", "text", "year"], ["ray", "Manta rays filter plankton.", "2024"], ["tax", "Taxes, anew.", ""]]
+        )
     assert "'tax' is in the index already" in cli("index", "add", folder, str(more)).stderr
     assert "2 documents added, 5 in all" in cli("index", "add", folder, str(more), "--upsert").stderr
     answer = cli("index", "delete", folder, "brot", "--where", "year = 2019")
@@ -101,7 +103,9 @@ def test_measuring_and_tuning(inside: Callable, corpus: Path, tmp_path: Path) ->
     answer = inside("index", "tune", folder, str(beir))
     assert "probes=4" in answer.stderr
     assert json.loads(inside("index", "stats", folder, "--json").stdout)["settings"]["probes"] == 4
-    answer = inside("bench", "retrieval", "--data", str(beir), "--arms", "dense,maxsim,xtr", "--out", str(tmp_path / "r.json"))
+    answer = inside(
+        "bench", "retrieval", "--data", str(beir), "--arms", "dense,maxsim,xtr", "--out", str(tmp_path / "r.json")
+    )
     assert answer.returncode == 0, answer.stderr
     records = json.loads((tmp_path / "r.json").read_text())["records"]
     assert {r["arm"] for r in records if r["metric"] == "ndcg@10" and r["value"] == 1} == {"dense", "maxsim", "xtr"}
@@ -156,7 +160,8 @@ def pdf(text: str) -> bytes:
         places.append(len(body))
         body += f"{i} 0 obj{part}endobj\n"
     table = "".join(f"{p:010} 00000 n \n" for p in places)
-    return f"{body}xref\n0 6\n0000000000 65535 f \n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF".encode()
+    end = f"trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF"
+    return f"{body}xref\n0 6\n0000000000 65535 f \n{table}{end}".encode()
 
 
 def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
@@ -207,7 +212,10 @@ def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_p
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,idtex\n01 ', max_size=80).map(str.encode)), ending=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "pdf", "html", "md", "txt", "jsonl.gz"]))
+@given(
+    content=st.one_of(st.binary(max_size=60), st.text(alphabet='{}[]":,idtex\n01 ', max_size=80).map(str.encode)),
+    ending=st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet", "pdf", "html", "md", "txt", "jsonl.gz"]),
+)
 def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_bytes(content)

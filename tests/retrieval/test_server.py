@@ -29,12 +29,18 @@ def test_documents_come_and_go(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", "documents": 20}
     found = client.post("/search", json={"query": "word3", "k": 1}).json()["hits"]
     assert (found[0]["id"], found[0]["metadata"]) == ("d/3", {"n": 3})
-    assert client.post("/search", json={"query": "word3", "where": "n > 17"}).json()["hits"][0]["id"] in ("d/18", "d/19")
+    assert client.post("/search", json={"query": "word3", "where": "n > 17"}).json()["hits"][0]["id"] in (
+        "d/18",
+        "d/19",
+    )
     added = client.post("/documents", json={"documents": [{"id": "new", "text": "brand new"}]})
     assert added.json() == {"changed": 1, "documents": 21}
     assert client.post("/search", json={"query": "brand new", "k": 1}).json()["hits"][0]["id"] == "new"
     assert client.get("/documents/d/3").json()["text"] == "word3 in text"
-    assert client.post("/delete", json={"ids": ["new", "nobody"], "where": "n < 5"}).json() == {"changed": 6, "documents": 15}
+    assert client.post("/delete", json={"ids": ["new", "nobody"], "where": "n < 5"}).json() == {
+        "changed": 6,
+        "documents": 15,
+    }
     assert client.get("/documents/new").status_code == 404
     assert client.get("/stats").json()["documents"] == 15
     assert "pilotfish_index_documents 15.0" in client.get("/metrics").text

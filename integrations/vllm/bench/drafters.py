@@ -20,15 +20,15 @@ from rich.progress import Progress, TaskID
 
 from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown
 from ....plugins.manager import plugins
+from ...bench import record
+from ...bench.record import Record
 from .. import attach, models, support
 from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_model
 from . import prompts as prompt_files
-from ...bench import record
 from .engine import EngineProcess
 from .prompts import Prompt
-from ...bench.record import Record
 
 STOCK = "none"
 Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter's tables ("" where there are none)

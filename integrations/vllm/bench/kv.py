@@ -19,15 +19,15 @@ from rich.progress import Progress, TaskID
 
 from ....plugins.config import ConfigError, Selection, parse_assignments
 from ....plugins.manager import plugins
+from ...bench import record
+from ...bench.record import Record
 from .. import models
 from ..progress import console as status
 from ..progress import counting_bar
 from ..serving import check_engine, check_model
-from ...bench import record
 from . import recall, texts
 from .engine import EngineProcess
 from .recall import Answered, Question
-from ...bench.record import Record
 
 STOCK = "none"
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.kv_worker")

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...bench.record import Record
 from ..progress import counting_bar
 from . import recall
 from .engine import EngineProcess
 from .kv import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
 from .recall import Question
-from ...bench.record import Record
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait

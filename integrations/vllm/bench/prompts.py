@@ -24,8 +24,8 @@ class Prompt:
 def read(path: Path) -> list[Prompt]:
     """Prompts of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` file.
 
-    Lines, or the items of one list, have ``turns``, ``prompt``, ``text`` or ``question``, maybe ``category``. Of a file in
-    the form of SQuAD, every paragraph is one prompt with its first question.
+    Lines, or the items of one list, have ``turns``, ``prompt``, ``text`` or ``question``, maybe ``category``. Of a
+    file in the form of SQuAD, every paragraph is one prompt with its first question.
 
     Raises:
         ConfigError: the file cannot be read, or holds no prompts.
