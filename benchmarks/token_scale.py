@@ -91,7 +91,7 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
     store = Store.create(place, "xtr", {"codec": codec}, {"name": "minilm", "fingerprint": ""})
     while total < count:
         chosen = rng.integers(0, len(counts), PART // int(counts.mean()))
-        rows = np.concatenate([np.arange(starts[d], starts[d + 1]) for d in chosen])
+        rows = np.concatenate([np.arange(int(starts[d]), int(starts[d + 1])) for d in chosen])
         noisy = vectors[rows].astype(np.float32)
         noisy += rng.normal(0, NOISE, noisy.shape).astype(np.float32)
         tokens = Tokens(noisy, ids[rows], counts[chosen])

@@ -73,7 +73,7 @@ def measure(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict
     """`METRICS`, means over the queries that were judged."""
     import ir_measures
 
-    wanted = dict(zip(("nDCG@10", "R@100", "RR@10"), METRICS, strict=True))
+    wanted: dict[str, str] = dict(zip(("nDCG@10", "R@100", "RR@10"), METRICS, strict=True))
     measures = [ir_measures.parse_measure(name) for name in wanted]
     run = {q: dict(r) for q, r in rankings.items()}
     found = ir_measures.calc_aggregate(measures, {q: dict(d) for q, d in judged.items()}, run)

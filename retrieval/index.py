@@ -8,6 +8,7 @@ for hit in index.search("which fish follow sharks?", k=5):
     print(hit.id, hit.score, hit.snippet)
 """
 
+import functools
 import json
 import threading
 from collections import OrderedDict
@@ -55,9 +56,9 @@ class Hit:
 class Index:
     """An index in a folder. Several threads and processes may search, one at a time may write."""
 
-    def __init__(self, store: Store, kind: Any, encoder: Any) -> None:
+    def __init__(self, store: Store, kind: Any, load: Callable[[], Any]) -> None:
         """Not for users: see `create` and `open`."""
-        self._store, self.kind, self.encoder = store, kind, encoder
+        self._store, self.kind, self._load = store, kind, load
         self._mutex = threading.Lock()  # of what is made for a snapshot
         self._ready: tuple[int, Any] | None = None
         self._allowed: OrderedDict[Any, NDArray[np.bool_]] = OrderedDict()
@@ -94,7 +95,7 @@ class Index:
             name = str(Path(name).absolute())  # it has to be found again from anywhere
         loaded = _encoder(made, name, device, precision)
         about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
-        return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, loaded)
+        return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, lambda: loaded)
 
     @classmethod
     def open(
@@ -108,21 +109,35 @@ class Index:
             device: See `create`.
             precision: See `create`.
 
+        The encoder is loaded when it is needed first.
+
         Raises:
-            RetrievalError: there is none, it is damaged, or its encoder is not there or another one.
+            RetrievalError: there is no index, or it is damaged.
         """
         store = Store(Path(folder))
         about = store.snapshot.manifest
         made, _ = _kind(about.kind, about.options)
         name = encoder or about.encoder["name"]
-        loaded = _encoder(made, name, device, precision)
-        if loaded.fingerprint != about.encoder["fingerprint"]:
-            store.close()
-            raise RetrievalError(
-                f"{folder}: was made with another encoder than {name} (fingerprint {about.encoder['fingerprint']}, not "
-                f"{loaded.fingerprint}); name the right one with --encoder"
-            )
-        return cls(store, made, loaded)
+
+        def load() -> Any:
+            loaded = _encoder(made, name, device, precision)
+            if loaded.fingerprint != about.encoder["fingerprint"]:
+                raise RetrievalError(
+                    f"{folder}: was made with another encoder than {name} (fingerprint "
+                    f"{about.encoder['fingerprint']}, not {loaded.fingerprint}); name the right one with --encoder"
+                )
+            return loaded
+
+        return cls(store, made, load)
+
+    @functools.cached_property
+    def encoder(self) -> Any:
+        """The encoder.
+
+        Raises:
+            RetrievalError: it is not there, or not the one that the index was made with.
+        """
+        return self._load()
 
     def close(self) -> None:
         """Let go of files."""

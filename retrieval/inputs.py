@@ -192,7 +192,8 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError:
         raise RetrievalError(f"{name}, record {at + 1}: not UTF-8 text") from None
     except (ValueError, csv.Error, EOFError, zlib.error, RecursionError) as error:
-        where = f"{name}, record {at + 1}" if kind != ".json" else name
+        lines = kind in (".jsonl", ".ndjson") and isinstance(error, json.JSONDecodeError | RecursionError)
+        where = f"{name}, record {at if lines else at + 1}" if kind != ".json" else name
         raise RetrievalError(f"{where}: {_first_line(error)}") from None
     except OSError as error:
         raise RetrievalError(f"{name}: {error.strerror or error}") from None

@@ -1,6 +1,7 @@
 """A vector for each token of a text, through transformers."""
 
 import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,7 +202,9 @@ def _in_precision(model: Any, precision: str, device: str) -> Any:
     if precision == "int8":
         if device != "cpu":
             raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
-        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says where this will move
+            return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if precision not in types:
         raise RetrievalError(f"precision {precision}: expected {', '.join([*types, 'int8'])}")

@@ -63,7 +63,7 @@ class Scalar(Codec):
 
     def value(self, arrays: Arrays, levels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What levels stand for."""
-        return arrays["low"] + levels * arrays["step"]
+        return arrays["low"] + levels.astype(np.float32) * arrays["step"]
 
 
 class SQ8(Scalar):
@@ -92,11 +92,11 @@ class SQ4(Scalar):
     def encode(self, arrays: Arrays, residuals: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Two in a byte, the even one low."""
         levels = self.levels(arrays, residuals)
-        return levels[:, 0::2] | (levels[:, 1::2] << 4)
+        return levels[:, 0::2] | (levels[:, 1::2] << np.uint8(4))
 
     def decode(self, arrays: Arrays, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Apart again."""
-        return self.value(arrays, np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1))
+        return self.value(arrays, np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1).reshape(len(codes), -1))
 
     def size(self, dimension: int) -> int:
         """Half a byte for each."""

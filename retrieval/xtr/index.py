@@ -189,7 +189,7 @@ class Searcher:
         vectors = project(query, self._shared["projection"])
         near = vectors @ self._transposed
         documents, scores, trace = self.tokens.search(vectors, near, k, settings, allow, traced)
-        return documents, scores / max(len(vectors), 1), trace
+        return documents, scores / np.float32(max(len(vectors), 1)), trace
 
     def exact(self, query: NDArray, documents: Sequence[int]) -> NDArray[np.float32]:
         """Scores of documents by all their tokens: the mean over query tokens of the best product (MaxSim).

@@ -143,10 +143,11 @@ def test_wrong_surroundings_are_refused(tmp_path: Path) -> None:
 def test_what_a_draft_model_proposed_is_scored_by_how_far_it_held() -> None:
     base = EngineDraft(None, ENGINE)
     text = np.arange(10, dtype=np.int32)
+    request = DraftRequest("a", text, 24, np.array([5, 6, 7], np.int32))
     for _ in range(200):  # the first token is right, the second never
-        request = DraftRequest("a", text, 24, np.array([5, 6, 7], np.int32))
-        tree = base.propose([request], BUDGET)[0]
+        base.propose([request], BUDGET)
         base.observe("a", np.array([5, 9], np.int32), seen([1], [5]))
+    tree = base.propose([request], BUDGET)[0]
     assert tree.tokens.tolist() == [5, 6, 7]
     assert tree.scores[0] > 0.95
     assert tree.scores[1] < 0.05

@@ -237,4 +237,4 @@ def test_another_encoder_is_refused(create, tmp_path, monkeypatch: pytest.Monkey
     create()
     monkeypatch.setattr(words.Words, "fingerprint", "words-2")
     with pytest.raises(RetrievalError, match="made with another encoder than words"):
-        Index.open(tmp_path / "index")
+        Index.open(tmp_path / "index").search("x")

@@ -106,7 +106,7 @@ SCHEMA = schema()
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])  # type: ignore[arg-type]
 def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
     response = case.call()
     assert response.status_code < 500, response.text
