@@ -47,7 +47,7 @@ TABLE = (
     Seam(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "where logits are seen"),
     Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output"), "calls the drafter"),
     Seam(_PROPOSER, "SpecDecodeBaseProposer.load_model", ("self", "target_model"), "a drafter over a draft model"),
-    Seam("config/speculative.py", "SpeculativeConfig.disable_padded_drafter_batch", why="the same"),
+    Seam(_RUNNER, "GPUModelRunner.discard_request_mask", why="the same"),
     Seam("config/speculative.py", "SpeculativeConfig.uses_draft_model", ("self",), "the same"),
     Seam(_RUNNER, "GPUModelRunner._on_request_state_removed", ("self", "req_id", "req_state"), "a request ends"),
     Seam(_RUNNER, "GPUModelRunner.shutdown", ("self",), "state is saved"),

@@ -75,6 +75,8 @@ def compose(
                 f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
                 f"'{support.DRAFT_MODEL}'"
             )
+        if over_model:
+            arguments.append("--no-async-scheduling")  # its steps would be scheduled without our drafts
         if over_model and num_speculative_tokens is not None:
             raise ConfigError("--num-speculative-tokens: --speculative-config says it already")
         depth = num_speculative_tokens or support.drafted_tokens(cls, config.verification)

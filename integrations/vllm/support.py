@@ -8,9 +8,7 @@ from ...plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
 from ...plugins.contracts import Engine, Unsupported
 
 DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
-DRAFT_MODEL = json.dumps(
-    {"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8, "disable_padded_drafter_batch": True}
-)
+DRAFT_MODEL = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
 WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
 
 
@@ -46,7 +44,7 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
     """The drafter's other half, and what in the engine would keep it from working as promised."""
     plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
     if cls.needs_draft_model(options):
-        _check_draft_model(plugin, config, speculative, model)
+        _check_draft_model(plugin, config, vllm_config)
     elif speculative is None or not names_us(speculative) or speculative.method != "custom_class":
         value = json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 12})
         raise ConfigError(
@@ -71,16 +69,14 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
         raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
 
 
-def _check_draft_model(plugin: str, config: PilotfishConfig, speculative: Any, model: str) -> None:
+def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
     """What a drafter over vLLM's own draft model needs of it."""
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
     if speculative is None or speculative.method != "draft_model":
         raise ConfigError(f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL}'")
-    if not speculative.disable_padded_drafter_batch:
+    if vllm_config.scheduler_config.async_scheduling:
         raise Unsupported(
-            plugin,
-            "drafts would be made before it is known what was accepted",
-            'add "disable_padded_drafter_batch": true to --speculative-config',
-            model,
+            plugin, "steps are scheduled before it is known what is drafted", "use --no-async-scheduling", model
         )
     if config.verification.verification == "tree":
         raise Unsupported(

@@ -19,8 +19,8 @@ def over(draft: str, **options) -> dict:
             "method": "draft_model",
             "model": draft,
             "num_speculative_tokens": 6,
-            "disable_padded_drafter_batch": True,
         },
+        "async_scheduling": False,
     }
 
 
@@ -69,15 +69,14 @@ def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, o
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "options", "message"),
     [
-        ({"disable_padded_drafter_batch": False}, 'add "disable_padded_drafter_batch": true'),
-        ({"method": "ngram"}, "rasd builds on a draft model"),
+        ({}, {"verification": "tree"}, "the draft model's cache knows no trees; use verification=chain"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}, {}, "rasd builds on a draft model"),
     ],
 )
-def test_what_cannot_be_served_is_refused(tiny_model: str, change: dict, message: str) -> None:
-    config = over(tiny_model)
-    config["speculative_config"] |= change
+def test_what_cannot_be_served_is_refused(tiny_model: str, change: dict, options: dict, message: str) -> None:
+    config = over(tiny_model, **options) | change
     done = configure(tiny_model, config)
     assert done.returncode != 0
     assert message in done.stderr
