@@ -39,7 +39,7 @@ PARTS := rasd@base=none,rasd@opinion=false@prune=0.0,rasd@fuse=false,rasd@output
 bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on prompts that come twice; DATA as for bench
 	$(BIN)/pip install -q arctic-inference
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
-	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 12 --sample-others 4 \
+	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 8 --sample-others 3 \
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
 	$(MAKE) tables
 
