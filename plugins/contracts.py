@@ -298,10 +298,12 @@ class IndexKind(Plugin, ABC):
     def search(
         self, searcher: Any, query: Any, k: int, settings: Any, allow: NDArray[np.uint8] | None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Internal numbers and scores, best first, of at most ``k`` documents whose bit is set in ``allow``.
+        """Internal numbers and scores, best first, of at most ``k`` documents whose bit is set in ``allow``."""
 
-        Where that lets few documents pass, it looks further, until there are k or all that pass were seen.
-        """
+    def wider(self, settings: Any, searcher: Any) -> Any | None:
+        """Settings that look further, for a filter that lets few documents pass; None where all was looked at."""
+        del settings, searcher
+        return None
 
     def explain(
         self, searcher: Any, encoder: "Encoder", query: str, text: str, number: int, settings: Any, allow: Any

@@ -67,6 +67,7 @@ class XTRSettings:
             follows from the size of the index. `pilotfish index tune` finds one.
         kprime: Of kprime: retrieved tokens that count.
         rerank: So many of the best documents are scored by all their tokens; the index has to keep `vectors`.
+        all: Find documents, too, of which no token beats what is imputed; they are the last.
     """
 
     probes: int = 16
@@ -74,6 +75,7 @@ class XTRSettings:
     until: int = 0
     kprime: int = 1000
     rerank: int = 0
+    all: bool = False
 
     def __post_init__(self) -> None:
         if self.impute not in IMPUTE:
@@ -150,13 +152,7 @@ class XTR(IndexKind):
         from ..retrieval.errors import RetrievalError
 
         wanted = max(k, settings.rerank)
-        possible = k if allow is None else min(k, int(np.unpackbits(allow).sum()))
         documents, scores, _ = searcher.search(query.vectors, wanted, self.kernel(searcher, settings), allow)
-        while allow is not None and len(documents) < possible and settings.probes < searcher.tokens.lists:
-            settings = replace(settings, probes=settings.probes * WIDER)
-            # A filter may leave documents none of whose tokens beats what is imputed: all count then.
-            kernel = replace(self.kernel(searcher, settings), keep=True)
-            documents, scores, _ = searcher.search(query.vectors, wanted, kernel, allow)
         if settings.rerank and len(documents):
             if not self.options.vectors:
                 raise RetrievalError("rerank: the index keeps no vectors; build it with --option vectors=true")
@@ -165,6 +161,12 @@ class XTR(IndexKind):
             documents = np.concatenate([documents[: settings.rerank][order], documents[settings.rerank :]])
             scores = np.concatenate([best[order], scores[settings.rerank :]])
         return documents[:k], scores[:k]
+
+    def wider(self, settings: XTRSettings, searcher: "Searcher") -> XTRSettings | None:
+        """Four times as many lists; documents count then of which no token beats what is imputed, too."""
+        if settings.probes >= searcher.tokens.lists and settings.all:
+            return None
+        return replace(settings, probes=min(settings.probes * WIDER, 1 << 20), all=True)
 
     def explain(
         self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: XTRSettings, allow: Any
@@ -190,7 +192,7 @@ class XTR(IndexKind):
 
         impute = {"warp": Impute.WARP, "kprime": Impute.KPRIME, "none": Impute.NOTHING}[settings.impute]
         until = settings.until or default_until(int(searcher.tokens.sizes.sum()))
-        return Settings(settings.probes, impute, until, kth=settings.kprime)
+        return Settings(settings.probes, impute, until, kth=settings.kprime, keep=settings.all)
 
 
 def default_until(tokens: int) -> int:

@@ -29,6 +29,7 @@ Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens of the pieces 
 Overlap = Annotated[int, typer.Option(min=0, help="Tokens that two pieces share.")]
 NumberIds = Annotated[bool, typer.Option(help="Number records that have no id.")]
 K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Hits at most.")]
+Ray = Annotated[str | None, typer.Option(help="A Ray cluster for the shards: its address, auto, or local.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -68,11 +69,19 @@ def build(
     overlap: Overlap = 40,
     number_ids: NumberIds = False,
     resume: Annotated[bool, typer.Option(help="Go on with a build that was interrupted.")] = False,
+    shards: Annotated[int, typer.Option(min=1, max=4096, help="Partition the documents into so many indexes.")] = 1,
+    ray: Ray = None,
 ) -> None:
     """Make an index of documents."""
     with refusals():
         from .index import Index
         from .store.manifest import CURRENT
+
+        if shards > 1 or ray is not None:
+            if resume:
+                raise ConfigError("--resume: a build of shards is begun anew")
+            _build_shards(folder, paths, shards, kind, encoder, option, chunk_tokens, overlap, number_ids, ray)
+            return
 
         if resume and (folder / CURRENT).exists():
             opened = Index.open(folder, encoder, device, precision)
@@ -133,9 +142,10 @@ def search(
     settings: Set = None,
     as_json: AsJson = False,
     encoder: EncoderOption = None,
+    ray: Ray = None,
 ) -> None:
     """Find documents."""
-    with refusals(), _opened(folder, encoder) as opened:
+    with refusals(), _for_reading(folder, encoder, ray=ray) as opened:
         given = values(settings, "--set")
         for text in [" ".join(query)] if query else _lines():
             hits = opened.search(text, k, where, **given)
@@ -280,6 +290,7 @@ def serve(
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
+    ray: Ray = None,
 ) -> None:
     """Serve an index over HTTP: search, add, delete, health, metrics, and an OpenAPI page."""
     with refusals():
@@ -287,7 +298,7 @@ def serve(
 
         if host not in ("127.0.0.1", "localhost", "::1") and not token:
             raise ConfigError(f"--host {host}: others could change the index; give --token, or set PILOTFISH_TOKEN")
-        with _opened(folder, encoder, device, precision) as opened:
+        with _for_reading(folder, encoder, device, precision, ray) as opened:
             server.run(opened, host, port, token, read_only)
 
 
@@ -314,6 +325,50 @@ def _opened(
 
     with Index.open(folder, encoder, device, precision) as opened:
         yield opened
+
+
+@contextlib.contextmanager
+def _for_reading(
+    folder: Path,
+    encoder: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    ray: str | None = None,
+) -> Iterator[Any]:
+    """An index, or shards."""
+    from . import shards
+
+    if ray is None and not (folder / shards.NAME).exists():
+        with _opened(folder, encoder, device, precision) as opened:
+            yield opened
+        return
+    with shards.ShardedIndex(folder, ray) as opened:
+        yield opened
+
+
+def _build_shards(
+    folder: Path,
+    paths: list[str],
+    count: int,
+    kind: str,
+    encoder: str | None,
+    option: list[str] | None,
+    chunk_tokens: int,
+    overlap: int,
+    number_ids: bool,
+    ray: str | None,
+) -> None:
+    from . import shards
+    from .encoders import load
+
+    _chunks_fit(chunk_tokens, overlap)
+
+    def chunk(text: str) -> list[str]:
+        return load(encoder or "minilm").chunks(text, chunk_tokens, overlap)
+
+    source, given = _source(paths, chunk, number_ids), values(option, "--option")
+    made = _with_bar(lambda told: shards.build(folder, source, count, kind, encoder, given, ray, told))
+    _told(f"{folder}: {made} documents in {count} shards")
 
 
 def _chunks_fit(size: int, overlap: int) -> None:

@@ -189,18 +189,19 @@ class Index:
             if number < len(snapshot.live) and snapshot.live[number]:
                 yield name
 
-    def add(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
+    def add(self, documents: Iterable[Any], progress: Progress | None = None, learn: bool = True) -> int:
         """Add documents; returns how many.
 
         Args:
             documents: Each a mapping with ``id``, ``text`` and perhaps ``metadata``, or a `Document`.
             progress: Is told how far it is.
+            learn: Learn anew what all segments share, where the index has outgrown it.
 
         Raises:
             RetrievalError: one is wrong, or its id is taken (nothing of its batch is added; see `upsert`).
             OSError: the disk is full, or may not be written; earlier batches are in.
         """
-        return self._put(documents, progress, replace=False, skip=False)
+        return self._put(documents, progress, replace=False, skip=False, learn=learn)
 
     def upsert(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
         """Add documents, in the place of those with the same ids; returns how many."""
@@ -248,7 +249,9 @@ class Index:
             self._settings(kept)
             writer.commit(Change(settings=kept))
 
-    def _put(self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool) -> int:
+    def _put(
+        self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool, learn: bool = True
+    ) -> int:
         told = progress or (lambda *_: None)
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
@@ -259,13 +262,20 @@ class Index:
                     raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
                 batch = [d for d in given if not (skip and d.id in there)]
                 if batch:
-                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total)
+                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total, learn)
                 added += len(batch)
             self._merge(writer)
         return added
 
     def _commit(
-        self, writer: Writer, batch: list[Document], dead: list[int], told: Progress, before: int, total: int | None
+        self,
+        writer: Writer,
+        batch: list[Document],
+        dead: list[int],
+        told: Progress,
+        before: int,
+        total: int | None,
+        learn: bool,
     ) -> None:
         """Encode a batch and make it last."""
         done = before
@@ -282,7 +292,7 @@ class Index:
         first, replaced = snapshot.manifest.next_document, []
         numbers = np.arange(first, first + len(batch))
         shared = snapshot.shared
-        if shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
+        if learn and shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
             shared, replaced = {}, [s.about.number for s in snapshot.segments]
             staying = snapshot.live.copy()
             staying[dead] = False
@@ -360,14 +370,7 @@ class Index:
         snapshot = self._store.refresh()
         found = self.search_numbers(queries, k, where, snapshot, **settings)
         documents = self._store.documents.get(list({int(n) for numbers, _ in found for n in numbers}))
-        return [
-            [
-                Hit(d.id, float(score), d.text, d.metadata, snippets.best(d.text, query))
-                for n, score in zip(numbers.tolist(), scores, strict=True)
-                if (d := documents.get(n)) is not None
-            ]
-            for query, (numbers, scores) in zip(queries, found, strict=True)
-        ]
+        return [_hits(query, *pair, documents) for query, pair in zip(queries, found, strict=True)]
 
     def search_numbers(
         self,
@@ -392,7 +395,18 @@ class Index:
             nothing = np.empty(0, np.int32), np.empty(0, np.float32)
             return [nothing] * len(queries)
         searcher = self._searcher(snapshot)
-        return [self.kind.search(searcher, encoded[i], k, chosen, allow) for i in range(len(queries))]
+        return [self._found(searcher, encoded[i], k, chosen, where is not None, allow) for i in range(len(queries))]
+
+    def _found(
+        self, searcher: Any, query: Any, k: int, settings: Any, filtered: bool, allow: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Hits; where a filter lets few pass, it is looked further until there are k, or all that pass."""
+        possible = min(k, int(np.unpackbits(allow).sum())) if filtered and allow is not None else 0
+        while True:
+            found = self.kind.search(searcher, query, k, settings, allow)
+            if len(found[0]) >= possible or (more := self.kind.wider(settings, searcher)) is None:
+                return found
+            settings = more
 
     def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
         """Why a document has its score: a list of `plugins.contracts.Reason`.
@@ -408,6 +422,32 @@ class Index:
         chosen = self._settings({**snapshot.manifest.settings, **settings})
         allow = self._allow(snapshot, None)
         return self.kind.explain(self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow)
+
+    def settings(self, **changes: Any) -> Any:
+        """How the index is searched, with these changes.
+
+        Raises:
+            RetrievalError: there is no such setting, or not such a value.
+        """
+        return self._settings({**self._store.refresh().manifest.settings, **changes})
+
+    def searcher(self) -> Any:
+        """What the index's kind searches of the latest commit."""
+        return self._searcher(self._store.refresh())
+
+    def count(self, where: Filter | None) -> int:
+        """Documents that pass a filter; None for all."""
+        return len(self) if where is None else int(self._passing(self._store.refresh(), where).sum())
+
+    def search_encoded(self, query: Any, text: str, k: int, where: Filter | None, settings: Any) -> list[Hit]:
+        """The best documents for a query that is encoded already, by these settings and no wider ones."""
+        snapshot = self._store.refresh()
+        allow = self._allow(snapshot, where)
+        if not snapshot.segments or (allow is not None and not allow.any()):
+            return []
+        numbers, scores = self.kind.search(self._searcher(snapshot), query, k, settings, allow)
+        documents = self._store.documents.get(numbers.tolist())
+        return _hits(text, numbers, scores, documents)
 
     def _searcher(self, snapshot: Snapshot) -> Any:
         with self._mutex:
@@ -494,6 +534,17 @@ class Index:
             _readable("id", name)
         live = self._store.refresh().live
         return {name: n for name, n in self._store.documents.numbers_of(ids) if n < len(live) and live[n]}
+
+
+def _hits(
+    query: str, numbers: NDArray[np.int32], scores: NDArray[np.float32], documents: Mapping[int, Document]
+) -> list[Hit]:
+    """Hits of the documents that are still there."""
+    return [
+        Hit(d.id, float(score), d.text, d.metadata, snippets.best(d.text, query))
+        for n, score in zip(numbers.tolist(), scores, strict=True)
+        if (d := documents.get(n)) is not None
+    ]
 
 
 def _readable(what: str, text: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
 from .index import Index
+from .shards import ShardedIndex
 
 LARGEST_BODY = 16 << 20  # bytes
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -90,13 +91,13 @@ class Problem(BaseModel):
     detail: str
 
 
-def create_app(index: Index, token: str | None = None, read_only: bool = False) -> FastAPI:
+def create_app(index: Index | ShardedIndex, token: str | None = None, read_only: bool = False) -> FastAPI:
     """The application.
 
     Args:
         index: Which.
         token: What clients have to send as a bearer token; None for no question.
-        read_only: Take no documents.
+        read_only: Take no documents; shards take none.
     """
     wrong: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
@@ -181,7 +182,7 @@ def create_app(index: Index, token: str | None = None, read_only: bool = False) 
             raise HTTPException(404, f"there is no document {name!r}")
         return NewDocument(id=document.id, text=document.text, metadata=dict(document.metadata))
 
-    if not read_only:
+    if not read_only and isinstance(index, Index):
         changes = {409: {"model": Problem, "description": "Somebody else writes to the index"}}
         changes[507] = {"model": Problem, "description": "No room"}
 
@@ -214,6 +215,6 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
-def run(index: Index, host: str, port: int, token: str | None, read_only: bool) -> None:
+def run(index: Index | ShardedIndex, host: str, port: int, token: str | None, read_only: bool) -> None:
     """Serve until told to stop."""
     uvicorn.run(create_app(index, token, read_only), host=host, port=port, log_level="info", server_header=False)

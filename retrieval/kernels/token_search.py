@@ -170,6 +170,13 @@ class TokenSearch:
             documents,
         )
 
+    def impute_by(self, sizes: NDArray[np.int64]) -> None:
+        """Take lists to be so long, [lists], where a value is imputed: those of all shards together."""
+        if sizes.shape != (self.lists,) or (sizes < self.sizes).any():
+            raise ValueError(f"sizes {sizes.shape} for {self.lists} lists")
+        self.sizes = np.ascontiguousarray(sizes, np.int64)
+        self._index.sizes = self.sizes.ctypes.data
+
     def search(
         self,
         query: NDArray[np.float32],

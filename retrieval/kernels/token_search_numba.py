@@ -107,6 +107,7 @@ def search(
         rows, values, at = np.empty(room, np.int32), np.empty(room, np.float32), 0
         for starts, numbers, codes in segments:
             at = _collect(starts, numbers, codes, taken, coded, query[t], near[t], rows, values, at)
+        rows, values = rows[:at], values[:at]
         missing: Any = np.float32(0)
         if impute == 1 and len(order):
             passed = np.flatnonzero(np.cumsum(sizes[order]) >= until)
