@@ -83,6 +83,37 @@ def curve(found: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def quality(found: list[dict[str, Any]], path: Path) -> None:
+    """nDCG@10 against the time of a search, one panel for each collection."""
+    import matplotlib.pyplot as plt
+
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    for r in found:
+        values.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
+    points = {key: v for key, v in values.items() if "ndcg@10" in v}
+    collections = list(dict.fromkeys(dataset for dataset, _ in points))
+    figure, axes = plt.subplots(1, len(collections), figsize=(4.2 * len(collections), 4), layout="constrained")
+    for collection, axis in zip(collections, axes, strict=True):
+        for (dataset, arm), v in points.items():
+            if dataset == collection:
+                ours = arm.startswith("xtr")
+                axis.scatter(v["query_ms_median"], v["ndcg@10"], color=BLUE if ours else GREY, zorder=3)
+                axis.annotate(
+                    arm.replace("@", " "),
+                    (v["query_ms_median"], v["ndcg@10"]),
+                    fontsize=7,
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                )
+        axis.set_xscale("log")
+        axis.set_title(collection, fontsize=10)
+        axis.set_xlabel("ms of a search, without encoding", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("nDCG@10", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw all figures."""
     import matplotlib as mpl
@@ -93,6 +124,7 @@ def main() -> None:
     found = records("kv")
     needles(found, folder / "kv_needles.png")
     curve(found, folder / "kv_speed_divergence.png")
+    quality(records("retrieval"), folder / "retrieval.png")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,10 @@ class IndexKind(Plugin, ABC):
 
     @abstractmethod
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
-        """Postings of documents with these internal numbers, and how many they are."""
+        """Postings of documents with these internal numbers, and how many they are.
+
+        Among the arrays is ``documents``, the number of each posting.
+        """
 
     @abstractmethod
     def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:

@@ -256,7 +256,7 @@ class Index:
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
         with self._store.writer() as writer:
-            for given in _batches(map(as_document, documents)):
+            for given in _batches(map(as_document, documents), unique=not (replace or skip)):
                 there = self._numbers([d.id for d in given])
                 if there and not (replace or skip):
                     raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
@@ -339,8 +339,9 @@ class Index:
     @staticmethod
     def _dead(segment: Any, snapshot: Snapshot) -> int:
         """Documents of a segment that were deleted since it was made."""
-        numbers = np.unique(segment.arrays["documents"])
-        return int((~snapshot.live[numbers]).sum())
+        present = np.zeros(len(snapshot.live), np.bool_)
+        present[segment.arrays["documents"]] = True
+        return int((present & ~snapshot.live).sum())
 
     def _dead_share(self, segment: Any, snapshot: Snapshot) -> float:
         if snapshot.live.all():
@@ -464,7 +465,7 @@ class Index:
     def _allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
         """A bit for each document that may be found; None for all."""
         if where is None:
-            return None if snapshot.live.all() else np.packbits(snapshot.live, bitorder="little")
+            return None if snapshot.manifest.count == len(snapshot.live) else snapshot.bits
         return np.packbits(self._passing(snapshot, where), bitorder="little")
 
     def _passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
@@ -587,11 +588,16 @@ def as_document(value: Any) -> Document:
     return Document(name, text, plain)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in batches, the last of each id within one."""
+def _batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
+    """Documents in batches, the last of each id within one.
+
+    Raises:
+        RetrievalError: an id comes twice, where it has to be ``unique``.
+    """
     batch: dict[str, Document] = {}
     for document in documents:
-        batch.pop(document.id, None)
+        if batch.pop(document.id, None) is not None and unique:
+            raise RetrievalError(f"document {document.id!r} comes twice; use upsert")
         batch[document.id] = document
         if len(batch) == BATCH:
             yield list(batch.values())

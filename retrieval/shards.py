@@ -1,13 +1,15 @@
 """An index in shards: documents are partitioned, all shards are searched, and the answer is that of one index.
 
-It is the same to the last bit. All shards have the centroids and codec of the first, and what is imputed for a query token
-follows from the lists of all of them together, so a document's score does not depend on where it lies. Each shard finds its
-best k, and the best k of those are the best of all; equal scores go by the order of shards, which is the order of documents.
+It is the same to the last bit. All shards have the centroids and codec of the first, and what is imputed for a query
+token follows from the lists of all of them together, so a document's score does not depend on where it lies. Each shard
+finds its best k, and the best k of those are the best of all; equal scores go by the order of shards, which is the order
+of documents.
 
-A folder of shards holds ``shards.json`` and an index for each. Shards may be opened in this process, or on a Ray cluster
-whose machines see the folder.
+A folder of shards holds ``shards.json`` and an index for each. Shards may be opened in this process, or on a Ray
+cluster whose machines see the folder.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -237,7 +239,7 @@ def build(
             writer.commit(Change(shared=learned))
         store.close()
     bounds = np.linspace(0, len(every), count + 1).astype(int)
-    parts = [[asdict(d) for d in every[b:e]] for b, e in zip(bounds, bounds[1:], strict=False)]
+    parts = [[asdict(d) for d in every[b:e]] for b, e in itertools.pairwise(bounds)]
     places = [str((folder / name).absolute()) for name in names]
     told = progress or (lambda *_: None)
     done = 0

@@ -69,3 +69,11 @@ def test_the_example_of_an_index_runs(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split()[1] == "pilot:"
     assert "met may" in done.stdout
+
+
+def test_python_in_the_guide_to_indexes_runs(root: Path, tmp_path: Path) -> None:
+    text = (root / "docs" / "index.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a ")

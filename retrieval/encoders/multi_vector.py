@@ -1,6 +1,7 @@
 """A vector for each token of a text, through transformers."""
 
 import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ class MultiVectorEncoder:
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
         self._remembered: OrderedDict[str, Tokens] = OrderedDict()
+        self._mutex = threading.Lock()  # tokenizers, too, serve one thread at a time
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -94,21 +96,24 @@ class MultiVectorEncoder:
 
     def encode_queries(self, texts: Sequence[str]) -> Tokens:
         """Tokens of queries; those asked lately are remembered."""
-        new = [t for t in dict.fromkeys(texts) if t not in self._remembered]
+        with self._mutex:
+            kept = {t: self._remembered[t] for t in texts if t in self._remembered}
+        new = [t for t in dict.fromkeys(texts) if t not in kept]
         if new:
             found = self._encode(self._query_model, self._ids(new, query=True), None, set())
             ends = np.cumsum(found.counts)
             for text, end, count in zip(new, ends, found.counts, strict=True):
                 part = slice(end - count, end)
-                self._remembered[text] = Tokens(
+                kept[text] = Tokens(
                     found.vectors[part].astype(np.float32), found.ids[part], np.array([count], np.int64)
                 )
-        kept = [self._remembered[t] for t in texts]
-        for text in texts:
-            self._remembered.move_to_end(text)
-        while len(self._remembered) > REMEMBERED:
-            self._remembered.popitem(last=False)
-        return Tokens.join(kept)
+        with self._mutex:
+            self._remembered.update(kept)
+            for text in kept:
+                self._remembered.move_to_end(text)
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return Tokens.join([kept[t] for t in texts])
 
     def words(self, text: str, query: bool) -> list[str]:
         """The tokens of a text as people read them, as many as are encoded."""
@@ -122,9 +127,9 @@ class MultiVectorEncoder:
         """
         if not 0 <= overlap < size:
             raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-            "offset_mapping"
-        ]
+        with self._mutex:
+            told = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = told["offset_mapping"]
         if len(offsets) <= size:
             return [text]
         begins = range(0, max(len(offsets) - overlap, 1), size - overlap)
@@ -138,7 +143,8 @@ class MultiVectorEncoder:
         prefix, marker = (c.query_prefix, c.query_marker) if query else (c.document_prefix, c.document_marker)
         length = c.query_length if query else c.document_length
         wanted = [prefix + (t.lower() if c.lower else t) for t in texts]
-        rows = self._tokenizer(wanted, truncation=True, max_length=length - (marker is not None))["input_ids"]
+        with self._mutex:
+            rows = self._tokenizer(wanted, truncation=True, max_length=length - (marker is not None))["input_ids"]
         if marker is not None:
             number = self._tokenizer.convert_tokens_to_ids(marker)
             rows = [[*row[:1], number, *row[1:]] for row in rows]

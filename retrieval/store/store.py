@@ -48,12 +48,14 @@ class Snapshot:
         shared: Arrays that all segments need.
         segments: The segments.
         live: [documents] whether each internal number is a document that was not deleted.
+        bits: The same as bits, the lowest of a byte first.
     """
 
     manifest: Manifest
     shared: Arrays
     segments: tuple[Segment, ...]
     live: NDArray[np.bool_]
+    bits: NDArray[np.uint8]
 
 
 @dataclass
@@ -101,7 +103,11 @@ class Store:
             OSError: it cannot be written.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "holds an index already" if (folder / manifest.CURRENT).exists() else "exists, and is not empty"
+            what = (
+                "holds an index already; add to it, or go on with --resume"
+                if (folder / manifest.CURRENT).exists()
+                else "exists, and is not empty"
+            )
             raise RetrievalError(f"{folder}: {what}")
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
@@ -145,13 +151,13 @@ class Store:
     def _load(self, about: Manifest) -> Snapshot:
         shared = {name: self._map(f) for name, f in about.shared.items()}
         segments = tuple(Segment(s, {name: self._map(f) for name, f in s.arrays.items()}) for s in about.segments)
-        live = np.zeros(about.next_document, np.bool_)
+        live, bits = np.zeros(about.next_document, np.bool_), np.zeros(0, np.uint8)
         if about.live is not None:
             bits = self._map(about.live)
             if bits.dtype != np.uint8 or len(bits) != (about.next_document + 7) // 8:
                 raise DamagedIndex(f"{self.folder}: {about.live.name} is damaged")
             live = np.unpackbits(bits, count=about.next_document, bitorder="little").view(np.bool_)
-        return Snapshot(about, shared, segments, live)
+        return Snapshot(about, shared, segments, live, bits)
 
     def _map(self, file: ArrayFile) -> NDArray:
         path = self.folder / file.name

@@ -173,6 +173,7 @@ def test_documents_that_are_wrong_are_refused_and_nothing_is_added(create) -> No
     index.add([{"id": "a", "text": "x"}])
     for documents, message in (
         ([{"id": "b", "text": "x"}, {"id": "a", "text": "y"}], "'a' is in the index already"),
+        ([{"id": "b", "text": "x"}, {"id": "b", "text": "y"}], "'b' comes twice"),
         ([{"id": "b"}], "'b': its text is missing"),
         ([{"text": "x"}], "id is a text that is not empty"),
         ([{"id": "b", "text": "x", "metadata": {"x": float("nan")}}], "JSON can hold"),
