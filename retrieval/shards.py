@@ -2,7 +2,7 @@
 
 It is the same to the last bit. All shards have the centroids and codec of the first, and what is imputed for a query
 token follows from the lists of all of them together, so a document's score does not depend on where it lies. Each shard
-finds its best k, and the best k of those are the best of all; equal scores go by the order of shards, which is the order
+finds its best k, and the best k of those are the best of all; equal scores go by the order of shards, which is that
 of documents.
 
 A folder of shards holds ``shards.json`` and an index for each. Shards may be opened in this process, or on a Ray
