@@ -56,11 +56,11 @@ bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a dom
 	$(BIN)/python benchmarks/datastore_lookups.py $(DATA)/gutenberg $(DATA)/pg_essays $(DATA)/wikitext2
 	$(MAKE) tables
 
-COLLECTIONS := cranfield med vaswani scifact
+COLLECTIONS := cranfield med vaswani
 
 bench-retrieval: $(VENV)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
-	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --queries 250
+	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --queries 250 --repeats 2
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
