@@ -20,7 +20,7 @@ from .contracts import Arrays, IndexKind, Reason
 from .hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
-    from ..retrieval import kernels
+    from ..retrieval.kernels import token_search
     from ..retrieval.xtr.index import Layout, Searcher
 
 CODECS = ("sq4", "sq8", "float16", "pq", "rabitq")
@@ -186,7 +186,7 @@ class XTR(IndexKind):
             reasons.append(Reason(word, None if place is None else tokens[place], score, imputed, place))
         return reasons
 
-    def kernel(self, searcher: "Searcher", settings: XTRSettings) -> "kernels.token_search.Settings":
+    def kernel(self, searcher: "Searcher", settings: XTRSettings) -> "token_search.Settings":
         """Settings as the kernel wants them."""
         from ..retrieval.kernels.token_search import Impute, Settings
 

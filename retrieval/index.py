@@ -396,13 +396,13 @@ class Index:
             nothing = np.empty(0, np.int32), np.empty(0, np.float32)
             return [nothing] * len(queries)
         searcher = self._searcher(snapshot)
-        return [self._found(searcher, encoded[i], k, chosen, where is not None, allow) for i in range(len(queries))]
+        possible = min(k, snapshot.manifest.count if where is None else int(np.unpackbits(allow).sum()))  # type: ignore[arg-type]
+        return [self._found(searcher, encoded[i], k, chosen, possible, allow) for i in range(len(queries))]
 
     def _found(
-        self, searcher: Any, query: Any, k: int, settings: Any, filtered: bool, allow: NDArray[np.uint8] | None
+        self, searcher: Any, query: Any, k: int, settings: Any, possible: int, allow: NDArray[np.uint8] | None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Hits; where a filter lets few pass, it is looked further until there are k, or all that pass."""
-        possible = min(k, int(np.unpackbits(allow).sum())) if filtered and allow is not None else 0
+        """Hits; where the index or a filter has few documents, it is looked further until ``possible`` are found."""
         while True:
             found = self.kind.search(searcher, query, k, settings, allow)
             if len(found[0]) >= possible or (more := self.kind.wider(settings, searcher)) is None:

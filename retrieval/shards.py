@@ -139,7 +139,7 @@ class ShardedIndex:
         if getattr(chosen, "impute", "") == "kprime":
             raise RetrievalError("impute=kprime needs all tokens in one place; use warp with shards")
         encoded = self._first.encoder.encode_queries([query])[0]
-        possible = min(k, sum(self._all("count", where))) if where is not None else 0
+        possible = min(k, sum(self._all("count", where)))
         while True:
             found = [hit for part in self._all("search", encoded, query, k, where, chosen) for hit in part]
             found.sort(key=lambda hit: -hit.score)  # stable: shards come in the order of documents

@@ -96,7 +96,8 @@ class SQ4(Scalar):
 
     def decode(self, arrays: Arrays, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Apart again."""
-        return self.value(arrays, np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1).reshape(len(codes), -1))
+        levels = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], -1)
+        return self.value(arrays, levels.reshape(len(codes), 2 * codes.shape[1]))
 
     def size(self, dimension: int) -> int:
         """Half a byte for each."""
@@ -153,7 +154,7 @@ class PQ(Codec):
     def decode(self, arrays: Arrays, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Centroids one behind the other."""
         groups = np.arange(codes.shape[1])
-        return arrays["codebooks"][groups, codes].reshape(len(codes), -1)
+        return arrays["codebooks"][groups, codes].reshape(len(codes), self.group * codes.shape[1])
 
     def size(self, dimension: int) -> int:
         """A byte for each group."""

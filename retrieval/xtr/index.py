@@ -22,6 +22,7 @@ from .codecs import CODECS, SAMPLE, Codec
 Arrays = Mapping[str, NDArray]
 ALIGN = 64
 ROWS = 1 << 16  # tokens that are coded at once
+FEW = 4096  # residuals
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def train(tokens: Tokens, layout: Layout, expected: int, seed: int = 0) -> dict[
     clusters = clustering.train(vectors, tokens.ids if layout.by_token else None, min(lists, len(vectors)), seed)
     chosen = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
     residuals = vectors[chosen] - clusters.centroids[clusters.assign(vectors[chosen], tokens.ids[chosen])]
+    if len(residuals) < FEW:
+        # Few tokens have centroids almost to themselves, and their residuals say nothing of those of tokens to come:
+        # these are like a good part of a vector.
+        d = residuals.shape[1]
+        unknown = np.random.default_rng(seed).normal(0, 0.7 / np.sqrt(d), (FEW, d)).astype(np.float32)
+        residuals = np.concatenate([residuals, unknown])
     return {
         "projection": projection,
         "centroids": clusters.centroids,

@@ -68,6 +68,7 @@ def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, o
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -82,6 +83,7 @@ def test_what_cannot_be_served_is_refused(tiny_model: str, change: dict, options
     assert message in done.stderr
 
 
+@pytest.mark.long
 def test_a_datastore_of_another_vocabulary_is_refused(tiny_model: str, tmp_path) -> None:
     from pilotfish.retrieval import datastore
 
