@@ -25,7 +25,7 @@ def drafted(request, start, model, drafting_args):
         engine = start(model, **drafting_args())
     else:
         engine = start(model, **drafting_args(24, verification="tree"))
-        engine.ask(do="draft_always")  # whether it pays or not
+    engine.ask(do="draft_always")  # whether it pays or not
     yield engine
     if request.param == "tree":
         assert engine.ask(do="trees")["moved"] > 5, "trees were verified"
