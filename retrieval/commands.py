@@ -86,7 +86,6 @@ def build(
         if resume and (folder / CURRENT).exists():
             opened = Index.open(folder, encoder, device, precision)
         else:
-            opened = None
             _source(paths, lambda text: [text], number_ids)  # refuse before anything is made
             _chunks_fit(chunk_tokens, overlap)
             opened = Index.create(folder, kind, encoder, values(option, "--option"), device, precision)
@@ -311,10 +310,7 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
     Raises:
         ConfigError: one is of another form.
     """
-    try:
-        return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
-    except ConfigError as error:
-        raise ConfigError(str(error)) from None
+    return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import suffixes
+from .store.files import digest
 from .suffixes import BREAK, DEPTH, Match
 
 FORMAT = 2
@@ -94,8 +95,8 @@ class Datastore:
         Raises:
             DatastoreError: a file is not what was written.
         """
-        for name, digest in self.about.digests.items():
-            if _digest(self.folder / name) != digest:
+        for name, expected in self.about.digests.items():
+            if digest(self.folder / name) != expected:
                 raise DatastoreError(f"{self.folder}: {name} is damaged; build it anew")
 
     @cached_property
@@ -145,7 +146,7 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
         tokens = np.concatenate(parts)
         np.save(partial / TOKENS, tokens)
         np.save(partial / ORDER, suffixes.sort(tokens))
-        digests = {name: _digest(partial / name) for name in (TOKENS, ORDER)}
+        digests = {name: digest(partial / name) for name in (TOKENS, ORDER)}
         about = About(tokenizer, fingerprint, count, len(tokens), int(tokens.max()), DEPTH, digests)
         (partial / ABOUT).write_text(json.dumps({"format": FORMAT, **asdict(about)}, indent=1) + "\n", encoding="utf-8")
         partial.chmod(0o755)
@@ -189,8 +190,3 @@ def _replace(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,3 +19,8 @@ class LockedIndex(RetrievalError):  # noqa: N818
 
 class NewerFormat(RetrievalError):  # noqa: N818
     """The index was written by a later version of Pilotfish."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import RetrievalError
+from .errors import RetrievalError, first_line
 
 METRICS = ("ndcg@10", "recall@100", "mrr@10")
 Rankings = Mapping[str, Mapping[str, float]]  # query -> document -> score
@@ -54,9 +54,7 @@ def read(folder: Path) -> Collection:
             lines = [json.loads(line) for line in file if line.strip()]
         queries = {str(q["_id"]): str(q["text"]) for q in lines if str(q["_id"]) in judged}
     except (OSError, ValueError, KeyError, TypeError, csv.Error, EOFError) as error:
-        raise RetrievalError(
-            f"{folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        raise RetrievalError(f"{folder}: {first_line(error)}") from None
     if not queries:
         raise RetrievalError(f"{folder}: no query of {chosen.name} stands in queries.jsonl")
     return Collection(folder.absolute().name, _either(folder, "corpus.jsonl"), queries, judged)

@@ -9,7 +9,6 @@ for hit in index.search("which fish follow sharks?", k=5):
 """
 
 import functools
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +21,10 @@ from numpy.typing import NDArray
 
 from . import filters, snippets
 from .errors import DamagedIndex, RetrievalError
+from .incoming import BATCH, as_document, batches, check_text
 from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
 
-BATCH = 8192  # documents of one commit; the first ones are what centroids and codec are learned from
 DEAD = 0.2  # of a segment's documents: it is written anew
 SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
 FILTERS = 64  # filters whose documents are remembered
@@ -256,7 +255,7 @@ class Index:
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
         with self._store.writer() as writer:
-            for given in _batches(map(as_document, documents), unique=not (replace or skip)):
+            for given in batches(map(as_document, documents), unique=not (replace or skip)):
                 there = self._numbers([d.id for d in given])
                 if there and not (replace or skip):
                     raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
@@ -278,28 +277,26 @@ class Index:
         learn: bool,
     ) -> None:
         """Encode a batch and make it last."""
-        done = before
-        told("encoding", done, total)
-
-        def count(texts: int) -> None:
-            nonlocal done
-            done += texts
-            told("encoding", done, total)
-
-        encoded = self.encoder.encode_documents([d.text for d in batch], count)
         snapshot = self._store.snapshot
-        told("indexing", done, total)
-        first, replaced = snapshot.manifest.next_document, []
-        numbers = np.arange(first, first + len(batch))
-        shared = snapshot.shared
+        first, shared = snapshot.manifest.next_document, snapshot.shared
+        numbers, texts, replaced = np.arange(first, first + len(batch)), [d.text for d in batch], []
         if learn and shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
             shared, replaced = {}, [s.about.number for s in snapshot.segments]
             staying = snapshot.live.copy()
             staying[dead] = False
             old = self._store.documents.get(np.flatnonzero(staying).tolist())
             numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
-            texts = [*(old[n].text for n in sorted(old)), *(d.text for d in batch)]
-            encoded = self.encoder.encode_documents(texts)
+            texts = [*(old[n].text for n in sorted(old)), *texts]
+        done = before - (len(texts) - len(batch))  # those that are encoded again are none of the new ones
+
+        def count(encoded: int) -> None:
+            nonlocal done
+            done += encoded
+            told("encoding", max(done, before), total)
+
+        told("encoding", before, total)
+        encoded = self.encoder.encode_documents(texts, count)
+        told("indexing", before + len(batch), total)
         trained = {} if shared else self.kind.train(encoded, max(total or 0, len(encoded)))
         rows, arrays = self.kind.segment(encoded, numbers, shared or trained)
         writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
@@ -323,8 +320,9 @@ class Index:
     def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
         """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
         snapshot = self._store.snapshot
+        dead = {s.about.number: self._dead(s, snapshot) for s in snapshot.segments}
         if chosen is None:
-            chosen = [s.about.number for s in snapshot.segments if self._dead_share(s, snapshot) > DEAD]
+            chosen = [s.about.number for s in snapshot.segments if dead[s.about.number] > DEAD * s.about.documents]
             small = [s.about.number for s in snapshot.segments if s.about.documents < SMALLEST]
             if len(small) > SMALL:
                 chosen = sorted({*chosen, *small})
@@ -332,21 +330,18 @@ class Index:
         if not segments:
             return
         rows, arrays = self.kind.merge([s.arrays for s in segments], snapshot.live)
-        alive = sum(s.about.documents - self._dead(s, snapshot) for s in segments)
+        alive = sum(s.about.documents - dead[s.about.number] for s in segments)
         new = [(alive, rows, arrays)] if alive else []
         writer.commit(Change(segments=new, replaces=[s.about.number for s in segments]))
 
     @staticmethod
     def _dead(segment: Any, snapshot: Snapshot) -> int:
         """Documents of a segment that were deleted since it was made."""
+        if snapshot.manifest.count == len(snapshot.live):
+            return 0
         present = np.zeros(len(snapshot.live), np.bool_)
         present[segment.arrays["documents"]] = True
         return int((present & ~snapshot.live).sum())
-
-    def _dead_share(self, segment: Any, snapshot: Snapshot) -> float:
-        if snapshot.live.all():
-            return 0.0
-        return self._dead(segment, snapshot) / max(segment.about.documents, 1)
 
     # ----------------------------------------------------------------------------------------------------- search
 
@@ -385,7 +380,7 @@ class Index:
         if k < 1:
             raise RetrievalError(f"k: expected 1 or more, got {k}")
         for query in queries:
-            _readable("query", query)
+            check_text("query", query)
         snapshot = snapshot or self._store.refresh()
         chosen = self._settings({**snapshot.manifest.settings, **settings})
         allow = self._allow(snapshot, where)
@@ -532,7 +527,7 @@ class Index:
     def _numbers(self, ids: Sequence[str]) -> dict[str, int]:
         """Internal numbers of those ids that are there."""
         for name in ids:
-            _readable("id", name)
+            check_text("id", name)
         live = self._store.refresh().live
         return {name: n for name, n in self._store.documents.numbers_of(ids) if n < len(live) and live[n]}
 
@@ -546,64 +541,6 @@ def _hits(
         for n, score in zip(numbers.tolist(), scores, strict=True)
         if (d := documents.get(n)) is not None
     ]
-
-
-def _readable(what: str, text: str) -> None:
-    """Refuse what is no text that can be written: halves of surrogate pairs.
-
-    Raises:
-        RetrievalError: it is not.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RetrievalError(f"{what}: not text that UTF-8 can hold") from None
-
-
-def as_document(value: Any) -> Document:
-    """A document of a mapping, checked.
-
-    Raises:
-        RetrievalError: it has no id or text, or its metadata are no JSON object.
-    """
-    if isinstance(value, Document):
-        value = {"id": value.id, "text": value.text, "metadata": value.metadata}
-    if not isinstance(value, Mapping):
-        raise RetrievalError(f"a document is an object with id and text, not {type(value).__name__}")
-    known = {"id", "text", "metadata"}
-    if extra := sorted(set(map(str, value)) - known):
-        raise RetrievalError(f"document {value.get('id')!r}: unknown key {extra[0]!r}; put it into metadata")
-    name, text, metadata = value.get("id"), value.get("text"), value.get("metadata") or {}
-    if not isinstance(name, str) or not name:
-        raise RetrievalError(f"a document's id is a text that is not empty, not {name!r}")
-    if not isinstance(text, str):
-        raise RetrievalError(f"document {name!r}: its text is missing or no text")
-    try:
-        if not isinstance(metadata, Mapping):
-            raise TypeError
-        plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
-        _ = (name + text + json.dumps(plain, ensure_ascii=False)).encode()
-    except (TypeError, ValueError, RecursionError):
-        raise RetrievalError(f"document {name!r}: text and metadata have to be what JSON can hold") from None
-    return Document(name, text, plain)
-
-
-def _batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
-    """Documents in batches, the last of each id within one.
-
-    Raises:
-        RetrievalError: an id comes twice, where it has to be ``unique``.
-    """
-    batch: dict[str, Document] = {}
-    for document in documents:
-        if batch.pop(document.id, None) is not None and unique:
-            raise RetrievalError(f"document {document.id!r} comes twice; use upsert")
-        batch[document.id] = document
-        if len(batch) == BATCH:
-            yield list(batch.values())
-            batch = {}
-    if batch:
-        yield list(batch.values())
 
 
 def _kind(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:

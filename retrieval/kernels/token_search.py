@@ -93,6 +93,20 @@ class Trace:
     imputed: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One search, checked: see `TokenSearch.search`; ``documents`` and ``scores`` [k] are written."""
+
+    query: NDArray[np.float32]
+    near: NDArray[np.float32]
+    settings: Settings
+    allow: NDArray[np.uint8] | None
+    documents: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    traced: int | None
+    trace: Trace | None
+
+
 class _Segment(ctypes.Structure):
     _fields_ = (("starts", ctypes.c_void_p), ("documents", ctypes.c_void_p), ("codes", ctypes.c_void_p))
 
@@ -108,7 +122,7 @@ class _Index(ctypes.Structure):
 
 class _Settings(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("probes", "bound", "impute", "kth", "k", "keep", "plain", "unused")),
+        *((name, ctypes.c_int32) for name in ("probes", "bound", "impute", "kth", "k", "keep", "plain")),
         ("until", ctypes.c_int64),
     )
 
@@ -206,71 +220,48 @@ class TokenSearch:
         trace = None
         if traced is not None:
             trace = Trace(np.empty(len(query), np.float32), np.empty(len(query), np.float32))
+        call = _Call(query, near, settings, allow, documents, scores, traced, trace)
         kernel = _compiled()
-        run = self._run_numba if kernel is None else functools.partial(self._run, kernel)
-        found = run(query, near, k, settings, allow, documents, scores, traced, trace)
+        found = self._run_numba(call) if kernel is None else self._run(kernel, call)
         return documents[:found], scores[:found], trace
 
-    def _run(
-        self,
-        kernel: Callable[..., int],
-        query: NDArray,
-        near: NDArray,
-        k: int,
-        settings: Settings,
-        allow: NDArray | None,
-        documents: NDArray,
-        scores: NDArray,
-        traced: int | None,
-        trace: Trace | None,
-    ) -> int:
-        s = settings
-        set_ = _Settings(s.probes, s.bound, int(s.impute), s.kth, k, s.keep, s.plain, 0, s.until)
+    def _run(self, kernel: Callable[..., int], c: _Call) -> int:
+        s = c.settings
+        k = len(c.documents)
+        set_ = _Settings(s.probes, s.bound, int(s.impute), s.kth, k, s.keep, s.plain, s.until)
         return kernel(
             ctypes.byref(self._index),
-            query.ctypes.data,
-            near.ctypes.data,
-            len(query),
+            c.query.ctypes.data,
+            c.near.ctypes.data,
+            len(c.query),
             ctypes.byref(set_),
-            None if allow is None else allow.ctypes.data,
-            documents.ctypes.data,
-            scores.ctypes.data,
-            None,
-            -1 if traced is None else traced,
-            None if trace is None else trace.scores.ctypes.data,
-            None if trace is None else trace.imputed.ctypes.data,
+            None if c.allow is None else c.allow.ctypes.data,
+            c.documents.ctypes.data,
+            c.scores.ctypes.data,
+            -1 if c.traced is None else c.traced,
+            None if c.trace is None else c.trace.scores.ctypes.data,
+            None if c.trace is None else c.trace.imputed.ctypes.data,
         )
 
-    def _run_numba(
-        self,
-        query: NDArray,
-        near: NDArray,
-        k: int,
-        settings: Settings,
-        allow: NDArray | None,
-        documents: NDArray,
-        scores: NDArray,
-        traced: int | None,
-        trace: Trace | None,
-    ) -> int:
+    def _run_numba(self, c: _Call) -> int:
         from .token_search_numba import search
 
-        s, c = settings, self.coded
+        s, coded = c.settings, self.coded
         nothing = np.empty(0, np.float32)
         return search(
             tuple((x.starts, x.documents, x.codes) for x in self.segments),
             self.sizes,
-            (c.kernel, c.low, c.step, c.codebooks, self.factored),
-            query,
-            near,
+            (coded.kernel, coded.low, coded.step, coded.codebooks, self.factored),
+            c.query,
+            c.near,
             (s.probes, int(s.impute), s.until, s.bound, s.kth, s.keep),
-            np.empty(0, np.uint8) if allow is None else allow,
+            np.empty(0, np.uint8) if c.allow is None else c.allow,
             self.documents,
-            documents[:k],
-            scores[:k],
-            -1 if traced is None else traced,
-            nothing if trace is None else trace.scores,
-            nothing if trace is None else trace.imputed,
+            c.documents,
+            c.scores,
+            -1 if c.traced is None else c.traced,
+            nothing if c.trace is None else c.trace.scores,
+            nothing if c.trace is None else c.trace.imputed,
         )
 
 
@@ -282,7 +273,7 @@ def _compiled() -> Callable[..., int] | None:
     except (native.NoCompiler, OSError):
         return None
     pointer = ctypes.c_void_p
-    kernel.argtypes = [pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer, pointer, pointer]
+    kernel.argtypes = [pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer, pointer]
     kernel.argtypes += [ctypes.c_int32, pointer, pointer]
     kernel.restype = ctypes.c_int
     return kernel

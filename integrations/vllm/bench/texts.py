@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ....plugins.config import ConfigError
+from ....retrieval.errors import first_line
 
 CHARACTERS = 8  # of text for each token wanted, at most
 
@@ -43,11 +44,6 @@ def tokenizer_of(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"model {folder}: no tokenizer that can be used ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    """Of what an error says; its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def excerpts(tokenizer: Any, text: str, count: int, length: int, name: str) -> list[list[int]]:
