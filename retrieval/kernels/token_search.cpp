@@ -46,17 +46,17 @@ struct Settings {
 
 namespace {
 
-struct Best {
-  int32_t token;  // when it was written, by query token
-  int32_t query;
-  float score, sum;
+// What a document has; `when` it was written tells whether it counts, so that nothing is cleared between queries.
+struct Score {
+  int32_t when;
+  float value;
 };
 
 struct Scratch {
-  std::vector<Best> best;
-  std::vector<int32_t> found, touched;
-  std::vector<uint64_t> near;
-  std::vector<float> scores, kept, table, sample;
+  std::vector<Score> best, sum;  // [documents] of this query token, of this query
+  std::vector<int32_t> rows, found, touched;
+  std::vector<std::vector<uint64_t>> near;  // [tokens] the nearest lists of each, best first
+  std::vector<float> scores, kept, table, sample, least;
   std::vector<int8_t> small;
   int32_t clock = 0;
 };
@@ -143,6 +143,28 @@ int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
 }
 #define FAST4 32
 
+// Four rows at once, which share what sums up their lanes.
+__m128i four4(const uint8_t* code, const int8_t* q, int n) {
+  const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+  __m256i sum[4] = {};
+  for (int begin = 0; begin < n; begin += 128) {
+    __m256i small[4] = {};
+    const int end = std::min(n, begin + 128);  // four times what fast4 adds still fits 16 bits
+    for (int j = begin; j < end; j += 32) {
+      const __m256i even = _mm256_loadu_si256((const __m256i*)(q + j)), odd = _mm256_loadu_si256((const __m256i*)(q + n + j));
+      for (int r = 0; r < 4; ++r) {
+        const __m256i x = _mm256_loadu_si256((const __m256i*)(code + (int64_t)r * n + j));
+        small[r] = _mm256_add_epi16(small[r], _mm256_maddubs_epi16(_mm256_and_si256(x, low), even));
+        small[r] = _mm256_add_epi16(small[r], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(x, 4), low), odd));
+      }
+    }
+    for (int r = 0; r < 4; ++r) sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(small[r], one));
+  }
+  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+#define FOUR4 32
+
 int32_t fast8(const uint8_t* code, const int8_t* q, int n) {
   __m256i sum = _mm256_setzero_si256();
   for (int j = 0; j < n; j += 16) {  // in 16 bits: a byte times a byte, twice, would not fit maddubs
@@ -188,7 +210,14 @@ void score(const Index& index, const Token& token, const uint8_t* codes, int64_t
 #endif
 #ifdef FAST4
     if (!plain && d / 2 % FAST4 == 0) {
-      for (int64_t i = 0; i < rows; ++i) out[i] = base + token.scale * fast4(codes + i * size, token.small, d / 2);
+      int64_t i = 0;
+#ifdef FOUR4
+      for (; i + 4 <= rows; i += 4) {
+        const __m128 products = _mm_cvtepi32_ps(four4(codes + i * size, token.small, d / 2));
+        _mm_storeu_ps(out + i, _mm_add_ps(_mm_mul_ps(products, _mm_set1_ps(token.scale)), _mm_set1_ps(base)));
+      }
+#endif
+      for (; i < rows; ++i) out[i] = base + token.scale * fast4(codes + i * size, token.small, d / 2);
       return;
     }
 #endif
@@ -280,78 +309,134 @@ uint64_t key(float score, int list) {
 
 int list_of(uint64_t key) { return (int)(uint32_t)key; }
 
-// The `wanted` nearest lists, best first, in s.near. A sample says which score about so many pass; the rest is not sorted.
-void nearest(const float* near, int lists, int wanted, Scratch& s) {
+// Sort the `wanted` best of some keys to the front and drop the rest.
+void cut(std::vector<uint64_t>& keys, int wanted) {
+  if ((int)keys.size() > wanted) {
+    std::nth_element(keys.begin(), keys.begin() + wanted, keys.end(), std::greater<uint64_t>());
+    keys.resize(wanted);
+  }
+  std::sort(keys.begin(), keys.end(), std::greater<uint64_t>());
+}
+
+// The `wanted` nearest lists of one token among all.
+void nearest_of(const float* near, int lists, int tokens, int t, int wanted, Scratch& s) {
+  s.near[t].clear();
+  for (int i = 0; i < lists; ++i) s.near[t].push_back(key(near[(int64_t)i * tokens + t], i));
+  cut(s.near[t], wanted);
+}
+
+// The `wanted` nearest lists of each token, best first, in s.near. A sample says which product about so many pass; the
+// others are not sorted.
+void nearest(const float* near, int lists, int tokens, int wanted, Scratch& s) {
   const int stride = 16;
-  s.near.clear();
-  if (lists > 64 * stride && wanted * 4 < lists) {
+  if ((int)s.near.size() < tokens) s.near.resize(tokens);
+  if (lists <= 64 * stride || wanted * 4 >= lists) {
+    for (int t = 0; t < tokens; ++t) nearest_of(near, lists, tokens, t, wanted, s);
+    return;
+  }
+  s.least.resize(tokens);
+  for (int t = 0; t < tokens; ++t) {
+    s.near[t].clear();
     s.sample.clear();
-    for (int i = 0; i < lists; i += stride) s.sample.push_back(near[i]);
+    for (int64_t i = 0; i < lists; i += stride) s.sample.push_back(near[i * tokens + t]);
     const int at = std::min<int>(s.sample.size() - 1, (int)(1.4f * wanted / stride) + 6);
     std::nth_element(s.sample.begin(), s.sample.begin() + at, s.sample.end(), std::greater<float>());
-    const float least = s.sample[at];
-    for (int i = 0; i < lists; ++i)
-      if (near[i] >= least) s.near.push_back(key(near[i], i));
+    s.least[t] = s.sample[at];
   }
-  if ((int)s.near.size() < wanted) {
-    s.near.clear();
-    for (int i = 0; i < lists; ++i) s.near.push_back(key(near[i], i));
+  const float* least = s.least.data();
+  for (int i = 0; i < lists; ++i) {
+    const float* row = near + (int64_t)i * tokens;
+    int t = 0;
+    for (; t + 8 <= tokens; t += 8) {
+      int any = 0;
+      for (int j = 0; j < 8; ++j) any |= row[t + j] >= least[t + j];
+      if (!any) continue;
+      for (int j = t; j < t + 8; ++j)
+        if (row[j] >= least[j]) s.near[j].push_back(key(row[j], i));
+    }
+    for (; t < tokens; ++t)
+      if (row[t] >= least[t]) s.near[t].push_back(key(row[t], i));
   }
-  if ((int)s.near.size() > wanted) {
-    std::nth_element(s.near.begin(), s.near.begin() + wanted, s.near.end(), std::greater<uint64_t>());
-    s.near.resize(wanted);
+  for (int t = 0; t < tokens; ++t) {
+    if ((int)s.near[t].size() < wanted) nearest_of(near, lists, tokens, t, wanted, s);
+    else cut(s.near[t], wanted);
   }
-  std::sort(s.near.begin(), s.near.end(), std::greater<uint64_t>());
+}
+
+// The list behind which `until` tokens lie, or the last one looked at.
+int behind(const Index& x, const std::vector<uint64_t>& near, int64_t until, bool& reached) {
+  int64_t passed = 0;
+  for (uint64_t k : near)
+    if ((passed += x.sizes[list_of(k)]) >= until) {
+      reached = true;
+      return list_of(k);
+    }
+  reached = false;
+  return list_of(near.back());
 }
 
 bool allowed(const uint8_t* bits, int32_t document) { return !bits || (bits[document >> 3] >> (document & 7) & 1); }
 
 }  // namespace
 
-// Returns how many documents were found, at most k: their numbers and the sum of their scores over query tokens, best
-// first. `near` is [tokens, lists], the products of query tokens and centroids; `allow` a bit for each document, or null.
+// Returns how many documents were found, at most k: their numbers and the mean of their scores over query tokens, best
+// first. `near` is [lists, tokens], the products of centroids and query tokens; `allow` a bit for each document, or null.
 // Where `trace` is given, [tokens]: the score of `traced` at each query token, NaN where it is imputed; `imputed`, [tokens].
 extern "C" int token_search(const Index* index, const float* query, const float* near, int tokens, const Settings* set,
                             const uint8_t* allow, int32_t* documents, float* scores, int32_t traced, float* trace,
                             float* imputed) {
-  static thread_local Scratch s;
+  static thread_local Scratch mine;
+  Scratch& s = mine;  // looked up once
   const Index& x = *index;
   if ((int64_t)s.best.size() < x.documents || s.clock > INT32_MAX - tokens - 2) {
-    s.best.assign(x.documents, Best{0, 0, 0, 0});
+    s.best.assign(x.documents, Score{0, 0});
+    s.sum.assign(x.documents, Score{0, 0});
+    s.touched.resize(x.documents + 1);  // one more than are written: what does not count is written, too
     s.clock = 0;
   }
   const int32_t this_query = ++s.clock;
   const int probes = std::min(set->probes, x.lists);
-  const int wanted = set->impute == CENTROID ? std::min(std::max(set->bound, probes), x.lists) : probes;
-  s.touched.clear();
+  const int bound = std::min(std::max(set->bound, probes), x.lists);
+  int wanted = probes;
+  if (set->impute == CENTROID) {  // as many as hold `until` tokens, most probably: lists near a query are short ones, too
+    int64_t all = 0;
+    for (int i = 0; i < x.lists; ++i) all += x.sizes[i];
+    wanted = (int)std::min<int64_t>(bound, std::max<int64_t>(probes, 8 + 2 * set->until * x.lists / std::max<int64_t>(all, 1)));
+  }
+  nearest(near, x.lists, tokens, wanted, s);
+  int64_t touched = 0;
   float total = 0;
   for (int t = 0; t < tokens; ++t) {
-    const float* c = near + (int64_t)t * x.lists;
-    nearest(c, x.lists, wanted, s);
+    std::vector<uint64_t>& lists = s.near[t];
+    const auto product = [&](int list) { return near[(int64_t)list * tokens + t]; };
     const Token token = prepare(x, query + (int64_t)t * x.dimension, s);
 
     float missing = 0;
     if (set->impute == CENTROID && wanted) {
-      missing = c[list_of(s.near.back())];
-      int64_t passed = 0;
-      for (uint64_t k : s.near)
-        if ((passed += x.sizes[list_of(k)]) >= set->until) {
-          missing = c[list_of(k)];
-          break;
-        }
+      bool reached;
+      int last = behind(x, lists, set->until, reached);
+      if (!reached && wanted < bound) {
+        nearest_of(near, x.lists, tokens, t, bound, s);
+        last = behind(x, lists, set->until, reached);
+      }
+      missing = product(last);
     }
 
     int64_t room = 0;
-    for (int p = 0; p < probes; ++p) room += x.sizes[list_of(s.near[p])];
-    if ((int64_t)s.scores.size() < room) s.scores.resize(room);
+    for (int p = 0; p < probes; ++p) room += x.sizes[list_of(lists[p])];
+    if ((int64_t)s.scores.size() < room + 1) {
+      s.scores.resize(room + 1);
+      s.rows.resize(room + 1);
+      s.found.resize(room + 1);
+    }
     int64_t at = 0;
     for (int p = 0; p < probes; ++p) {
-      const int list = list_of(s.near[p]);
+      const int list = list_of(lists[p]);
       for (int g = 0; g < x.segments; ++g) {
         const Segment& segment = x.segment[g];
         const int64_t start = segment.starts[list], rows = segment.starts[list + 1] - start;
         if (!rows) continue;
-        score(x, token, segment.codes + start * x.code_size, rows, c[list], set->plain, s.scores.data() + at);
+        score(x, token, segment.codes + start * x.code_size, rows, product(list), set->plain, s.scores.data() + at);
         at += rows;
       }
     }
@@ -362,7 +447,7 @@ extern "C" int token_search(const Index* index, const float* query, const float*
       for (int p = 0; p < probes; ++p)
         for (int g = 0; g < x.segments; ++g) {
           const Segment& segment = x.segment[g];
-          const int list = list_of(s.near[p]);
+          const int list = list_of(lists[p]);
           for (int64_t r = segment.starts[list]; r < segment.starts[list + 1]; ++r, ++i)
             if (allowed(allow, segment.documents[r])) s.kept.push_back(s.scores[i]);
         }
@@ -374,59 +459,60 @@ extern "C" int token_search(const Index* index, const float* query, const float*
       }
     }
 
-    const int32_t now = ++s.clock;
-    s.found.clear();
-    const float least = set->impute == NOTHING ? -INFINITY : missing;
-    const float* mine = s.scores.data();
+    // What follows has no branch that data decide: half of them would be foretold wrongly.
+    const float least = set->impute == NOTHING || set->keep ? -INFINITY : missing;
+    const float raised = set->impute == NOTHING ? -INFINITY : missing;
+    int64_t passing = 0, i = 0;
     for (int p = 0; p < probes; ++p)
       for (int g = 0; g < x.segments; ++g) {
         const Segment& segment = x.segment[g];
-        const int list = list_of(s.near[p]);
-        const int64_t start = segment.starts[list], rows = segment.starts[list + 1] - start;
-        for (int64_t r = 0; r < rows; ++r) {
-          float value = mine[r];
-          if (value < least) {
-            if (!set->keep) continue;
-            value = least;
-          }
-          const int32_t document = segment.documents[start + r];
-          if (!allowed(allow, document)) continue;
-          Best& best = s.best[document];
-          if (best.token != now) {
-            best.token = now;
-            best.score = value;
-            s.found.push_back(document);
-          } else if (value > best.score) {
-            best.score = value;
-          }
+        const int list = list_of(lists[p]);
+        for (int64_t r = segment.starts[list]; r < segment.starts[list + 1]; ++r, ++i) {
+          const float value = s.scores[i];
+          s.rows[passing] = segment.documents[r];
+          s.scores[passing] = std::max(value, raised);
+          passing += value >= least && allowed(allow, segment.documents[r]);
         }
-        mine += rows;
       }
+    const int32_t now = ++s.clock;
+    int64_t found = 0;
+    for (i = 0; i < passing; ++i) {
+      Score& best = s.best[s.rows[i]];
+      const bool first = best.when != now;
+      best.value = std::max(first ? -INFINITY : best.value, s.scores[i]);
+      best.when = now;
+      s.found[found] = s.rows[i];
+      found += first;
+    }
     total += missing;
-    for (int32_t document : s.found) {
-      Best& best = s.best[document];
-      if (best.query != this_query) {
-        best.query = this_query;
-        best.sum = 0;
-        s.touched.push_back(document);
-      }
-      best.sum += best.score - missing;
+    for (i = 0; i < found; ++i) {
+      Score& sum = s.sum[s.found[i]];
+      const bool first = sum.when != this_query;
+      sum.value = (first ? 0 : sum.value) + (s.best[s.found[i]].value - missing);
+      sum.when = this_query;
+      s.touched[touched] = s.found[i];
+      touched += first;
     }
     if (trace) {
-      trace[t] = s.best[traced].token == now ? s.best[traced].score : NAN;
+      trace[t] = s.best[traced].when == now ? s.best[traced].value : NAN;
       imputed[t] = missing;
     }
   }
 
-  const int k = std::min<int64_t>(set->k, s.touched.size());
-  const auto better = [](int32_t a, int32_t b) {
-    const float p = s.best[a].sum, q = s.best[b].sum;
+  // Equal means are equal scores, however their sums were rounded: ranks do not depend on where a document lies.
+  for (int64_t i = 0; i < touched; ++i) {
+    float& value = s.sum[s.touched[i]].value;
+    value = (value + total) / tokens;
+  }
+  const int k = std::min<int64_t>(set->k, touched);
+  const auto better = [&](int32_t a, int32_t b) {
+    const float p = s.sum[a].value, q = s.sum[b].value;
     return p != q ? p > q : a < b;
   };
-  std::partial_sort(s.touched.begin(), s.touched.begin() + k, s.touched.end(), better);
+  std::partial_sort(s.touched.begin(), s.touched.begin() + k, s.touched.begin() + touched, better);
   for (int i = 0; i < k; ++i) {
     documents[i] = s.touched[i];
-    scores[i] = s.best[s.touched[i]].sum + total;
+    scores[i] = s.sum[s.touched[i]].value;
   }
   return k;
 }

@@ -200,11 +200,11 @@ class TokenSearch:
         allow: NDArray[np.uint8] | None = None,
         traced: int | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:
-        """The best documents and the sums of their scores over query tokens, best first.
+        """The best documents and the means of their scores over query tokens, best first; equal ones by number.
 
         Args:
             query: [tokens, dimension].
-            near: [tokens, lists] products of query tokens and centroids.
+            near: [lists, tokens] products of centroids and query tokens.
             k: Documents at most.
             settings: How.
             allow: A bit for each document, the lowest of a byte first; None for all.
@@ -213,7 +213,7 @@ class TokenSearch:
         if allow is not None and 8 * len(allow) < self.documents:
             raise ValueError(f"{8 * len(allow)} bits for {self.documents} documents")
         query, near = np.ascontiguousarray(query, np.float32), np.ascontiguousarray(near, np.float32)
-        if query.shape[1] != self.dimension or near.shape != (len(query), self.lists):
+        if query.shape[1] != self.dimension or near.shape != (self.lists, len(query)):
             raise ValueError(f"queries {query.shape} and products {near.shape}")
         k = min(k, self.documents)
         documents, scores = np.empty(k, np.int32), np.empty(k, np.float32)

@@ -95,23 +95,23 @@ def search(
 ) -> int:
     """See `token_search.cpp`; returns how many documents were found."""
     probes, impute, until, bound, kth, keep = settings
-    lists = near.shape[1]
+    lists = len(near)
     probes = min(probes, lists)
     best, sums = np.zeros(count, np.float32), np.zeros(count, np.float32)
     now, seen = np.full(count, -1, np.int32), np.zeros(count, np.bool_)
     total = 0.0
     for t in range(len(query)):
-        order = _nearest(near[t], min(max(bound, probes), lists) if impute == 1 else probes)
+        order = _nearest(near[:, t], min(max(bound, probes), lists) if impute == 1 else probes)
         taken = order[:probes]
         room = int(sizes[taken].sum())
         rows, values, at = np.empty(room, np.int32), np.empty(room, np.float32), 0
         for starts, numbers, codes in segments:
-            at = _collect(starts, numbers, codes, taken, coded, query[t], near[t], rows, values, at)
+            at = _collect(starts, numbers, codes, taken, coded, query[t], near[:, t], rows, values, at)
         rows, values = rows[:at], values[:at]
         missing: Any = np.float32(0)
         if impute == 1 and len(order):
             passed = np.flatnonzero(np.cumsum(sizes[order]) >= until)
-            missing = near[t, order[passed[0] if len(passed) else -1]]
+            missing = near[order[passed[0] if len(passed) else -1], t]
         elif impute == 2:
             kept = values
             if len(allow):
@@ -125,8 +125,10 @@ def search(
             trace[t] = best[traced] if now[traced] == t else np.nan
             imputed[t] = missing
     found = np.flatnonzero(seen)
-    found = found[np.lexsort((found, -sums[found]))][: len(documents)]
-    documents[: len(found)], scores[: len(found)] = found, sums[found] + np.float32(total)
+    means = (sums[found] + np.float32(total)) / np.float32(max(len(query), 1))
+    order = np.lexsort((found, -means))[: len(documents)]
+    found = found[order]
+    documents[: len(found)], scores[: len(found)] = found, means[order]
     return len(found)
 
 

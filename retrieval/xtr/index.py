@@ -163,7 +163,6 @@ class Searcher:
         """
         self._shared, self._segments, self._documents = shared, segments, documents
         self.centroids = np.ascontiguousarray(shared["centroids"], np.float32)
-        self._transposed = self.centroids.T
         lists, d = self.centroids.shape
         none = np.empty(0, np.float32)
         coded = Coded(
@@ -194,9 +193,8 @@ class Searcher:
             traced: A document whose scores are told, too.
         """
         vectors = project(query, self._shared["projection"])
-        near = vectors @ self._transposed
-        documents, scores, trace = self.tokens.search(vectors, near, k, settings, allow, traced)
-        return documents, scores / np.float32(max(len(vectors), 1)), trace
+        near = self.centroids @ vectors.T  # this way round BLAS is the faster for a few tokens
+        return self.tokens.search(vectors, near, k, settings, allow, traced)
 
     def exact(self, query: NDArray, documents: Sequence[int]) -> NDArray[np.float32]:
         """Scores of documents by all their tokens: the mean over query tokens of the best product (MaxSim).
