@@ -198,8 +198,8 @@ class XTR(IndexKind):
 def default_until(tokens: int) -> int:
     """WARP's t': the square root of twice the tokens, from 100 to 50,000.
 
-    A quarter of the tokens that WARP's own implementation takes: measured on cranfield, med and vaswani with MiniLM, this
-    ranks as the exact search does within .01 of nDCG@10.
+    A quarter of what WARP's own implementation takes: on cranfield, med and vaswani with MiniLM this ranks as the exact
+    search does within .01 of nDCG@10.
     """
     return int(np.clip(np.sqrt(2 * tokens), 100, 50_000))
 
