@@ -58,9 +58,23 @@ bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a dom
 
 COLLECTIONS := cranfield med vaswani
 
-bench-retrieval: $(VENV)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
+# Other packages pin another torch, so they have an environment of their own.
+PEERS := out/peers
+$(PEERS)/.ready:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q fast-plaid==1.7.0.2110 xtr-warp-rs==2.1.0.2110
+	touch $@
+
+XTR := bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
+XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans,xtr@until=500,xtr@until=4000
+OTHERS := fast_plaid,fast_plaid@n_full_scores=512,xtr_warp,xtr_warp@nprobe=8,xtr_warp@nprobe=32
+RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 2
+
+bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
-	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --queries 250 --repeats 2
+	$(RETRIEVAL) $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --arms $(XTR),$(XTR_PARTS),$(OTHERS)
+	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(OTHERS) --out benchmarks/results/retrieval_scifact.json
+	$(BIN)/python benchmarks/token_scale.py $(DATA)
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval

@@ -11,7 +11,7 @@ from ...plugins.hookspecs import hookimpl
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = (
     "bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,"
-    "xtr@cluster=kmeans"
+    "xtr@cluster=kmeans,xtr@until=500,xtr@until=4000"
 )
 
 
@@ -30,6 +30,10 @@ def bench_retrieval(
     threads: Annotated[int, typer.Option(min=1, help="Threads of a search.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Searches of each query, interleaved; the median counts.")] = 3,
     encoder: Annotated[str | None, typer.Option(help="A multi-vector encoder.")] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="A Python that has what arms fast_plaid and xtr_warp need."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/retrieval.json"),
 ) -> None:
     """Compare indexes on judged queries: quality, time of a search, time to build, memory."""
@@ -38,5 +42,5 @@ def bench_retrieval(
 
     with refusals():
         retrieval.run(
-            retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out)
+            retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out, peers)
         )

@@ -1,0 +1,203 @@
+"""What answers queries in `pilotfish bench retrieval`: our indexes, and what people use without them."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...plugins.config import ConfigError, Selection, build_options, parse_assignments
+from ...plugins.manager import plugins
+from ...retrieval.tokens import Tokens
+from . import peers
+from .corpus import Corpus
+
+DEPTH = 100
+EXACT = {"probes": 1 << 20, "impute": "kprime", "kprime": 1000}
+Search = Callable[[int], Sequence[int]]  # number of a query -> numbers of documents, best first
+Timed = Callable[[int], tuple[float, Sequence[int]]]  # the same, and milliseconds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Something that answers queries."""
+
+    name: str
+    search: Timed
+    build_seconds: float
+    bytes: int
+
+
+def _timed(search: Search) -> Timed:
+    def timed(number: int) -> tuple[float, Sequence[int]]:
+        started = time.perf_counter()
+        found = search(number)
+        return 1e3 * (time.perf_counter() - started), found
+
+    return timed
+
+
+def parsed(arm: str) -> Selection:
+    """An arm's name and options.
+
+    Raises:
+        ConfigError: there is no such arm.
+    """
+    chosen = parse_assignments(arm.replace("@exact", "").replace("@", ","))
+    if chosen.name not in ("bm25", "dense", "maxsim", *peers.NAMES):
+        cls: Any = plugins().get("index", chosen.name, "arm")
+        _split(cls, chosen.options)
+    return chosen
+
+
+def _split(cls: Any, options: Any) -> tuple[Any, dict[str, Any]]:
+    """Options of making an index, and those of searching it."""
+    making = {k: v for k, v in options.items() if k in cls.Options.__dataclass_fields__}
+    searching = {k: v for k, v in options.items() if k not in making}
+    return build_options(cls.Options, making, cls.name), asdict(build_options(cls.Settings, searching, cls.name))
+
+
+def make(name: str, corpus: Corpus, threads: int, python: Path | None) -> Arm:
+    """An arm over a collection; ``python`` has other packages, for those arms that are other packages.
+
+    Raises:
+        ConfigError: what it needs is not there.
+    """
+    chosen = parsed(name)
+    started = time.perf_counter()
+    if chosen.name == "bm25":
+        if find_spec("bm25s") is None:
+            raise ConfigError("arm bm25 needs bm25s and PyStemmer; pip install pilotfish[bench]")
+        search, size = _bm25(corpus)
+    elif chosen.name == "dense":
+        search, size = _dense(corpus)
+    elif chosen.name == "maxsim":
+        search, size = _maxsim(corpus)
+    elif chosen.name in peers.NAMES:
+        return _peer(name, chosen, corpus, threads, python)
+    else:
+        return _index(name, chosen, corpus)
+    return Arm(name, _timed(search), time.perf_counter() - started, size)
+
+
+def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> Arm:
+    """Another package, in a process of its own that ends with the arm; it gets the vectors that our index has."""
+    from ...retrieval.xtr import index
+
+    if python is None:
+        raise ConfigError(f"arm {name} needs --peers PYTHON, an interpreter of an environment that has it")
+    folder = Path(tempfile.mkdtemp())
+    projection = index.projection_of(corpus.tokens.vectors, index.Layout(), 0)
+    for what, tokens in (("documents", corpus.tokens), ("queries", Tokens.join(corpus.query_tokens))):
+        np.save(folder / f"{what}.npy", index.project(tokens.vectors, projection).astype(np.float16))
+        np.save(folder / f"{what}-counts.npy", tokens.counts)
+    log = folder / "log"
+    process = subprocess.Popen(
+        [python, peers.__file__, chosen.name, folder, str(threads), json.dumps(dict(chosen.options))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env={**os.environ, "RAYON_NUM_THREADS": str(threads)},
+    )
+    weakref.finalize(process, shutil.rmtree, folder, ignore_errors=True)
+
+    def heard() -> dict[str, Any]:
+        assert process.stdout is not None
+        if not (line := process.stdout.readline()):
+            said = log.read_text().strip().splitlines() or ["it ended"]
+            raise ConfigError(f"arm {name}: {said[-1]}")
+        return json.loads(line)
+
+    about = heard()
+
+    def search(number: int) -> tuple[float, Sequence[int]]:
+        assert process.stdin is not None
+        process.stdin.write(f"{number}\n")
+        process.stdin.flush()
+        answer = heard()
+        return answer["ms"], answer["documents"]
+
+    return Arm(name, search, about["build_s"], about["bytes"])
+
+
+def _bm25(corpus: Corpus) -> tuple[Search, int]:
+    import bm25s
+    import Stemmer
+
+    stemmer = Stemmer.Stemmer("english")
+    made = bm25s.BM25(k1=0.9, b=0.4)
+    made.index(bm25s.tokenize(corpus.texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
+
+    def search(number: int) -> Sequence[int]:
+        words = bm25s.tokenize([corpus.queries[number]], stopwords="en", stemmer=stemmer, show_progress=False)
+        depth = min(DEPTH, len(corpus.ids))
+        return made.retrieve(words, k=depth, show_progress=False, n_threads=1)[0][0].tolist()
+
+    return search, sum(np.asarray(v).nbytes for v in made.scores.values())
+
+
+def _dense(corpus: Corpus) -> tuple[Search, int]:
+    import faiss
+
+    made = faiss.IndexFlatIP(corpus.dense.shape[1])
+    made.add(np.ascontiguousarray(corpus.dense, np.float32))
+    return (
+        lambda number: made.search(np.ascontiguousarray(corpus.dense_queries[number : number + 1]), DEPTH)[1][
+            0
+        ].tolist(),
+        corpus.dense.nbytes,
+    )
+
+
+def _maxsim(corpus: Corpus) -> tuple[Search, int]:
+    """Every token of every document, in whole precision."""
+    vectors = corpus.tokens.vectors.astype(np.float32)
+    starts = np.concatenate([[0], np.cumsum(corpus.tokens.counts)[:-1]])
+
+    def search(number: int) -> Sequence[int]:
+        products = corpus.query_tokens[number].vectors.astype(np.float32) @ vectors.T
+        return np.argsort(-np.maximum.reduceat(products, starts, axis=1).sum(0), kind="stable")[:DEPTH].tolist()
+
+    return search, vectors.nbytes
+
+
+def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
+    """An index of ours, in its store, opened as readers open it."""
+    from ...retrieval.store import Change, Store
+    from ...retrieval.store.documents import Document
+
+    cls: Any = plugins().get("index", chosen.name, "arm")
+    options, settings = _split(cls, chosen.options)
+    if name.endswith("@exact"):
+        settings |= EXACT
+    kind = cls(options)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
+        documents = [Document(i, t, {}) for i, t in zip(corpus.ids, corpus.texts, strict=True)]
+        started = time.perf_counter()
+        shared = kind.train(corpus.tokens, len(corpus.ids))
+        rows, arrays = kind.segment(corpus.tokens, np.arange(len(corpus.ids)), shared)
+        with store.writer() as writer:
+            writer.commit(Change(documents, segments=[(len(corpus.ids), rows, arrays)], shared=shared))
+        seconds = time.perf_counter() - started
+        snapshot = store.snapshot
+        store.close()
+        size = sum(f.bytes for f in snapshot.manifest.files().values())
+        # The files go with the folder; what is mapped stays.
+        searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(corpus.ids))
+    chosen_settings = cls.Settings(**settings)
+
+    def search(number: int) -> Sequence[int]:
+        return kind.search(searcher, corpus.query_tokens[number], DEPTH, chosen_settings, None)[0].tolist()
+
+    return Arm(name, _timed(search), seconds, size)
