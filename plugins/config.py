@@ -197,6 +197,12 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
         if isinstance(value, list | tuple):
             item = typing.get_args(expected)[0]
             return tuple(_coerce(v, item, f"{path}[{i}]") for i, v in enumerate(value))
+    elif origin is Mapping:
+        if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+            item = typing.get_args(expected)[1]
+            return {k: _coerce(v, item, f"{path}.{k}") for k, v in value.items()}
+    elif expected is Any:
+        return value
     elif expected is type(None):
         if value is None:
             return None
@@ -217,4 +223,6 @@ def type_name(expected: Any) -> str:
         return " | ".join(type_name(a) for a in typing.get_args(expected))
     if origin is tuple:
         return f"list of {type_name(typing.get_args(expected)[0])}"
+    if origin is Mapping:
+        return f"object of {type_name(typing.get_args(expected)[1])}"
     return "null" if expected is type(None) else getattr(expected, "__name__", str(expected))

@@ -282,7 +282,7 @@ class IndexKind(Plugin, ABC):
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Postings of documents with these internal numbers, and how many they are.
 
-        Among the arrays is ``documents``, the number of each posting.
+        Among the arrays is ``documents``: every number that there is, once or more often.
         """
 
     @abstractmethod
@@ -303,6 +303,20 @@ class IndexKind(Plugin, ABC):
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Internal numbers and scores, best first, of at most ``k`` documents whose bit is set in ``allow``."""
 
+    def queries(self, encoder: "Encoder", texts: Sequence[str], settings: Any) -> Any:
+        """What `search` takes for some queries: as many as there are texts, by their places."""
+        del settings
+        return encoder.encode_queries(texts)
+
+    def rescored(self, settings: Any) -> int:
+        """So many of the best are scored once more, from their texts, by `rescore`."""
+        del settings
+        return 0
+
+    def rescore(self, encoder: "Encoder", query: Any, texts: Sequence[str], settings: Any) -> NDArray[np.float32]:
+        """Scores of documents by their texts; ``query`` is one of `queries`."""
+        raise NotImplementedError
+
     def wider(self, settings: Any, searcher: Any) -> Any | None:
         """Settings that look further, for a filter that lets few documents pass; None where all was looked at."""
         del settings, searcher
@@ -314,6 +328,19 @@ class IndexKind(Plugin, ABC):
         """Why a document has its score."""
         del searcher, encoder, query, text, number, settings, allow
         return []
+
+    def reading(self, encoder: "Encoder", query: str, text: str, settings: Any) -> "Reading | None":
+        """A query and a document in words, where that is what they are made of."""
+        del encoder, query, text, settings
+        return None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Weighted words of a query and of a document, the heaviest first."""
+
+    query: list[tuple[str, float]]
+    document: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)

@@ -386,13 +386,28 @@ class Index:
         allow = self._allow(snapshot, where)
         if not queries:
             return []
-        encoded = self.encoder.encode_queries(list(queries))
+        encoded = self.kind.queries(self.encoder, list(queries), chosen)
         if not snapshot.segments or (allow is not None and not allow.any()):
             nothing = np.empty(0, np.int32), np.empty(0, np.float32)
             return [nothing] * len(queries)
         searcher = self._searcher(snapshot)
         possible = min(k, snapshot.manifest.count if where is None else int(np.unpackbits(allow).sum()))  # type: ignore[arg-type]
-        return [self._found(searcher, encoded[i], k, chosen, possible, allow) for i in range(len(queries))]
+        again = self.kind.rescored(chosen)
+        possible = min(max(k, again), possible) if again else possible
+        found = [self._found(searcher, encoded[i], max(k, again), chosen, possible, allow) for i in range(len(queries))]
+        if again:
+            found = [self._rescored(encoded[i], *pair, again, chosen) for i, pair in enumerate(found)]
+        return [(numbers[:k], scores[:k]) for numbers, scores in found]
+
+    def _rescored(
+        self, query: Any, numbers: NDArray[np.int32], scores: NDArray[np.float32], count: int, settings: Any
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best ``count`` in the order of scores that their texts give; those behind them stay there."""
+        documents = self._store.documents.get(numbers[:count].tolist())
+        there = np.array([n for n in numbers[:count].tolist() if n in documents], np.int32)
+        anew = self.kind.rescore(self.encoder, query, [documents[n].text for n in there.tolist()], settings)
+        order = np.argsort(-anew, kind="stable")
+        return np.concatenate([there[order], numbers[count:]]), np.concatenate([anew[order], scores[count:]])
 
     def _found(
         self, searcher: Any, query: Any, k: int, settings: Any, possible: int, allow: NDArray[np.uint8] | None
@@ -418,6 +433,17 @@ class Index:
         chosen = self._settings({**snapshot.manifest.settings, **settings})
         allow = self._allow(snapshot, None)
         return self.kind.explain(self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow)
+
+    def reading(self, query: str, name: str, **settings: Any) -> Any:
+        """A query and a document in weighted words: a `plugins.contracts.Reading`; None of a kind that has none.
+
+        Raises:
+            RetrievalError: there is no such document.
+        """
+        document = self.get(name)
+        if document is None:
+            raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
+        return self.kind.reading(self.encoder, query, document.text, self.settings(**settings))
 
     def settings(self, **changes: Any) -> Any:
         """How the index is searched, with these changes.

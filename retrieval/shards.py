@@ -140,7 +140,9 @@ class ShardedIndex:
         chosen = self._first.settings(**settings)
         if getattr(chosen, "impute", "") == "kprime":
             raise RetrievalError("impute=kprime needs all tokens in one place; use warp with shards")
-        encoded = self._first.encoder.encode_queries([query])[0]
+        if self._first.kind.rescored(chosen):
+            raise RetrievalError("rerank by texts needs all documents in one place; leave it out with shards")
+        encoded = self._first.kind.queries(self._first.encoder, [query], chosen)[0]
         possible = min(k, sum(self._all("count", where)))
         while True:
             found = [hit for part in self._all("search", encoded, query, k, where, chosen) for hit in part]

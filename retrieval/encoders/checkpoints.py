@@ -69,14 +69,19 @@ class Checkpoint:
     lower: bool = False
 
     def fingerprint(self) -> str:
-        """Hex digest of the files that decide what vectors come out."""
-        found = hashlib.sha256()
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
-            if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".metadata"):
-                found.update(str(path.relative_to(self.folder)).encode())
-                with path.open("rb") as file:
-                    found.update(hashlib.file_digest(file, "sha256").digest())
-        return found.hexdigest()[:16]
+        """Of the files that decide what vectors come out."""
+        return fingerprint_of(self.folder)
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Hex digest of a checkpoint's files."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".metadata"):
+            found.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def read(folder: Path) -> Checkpoint:
@@ -87,19 +92,19 @@ def read(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise RetrievalError(f"encoder {folder}: no such folder; give the path of a checkpoint on disk")
-    modules = _json(folder / "modules.json")
+    modules = read_json(folder / "modules.json")
     backbone = folder
     if isinstance(modules, list) and modules:
         backbone = folder / modules[0].get("path", "")
-    config = _json(backbone / "config.json")
+    config = read_json(backbone / "config.json")
     if not isinstance(config, dict):
         raise RetrievalError(f"encoder {folder}: there is no config.json of a model")
     dense = [m["path"] for m in modules or [] if str(m.get("type", "")).endswith("Dense")]
     if not dense and (folder / "2_Dense").is_dir():
         dense = ["2_Dense"]
     layers = tuple(_dense(folder / path) for path in dense)
-    told = _json(folder / "config_sentence_transformers.json") or {}
-    colbert = _json(folder / "artifact.metadata")
+    told = read_json(folder / "config_sentence_transformers.json") or {}
+    colbert = read_json(folder / "artifact.metadata")
     if str(config.get("model_type", "")) in ("t5", "mt5"):
         return Checkpoint(
             folder, backbone, layers, True, query_length=T5_QUERY, document_length=T5_DOCUMENT, lower=True
@@ -133,7 +138,7 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """What a JSON file holds; None where there is none."""
     if not path.is_file():
         return None
@@ -149,7 +154,7 @@ def _dense(folder: Path) -> Layer:
     Raises:
         RetrievalError: it bends what it makes, which no multi-vector model does.
     """
-    activation = str((_json(folder / "config.json") or {}).get("activation_function", "Identity"))
+    activation = str((read_json(folder / "config.json") or {}).get("activation_function", "Identity"))
     if not activation.endswith("Identity"):
         raise RetrievalError(f"encoder {folder}: activation {activation} is not supported, only Identity")
     return Layer(_tensor(folder, "linear.weight"), _tensor(folder, "linear.bias", needed=False))

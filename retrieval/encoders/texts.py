@@ -1,0 +1,100 @@
+"""What all encoders need that run a transformer: a tokenizer for one thread at a time, batches, precisions, chunks."""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from ..errors import RetrievalError
+
+BATCH_TOKENS = 8192  # of a batch, padding included
+REMEMBERED = 1024  # queries that are kept
+Progress = Callable[[int], None]  # is told how many texts were encoded since it was told last
+T = TypeVar("T")
+
+
+def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Rows of like lengths, the longest first, each batch of about so many tokens with its padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found: list[list[int]] = []
+    for row in order:
+        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= tokens:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def pick_device(device: str) -> str:
+    """`auto` is a GPU where there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_precision(model: Any, precision: str, device: str) -> Any:
+    """A model on a device; with another precision than float32 it is a copy.
+
+    Raises:
+        RetrievalError: there is no such precision, or not there.
+    """
+    import torch
+
+    if precision == "int8":
+        if device != "cpu":
+            raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says where this will move
+            return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if precision not in types:
+        raise RetrievalError(f"precision {precision}: expected {', '.join([*types, 'int8'])}")
+    if precision == "float32":
+        return model.to(device)
+    import copy
+
+    return copy.deepcopy(model).to(device, types[precision])
+
+
+def chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
+    """Pieces of a text of at most ``size`` tokens, each with ``overlap`` of the one before.
+
+    The pieces are cut out of the text, nothing is rewritten.
+
+    Raises:
+        RetrievalError: they would not get on.
+    """
+    if not 0 <= overlap < size:
+        raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
+    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = told["offset_mapping"]
+    if len(offsets) <= size:
+        return [text]
+    begins = range(0, max(len(offsets) - overlap, 1), size - overlap)
+    return [text[offsets[b][0] : offsets[min(b + size, len(offsets)) - 1][1]] for b in begins]
+
+
+class Remembered(Generic[T]):
+    """What was made of queries that were asked lately."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, T] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def get(self, texts: Sequence[str], make: Callable[[list[str]], Sequence[T]]) -> list[T]:
+        """For each text what ``make`` makes of it, now or before."""
+        with self._mutex:
+            found = {t: self._kept[t] for t in texts if t in self._kept}
+        new = [t for t in dict.fromkeys(texts) if t not in found]
+        if new:
+            found.update(zip(new, make(new), strict=True))
+        with self._mutex:
+            self._kept.update(found)
+            for text in found:
+                self._kept.move_to_end(text)
+            while len(self._kept) > REMEMBERED:
+                self._kept.popitem(last=False)
+        return [found[t] for t in texts]

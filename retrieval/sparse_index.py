@@ -1,0 +1,249 @@
+"""Arrays of a sparse index: inverted lists in blocks, and an exact search that skips blocks (Block-Max, SIGIR 2011).
+
+    shared    step [1] float32: a weight is so many times an impact
+    segment   documents [n] their numbers, ascending
+              terms [t] ascending, term_starts [t + 1] into blocks
+              blocks [b] document number // 16, tops [b] the greatest impact in it, sizes [b] its postings
+              skips [b // 64 + 1] where the postings of each 64th block begin
+              places [p] document number % 16, impacts [p] quantised weights, 1 or more
+
+A search sums the greatest impacts of each block, a bound of what its documents can have; scores the most promising
+blocks, more and more of them; and at last all whose bound reaches the k-th best score. The answer is that of scoring
+everything.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kernels import sparse_search
+from .words import Words
+
+Arrays = Mapping[str, NDArray]
+ROOM = 1.25  # documents to come may have greater weights than the first ones
+FIRST, MORE = 16, 8  # blocks that are scored to learn what the k-th best score is at least; times as many next
+
+
+def train(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]:
+    """The step, from the weights of the first documents."""
+    levels = (1 << bits) - 1
+    return {"step": np.array([ROOM * float(weights.max(initial=1e-6)) / levels], np.float32)}
+
+
+def segment(words: Words, numbers: NDArray[np.int64], shared: Arrays, bits: int) -> dict[str, NDArray]:
+    """Inverted lists of some documents.
+
+    Args:
+        words: Theirs.
+        numbers: [documents] their internal numbers, ascending.
+        shared: See `train`.
+        bits: 8 or 16.
+    """
+    kind = np.uint8 if bits == 8 else np.uint16
+    impacts = np.clip(np.rint(words.weights / shared["step"][0]), 0, np.iinfo(kind).max).astype(kind)
+    documents = np.repeat(numbers.astype(np.int32), words.counts)
+    some = impacts > 0
+    return _lists(words.ids[some], documents[some], impacts[some], numbers.astype(np.int32))
+
+
+def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
+    """One segment of several, without the documents that are not ``live``."""
+    parts = []
+    for s in segments:
+        documents = np.repeat(s["blocks"], s["sizes"]) * sparse_search.BLOCK + s["places"]
+        per_term = np.diff(np.concatenate([[0], np.cumsum(s["sizes"])])[s["term_starts"]])
+        kept = live[documents]
+        parts.append((np.repeat(s["terms"], per_term)[kept], documents[kept], s["impacts"][kept]))
+    terms, documents, impacts = (np.concatenate(x) for x in zip(*parts, strict=True))
+    order = np.argsort(documents, kind="stable")
+    numbers = np.sort(np.concatenate([s["documents"][live[s["documents"]]] for s in segments]))
+    return _lists(terms[order], documents[order], impacts[order], numbers)
+
+
+def _lists(terms: NDArray, documents: NDArray, impacts: NDArray, numbers: NDArray[np.int32]) -> dict[str, NDArray]:
+    """Of entries in the order of documents."""
+    present, terms = np.unique(terms, return_inverse=True)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(terms, minlength=len(present)))]).astype(np.int64)
+    order = sparse_search.by_term(terms, starts.copy())
+    documents, impacts = documents[order], impacts[order]
+    term_starts, blocks, tops, sizes, skips = sparse_search.blocks_of(starts, documents, impacts)
+    return {
+        "documents": numbers,
+        "terms": present.astype(np.int32),
+        "term_starts": term_starts,
+        "blocks": blocks,
+        "tops": tops,
+        "sizes": sizes,
+        "skips": skips,
+        "places": (documents % sparse_search.BLOCK).astype(np.uint8),
+        "impacts": impacts,
+    }
+
+
+class Part:
+    """One segment, ready to be searched."""
+
+    def __init__(self, arrays: Arrays, documents: int) -> None:
+        """Look at arrays.
+
+        Raises:
+            ValueError: they do not fit each other, or name documents from ``documents`` on.
+        """
+        self.terms, self.term_starts = arrays["terms"], arrays["term_starts"]
+        self.blocks, self.tops, self.sizes = arrays["blocks"], arrays["tops"], arrays["sizes"]
+        self.skips, self.places, self.impacts = arrays["skips"], arrays["places"], arrays["impacts"]
+        blocks, block, skip = len(self.blocks), sparse_search.BLOCK, sparse_search.SKIP
+        if (blocks, blocks, blocks // skip + 1) != (len(self.tops), len(self.sizes), len(self.skips)):
+            raise ValueError(f"{blocks} blocks, {len(self.tops)} tops, {len(self.sizes)} sizes")
+        if self.term_starts[0] != 0 or self.term_starts[-1] != blocks or (np.diff(self.term_starts) < 0).any():
+            raise ValueError("lists that do not follow each other")
+        starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+        self.term_postings = starts[self.term_starts]
+        if len(self.terms) + 1 != len(self.term_starts) or {len(self.places), len(self.impacts)} != {int(starts[-1])}:
+            raise ValueError("lists of different lengths")
+        if (np.diff(self.terms) <= 0).any() or (starts[:-1:skip] != self.skips[: -(-blocks // skip)]).any():
+            raise ValueError("terms out of order")
+        self.first, last = int(self.blocks.min()), int(self.blocks.max())
+        self.count = last + 1 - self.first
+        highest = int(self.places[starts[1:][self.blocks == last] - 1].max())  # places ascend in a block
+        if self.first < 0 or last * block + highest >= documents or int(self.places.max()) >= block:
+            raise ValueError(f"numbers of documents beyond {documents}")
+
+    def at(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where words are among the terms, and whether they are."""
+        at = np.searchsorted(self.terms, ids)
+        there = at < len(self.terms)
+        there[there] = self.terms[at[there]] == ids[there]
+        return at, there
+
+    def frequencies(self, terms: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Postings of some terms."""
+        return self.term_postings[terms + 1] - self.term_postings[terms]
+
+    def impact(self, term: int, number: int) -> int:
+        """Of one document; 0 where it has no such term."""
+        block, place = divmod(number, sparse_search.BLOCK)
+        begin, end = self.term_starts[term : term + 2]
+        b = int(begin + np.searchsorted(self.blocks[begin:end], block))
+        if b == end or self.blocks[b] != block:
+            return 0
+        start = int(sparse_search.start_of(self.sizes, self.skips, b))
+        part = slice(start, start + int(self.sizes[b]))
+        p = int(np.searchsorted(self.places[part], place))
+        there = p < len(self.places[part]) and self.places[part][p] == place
+        return int(self.impacts[part][p]) if there else 0
+
+    def search(
+        self,
+        ids: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        k: int,
+        least: float,
+        allow: NDArray[np.uint8] | None,
+        exhaustive: bool,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best documents, of those that reach ``least``; see `Searcher.search`."""
+        at, there = self.at(ids)
+        there &= weights > 0
+        terms, weights = at[there], weights[there]
+        bounds = sparse_search.bounds(self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count)
+        if allow is not None:
+            bounds[~_any_allowed(allow, self.first, self.count)] = 0
+        some = np.flatnonzero((bounds > 0) & (bounds >= least))
+        promising = FIRST + k
+        while not exhaustive and len(some) > 2 * promising:
+            top = some[np.argpartition(-bounds[some], promising)[:promising]]
+            found = self._scored(np.sort(top), terms, weights, k, least, allow)[1]
+            if len(found) >= k:
+                least = max(least, float(found[-1]))
+                some = some[bounds[some] >= least]
+            promising *= MORE
+        return self._scored(some, terms, weights, k, least, allow)
+
+    def _scored(
+        self,
+        chosen: NDArray[np.int64],
+        terms: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        k: int,
+        least: float,
+        allow: NDArray[np.uint8] | None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best documents of some blocks."""
+        blocks = (chosen + self.first).astype(np.int32)
+        lists = self.term_starts, self.blocks, self.sizes, self.skips, self.places, self.impacts
+        scores = sparse_search.scores(*lists, terms, weights, self.first, self.count, blocks)
+        places = np.flatnonzero((scores > 0) & (scores >= least))
+        documents = blocks[places // sparse_search.BLOCK] * sparse_search.BLOCK + places % sparse_search.BLOCK
+        if allow is not None:
+            passing = (allow[documents >> 3] >> (documents & 7)) & 1 == 1
+            places, documents = places[passing], documents[passing]
+        return best(documents.astype(np.int32), scores[places], k)
+
+
+class Searcher:
+    """The segments of one snapshot, ready to be searched."""
+
+    def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> None:
+        """Look at arrays.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        self.step = float(shared["step"][0])
+        self.parts = [Part(s, documents) for s in segments if len(s["blocks"])]
+        self.count = sum(len(s["documents"]) for s in segments)
+
+    def frequencies(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """How many documents have each word, deleted ones among them until they are merged away."""
+        found = np.zeros(len(ids), np.int64)
+        for part in self.parts:
+            at, there = part.at(ids)
+            found[there] += part.frequencies(at[there])
+        return found
+
+    def weights(self, number: int, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The weights that a document has for some words, [ids]."""
+        found = np.zeros(len(ids), np.float32)
+        for part in self.parts:
+            at, there = part.at(ids)
+            for i in np.flatnonzero(there):
+                found[i] += np.float32(self.step) * part.impact(int(at[i]), number)
+        return found
+
+    def search(
+        self, query: Words, k: int, allow: NDArray[np.uint8] | None = None, exhaustive: bool = False
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best documents and their inner products with one query, best first; equal ones by number.
+
+        Args:
+            query: One text's words.
+            k: Documents at most.
+            allow: A bit for each document, packed, the lowest first; None for all.
+            exhaustive: Score every document that has a word of the query; the answer is the same.
+        """
+        weights = query.weights * np.float32(self.step)
+        documents, scores = np.empty(0, np.int32), np.empty(0, np.float32)
+        for part in self.parts:
+            least = float(scores[k - 1]) if len(scores) >= k else 0.0
+            more = part.search(query.ids, weights, k, least, allow, exhaustive)
+            documents, scores = best(np.append(documents, more[0]), np.append(scores, more[1]), k)
+        return documents, scores
+
+
+def _any_allowed(allow: NDArray[np.uint8], first: int, count: int) -> NDArray[np.bool_]:
+    """Which blocks have a document that may be found."""
+    size = sparse_search.BLOCK // 8
+    bits = np.zeros((first + count) * size, np.uint8)
+    bits[: min(len(allow), len(bits))] = allow[: len(bits)]
+    return np.any(bits.reshape(-1, size)[first:], axis=1)
+
+
+def best(documents: NDArray[np.int32], scores: NDArray[np.float32], k: int) -> tuple[NDArray, NDArray]:
+    """The k best, best first; equal ones by number."""
+    if len(scores) > k:
+        kept = scores >= np.partition(scores, -k)[-k]
+        documents, scores = documents[kept], scores[kept]
+    order = np.lexsort((documents, -scores))[:k]
+    return documents[order], scores[order]

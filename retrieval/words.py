@@ -1,0 +1,68 @@
+"""What a sparse encoder makes of texts: weights of words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Words:
+    """Weighted words of some texts, one text behind the other; those of a text ascend by number.
+
+    Attributes:
+        ids: [entries] int32 numbers of words.
+        weights: [entries] float32, above zero.
+        own: [entries] whether the text itself has the word, or was only taken to mean it.
+        counts: [texts] entries of each text.
+    """
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    own: NDArray[np.bool_]
+    counts: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.ids), len(self.weights), len(self.own), int(self.counts.sum())}
+        if len(sizes) > 1:
+            raise ValueError(f"{len(self.ids)} ids, {len(self.weights)} weights, {int(self.counts.sum())} counted")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, text: int) -> "Words":
+        """Those of one text."""
+        end = int(self.counts[: text + 1].sum())
+        part = slice(end - int(self.counts[text]), end)
+        return Words(self.ids[part], self.weights[part], self.own[part], self.counts[text : text + 1])
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[int, float]], own: bool = True) -> "Words":
+        """From a mapping of words to weights for each text."""
+        entries = [(i, w) for row in rows for i, w in sorted(row.items())]
+        return cls(
+            np.array([i for i, _ in entries], np.int32),
+            np.array([w for _, w in entries], np.float32),
+            np.full(len(entries), own),
+            np.array([len(row) for row in rows], np.int64),
+        )
+
+    @classmethod
+    def join(cls, parts: "Sequence[Words]") -> "Words":
+        """Some behind each other."""
+        if not parts:
+            return cls.of([])
+        return cls(
+            np.concatenate([p.ids for p in parts]),
+            np.concatenate([p.weights for p in parts]),
+            np.concatenate([p.own for p in parts]),
+            np.concatenate([p.counts for p in parts]),
+        )
+
+    def bag(self) -> "Words":
+        """The texts' own words alone, each with weight one."""
+        counts = np.add.reduceat(np.append(self.own, False), np.concatenate([[0], np.cumsum(self.counts)])[:-1])
+        counts = np.where(self.counts > 0, counts, 0).astype(np.int64) if len(self.counts) else self.counts
+        ids = self.ids[self.own]
+        return Words(ids, np.ones(len(ids), np.float32), np.ones(len(ids), np.bool_), counts)
