@@ -52,7 +52,7 @@ class VDRSettings:
     """How a VDR index is searched.
 
     Attributes:
-        form: Of the query: `weights` of the encoder, or the query's own `words` with weight one, for which no model runs.
+        form: Of the query: `weights` of the encoder, or its own `words` with weight one, for which no model runs.
         rerank: So many of the best are encoded and scored anew; of use with `documents=words`.
         exhaustive: Skip no block of documents; the answer is the same.
         words: Words and factors: their weights times that, 0 to ban one. A word that the query lacks is added with the

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from . import filters, snippets
 from .errors import DamagedIndex, RetrievalError
 from .incoming import BATCH, as_document, batches, check_text
+from .ranking import found_by
 from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
 
@@ -394,7 +395,10 @@ class Index:
         possible = min(k, snapshot.manifest.count if where is None else int(np.unpackbits(allow).sum()))  # type: ignore[arg-type]
         again = self.kind.rescored(chosen)
         possible = min(max(k, again), possible) if again else possible
-        found = [self._found(searcher, encoded[i], max(k, again), chosen, possible, allow) for i in range(len(queries))]
+        found = [
+            found_by(self.kind, searcher, encoded[i], max(k, again), chosen, possible, allow)
+            for i in range(len(queries))
+        ]
         if again:
             found = [self._rescored(encoded[i], *pair, again, chosen) for i, pair in enumerate(found)]
         return [(numbers[:k], scores[:k]) for numbers, scores in found]
@@ -408,16 +412,6 @@ class Index:
         anew = self.kind.rescore(self.encoder, query, [documents[n].text for n in there.tolist()], settings)
         order = np.argsort(-anew, kind="stable")
         return np.concatenate([there[order], numbers[count:]]), np.concatenate([anew[order], scores[count:]])
-
-    def _found(
-        self, searcher: Any, query: Any, k: int, settings: Any, possible: int, allow: NDArray[np.uint8] | None
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Hits; where the index or a filter has few documents, it is looked further until ``possible`` are found."""
-        while True:
-            found = self.kind.search(searcher, query, k, settings, allow)
-            if len(found[0]) >= possible or (more := self.kind.wider(settings, searcher)) is None:
-                return found
-            settings = more
 
     def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
         """Why a document has its score: a list of `plugins.contracts.Reason`.

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .kernels import sparse_search
+from .ranking import allowed, best
 from .words import Words
 
 Arrays = Mapping[str, NDArray]
@@ -176,10 +177,8 @@ class Part:
         scores = sparse_search.scores(*lists, terms, weights, self.first, self.count, blocks)
         places = np.flatnonzero((scores > 0) & (scores >= least))
         documents = blocks[places // sparse_search.BLOCK] * sparse_search.BLOCK + places % sparse_search.BLOCK
-        if allow is not None:
-            passing = (allow[documents >> 3] >> (documents & 7)) & 1 == 1
-            places, documents = places[passing], documents[passing]
-        return best(documents.astype(np.int32), scores[places], k)
+        passing = allowed(allow, documents)
+        return best(documents[passing].astype(np.int32), scores[places[passing]], k)
 
 
 class Searcher:
@@ -238,12 +237,3 @@ def _any_allowed(allow: NDArray[np.uint8], first: int, count: int) -> NDArray[np
     bits = np.zeros((first + count) * size, np.uint8)
     bits[: min(len(allow), len(bits))] = allow[: len(bits)]
     return np.any(bits.reshape(-1, size)[first:], axis=1)
-
-
-def best(documents: NDArray[np.int32], scores: NDArray[np.float32], k: int) -> tuple[NDArray, NDArray]:
-    """The k best, best first; equal ones by number."""
-    if len(scores) > k:
-        kept = scores >= np.partition(scores, -k)[-k]
-        documents, scores = documents[kept], scores[kept]
-    order = np.lexsort((documents, -scores))[:k]
-    return documents[order], scores[order]

@@ -15,11 +15,13 @@ class Tokens:
         vectors: [tokens, dimension] float32 or float16, of length one.
         ids: [tokens] the vocabulary's numbers.
         counts: [texts] tokens of each text.
+        pooled: [texts, width] one vector for each text, of length one, where the encoder makes such.
     """
 
     vectors: NDArray
     ids: NDArray[np.int32]
     counts: NDArray[np.int64]
+    pooled: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if len(self.vectors) != len(self.ids) or int(self.counts.sum()) != len(self.ids):
@@ -32,7 +34,8 @@ class Tokens:
         """Those of one text."""
         end = int(self.counts[: text + 1].sum())
         part = slice(end - int(self.counts[text]), end)
-        return Tokens(self.vectors[part], self.ids[part], self.counts[text : text + 1])
+        pooled = None if self.pooled is None else self.pooled[text : text + 1]
+        return Tokens(self.vectors[part], self.ids[part], self.counts[text : text + 1], pooled)
 
     @property
     def texts(self) -> NDArray[np.int64]:
@@ -46,4 +49,5 @@ class Tokens:
             np.concatenate([p.vectors for p in parts]),
             np.concatenate([p.ids for p in parts]),
             np.concatenate([p.counts for p in parts]),
+            np.concatenate(pooled) if (pooled := [p.pooled for p in parts if p.pooled is not None]) else None,
         )

@@ -51,6 +51,7 @@ class Checkpoint:
         attends: Whether other tokens look at those.
         skipped: Tokens of documents that are left out, punctuation with ColBERT.
         lower: Texts are written small first.
+        pooling: How one vector comes of a text's: the `mean` of all, or that of the first token (`cls`).
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     attends: bool = False
     skipped: tuple[str, ...] = field(default=())
     lower: bool = False
+    pooling: str = "mean"
 
     def fingerprint(self) -> str:
         """Of the files that decide what vectors come out."""
@@ -124,6 +126,7 @@ def read(folder: Path) -> Checkpoint:
             skipped=tuple(string.punctuation) if colbert.get("mask_punctuation", True) else (),
         )
     longest = int(config.get("max_position_embeddings", 512))
+    told_pooling = read_json(folder / "1_Pooling" / "config.json") or {}
     return Checkpoint(
         folder,
         backbone,
@@ -135,6 +138,7 @@ def read(folder: Path) -> Checkpoint:
         expansion=bool(told.get("do_query_expansion", False)),
         attends=bool(told.get("attend_to_expansion_tokens", False)),
         skipped=tuple(told.get("skiplist_words") or ()),
+        pooling="cls" if told_pooling.get("pooling_mode_cls_token") else "mean",
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class MultiVectorEncoder:
         self._model = texts.in_precision(model, precision, device)
         same = query_precision in (None, precision)
         self._query_model = self._model if same else texts.in_precision(model, str(query_precision), device)
-        self.dimension = len(self._layers[-1][0]) if self._layers else int(model.config.hidden_size)
+        self._width = int(model.config.hidden_size)
+        self.dimension = len(self._layers[-1][0]) if self._layers else self._width
         self._skipped = {
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
@@ -93,7 +95,7 @@ class MultiVectorEncoder:
         def make(new: list[str]) -> list[Tokens]:
             found = self._encode(self._query_model, self._ids(new, query=True), None, set())
             parts = [found[i] for i in range(len(new))]
-            return [Tokens(p.vectors.astype(np.float32), p.ids, p.counts) for p in parts]
+            return [replace(p, vectors=p.vectors.astype(np.float32)) for p in parts]
 
         return Tokens.join(self._remembered.get(queries, make))
 
@@ -129,6 +131,7 @@ class MultiVectorEncoder:
         import torch
 
         parts: list[Any] = [None] * len(rows)
+        pooled = np.zeros((len(rows), self._width), np.float32)
         pad = self._tokenizer.pad_token_id or 0
         unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
         for batch in texts.batches([len(r) for r in rows]):
@@ -143,6 +146,7 @@ class MultiVectorEncoder:
                     input_ids=torch.from_numpy(ids).to(self.device),
                     attention_mask=torch.from_numpy(mask).to(self.device),
                 ).last_hidden_state.float()
+                pooled[batch] = self._pool(hidden, torch.from_numpy(mask).to(self.device))
                 for weight, bias in self._layers:
                     hidden = torch.nn.functional.linear(
                         hidden, weight.to(hidden.device), None if bias is None else bias.to(hidden.device)
@@ -159,7 +163,16 @@ class MultiVectorEncoder:
             np.concatenate([v for v, _ in parts]) if parts else np.empty((0, self.dimension), np.float16),
             np.concatenate([i for _, i in parts]) if parts else np.empty(0, np.int32),
             np.array([len(i) for _, i in parts], np.int64),
+            pooled,
         )
+
+    def _pool(self, hidden: Any, mask: Any) -> np.ndarray:
+        """One vector of length one for each text, [texts, width] of [texts, tokens, width]."""
+        import torch
+
+        weights = mask.unsqueeze(-1)
+        found = hidden[:, 0] if self.checkpoint.pooling == "cls" else (hidden * weights).sum(1)
+        return torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
 
 
 @functools.lru_cache(maxsize=4)

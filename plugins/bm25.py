@@ -1,0 +1,141 @@
+"""BM25 (Robertson and others, TREC-3, in Lucene's form): words that query and document share, rare ones the more.
+
+    score = sum over words of the query of idf(w) tf(w) / (tf(w) + k1 (1 - b + b length / mean length))
+    idf(w) = log(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
+
+The fraction is what the sparse index keeps of a document; idf follows from its lists when it is searched. The mean
+length is that of the first documents; the index learns it anew while it has few.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .contracts import Arrays, IndexKind, NoOptions, Reason
+from .hookspecs import Register, hookimpl
+
+if TYPE_CHECKING:
+    from ..retrieval.sparse_index import Searcher
+    from ..retrieval.words import Words
+
+BITS = 8
+MANY = 1000  # documents that a mean length was learned from
+
+
+@dataclass(frozen=True)
+class BM25Options:
+    """Options of BM25, fixed when an index is made.
+
+    Attributes:
+        k1: How soon more of the same word counts no more.
+        b: How much long documents are held against.
+        language: Of the stemmer, one of Snowball's; `none` for words as they are.
+    """
+
+    k1: float = 0.9
+    b: float = 0.4
+    language: str = "english"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k1 <= 100:
+            raise ValueError(f"k1: expected above 0 to 100, got {self.k1}")
+        if not 0 <= self.b <= 1:
+            raise ValueError(f"b: expected 0 to 1, got {self.b}")
+
+
+class BM25(IndexKind):
+    """Shared words; see the module."""
+
+    name: ClassVar[str] = "bm25"
+    default_encoder: ClassVar[str] = "stems"
+    divisible: ClassVar[bool] = False
+    Options: ClassVar[type] = BM25Options
+
+    def __init__(self, options: BM25Options) -> None:
+        self.options = options
+
+    def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
+        """``stems``."""
+        from ..retrieval.encoders import stems
+        from ..retrieval.errors import RetrievalError
+
+        del device, precision
+        if name != stems.STEMS:
+            raise RetrievalError(f"encoder {name}: bm25 has {stems.STEMS} alone")
+        return stems.load(self.options.language)
+
+    def train(self, encoded: "Words", expected: int) -> Arrays:
+        """The mean length of a document."""
+        del expected
+        mean = float(encoded.weights.sum()) / max(len(encoded), 1)
+        step = np.array([1 / ((1 << BITS) - 1)], np.float32)
+        return {
+            "step": step,
+            "mean": np.array([max(mean, 1)], np.float32),
+            "trained": np.array([len(encoded)], np.int64),
+        }
+
+    def outgrown(self, shared: Arrays, documents: int) -> bool:
+        """While they are few, when they double."""
+        trained = int(shared["trained"][0])
+        return trained < MANY and documents >= 2 * trained
+
+    def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+        """Inverted lists of tf parts."""
+        from ..retrieval import sparse_index
+
+        o, tf = self.options, encoded.weights
+        ends = np.cumsum(encoded.counts)
+        lengths = np.add.reduceat(np.append(tf, 0), np.append(0, ends[:-1])) if len(ends) else np.empty(0, np.float32)
+        lengths = np.repeat(lengths, encoded.counts) if len(ends) else lengths
+        parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
+        made = sparse_index.segment(replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS)
+        return len(made["places"]), made
+
+    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
+        """Inverted lists of several segments in one."""
+        from ..retrieval import sparse_index
+
+        made = sparse_index.merge(segments, live)
+        return len(made["places"]), made
+
+    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
+        """A view of a snapshot's lists."""
+        from ..retrieval.sparse_index import Searcher
+
+        return Searcher(shared, segments, documents)
+
+    def search(
+        self, searcher: "Searcher", query: "Words", k: int, settings: NoOptions, allow: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The greatest sums."""
+        del settings
+        return searcher.search(self.weighted(searcher, query), k, allow)
+
+    def weighted(self, searcher: "Searcher", query: "Words") -> "Words":
+        """A query's stems with their idf, as often as it has them."""
+        df = searcher.frequencies(query.ids)
+        idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
+        return replace(query, weights=(query.weights * idf).astype(np.float32))
+
+    def explain(
+        self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
+    ) -> list[Reason]:
+        """The stems that query and document share, and what each adds."""
+        from ..retrieval.encoders import stems
+
+        del text, settings, allow
+        names = {stems.number(s): s for s in encoder.words(query)}
+        mine = self.weighted(searcher, encoder.encode_queries([query])[0])
+        products = mine.weights * searcher.weights(number, mine.ids)
+        order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
+        return [Reason(w, w, float(products[i])) for i in order if (w := names[int(mine.ids[i])])]
+
+
+@hookimpl
+def register_indexes(register: Register) -> None:
+    """Built-ins come through the same door as anybody's plugin."""
+    register(BM25)
