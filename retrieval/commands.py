@@ -22,6 +22,10 @@ Where = Annotated[
     str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
+Word = Annotated[
+    list[str] | None,
+    typer.Option(help="Of an index of words: WORD=FACTOR makes a word weigh so many times as much, 0 bans it."),
+]
 EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
 Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
 Precision = Annotated[str, typer.Option(help="For the encoder: float32, bfloat16, float16 or int8.")]
@@ -139,13 +143,14 @@ def search(
     k: K = 10,
     where: Where = None,
     settings: Set = None,
+    word: Word = None,
     as_json: AsJson = False,
     encoder: EncoderOption = None,
     ray: Ray = None,
 ) -> None:
     """Find documents."""
     with refusals(), _for_reading(folder, encoder, ray=ray) as opened:
-        given = values(settings, "--set")
+        given = values(settings, "--set") | _edits(word)
         for text in [" ".join(query)] if query else _lines():
             hits = opened.search(text, k, where, **given)
             if as_json:
@@ -161,27 +166,27 @@ def explain(
     query: Annotated[str, typer.Argument(help="A query.")],
     document: Annotated[str, typer.Argument(help="The id of a document.")],
     settings: Set = None,
+    word: Word = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page here instead.")] = None,
     as_json: AsJson = False,
     encoder: EncoderOption = None,
 ) -> None:
     """Show why a document has its score: what of the query met what of it."""
     with refusals(), _opened(folder, encoder) as opened:
-        reasons = opened.explain(query, document, **values(settings, "--set"))
-    if as_json:
-        typer.echo(json.dumps([vars(r) for r in reasons], ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+        given = values(settings, "--set") | _edits(word)
+        reasons, reading = opened.explain(query, document, **given), opened.reading(query, document, **given)
+        found = opened.get(document)
+    from . import pages
 
-    table = Table("query", "document", "adds", "")
-    most = max((r.score for r in reasons), default=0.0) or 1.0
-    for r in reasons:
-        bar = Text("█" * max(round(24 * r.score / most), 0), style="dim" if r.imputed else "green")
-        met = Text("not retrieved, imputed", style="dim") if r.imputed else Text(r.document or "")
-        table.add_row(Text(r.query), met, f"{r.score:.4f}", bar)
-    table.caption = f"score {sum(r.score for r in reasons):.4f}"
-    Console().print(table)
+    if page is not None:
+        with refusals():
+            page.write_text(pages.explanation(query, document, found.text, reasons, reading), encoding="utf-8")
+            _told(f"{page}: open it in a browser")
+    if as_json:
+        told = {"reasons": [vars(r) for r in reasons]} | (vars(reading) if reading is not None else {})
+        typer.echo(json.dumps(told if reading is not None else told["reasons"], ensure_ascii=False))
+    elif page is None:
+        pages.show(reasons, reading)
 
 
 @index.command("eval")
@@ -311,6 +316,24 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
         ConfigError: one is of another form.
     """
     return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
+
+
+def _edits(words: list[str] | None) -> dict[str, Any]:
+    """``WORD=FACTOR`` texts as the setting ``words``.
+
+    Raises:
+        ConfigError: one is of another form.
+    """
+    factors = {}
+    for given in words or []:
+        word, equals, factor = given.rpartition("=")
+        try:
+            factors[word] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not word:
+            raise ConfigError(f"--word {given}: expected WORD=FACTOR, as shark=2")
+    return {"words": factors} if factors else {}
 
 
 @contextlib.contextmanager

@@ -111,11 +111,11 @@ def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
     """Tokens that are drafted see what they would see if they were decoded one by one."""
     drafter, policy = drafting_args(), kv(**WINDOW)
     both = drafter["additional_config"]["pilotfish"] | policy["additional_config"]["pilotfish"]
-    expected = exact.ask(**ask(PROMPTS, max_tokens=60))["tokens"]
+    expected = exact.ask(**ask(PROMPTS, max_tokens=30))["tokens"]
     exact.close()
     engine = start(model, **{**policy, **drafter, "additional_config": {"pilotfish": both}})
     engine.ask(do="draft_always")
-    answer = engine.ask(**ask(PROMPTS, max_tokens=60))
+    answer = engine.ask(**ask(PROMPTS, max_tokens=30))
     assert answer["tokens"] == expected
     assert answer["drafted"] > 0
     engine.close()
