@@ -53,7 +53,7 @@ def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDAr
     parts = []
     for s in segments:
         documents = np.repeat(s["blocks"], s["sizes"]) * sparse_search.BLOCK + s["places"]
-        per_term = np.diff(np.concatenate([[0], np.cumsum(s["sizes"])])[s["term_starts"]])
+        per_term = np.diff(np.concatenate([[0], np.cumsum(s["sizes"], dtype=np.int64)])[s["term_starts"]])
         kept = live[documents]
         parts.append((np.repeat(s["terms"], per_term)[kept], documents[kept], s["impacts"][kept]))
     terms, documents, impacts = (np.concatenate(x) for x in zip(*parts, strict=True))

@@ -30,7 +30,7 @@ EMBEDDED = "splade-tiny"  # the embedded default: the masked-LM head of the pack
 QUERY, DOCUMENT = 128, 256  # tokens, the card's
 TOP = 768
 SHIFT = 999  # entries before the words in BERT's vocabulary
-BATCH = 1024  # tokens: logits of so many are 125 MB
+BATCH = 1024  # tokens
 ACTIVATIONS = ("auto", "elu1p", "splade")
 
 
@@ -139,7 +139,7 @@ class VocabularyEncoder:
 
     @functools.cached_property
     def _models(self) -> tuple[Any, Any]:
-        """The models of queries and of documents, often one; each gives logits [texts, tokens, words]."""
+        """The models of queries and of documents, often one; each gives the greatest logits, [texts, words]."""
         made = [texts.in_precision(m, self._precision, self.device) for m in _load(self.form)]
         return made[0], made[-1]
 
@@ -217,10 +217,10 @@ class VocabularyEncoder:
                 ids[i, : len(rows[row])] = torch.tensor(rows[row])
                 mask[i, : len(rows[row])] = 1
             with torch.inference_mode():
-                logits = model(ids.to(self.device), mask.to(self.device))
-                for i, row in enumerate(batch):
-                    most = logits[i, : len(rows[row])].float().amax(0)
-                    parts[row] = self._kept(activate(most, self.activation).cpu().numpy(), rows[row])
+                greatest = model(ids.to(self.device), mask.to(self.device)).float()
+                weights = activate(greatest, self.activation).cpu().numpy()
+            for i, row in enumerate(batch):
+                parts[row] = self._kept(weights[i], rows[row])
             if progress is not None:
                 progress(len(batch))
         return parts
@@ -273,7 +273,7 @@ def _tokenizer(form: Form) -> Any:
 
 
 def _load(form: Form) -> list[Any]:
-    """Models from ids and masks to logits; one, or one for queries and one for documents.
+    """Models from ids and masks to each word's greatest logit; one, or one for queries and one for documents.
 
     Raises:
         RetrievalError: they cannot be loaded.

@@ -12,10 +12,11 @@ from pilotfish.retrieval import Index
 
 @pytest.fixture
 def create(tmp_path: Path) -> Callable[..., Index]:
-    """Make indexes with a quick encoder."""
+    """Make indexes with quick encoders."""
     words.use()
 
-    def make(name: str = "index", **options: Any) -> Index:
-        return Index.create(tmp_path / name, encoder="words", options=options)
+    def make(name: str = "index", kind: str = "xtr", **options: Any) -> Index:
+        encoder, usual = words.KINDS[kind]
+        return Index.create(tmp_path / name, kind, encoder, {**(usual if kind != "xtr" else {}), **options})
 
     return make

@@ -1,4 +1,4 @@
-"""An encoder for tests: every word has a vector that its letters decide. Quick, and the same everywhere."""
+"""Encoders for tests: every word has a vector, or a weight, that its letters decide. Quick, and the same everywhere."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from pilotfish.plugins.contracts import Encoder
 from pilotfish.plugins.hookspecs import Register, hookimpl
 from pilotfish.plugins.manager import plugins
 from pilotfish.retrieval.tokens import Tokens
+from pilotfish.retrieval.words import Words as Weighted
 
 DIMENSION = 24
 
@@ -55,13 +56,62 @@ class Words(Encoder):
         return [" ".join(words[i : i + size]) for i in range(0, max(len(words), 1), size)]
 
 
+def weights(text: str) -> dict[int, float]:
+    """Each word has a number and a weight; the word that is it backwards is meant a little, too."""
+    found: dict[int, float] = {}
+    for word in ["[start]", *text.lower().split()]:
+        digest = hashlib.sha256(word.encode()).digest()
+        meant = int.from_bytes(hashlib.sha256(word[::-1].encode()).digest()[:3], "big")
+        found[meant] = max(found.get(meant, 0.0), 0.25)
+        own = int.from_bytes(digest[:3], "big")
+        found[own] = max(found.get(own, 0.0), 0.5 + digest[3] / 256)
+    return found
+
+
+class Weights(Encoder):
+    """Words with weights."""
+
+    name: ClassVar[str] = "word-weights"
+    dimension = 1 << 24
+
+    def __init__(self, options: Any = None, device: str = "auto", precision: str = "float32") -> None:
+        del options, device, precision
+
+    @property
+    def fingerprint(self) -> str:
+        return "word-weights-1"
+
+    def encode_queries(self, texts: Sequence[str]) -> Weighted:
+        return self.encode_documents(texts)
+
+    def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Weighted:
+        if progress is not None:
+            progress(len(texts))
+        return Weighted.of([weights(t) for t in texts])
+
+    def chunks(self, text: str, size: int, overlap: int) -> list[str]:
+        return Words().chunks(text, size, overlap)
+
+
+# Kinds of index, the test encoder that goes with each, and options for exact scores.
+HYBRID = "xtr=words,vdr=word-weights,dense=words"
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "xtr": ("words", {"dimension": 0}),
+    "vdr": ("word-weights", {}),
+    "bm25": ("stems", {}),
+    "dense": ("words", {}),
+    "hybrid": (HYBRID, {"members": "xtr+vdr+bm25+dense", "options": {"xtr": {"dimension": 0}}}),
+}
+
+
 class _Plugin:
     @hookimpl
     def register_encoders(self, register: Register) -> None:
         register(Words)
+        register(Weights)
 
 
 def use() -> None:
-    """Register the encoder, once in a process."""
+    """Register the encoders, once in a process."""
     if "words" not in plugins().classes("encoder"):
         plugins().register(_Plugin(), "test-words")

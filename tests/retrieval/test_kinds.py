@@ -1,0 +1,165 @@
+"""Kinds of index beside XTR, through whole histories of changes, against plain formulas; and fusion of several."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import words
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval import Index, RetrievalError
+from pilotfish.retrieval.encoders import stems
+
+VOCABULARY = ["shark", "fish", "pilot", "ray", "whale", "coral", "reef", "sharks", "the", "net"]
+TEXT = st.lists(st.sampled_from(VOCABULARY), max_size=6).map(" ".join)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("upsert"), st.dictionaries(st.integers(0, 12), TEXT, min_size=1, max_size=5)),
+        st.tuples(st.just("delete"), st.lists(st.integers(0, 12), max_size=4)),
+        st.tuples(st.just("reopen"), st.none()),
+    ),
+    max_size=6,
+)
+
+
+def vdr(documents: dict[str, str], query: str) -> dict[str, float]:
+    asked = words.weights(query)
+    scores = {n: sum(w * asked.get(i, 0.0) for i, w in words.weights(t).items()) for n, t in documents.items()}
+    return {n: s for n, s in scores.items() if s > 0}
+
+
+def dense(documents: dict[str, str], query: str) -> dict[str, float]:
+    def of(text: str) -> np.ndarray:
+        total = np.sum([words.vector(w) for w in words.Words().words(text)], axis=0)
+        return total / np.linalg.norm(total)
+
+    return {n: float(of(t) @ of(query)) for n, t in documents.items()}
+
+
+def bm25(documents: dict[str, str], query: str, k1: float = 0.9, b: float = 0.4) -> dict[str, float]:
+    encoder = stems.load("english")
+    counts = {n: Counter(encoder.words(t)) for n, t in documents.items()}
+    mean = max(sum(c.total() for c in counts.values()) / max(len(counts), 1), 1)
+    found: dict[str, float] = {}
+    for word in encoder.words(query):
+        df = sum(word in c for c in counts.values())
+        idf = math.log1p((len(counts) - df + 0.5) / (df + 0.5))
+        for n, c in counts.items():
+            if tf := c[word]:
+                part = tf / (tf + k1 * (1 - b + b * c.total() / mean))
+                found[n] = found.get(n, 0.0) + idf * part
+    return found
+
+
+PLAIN: dict[str, Any] = {"vdr": vdr, "dense": dense, "bm25": bm25}
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, "hybrid"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, query=TEXT, least=st.one_of(st.none(), st.integers(0, 12)))
+def test_any_history_of_changes(tmp_path_factory, kind: str, steps, query: str, least: int | None) -> None:
+    words.use()
+    folder = tmp_path_factory.mktemp("index") / "x"
+    index = Index.create(folder, kind, *words.KINDS[kind])
+    model: dict[str, str] = {}
+    for step, value in steps:
+        if step == "upsert":
+            index.upsert([{"id": f"d{i}", "text": t, "metadata": {"n": i}} for i, t in value.items()])
+            model |= {f"d{i}": t for i, t in value.items()}
+        elif step == "delete":
+            index.delete([f"d{i}" for i in value])
+            model = {n: t for n, t in model.items() if n not in {f"d{i}" for i in value}}
+        else:
+            index.close()
+            index = Index.open(folder)
+    index.check()
+    where = None if least is None else f"n >= {least}"
+    passing = {n for n in model if least is None or int(n[1:]) >= least}
+    hits = index.search(query, 50, where)
+    assert {h.id for h in hits} <= passing
+    assert all(h.text == model[h.id] for h in hits)
+    assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+    if kind in PLAIN:
+        index.compact(relearn=True)
+        expected = {n: s for n, s in PLAIN[kind](model, query).items() if n in passing}
+        found = {h.id: h.score for h in index.search(query, 50, where)}
+        assert set(found) == set(expected)
+        for name, score in found.items():
+            assert score == pytest.approx(expected[name], abs=0.03)
+    else:
+        assert {h.id for h in hits} == passing  # dense alone finds all
+    index.close()
+
+
+@pytest.fixture
+def hybrid(create) -> Index:
+    index = create(kind="hybrid")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(VOCABULARY, 5).tolist()) + f" word{i}" for i in range(60)]
+    index.add([{"id": str(i), "text": t} for i, t in enumerate(texts)])
+    index.delete(["7"])
+    return index
+
+
+@pytest.mark.parametrize("fusion", ["rrf", "score"])
+@pytest.mark.parametrize("weights", [{}, {"xtr": 2.0, "bm25": 0.5}, {"dense": 0.0}])
+def test_fusion_is_that_of_the_members_answers(hybrid: Index, fusion: str, weights: dict[str, float]) -> None:
+    """Against each member asked alone, by leaving the others out."""
+    members, query, constant, depth = ("xtr", "vdr", "bm25", "dense"), "shark reef word9", 7, 20
+    expected: dict[str, float] = {}
+    for member in members:
+        if (weight := weights.get(member, 1.0)) == 0:
+            continue
+        alone = {m: float(m == member) for m in members}
+        hits = hybrid.search(query, depth, fusion=fusion, constant=constant, depth=depth, weights=alone)
+        for hit in hits:
+            expected[hit.id] = expected.get(hit.id, 0.0) + weight * hit.score
+        if fusion == "rrf":
+            assert [h.score for h in hits] == pytest.approx([1 / (constant + 1 + i) for i in range(len(hits))])
+        else:
+            assert (hits[0].score, hits[-1].score) == pytest.approx((1.0, 0.0))
+    found = hybrid.search(query, depth, fusion=fusion, constant=constant, depth=depth, weights=weights)
+    best = sorted(expected.values(), reverse=True)[:depth]
+    assert [h.score for h in found] == pytest.approx(best, abs=1e-5)
+    assert all(h.score == pytest.approx(expected[h.id], abs=1e-5) for h in found)
+
+
+def test_an_explanation_of_a_hybrid_adds_up(hybrid: Index) -> None:
+    hit = hybrid.search("shark word9", 1)[0]
+    reasons = hybrid.explain("shark word9", hit.id)
+    assert [r.query for r in reasons] == ["xtr", "vdr", "bm25", "dense"]
+    assert sum(r.score for r in reasons) == pytest.approx(hit.score, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vdr", "bm25"])
+def test_an_explanation_adds_up(create, kind: str) -> None:
+    index = create(kind=kind)
+    index.add([{"id": str(i), "text": f"shark word{i} reef"} for i in range(30)])
+    hit = index.search("word7 shark", 1)[0]
+    if kind == "bm25":
+        assert sum(r.score for r in index.explain("word7 shark", hit.id)) == pytest.approx(hit.score, abs=1e-5)
+        assert index.explain("word7 shark", hit.id)[0].query == "word7"
+    assert hit.id == "7"
+
+
+def test_what_a_hybrid_cannot_be_is_refused(hybrid: Index, tmp_path) -> None:
+    for call, message in (
+        (lambda: hybrid.search("x", fusion="sum"), "expected one of 'rrf', 'score'"),
+        (lambda: hybrid.search("x", weights={"xtra": 1}), "'xtra' is none of xtr, vdr, bm25, dense"),
+        (lambda: hybrid.search("x", weights={"xtr": -1}), "expected none below 0"),
+        (lambda: hybrid.search("x", weights=dict.fromkeys(("xtr", "vdr", "bm25", "dense"), 0)), "leave out every"),
+        (lambda: hybrid.search("x", settings={"xtr": {"probs": 1}}), "did you mean 'probes'"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", options={"members": "xtr"}), "two or more"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", options={"members": "xtr+vrd"}), "did you mean 'vdr'"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", options={"options": {"x": {}}}), "'x' is no member"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", options={"options": {"xtr": {"codec": "x"}}}), "expected sq4"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", "minilm"), "expected MEMBER=ENCODER"),
+        (lambda: Index.create(tmp_path / "y", "bm25", "minilm"), "has stems alone"),
+        (lambda: Index.create(tmp_path / "y", "bm25", options={"language": "klingon"}), "expected none, arabic"),
+    ):
+        with pytest.raises(RetrievalError, match=message):
+            call()
+    assert not (tmp_path / "y").exists()
