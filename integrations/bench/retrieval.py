@@ -45,8 +45,8 @@ def run(plan: Plan) -> list[Record]:
         records += _measured(parts[-1], plan, raw)
         record.write(plan.out, records, raw)
     if plan.union and len(parts) > 1:
-        # For times: exact MaxSim over everything would take most of them, and its quality is known from the parts.
-        quick = tuple(arm for arm in plan.arms if arm != "maxsim")
+        # For times. These two would take most of them, and are known from the parts.
+        quick = tuple(arm for arm in plan.arms if arm not in ("maxsim", "sparse_encoder"))
         records += _measured(corpus.union(parts), replace(plan, arms=quick), raw)
         record.write(plan.out, records, raw)
     _show(records)
@@ -80,6 +80,8 @@ def _measured(c: Corpus, plan: Plan, raw: dict[str, Any]) -> list[Record]:
             ("query_ms_p95", statistics.quantiles(times_of, n=20)[-1], "ms"),
             ("build_s", arm.build_seconds, "s"),
             ("bytes_per_token", arm.bytes / count, "bytes"),
+            ("index_mib", arm.bytes / 2**20, "MiB"),
+            ("postings_per_document", arm.postings, ""),
         ]
         size = {"documents": len(c.ids), "tokens": count, "queries": len(c.asked), "threads": plan.threads}
         records += [Record("retrieval", c.name, arm.name, m, round(v, 4), u, [], size) for m, v, u in figures]
@@ -112,7 +114,7 @@ def _show(records: Sequence[Record]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    metrics = ("ndcg@10", "recall@100", "query_ms_median", "query_ms_p95", "build_s", "bytes_per_token")
+    metrics = ("ndcg@10", "recall@100", "query_ms_median", "query_ms_p95", "build_s", "index_mib")
     table = Table("collection", "arm", *metrics)
     found: dict[tuple[str, str], dict[str, float]] = {}
     for r in records:

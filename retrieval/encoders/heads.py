@@ -25,8 +25,10 @@ class TiedVocabulary(torch.nn.Module):
 
 
 class MaskedLM(torch.nn.Module):
-    """The head of a masked language model, whatever its family calls it: what stands before its last linear layer is
-    the model's own, and the layer itself is applied by `greatest`."""
+    """A masked language model, of whatever family.
+
+    What stands before its last linear layer is the model's own; the layer itself is applied by `greatest`.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -45,9 +47,7 @@ class MaskedLM(torch.nn.Module):
         return greatest(hidden, mask, self.last.weight, self.last.bias)
 
 
-def greatest(
-    hidden: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def greatest(hidden: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The greatest of ``hidden @ weight.T + bias`` over the tokens of each text.
 
     Args:
