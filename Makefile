@@ -66,19 +66,22 @@ $(PEERS)/.ready:
 	touch $@
 
 XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
-XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans,xtr@until=500,xtr@until=4000
+XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans
 WORDS := bm25,vdr,vdr@exhaustive=true,vdr@activation=elu1p,vdr@form=words,vdr@documents=words
-WORDS_MORE := vdr@documents=words@rerank=100,sparse_encoder
+WORDS_MORE := vdr@documents=words@rerank=100
 HYBRIDS := dense,hybrid,hybrid@fusion=rrf,hybrid@members=xtr+bm25,hybrid@members=xtr+vdr,hybrid@members=xtr+vdr+bm25+dense
-OTHERS := fast_plaid,fast_plaid@n_full_scores=512,xtr_warp,xtr_warp@nprobe=8,xtr_warp@nprobe=32
+OTHERS := fast_plaid@n_full_scores=512,xtr_warp
 ARMS := $(XTR),$(XTR_PARTS),$(WORDS),$(WORDS_MORE),$(HYBRIDS),$(OTHERS)
-RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 2
+RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 1
 
 bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
 	$(RETRIEVAL) $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --arms $(ARMS)
-	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(WORDS),$(HYBRIDS),$(OTHERS) \
+	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(WORDS),$(HYBRIDS) --queries 100 \
 	  --out benchmarks/results/retrieval_scifact.json
+	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --arms vdr,vdr@exhaustive=true,sparse_encoder \
+	  --out benchmarks/results/retrieval_sparse_encoder.json
+	$(BIN)/python benchmarks/sparse_scale.py
 	$(BIN)/python benchmarks/token_scale.py $(DATA)
 	$(MAKE) tables
 

@@ -90,13 +90,16 @@ def quality(found: list[dict[str, Any]], path: Path) -> None:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for r in found:
         values.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
-    points = {key: v for key, v in values.items() if "ndcg@10" in v}
+    parts = ("codec", "cluster", "until", "activation", "members", "exhaustive", "documents", "form")
+    points = {
+        key: v for key, v in values.items() if "ndcg@10" in v and not any(f"@{part}=" in key[1] for part in parts)
+    }
     collections = list(dict.fromkeys(dataset for dataset, _ in points))
     figure, axes = plt.subplots(1, len(collections), figsize=(4.2 * len(collections), 4), layout="constrained")
     for collection, axis in zip(collections, axes, strict=True):
         for (dataset, arm), v in points.items():
             if dataset == collection:
-                ours = arm.startswith("xtr")
+                ours = arm.split("@")[0] in ("xtr", "vdr", "hybrid", "dense", "bm25")
                 axis.scatter(v["query_ms_median"], v["ndcg@10"], color=BLUE if ours else GREY, zorder=3)
                 axis.annotate(
                     arm.replace("@", " "),

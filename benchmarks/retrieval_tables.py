@@ -30,12 +30,99 @@ def label(arm: str) -> str:
     return f"{shown}, {rest}" if rest else f"**{shown}**"
 
 
-def retrieval() -> str:
-    """Quality, time and memory of all arms, by collection."""
-    result = load("retrieval")
+TOKENS = ("bm25s", "faiss_flat", "maxsim", "xtr", "fast_plaid", "xtr_warp")
+WORDS = ("bm25s", "bm25", "vdr", "sparse_encoder")
+MORE = (("postings_per_document", "words a document", "{:.0f}"), ("index_mib", "MiB", "{:.1f}"))
+
+
+def _table(benchmark: str, kinds: tuple[str, ...], more: tuple[tuple[str, str, str], ...] = ()) -> str:
+    """Arms of some kinds, by collection."""
+    result = load(benchmark)
+    columns = (*(c for c in COLUMNS if not more or c[0] != "bytes_per_token"), *more)
     rows = [
-        [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in COLUMNS)]
+        [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in columns)]
+        for (dataset, _, arm), values in figures(result).items()
+        if "ndcg@10" in values and arm.split("@")[0] in kinds
+    ]
+    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows) + provenance(result)
+
+
+def retrieval() -> str:
+    """Tokens: XTR and other packages."""
+    return _table("retrieval", TOKENS)
+
+
+def retrieval_scifact() -> str:
+    """The same on scifact, whose queries are those of its training part."""
+    return _table("retrieval_scifact", (*TOKENS, *WORDS, "dense", "hybrid"))
+
+
+def retrieval_words() -> str:
+    """Words: VDR in its forms."""
+    return _table("retrieval", WORDS, MORE)
+
+
+def retrieval_hybrid() -> str:
+    """Hybrids and their members."""
+    result = load("retrieval")
+    plain = ("xtr", "vdr", "bm25", "dense")
+    columns = (*COLUMNS[:4], ("index_mib", "MiB", "{:.1f}"))
+    rows = [
+        [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in columns)]
+        for (dataset, _, arm), values in figures(result).items()
+        if arm in plain or arm.startswith("hybrid")
+    ]
+    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows) + provenance(result)
+
+
+def token_scale() -> str:
+    """Millions of tokens."""
+    result = load("token_scale")
+    table = figures(result)
+    names = (
+        ("query_ms_median_8", "ms, 8 probes", "{:.1f}"),
+        ("query_ms_median_16", "ms, 16 probes", "{:.1f}"),
+        ("query_ms_median_32", "ms, 32 probes", "{:.1f}"),
+        ("files_mib", "MiB on disk", "{:.0f}"),
+        ("resident_mib", "MiB resident", "{:.0f}"),
+        ("peak_mib", "peak of the process, MiB", "{:.0f}"),
+        ("add_100_documents_s", "100 documents found after s", "{:.2f}"),
+        ("build_s", "build s", "{:.0f}"),
+    )
+    rows = [
+        [f"{int(dataset.partition('_')[2]) / 1e6:g} million", f"`{arm.partition('=')[2]}`"]
+        + [form.format(values[name]) for name, _, form in names]
+        for (dataset, _, arm), values in table.items()
+    ]
+    return markdown(["tokens", "codec", *(title for _, title, _ in names)], rows) + provenance(result)
+
+
+def sparse_scale() -> str:
+    """Millions of documents made of words."""
+    result = load("sparse_scale")
+    titles = {
+        "blocks": "**blocks skipped**",
+        "exhaustive": "every document scored",
+        "scipy_lists": "scipy, query times inverted lists",
+        "scipy_rows": "scipy, documents times query",
+    }
+    times: dict[str, dict[str, float]] = {}
+    for r in result["records"]:
+        if r["metric"] == "query_ms_median":
+            arm, k = r["arm"].split("@k=")
+            times.setdefault(arm, {})[k] = r["value"]
+    rows = [[titles[arm], *(f"{found[k]:.1f}" for k in ("10", "100"))] for arm, found in times.items()]
+    size = int(result["records"][0]["dataset"].partition("_")[2])
+    head = [f"{size:,} documents", "ms, the best 10", "ms, the best 100"]
+    return markdown(head, rows) + provenance(result)
+
+
+def training() -> str:
+    """Trained encoders beside what they began with, and beside the embedded ones."""
+    result = load("training")
+    rows = [
+        [dataset, label(arm), f"{values['ndcg@10']:.3f}", f"{values['recall@100']:.3f}"]
         for (dataset, _, arm), values in figures(result).items()
         if "ndcg@10" in values
     ]
-    return markdown(["collection", "index", *(title for _, title, _ in COLUMNS)], rows) + provenance(result)
+    return markdown(["collection", "index", "nDCG@10", "Recall@100"], rows) + provenance(result)

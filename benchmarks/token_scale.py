@@ -143,6 +143,7 @@ def search(place: Path) -> dict[str, float]:
                         taken.append(1e3 * (time.perf_counter() - started))
             found[f"query_ms_median_{probes}"] = statistics.median(taken)
         found["resident_mib"] = _memory() - before
+        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         new = Tokens(
             np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000],
             np.arange(6000, dtype=np.int32) % 900,

@@ -257,6 +257,7 @@ class IndexKind(Plugin, ABC):
 
     default_encoder: ClassVar[str]
     Settings: ClassVar[type] = NoOptions  # frozen dataclass: how an index is searched, may change after it was built
+    divisible: ClassVar[bool] = True  # whether a document's score is the same in any shard
 
     @abstractmethod
     def __init__(self, options: Any) -> None: ...

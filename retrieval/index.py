@@ -89,7 +89,7 @@ class Index:
             RetrievalError: the folder holds something, or there is no such kind, option or encoder.
             OSError: the folder cannot be written.
         """
-        made, parsed = _kind(kind, options or {})
+        made, parsed = kind_of(kind, options or {})
         name = encoder or made.default_encoder
         if Path(name).is_dir():
             name = str(Path(name).absolute())  # it has to be found again from anywhere
@@ -116,7 +116,7 @@ class Index:
         """
         store = Store(Path(folder))
         about = store.snapshot.manifest
-        made, _ = _kind(about.kind, about.options)
+        made, _ = kind_of(about.kind, about.options)
         name = encoder or about.encoder["name"]
 
         def load() -> Any:
@@ -563,8 +563,12 @@ def _hits(
     ]
 
 
-def _kind(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A registered kind of index, and its options."""
+def kind_of(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A registered kind of index, and its options.
+
+    Raises:
+        RetrievalError: there is none, or one is wrong.
+    """
     # The one place where this folder looks up: names of kinds and encoders are the plugin manager's business.
     from ..plugins.config import ConfigError, Selection
     from ..plugins.manager import plugins

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
 from .incoming import BATCH, as_document
-from .index import Filter, Hit, Index, Progress
+from .index import Filter, Hit, Index, Progress, kind_of
 from .store import Change, Store, files
 from .store.documents import Document
 
@@ -37,12 +37,14 @@ class Shard:
         self._index = Index.open(folder)
 
     def sizes(self) -> NDArray[np.int64]:
-        """Tokens of each list, [lists]."""
-        return np.array(self._index.searcher().tokens.sizes)
+        """Tokens of each list, [lists]; nothing of kinds that impute nothing."""
+        tokens = getattr(self._index.searcher(), "tokens", None)
+        return np.empty(0, np.int64) if tokens is None else np.array(tokens.sizes)
 
     def impute_by(self, sizes: NDArray[np.int64]) -> None:
         """Be told those of all shards together."""
-        self._index.searcher().tokens.impute_by(sizes)
+        if len(sizes):
+            self._index.searcher().tokens.impute_by(sizes)
 
     def count(self, where: Filter | None) -> int:
         """Documents that pass a filter."""
@@ -231,6 +233,8 @@ def build(
     if count < 1:
         raise RetrievalError(f"shards: expected 1 or more, got {count}")
     every = _distinct(documents)
+    if not kind_of(kind, options or {})[0].divisible:
+        raise RetrievalError(f"{kind} cannot be in shards: what a document scores there depends on all others")
     with Index.create(folder / "shard-0", kind, encoder, options) as first:
         about = first.snapshot.manifest
         learned = first.kind.train(first.encoder.encode_documents([d.text for d in every[:BATCH]]), len(every))

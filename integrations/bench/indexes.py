@@ -65,7 +65,7 @@ def parsed(arm: str) -> Selection:
 def _split(cls: Any, options: Any) -> tuple[Any, dict[str, Any]]:
     """Options of making an index, and those of searching it."""
     making = {k: v for k, v in options.items() if k in cls.Options.__dataclass_fields__}
-    searching = {k: v for k, v in options.items() if k not in making}
+    searching = {k: v for k, v in options.items() if k not in making and k != "encoder"}
     return build_options(cls.Options, making, cls.name), asdict(build_options(cls.Settings, searching, cls.name))
 
 
@@ -107,7 +107,8 @@ def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Pa
         stdout=subprocess.PIPE,
         stderr=log.open("w"),
         text=True,
-        env={**os.environ, "RAYON_NUM_THREADS": str(threads)},
+        # Threads that wait must not take time from the arm that is measured.
+        env={**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
     )
     weakref.finalize(process, shutil.rmtree, folder, ignore_errors=True)
 
@@ -197,7 +198,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
     if name.endswith("@exact"):
         settings |= EXACT
     kind = cls(options)
-    encoder = kind.load_encoder(kind.default_encoder)
+    encoder = kind.load_encoder(str(chosen.options.get("encoder", kind.default_encoder)))
     encoded = corpus.by(encoder)
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})

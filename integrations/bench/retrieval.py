@@ -45,8 +45,8 @@ def run(plan: Plan) -> list[Record]:
         records += _measured(parts[-1], plan, raw)
         record.write(plan.out, records, raw)
     if plan.union and len(parts) > 1:
-        # For times. These two would take most of them, and are known from the parts.
-        quick = tuple(arm for arm in plan.arms if arm not in ("maxsim", "sparse_encoder"))
+        # For times. These would take most of them, and are known from the parts.
+        quick = tuple(arm for arm in plan.arms if not arm.startswith(("maxsim", "sparse_encoder", "fast_plaid")))
         records += _measured(corpus.union(parts), replace(plan, arms=quick), raw)
         record.write(plan.out, records, raw)
     _show(records)

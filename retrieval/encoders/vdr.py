@@ -278,13 +278,14 @@ def _load(form: Form) -> list[Any]:
     Raises:
         RetrievalError: they cannot be loaded.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     kept = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise RetrievalError(f"encoder {form.folder}: {first_line(error)}") from None
     finally:
         logging.set_verbosity(kept)

@@ -99,18 +99,35 @@ def kmeans(vectors: NDArray[np.float32], k: int, seed: int = 0) -> NDArray[np.fl
     import faiss
 
     runner = faiss.Kmeans(
-        vectors.shape[1], k, niter=ROUNDS, seed=seed, max_points_per_centroid=POINTS, min_points_per_centroid=1
+        vectors.shape[1],
+        k,
+        niter=ROUNDS,
+        seed=seed,
+        max_points_per_centroid=POINTS,
+        min_points_per_centroid=1,
+        gpu=gpus() > 0,
     )
     runner.train(np.ascontiguousarray(vectors, np.float32))
     # Equal vectors give equal centroids, of which all but one stay empty and stand in the way of others.
     return runner.centroids[np.sort(np.unique(runner.centroids.round(4), axis=0, return_index=True)[1])]
 
 
+def gpus() -> int:
+    """GPUs that FAISS can use; none with faiss-cpu."""
+    import faiss
+
+    return faiss.get_num_gpus()
+
+
 def nearest(vectors: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:
     """The nearest centroid of each vector, [n]."""
-    if len(centroids) > FLAT:
-        import faiss
+    import faiss
 
+    if len(centroids) > 1 and gpus():
+        flat = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(centroids.shape[1]))
+        flat.add(centroids)
+        return flat.search(np.ascontiguousarray(vectors, np.float32), 1)[1][:, 0].astype(np.int32)
+    if len(centroids) > FLAT:
         graph = faiss.IndexHNSWFlat(centroids.shape[1], 32)
         graph.add(centroids)
         return graph.search(np.ascontiguousarray(vectors, np.float32), 1)[1][:, 0].astype(np.int32)

@@ -77,6 +77,79 @@ def exported(path: Path) -> None:
     assert [names[i] for i in found[:, 0]].count("ray") >= len(found) // 2
 
 
+def test_words_are_shown_and_edited(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "words")
+    assert "4 documents added" in cli("index", "build", folder, str(corpus), "--kind", "vdr").stderr
+    query = "who follows sharks?"
+    page = tmp_path / "why.html"
+    answer = cli("index", "explain", folder, query, "pilot", "--html", str(page))
+    assert answer.returncode == 0, answer.stderr
+    text = page.read_text()
+    assert text.count("<section>") == 3
+    assert "http" not in text  # it needs nothing from anywhere
+    shown = inside("index", "explain", folder, query, "pilot").stdout
+    assert "words of the query" in shown
+    assert "█" in shown
+    told = json.loads(inside("index", "explain", folder, query, "pilot", "--json").stdout)
+    assert set(told) == {"reasons", "query", "document"}
+    hits = json.loads(inside("index", "search", folder, query, "--json").stdout)["hits"]
+    edits = ("--word", "pilot=0", "--word", "shark=0", "--word", "sharks=0", "--word", "tax=50")
+    edited = json.loads(inside("index", "search", folder, query, "--json", *edits).stdout)["hits"]
+    assert hits[0]["id"] == "pilot"
+    assert edited[0]["id"] == "tax"
+    for wrong, message in (("shark", "expected WORD=FACTOR"), ("shark=x", "WORD=FACTOR"), ("shark=-1", "from 0 on")):
+        refused = inside("index", "search", folder, query, "--word", wrong)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    (tmp_path / "evil.jsonl").write_text(json.dumps({"id": "<b>", "text": "<script>alert(1)</script> shark"}))
+    assert inside("index", "add", folder, str(tmp_path / "evil.jsonl")).returncode == 0
+    assert inside("index", "explain", folder, "<i>shark</i>", "<b>", "--html", str(page)).returncode == 0
+    assert "<script" not in page.read_text()
+    assert "<i>" not in page.read_text()
+
+
+def test_a_hybrid_is_built_and_asked(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "both")
+    options = ("--kind", "hybrid", "--option", "members=vdr+bm25")
+    assert inside("index", "build", folder, str(corpus), *options).returncode == 0
+    weighted = ("--set", 'weights={"bm25": 0.5}', "--set", "fusion=rrf")
+    answer = inside("index", "search", folder, "sharks", "--json", *weighted)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["hits"][0]["id"] in ("pilot", "shark")
+    assert "bm25" in inside("index", "explain", folder, "sharks", "pilot").stdout
+    refused = inside("index", "search", folder, "x", "--set", 'weights={"xtr": 1}')
+    assert (refused.returncode, "none of vdr, bm25" in refused.stderr) == (2, True)
+
+
+def test_an_encoder_is_trained_and_used(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+    import tiny
+
+    tiny.encoder(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(
+        " ".join(f"W{i % 150} w{i % 7} pilot fish w{i % 31} and more." for i in range(900))
+    )
+    options = ("--text", str(tmp_path / "text.txt"), "--base", str(tmp_path / "base"), "--steps", "3", "--batch", "8")
+    out = tmp_path / "made"
+    answer = cli("train", "vdr", str(out), *options)
+    assert answer.returncode == 0, answer.stderr
+    assert (out / "training" / "curve.png").exists()
+    assert cli("train", "vdr", str(out), *options).returncode == 2
+    answer = cli("index", "build", str(tmp_path / "i"), str(corpus), "--kind", "vdr", "--encoder", str(out))
+    assert answer.returncode == 0, answer.stderr
+    for wrong, message in (
+        ((), "give --judged FOLDER, --text PATH"),
+        (("--text", str(tmp_path / "none")), "none"),
+        (("--judged", str(tmp_path)), "queries.jsonl"),
+        (("--text", str(tmp_path / "text.txt"), "--base", str(tmp_path)), "--base"),
+    ):
+        refused = cli("train", "xtr", str(tmp_path / "wrong"), *wrong)
+        assert refused.returncode == 2, refused.stderr
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_queries_are_read_line_by_line(inside: Callable, corpus: Path, tmp_path: Path, monkeypatch) -> None:
     import io
 

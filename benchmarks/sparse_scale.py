@@ -1,0 +1,126 @@
+"""The sparse index at a million documents: `python benchmarks/sparse_scale.py`.
+
+Documents are synthetic: a hundred words each, drawn by Zipf's law, with weights that rarity scales, as learned weights
+are. Each query goes through all arms before the next one. What is compared has to give the same documents.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+from common import RESULTS
+from scipy import sparse
+
+from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.record import Record
+from pilotfish.retrieval import sparse_index
+from pilotfish.retrieval.words import Words
+
+VOCABULARY, WORDS, ASKED, QUERIES, EXPONENT = 30_000, 100, 20, 40, 0.8
+
+
+def main() -> None:
+    """Build, ask, compare, write the JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    count = parser.parse_args().documents
+    rng = np.random.default_rng(0)
+    odds = 1 / np.arange(1, VOCABULARY + 1) ** EXPONENT
+    odds /= odds.sum()
+    rarity = np.log1p(1 / odds).astype(np.float32) / 10
+    words = drawn(rng, count, odds, rarity)
+    started = time.perf_counter()
+    shared = sparse_index.train(words.weights, 8)
+    arrays = sparse_index.segment(words, np.arange(count), shared, 8)
+    build = time.perf_counter() - started
+    searcher = sparse_index.Searcher(shared, [arrays], count)
+    step = shared["step"][0]
+    kept = np.minimum(np.rint(words.weights / step), 255).astype(np.float32) * step
+    rows = sparse.csr_matrix((kept, words.ids, np.append(0, np.cumsum(words.counts))), (count, VOCABULARY))
+    lists = rows.T.tocsr()
+    records = [
+        Record("sparse_scale", f"documents_{count}", "blocks", "build_s", round(build, 2), "s"),
+        Record(
+            "sparse_scale",
+            f"documents_{count}",
+            "blocks",
+            "bytes_per_posting",
+            round(sum(a.nbytes for a in arrays.values()) / len(words.ids), 2),
+            "bytes",
+        ),
+    ]
+    for k in (10, 100):
+        taken = asked(rng, k, odds, rarity, searcher, rows, lists)
+        for arm, values in taken.items():
+            size = {"documents": count, "k": k, "queries": QUERIES}
+            records.append(
+                Record(
+                    "sparse_scale",
+                    f"documents_{count}",
+                    f"{arm}@k={k}",
+                    "query_ms_median",
+                    round(statistics.median(values), 3),
+                    "ms",
+                    [round(v, 3) for v in values],
+                    size,
+                )
+            )
+    record.write(RESULTS / "sparse_scale.json", records)
+
+
+def drawn(rng: np.random.Generator, count: int, odds: np.ndarray, rarity: np.ndarray) -> Words:
+    """Random documents."""
+    ids = np.sort(rng.choice(VOCABULARY, (count, WORDS), p=odds), axis=1)
+    first = np.ones(ids.shape, np.bool_)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    weights = (rng.gamma(2.0, 0.5, ids.shape).astype(np.float32) + 0.05) * rarity[ids]
+    return Words(ids[first].astype(np.int32), weights[first], np.ones(int(first.sum()), np.bool_), first.sum(1))
+
+
+def asked(
+    rng: np.random.Generator,
+    k: int,
+    odds: np.ndarray,
+    rarity: np.ndarray,
+    searcher: sparse_index.Searcher,
+    rows: sparse.csr_matrix,
+    lists: sparse.csr_matrix,
+) -> dict[str, list[float]]:
+    """Milliseconds of each arm for each query.
+
+    Raises:
+        AssertionError: two arms differ in their scores.
+    """
+    taken: dict[str, list[float]] = {"blocks": [], "exhaustive": [], "scipy_lists": [], "scipy_rows": []}
+    for number in range(QUERIES + 1):
+        ids = np.unique(rng.choice(VOCABULARY, ASKED, p=odds)).astype(np.int32)
+        weights = (rng.gamma(2.0, 0.5, len(ids)) * rarity[ids]).astype(np.float32)
+        query = Words(ids, weights, np.ones(len(ids), np.bool_), np.array([len(ids)]))
+        row = sparse.csr_matrix((weights, ids, [0, len(ids)]), (1, VOCABULARY))
+        dense = np.zeros(VOCABULARY, np.float32)
+        dense[ids] = weights
+        arms = {
+            "blocks": lambda q=query: searcher.search(q, k)[1],
+            "exhaustive": lambda q=query: searcher.search(q, k, exhaustive=True)[1],
+            "scipy_lists": lambda r=row: largest((r @ lists).data, k),
+            "scipy_rows": lambda d=dense: largest(rows @ d, k),
+        }
+        scores = {}
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            scores[name] = arm()
+            if number:  # the first one compiles
+                taken[name].append(1e3 * (time.perf_counter() - started))
+        assert np.array_equal(scores["blocks"], scores["exhaustive"])
+        np.testing.assert_allclose(scores["blocks"], scores["scipy_rows"], rtol=1e-4)
+    return taken
+
+
+def largest(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k largest, in order."""
+    return np.sort(np.partition(scores, -k)[-k:])[::-1]
+
+
+if __name__ == "__main__":
+    main()

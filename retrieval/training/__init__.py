@@ -1,0 +1,1 @@
+"""Training of encoders: the papers' objectives over pairs of queries and documents."""

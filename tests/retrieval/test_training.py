@@ -1,0 +1,183 @@
+"""Objectives against plain loops; training that is interrupted ends where training that is not does."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval import RetrievalError
+from pilotfish.retrieval.encoders import load, vdr
+from pilotfish.retrieval.training import loop, objectives, pairs, tasks
+from pilotfish.retrieval.training.pairs import Pair
+
+LENGTHS = tasks.Lengths(12, 24)
+QUIET = settings(max_examples=25, deadline=None)
+
+
+def nll(scores: np.ndarray) -> float:
+    """Of the diagonal, along rows."""
+    return float(
+        np.mean([math.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(scores)])
+    )
+
+
+@QUIET
+@given(seed=st.integers(0, 1 << 20), batch=st.integers(2, 5), semi=st.booleans(), mask=st.sampled_from([None, 0.5]))
+def test_vdr_s_loss_is_its_terms(seed: int, batch: int, semi: bool, mask: float | None) -> None:
+    rng, words, top = np.random.default_rng(seed), 17, 4
+    q, p = rng.random((2, batch, words)).astype(np.float32) * 2
+    qb, pb = (rng.random((2, batch, words)) < 0.2).astype(np.float32)
+
+    def topped(x: np.ndarray, bag: np.ndarray) -> np.ndarray:
+        kept = np.array([[v in set(np.argsort(-row)[:top]) for v in range(words)] for row in x])
+        return np.where(kept | (bag > 0), x, 0)
+
+    def masked(bag: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if mask is None:
+            return bag, other
+        owned = np.array([[v % batch == i and not bag[:, v].any() for v in range(words)] for i in range(batch)])
+        norms = np.maximum(np.sqrt(owned.sum(1, keepdims=True)), 1e-12)
+        return bag + mask * owned / norms, np.where(owned, 0, other)
+
+    def both(scores: np.ndarray) -> float:
+        return nll(scores) + nll(scores.T)
+
+    terms = [both(topped(q, qb) @ p.T)]
+    bag, other = masked(qb, p)
+    terms.append(both(bag @ other.T))
+    if semi:
+        terms.append(both(q @ topped(p, pb).T))
+        bag, other = masked(pb, q)
+        terms.append(both(other @ bag.T))
+    loss = objectives.vdr(*map(torch.from_numpy, (q, p, qb, pb)), top=top, semi=semi, mask_weight=mask)
+    assert float(loss) == pytest.approx(np.mean(terms), rel=1e-4)
+
+
+@QUIET
+@given(seed=st.integers(0, 1 << 20), batch=st.integers(2, 4), retrieved=st.integers(1, 40))
+def test_xtr_s_scores_are_those_of_retrieved_tokens(seed: int, batch: int, retrieved: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, d = rng.normal(size=(batch, 3, 8)).astype(np.float32), rng.normal(size=(batch, 5, 8)).astype(np.float32)
+    qm, dm = np.ones((batch, 3), int), np.ones((batch, 5), int)
+    qm[0, 2:], dm[1, 3:] = 0, 0
+    expected = np.zeros((batch, batch))
+    for i in range(batch):
+        hits: list[list[float]] = [[] for _ in range(batch)]
+        for t in range(3):
+            if not qm[i, t]:
+                continue
+            every = [(float(q[i, t] @ d[b, j]), b) for b in range(batch) for j in range(5) if dm[b, j]]
+            every.sort(reverse=True)
+            best: dict[int, float] = {}
+            for x, b in every[:retrieved]:
+                best[b] = max(best.get(b, -9e9), x)
+            for b, x in best.items():
+                hits[b].append(x)
+        expected[i] = [sum(h) / len(h) if h else 0.0 for h in hits]
+    found = objectives.xtr(*map(torch.from_numpy, (q, qm, d, dm)), retrieved=retrieved)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@QUIET
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=40), st.integers(2, 4), st.integers(0, 9))
+def test_no_document_comes_twice_in_a_batch(documents: list[int], size: int, seed: int) -> None:
+    given_pairs = [Pair(f"q{i}", f"d{d}") for i, d in enumerate(documents)]
+    if len(set(documents)) < size:
+        with pytest.raises(RetrievalError, match="too few"):
+            next(pairs.batches(given_pairs, size, seed))
+        return
+    stream = pairs.batches(given_pairs, size, seed)
+    again = pairs.batches(given_pairs, size, seed)
+    for _ in range(12):
+        batch = next(stream)
+        assert batch == next(again)
+        assert len({p.document for p in batch}) == size
+
+
+def test_sentences_ask_for_their_passages(tmp_path: Path) -> None:
+    sentences = [f"This is the sentence number {i} of a long text." for i in range(40)]
+    (tmp_path / "a.txt").write_text(" ".join(sentences))
+    found = pairs.cloze([str(tmp_path / "a.txt")], 0)
+    assert len(found) == 8
+    inside = sum(p.query in p.document for p in found)
+    assert inside < len(found)
+    for pair in found:
+        number = int(pair.query.split()[5])
+        assert any(f"number {n} " in pair.document for n in range(number - 4, number + 5) if n != number)
+
+
+def taught(count: int = 100) -> list[Pair]:
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        words = [f"w{j}" for j in rng.choice(150, 6, replace=False)]
+        found.append(Pair(f"{words[0]} {words[1]}", " ".join([*words, f"w{i % 150}"])))
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.encoder(folder / "m")
+    return folder / "m"
+
+
+@pytest.mark.parametrize("kind", ["vdr", "xtr"])
+def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kind: str) -> None:
+    plan = loop.Plan(12, 8, 3e-3, every=4)
+
+    def task() -> tasks.Task:
+        torch.manual_seed(0)
+        return tasks.VDRTask(base, LENGTHS, 50) if kind == "vdr" else tasks.XTRTask(base, LENGTHS, 16, 20)
+
+    whole = task()
+    loop.run(whole, taught(), plan, tmp_path / "whole", False, lambda *_: None)
+    lines = loop.read_log(tmp_path / "whole" / "training" / loop.LOG)
+    assert [x["step"] for x in lines] == list(range(13))
+    assert lines[-1]["held_out"]["loss"] < lines[0]["held_out"]["loss"], "nothing was learned"
+    assert (tmp_path / "whole" / "training" / loop.CURVE).read_bytes()[:4] == b"\x89PNG"
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(step: int, _: float) -> None:
+        if step == 7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        loop.run(task(), taught(), plan, tmp_path / "parts", False, stop)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    with pytest.raises(RetrievalError, match="--resume"):
+        loop.run(task(), taught(), plan, tmp_path / "parts", False, lambda *_: None)
+    with pytest.raises(RetrievalError, match="was begun with"):
+        loop.run(task(), taught(), loop.Plan(13, 8, 3e-3, every=4), tmp_path / "parts", True, lambda *_: None)
+    resumed = task()
+    loop.run(resumed, taught(), plan, tmp_path / "parts", True, lambda *_: None)
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    again = loop.read_log(tmp_path / "parts" / "training" / loop.LOG)
+    assert [x["step"] for x in again] == list(range(13))
+
+    encoder = vdr.load(str(tmp_path / "whole"), top=50) if kind == "vdr" else load(str(tmp_path / "whole"))
+    found = encoder.encode_documents(["w1 w2 shark"])
+    with torch.inference_mode():
+        told = whole.tokenizer(["w1 w2 shark"], return_tensors="pt")
+        out = whole.model(told["input_ids"], told["attention_mask"])[0]
+    if kind == "vdr":
+        dense = vdr.activate(out, "elu1p").numpy()
+        np.testing.assert_allclose(found.weights, dense[found.ids - tiny.SHIFT], rtol=1e-4)
+    else:
+        np.testing.assert_allclose(found.vectors.astype(np.float32), out.numpy(), atol=2e-3)
+    (tmp_path / "parts" / "training" / loop.STATE).write_bytes(b"no state")
+    with pytest.raises(RetrievalError, match="cannot be read"):
+        loop.run(task(), taught(), plan, tmp_path / "parts", True, lambda *_: None)
+
+
+def test_too_few_pairs_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RetrievalError, match="too few"):
+        loop.run(tasks.VDRTask(base, LENGTHS), taught(20), loop.Plan(1, 8, 1e-3), tmp_path, False, lambda *_: None)

@@ -1,0 +1,213 @@
+"""Encoders of words against plain computations and against sentence-transformers; forms, edits, explanations."""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.retrieval import Index, RetrievalError
+from pilotfish.retrieval.encoders import vdr
+
+TEXTS = ["shark w1 w2.", "the pilot fish w3", "w4 w5 w6 w7 w8 w9 whale", ""]
+
+
+def elu1p(x: float) -> float:
+    """As the card writes it."""
+    return x + 1 if x > 0 else float(np.exp(x))
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20))
+def test_activations(logits: list[float]) -> None:
+    x = torch.tensor(logits, dtype=torch.float32)
+    np.testing.assert_allclose(vdr.activate(x, "elu1p"), [elu1p(v) for v in logits], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vdr.activate(x, "splade"), [np.log1p(max(v, 0.0)) for v in logits], rtol=1e-5, atol=1e-6)
+
+
+def plain_vdr(model, ids: list[int], top: int) -> dict[int, float]:
+    """The card's lines for one text, word by word."""
+    with torch.inference_mode():
+        hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        logits = model.ln(hidden) @ model.embeddings.word_embeddings.weight[tiny.SHIFT :].t()
+    weights = {tiny.SHIFT + v: max(elu1p(float(x)) for x in logits[:, v]) for v in range(logits.shape[1])}
+    best = sorted(weights, key=lambda v: -weights[v])[:top]
+    return {v: weights[v] for v in {*best, *(i for i in ids if i >= tiny.SHIFT)}}
+
+
+@pytest.mark.parametrize(("shared", "suffix"), [(False, "safetensors"), (True, "safetensors"), (False, "bin")])
+def test_a_published_checkpoint_is_the_card(tmp_path: Path, shared: bool, suffix: str) -> None:
+    models = tiny.published_vdr(tmp_path / "m", shared, suffix)
+    encoder = vdr.load(str(tmp_path / "m"), top=20)
+    assert encoder.activation == "elu1p"
+    for side, encode in (("encoder_q", encoder.encode_queries), ("encoder_p", encoder.encode_documents)):
+        model = models.get(side, models["encoder_q"])
+        length = 16 if side == "encoder_q" else 32
+        texts = [*TEXTS, " ".join(tiny.WORDS[:60])]
+        found = encode(texts)
+        for i, text in enumerate(texts):
+            ids = encoder._tokenizer(text, truncation=True, max_length=length)["input_ids"]
+            expected = plain_vdr(model, ids, 20)
+            mine = dict(zip(found[i].ids.tolist(), found[i].weights.tolist(), strict=True))
+            assert set(mine) == set(expected)
+            for v, weight in mine.items():
+                assert weight == pytest.approx(expected[v], rel=1e-4)
+            own = {v for v, o in zip(found[i].ids.tolist(), found[i].own.tolist(), strict=True) if o}
+            assert own == {v for v in ids if v >= tiny.SHIFT}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(len(TEXTS))))
+def test_a_text_does_not_depend_on_its_neighbours(order: list[int]) -> None:
+    encoder = vdr.load()
+    together = encoder.encode_documents([TEXTS[i] for i in order])
+    for place, i in enumerate(order):
+        alone = encoder.encode_documents([TEXTS[i]])
+        assert together[place].ids.tolist() == alone.ids.tolist()
+        np.testing.assert_allclose(together[place].weights, alone.weights, atol=1e-5)
+
+
+def test_the_embedded_checkpoint_is_loaded_whole() -> None:
+    """Its LayerNorms carry names of another age; what is not mapped would be random."""
+    state = vdr.weights(vdr.embedded())
+    model = vdr.load()._models[0].model
+    ours = dict(model.named_parameters())
+    old = {k: v for k, v in state.items() if k.endswith((".gamma", ".beta"))}
+    assert len(old) == 12
+    for name, value in old.items():
+        new = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        torch.testing.assert_close(ours[new].data, value)
+    found = vdr.load().encode_queries(["which animals follow sharks?"])
+    best = [vdr.load().word(int(i)) for i in found.ids[np.argsort(-found.weights)[:8]]]
+    assert {"sharks", "shark", "follow", "animals"} <= set(best)
+
+
+@pytest.mark.skipif(find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed")
+@pytest.mark.parametrize("where", ["embedded", "saved"])
+def test_output_is_that_of_sentence_transformers(tmp_path: Path, where: str) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
+
+    folder = vdr.embedded()
+    if where == "saved":
+        tiny.masked_lm(tmp_path / "lm")
+        folder = tmp_path / "lm"
+    model = SparseEncoder(modules=[MLMTransformer(str(folder), max_seq_length=48), SpladePooling("max")], device="cpu")
+    encoder = vdr.load()
+    if where == "saved":
+        model.save_pretrained(str(tmp_path / "saved"))
+        encoder = vdr.load(str(tmp_path / "saved"))
+        assert encoder.activation == "splade"
+    theirs = model.encode_document(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True).numpy()
+    ours = encoder.encode_documents(TEXTS)
+    for i in range(len(TEXTS)):
+        mine = np.zeros_like(theirs[i])
+        mine[ours[i].ids] = ours[i].weights
+        np.testing.assert_allclose(mine, theirs[i], atol=1e-5)
+
+
+def test_what_is_no_encoder_of_words_is_refused(tmp_path: Path) -> None:
+    tiny.encoder(tmp_path / "plain")
+    tiny.published_vdr(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"x" * 40)
+    tiny.published_vdr(tmp_path / "mean")
+    config = json.loads((tmp_path / "mean" / "config.json").read_text())
+    config["encoder_q"]["pooling"] = "mean"
+    (tmp_path / "mean" / "config.json").write_text(json.dumps(config))
+    tiny.masked_lm(tmp_path / "wordless")
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "wordless" / name).unlink(missing_ok=True)
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("none", "no such folder"),
+        ("empty", "there is no config.json"),
+        ("plain", "gives no weights to words"),
+        ("mean", "only max pooling"),
+        ("wordless", "has no tokenizer"),
+        ("cut", "encoder"),
+    ):
+        with pytest.raises(RetrievalError, match=message) as caught:
+            vdr.load(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RetrievalError, match="expected auto, elu1p, splade"):
+        vdr.load(activation="relu")
+
+
+DOCUMENTS = [
+    {"id": "sea", "text": "Pilot fish travel with sharks and eat parasites."},
+    {"id": "road", "text": "The engine of a car burns fuel."},
+    {"id": "whales", "text": "Whales are mammals of the sea."},
+]
+QUERY = "which animals follow sharks?"
+
+
+def made(folder: Path, **options) -> Index:
+    index = Index.create(folder, "vdr", options=options)
+    index.add(DOCUMENTS)
+    return index
+
+
+def test_the_three_forms(tmp_path: Path) -> None:
+    with made(tmp_path / "weights", bits=16) as index:
+        encoder = vdr.load()
+        query, documents = encoder.encode_queries([QUERY]), encoder.encode_documents([d["text"] for d in DOCUMENTS])
+        for form, sides in (("weights", query), ("words", encoder.bags([QUERY]))):
+            hits = {h.id: h.score for h in index.search(QUERY, form=form)}
+            for i, document in enumerate(DOCUMENTS):
+                mine = dict(zip(documents[i].ids.tolist(), documents[i].weights.tolist(), strict=True))
+                expected = sum(
+                    w * mine.get(v, 0) for v, w in zip(sides.ids.tolist(), sides.weights.tolist(), strict=True)
+                )
+                assert hits.get(document["id"], 0.0) == pytest.approx(expected, abs=2e-2)
+        assert [h.id for h in index.search(QUERY)][:2] == ["sea", "whales"]
+    with made(tmp_path / "bags", documents="words") as index:
+        hits = index.search(QUERY)
+        assert [h.id for h in hits] == ["sea"]  # the others share no word with it
+        again = index.search(QUERY, rerank=5)
+        assert again[0].score == pytest.approx(float(encoder.score(query[0], [DOCUMENTS[0]["text"]])[0]), rel=1e-5)
+        with pytest.raises(RetrievalError, match="another encoder"):  # what documents are is part of the encoder
+            shutil.copytree(tmp_path / "bags", tmp_path / "changed")
+            path = next((tmp_path / "changed").glob("manifest-*.json"))
+            path.write_text(path.read_text().replace('"documents": "words"', '"documents": "weights"'))
+            Index.open(tmp_path / "changed").search("x")
+
+
+def test_words_are_weighed_and_banned(tmp_path: Path) -> None:
+    with made(tmp_path / "x", bits=16) as index:
+        plain = {h.id: h.score for h in index.search(QUERY)}
+        banned = index.search(QUERY, words={"shark": 0, "sharks": 0, "fish": 0})
+        assert banned[0].id == "whales"
+        assert {r.query for r in index.explain(QUERY, "sea", words={"shark": 0})} & {"shark"} == set()
+        louder = {r.query: r.score for r in index.explain(QUERY, "sea", words={"shark": 2})}
+        usual = {r.query: r.score for r in index.explain(QUERY, "sea")}
+        assert louder["shark"] == pytest.approx(2 * usual["shark"], rel=1e-5)
+        added = index.search(QUERY, words={"engine": 5})
+        assert {h.id: h.score for h in added}["road"] > plain.get("road", 0.0) + 1
+        for words, message in (
+            ({"\u4e16\u754c\u6d77": 1.0}, "not in the encoder's vocabulary"),
+            ({"shark": -1}, "expected a factor from 0 on"),
+            ({"shark": True}, "expected a factor|expected float"),
+            (["shark"], "expected object of float"),
+        ):
+            with pytest.raises(RetrievalError, match=message):
+                index.search(QUERY, words=words)
+
+
+@pytest.mark.parametrize("options", [{}, {"documents": "words"}, {"activation": "elu1p"}])
+def test_an_explanation_adds_up_and_can_be_read(tmp_path: Path, options: dict) -> None:
+    with made(tmp_path / "x", **options) as index:
+        hit = index.search(QUERY, 1)[0]
+        reasons = index.explain(QUERY, hit.id)
+        assert sum(r.score for r in reasons) == pytest.approx(hit.score, rel=1e-4)
+        assert [r.score for r in reasons] == sorted((r.score for r in reasons), reverse=True)
+        reading = index.reading(QUERY, hit.id)
+        assert reading is not None
+        assert "sharks" in [w for w, _ in reading.query][:5]
+        assert "fish" in [w for w, _ in reading.document]
+        with pytest.raises(RetrievalError, match="no document 'zz'"):
+            index.reading(QUERY, "zz")
