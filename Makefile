@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -83,6 +83,19 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; D
 	  --out benchmarks/results/retrieval_sparse_encoder.json
 	$(BIN)/python benchmarks/sparse_scale.py
 	$(BIN)/python benchmarks/token_scale.py $(DATA)
+	$(BIN)/python benchmarks/query_encoding.py $(DATA)
+	$(MAKE) tables
+
+# Encoders trained from MiniLM on scifact's training queries and on essays, measured on what they were not trained on.
+TAUGHT := --judged $(DATA)/retrieval/scifact --text $(DATA)/pg_essays --steps 200 --batch 16
+TRAINED := bm25s,maxsim,xtr,vdr,vdr@encoder=out/vdr,vdr@encoder=out/vdr@form=words,xtr@encoder=out/xtr
+
+bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-retrieval
+	$(BIN)/pip install -q bm25s PyStemmer
+	$(BIN)/pilotfish train vdr out/vdr $(TAUGHT)
+	$(BIN)/pilotfish train xtr out/xtr $(TAUGHT)
+	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --arms $(TRAINED) \
+	  --out benchmarks/results/training.json
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval

@@ -62,6 +62,11 @@ def retrieval_words() -> str:
     return _table("retrieval", WORDS, MORE)
 
 
+def retrieval_sparse_encoder() -> str:
+    """Beside sentence-transformers' own."""
+    return _table("retrieval_sparse_encoder", WORDS, MORE)
+
+
 def retrieval_hybrid() -> str:
     """Hybrids and their members."""
     result = load("retrieval")
@@ -97,6 +102,16 @@ def token_scale() -> str:
     return markdown(["tokens", "codec", *(title for _, title, _ in names)], rows) + provenance(result)
 
 
+def query_encoding() -> str:
+    """Precisions of the encoder of queries."""
+    result = load("query_encoding")
+    rows = [
+        [f"`{precision}`", f"{values['query_ms_median']:.1f}", f"{values['ndcg@10']:.3f}"]
+        for (_, _, precision), values in figures(result).items()
+    ]
+    return markdown(["precision of queries", "ms a query", "nDCG@10 on cranfield"], rows) + provenance(result)
+
+
 def sparse_scale() -> str:
     """Millions of documents made of words."""
     result = load("sparse_scale")
@@ -115,14 +130,3 @@ def sparse_scale() -> str:
     size = int(result["records"][0]["dataset"].partition("_")[2])
     head = [f"{size:,} documents", "ms, the best 10", "ms, the best 100"]
     return markdown(head, rows) + provenance(result)
-
-
-def training() -> str:
-    """Trained encoders beside what they began with, and beside the embedded ones."""
-    result = load("training")
-    rows = [
-        [dataset, label(arm), f"{values['ndcg@10']:.3f}", f"{values['recall@100']:.3f}"]
-        for (dataset, _, arm), values in figures(result).items()
-        if "ndcg@10" in values
-    ]
-    return markdown(["collection", "index", "nDCG@10", "Recall@100"], rows) + provenance(result)

@@ -7,15 +7,15 @@ The fraction is what the sparse index keeps of a document; idf follows from its 
 length is that of the first documents; the index learns it anew while it has few.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, IndexKind, NoOptions, Reason
+from .contracts import Arrays, NoOptions, Reason
 from .hookspecs import Register, hookimpl
+from .sparse import SparseKind
 
 if TYPE_CHECKING:
     from ..retrieval.sparse_index import Searcher
@@ -46,7 +46,7 @@ class BM25Options:
             raise ValueError(f"b: expected 0 to 1, got {self.b}")
 
 
-class BM25(IndexKind):
+class BM25(SparseKind):
     """Shared words; see the module."""
 
     name: ClassVar[str] = "bm25"
@@ -94,19 +94,6 @@ class BM25(IndexKind):
         parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
         made = sparse_index.segment(replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS)
         return len(made["places"]), made
-
-    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
-        """Inverted lists of several segments in one."""
-        from ..retrieval import sparse_index
-
-        made = sparse_index.merge(segments, live)
-        return len(made["places"]), made
-
-    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
-        """A view of a snapshot's lists."""
-        from ..retrieval.sparse_index import Searcher
-
-        return Searcher(shared, segments, documents)
 
     def search(
         self, searcher: "Searcher", query: "Words", k: int, settings: NoOptions, allow: NDArray[np.uint8] | None

@@ -386,3 +386,9 @@ class Encoder(Plugin, ABC):
     @abstractmethod
     def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Any:
         """What documents are; ``progress`` is told how many texts were encoded since it was told last."""
+
+    def chunks(self, text: str, size: int, overlap: int) -> list[str]:
+        """Pieces of a text of about ``size`` tokens, each with ``overlap`` of the one before; here, of words."""
+        words = text.split()
+        begins = range(0, max(len(words) - overlap, 1), size - overlap)
+        return [" ".join(words[b : b + size]) for b in begins] if len(words) > size else [text]

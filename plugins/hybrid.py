@@ -18,6 +18,7 @@ from .contracts import Arrays, IndexKind, Reason
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
+MOST = 1e6  # of a weight
 BETWEEN = "."  # a member's name and that of its array
 
 
@@ -30,8 +31,8 @@ class HybridOptions:
         options: Of members, by their names.
     """
 
-    members: str = "xtr+vdr+bm25"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    members: str = "xtr+vdr+bm25+dense"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = self.members.split("+")
@@ -59,14 +60,14 @@ class HybridSettings:
     constant: int = 60
     depth: int = 100
     weights: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low, high in (("constant", 1, 10_000), ("depth", 1, 10_000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
-        if any(not w >= 0 for w in self.weights.values()):
-            raise ValueError(f"weights: expected none below 0, got {dict(self.weights)}")
+        if any(not 0 <= w <= MOST for w in self.weights.values()):
+            raise ValueError(f"weights: expected 0 to {MOST:g}, got {dict(self.weights)}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Hybrid(IndexKind):
         """``default``, or an encoder for some members: ``xtr=FOLDER,vdr=FOLDER``."""
         from ..retrieval.encoders.together import Together
         from ..retrieval.errors import RetrievalError
+        from ..retrieval.index import encoder_of
 
         chosen = {m: kind.default_encoder for m, kind in self.members.items()}
         if name != self.default_encoder:
@@ -104,13 +106,7 @@ class Hybrid(IndexKind):
                 if member not in chosen or not encoder:
                     raise RetrievalError(f"encoder {part}: expected MEMBER=ENCODER of {', '.join(chosen)}")
                 chosen[member] = encoder
-        registered = plugins().classes("encoder")
-        made = {}
-        for member, encoder in chosen.items():
-            cls: Any = registered.get(encoder)
-            kind = self.members[member]
-            own = cls(cls.Options(), device, precision) if cls else kind.load_encoder(encoder, device, precision)
-            made[member] = own
+        made = {m: encoder_of(self.members[m], encoder, device, precision) for m, encoder in chosen.items()}
         return Together(made)
 
     def train(self, encoded: Any, expected: int) -> Arrays:
@@ -195,6 +191,8 @@ class Hybrid(IndexKind):
                 own = build_options(kind.Settings, dict(settings.settings.get(m, {})), f"{m} setting")
             except ConfigError as error:
                 raise RetrievalError(str(error)) from None
+            if kind.rescored(own):
+                raise RetrievalError(f"{m} setting: rerank is not for members of a hybrid")
             if (weight := float(settings.weights.get(m, 1.0))) > 0:
                 asked[m] = kind, own, weight
         if not asked:
@@ -215,8 +213,8 @@ class Hybrid(IndexKind):
             if settings.fusion == "rrf":
                 shares = 1 / (settings.constant + 1 + np.arange(len(documents), dtype=np.float32))
             else:
-                low = scores.min(initial=np.inf)
-                shares = (scores - low) / max(scores.max(initial=-np.inf) - low, 1e-9) if len(scores) else scores
+                low, high = scores.min(initial=np.inf), scores.max(initial=-np.inf)
+                shares = (scores - low) / (high - low) if high > low else np.ones(len(scores), np.float32)
             found[m] = documents, (weight * shares).astype(np.float32)
         return found
 

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, IndexKind, Reading, Reason
+from .contracts import Arrays, Reading, Reason
 from .hookspecs import Register, hookimpl
+from .sparse import SparseKind
 
 if TYPE_CHECKING:
     from ..retrieval.encoders.vdr import VocabularyEncoder
     from ..retrieval.sparse_index import Searcher
     from ..retrieval.words import Words
 
+MANY = 1000  # documents that an impact's worth was learned from
 SHOWN = 30  # words of a text that people are shown
 
 
@@ -74,7 +76,7 @@ class VDRSettings:
                 raise ValueError(f"words: expected a factor from 0 on for {word!r}, got {factor!r}")
 
 
-class VDR(IndexKind):
+class VDR(SparseKind):
     """Words of a vocabulary; see the module."""
 
     name: ClassVar[str] = "vdr"
@@ -97,7 +99,14 @@ class VDR(IndexKind):
         from ..retrieval import sparse_index
 
         del expected
-        return sparse_index.train(encoded.weights, self.options.bits)
+        trained = np.array([len(encoded)], np.int64)
+        weights = np.ones(1, np.float32) if self.options.documents == "words" else encoded.weights
+        return {**sparse_index.train(weights, self.options.bits), "trained": trained}
+
+    def outgrown(self, shared: Arrays, documents: int) -> bool:
+        """While they are few, when they double: greater weights than the first ones had would be cut."""
+        trained = int(shared["trained"][0])
+        return self.options.documents == "weights" and trained < MANY and documents >= 2 * trained
 
     def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists."""
@@ -106,29 +115,16 @@ class VDR(IndexKind):
         made = sparse_index.segment(encoded, numbers, shared, self.options.bits)
         return len(made["places"]), made
 
-    def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
-        """Inverted lists of several segments in one."""
-        from ..retrieval import sparse_index
-
-        made = sparse_index.merge(segments, live)
-        return len(made["places"]), made
-
-    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
-        """A view of a snapshot's lists."""
-        from ..retrieval.sparse_index import Searcher
-
-        return Searcher(shared, segments, documents)
-
     def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "Words":
         """Weighted words, edited."""
         from ..retrieval.words import Words
 
-        words = settings.form == "words"
-        if not hasattr(encoder, "bags"):  # registered by somebody, with weights alone
+        if settings.form == "weights":
             found = encoder.encode_queries(texts)
-            found = found.bag() if words else found
-        else:
-            found = encoder.bags(texts) if words else encoder.encode_queries(texts)
+        elif hasattr(encoder, "bags"):
+            found = encoder.bags(texts)
+        else:  # somebody else's, with weights alone
+            found = encoder.encode_queries(texts).bag()
         if not settings.words:
             return found
         return Words.join([edited(found[i], settings.words, encoder) for i in range(len(found))])
@@ -146,7 +142,7 @@ class VDR(IndexKind):
     def rescore(self, encoder: Any, query: "Words", texts: Sequence[str], settings: VDRSettings) -> NDArray[np.float32]:
         """Inner products with weights that are made now."""
         del settings
-        return encoder.score(query, texts)
+        return _able(encoder, "score")(query, texts)
 
     def explain(
         self,
@@ -163,11 +159,13 @@ class VDR(IndexKind):
         mine = self.queries(encoder, [query], settings)
         products = mine.weights * searcher.weights(number, mine.ids)
         order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
-        words = [encoder.word(int(mine.ids[i])) for i in order]
+        words = [_able(encoder, "word")(int(mine.ids[i])) for i in order]
         return [Reason(w, w, float(products[i])) for w, i in zip(words, order, strict=True)]
 
-    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> Reading:
-        """The heaviest words of both."""
+    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> Reading | None:
+        """The heaviest words of both; None where the encoder has no names for words."""
+        if not hasattr(encoder, "word"):
+            return None
         both = self.queries(encoder, [query], settings), encoder.encode_documents([text])
         return Reading(*(_heaviest(words, encoder) for words in both))
 
@@ -185,12 +183,25 @@ def edited(query: "Words", factors: Mapping[str, float], encoder: "VocabularyEnc
     own = query.weights[query.own]
     usual = float(own.mean()) if len(own) else 1.0
     for word, factor in factors.items():
-        numbers = encoder.numbers(word)
+        numbers = _able(encoder, "numbers")(word)
         if not numbers:
             raise RetrievalError(f"words: {word!r} is not in the encoder's vocabulary")
         for number in numbers:
             weights[number] = weights.get(number, usual) * factor
     return Words.of([{i: w for i, w in weights.items() if w > 0}])
+
+
+def _able(encoder: Any, method: str) -> Any:
+    """A method that encoders of words have, and others may lack.
+
+    Raises:
+        RetrievalError: this one does.
+    """
+    from ..retrieval.errors import RetrievalError
+
+    if (found := getattr(encoder, method, None)) is None:
+        raise RetrievalError(f"encoder {encoder.name}: has no `{method}`, which this needs")
+    return found
 
 
 def _heaviest(words: "Words", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:

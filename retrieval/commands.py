@@ -84,6 +84,8 @@ def build(
         if shards > 1 or ray is not None:
             if resume:
                 raise ConfigError("--resume: a build of shards is begun anew")
+            if (device, precision) != ("auto", "float32"):
+                raise ConfigError("--device, --precision: a build of shards has auto and float32 only")
             _build_shards(folder, paths, shards, kind, encoder, option, chunk_tokens, overlap, number_ids, ray)
             return
 
@@ -150,7 +152,7 @@ def search(
 ) -> None:
     """Find documents."""
     with refusals(), _for_reading(folder, encoder, ray=ray) as opened:
-        given = values(settings, "--set") | _edits(word)
+        given = _settings(settings) | _edits(word)
         for text in [" ".join(query)] if query else _lines():
             hits = opened.search(text, k, where, **given)
             if as_json:
@@ -173,7 +175,7 @@ def explain(
 ) -> None:
     """Show why a document has its score: what of the query met what of it."""
     with refusals(), _opened(folder, encoder) as opened:
-        given = values(settings, "--set") | _edits(word)
+        given = _settings(settings) | _edits(word)
         reasons, reading = opened.explain(query, document, **given), opened.reading(query, document, **given)
         found = opened.get(document)
     from . import pages
@@ -203,7 +205,7 @@ def evaluate(
 
         judged = evaluation.read(collection)
         with _opened(folder, encoder) as opened:
-            found = tuning.evaluate(opened, judged, values(settings, "--set"))
+            found = tuning.evaluate(opened, judged, _settings(settings))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -318,6 +320,13 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
     return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
 
 
+def _settings(assignments: list[str] | None) -> dict[str, Any]:
+    """Of ``--set``; see `index.checked_settings`."""
+    from .index import checked_settings
+
+    return checked_settings(values(assignments, "--set"))
+
+
 def _edits(words: list[str] | None) -> dict[str, Any]:
     """``WORD=FACTOR`` texts as the setting ``words``.
 
@@ -361,6 +370,8 @@ def _for_reading(
         with _opened(folder, encoder, device, precision) as opened:
             yield opened
         return
+    if (encoder, device, precision) != (None, "auto", "float32"):
+        raise ConfigError("--encoder, --device, --precision: shards are read as they were built")
     with shards.ShardedIndex(folder, ray) as opened:
         yield opened
 
@@ -378,14 +389,13 @@ def _build_shards(
     ray: str | None,
 ) -> None:
     from . import shards
-    from .encoders import load
+    from .index import encoder_of, kind_of
 
     _chunks_fit(chunk_tokens, overlap)
-
-    def chunk(text: str) -> list[str]:
-        return load(encoder or "minilm").chunks(text, chunk_tokens, overlap)
-
-    source, given = _source(paths, chunk, number_ids), values(option, "--option")
+    given = values(option, "--option")
+    made_of, _ = kind_of(kind, given)
+    loaded = encoder_of(made_of, encoder or made_of.default_encoder, "auto", "float32")
+    source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
     made = _with_bar(lambda told: shards.build(folder, source, count, kind, encoder, given, ray, told))
     _told(f"{folder}: {made} documents in {count} shards")
 

@@ -30,8 +30,8 @@ class Collection:
     judged: dict[str, dict[str, int]]
 
 
-def read(folder: Path) -> Collection:
-    """Open a collection.
+def read(folder: Path, split: str = "test") -> Collection:
+    """Open a collection; of several ``qrels/*.tsv`` that of a split, or, where that is not there, the first.
 
     Raises:
         RetrievalError: a file is missing or cannot be read.
@@ -41,7 +41,7 @@ def read(folder: Path) -> Collection:
     names = sorted((folder / "qrels").glob("*.tsv"))
     if not names:
         raise RetrievalError(f"{folder}: there are no qrels/*.tsv")
-    chosen = next((n for n in names if n.stem == "test"), names[0])
+    chosen = next((n for n in names if n.stem == split), names[0])
     judged: dict[str, dict[str, int]] = {}
     try:
         with chosen.open(encoding="utf-8", newline="") as file:

@@ -90,10 +90,8 @@ class Index:
             OSError: the folder cannot be written.
         """
         made, parsed = kind_of(kind, options or {})
-        name = encoder or made.default_encoder
-        if Path(name).is_dir():
-            name = str(Path(name).absolute())  # it has to be found again from anywhere
-        loaded = _encoder(made, name, device, precision)
+        name = _from_anywhere(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
+        loaded = encoder_of(made, name, device, precision)
         about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
         return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, lambda: loaded)
 
@@ -120,7 +118,7 @@ class Index:
         name = encoder or about.encoder["name"]
 
         def load() -> Any:
-            loaded = _encoder(made, name, device, precision)
+            loaded = encoder_of(made, name, device, precision)
             if loaded.fingerprint != about.encoder["fingerprint"]:
                 raise RetrievalError(
                     f"{folder}: was made with another encoder than {name} (fingerprint "
@@ -486,11 +484,12 @@ class Index:
     def _passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
         """[documents] which pass a filter and are live."""
         condition = filters.parse(where) if isinstance(where, str) else where
-        key = condition, snapshot.manifest.number
+        text, values = filters.to_sql(condition)
+        # Python takes 1 and true for equal, filters do not.
+        key = text, tuple((type(v), v) for v in values), snapshot.manifest.number
         with self._mutex:
             if (known := self._allowed.get(key)) is not None:
                 return known
-        text, values = filters.to_sql(condition)
         found = np.zeros(len(snapshot.live), np.bool_)
         rows = self._store.documents.ask(f"SELECT number FROM documents WHERE {text}", values)  # marks only
         numbers = np.array([n for (n,) in rows], np.int64)
@@ -580,8 +579,32 @@ def kind_of(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     return cls(parsed), parsed
 
 
-def _encoder(kind: Any, name: str, device: str, precision: str) -> Any:
-    """A registered encoder, or the kind's own of that name."""
+def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings, but none that is an argument of the index's methods itself.
+
+    Raises:
+        RetrievalError: one is.
+    """
+    for name in ("query", "queries", "k", "where", "snapshot", "name"):
+        if name in values:
+            raise RetrievalError(f"settings: {name} is no setting; it stands beside them")
+    return values
+
+
+def _from_anywhere(encoder: str) -> str:
+    """An encoder's name with folders in full, alone or as ``MEMBER=FOLDER`` of a hybrid."""
+    if Path(encoder).is_dir():
+        return str(Path(encoder).absolute())
+    parts = [part.rpartition("=") for part in encoder.split(",")]
+    return ",".join(f"{m}{e}{Path(p).absolute() if e and Path(p).is_dir() else p}" for m, e, p in parts)
+
+
+def encoder_of(kind: Any, name: str, device: str, precision: str) -> Any:
+    """A registered encoder, or the kind's own of that name.
+
+    Raises:
+        RetrievalError: there is none.
+    """
     from ..plugins.manager import plugins
 
     cls: Any = plugins().classes("encoder").get(name)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
-from .index import Index
+from .index import Index, checked_settings
 from .shards import ShardedIndex
 
 LARGEST_BODY = 16 << 20  # bytes
@@ -166,7 +166,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     @app.post("/search", dependencies=[Depends(known)], summary="Find documents")
     def search(question: Question) -> Answer:
         started = time.perf_counter()
-        hits = index.search(question.query, question.k, question.where, **_settings(question.settings))
+        hits = index.search(question.query, question.k, question.where, **checked_settings(question.settings))
         found = [Found(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits]
         return Answer(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
 
@@ -202,14 +202,6 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             return Count(changed=changed, documents=len(index))
 
     return app
-
-
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings, but none that is an argument of `Index.search` itself."""
-    for name in ("query", "k", "where"):
-        if name in values:
-            raise RetrievalError(f"settings: {name} stands beside them, not in them")
-    return values
 
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)

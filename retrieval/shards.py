@@ -142,8 +142,8 @@ class ShardedIndex:
         chosen = self._first.settings(**settings)
         if getattr(chosen, "impute", "") == "kprime":
             raise RetrievalError("impute=kprime needs all tokens in one place; use warp with shards")
-        if self._first.kind.rescored(chosen):
-            raise RetrievalError("rerank by texts needs all documents in one place; leave it out with shards")
+        if getattr(chosen, "rerank", 0):
+            raise RetrievalError("rerank needs all documents in one place; leave it out with shards")
         encoded = self._first.kind.queries(self._first.encoder, [query], chosen)[0]
         possible = min(k, sum(self._all("count", where)))
         while True:

@@ -50,7 +50,13 @@ def evaluate(index: Index, collection: Collection, settings: Mapping[str, Any]) 
 
 
 def tune(index: Index, collection: Collection) -> list[Trial]:
-    """Every number of lists with every number of tokens behind which the imputed centroid stands."""
+    """Every number of lists with every number of tokens behind which the imputed centroid stands.
+
+    Raises:
+        RetrievalError: the index has no lists of tokens.
+    """
+    if not hasattr(index.kind.Settings, "probes"):
+        raise RetrievalError(f"{index.kind.name}: only an XTR index has something to tune")
     tokens = index.stats()["postings"]
     trials = []
     for probes in PROBES:

@@ -60,6 +60,21 @@ class Words:
             np.concatenate([p.counts for p in parts]),
         )
 
+    def take(self, texts: Sequence[int]) -> "Words":
+        """Those of some texts."""
+        ends = np.cumsum(self.counts)
+        spans = [np.arange(ends[t] - self.counts[t], ends[t]) for t in texts]
+        rows = np.concatenate([*spans, np.empty(0, np.int64)]).astype(np.int64)
+        return Words(self.ids[rows], self.weights[rows], self.own[rows], self.counts[np.asarray(texts, np.int64)])
+
+    def products(self, query: "Words") -> NDArray[np.float32]:
+        """Inner products of all texts with one other, [texts]."""
+        if not len(query.ids):
+            return np.zeros(len(self), np.float32)
+        at = np.minimum(np.searchsorted(query.ids, self.ids), len(query.ids) - 1)
+        each = np.where(query.ids[at] == self.ids, self.weights * query.weights[at], 0)
+        return np.bincount(np.repeat(np.arange(len(self)), self.counts), each, len(self)).astype(np.float32)
+
     def bag(self) -> "Words":
         """The texts' own words alone, each with weight one."""
         counts = np.add.reduceat(np.append(self.own, False), np.concatenate([[0], np.cumsum(self.counts)])[:-1])

@@ -24,6 +24,7 @@ class Corpus:
     tokens: Tokens
     query_tokens: list[Tokens]
     seconds: dict[str, float]
+    encoder: str  # of tokens
     parts: "tuple[Corpus, ...]" = ()  # of a union
     made: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # encoders by their identity, and what they made
 
@@ -45,7 +46,7 @@ def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> C
     """Encode documents, and ``at_most`` queries."""
     from ...retrieval.encoders import MINILM, load
 
-    encoder = load(encoder_name or MINILM)
+    encoder = load(encoder_name or MINILM, "auto", "float32")  # as kinds of index load it: then it is the same one
     documents = list(Source([collection.corpus], lambda text: [text]))
     asked = list(collection.queries)[:at_most]
     queries = [collection.queries[q] for q in asked]
@@ -68,6 +69,7 @@ def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> C
         tokens,
         query_tokens,
         {"encode_s": encoding, "encode_query_ms": statistics.median(each)},
+        encoder_name or MINILM,
         made={id(encoder): (encoder, tokens)},
     )
 
@@ -84,5 +86,6 @@ def union(parts: list[Corpus]) -> Corpus:
         Tokens.join([p.tokens for p in parts]),
         [t for p in parts for t in p.query_tokens],
         {"encode_s": sum(p.seconds["encode_s"] for p in parts)},
+        parts[0].encoder,
         tuple(parts),
     )

@@ -18,7 +18,7 @@ import numpy as np
 from ...plugins.config import ConfigError, Selection, build_options, parse_assignments
 from ...plugins.dense import vectors_of
 from ...plugins.manager import plugins
-from ...retrieval.encoders import vdr
+from ...retrieval.encoders import MINILM, vdr
 from ...retrieval.tokens import Tokens
 from . import peers
 from .corpus import Corpus
@@ -56,6 +56,8 @@ def parsed(arm: str) -> Selection:
         ConfigError: there is no such arm.
     """
     chosen = parse_assignments(arm.replace("@exact", "").replace("@", ","))
+    if "@exact" in arm and chosen.name != "xtr":
+        raise ConfigError(f"arm {arm}: only xtr has @exact")
     if chosen.name not in (*OTHERS, *peers.NAMES):
         cls: Any = plugins().get("index", chosen.name, "arm")
         _split(cls, chosen.options)
@@ -195,10 +197,10 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
 
     cls: Any = plugins().get("index", chosen.name, "arm")
     options, settings = _split(cls, chosen.options)
-    if name.endswith("@exact"):
+    if "@exact" in name:
         settings |= EXACT
     kind = cls(options)
-    encoder = kind.load_encoder(str(chosen.options.get("encoder", kind.default_encoder)))
+    encoder = kind.load_encoder(str(chosen.options.get("encoder") or _usual(kind, corpus.encoder)))
     encoded = corpus.by(encoder)
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
@@ -217,7 +219,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
     chosen_settings = cls.Settings(**settings)
     queries = kind.queries(encoder, corpus.queries, chosen_settings)
     each = [queries[i] for i in range(len(corpus.queries))]
-    again = _rescoring(kind, corpus, each, kind.rescored(chosen_settings))
+    again = _rescoring(encoder, corpus, each, kind.rescored(chosen_settings))
 
     def search(number: int) -> Sequence[int]:
         found = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
@@ -226,23 +228,21 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
     return Arm(name, _timed(search), seconds, size, rows / len(corpus.ids))
 
 
-def _rescoring(kind: Any, corpus: Corpus, queries: Sequence[Any], count: int) -> Callable[[int, Any], Any]:
+def _usual(kind: Any, tokens: str) -> str:
+    """The encoder of an arm that names none: the one the collection was encoded with, where it is one of tokens."""
+    if isinstance(getattr(kind, "members", None), dict):
+        return ",".join(f"{m}={_usual(member, tokens)}" for m, member in kind.members.items())
+    return tokens if kind.default_encoder == MINILM else kind.default_encoder
+
+
+def _rescoring(encoder: Any, corpus: Corpus, queries: Sequence[Any], count: int) -> Callable[[int, Any], Any]:
     """What orders the best ``count`` anew by weights; those of documents are made before, as all encoding is."""
     if not count:
         return lambda number, found: found
-    weighted = corpus.by(vdr.load(kind.default_encoder))
-    ends = np.cumsum(weighted.counts)
+    weighted = corpus.by(vdr.load(encoder.name, "auto", "float32", encoder.activation, encoder.top))
 
     def again(number: int, found: Any) -> Any:
-        dense = np.zeros(1 << 17, np.float32)
-        dense[queries[number].ids] = queries[number].weights
-        scores = np.array(
-            [
-                dense[weighted.ids[ends[d] - weighted.counts[d] : ends[d]]]
-                @ weighted.weights[ends[d] - weighted.counts[d] : ends[d]]
-                for d in found[:count]
-            ]
-        )
+        scores = weighted.take(found[:count]).products(queries[number])
         return np.concatenate([found[:count][np.argsort(-scores, kind="stable")], found[count:]])
 
     return again

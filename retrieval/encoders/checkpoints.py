@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, first_line
+from .texts import load_errors
 
 QUERY, DOCUMENT = 64, 256  # tokens, where a checkpoint says nothing
 T5_QUERY, T5_DOCUMENT = 32, 512  # XTR's
@@ -169,14 +170,17 @@ def _tensor(folder: Path, name: str, needed: bool = True) -> Any:
     import torch
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if name in file.keys():  # noqa: SIM118 -- it is no mapping
-                return file.get_tensor(name).float().numpy()
-    for path in sorted(folder.glob("*.bin")):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if name in state:
-            return state[name].float().numpy()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                if name in file.keys():  # noqa: SIM118 -- it is no mapping
+                    return file.get_tensor(name).float().numpy()
+        for path in sorted(folder.glob("*.bin")):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if name in state:
+                return state[name].float().numpy()
+    except load_errors() as error:
+        raise RetrievalError(f"encoder {folder}: {first_line(error)}") from None
     if needed:
         raise RetrievalError(f"encoder {folder}: its weights hold no {name}")
     return None

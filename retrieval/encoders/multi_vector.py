@@ -59,7 +59,7 @@ class MultiVectorEncoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
             loader = T5EncoderModel if checkpoint.t5 else AutoModel
             model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except texts.load_errors() as error:
             raise RetrievalError(f"encoder {checkpoint.folder}: {first_line(error)}") from None
         finally:
             logging.set_verbosity(kept)

@@ -2,9 +2,10 @@
 
 import functools
 import re
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
 from ..words import Words
@@ -35,8 +36,8 @@ class StemEncoder:
             RetrievalError: there is no such language, or no stemmer.
         """
         self.language = language
+        self._stem: Callable[[str], str] = str
         if language == "none":
-            self._stem = str
             return
         try:
             import snowballstemmer
@@ -45,7 +46,14 @@ class StemEncoder:
         if language not in snowballstemmer.algorithms():
             known = ", ".join(sorted(snowballstemmer.algorithms()))
             raise RetrievalError(f"language {language}: expected none, {known}")
-        self._stem = functools.lru_cache(maxsize=1 << 18)(snowballstemmer.stemmer(language).stemWord)
+        stemmer, mutex = snowballstemmer.stemmer(language), threading.Lock()  # which keeps the word it is at
+
+        @functools.lru_cache(maxsize=1 << 18)
+        def stem(word: str) -> str:
+            with mutex:
+                return stemmer.stemWord(word)
+
+        self._stem = stem
 
     @property
     def fingerprint(self) -> str:

@@ -27,12 +27,29 @@ def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int
 
 
 def pick_device(device: str) -> str:
-    """`auto` is a GPU where there is one."""
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        RetrievalError: there is no such device.
+    """
     import torch
 
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.cuda.device_count()
+    known = ["cpu", *(["cuda"] if found else []), *(f"cuda:{i}" for i in range(found))]
+    if device == "auto":
+        return "cuda" if found else "cpu"
+    if device not in known:
+        raise RetrievalError(f"device {device}: expected auto, {', '.join(known)}")
+    return device
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What loading a checkpoint raises when its files are not what they should be."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, SafetensorError, UnpicklingError
 
 
 def in_precision(model: Any, precision: str, device: str) -> Any:

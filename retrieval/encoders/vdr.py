@@ -80,7 +80,12 @@ def read(folder: Path, embedded: bool = False) -> Form:
         raise RetrievalError(
             f"encoder {folder}: gives no weights to words; wanted is a VDR checkpoint or a masked language model"
         )
-    splade = embedded or any("Splade" in str(m.get("type", "")) for m in modules or ())
+    pooling = next((m for m in modules or () if "SpladePooling" in str(m.get("type", ""))), None)
+    if pooling is not None:
+        told = read_json(folder / pooling.get("path", "") / "config.json") or {}
+        if (told.get("pooling_strategy", "max"), told.get("activation_function", "relu")) != ("max", "relu"):
+            raise RetrievalError(f"encoder {folder}: of SpladePooling only max over relu is supported")
+    splade = embedded or pooling is not None
     told_length = (read_json(backbone / "sentence_bert_config.json") or {}).get("max_seq_length")
     longest = int(told_length or min(DOCUMENT, int(config.get("max_position_embeddings", DOCUMENT))))
     return Form(folder, backbone, (), 0, "splade" if splade else "elu1p", (longest, longest))
@@ -168,10 +173,8 @@ class VocabularyEncoder:
 
     def score(self, query: Words, documents: Sequence[str]) -> np.ndarray:
         """Inner products of one query with the weighted words of documents, encoded now, [documents] float32."""
-        dense = np.zeros(self.dimension, np.float32)
-        dense[query.ids] = query.weights
         parts = self._encode(self._models[1], self._ids(documents, self.form.lengths[1]), None)
-        return np.array([dense[p.ids] @ p.weights for p in parts], np.float32)
+        return Words.join(parts).products(query)
 
     def word(self, number: int) -> str:
         """A word by its number."""
@@ -227,6 +230,7 @@ class VocabularyEncoder:
 
     def _kept(self, weights: np.ndarray, row: Sequence[int]) -> Words:
         """The largest weights and those of the text's own words; ``weights`` begins with the first word."""
+        weights = weights[: self.dimension - self.form.shift]  # some models have entries that no tokenizer knows
         own = np.zeros(len(weights), np.bool_)
         own[self._own(row) - self.form.shift] = True
         kept = weights > 0
@@ -278,25 +282,33 @@ def _load(form: Form) -> list[Any]:
     Raises:
         RetrievalError: they cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     kept = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except RetrievalError:
+        raise
+    except texts.load_errors() as error:
         raise RetrievalError(f"encoder {form.folder}: {first_line(error)}") from None
     finally:
         logging.set_verbosity(kept)
 
 
 def _masked(form: Form) -> Any:
+    import torch
     from transformers import AutoModelForMaskedLM
 
     from .heads import MaskedLM
 
-    return MaskedLM(AutoModelForMaskedLM.from_pretrained(form.backbone, local_files_only=True)).eval()
+    model = MaskedLM(AutoModelForMaskedLM.from_pretrained(form.backbone, local_files_only=True)).eval()
+    try:
+        with torch.inference_mode():
+            model(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+    except (AttributeError, TypeError, RuntimeError):
+        raise RetrievalError(f"encoder {form.folder}: its kind of masked language model is not supported") from None
+    return model
 
 
 def _vdr(form: Form, side: str) -> Any:

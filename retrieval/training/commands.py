@@ -103,12 +103,17 @@ def _run(
         raise ConfigError("train: give --judged FOLDER, --text PATH, or both")
     with refusals():
         import random
+        from importlib.util import find_spec
 
         from rich.console import Console
         from rich.progress import Progress
         from transformers.utils import logging
 
+        from ..encoders.texts import load_errors
         from ..errors import RetrievalError, first_line
+
+        if find_spec("matplotlib") is None:
+            raise ConfigError("train: the curve needs matplotlib; pip install pilotfish[train]")
         from . import loop, pairs, tasks
 
         found = [p for folder in judged or [] for p in pairs.judged(folder)]
@@ -117,7 +122,9 @@ def _run(
         logging.set_verbosity_error()
         try:
             task = make(tasks.base_of(base), tasks.Lengths(*lengths))
-        except (OSError, ValueError, KeyError) as error:
+        except RetrievalError:
+            raise
+        except load_errors() as error:
             raise RetrievalError(f"--base {base}: {first_line(error)}") from None
         console = Console(stderr=True)
         with Progress(console=console) as progress:

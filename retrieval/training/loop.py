@@ -48,13 +48,18 @@ def run(task: Task, pairs: Sequence[Pair], plan: Plan, out: Path, resume: bool, 
         RetrievalError: pairs are too few, or there is a state already, or another one.
     """
     place = out / "training"
-    if len(pairs) < plan.batch + HELD_OUT:
+    held = [*{p.document: p for p in pairs[: 4 * HELD_OUT]}.values()][:HELD_OUT]
+    apart = {p.document for p in held}
+    taught = [p for p in pairs if p.document not in apart]
+    if len(held) < 2 or len(taught) < plan.batch:
         raise RetrievalError(f"{len(pairs)} pairs are too few: {HELD_OUT} are held out, and a batch is {plan.batch}")
-    held, taught = pairs[:HELD_OUT], pairs[HELD_OUT:]
-    optimiser = torch.optim.AdamW(task.model.parameters(), lr=plan.rate, weight_decay=0.01)
-    first = _restored(task, optimiser, plan, place) if resume else 0
     if not resume and (place / STATE).exists():
         raise RetrievalError(f"{place} holds a state already; go on from it with --resume, or remove the folder")
+    if out.exists() and not (place / STATE).exists() and any(p != place for p in out.iterdir()):
+        raise RetrievalError(f"{out} is not empty; a checkpoint needs a folder of its own")
+    optimiser = torch.optim.AdamW(task.model.parameters(), lr=plan.rate, weight_decay=0.01)
+    about = {**asdict(plan), **task.about, "pairs": data.digest(pairs)}
+    first = _restored(task, optimiser, about, place) if resume else 0
     place.mkdir(parents=True, exist_ok=True)
     _cut_log(place / LOG, first)
     task.model.train()
@@ -78,7 +83,7 @@ def run(task: Task, pairs: Sequence[Pair], plan: Plan, out: Path, resume: bool, 
             line["held_out"] = _measured(task, held, plan.batch)
         _note(place, step + 1, line)
         if last or (step + 1) % plan.every == 0:
-            _keep(task, optimiser, plan, step + 1, place)
+            _keep(task, optimiser, about, step + 1, place)
             curve(place)
     _publish(task, out)
 
@@ -91,11 +96,12 @@ def _share(step: int, steps: int) -> float:
 
 def _measured(task: Task, held: Sequence[Pair], batch: int) -> dict[str, float]:
     """Loss and share of right answers on pairs that are not learned from."""
+    size = min(batch, len(held))
     task.model.eval()
     losses, rights = [], []
     with torch.no_grad():
-        for begin in range(0, len(held) - batch + 1, batch):
-            loss, right = task.loss(held[begin : begin + batch])
+        for begin in range(0, len(held) - size + 1, size):
+            loss, right = task.loss(held[begin : begin + size])
             losses.append(loss.item())
             rights.append(right)
     task.model.train()
@@ -105,25 +111,26 @@ def _measured(task: Task, held: Sequence[Pair], batch: int) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _keep(task: Task, optimiser: torch.optim.Optimizer, plan: Plan, step: int, place: Path) -> None:
-    state = {"step": step, "plan": asdict(plan), "model": task.model.state_dict(), "optimiser": optimiser.state_dict()}
+def _keep(task: Task, optimiser: torch.optim.Optimizer, about: dict[str, Any], step: int, place: Path) -> None:
+    state = {"step": step, "about": about, "model": task.model.state_dict(), "optimiser": optimiser.state_dict()}
     partial = place / f".{STATE}"
     torch.save(state, partial)
     partial.replace(place / STATE)
 
 
-def _restored(task: Task, optimiser: torch.optim.Optimizer, plan: Plan, place: Path) -> int:
+def _restored(task: Task, optimiser: torch.optim.Optimizer, about: dict[str, Any], place: Path) -> int:
     """The step that a state stands at.
 
     Raises:
-        RetrievalError: it is of another plan, or cannot be read.
+        RetrievalError: it was begun with other options or pairs, or cannot be read.
     """
     if not (place / STATE).exists():
         return 0
     try:
         state = torch.load(place / STATE, map_location="cpu", weights_only=True)
-        if state["plan"] != asdict(plan):
-            raise RetrievalError(f"{place}: was begun with {state['plan']}, not {asdict(plan)}")
+        other = next((name for name in about if state["about"].get(name) != about[name]), None)
+        if other is not None:
+            raise RetrievalError(f"{place}: was begun with {other} {state['about'].get(other)}, not {about[other]}")
         task.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         return int(state["step"])

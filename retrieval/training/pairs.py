@@ -1,5 +1,6 @@
 """Pairs of a query and a document that answers it: judged ones, or a sentence and what stands around it."""
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,14 @@ class Pair:
 
 
 def judged(folder: Path) -> list[Pair]:
-    """Of a BEIR folder: every query with every document that is judged relevant to it.
+    """Of a BEIR folder: every query of its training part with every document that is judged relevant to it.
 
     Raises:
-        RetrievalError: the folder has no such judgements.
+        RetrievalError: the folder has no such judgements, or those of its test part alone.
     """
-    collection = evaluation.read(folder)
+    if not (folder / "qrels" / "train.tsv").is_file() and (folder / "qrels" / "test.tsv").is_file():
+        raise RetrievalError(f"{folder}: has no qrels/train.tsv, and test.tsv is not to be learned from")
+    collection = evaluation.read(folder, "train")
     documents = {d.id: d.text for d in Source([str(collection.corpus)], lambda text: [text])}
     return [
         Pair(collection.queries[q], documents[d])
@@ -53,6 +56,14 @@ def cloze(paths: Sequence[str], seed: int) -> list[Pair]:
             if len(passage[place].split()) >= FEWEST_WORDS and rest:
                 found.append(Pair(passage[place], " ".join(rest)))
     return found
+
+
+def digest(pairs: Sequence[Pair]) -> str:
+    """Of all pairs in their order."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        found.update(f"{pair.query}\0{pair.document}\0".encode())
+    return found.hexdigest()[:16]
 
 
 def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
 
 from ..encoders import multi_vector, vdr
+from ..encoders.checkpoints import read_json
 from ..encoders.heads import TiedVocabulary
+from ..errors import RetrievalError
 from . import objectives
 from .pairs import Pair
 
@@ -27,14 +29,33 @@ class Lengths:
 
 
 class Task:
-    """A model that is trained; see `VDRTask` and `XTRTask`."""
+    """A model that is trained; see `VDRTask` and `XTRTask`.
 
+    Attributes:
+        model: It.
+        about: With what it was begun: training that goes on has to be the same.
+        families: Model types that it can be; empty for any encoder.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ()
     model: torch.nn.Module
 
-    def __init__(self, base: Path, lengths: Lengths) -> None:
+    def __init__(self, base: Path, lengths: Lengths, **options: Any) -> None:
+        """Begin with a folder.
+
+        Raises:
+            RetrievalError: its model is of a family that cannot be trained for this.
+        """
         from transformers import AutoTokenizer
 
+        config = read_json(base / "config.json")
+        family = config.get("model_type") if isinstance(config, dict) else None
+        if family is None:
+            raise RetrievalError(f"--base {base}: there is no config.json of a model")
+        if family not in (self.families or (family,)) or family in ("t5", "mt5"):
+            raise RetrievalError(f"--base {base}: a model of type {family} cannot be trained for this")
         self.lengths = lengths
+        self.about = {"base": str(base.absolute()), **asdict(lengths), **options}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
 
     def loss(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, float]:
@@ -52,12 +73,14 @@ class Task:
 class VDRTask(Task):
     """VDR from a BERT encoder whose word embeddings become the vocabulary's side."""
 
+    families: ClassVar[tuple[str, ...]] = ("bert",)
+
     def __init__(
         self, base: Path, lengths: Lengths, top: int = 768, semi: bool = False, mask_weight: float | None = None
     ) -> None:
         from transformers import BertModel
 
-        super().__init__(base, lengths)
+        super().__init__(base, lengths, top=top, semi=semi, mask=mask_weight)
         self.top, self.semi, self.mask_weight = top, semi, mask_weight
         bert = BertModel.from_pretrained(base, local_files_only=True, add_pooling_layer=False)
         self.model = TiedVocabulary(bert, vdr.SHIFT)
@@ -121,7 +144,7 @@ class XTRTask(Task):
     ) -> None:
         from transformers import AutoModel
 
-        super().__init__(base, lengths)
+        super().__init__(base, lengths, width=width, retrieved=retrieved, temperature=temperature)
         self.retrieved, self.temperature = retrieved, temperature
         self.model = ProjectedTokens(AutoModel.from_pretrained(base, local_files_only=True), width)
         torch.nn.init.orthogonal_(self.model.linear.weight)

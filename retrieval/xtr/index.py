@@ -127,7 +127,7 @@ def segment(tokens: Tokens, numbers: NDArray[np.int64], shared: Arrays, layout: 
 
 
 def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
-    """One segment of several, without the documents that are not ``live``; they are given in the order of numbers."""
+    """One segment of several, without the documents that are not ``live``."""
     kept = [live[s["documents"]] for s in segments]
     lists = np.concatenate(
         [
@@ -143,12 +143,15 @@ def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDAr
     if "vectors" in segments[0]:
         alive = [live[s["numbers"]] for s in segments]
         counts = [np.diff(s["offsets"]) for s in segments]
-        found["numbers"] = np.concatenate([s["numbers"][a] for s, a in zip(segments, alive, strict=True)])
-        found["vectors"] = np.concatenate(
+        numbers = np.concatenate([s["numbers"][a] for s, a in zip(segments, alive, strict=True)])
+        vectors = np.concatenate(
             [s["vectors"][np.repeat(a, c)] for s, a, c in zip(segments, alive, counts, strict=True)]
         )
         remaining = np.concatenate([c[a] for a, c in zip(alive, counts, strict=True)])
-        found["offsets"] = np.concatenate([[0], np.cumsum(remaining)]).astype(np.int64)
+        order = np.argsort(numbers)  # a segment that was merged before stands behind younger ones
+        found["numbers"] = numbers[order]
+        found["vectors"] = vectors[np.argsort(np.repeat(numbers, remaining), kind="stable")]
+        found["offsets"] = np.concatenate([[0], np.cumsum(remaining[order])]).astype(np.int64)
     return found
 
 

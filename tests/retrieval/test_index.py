@@ -142,6 +142,31 @@ def test_reranking_is_by_all_tokens(create) -> None:
         plain.search("x", rerank=5)
 
 
+def test_whole_vectors_keep_their_documents_through_merges(create) -> None:
+    """A segment that was written anew stands behind younger ones; merging them again has to put that right."""
+    index = create(dimension=0, vectors=True, codec="float16")
+    texts = {str(i): f"shark word{i}" for i in range(150)}
+    documents = [{"id": i, "text": t} for i, t in texts.items()]
+    index.add(documents[:100], learn=False)
+    index.add(documents[100:], learn=False)
+    index.delete([str(i) for i in range(0, 80, 2)])
+    firsts = [int(s.arrays["numbers"][0]) for s in index.snapshot.segments]
+    assert firsts != sorted(firsts)
+    index.compact()
+    for name in ("1", "99", "149"):
+        hit = index.search(texts[name], 1, rerank=20)[0]
+        assert (hit.id, hit.score) == (name, pytest.approx(1.0, abs=5e-3))
+
+
+def test_a_number_and_a_truth_are_not_one_filter(create) -> None:
+    index = create()
+    index.add([{"id": "one", "text": "x", "metadata": {"f": 1}}, {"id": "yes", "text": "x", "metadata": {"f": True}}])
+    assert [h.id for h in index.search("x", where="f = 1")] == ["one"]
+    assert [h.id for h in index.search("x", where="f = true")] == ["yes"]
+    assert index.delete(where="f = true") == 1
+    assert list(index.ids()) == ["one"]
+
+
 def test_an_explanation_adds_up(create) -> None:
     index = create(dimension=0)
     index.add([{"id": str(i), "text": f"shark word{i} reef"} for i in range(30)])

@@ -45,6 +45,23 @@ def test_the_answer_is_that_of_one_index(folders, query, k, least, probes, until
     one.close()
 
 
+def test_words_in_shards(tmp_path: Path) -> None:
+    words.use()
+    with Index.create(tmp_path / "one", "vdr", "word-weights") as one:
+        one.add(DOCUMENTS)
+        shards.build(tmp_path / "three", DOCUMENTS, 3, "vdr", "word-weights")
+        three = ShardedIndex(tmp_path / "three")
+        for query in ("word1 word2 word3", "word59", "2drow"):
+            answers = [[(h.id, h.score) for h in x.search(query, 20)] for x in (one, three)]
+            assert answers[0] == answers[1]
+        with pytest.raises(RetrievalError, match="rerank needs all documents"):
+            three.search("word1", rerank=10)
+    for kind in ("bm25", "hybrid"):
+        with pytest.raises(RetrievalError, match=f"{kind} cannot be in shards"):
+            shards.build(tmp_path / kind, DOCUMENTS, 2, kind)
+        assert not (tmp_path / kind).exists()
+
+
 def test_what_shards_cannot_tell_is_refused(folders, tmp_path: Path) -> None:
     three = ShardedIndex(folders[1])
     assert len(three) == 300

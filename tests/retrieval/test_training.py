@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["vdr", "xtr"])
 def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kind: str) -> None:
-    plan = loop.Plan(12, 8, 3e-3, every=4)
+    plan = loop.Plan(24, 8, 1e-3, every=4)
 
     def task() -> tasks.Task:
         torch.manual_seed(0)
@@ -138,11 +139,12 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
     whole = task()
     loop.run(whole, taught(), plan, tmp_path / "whole", False, lambda *_: None)
     lines = loop.read_log(tmp_path / "whole" / "training" / loop.LOG)
-    assert [x["step"] for x in lines] == list(range(13))
-    assert lines[-1]["held_out"]["loss"] < lines[0]["held_out"]["loss"], "nothing was learned"
+    assert [x["step"] for x in lines] == list(range(25))
+    losses = [x["loss"] for x in lines[1:]]
+    assert sum(losses[-6:]) < sum(losses[:6]), "nothing was learned"
     assert (tmp_path / "whole" / "training" / loop.CURVE).read_bytes()[:4] == b"\x89PNG"
 
-    class Interrupted(Exception):
+    class Interrupted(KeyboardInterrupt):
         pass
 
     def stop(step: int, _: float) -> None:
@@ -154,17 +156,20 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     with pytest.raises(RetrievalError, match="--resume"):
         loop.run(task(), taught(), plan, tmp_path / "parts", False, lambda *_: None)
-    with pytest.raises(RetrievalError, match="was begun with"):
-        loop.run(task(), taught(), loop.Plan(13, 8, 3e-3, every=4), tmp_path / "parts", True, lambda *_: None)
+    with pytest.raises(RetrievalError, match="was begun with steps 24, not 25"):
+        loop.run(task(), taught(), loop.Plan(25, 8, 1e-3, every=4), tmp_path / "parts", True, lambda *_: None)
+    with pytest.raises(RetrievalError, match="was begun with pairs"):
+        loop.run(task(), taught(99), plan, tmp_path / "parts", True, lambda *_: None)
     resumed = task()
     loop.run(resumed, taught(), plan, tmp_path / "parts", True, lambda *_: None)
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     again = loop.read_log(tmp_path / "parts" / "training" / loop.LOG)
-    assert [x["step"] for x in again] == list(range(13))
+    assert [x["step"] for x in again] == list(range(25))
 
-    encoder = vdr.load(str(tmp_path / "whole"), top=50) if kind == "vdr" else load(str(tmp_path / "whole"))
-    found = encoder.encode_documents(["w1 w2 shark"])
+    made: Any = vdr.load if kind == "vdr" else load
+    encoder = made(str(tmp_path / "whole"))
+    found: Any = encoder.encode_documents(["w1 w2 shark"])
     with torch.inference_mode():
         told = whole.tokenizer(["w1 w2 shark"], return_tensors="pt")
         out = whole.model(told["input_ids"], told["attention_mask"])[0]
@@ -176,6 +181,23 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
     (tmp_path / "parts" / "training" / loop.STATE).write_bytes(b"no state")
     with pytest.raises(RetrievalError, match="cannot be read"):
         loop.run(task(), taught(), plan, tmp_path / "parts", True, lambda *_: None)
+
+
+def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(RetrievalError, match="not empty"):
+        loop.run(tasks.VDRTask(base, LENGTHS), taught(), loop.Plan(1, 8, 1e-3), tmp_path, False, lambda *_: None)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    for task in (tasks.VDRTask, tasks.XTRTask):
+        with pytest.raises(RetrievalError, match="type t5 cannot be trained"):
+            task(tmp_path / "t5", LENGTHS)
+        with pytest.raises(RetrievalError, match="there is no config"):
+            task(tmp_path, LENGTHS)
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t2\t1\n")
+    with pytest.raises(RetrievalError, match="not to be learned from"):
+        pairs.judged(tmp_path)
 
 
 def test_too_few_pairs_are_refused(base: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Encoders of words against plain computations and against sentence-transformers; forms, edits, explanations."""
 
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -98,10 +97,10 @@ def test_output_is_that_of_sentence_transformers(tmp_path: Path, where: str) -> 
         tiny.masked_lm(tmp_path / "lm")
         folder = tmp_path / "lm"
     model = SparseEncoder(modules=[MLMTransformer(str(folder), max_seq_length=48), SpladePooling("max")], device="cpu")
-    encoder = vdr.load()
+    encoder = vdr.load(top=0)
     if where == "saved":
         model.save_pretrained(str(tmp_path / "saved"))
-        encoder = vdr.load(str(tmp_path / "saved"))
+        encoder = vdr.load(str(tmp_path / "saved"), top=0)
         assert encoder.activation == "splade"
     theirs = model.encode_document(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True).numpy()
     ours = encoder.encode_documents(TEXTS)
@@ -170,11 +169,6 @@ def test_the_three_forms(tmp_path: Path) -> None:
         assert [h.id for h in hits] == ["sea"]  # the others share no word with it
         again = index.search(QUERY, rerank=5)
         assert again[0].score == pytest.approx(float(encoder.score(query[0], [DOCUMENTS[0]["text"]])[0]), rel=1e-5)
-        with pytest.raises(RetrievalError, match="another encoder"):  # what documents are is part of the encoder
-            shutil.copytree(tmp_path / "bags", tmp_path / "changed")
-            path = next((tmp_path / "changed").glob("manifest-*.json"))
-            path.write_text(path.read_text().replace('"documents": "words"', '"documents": "weights"'))
-            Index.open(tmp_path / "changed").search("x")
 
 
 def test_words_are_weighed_and_banned(tmp_path: Path) -> None:
@@ -189,7 +183,7 @@ def test_words_are_weighed_and_banned(tmp_path: Path) -> None:
         added = index.search(QUERY, words={"engine": 5})
         assert {h.id: h.score for h in added}["road"] > plain.get("road", 0.0) + 1
         for words, message in (
-            ({"\u4e16\u754c\u6d77": 1.0}, "not in the encoder's vocabulary"),
+            ({"\U0001f988": 1.0}, "not in the encoder's vocabulary"),
             ({"shark": -1}, "expected a factor from 0 on"),
             ({"shark": True}, "expected a factor|expected float"),
             (["shark"], "expected object of float"),
