@@ -69,7 +69,7 @@ XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
 XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans
 WORDS := bm25,vdr,vdr@exhaustive=true,vdr@activation=elu1p,vdr@form=words,vdr@documents=words
 WORDS_MORE := vdr@documents=words@rerank=100
-HYBRIDS := dense,hybrid,hybrid@fusion=rrf,hybrid@members=xtr+bm25,hybrid@members=xtr+vdr,hybrid@members=xtr+vdr+bm25+dense
+HYBRIDS := dense,hybrid@members=xtr+vdr+bm25,hybrid@members=xtr+vdr+bm25@fusion=rrf,hybrid@members=xtr+bm25,hybrid@members=xtr+vdr,hybrid
 OTHERS := fast_plaid@n_full_scores=512,xtr_warp
 ARMS := $(XTR),$(XTR_PARTS),$(WORDS),$(WORDS_MORE),$(HYBRIDS),$(OTHERS)
 RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 1

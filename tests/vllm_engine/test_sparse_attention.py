@@ -87,6 +87,7 @@ def test_sparse_layers_read_less(sparse, stock) -> None:
     assert sparse.ask(**ASK)["tokens"] != stock
 
 
+@pytest.mark.long
 def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, model, stock, sparse) -> None:
     """Requests are set back again and again, among others that prefill, and go on as if nothing had been."""
     sparse.close()

@@ -107,6 +107,7 @@ def test_exact_prefill_reads_whole_prompts_and_frees_them(exact, stock) -> None:
     assert (found := engine.ask(do="blocks"))["all"] - found["least"] == 6 * -(-700 // BLOCK)
 
 
+@pytest.mark.long
 def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
     """Tokens that are drafted see what they would see if they were decoded one by one."""
     drafter, policy = drafting_args(), kv(**WINDOW)
