@@ -90,7 +90,6 @@ def token_scale() -> str:
         ("query_ms_median_32", "ms, 32 probes", "{:.1f}"),
         ("files_mib", "MiB on disk", "{:.0f}"),
         ("resident_mib", "MiB resident", "{:.0f}"),
-        ("peak_mib", "peak of the process, MiB", "{:.0f}"),
         ("add_100_documents_s", "100 documents found after s", "{:.2f}"),
         ("build_s", "build s", "{:.0f}"),
     )

@@ -7,7 +7,6 @@ searches, and how long it takes until 100 new documents are found.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def search(place: Path) -> dict[str, float]:
                         taken.append(1e3 * (time.perf_counter() - started))
             found[f"query_ms_median_{probes}"] = statistics.median(taken)
         found["resident_mib"] = _memory() - before
-        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        found["peak_mib"] = _memory("VmHWM")
         new = Tokens(
             np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000],
             np.arange(6000, dtype=np.int32) % 900,
@@ -162,12 +161,12 @@ def search(place: Path) -> dict[str, float]:
     return found
 
 
-def _memory() -> float:
-    """MiB that are resident."""
+def _memory(what: str = "VmRSS") -> float:
+    """MiB that are resident, or, as ``VmHWM``, that ever were."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
+        if line.startswith(what):
             return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    raise RuntimeError(f"this system tells no {what}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def describe(kind: str, cls: Any) -> dict[str, Any]:
     """A registered class as plain values."""
     hints, notes = typing.get_type_hints(cls.Options), option_help(cls.Options)
     options = [
-        {"name": f.name, "type": type_name(hints[f.name]), "default": f.default, "help": notes.get(f.name, "")}
+        {"name": f.name, "type": type_name(hints[f.name]), "default": default_of(f), "help": notes.get(f.name, "")}
         for f in dataclasses.fields(cls.Options)
     ]
     return {
@@ -66,6 +66,11 @@ def describe(kind: str, cls: Any) -> dict[str, Any]:
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
         "options": options,
     }
+
+
+def default_of(option: dataclasses.Field) -> Any:
+    """What an option is where nothing is said."""
+    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def option_help(options: type) -> dict[str, str]:
