@@ -62,7 +62,8 @@ class BM25(SparseKind):
         from ..retrieval.encoders import stems
         from ..retrieval.errors import RetrievalError
 
-        del device, precision
+        if (device, precision) not in (("auto", "float32"), ("cpu", "float32")):
+            raise RetrievalError("bm25 runs no model: --device and --precision are not for it")
         if name != stems.STEMS:
             raise RetrievalError(f"encoder {name}: bm25 has {stems.STEMS} alone")
         return stems.load(self.options.language)

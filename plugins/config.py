@@ -3,6 +3,7 @@
 Imports the standard library only, since vLLM's entry-point module leads here.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -208,7 +209,8 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
             return None
     elif expected is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):
+                return float(value)
     elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{path}: expected {type_name(expected)}, got {value!r}")

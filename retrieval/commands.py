@@ -14,6 +14,7 @@ from ..plugins.hookspecs import hookimpl
 
 index = typer.Typer(help="Put documents into an index, and find them again.", no_args_is_help=True)
 
+USUAL = "xtr"  # kind of index
 Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
 Paths = Annotated[
     list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")
@@ -24,7 +25,7 @@ Where = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
 Word = Annotated[
     list[str] | None,
-    typer.Option(help="Of an index of words: WORD=FACTOR makes a word weigh so many times as much, 0 bans it."),
+    typer.Option(help="Of a VDR index: WORD=FACTOR makes a word weigh so many times as much, 0 bans it."),
 ]
 EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
 Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
@@ -62,7 +63,9 @@ def refusals() -> Iterator[None]:
 def build(
     folder: Folder,
     paths: Paths,
-    kind: Annotated[str, typer.Option(help="A kind of index; see `pilotfish plugins`.")] = "xtr",
+    kind: Annotated[
+        str | None, typer.Option(help="A kind of index, xtr where nothing is said; see `pilotfish plugins`.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="An option of that kind, NAME=VALUE; may be repeated.")
     ] = None,
@@ -86,15 +89,17 @@ def build(
                 raise ConfigError("--resume: a build of shards is begun anew")
             if (device, precision) != ("auto", "float32"):
                 raise ConfigError("--device, --precision: a build of shards has auto and float32 only")
-            _build_shards(folder, paths, shards, kind, encoder, option, chunk_tokens, overlap, number_ids, ray)
+            _build_shards(folder, paths, shards, kind or USUAL, encoder, option, chunk_tokens, overlap, number_ids, ray)
             return
 
         if resume and (folder / CURRENT).exists():
             opened = Index.open(folder, encoder, device, precision)
+            if kind not in (None, opened.kind.name):
+                raise ConfigError(f"--kind {kind}: {folder} is of kind {opened.kind.name}")
         else:
             _source(paths, lambda text: [text], number_ids)  # refuse before anything is made
             _chunks_fit(chunk_tokens, overlap)
-            opened = Index.create(folder, kind, encoder, values(option, "--option"), device, precision)
+            opened = Index.create(folder, kind or USUAL, encoder, values(option, "--option"), device, precision)
         with opened as made:
             source = _source(paths, _chunker(made, chunk_tokens, overlap), number_ids)
             count = _with_bar(lambda told: (made.resume if resume else made.add)(source, told))
@@ -305,6 +310,7 @@ def serve(
         if host not in ("127.0.0.1", "localhost", "::1") and not token:
             raise ConfigError(f"--host {host}: others could change the index; give --token, or set PILOTFISH_TOKEN")
         with _for_reading(folder, encoder, device, precision, ray) as opened:
+            _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
             server.run(opened, host, port, token, read_only)
 
 
@@ -429,7 +435,9 @@ def _with_bar(work: Callable[[Callable[[str, int, int | None], None]], int]) -> 
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None, rate="")
 
         def told(stage: str, done: int, total: int | None) -> None:

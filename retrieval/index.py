@@ -585,7 +585,7 @@ def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RetrievalError: one is.
     """
-    for name in ("query", "queries", "k", "where", "snapshot", "name"):
+    for name in ("self", "query", "queries", "k", "where", "snapshot", "name"):
         if name in values:
             raise RetrievalError(f"settings: {name} is no setting; it stands beside them")
     return values

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Path, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -101,7 +102,13 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     """
     wrong: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
-        for code, text in ((400, "A wrong request"), (401, "No token"), (413, "Too large"), (503, "Index not readable"))
+        for code, text in (
+            (400, "A wrong request"),
+            (401, "No token"),
+            (413, "Too large"),
+            (422, "Not of the form that is asked for"),
+            (503, "Index not readable"),
+        )
     }
     app = FastAPI(
         title="Pilotfish index",
@@ -141,15 +148,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             failed.labels(route, str(response.status_code)).inc()
         return response
 
-    @app.exception_handler(RetrievalError)
-    async def refused(_: Request, error: RetrievalError) -> JSONResponse:
-        broken = isinstance(error, DamagedIndex | NoIndex)
-        status = 503 if broken else 409 if isinstance(error, LockedIndex) else 400
-        return JSONResponse({"detail": str(error)}, status)
-
-    @app.exception_handler(OSError)
-    async def no_room(_: Request, error: OSError) -> JSONResponse:
-        return JSONResponse({"detail": f"the index cannot be written: {error.strerror or error}"}, 507)
+    _answer_errors(app)
 
     @app.get("/health", summary="Whether the index can be read")
     def health() -> dict[str, Any]:
@@ -202,6 +201,32 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             return Count(changed=changed, documents=len(index))
 
     return app
+
+
+def _problem(text: str, status: int) -> JSONResponse:
+    """An answer that says what was wrong; half characters, which no encoding has, by their numbers."""
+    return JSONResponse({"detail": text.encode("utf-8", "backslashreplace").decode()}, status)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """What goes wrong becomes an answer that says so."""
+
+    @app.exception_handler(RetrievalError)
+    async def refused(_: Request, error: RetrievalError) -> JSONResponse:
+        broken = isinstance(error, DamagedIndex | NoIndex)
+        status = 503 if broken else 409 if isinstance(error, LockedIndex) else 400
+        return _problem(str(error), status)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        # What was sent is not repeated: JSON cannot hold all that it may have been.
+        first = error.errors()[0]
+        told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return _problem(told, 422)
+
+    @app.exception_handler(OSError)
+    async def no_room(_: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"detail": f"the index cannot be written: {error.strerror or error}"}, 507)
 
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)

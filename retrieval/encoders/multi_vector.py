@@ -55,6 +55,7 @@ class MultiVectorEncoder:
         self.device = device = texts.pick_device(device)
         kept = logging.get_verbosity()
         logging.set_verbosity_error()  # a pooler that is not needed is no news
+        logging.disable_progress_bar()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
             loader = T5EncoderModel if checkpoint.t5 else AutoModel

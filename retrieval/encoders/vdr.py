@@ -286,6 +286,7 @@ def _load(form: Form) -> list[Any]:
 
     kept = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
     except RetrievalError:

@@ -101,6 +101,8 @@ def _run(
 ) -> None:
     if not judged and not text:
         raise ConfigError("train: give --judged FOLDER, --text PATH, or both")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; a checkpoint needs a folder")
     with refusals():
         import random
         from importlib.util import find_spec
@@ -120,6 +122,7 @@ def _run(
         found += pairs.cloze(text, plan[3]) if text else []
         random.Random(plan[3]).shuffle(found)
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         try:
             task = make(tasks.base_of(base), tasks.Lengths(*lengths))
         except RetrievalError:
@@ -127,7 +130,7 @@ def _run(
         except load_errors() as error:
             raise RetrievalError(f"--base {base}: {first_line(error)}") from None
         console = Console(stderr=True)
-        with Progress(console=console) as progress:
+        with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(f"{len(found)} pairs", total=plan[0])
             loop.run(
                 task,

@@ -149,6 +149,7 @@ def test_what_a_hybrid_cannot_be_is_refused(hybrid: Index, tmp_path) -> None:
         (lambda: hybrid.search("x", fusion="sum"), "expected one of 'rrf', 'score'"),
         (lambda: hybrid.search("x", weights={"xtra": 1}), "'xtra' is none of xtr, vdr, bm25, dense"),
         (lambda: hybrid.search("x", weights={"xtr": -1}), "expected 0 to 1e"),
+        (lambda: hybrid.search("x", weights={"xtr": 10**400}), "weights.xtr: expected float"),
         (lambda: hybrid.search("x", weights=dict.fromkeys(("xtr", "vdr", "bm25", "dense"), 0)), "leave out every"),
         (lambda: hybrid.search("x", settings={"xtr": {"probs": 1}}), "did you mean 'probes'"),
         (lambda: hybrid.search("x", settings={"xtr": 3}), "expected object of"),

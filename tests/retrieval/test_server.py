@@ -111,3 +111,18 @@ def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
     response = case.call()
     assert response.status_code < 500, response.text
     case.validate_response(response, checks=(schemathesis.checks.not_a_server_error,))
+
+
+def test_what_json_cannot_repeat_is_refused_all_the_same(client: TestClient) -> None:
+    for path, body in (
+        ("/search", '{"query": "a", "k": 1e400}'),
+        ("/search", '{"query": "a", "k": NaN}'),
+        ("/search", '{"query": "\\ud800"}'),
+        ("/search", '{"query": "a", "settings": {"\\ud800": 1}}'),
+        ("/search", '{"query": "a", "settings": {"self": 1}}'),
+        ("/documents", '{"documents": [{"id": "a", "text": "\\ud800"}]}'),
+        ("/delete", '{"ids": ["\\ud800"]}'),
+    ):
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), (body, answer.text)
+        assert isinstance(answer.json()["detail"], str)
