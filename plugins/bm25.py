@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, NoOptions, Reason
 from .hookspecs import Register, hookimpl
-from .sparse import SparseKind
+from .sparse import SparseKind, shared_words
 
 if TYPE_CHECKING:
     from ..retrieval.sparse_index import Searcher
     from ..retrieval.words import Words
 
 BITS = 8
-MANY = 1000  # documents that a mean length was learned from
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,12 @@ class BM25(SparseKind):
             "trained": np.array([len(encoded)], np.int64),
         }
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
-        """While they are few, when they double."""
-        trained = int(shared["trained"][0])
-        return trained < MANY and documents >= 2 * trained
-
     def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists of tf parts."""
         from ..retrieval import sparse_index
 
         o, tf = self.options, encoded.weights
-        ends = np.cumsum(encoded.counts)
-        lengths = np.add.reduceat(np.append(tf, 0), np.append(0, ends[:-1])) if len(ends) else np.empty(0, np.float32)
-        lengths = np.repeat(lengths, encoded.counts) if len(ends) else lengths
+        lengths = np.bincount(encoded.texts, tf).astype(np.float32)[encoded.texts]
         parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
         made = sparse_index.segment(replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS)
         return len(made["places"]), made
@@ -118,9 +110,7 @@ class BM25(SparseKind):
         del text, settings, allow
         names = {stems.number(s): s for s in encoder.words(query)}
         mine = self.weighted(searcher, encoder.encode_queries([query])[0])
-        products = mine.weights * searcher.weights(number, mine.ids)
-        order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
-        return [Reason(w, w, float(products[i])) for i in order if (w := names[int(mine.ids[i])])]
+        return shared_words(searcher, mine, number, names.__getitem__)
 
 
 @hookimpl

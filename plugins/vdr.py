@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, Reading, Reason
 from .hookspecs import Register, hookimpl
-from .sparse import SparseKind
+from .sparse import SparseKind, shared_words
 
 if TYPE_CHECKING:
     from ..retrieval.encoders.vdr import VocabularyEncoder
     from ..retrieval.sparse_index import Searcher
     from ..retrieval.words import Words
 
-MANY = 1000  # documents that an impact's worth was learned from
 SHOWN = 30  # words of a text that people are shown
 
 
@@ -105,8 +104,7 @@ class VDR(SparseKind):
 
     def outgrown(self, shared: Arrays, documents: int) -> bool:
         """While they are few, when they double: greater weights than the first ones had would be cut."""
-        trained = int(shared["trained"][0])
-        return self.options.documents == "weights" and trained < MANY and documents >= 2 * trained
+        return self.options.documents == "weights" and super().outgrown(shared, documents)
 
     def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists."""
@@ -157,10 +155,7 @@ class VDR(SparseKind):
         """The words that query and document share, and what each adds."""
         del text, allow
         mine = self.queries(encoder, [query], settings)
-        products = mine.weights * searcher.weights(number, mine.ids)
-        order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
-        words = [_able(encoder, "word")(int(mine.ids[i])) for i in order]
-        return [Reason(w, w, float(products[i])) for w, i in zip(words, order, strict=True)]
+        return shared_words(searcher, mine, number, _able(encoder, "word"))
 
     def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> Reading | None:
         """The heaviest words of both; None where the encoder has no names for words."""

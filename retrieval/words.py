@@ -37,6 +37,11 @@ class Words:
         part = slice(end - int(self.counts[text]), end)
         return Words(self.ids[part], self.weights[part], self.own[part], self.counts[text : text + 1])
 
+    @property
+    def texts(self) -> NDArray[np.int64]:
+        """[entries] which text each entry belongs to."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
     @classmethod
     def of(cls, rows: Sequence[dict[int, float]], own: bool = True) -> "Words":
         """From a mapping of words to weights for each text."""
@@ -73,11 +78,10 @@ class Words:
             return np.zeros(len(self), np.float32)
         at = np.minimum(np.searchsorted(query.ids, self.ids), len(query.ids) - 1)
         each = np.where(query.ids[at] == self.ids, self.weights * query.weights[at], 0)
-        return np.bincount(np.repeat(np.arange(len(self)), self.counts), each, len(self)).astype(np.float32)
+        return np.bincount(self.texts, each, len(self)).astype(np.float32)
 
     def bag(self) -> "Words":
         """The texts' own words alone, each with weight one."""
-        counts = np.add.reduceat(np.append(self.own, False), np.concatenate([[0], np.cumsum(self.counts)])[:-1])
-        counts = np.where(self.counts > 0, counts, 0).astype(np.int64) if len(self.counts) else self.counts
+        counts = np.bincount(self.texts[self.own], minlength=len(self))
         ids = self.ids[self.own]
         return Words(ids, np.ones(len(ids), np.float32), np.ones(len(ids), np.bool_), counts)

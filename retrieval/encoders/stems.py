@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
 from ..words import Words
-from .texts import Progress
+from .texts import Progress, cut
 
 STEMS = "stems"
 WORD = re.compile(r"\w+", re.UNICODE)
@@ -80,11 +80,7 @@ class StemEncoder:
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text of at most ``size`` words, each with ``overlap`` of the one before."""
-        places = [m.span() for m in WORD.finditer(text)]
-        if len(places) <= size:
-            return [text]
-        begins = range(0, max(len(places) - overlap, 1), size - overlap)
-        return [text[places[b][0] : places[min(b + size, len(places)) - 1][1]] for b in begins]
+        return cut(text, [m.span() for m in WORD.finditer(text)], size, overlap)
 
 
 def number(stem: str) -> int:

@@ -87,11 +87,15 @@ def chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
     if not 0 <= overlap < size:
         raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = told["offset_mapping"]
-    if len(offsets) <= size:
+    return cut(text, told["offset_mapping"], size, overlap)
+
+
+def cut(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
+    """Pieces of a text of at most ``size`` spans (begin and end of each token), ``overlap`` of the one before."""
+    if len(spans) <= size:
         return [text]
-    begins = range(0, max(len(offsets) - overlap, 1), size - overlap)
-    return [text[offsets[b][0] : offsets[min(b + size, len(offsets)) - 1][1]] for b in begins]
+    begins = range(0, max(len(spans) - overlap, 1), size - overlap)
+    return [text[spans[b][0] : spans[min(b + size, len(spans)) - 1][1]] for b in begins]
 
 
 class Remembered(Generic[T]):

@@ -1,6 +1,7 @@
 """Models under training: from pairs to a loss, and to a checkpoint that encoders load."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Lengths:
     document: int
 
 
-class Task:
+class Task(ABC):
     """A model that is trained; see `VDRTask` and `XTRTask`.
 
     Attributes:
@@ -58,13 +59,13 @@ class Task:
         self.about = {"base": str(base.absolute()), **asdict(lengths), **options}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
 
+    @abstractmethod
     def loss(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, float]:
         """The loss of a batch, and the share of queries whose own document is the best of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        raise NotImplementedError
 
     def _tokens(self, texts: list[str], length: int) -> Any:
         return self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
