@@ -179,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_words": retrieval_tables.retrieval_words,
     "retrieval_sparse_encoder": retrieval_tables.retrieval_sparse_encoder,
     "retrieval_hybrid": retrieval_tables.retrieval_hybrid,
+    "training": retrieval_tables.training,
     "token_scale": retrieval_tables.token_scale,
     "query_encoding": retrieval_tables.query_encoding,
     "sparse_scale": retrieval_tables.sparse_scale,

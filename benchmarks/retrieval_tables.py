@@ -80,6 +80,21 @@ def retrieval_hybrid() -> str:
     return markdown(["collection", "index", *(title for _, title, _ in columns)], rows) + provenance(result)
 
 
+def training() -> str:
+    """Checkpoints of ours beside the embedded defaults."""
+    result = load("training")
+    names = {
+        "vdr@encoder=out/vdr": "VDR trained",
+        "vdr@encoder=out/vdr@form=words": "VDR trained, `form=words`",
+        "xtr@encoder=out/xtr": "XTR trained",
+    }
+    rows = [
+        [dataset, names.get(arm, label(arm)), *(form.format(values[metric]) for metric, _, form in COLUMNS[:3])]
+        for (dataset, _, arm), values in figures(result).items()
+    ]
+    return markdown(["collection", "index", *(title for _, title, _ in COLUMNS[:3])], rows) + provenance(result)
+
+
 def token_scale() -> str:
     """Millions of tokens."""
     result = load("token_scale")

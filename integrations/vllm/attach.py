@@ -21,8 +21,6 @@ from . import seams, support
 
 logger = logging.getLogger("vllm.pilotfish")
 
-ATTACHED = ("kv", "drafter")  # the kinds that this release attaches
-
 
 @dataclass(frozen=True)
 class Attachment:
@@ -65,8 +63,6 @@ def _parse(value: str) -> PilotfishConfig:
     config = parse_config(json.loads(value))
     for kind, selection in config.selected().items():
         plugins().resolve(kind, selection)
-        if kind not in ATTACHED:
-            raise ConfigError(f"{ROOT}.{kind}: this release attaches no {kind}")
     return config
 
 
@@ -92,6 +88,11 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         engine = describe(vllm_config)
         support.check(kind, cls, options, config, vllm_config)
         cls.check(options, engine)  # type: ignore[attr-defined]
+        if kind == "pruner":
+            from .vision import support as vision
+
+            vision.check_layers(cls.name, cls(options), vllm_config)  # type: ignore[attr-defined]
+            vision.install(selection, vllm_config)
         if kind == "drafter":
             support.check_tokenizer(cls, options, vllm_config.model_config)
         if kind == "kv":
@@ -220,6 +221,18 @@ def one_line_errors() -> Iterator[None]:
 def _under_command_line() -> bool:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm.entrypoints"))
+
+
+def announce_pruner(vllm_config: Any) -> None:
+    """Say in a worker's log which pruner its model has."""
+    selection = read(vllm_config.additional_config).pruner
+    if selection is None:
+        return
+    cls, options = plugins().resolve("pruner", selection)
+    how = "between projector and language model"
+    if (schedule := cls(options).layer_schedule()) is not None:
+        how += f"; EXPERIMENTAL: and inside it, layers {schedule.first} to {schedule.last}"
+    logger.info("%s", start_up_table("pruner", Attachment(cls, options, describe(vllm_config)), how))
 
 
 def start_up_table(kind: str, attachment: Attachment, how: str) -> str:

@@ -98,7 +98,7 @@ def models(
     if name not in store.EMBEDDED:
         raise ConfigError(unknown(f"model '{name}'", name, store.EMBEDDED))
     folder = fetch_with_bar(store.EMBEDDED[name])
-    if verify and not store.verify(store.EMBEDDED[name]):
+    if verify and not store.EMBEDDED[name].verify():
         raise ConfigError(f"{folder}: the weights are damaged (checksum); delete the folder and fetch again")
     typer.echo(folder)
 

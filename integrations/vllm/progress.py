@@ -10,13 +10,13 @@ from . import models
 console = Console(stderr=True)
 
 
-def fetch_with_bar(model: models.EmbeddedModel) -> Path:
+def fetch_with_bar(model: models.LocalModel) -> Path:
     """Fetch an embedded model, showing the bytes written."""
     if model.fetched:
         return model.folder
-    model.source()  # refuse before a bar is drawn
+    model.look()  # refuse before a bar is drawn
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
-        task = bar.add_task(f"dequantising {model.name}", total=None)
+        task = bar.add_task(f"making {model.name}", total=None)
         return models.fetch(model, lambda done, total: bar.update(task, completed=done, total=total))
 
 

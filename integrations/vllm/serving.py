@@ -135,7 +135,7 @@ def check_model(model: str) -> None:
         raise ConfigError(f"model: not a name that can be used ({error})") from None
     if model in models.EMBEDDED:
         if not models.EMBEDDED[model].fetched:
-            models.EMBEDDED[model].source()
+            models.EMBEDDED[model].look()
     elif path.is_dir():
         configs = [path / name for name in ("config.json", "params.json") if (path / name).is_file()]
         if not configs:

@@ -34,6 +34,10 @@ def check(kind: str, cls: Any, options: Any, config: PilotfishConfig, vllm_confi
     """
     if kind == "kv":
         _check_attention(cls.name, vllm_config)
+    elif kind == "pruner":
+        from .vision import support
+
+        support.check(cls.name, vllm_config)
     else:
         _check_speculation(cls, options, config, vllm_config)
         if config.verification.verification == "tree":

@@ -22,7 +22,7 @@ def fetch_quietly(_: int) -> str:
 def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(fetch_quietly, range(2)))) == 1
-    assert models.verify(SMOLLM2)
+    assert SMOLLM2.verify()
     assert [p.name for p in (cache / "models").iterdir()] == [SMOLLM2.name]
     stamp = (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns
     assert models.resolve(SMOLLM2.name) == str(SMOLLM2.folder)
@@ -33,7 +33,7 @@ def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert not models.verify(SMOLLM2)
+    assert not SMOLLM2.verify()
 
 
 def test_progress_runs_to_the_end_and_an_interrupt_leaves_nothing(cache: Path) -> None:

@@ -1,0 +1,93 @@
+"""Which pruner a picture gets: the engine's, or what its request asks for within the room that the engine has."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ....plugins.config import ConfigError, Selection, unknown
+from ....plugins.contracts import ImageLayout, PrunePlan, VisualPruner
+from ....plugins.manager import plugins
+
+REQUEST_KEY = "pruner"  # in a request's mm_processor_kwargs
+CONFIG_KEY = "pilotfish_pruner"  # in the model's configuration, which reaches the front and all workers
+LENGTH = 512  # bytes that carry a choice to the workers, one size for all so that pictures can be batched
+
+
+def encode(selection: Selection) -> str:
+    """A selection as one line of JSON that is the same for equal selections."""
+    return json.dumps({"name": selection.name, **selection.options}, sort_keys=True)
+
+
+def decode(text: str) -> Selection:
+    """What `encode` wrote."""
+    options = json.loads(text)
+    return Selection(options.pop("name"), options)
+
+
+@functools.lru_cache(maxsize=256)
+def pruner(text: str) -> VisualPruner:
+    """The pruner that a selection names, made once.
+
+    Raises:
+        ConfigError: there is none of that name, or its options are wrong.
+    """
+    cls, options = plugins().resolve("pruner", decode(text))
+    return cls(options)
+
+
+def asked(engine: str, kwargs: Mapping[str, object]) -> str:
+    """What a request gets: the engine's selection, changed by the request's ``pruner``.
+
+    That is a name, options of the engine's pruner, or a name with options.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    value = kwargs.get(REQUEST_KEY)
+    if value is None:
+        return engine
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{REQUEST_KEY}: expected a name or an object, got {value!r}")
+    default = decode(engine)
+    base = default.options if value.get("name", default.name) == default.name else {}
+    if not isinstance(value.get("name", ""), str):
+        raise ConfigError(unknown(f"{REQUEST_KEY}.name", str(value["name"]), plugins().classes("pruner")))
+    try:
+        text = encode(decode(json.dumps({"name": default.name, **base, **value})))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{REQUEST_KEY}: not JSON") from None
+    if pruner(text).layer_schedule() != pruner(engine).layer_schedule():
+        raise ConfigError(f"{REQUEST_KEY}: what happens inside the language model is for the engine to choose")
+    if len(text) > LENGTH:
+        raise ConfigError(f"{REQUEST_KEY}: more than {LENGTH} bytes")
+    return text
+
+
+def settle(engine: str, wanted: str, layout: ImageLayout) -> tuple[VisualPruner, PrunePlan]:
+    """The pruner and its plan for a picture; the engine's where the wanted one would need more room than that.
+
+    The engine's memory was measured with its own pruner.
+    """
+    most, own = pruner(engine).plan(layout), pruner(wanted).plan(layout)
+    return (pruner(wanted), own) if own.tokens <= most.tokens else (pruner(engine), most)
+
+
+def fingerprint(engine: str, wanted: str) -> str:
+    """What keeps pictures apart in caches that were pruned in different ways."""
+    return hashlib.sha256(f"{engine}\n{wanted}".encode()).hexdigest()[:16]
+
+
+def to_tensor(text: str, count: int) -> Tensor:
+    """A choice for each of some pictures, [count, LENGTH] bytes."""
+    return torch.tensor(list(text.encode().ljust(LENGTH)), dtype=torch.uint8).repeat(count, 1)
+
+
+def from_tensor(row: Tensor) -> str:
+    """A choice from its bytes."""
+    return bytes(row.tolist()).decode().rstrip()

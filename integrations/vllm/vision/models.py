@@ -1,0 +1,154 @@
+"""vLLM's LLaVA models with a pruner between their projector and their language model.
+
+Each is vLLM's own class, with the step replaced in which tokens of a picture are put together. They are registered
+under names of their own, so that other engines in the same process have vLLM's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.clip import CLIPVisionModel
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from ....plugins.contracts import ImageLayout, Picture
+from .. import attach
+from . import choice, layouts, processing
+from .scores import ClsScorer, unlike_the_mean
+
+TOWER_VIEWS = 16  # views that a tower sees at once: the scheduler counts pruned tokens, of which many views fit
+
+
+class PrunedModel:
+    """What the models share; goes before one of vLLM's classes."""
+
+    model: ClassVar[str]  # as `layouts.BY_MODEL` names it
+    config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._engine: str = getattr(self.config, choice.CONFIG_KEY)
+        self._wanted: dict[str, list[str]] = {}  # by modality, while pictures are embedded
+        self._scorer = None
+        if isinstance(self.vision_tower, CLIPVisionModel):  # not where pictures are switched off
+            tower = f"{prefix}.vision_tower".removeprefix(".")
+            with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
+                scorer = ClsScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
+            self._scorer = scorer
+        attach.announce_pruner(vllm_config)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Tokens of pictures and videos, as many as were announced."""
+        for modality, field in processing.FIELDS.items():
+            rows = kwargs.pop(field, ())
+            self._wanted[modality] = [choice.from_tensor(row) for row in rows]
+        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+
+    def _process_image_input(self, image_input: Any) -> Sequence[Tensor]:
+        if image_input["type"] == "image_embeds":  # made by a tower elsewhere
+            return super()._process_image_input(image_input)  # type: ignore[misc]
+        sizes = image_input.get("image_sizes")
+        made = []
+        for i, pixels in enumerate(image_input["pixel_values"]):
+            height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
+            layout = layouts.BY_MODEL[self.model](self.config, height, width)
+            pruner, plan = choice.settle(self._engine, self._wanted["image"][i], layout)
+            features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.scored)
+            tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
+            made.append(pruned(pruner, layout, plan, Picture(tokens, scores)))
+        return made
+
+    def _see(self, pixels: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
+        """Features [views, patches, width] of views [views, 3, h, w], a few at a time, and scores of their patches."""
+        scorer = self._scorer
+        if scorer is not None:
+            scorer.wanted = scored
+        parts = [self._image_pixels_to_features(self.vision_tower, part) for part in pixels.split(TOWER_VIEWS)]  # type: ignore[attr-defined]
+        features = torch.cat(parts)
+        if not scored:
+            return features, None
+        return features, unlike_the_mean(features) if scorer is None else scorer.take()
+
+    def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
+        """A picture's tokens as vLLM puts them together, from its views [views, patches, width]."""
+        raise NotImplementedError(type(self).__name__)
+
+
+def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: Picture) -> Tensor:
+    """What the language model gets of a picture.
+
+    Raises:
+        RuntimeError: the pruner breaks its word, or vLLM put tokens together in an unknown way.
+    """
+    if len(picture.tokens) != layout.tokens:
+        raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.tokens}")
+    kept = pruner.apply(layout, plan, picture)
+    if len(kept) != plan.tokens:
+        raise RuntimeError(f"pilotfish: {pruner.name} announced {plan.tokens} tokens and kept {len(kept)}")
+    return kept
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processing.LlavaProcessor, info=processing.LlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
+    """LLaVA-1.5."""
+
+    model = "llava"
+
+    def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
+        return embedded[0]
+
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
+        """What tower and projector see of a picture: all of it."""
+        tokens = layouts.single(self.config, 0, 0).tokens
+        return tokens, tokens
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processing.LlavaNextProcessor, info=processing.LlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class PrunedLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+    model = "llava_next"
+
+    def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
+        assert size is not None
+        return self._merge_image_patch_embeddings(size, embedded, strategy="spatial_unpad")
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processing.LlavaOnevisionProcessor,
+    info=processing.LlavaOnevisionInfo,
+    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
+)
+class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision: frames of videos are taken, too, by pruners that do."""
+
+    model = "llava_onevision"
+
+    def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
+        assert size is not None
+        return self._merge_image_patch_embeddings(
+            size, embedded, image_newline=self.image_newline, strategy="spatial_unpad"
+        )
+
+    def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
+        made = []
+        for video, wanted in zip(inputs["pixel_values_videos"], self._wanted["video"], strict=True):
+            parts = [self._video_pixels_to_features(self.vision_tower, part) for part in video.split(TOWER_VIEWS)]
+            tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
+            layout = layouts.frames(self.config, len(video))
+            pruner, plan = choice.settle(self._engine, wanted, layout)
+            made.append(pruned(pruner, layout, plan, Picture(tokens)) if pruner.videos else tokens)
+        return made

@@ -1,0 +1,109 @@
+"""Tokens that resemble each other least: no attention is asked, so that any tower will do.
+
+``farthest``: each token that is taken is the one whose nearest among those taken is farthest (Gonzalez 1985, as in
+DivPrune, arXiv 2503.02175). ``determinantal``: each is the one that enlarges the determinant of their similarities most
+(greedy inference for determinantal point processes, arXiv 1709.05135).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
+from .hookspecs import hookimpl
+from .pruning import grids
+from .pruning.shares import check_retain
+
+
+@dataclass(frozen=True)
+class DiversityOptions:
+    """Options.
+
+    Attributes:
+        retain: Share of the visual tokens that is kept; newline tokens stay besides.
+        method: What unlike means: far from the nearest one taken, or adding most to the determinant of all taken.
+    """
+
+    retain: float = 0.25
+    method: Literal["farthest", "determinantal"] = "farthest"
+
+    def __post_init__(self) -> None:
+        check_retain(self.retain)
+
+
+class Diversity(VisualPruner):
+    """Keeps tokens that differ, of the thumbnail or each frame, and of the whole grid."""
+
+    name: ClassVar[str] = "diversity"
+    Options: ClassVar[type] = DiversityOptions
+    videos: ClassVar[bool] = True
+
+    def __init__(self, options: DiversityOptions) -> None:
+        self.options = options
+
+    def plan(self, layout: ImageLayout) -> PrunePlan:
+        """The same share of every view before the grid, and of the grid."""
+        view = int(layout.side * layout.side * self.options.retain)
+        parts = {
+            "thumbnail": layout.frames * view,
+            "crops": int(layout.cells * self.options.retain),
+            "newlines": layout.newlines,
+        }
+        return PrunePlan(sum(parts.values()), parts)
+
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+        """Views one by one, then the grid."""
+        choose = farthest if self.options.method == "farthest" else determinantal
+        view, per_view = layout.side * layout.side, plan.parts["thumbnail"] // layout.frames
+        first = [i * view + choose(picture.tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
+        keep = torch.zeros(layout.cells, dtype=torch.bool, device=picture.tokens.device)
+        if layout.cells:
+            height, width = layout.grid
+            grid = picture.tokens[layout.first : layout.tokens - layout.last_newlines]
+            grid = grid.view(height, width + layout.row_newlines, -1)[:, :width].reshape(layout.cells, -1)
+            keep[choose(grid, plan.parts["crops"])] = True
+        return grids.places(layout, torch.cat(first), keep.view(layout.grid))
+
+
+def farthest(tokens: Tensor, count: int) -> Tensor:
+    """[count] places, ascending, of tokens [n, width], by the cosine; the first is the one least like the mean."""
+    unit = functional.normalize(tokens.float(), dim=-1)
+    similar = unit @ unit.T
+    nearest = similar.new_full((len(unit),), -2.0)
+    chosen = torch.empty(count, dtype=torch.long, device=tokens.device)
+    at = (unit @ unit.mean(0)).argmin()
+    for i in range(count):
+        chosen[i] = at
+        nearest = torch.maximum(nearest, similar[at])
+        nearest[at] = torch.inf
+        at = nearest.argmin()
+    return chosen.sort().values
+
+
+def determinantal(tokens: Tensor, count: int) -> Tensor:
+    """[count] places, ascending, of tokens [n, width], by the fast greedy algorithm: a Cholesky row for each choice.
+
+    Once what is left adds nothing, as when tokens repeat, the order of places decides.
+    """
+    unit = functional.normalize(tokens.double(), dim=-1)
+    similar = unit @ unit.T
+    gain = similar.diagonal().clone()
+    rows = similar.new_zeros(count, len(unit))
+    chosen = torch.empty(count, dtype=torch.long, device=tokens.device)
+    for i in range(count):
+        at = gain.argmax()
+        chosen[i] = at
+        root = gain[at].clamp(min=1e-12).sqrt()
+        rows[i] = (similar[at] - rows[:i, at] @ rows[:i]) / root
+        gain = gain - rows[i] ** 2
+        gain[chosen[: i + 1]] = -torch.inf
+    return chosen.sort().values
+
+
+@hookimpl
+def register_pruners(register) -> None:
+    """Register the pruner."""
+    register(Diversity)

@@ -1,0 +1,105 @@
+"""GlobalCom2 (arXiv 2501.05179): the thumbnail decides how much each crop of a picture keeps.
+
+A patch is scored by the logit between the [CLS] query and its key, averaged over heads, before the softmax: with
+probabilities, shares of crops would all be alike at the paper's temperature. Towers without [CLS] score a patch by how
+little it resembles the mean of its view. The attachment computes either; see `contracts.Picture`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
+from .hookspecs import hookimpl
+from .pruning import grids
+from .pruning.shares import allocate, check_retain
+
+
+@dataclass(frozen=True)
+class GlobalCom2Options:
+    """Options.
+
+    Attributes:
+        retain: Share of the visual tokens that is kept, R in the paper; newline tokens stay besides.
+        temperature: Of the softmax over crops, tau in the paper: the lower, the more unlike are their shares.
+        thumbnail_order: Order of the thumbnail's tokens: by place, or, as in the published code, by score.
+    """
+
+    retain: float = 0.25
+    temperature: float = 10.0
+    thumbnail_order: Literal["raster", "score"] = "raster"
+
+    def __post_init__(self) -> None:
+        check_retain(self.retain)
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+
+
+class GlobalCom2(VisualPruner):
+    """Keeps what the thumbnail and the crop itself find important, more of it in crops that stand out."""
+
+    name: ClassVar[str] = "globalcom2"
+    Options: ClassVar[type] = GlobalCom2Options
+    scored: ClassVar[bool] = True
+
+    def __init__(self, options: GlobalCom2Options) -> None:
+        self.options = options
+
+    def plan(self, layout: ImageLayout) -> PrunePlan:
+        """The same share of the thumbnail and of the grid."""
+        thumbnail, cells = int(layout.first * self.options.retain), int(layout.cells * self.options.retain)
+        parts = {"thumbnail": thumbnail, "crops": cells, "newlines": layout.newlines}
+        return PrunePlan(sum(parts.values()), parts)
+
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+        """The best of the thumbnail, and of each crop as many as are its share."""
+        assert picture.scores is not None
+        scores = picture.scores.float()
+        thumbnail = torch.sort(scores[0], descending=True, stable=True).indices[: plan.parts["thumbnail"]]
+        if self.options.thumbnail_order == "raster":
+            thumbnail = thumbnail.sort().values
+        keep = torch.zeros(layout.grid, dtype=torch.bool, device=scores.device)
+        if layout.cells:
+            seen, own = (
+                grids.resize(scores[0].view(layout.side, layout.side), layout.grid),
+                grids.stitch(layout, scores),
+            )
+            for (top, bottom, left, right), count in zip(
+                layout.rectangles, self.counts(layout, plan, scores), strict=True
+            ):
+                part = slice(top, bottom), slice(left, right)
+                mixed = functional.normalize(own[part].flatten(), dim=0) + functional.normalize(
+                    seen[part].flatten(), dim=0
+                )
+                best = torch.sort(mixed, descending=True, stable=True).indices[:count]
+                chosen = torch.zeros_like(mixed, dtype=torch.bool)
+                chosen[best] = True
+                keep[part] = chosen.view(bottom - top, right - left)
+        return grids.places(layout, thumbnail, keep)
+
+    def counts(self, layout: ImageLayout, plan: PrunePlan, scores: Tensor) -> list[int]:
+        """Tokens that each crop keeps: in all those of the plan, by `shares` as far as the crop has so many."""
+        sizes = [(bottom - top) * (right - left) for top, bottom, left, right in layout.rectangles]
+        return allocate(
+            sizes, [s * n for s, n in zip(self.shares(layout, scores), sizes, strict=True)], plan.parts["crops"]
+        )
+
+    def shares(self, layout: ImageLayout, scores: Tensor) -> list[float]:
+        """The share that each crop should keep of its tokens (section 3.2): about R, more where the thumbnail looks."""
+        (rows, columns), side = layout.crops, layout.side
+        at = torch.arange(side, device=scores.device)
+        row, column = ((at // max(side // n, 1)).clamp(max=n - 1) for n in (rows, columns))
+        crop = (row[:, None] * columns + column).flatten()
+        sums = torch.zeros(rows * columns, dtype=torch.float64, device=scores.device)
+        sums.index_add_(0, crop, scores[0].double())
+        weights = torch.softmax(sums / self.options.temperature, 0)
+        return (self.options.retain * (1 + weights - 1 / len(weights))).clamp(max=1.0).tolist()
+
+
+@hookimpl
+def register_pruners(register) -> None:
+    """Register the pruner."""
+    register(GlobalCom2)

@@ -1,0 +1,1 @@
+"""What visual pruners share."""

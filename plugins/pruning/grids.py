@@ -1,0 +1,54 @@
+"""From views to the grid of a picture, and from places on it to places among its tokens."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..contracts import ImageLayout
+
+
+def stitch(layout: ImageLayout, views: Tensor) -> Tensor:
+    """The grid of a picture from its crops, without padding, pooled as the model pools it.
+
+    Args:
+        layout: Of the picture.
+        views: [1 + crops, side * side] a value for each patch, the thumbnail first; further views are ignored.
+
+    Returns:
+        [rows, columns] of the grid.
+    """
+    (rows, columns), side = layout.crops, layout.side
+    top, bottom, left, right = layout.box
+    crops = views[1 : 1 + rows * columns].reshape(rows, columns, side, side)
+    whole = crops.transpose(1, 2).reshape(rows * side, columns * side)[top:bottom, left:right]
+    return whole if tuple(whole.shape) == layout.grid else resize(whole, layout.grid)
+
+
+def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, as LLaVA resizes: [h, w] to ``size``, in float32."""
+    if 0 in size:
+        return values.new_zeros(size, dtype=torch.float32)
+    return functional.interpolate(values.float()[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def places(layout: ImageLayout, first: Tensor, cells: Tensor) -> Tensor:
+    """Places among a picture's tokens of what stays; newlines always do.
+
+    Args:
+        layout: Of the picture.
+        first: Places of tokens before the grid that stay, in the order wanted.
+        cells: [rows, columns] bool, of the grid.
+    """
+    if layout.row_newlines:
+        cells = torch.cat([cells, cells.new_ones(layout.grid[0], 1)], 1)
+    last = torch.arange(layout.tokens - layout.last_newlines, layout.tokens, device=first.device)
+    return torch.cat([first, layout.first + cells.flatten().nonzero().flatten(), last])
+
+
+def blocks(layout: ImageLayout, device: torch.device) -> list[Tensor]:
+    """Places of the tokens of each thumbnail or frame, then of each crop, row by row; newlines are in none."""
+    per_view = layout.side * layout.side
+    found = list(torch.arange(layout.first, device=device).split(per_view))
+    height, width = layout.grid
+    grid = torch.arange(height * (width + layout.row_newlines), device=device).view(height, width + layout.row_newlines)
+    return found + [layout.first + grid[a:b, c:d].flatten() for a, b, c, d in layout.rectangles if b > a and d > c]
