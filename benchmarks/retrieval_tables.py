@@ -91,6 +91,7 @@ def training() -> str:
     rows = [
         [dataset, names.get(arm, label(arm)), *(form.format(values[metric]) for metric, _, form in COLUMNS[:3])]
         for (dataset, _, arm), values in figures(result).items()
+        if "ndcg@10" in values
     ]
     return markdown(["collection", "index", *(title for _, title, _ in COLUMNS[:3])], rows) + provenance(result)
 

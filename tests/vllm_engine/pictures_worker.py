@@ -1,0 +1,51 @@
+"""The far end of engine tests with pictures."""
+
+from typing import Any
+
+from worker import TestWorker  # beside this file
+
+from pilotfish.integrations.vllm.bench.engine import main
+
+
+class PicturesWorker(TestWorker):
+    def look(self, requests: list[dict[str, Any]], max_tokens: int = 12) -> dict[str, Any]:
+        """Complete prompts with pictures, all together; an error of a request is its answer, none goes on then."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        try:
+            outputs = self.llm.generate([self._input(r) for r in requests], params, use_tqdm=False)
+        except ValueError as error:
+            return {"error": str(error)}
+        return {
+            "prompt": [len(o.prompt_token_ids or ()) for o in outputs],
+            "cached": [o.num_cached_tokens for o in outputs],
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        }
+
+    def _input(self, request: dict[str, Any]) -> Any:
+        from PIL import Image
+
+        made: dict[str, Any] = {"prompt": request["prompt"]}
+        if pictures := request.get("pictures"):
+            made["multi_modal_data"] = {"image": [Image.open(path).convert("RGB") for path in pictures]}
+        if "pruner" in request:
+            made["mm_processor_kwargs"] = {"pruner": request["pruner"]}
+        if "uuids" in request:
+            made["multi_modal_uuids"] = {"image": request["uuids"]}
+        return made
+
+    def metrics(self) -> dict[str, float]:
+        """Our counters."""
+        import prometheus_client
+
+        found = {}
+        for family in prometheus_client.REGISTRY.collect():
+            for sample in family.samples:
+                if sample.name.startswith("pilotfish_pruner") and sample.name.endswith("_total"):
+                    found[sample.name] = sample.value
+        return found
+
+
+if __name__ == "__main__":
+    main(PicturesWorker)

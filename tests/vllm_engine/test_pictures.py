@@ -1,0 +1,179 @@
+"""Visual pruners in real engines, on a LLaVA-NeXT of random weights that sees in views of 4 x 4 patches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pilotfish.integrations.vllm.vision import layouts
+from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
+
+pytestmark = pytest.mark.engine
+
+SIZE = 56
+PINPOINTS = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
+SIZES = [(112, 112), (200, 90), (60, 150), (1, 1)]  # width, height
+WORKER = Path(__file__).parent / "pictures_worker.py"
+
+
+@pytest.fixture(scope="module")
+def seeing_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny Llama behind a tiny CLIP tower."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import (
+        AutoTokenizer,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    tower = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=14,
+        initializer_range=0.2,
+    )
+    config = LlavaNextConfig(
+        vision_config=tower,
+        text_config=LlamaConfig.from_pretrained(tiny_model, vocab_size=49_216),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        tie_word_embeddings=True,
+        image_seq_length=16,
+    )
+    folder = tmp_path_factory.mktemp("seeing")
+    model = LlavaNextForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    # As published checkpoints name the tower's weights, and vLLM reads them.
+    save_file(
+        {
+            k.replace("vision_tower.", "vision_tower.vision_model."): v
+            for k, v in model.state_dict().items()
+            if "lm_head" not in k
+        },
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from PIL import Image
+
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = []
+    for width, height in SIZES:
+        coarse = random.integers(0, 255, (5, 5, 3), np.uint8)
+        paths.append(str(folder / f"{width}x{height}.png"))
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def requests(pictures: list[str]) -> list[dict[str, Any]]:
+    return [
+        *({"prompt": "<image>\nWhat is it?", "pictures": [p]} for p in pictures),
+        {"prompt": "<image> and <image>: compare.", "pictures": pictures[1:3]},
+        {"prompt": "No picture, only words"},
+    ]
+
+
+def engine_with(start: Callable, model: str, pruner: Any = None, **config: Any) -> Any:
+    chosen = {} if pruner is None else {"additional_config": {"pilotfish": {"pruner": pruner}}}
+    limit = {"limit_mm_per_prompt": {"image": 2}}
+    return start(model, worker=WORKER, **{**limit, **chosen, **config})
+
+
+def test_pruned_answers(
+    start: Callable, seeing_model: str, requests: list[dict[str, Any]], pictures: list[str]
+) -> None:
+    """Everything kept is stock; less is the same whole or in chunks, alone or together, first or from caches."""
+    stock = engine_with(start, seeing_model)
+    full = stock.ask(do="look", requests=requests)
+    stock.close()
+
+    ours = engine_with(start, seeing_model, {"name": "globalcom2", "retain": 1.0})
+    assert ours.ask(do="look", requests=requests) == full
+    quarter = [{**r, "pruner": {"retain": 0.25}} for r in requests]
+    together = ours.ask(do="look", requests=quarter)
+    pruner = GlobalCom2(GlobalCom2Options(0.25))
+    for request, before, after in zip(requests, full["prompt"], together["prompt"], strict=True):
+        saved = 0
+        for path in request.get("pictures", ()):
+            width, height = SIZES[pictures.index(path)]
+            layout = layouts.anyres(_config(), height, width)
+            saved += layout.tokens - pruner.plan(layout).tokens
+        assert before - after == saved
+    alone = [ours.ask(do="look", requests=[r]) for r in quarter]
+    assert [a["tokens"][0] for a in alone] == together["tokens"]
+    for other in ({"name": "aim"}, "diversity", {"name": "diversity", "method": "determinantal", "retain": 0.5}):
+        answer = ours.ask(do="look", requests=[{**r, "pruner": other} for r in requests])
+        assert all(n <= m for n, m in zip(answer["prompt"], full["prompt"], strict=True))
+        assert answer["prompt"][0] < full["prompt"][0]
+    for bad, message in (
+        ({"retian": 0.1}, "did you mean 'retain'"),
+        ("nope", "unknown, known are"),
+        ({"retain": 3}, "expected a share"),
+        (7, "expected a name or an object"),
+        ({"name": "aim", "experimental_layers": [0, 1]}, "for the engine to choose"),
+    ):
+        assert message in ours.ask(do="look", requests=[{**requests[0], "pruner": bad}])["error"]
+    assert ours.ask(do="look", requests=requests) == full, "the engine lives on"
+    counted = ours.ask(do="metrics")
+    assert counted["pilotfish_pruner_dropped_tokens_total"] > 0
+    ours.close()
+
+    chunked = engine_with(
+        start,
+        seeing_model,
+        {"name": "globalcom2", "retain": 0.25},
+        enable_prefix_caching=True,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        block_size=32,
+    )
+    assert chunked.ask(do="look", requests=requests)["tokens"] == together["tokens"]
+    again = chunked.ask(do="look", requests=requests)
+    assert again["tokens"] == together["tokens"]
+    assert max(again["cached"]) > 0
+    more = chunked.ask(do="look", requests=[{**r, "pruner": {"retain": 0.9}} for r in requests])
+    assert more["prompt"] == together["prompt"], "no more room than the engine was measured for"
+    named = {"prompt": requests[0]["prompt"], "pictures": pictures[:1], "uuids": ["the picture"]}
+    less = {**named, "pruner": {"retain": 0.1}}
+    first, second, third = (chunked.ask(do="look", requests=[r]) for r in (named, less, named))
+    assert first["tokens"] == third["tokens"] == [together["tokens"][0]]
+    assert second["prompt"] < first["prompt"]
+    chunked.close()
+
+
+def _config() -> Any:
+    from types import SimpleNamespace
+
+    vision = SimpleNamespace(image_size=SIZE, patch_size=14)
+    return SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS)
