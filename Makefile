@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -96,6 +96,15 @@ bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-r
 	$(BIN)/pilotfish train xtr out/xtr $(TAUGHT)
 	$(BIN)/pilotfish bench retrieval $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --arms $(TRAINED) \
 	  --out benchmarks/results/training.json
+	$(MAKE) tables
+
+PICTURES := astronaut coffee chelsea rocket
+
+bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage_samples and owleval
+	$(BIN)/pip install -q onnxruntime
+	VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench vision \
+	  $(foreach P,$(PICTURES),--picture $(wildcard $(DATA)/skimage_samples/$(P).*)) \
+	  --quality $(DATA)/skimage_samples --quality $(DATA)/owleval
 	$(MAKE) tables
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import memory_tables
 import retrieval_tables
 import tree_tables
+import vision_tables
 from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -179,6 +180,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval_words": retrieval_tables.retrieval_words,
     "retrieval_sparse_encoder": retrieval_tables.retrieval_sparse_encoder,
     "retrieval_hybrid": retrieval_tables.retrieval_hybrid,
+    "vision_cost": vision_tables.cost,
+    "vision_quality": vision_tables.quality,
     "training": retrieval_tables.training,
     "token_scale": retrieval_tables.token_scale,
     "query_encoding": retrieval_tables.query_encoding,

@@ -35,6 +35,34 @@ class PicturesWorker(TestWorker):
             made["multi_modal_uuids"] = {"image": request["uuids"]}
         return made
 
+    def look_staggered(self, requests: list[dict[str, Any]], lengths: list[int]) -> dict[str, Any]:
+        """The same, each asked for some steps after the one before, each with a length of its own."""
+        from vllm import SamplingParams
+
+        engine, found = self.llm.llm_engine, {}
+        waiting = list(enumerate(zip(requests, lengths, strict=True)))
+        while waiting or engine.has_unfinished_requests():
+            if waiting:
+                number, (request, length) = waiting.pop(0)
+                params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+                engine.add_request(str(number), self._input(request), params)
+            for output in engine.step():
+                if output.finished:
+                    found[int(output.request_id)] = list(output.outputs[0].token_ids)
+        return {"tokens": [found[i] for i in range(len(requests))]}
+
+    def rows_of_layers(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Rows that enter each layer as a prompt is read, and those that leave the last; its visual tokens."""
+        model = self.runner.model
+        layers, rows, last = model.language_model.model.layers, [], []
+        hooks = [layer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))) for layer in layers]
+        norm = model.language_model.model.norm
+        hooks.append(norm.register_forward_pre_hook(lambda _, inputs: last.append(len(inputs[0]))))
+        self.look([request], max_tokens=1)
+        for hook in hooks:
+            hook.remove()
+        return {"rows": rows, "last": last[0], "visual": int(model._visual.sum())}
+
     def metrics(self) -> dict[str, float]:
         """Our counters."""
         import prometheus_client

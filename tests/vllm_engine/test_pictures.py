@@ -177,3 +177,45 @@ def _config() -> Any:
 
     vision = SimpleNamespace(image_size=SIZE, patch_size=14)
     return SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS)
+
+
+def test_visual_tokens_leave_inside_the_language_model(
+    start: Callable, seeing_model: str, requests: list[dict[str, Any]]
+) -> None:
+    """Answers alone are those in a batch of prompts, decodes and plain text; what leaves is gone for deeper layers."""
+    inside = {"name": "aim", "merge_steps": 0, "experimental_layers": [0, 2]}
+    whole = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": 1024}
+    ours = engine_with(start, seeing_model, inside, **whole)
+    lengths = [3, 12, 7, 5, 9, 12]
+    alone = [ours.ask(do="look", requests=[r], max_tokens=n) for r, n in zip(requests, lengths, strict=True)]
+    staggered = ours.ask(do="look_staggered", requests=requests, lengths=lengths)
+    assert staggered["tokens"] == [a["tokens"][0] for a in alone]
+    rows = ours.ask(do="rows_of_layers", request=requests[0])
+    assert rows["rows"][0] == alone[0]["prompt"][0]
+    text = alone[0]["prompt"][0] - rows["visual"]
+    assert rows["rows"][1] == text + rows["visual"] // 2, "half of the visual tokens are left after the first layer"
+    assert rows["last"] == text, "and none behind the second"
+    ours.close()
+
+
+@pytest.mark.parametrize(
+    ("pruner", "config", "reason"),
+    [
+        ({"name": "aim", "experimental_layers": [0, 2]}, {"enable_chunked_prefill": True}, "a chunk does not know"),
+        ({"name": "aim", "experimental_layers": [0, 9]}, {}, "the language model has 2 layers"),
+        ("globalcom2", {"mm_processor_kwargs": {"pruner": "aim"}}, "is for requests"),
+    ],
+)
+def test_engines_that_cannot_are_refused(seeing_model: str, pruner: Any, config: dict[str, Any], reason: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"model": seeing_model, "additional_config": {"pilotfish": {"pruner": pruner}}, **config}
+    with pytest.raises(ValueError, match=reason):
+        EngineArgs(**{"enable_prefix_caching": False, "enforce_eager": True, **arguments}).create_engine_config()
+
+
+def test_a_model_without_pictures_is_refused(tiny_model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError, match="globalcom2 does not support model .*: it takes no pictures"):
+        EngineArgs(model=tiny_model, additional_config={"pilotfish": {"pruner": "globalcom2"}}).create_engine_config()

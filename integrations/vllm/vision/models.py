@@ -44,7 +44,36 @@ class PrunedModel:
             with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
                 scorer = ClsScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
             self._scorer = scorer
+        self._inside = self._visual = None
+        schedule = choice.pruner(self._engine).layer_schedule()
+        if schedule is not None:
+            from .in_llm import LayerPruning
+
+            model = self.language_model.model  # type: ignore[attr-defined]
+            self._inside = LayerPruning(model.layers, model.norm, schedule, vllm_config)
         attach.announce_pruner(vllm_config)
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
+    ) -> Tensor:
+        """Embeddings of a step; which rows stand for pictures is kept until its `forward`."""
+        self._visual = is_multimodal if multimodal_embeddings else None
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)  # type: ignore[misc]
+
+    def forward(
+        self,
+        input_ids: Any,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Any = None,
+        **more: Any,
+    ) -> Any:
+        """vLLM's own, but for prompts that visual tokens leave inside the language model."""
+        if self._inside is not None and inputs_embeds is not None:
+            hidden = self._inside.forward(positions, inputs_embeds, self._visual)
+            if hidden is not None:
+                return hidden
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)  # type: ignore[misc]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Tokens of pictures and videos, as many as were announced."""

@@ -1,0 +1,53 @@
+"""Tables of visual pruners: `pilotfish bench vision`."""
+
+from common import load, markdown, provenance
+
+CASES = {"single": "one picture", "two_pictures": "two in a prompt", "batch_4": "four requests"}
+COST = (
+    ("prompt_tokens", "tokens", "{:.0f}"),
+    ("kv_blocks", "blocks", "{:.0f}"),
+    ("gflops", "GFLOP", "{:.0f}"),
+    ("language_cpu_s", "language model, CPU s", "{:.2f}"),
+    ("prefill_speedup", "speed-up", "{:.1f}x"),
+    ("tower_s", "tower s", "{:.2f}"),
+    ("selection_s", "of which selection, ms", "{:.0f}"),
+    ("ttft_s", "first token s", "{:.2f}"),
+)
+QUALITY = ("needle_recall", "coverage", "saliency_kept")
+
+
+def label(arm: str) -> str:
+    """An arm as readers know it."""
+    name, *options = arm.split("@")
+    return ", ".join([f"`{name}`" if name != "stock" else "stock", *(f"`{o}`" for o in options)])
+
+
+def cost() -> str:
+    """What a prompt with pictures costs."""
+    result = load("vision")
+    table: dict[tuple[str, str], dict[str, float]] = {}
+    for r in result["records"]:
+        if r["dataset"] in CASES:
+            table.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
+    rows = []
+    for (case, arm), values in table.items():
+        values["selection_s"] = 1000 * values["selection_s"]
+        rows.append([CASES[case], label(arm), *(form.format(values[m]) if m in values else "" for m, _, form in COST)])
+    return markdown(["", "pruner", *(title for _, title, _ in COST)], rows) + provenance(result)
+
+
+def quality() -> str:
+    """Which tokens stay."""
+    result = load("vision")
+    table: dict[str, dict[str, dict]] = {}
+    for r in result["records"]:
+        if r["metric"] in QUALITY:
+            table.setdefault(r["arm"], {})[r["metric"]] = r
+    rows = []
+    for arm, found in table.items():
+        name, _, retain = arm.rpartition("@retain=")
+        cells = [f"{found[m]['value']:.2f} ± {found[m]['params']['standard_error']:.2f}" for m in QUALITY]
+        rows.append([f"{float(retain):.0%}", label(name), *cells])
+    head = ["kept", "by", "needle", "coverage", "saliency"]
+    pictures = max(r["params"].get("pictures", 0) for r in result["records"])
+    return markdown(head, rows) + f"\n\n{pictures} pictures.\n"

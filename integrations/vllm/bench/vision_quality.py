@@ -1,0 +1,147 @@
+"""What can be said offline of kept tokens: how much of a pasted needle, of all that is seen, of what stands out.
+
+No words are asked for: the test models were not trained to see. Coverage and recall pull in opposite directions.
+"""
+
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ....plugins.contracts import ImageLayout, Picture, VisualPruner
+from ....plugins.diversity import Diversity, DiversityOptions
+from ....plugins.globalcom2 import GlobalCom2, GlobalCom2Options
+from ....plugins.pruning import grids
+from ....plugins.pruning.shares import allocate
+from ...bench.record import Record
+from ..progress import counting_bar
+from ..vision import checkpoint
+from ..vision.eye import Eye
+
+RETAINS = (0.25, 0.10)
+NEEDLE = "chelsea.png"
+NEEDLE_BOX = (100, 40, 290, 230)  # the cat's face
+SIZE = 0.16  # of a needle, of the picture's shorter side
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
+    """Needle recall, coverage and kept saliency of every way to choose, with standard errors over pictures."""
+    from PIL import Image
+
+    paths = sorted(p for place in places for p in place.rglob("*") if p.suffix.lower() in ENDINGS)
+    needle = Image.open(next(p for p in paths if p.name == NEEDLE)).convert("RGB").crop(NEEDLE_BOX)
+    eye, saliency, found = Eye(folder), Saliency(), {}
+    generator = random.Random(0)
+    with counting_bar() as bar:
+        for path in bar.track([p for p in paths if p.name != NEEDLE], description="needles"):
+            image = Image.open(path).convert("RGB")
+            width, height = image.size
+            size = max(24, int(min(width, height) * SIZE))
+            left, top = generator.randint(0, max(0, width - size)), generator.randint(0, max(0, height - size))
+            image.paste(needle.resize((size, size)), (left, top))
+            layout, picture, features = eye.see(image)
+            inside = _cells((left, top, left + size, top + size), image.size, layout.grid)
+            if not layout.cells or not inside.any():
+                continue
+            unit = functional.normalize(grids.stitch(layout, features).flatten(0, 1), dim=-1)
+            stands_out = saliency.of(image, layout.grid).flatten()
+            for retain in RETAINS:
+                for name, choose in ways(retain).items():
+                    kept = choose(layout, picture).flatten()
+                    values = {
+                        "needle_recall": float((kept & inside.flatten()).sum() / inside.sum()),
+                        "coverage": float((unit @ unit[kept].T).max(1).values.mean()),
+                        "saliency_kept": float(stands_out[kept].sum() / stands_out.sum()),
+                    }
+                    for metric, value in values.items():
+                        found.setdefault((name, retain, metric), []).append(value)
+    return [
+        Record(
+            "vision",
+            "pictures",
+            f"{name}@retain={retain}",
+            metric,
+            round(statistics.mean(values), 4),
+            "",
+            [round(v, 4) for v in values],
+            {"standard_error": round(statistics.stdev(values) / len(values) ** 0.5, 4), "pictures": len(values)},
+        )
+        for (name, retain, metric), values in found.items()
+    ]
+
+
+def ways(retain: float) -> dict[str, Callable[[ImageLayout, Picture], Tensor]]:
+    """Ways to choose cells of the grid, all as many: [rows, columns] bool of a layout and a picture."""
+
+    def by_plugin(pruner: VisualPruner) -> Callable[[ImageLayout, Picture], Tensor]:
+        def choose(layout: ImageLayout, picture: Picture) -> Tensor:
+            kept = torch.zeros(layout.tokens, dtype=torch.bool)
+            kept[pruner.select(layout, pruner.plan(layout), picture)] = True
+            rows = kept[layout.first : layout.tokens - layout.last_newlines].view(layout.grid[0], -1)
+            return rows[:, : layout.grid[1]]
+
+        return choose
+
+    def at_random(layout: ImageLayout, picture: Picture) -> Tensor:
+        values = torch.rand(layout.cells, generator=torch.Generator().manual_seed(layout.cells))
+        return _best(values, int(layout.cells * retain)).view(layout.grid)
+
+    def uniform(layout: ImageLayout, picture: Picture) -> Tensor:
+        count = int(layout.cells * retain)
+        kept = torch.zeros(layout.cells, dtype=torch.bool)
+        kept[(torch.arange(count) * layout.cells / count).long()] = True
+        return kept.view(layout.grid)
+
+    def per_crop(layout: ImageLayout, picture: Picture) -> Tensor:
+        assert picture.scores is not None
+        scores, kept = grids.stitch(layout, picture.scores), torch.zeros(layout.grid, dtype=torch.bool)
+        sizes = [(b - a) * (d - c) for a, b, c, d in layout.rectangles]
+        counts = allocate(sizes, [n * retain for n in sizes], int(layout.cells * retain))
+        for (a, b, c, d), count in zip(layout.rectangles, counts, strict=True):
+            kept[a:b, c:d] = _best(scores[a:b, c:d].flatten(), count).view(b - a, d - c)
+        return kept
+
+    return {
+        "random": at_random,
+        "uniform": uniform,
+        "per_crop": per_crop,
+        "globalcom2": by_plugin(GlobalCom2(GlobalCom2Options(retain))),
+        "diversity": by_plugin(Diversity(DiversityOptions(retain))),
+        "diversity@method=determinantal": by_plugin(Diversity(DiversityOptions(retain, "determinantal"))),
+    }
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    kept = torch.zeros(len(values), dtype=torch.bool)
+    kept[values.sort(descending=True, stable=True).indices[:count]] = True
+    return kept
+
+
+def _cells(box: tuple[int, int, int, int], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Cells of a grid whose middle lies in a box of a picture."""
+    (left, top, right, bottom), (width, height), (rows, columns) = box, size, grid
+    y, x = (torch.arange(rows) + 0.5) * height / max(rows, 1), (torch.arange(columns) + 0.5) * width / max(columns, 1)
+    return ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None]
+
+
+class Saliency:
+    """What stands out in a picture, as the network says in which the test models' tower was found."""
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        self._session: Any = onnxruntime.InferenceSession(str(checkpoint.source()), providers=["CPUExecutionProvider"])
+
+    def of(self, image: Any, grid: tuple[int, int]) -> Tensor:
+        """[rows, columns] for the cells of a grid."""
+        pixels = np.asarray(image.resize((224, 224)), np.float32).transpose(2, 0, 1) / 255
+        mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (checkpoint.MEAN, checkpoint.DEVIATION))
+        (seen,) = self._session.run(["output_importance"], {"input_image": ((pixels - mean) / deviation)[None]})
+        return grids.resize(torch.from_numpy(seen).reshape(seen.shape[-2:]), grid)
