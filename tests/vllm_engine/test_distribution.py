@@ -4,6 +4,7 @@ Two runs without speculation are the control: what they differ by is chance.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,6 +31,20 @@ def drafted(request, start, model, drafting_args):
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def controls(stock) -> Callable[[int, dict], tuple[list, list]]:
+    """Two samples of stock vLLM, drawn once for all drafters."""
+    drawn: dict[str, tuple[list, list]] = {}
+
+    def control(count: int, settings: dict) -> tuple[list, list]:
+        key = repr(settings)
+        if key not in drawn:
+            drawn[key] = draw(stock, count, settings)[0], draw(stock, count, settings)[0]
+        return drawn[key]
+
+    return control
+
+
 def draw(engine, count: int, settings: dict) -> tuple[list[tuple[int, ...]], int]:
     sampling = {"temperature": 1.0, "max_tokens": TOKENS + 1, "ignore_eos": True, **settings}
     answer = engine.ask(do="sample", prompts=[PROMPT] * count, sampling=[sampling] * count)
@@ -49,9 +64,9 @@ def p_value(one: list, other: list) -> float:
     "settings",
     [pytest.param(s, id=name, marks=[pytest.mark.long] if name != "plain" else []) for name, s in SETTINGS.items()],
 )
-def test_distribution_is_unchanged(stock, drafted, settings: dict) -> None:
+def test_distribution_is_unchanged(controls, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2
-    control, again = draw(stock, count, settings)[0], draw(stock, count, settings)[0]
+    control, again = controls(count, settings)
     ours, proposed = draw(drafted, count, settings)
     assert proposed > count / 4, "without drafts the test would show nothing"
     for position in range(TOKENS):

@@ -217,5 +217,5 @@ def test_engines_that_cannot_are_refused(seeing_model: str, pruner: Any, config:
 def test_a_model_without_pictures_is_refused(tiny_model: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(ValueError, match="globalcom2 does not support model .*: it takes no pictures"):
+    with pytest.raises(ValueError, match=r"globalcom2 does not support model .*: it takes no pictures"):
         EngineArgs(model=tiny_model, additional_config={"pilotfish": {"pruner": "globalcom2"}}).create_engine_config()

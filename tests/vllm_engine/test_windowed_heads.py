@@ -77,6 +77,7 @@ def test_admission_follows_the_real_need(streaming) -> None:
     assert found["tokens"] == pytest.approx(found["concurrency"] * 1024, rel=0.001)
 
 
+@pytest.mark.long
 def test_preempted_requests_go_on(start, model, streaming) -> None:
     """Too few blocks for all: some start again, and write what they would have written alone."""
     prompts = [PROMPTS[i][:300] for i in (0, 2, 4)]
