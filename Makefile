@@ -16,7 +16,8 @@ demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded 
 	$(BIN)/python examples/demo.py
 
 test: check  ## lint, types, and every test, those with a real engine too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not long and not engine' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not long and engine'
 
 test-all: check  ## and those that take long: GPU kernels interpreted in real engines, further tensor-parallel ranks
 	$(BIN)/python -m pytest -m ''

@@ -82,3 +82,46 @@ def test_it_copies(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree,) = drafter.propose([DraftRequest("r", text, 3)], DraftBudget(8, 8))
     assert tree.tokens.tolist() == [3, 4, 1]
     assert len(drafter.propose([DraftRequest("r", text[:2], 3)], DraftBudget(8, 8))[0]) == 0
+
+
+@pytest.fixture(scope="session")
+def pruner_installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the example of a pruner installed in it."""
+    target = str(tmp_path_factory.mktemp("site"))
+    options = ("-q", "--no-deps", "--no-build-isolation", "--target", target)
+    command = [sys.executable, "-m", "pip", "install", *options, str(root / "examples" / "token_correlation")]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    return target
+
+
+def test_a_pruner_of_another_package_is_used(cli: Callable, pruner_installed: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.effect_noise((400, 300), 60).convert("RGB").save(tmp_path / "noise.png")
+    arguments = ("prune", str(tmp_path / "noise.png"), "--pruner", "token_correlation,retain=0.5")
+    answer = cli(*arguments, "--out", str(tmp_path / "out"), PYTHONPATH=pruner_installed)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "out" / "noise-token-correlation-retain-0-5.png").exists()
+    assert cli(*arguments).returncode == 2, "it is not there without its package"
+    chosen = ("serve", MODEL, "--pruner", "token_correlation,similar=0.9", "--print")
+    assert '"similar": 0.9' in cli(*chosen, PYTHONPATH=pruner_installed).stdout
+
+
+def test_dense_crops_keep_more(pruner_installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(pruner_installed)
+    import token_correlation as example
+    import torch
+
+    from pilotfish.plugins.contracts import ImageLayout, Picture
+
+    layout = ImageLayout(6, (1, 2), (0, 6, 0, 12), (6, 12), row_newlines=True)
+    tokens = torch.randn(layout.tokens, 16, generator=torch.Generator().manual_seed(0))
+    grid = tokens[36:].view(6, 13, 16)
+    grid[:, :6] = 1.0  # the first crop shows one thing over and over
+    pruner = example.TokenCorrelation(example.TokenCorrelationOptions(0.25))
+    plan = pruner.plan(layout)
+    kept = pruner.select(layout, plan, Picture(tokens, torch.rand(3, 36, generator=torch.Generator().manual_seed(1))))
+    assert len(kept) == plan.tokens
+    columns = [int(i - 36) % 13 for i in kept if i >= 36]
+    assert sum(c < 6 for c in columns) == 0
+    assert sum(6 <= c < 12 for c in columns) == 18
