@@ -1,5 +1,6 @@
 """Visual pruners beside stock: tokens, blocks, time of the language model, of the tower and to the first token."""
 
+import json
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....plugins.config import ConfigError, parse_assignments
+from ....plugins.config import ConfigError, Selection, parse_assignments
 from ....plugins.manager import plugins
 from ...bench import record
 from ...bench.record import Record
@@ -56,7 +57,7 @@ def run(plan: Plan) -> None:
     for path in (*plan.pictures, *plan.quality):
         if not path.exists():
             raise ConfigError(f"{path}: no such file")
-    chosen = {text.replace(",", "@"): parse_assignments(text) for text in plan.arms}
+    chosen = {_label(s): s for s in map(parse_assignments, plan.arms)}
     for selection in chosen.values():
         plugins().resolve("pruner", selection)
     asked = {label: {"name": s.name, **s.options} for label, s in chosen.items()}
@@ -65,6 +66,11 @@ def run(plan: Plan) -> None:
     if plan.quality:
         records += vision_quality.measure(Path(folder), plan.quality)
     record.write(plan.out, records)
+
+
+def _label(selection: Selection) -> str:
+    options = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in selection.options.items())
+    return "@".join([selection.name, *options])
 
 
 def _cases(pictures: tuple[Path, ...]) -> dict[str, list[dict[str, Any]]]:

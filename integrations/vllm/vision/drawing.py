@@ -83,7 +83,8 @@ def _label(pen: Any, box: Box, kept: Any, across: float, down: float) -> None:
     if bottom > top and right > left:
         share = float(kept[top:bottom, left:right].float().mean())
         corner = (left * across, top * down)
-        pen.rectangle((*corner, right * across - 1, bottom * down - 1), outline="red")
+        far = max(right * across - 1, corner[0]), max(bottom * down - 1, corner[1])
+        pen.rectangle((*corner, *far), outline="red")
         pen.text((corner[0] + 3, corner[1] + 2), f"{share:.0%}", fill="white", stroke_width=2, stroke_fill="black")
 
 
