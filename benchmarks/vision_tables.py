@@ -1,6 +1,6 @@
 """Tables of visual pruners: `pilotfish bench vision`."""
 
-from common import load, markdown, provenance
+from common import figures, load, markdown, provenance
 
 CASES = {"single": "one picture", "two_pictures": "two in a prompt", "batch_4": "four requests"}
 COST = (
@@ -25,12 +25,10 @@ def label(arm: str) -> str:
 def cost() -> str:
     """What a prompt with pictures costs."""
     result = load("vision")
-    table: dict[tuple[str, str], dict[str, float]] = {}
-    for r in result["records"]:
-        if r["dataset"] in CASES:
-            table.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
     rows = []
-    for (case, arm), values in table.items():
+    for (case, _, arm), values in figures(result).items():
+        if case not in CASES:
+            continue
         values["selection_s"] = 1000 * values["selection_s"]
         rows.append([CASES[case], label(arm), *(form.format(values[m]) if m in values else "" for m, _, form in COST)])
     return markdown(["", "pruner", *(title for _, title, _ in COST)], rows) + provenance(result)

@@ -61,10 +61,9 @@ class AIM(VisualPruner):
         if not self.options.merge_steps:
             return PrunePlan(layout.tokens, {"all": layout.tokens})
         view = merged_count(layout.side * layout.side, self.options.merge_steps)
-        sizes = [(bottom - top) * (right - left) for top, bottom, left, right in layout.rectangles]
         parts = {
             "thumbnail": layout.frames * view,
-            "crops": sum(merged_count(n, self.options.merge_steps) for n in sizes),
+            "crops": sum(merged_count(n, self.options.merge_steps) for n in layout.sizes),
         }
         return PrunePlan(sum(parts.values()), parts)
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .pruning import grids
-from .pruning.shares import check_retain
+from .pruning import grids, shares
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DiversityOptions:
     method: Literal["farthest", "determinantal"] = "farthest"
 
     def __post_init__(self) -> None:
-        check_retain(self.retain)
+        shares.check_retain(self.retain)
 
 
 class Diversity(VisualPruner):
@@ -46,13 +45,7 @@ class Diversity(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of every view before the grid, and of the grid."""
-        view = int(layout.side * layout.side * self.options.retain)
-        parts = {
-            "thumbnail": layout.frames * view,
-            "crops": int(layout.cells * self.options.retain),
-            "newlines": layout.newlines,
-        }
-        return PrunePlan(sum(parts.values()), parts)
+        return shares.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """Views one by one, then the grid."""
@@ -61,10 +54,7 @@ class Diversity(VisualPruner):
         first = [i * view + choose(picture.tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
         keep = torch.zeros(layout.cells, dtype=torch.bool, device=picture.tokens.device)
         if layout.cells:
-            height, width = layout.grid
-            grid = picture.tokens[layout.first : layout.tokens - layout.last_newlines]
-            grid = grid.view(height, width + layout.row_newlines, -1)[:, :width].reshape(layout.cells, -1)
-            keep[choose(grid, plan.parts["crops"])] = True
+            keep[choose(grids.cells(layout, picture.tokens).flatten(0, 1), plan.parts["crops"])] = True
         return grids.places(layout, torch.cat(first), keep.view(layout.grid))
 
 

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .pruning import grids
-from .pruning.shares import allocate, check_retain
+from .pruning import grids, shares
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class GlobalCom2Options:
     thumbnail_order: Literal["raster", "score"] = "raster"
 
     def __post_init__(self) -> None:
-        check_retain(self.retain)
+        shares.check_retain(self.retain)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
 
@@ -50,42 +49,28 @@ class GlobalCom2(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of the grid."""
-        thumbnail, cells = int(layout.first * self.options.retain), int(layout.cells * self.options.retain)
-        parts = {"thumbnail": thumbnail, "crops": cells, "newlines": layout.newlines}
-        return PrunePlan(sum(parts.values()), parts)
+        return shares.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """The best of the thumbnail, and of each crop as many as are its share."""
         assert picture.scores is not None
         scores = picture.scores.float()
-        thumbnail = torch.sort(scores[0], descending=True, stable=True).indices[: plan.parts["thumbnail"]]
+        thumbnail = shares.best(scores[0], plan.parts["thumbnail"])
         if self.options.thumbnail_order == "raster":
             thumbnail = thumbnail.sort().values
-        keep = torch.zeros(layout.grid, dtype=torch.bool, device=scores.device)
-        if layout.cells:
-            seen, own = (
-                grids.resize(scores[0].view(layout.side, layout.side), layout.grid),
-                grids.stitch(layout, scores),
-            )
-            for (top, bottom, left, right), count in zip(
-                layout.rectangles, self.counts(layout, plan, scores), strict=True
-            ):
-                part = slice(top, bottom), slice(left, right)
-                mixed = functional.normalize(own[part].flatten(), dim=0) + functional.normalize(
-                    seen[part].flatten(), dim=0
-                )
-                best = torch.sort(mixed, descending=True, stable=True).indices[:count]
-                chosen = torch.zeros_like(mixed, dtype=torch.bool)
-                chosen[best] = True
-                keep[part] = chosen.view(bottom - top, right - left)
-        return grids.places(layout, thumbnail, keep)
+        seen = grids.resize(scores[0].view(layout.side, layout.side), layout.grid)
+        own, mixed = grids.stitch(layout, scores), torch.zeros_like(seen)
+        for top, bottom, left, right in layout.rectangles:
+            part = slice(top, bottom), slice(left, right)
+            for values in (own[part], seen[part]):
+                mixed[part] += functional.normalize(values.flatten(), dim=0).view(values.shape)
+        counts = self.counts(layout, plan, scores) if layout.cells else [0] * len(layout.rectangles)
+        return grids.places(layout, thumbnail, grids.best_of_crops(layout, mixed, counts))
 
     def counts(self, layout: ImageLayout, plan: PrunePlan, scores: Tensor) -> list[int]:
         """Tokens that each crop keeps: in all those of the plan, by `shares` as far as the crop has so many."""
-        sizes = [(bottom - top) * (right - left) for top, bottom, left, right in layout.rectangles]
-        return allocate(
-            sizes, [s * n for s, n in zip(self.shares(layout, scores), sizes, strict=True)], plan.parts["crops"]
-        )
+        wanted = [share * n for share, n in zip(self.shares(layout, scores), layout.sizes, strict=True)]
+        return shares.allocate(layout.sizes, wanted, plan.parts["crops"])
 
     def shares(self, layout: ImageLayout, scores: Tensor) -> list[float]:
         """The share that each crop should keep of its tokens (section 3.2): about R, more where the thumbnail looks."""

@@ -9,14 +9,12 @@ number among the crops. Patches are compared by the features that the language m
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pilotfish.plugins import hookimpl
 from pilotfish.plugins.contracts import ImageLayout, Picture, PrunePlan, VisualPruner
-from pilotfish.plugins.pruning import grids
-from pilotfish.plugins.pruning.shares import allocate, check_retain
+from pilotfish.plugins.pruning import grids, shares
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class TokenCorrelationOptions:
     repeats: int = 8
 
     def __post_init__(self) -> None:
-        check_retain(self.retain)
+        shares.check_retain(self.retain)
         if not 0 < self.similar < 1:
             raise ValueError(f"similar: expected between 0 and 1, got {self.similar}")
         if self.repeats < 1:
@@ -53,27 +51,18 @@ class TokenCorrelation(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of all crops together."""
-        thumbnail, cells = int(layout.first * self.options.retain), int(layout.cells * self.options.retain)
-        parts = {"thumbnail": thumbnail, "crops": cells, "newlines": layout.newlines}
-        return PrunePlan(sum(parts.values()), parts)
+        return shares.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """The patches of highest score, of each crop as many as its density earns."""
         assert picture.scores is not None
-        thumbnail = best(picture.scores[0], plan.parts["thumbnail"])
-        blocks = grids.blocks(layout, picture.tokens.device)[1:]
-        keep = torch.zeros(layout.grid, dtype=torch.bool, device=picture.tokens.device)
-        if blocks:
-            scores = grids.stitch(layout, picture.scores)
-            parts = [r for r in layout.rectangles if r[1] > r[0] and r[3] > r[2]]
-            density = [self.density(picture.tokens[block]) for block in blocks]
-            total = sum(d * len(b) for d, b in zip(density, blocks, strict=True)) or 1.0
-            wanted = [plan.parts["crops"] * d * len(b) / total for d, b in zip(density, blocks, strict=True)]
-            counts = allocate([len(b) for b in blocks], wanted, plan.parts["crops"])
-            for (top, bottom, left, right), count in zip(parts, counts, strict=True):
-                chosen = torch.zeros((bottom - top) * (right - left), dtype=torch.bool, device=keep.device)
-                chosen[best(scores[top:bottom, left:right].flatten(), count)] = True
-                keep[top:bottom, left:right] = chosen.view(bottom - top, right - left)
+        thumbnail = shares.best(picture.scores[0], plan.parts["thumbnail"]).sort().values
+        blocks = grids.blocks(layout, picture.tokens.device)[layout.frames :]
+        earned = iter([self.density(picture.tokens[block]) for block in blocks])
+        weights = [n * next(earned) if n else 0.0 for n in layout.sizes]  # a crop of padding alone is no block
+        wanted = [plan.parts["crops"] * w / (sum(weights) or 1.0) for w in weights]
+        counts = shares.allocate(layout.sizes, wanted, plan.parts["crops"])
+        keep = grids.best_of_crops(layout, grids.stitch(layout, picture.scores), counts)
         return grids.places(layout, thumbnail, keep)
 
     def density(self, tokens: Tensor) -> float:
@@ -81,11 +70,6 @@ class TokenCorrelation(VisualPruner):
         unit = functional.normalize(tokens.float(), dim=-1)
         alike = (unit @ unit.T > self.options.similar).sum(1) - 1
         return float((alike < self.options.repeats).float().mean())
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Places of the highest scores, ascending."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
 @hookimpl

@@ -74,6 +74,11 @@ class ImageLayout:
         across = cut(columns, left, right, width)
         return tuple((a, b, c, d) for a, b in cut(rows, top, bottom, height) for c, d in across)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens in each of `rectangles`."""
+        return [(bottom - top) * (right - left) for top, bottom, left, right in self.rectangles]
+
 
 @dataclass(frozen=True)
 class PrunePlan:

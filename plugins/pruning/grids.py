@@ -1,10 +1,13 @@
 """From views to the grid of a picture, and from places on it to places among its tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..contracts import ImageLayout
+from .shares import best
 
 
 def stitch(layout: ImageLayout, views: Tensor) -> Tensor:
@@ -45,6 +48,24 @@ def places(layout: ImageLayout, first: Tensor, cells: Tensor) -> Tensor:
         cells = torch.cat([cells, cells.new_ones(layout.grid[0], 1)], 1)
     last = torch.arange(layout.tokens - layout.last_newlines, layout.tokens, device=first.device)
     return torch.cat([first, layout.first + cells.flatten().nonzero().flatten(), last])
+
+
+def cells(layout: ImageLayout, values: Tensor) -> Tensor:
+    """[rows, columns, ...] of the grid, without newlines, from what belongs to each of a picture's tokens."""
+    height, width = layout.grid
+    grid = values[layout.first : layout.tokens - layout.last_newlines]
+    return grid.view(height, width + layout.row_newlines, *values.shape[1:])[:, :width]
+
+
+def best_of_crops(layout: ImageLayout, scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """[rows, columns] bool: of each crop as many cells as counted, those of the highest scores [rows, columns]."""
+    keep = torch.zeros(layout.grid, dtype=torch.bool, device=scores.device)
+    for (top, bottom, left, right), count in zip(layout.rectangles, counts, strict=True):
+        part = scores[top:bottom, left:right]
+        chosen = torch.zeros(part.numel(), dtype=torch.bool, device=scores.device)
+        chosen[best(part.flatten(), count)] = True
+        keep[top:bottom, left:right] = chosen.view(part.shape)
+    return keep
 
 
 def blocks(layout: ImageLayout, device: torch.device) -> list[Tensor]:

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from ..contracts import ImageLayout, PrunePlan
+
 LEAST = 0.01  # share below which a small picture would keep nothing
 
 
@@ -13,6 +17,21 @@ def check_retain(retain: float) -> None:
     """
     if not LEAST <= retain <= 1:
         raise ValueError(f"retain: expected a share from {LEAST} to 1, got {retain}")
+
+
+def plan(layout: ImageLayout, retain: float) -> PrunePlan:
+    """The same share of each view before the grid, and of the grid; all newlines."""
+    parts = {
+        "thumbnail": layout.frames * int(layout.side * layout.side * retain),
+        "crops": int(layout.cells * retain),
+        "newlines": layout.newlines,
+    }
+    return PrunePlan(sum(parts.values()), parts)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` highest of [n] scores, the highest first; of equal ones the earlier."""
+    return scores.sort(descending=True, stable=True).indices[:count]
 
 
 def allocate(sizes: Sequence[int], wanted: Sequence[float], total: int) -> list[int]:

@@ -18,7 +18,7 @@ from ....plugins.contracts import ImageLayout, Picture, VisualPruner
 from ....plugins.diversity import Diversity, DiversityOptions
 from ....plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from ....plugins.pruning import grids
-from ....plugins.pruning.shares import allocate
+from ....plugins.pruning.shares import allocate, best
 from ...bench.record import Record
 from ..progress import counting_bar
 from ..vision import checkpoint
@@ -84,14 +84,15 @@ def ways(retain: float) -> dict[str, Callable[[ImageLayout, Picture], Tensor]]:
         def choose(layout: ImageLayout, picture: Picture) -> Tensor:
             kept = torch.zeros(layout.tokens, dtype=torch.bool)
             kept[pruner.select(layout, pruner.plan(layout), picture)] = True
-            rows = kept[layout.first : layout.tokens - layout.last_newlines].view(layout.grid[0], -1)
-            return rows[:, : layout.grid[1]]
+            return grids.cells(layout, kept)
 
         return choose
 
     def at_random(layout: ImageLayout, picture: Picture) -> Tensor:
         values = torch.rand(layout.cells, generator=torch.Generator().manual_seed(layout.cells))
-        return _best(values, int(layout.cells * retain)).view(layout.grid)
+        kept = torch.zeros(layout.cells, dtype=torch.bool)
+        kept[best(values, int(layout.cells * retain))] = True
+        return kept.view(layout.grid)
 
     def uniform(layout: ImageLayout, picture: Picture) -> Tensor:
         count = int(layout.cells * retain)
@@ -101,12 +102,8 @@ def ways(retain: float) -> dict[str, Callable[[ImageLayout, Picture], Tensor]]:
 
     def per_crop(layout: ImageLayout, picture: Picture) -> Tensor:
         assert picture.scores is not None
-        scores, kept = grids.stitch(layout, picture.scores), torch.zeros(layout.grid, dtype=torch.bool)
-        sizes = [(b - a) * (d - c) for a, b, c, d in layout.rectangles]
-        counts = allocate(sizes, [n * retain for n in sizes], int(layout.cells * retain))
-        for (a, b, c, d), count in zip(layout.rectangles, counts, strict=True):
-            kept[a:b, c:d] = _best(scores[a:b, c:d].flatten(), count).view(b - a, d - c)
-        return kept
+        counts = allocate(layout.sizes, [n * retain for n in layout.sizes], int(layout.cells * retain))
+        return grids.best_of_crops(layout, grids.stitch(layout, picture.scores), counts)
 
     return {
         "random": at_random,
@@ -116,12 +113,6 @@ def ways(retain: float) -> dict[str, Callable[[ImageLayout, Picture], Tensor]]:
         "diversity": by_plugin(Diversity(DiversityOptions(retain))),
         "diversity@method=determinantal": by_plugin(Diversity(DiversityOptions(retain, "determinantal"))),
     }
-
-
-def _best(values: Tensor, count: int) -> Tensor:
-    kept = torch.zeros(len(values), dtype=torch.bool)
-    kept[values.sort(descending=True, stable=True).indices[:count]] = True
-    return kept
 
 
 def _cells(box: tuple[int, int, int, int], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:

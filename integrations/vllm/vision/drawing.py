@@ -10,6 +10,7 @@ from rich.table import Table
 from ....plugins.config import ConfigError, parse_assignments
 from ....plugins.contracts import Box, ImageLayout, VisualPruner
 from ....plugins.manager import plugins
+from ....plugins.pruning import grids
 from .. import models
 from .eye import Eye
 
@@ -59,7 +60,7 @@ def draw(image: Any, layout: ImageLayout, kept: Any) -> Any:
     if not layout.cells:
         return thumbnail
     height, width = layout.grid
-    grid = kept[layout.first : layout.tokens - layout.last_newlines].view(height, -1)[:, :width]
+    grid = grids.cells(layout, kept)
     whole = _dimmed(image, grid)
     pen = ImageDraw.Draw(whole)
     for box in layout.rectangles:
