@@ -1,13 +1,16 @@
 """Tokens that resemble each other least: no attention is asked, so that any tower will do.
 
 ``farthest``: each token that is taken is the one whose nearest among those taken is farthest (Gonzalez 1985, as in
-DivPrune, arXiv 2503.02175). ``determinantal``: each is the one that enlarges the determinant of their similarities most
-(greedy inference for determinantal point processes, arXiv 1709.05135).
+DivPrune, arXiv 2503.02175). They are compared by random projections of theirs, which keep angles (Johnson and
+Lindenstrauss 1984): what is chosen covers a picture as well, and matrices are many times smaller. ``determinantal``:
+each is the one that enlarges the determinant of their similarities most (greedy inference for determinantal point
+processes, arXiv 1709.05135).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +18,8 @@ from torch.nn import functional
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
 from .pruning import grids, shares
+
+SKETCH = 64  # dimensions that tokens are projected to before they are compared
 
 
 @dataclass(frozen=True)
@@ -49,28 +54,39 @@ class Diversity(VisualPruner):
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """Views one by one, then the grid."""
-        choose = farthest if self.options.method == "farthest" else determinantal
+        choose, tokens = determinantal, picture.tokens
+        if self.options.method == "farthest":
+            choose, tokens = farthest, sketch(tokens)
         view, per_view = layout.side * layout.side, plan.parts["thumbnail"] // layout.frames
-        first = [i * view + choose(picture.tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
-        keep = torch.zeros(layout.cells, dtype=torch.bool, device=picture.tokens.device)
+        first = [i * view + choose(tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
+        keep = torch.zeros(layout.cells, dtype=torch.bool, device=tokens.device)
         if layout.cells:
-            keep[choose(grids.cells(layout, picture.tokens).flatten(0, 1), plan.parts["crops"])] = True
+            keep[choose(grids.cells(layout, tokens).flatten(0, 1), plan.parts["crops"])] = True
         return grids.places(layout, torch.cat(first), keep.view(layout.grid))
+
+
+def sketch(tokens: Tensor) -> Tensor:
+    """[n, SKETCH] random projections of tokens [n, width], always the same ones; narrow tokens as they are."""
+    width = tokens.shape[-1]
+    if width <= SKETCH:
+        return tokens
+    directions = torch.randn(width, SKETCH, generator=torch.Generator().manual_seed(0))
+    return tokens.float() @ directions.to(tokens.device)
 
 
 def farthest(tokens: Tensor, count: int) -> Tensor:
     """[count] places, ascending, of tokens [n, width], by the cosine; the first is the one least like the mean."""
     unit = functional.normalize(tokens.float(), dim=-1)
-    similar = unit @ unit.T
-    nearest = similar.new_full((len(unit),), -2.0)
-    chosen = torch.empty(count, dtype=torch.long, device=tokens.device)
-    at = (unit @ unit.mean(0)).argmin()
+    similar = (unit @ unit.T).cpu().numpy()  # numpy's calls are an order quicker than torch's, on any device
+    nearest = np.full(len(similar), -2.0, np.float32)
+    chosen = np.empty(count, np.int64)
+    at = int((unit @ unit.mean(0)).argmin())
     for i in range(count):
         chosen[i] = at
-        nearest = torch.maximum(nearest, similar[at])
-        nearest[at] = torch.inf
-        at = nearest.argmin()
-    return chosen.sort().values
+        np.maximum(nearest, similar[at], out=nearest)
+        nearest[at] = np.inf
+        at = int(nearest.argmin())
+    return torch.from_numpy(np.sort(chosen)).to(tokens.device)
 
 
 def determinantal(tokens: Tensor, count: int) -> Tensor:

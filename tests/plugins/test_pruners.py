@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from pilotfish.integrations.vllm.vision import layouts
 from pilotfish.plugins.aim import AIM, AIMOptions, merge_once, merged_count
 from pilotfish.plugins.contracts import ImageLayout, Picture, VisualPruner
-from pilotfish.plugins.diversity import Diversity, DiversityOptions, determinantal, farthest
+from pilotfish.plugins.diversity import SKETCH, Diversity, DiversityOptions, determinantal, farthest, sketch
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from pilotfish.plugins.pruning import grids
 from pilotfish.plugins.pruning.shares import allocate
@@ -191,7 +192,7 @@ def test_two_steps_keep_a_quarter() -> None:
 
 def test_farthest_is_the_naive_greedy_choice() -> None:
     tokens = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(3))
-    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    unit = functional.normalize(tokens, dim=-1)
     chosen = [int((unit @ unit.mean(0)).argmin())]
     while len(chosen) < 10:
         rest = [i for i in range(30) if i not in chosen]
@@ -199,10 +200,16 @@ def test_farthest_is_the_naive_greedy_choice() -> None:
     assert farthest(tokens, 10).tolist() == sorted(chosen)
 
 
+def test_a_sketch_keeps_angles_and_never_changes() -> None:
+    tokens = torch.randn(40, 1024, generator=torch.Generator().manual_seed(5)) + 0.5
+    assert torch.equal(sketch(tokens), sketch(tokens))
+    cosines = [functional.normalize(t, dim=-1) @ functional.normalize(t, dim=-1).T for t in (tokens, sketch(tokens))]
+    assert float((cosines[0] - cosines[1]).abs().mean()) < 2 / SKETCH**0.5
+    assert torch.equal(sketch(tokens[:, :SKETCH]), tokens[:, :SKETCH])
+
+
 def test_determinantal_is_the_naive_greedy_choice() -> None:
-    unit = torch.nn.functional.normalize(
-        torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(4)).double(), dim=-1
-    )
+    unit = functional.normalize(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(4)).double(), dim=-1)
     similar, chosen = unit @ unit.T, [int((unit @ unit.mean(0)).argmin())]
     for _ in range(5):
         rest = [i for i in range(20) if i not in chosen]

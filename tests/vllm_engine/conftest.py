@@ -1,13 +1,18 @@
 """Real engines for tests: each in a process of its own, at most two alive at a time."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
@@ -123,9 +128,90 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         engine.close()
 
 
+class Server:
+    """`pilotfish serve` in a process of its own."""
+
+    def __init__(self, model: str, log: Path, *arguments: str) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        common = ("--port", str(self.port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024")
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "pilotfish",
+                    "serve",
+                    model,
+                    *common,
+                    "--enforce-eager",
+                    "--max-num-seqs",
+                    "8",
+                    *arguments,
+                ],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+        deadline = time.monotonic() + 240
+        while True:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def left_over(self, grace: float = 10) -> list[str]:
+        """Processes of the server's session that still run after ``grace`` seconds: its children end a moment later."""
+        deadline = time.monotonic() + grace
+        while (found := self._session()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def _session(self) -> list[str]:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found.append(stat.parent.name)
+        return found
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def serve() -> type[Server]:
+    return Server
+
+
 TWO_RANKS = """
 import json, sys
+from PIL import Image
 from vllm import LLM, SamplingParams
+def request(prompt):
+    if isinstance(prompt, list):
+        return {'prompt_token_ids': prompt}
+    pictures = [Image.open(path).convert('RGB') for path in prompt.get('pictures', [])]
+    return {'prompt': prompt['prompt'], **({'multi_modal_data': {'image': pictures}} if pictures else {})}
 if __name__ == '__main__':
     config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     llm = LLM(**config)
@@ -133,7 +219,7 @@ if __name__ == '__main__':
     # Every other request samples, from one token: where a rank knew nothing of top-k, ranks would not agree.
     kinds = [{'temperature': 0}, {'temperature': 0.8, 'top_k': 1}]
     params = [SamplingParams(**greedy, **kinds[i % 2]) for i in range(len(prompts))]
-    out = llm.generate([{'prompt_token_ids': p} for p in prompts], params, use_tqdm=False)
+    out = llm.generate([request(p) for p in prompts], params, use_tqdm=False)
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}
     tokens = [list(o.outputs[0].token_ids) for o in out]
     accepted = metrics.get('vllm:spec_decode_num_accepted_tokens', 0)
@@ -143,9 +229,9 @@ if __name__ == '__main__':
 
 @pytest.fixture
 def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Greedy completions of 40 tokens by an engine of two tensor-parallel ranks."""
+    """Greedy completions of 40 tokens, of token ids or prompts with pictures, by two tensor-parallel ranks."""
 
-    def complete(model: str, prompts: list[list[int]], **config: Any) -> dict[str, Any]:
+    def complete(model: str, prompts: list[Any], **config: Any) -> dict[str, Any]:
         script = tmp_path / "two.py"
         script.write_text(TWO_RANKS)
         common = {

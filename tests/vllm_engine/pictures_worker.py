@@ -11,10 +11,13 @@ class PicturesWorker(TestWorker):
     def look(self, requests: list[dict[str, Any]], max_tokens: int = 12) -> dict[str, Any]:
         """Complete prompts with pictures, all together; an error of a request is its answer, none goes on then."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         try:
-            outputs = self.llm.generate([self._input(r) for r in requests], params, use_tqdm=False)
+            inputs = [self._input(r) for r in requests]
+            adapters = [LoRARequest("adapter", 1, r["adapter"]) if "adapter" in r else None for r in requests]
+            outputs = self.llm.generate(inputs, params, lora_request=adapters, use_tqdm=False)
         except ValueError as error:
             return {"error": str(error)}
         return {

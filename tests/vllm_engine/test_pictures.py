@@ -1,9 +1,13 @@
 """Visual pruners in real engines, on a LLaVA-NeXT of random weights that sees in views of 4 x 4 patches."""
 
+import base64
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -196,6 +200,113 @@ def test_visual_tokens_leave_inside_the_language_model(
     assert rows["rows"][1] == text + rows["visual"] // 2, "half of the visual tokens are left after the first layer"
     assert rows["last"] == text, "and none behind the second"
     ours.close()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("pruner", ["globalcom2", "aim"])
+def test_two_tensor_parallel_ranks(
+    start: Callable, two_ranks: Callable, seeing_model: str, requests: list[dict[str, Any]], pruner: str
+) -> None:
+    """Heads of the tower are split: their scores are added over ranks, which then keep the same tokens."""
+    alone = engine_with(start, seeing_model, pruner)
+    expected = alone.ask(do="look", requests=requests, max_tokens=40)["tokens"]
+    alone.close()
+    config = {"additional_config": {"pilotfish": {"pruner": pruner}}, "max_model_len": 1024}
+    answer = two_ranks(seeing_model, requests, limit_mm_per_prompt={"image": 2}, **config)
+    assert answer["tokens"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_adapters_of_the_language_model(
+    start: Callable, seeing_model: str, requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """With LoRA: everything kept is stock, less is the same alone or together."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    names = [f"base_model.model.model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    weights = {f"{n}.lora_A.weight": torch.randn(8, 128) for n in names}
+    weights |= {f"{n}.lora_B.weight": torch.randn(128, 8) * 0.3 for n in names}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    adapted = [{**r, "adapter": str(tmp_path)} for r in requests]
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+
+    stock = engine_with(start, seeing_model, **lora)
+    full, without = stock.ask(do="look", requests=adapted), stock.ask(do="look", requests=requests)
+    assert full["tokens"] != without["tokens"]
+    stock.close()
+    ours = engine_with(start, seeing_model, {"name": "globalcom2", "retain": 1.0}, **lora)
+    assert ours.ask(do="look", requests=adapted) == full
+    quarter = [{**r, "pruner": {"retain": 0.25}} for r in adapted]
+    together = ours.ask(do="look", requests=quarter)
+    assert together["prompt"][0] < full["prompt"][0]
+    assert [ours.ask(do="look", requests=[r])["tokens"][0] for r in quarter] == together["tokens"]
+    ours.close()
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.slow
+def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_model: str, tmp_path: Path) -> None:
+    """A right answer or a clear error, and the server lives on."""
+    from PIL import Image
+
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)).resize((120, 90))
+
+    def encoded(image: Any, kind: str = "PNG", **options: Any) -> bytes:
+        image.save(written := io.BytesIO(), kind, **options)
+        return written.getvalue()
+
+    turned = [photo.rotate(90).convert("P")]
+    sent = {
+        "rgb": encoded(photo),
+        "cmyk": encoded(photo.convert("CMYK"), "JPEG"),
+        "transparent": encoded(photo.convert("RGBA")),
+        "animated": encoded(photo.convert("P"), "GIF", save_all=True, append_images=turned),
+        "dot": encoded(photo.crop((0, 0, 1, 1))),
+        "line": encoded(photo.resize((3000, 1))),
+        "corrupt": encoded(photo)[:200],
+        "text": b"no picture",
+        "empty": b"",
+        "huge": encoded(Image.new("1", (14_000, 14_000))),
+    }
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    chosen = ("--pruner", "globalcom2,retain=0.25", "--trust-request-mm-kwargs")
+    named = ("--served-model-name", "seeing", "--chat-template", str(tmp_path / "chat.jinja"))
+    server = serve(seeing_model, tmp_path / "server.log", *chosen, *named)
+
+    def ask(picture: bytes, **more: Any) -> httpx.Response:
+        url = {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
+        body = {"model": "seeing", "max_tokens": 4, "messages": [{"role": "user", "content": content}], **more}
+        return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+
+    try:
+        answers = {name: ask(picture) for name, picture in sent.items()}
+        prompt = {name: a.json()["usage"]["prompt_tokens"] for name, a in answers.items() if a.status_code == 200}
+        assert prompt.keys() == {"rgb", "cmyk", "transparent", "animated", "dot", "line"}, server.tail()
+        assert prompt["rgb"] == prompt["cmyk"] == prompt["transparent"] == prompt["animated"]
+        # vLLM itself answers 500 to a picture beyond its limit of pixels, and says so.
+        assert [answers[name].status_code for name in ("corrupt", "text", "empty", "huge")] == [400, 400, 400, 500]
+        assert "pixels" in answers["huge"].text
+        wrong = ask(sent["rgb"], mm_processor_kwargs={"pruner": {"retian": 0.1}})
+        assert wrong.status_code == 400
+        assert "did you mean 'retain'" in wrong.text
+        less = ask(sent["rgb"], mm_processor_kwargs={"pruner": {"retain": 0.1}})
+        assert less.json()["usage"]["prompt_tokens"] < prompt["rgb"]
+        assert ask(sent["rgb"]).json()["usage"]["prompt_tokens"] == prompt["rgb"], "the server lives on"
+    finally:
+        server.interrupt()
+        server.kill()
 
 
 @pytest.mark.parametrize(

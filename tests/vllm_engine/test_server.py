@@ -1,13 +1,9 @@
 """`pilotfish serve` as users meet it: concurrent streams, aborts, metrics, a clean end."""
 
 import asyncio
-import contextlib
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,74 +14,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "smollm2-135m-instruct"
 TOKENS = 48
-
-
-class Server:
-    def __init__(self, log: Path, *arguments: str) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        common = ("--port", str(self.port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024")
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "pilotfish",
-                    "serve",
-                    MODEL,
-                    *common,
-                    "--enforce-eager",
-                    "--max-num-seqs",
-                    "8",
-                    *arguments,
-                ],
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
-        deadline = time.monotonic() + 240
-        while True:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
-
-    def interrupt(self) -> int:
-        """Ctrl-C; returns the exit code."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
-
-    def left_over(self, grace: float = 10) -> list[str]:
-        """Processes of the server's session that still run after ``grace`` seconds: its children end a moment later."""
-        deadline = time.monotonic() + grace
-        while (found := self._session()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return found
-
-    def _session(self) -> list[str]:
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                found.append(stat.parent.name)
-        return found
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def counters(url: str) -> dict[str, float]:
@@ -117,9 +45,11 @@ async def eight(url: str, prompts: list[list[int]], aborting: bool) -> list[str]
         )
 
 
-def test_streams_aborts_metrics_and_shutdown(tmp_path: Path, prompts: list[list[int]], model: str) -> None:
+def test_streams_aborts_metrics_and_shutdown(
+    tmp_path: Path, serve: Callable, prompts: list[list[int]], model: str
+) -> None:
     prompts = prompts[:8]
-    plain = Server(tmp_path / "plain.log")
+    plain = serve(MODEL, tmp_path / "plain.log")
     try:
         expected = asyncio.run(eight(plain.url, prompts, aborting=False))
         assert counters(plain.url) == {}, "nothing selected: no counters of ours"
@@ -128,7 +58,7 @@ def test_streams_aborts_metrics_and_shutdown(tmp_path: Path, prompts: list[list[
         plain.kill()
 
     state = tmp_path / "state.npz"
-    server = Server(tmp_path / "server.log", "--drafter", f"token_recycling,state_path={state}")
+    server = serve(MODEL, tmp_path / "server.log", "--drafter", f"token_recycling,state_path={state}")
     try:
         log = server.tail() if server.log.stat().st_size < 3000 else server.log.read_text(errors="replace")
         assert "pilotfish: drafter token_recycling selected" in log

@@ -69,12 +69,18 @@ def asked(engine: str, kwargs: Mapping[str, object]) -> str:
     return text
 
 
-def settle(engine: str, wanted: str, layout: ImageLayout) -> tuple[VisualPruner, PrunePlan]:
-    """The pruner and its plan for a picture; the engine's where the wanted one would need more room than that.
+def plan(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
+    """What a pruner makes of a picture or a video; a video stays whole where it takes none."""
+    chosen = pruner(selection)
+    return chosen.plan(layout) if modality == "image" or chosen.videos else PrunePlan(layout.tokens)
+
+
+def settle(engine: str, wanted: str, layout: ImageLayout, modality: str) -> tuple[VisualPruner, PrunePlan]:
+    """The pruner and its plan; the engine's where the wanted one would need more room than that.
 
     The engine's memory was measured with its own pruner.
     """
-    most, own = pruner(engine).plan(layout), pruner(wanted).plan(layout)
+    most, own = plan(engine, layout, modality), plan(wanted, layout, modality)
     return (pruner(wanted), own) if own.tokens <= most.tokens else (pruner(engine), most)
 
 

@@ -90,7 +90,7 @@ class PrunedModel:
         for i, pixels in enumerate(image_input["pixel_values"]):
             height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
             layout = layouts.BY_MODEL[self.model](self.config, height, width)
-            pruner, plan = choice.settle(self._engine, self._wanted["image"][i], layout)
+            pruner, plan = choice.settle(self._engine, self._wanted["image"][i], layout, "image")
             features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.scored)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
             made.append(pruned(pruner, layout, plan, Picture(tokens, scores)))
@@ -178,6 +178,7 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
             parts = [self._video_pixels_to_features(self.vision_tower, part) for part in video.split(TOWER_VIEWS)]
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
             layout = layouts.frames(self.config, len(video))
-            pruner, plan = choice.settle(self._engine, wanted, layout)
-            made.append(pruned(pruner, layout, plan, Picture(tokens)) if pruner.videos else tokens)
+            pruner, plan = choice.settle(self._engine, wanted, layout, "video")
+            whole = plan.tokens == layout.tokens
+            made.append(tokens if whole else pruned(pruner, layout, plan, Picture(tokens)))
         return made

@@ -56,18 +56,12 @@ class PrunedInfo:
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """After pruning."""
-        return choice.pruner(self.selection).plan(self.image_layout(image_height, image_width)).tokens
+        return choice.plan(self.selection, self.image_layout(image_height, image_width), "image").tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
         """After pruning, where the pruner takes videos."""
         del image_width, image_height
-        return planned(self.selection, self.selection, layouts.frames(self.get_hf_config(), num_frames), "video")
-
-
-def planned(engine: str, wanted: str, layout: ImageLayout, modality: str) -> int:
-    """Tokens that a picture or video gets."""
-    chosen, plan = choice.settle(engine, wanted, layout)
-    return layout.tokens if modality == "video" and not chosen.videos else plan.tokens
+        return choice.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").tokens
 
 
 class PrunedProcessor:
@@ -115,7 +109,8 @@ class PrunedProcessor:
             items = mm_items[modality]
             if isinstance(items, EMBEDDED):
                 return stock(index)
-            return [token] * planned(self.info.selection, wanted, self.info.layout(modality, items, index), modality)
+            layout = self.info.layout(modality, items, index)
+            return [token] * choice.settle(self.info.selection, wanted, layout, modality)[1].tokens
 
         return replace
 
