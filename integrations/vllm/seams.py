@@ -37,6 +37,26 @@ _CACHE_MANAGER = "v1/core/single_type_kv_cache_manager.py"
 _FREE = ("self", "request_id", "processed_computed_tokens", "num_prompt_tokens")
 _BUILD = ("self", "common_prefix_len", "common_attn_metadata", "fast_build")
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+_PROCESSOR = "multimodal/processing/processor.py"
+_LLAVA = tuple(
+    (f"model_executor/models/{file}.py", f"{name}ForConditionalGeneration")
+    for file, name in (("llava", "Llava"), ("llava_next", "LlavaNext"), ("llava_onevision", "LlavaOnevision"))
+)
+_SEEING = (
+    *((*model, "_process_image_input", ("self", "image_input")) for model in _LLAVA),
+    *((*model, "_image_pixels_to_features", ("self", "vision_tower", "pixel_values")) for model in _LLAVA),
+    *((*model, "_merge_image_patch_embeddings", ("self", "image_size", "patch_embeddings")) for model in _LLAVA[1:]),
+    (*_LLAVA[2], "_process_video_pixels", ("self",)),
+    (*_LLAVA[2], "_video_pixels_to_features", ("self", "vision_tower", "pixel_values")),
+)
+_PROCESSED = (
+    ("_apply_hf_processor_main", ("self", "mm_items", "hf_kwargs"), "pruners: the request's choice"),
+    ("_get_mm_fields_config", ("self", "hf_inputs", "hf_processor_mm_kwargs"), "pruners: the same"),
+    ("_get_prompt_updates", ("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"), "pruners: fewer tokens"),
+    ("_maybe_apply_prompt_updates", ("self", "mm_items", "mm_res"), "pruners: counters"),
+    ("_get_mm_hashes", ("self", "inputs"), "pruners: caches do not mix"),
+    ("get_dummy_mm_inputs", ("self", "mm_counts"), "pruners: counters"),
+)
 TABLE = (
     Seam("plugins/__init__.py", "load_general_plugins", (), "our entry point is called in every process"),
     Seam("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",), "where the selection is checked"),
@@ -148,6 +168,13 @@ TABLE = (
         ("self", "request_id", "prompt", "params"),
         "refuses sessions whose blocks were given back",
     ),
+    Seam("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
+    Seam("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
+    *(
+        Seam(file, f"{model}.{name}", parameters, "pruners: tokens of pictures")
+        for file, model, name, parameters in _SEEING
+    ),
+    *(Seam(_PROCESSOR, f"BaseMultiModalProcessor.{name}", parameters, why) for name, parameters, why in _PROCESSED),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
     Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
     Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),

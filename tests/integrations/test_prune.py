@@ -80,7 +80,8 @@ def test_eyes_of_all_models(name: str, pictures: Path) -> None:
     assert seen.scores.shape == features.shape[:2]
 
 
-def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path) -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.long])])
+def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path, count: int | None) -> None:
     """The loop over tokens of `test_pruners`, on scores that a real tower gives."""
     from importlib.util import module_from_spec, spec_from_file_location
 
@@ -90,7 +91,8 @@ def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path) -> None
     spec.loader.exec_module(pruners)
     eye = Eye(models.fetch(models.EMBEDDED["test-llava-next"]))
     data = Path(__file__).parents[2].parent / "shared" / "data"
-    real = sorted([*data.glob("skimage_samples/*.png"), *data.glob("skimage_samples/*.jpg")])[:4]
+    folders = (data / "skimage_samples", data / "owleval")
+    real = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
     for path in (pictures / "photo.png", pictures / "line.png", *real):
         layout, seen, _ = eye.see(Image.open(path).convert("RGB"))
         assert seen.scores is not None

@@ -100,6 +100,7 @@ def test_a_killed_writer_loses_nothing_that_was_committed(create, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["xtr", "vdr", "hybrid"])
 def test_two_hundred_kills(create, tmp_path: Path, kind: str) -> None:
     create(kind=kind).add([{"id": "start", "text": "wordstart in text"}])

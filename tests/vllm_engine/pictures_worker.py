@@ -54,17 +54,22 @@ class PicturesWorker(TestWorker):
                     found[int(output.request_id)] = list(output.outputs[0].token_ids)
         return {"tokens": [found[i] for i in range(len(requests))]}
 
-    def rows_of_layers(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Rows that enter each layer as a prompt is read, and those that leave the last; its visual tokens."""
+    def layers(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What enters the layers as a prompt is read: embeddings, which of them are visual, positions in each layer."""
         model = self.runner.model
-        layers, rows, last = model.language_model.model.layers, [], []
-        hooks = [layer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]))) for layer in layers]
-        norm = model.language_model.model.norm
-        hooks.append(norm.register_forward_pre_hook(lambda _, inputs: last.append(len(inputs[0]))))
-        self.look([request], max_tokens=1)
+        inside, entered = model.language_model.model, []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs: entered.append((inputs[0].tolist(), inputs[1])))
+            for layer in inside.layers
+        ]
+        last = []
+        hooks.append(inside.norm.register_forward_pre_hook(lambda _, inputs: last.append(len(inputs[0]))))
+        answer = self.look([request], max_tokens=1)
         for hook in hooks:
             hook.remove()
-        return {"rows": rows, "last": last[0], "visual": int(model._visual.sum())}
+        positions, embeds = [at for at, _ in entered], entered[0][1]
+        visual = model._visual[: len(embeds)].tolist()
+        return {"embeds": embeds.tolist(), "visual": visual, "positions": positions, "last": last[0], **answer}
 
     def metrics(self) -> dict[str, float]:
         """Our counters."""

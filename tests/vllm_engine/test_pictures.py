@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from pilotfish.integrations.vllm.vision import layouts
+from pilotfish.plugins.contracts import LayerSchedule
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
+from pilotfish.plugins.pruning.importance import kept_visual, page_rank
 
 pytestmark = pytest.mark.engine
 
@@ -194,12 +196,54 @@ def test_visual_tokens_leave_inside_the_language_model(
     alone = [ours.ask(do="look", requests=[r], max_tokens=n) for r, n in zip(requests, lengths, strict=True)]
     staggered = ours.ask(do="look_staggered", requests=requests, lengths=lengths)
     assert staggered["tokens"] == [a["tokens"][0] for a in alone]
-    rows = ours.ask(do="rows_of_layers", request=requests[0])
-    assert rows["rows"][0] == alone[0]["prompt"][0]
-    text = alone[0]["prompt"][0] - rows["visual"]
-    assert rows["rows"][1] == text + rows["visual"] // 2, "half of the visual tokens are left after the first layer"
-    assert rows["last"] == text, "and none behind the second"
+    seen = ours.ask(do="layers", request=requests[0])
     ours.close()
+    text = seen["visual"].count(False)
+    assert len(seen["positions"][0]) == alone[0]["prompt"][0] == text + sum(seen["visual"])
+    assert len(seen["positions"][1]) == text + sum(seen["visual"]) // 2, "half of the visual tokens are left"
+    assert seen["last"] == text, "and none behind the second layer"
+    kept, token = with_masks(seeing_model, seen["embeds"], seen["visual"], LayerSchedule(0, 2, 0.1, 5))
+    assert seen["positions"] == kept[:2]
+    assert seen["tokens"][0] == [token]
+
+
+def with_masks(
+    folder: str, embeds: list[list[float]], visual: list[bool], schedule: LayerSchedule
+) -> tuple[list[list[int]], int]:
+    """The same in transformers' model, where tokens that left are hidden from attention: kept positions, next token."""
+    import torch
+    from transformers import LlavaNextForConditionalGeneration
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
+    inside: Any = model.model.language_model
+    hidden, n = torch.tensor(embeds, dtype=torch.float64)[None], len(embeds)
+    cosine, sine = inside.rotary_emb(hidden, torch.arange(n)[None])
+    here, kept = torch.ones(n, dtype=torch.bool), [list(range(n))]
+    with torch.inference_mode():
+        for i, layer in enumerate(inside.layers):
+            attention, inputs = layer.self_attn, layer.input_layernorm(hidden)
+            q, k, v = (
+                p(inputs).view(1, n, -1, attention.head_dim).transpose(1, 2)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = apply_rotary_pos_emb(q, k, cosine, sine)
+            mask = torch.ones(n, n, dtype=torch.bool).tril() & (here | torch.eye(n, dtype=torch.bool))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            rows = here.nonzero().flatten()
+            rank = page_rank(
+                q[0, :, rows].transpose(0, 1),
+                k[0, :, rows].transpose(0, 1),
+                attention.scaling,
+                schedule.temperature,
+                schedule.iterations,
+            )
+            stays = kept_visual(rank, torch.tensor(visual)[rows], int(sum(visual) * schedule.kept(i)))
+            here[rows[~stays]] = False
+            kept.append(here.nonzero().flatten().tolist())
+        return kept, int(model.lm_head(inside.norm(hidden))[0, -1].argmax())
 
 
 @pytest.mark.slow
