@@ -97,7 +97,7 @@ class Hybrid(IndexKind):
         """``default``, or an encoder for some members: ``xtr=FOLDER,vdr=FOLDER``."""
         from ..retrieval.encoders.together import Together
         from ..retrieval.errors import RetrievalError
-        from ..retrieval.index import encoder_of
+        from ..retrieval.kinds import encoder_of
 
         chosen = {m: kind.default_encoder for m, kind in self.members.items()}
         if name != self.default_encoder:

@@ -248,7 +248,7 @@ def tune(
 @index.command("stats")
 def stats(folder: Folder, as_json: AsJson = False) -> None:
     """Say what an index holds."""
-    with refusals(), _opened(folder) as opened:
+    with refusals(), _for_reading(folder) as opened:
         found = opened.stats()
     if as_json:
         typer.echo(json.dumps(found))
@@ -261,9 +261,16 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
 @index.command("check")
 def check(folder: Folder) -> None:
     """Read all of an index and compare checksums; exit code 2 if it is damaged."""
-    with refusals(), _opened(folder) as opened:
-        opened.check()
-        typer.echo(f"{folder}: {len(opened)} documents, all right")
+    with refusals():
+        from . import shards
+
+        parts = [folder / name for name in shards.read(folder)] if (folder / shards.NAME).exists() else [folder]
+        documents = 0
+        for part in parts:
+            with _opened(part) as opened:
+                opened.check()
+                documents += len(opened)
+        typer.echo(f"{folder}: {documents} documents, all right")
 
 
 @index.command("compact")
@@ -272,9 +279,10 @@ def compact(
     relearn: Annotated[
         bool, typer.Option(help="Encode all anew, and learn from it: for an index that has grown manyfold.")
     ] = False,
+    encoder: EncoderOption = None,
 ) -> None:
     """Write an index anew without what was deleted."""
-    with refusals(), _opened(folder) as opened:
+    with refusals(), _opened(folder, encoder) as opened:
         _with_bar(lambda told: opened.compact(relearn, told) or 0)
         _told(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
@@ -311,7 +319,7 @@ def serve(
             raise ConfigError(f"--host {host}: others could change the index; give --token, or set PILOTFISH_TOKEN")
         with _for_reading(folder, encoder, device, precision, ray) as opened:
             _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
-            server.run(opened, host, port, token, read_only)
+            server.run(server.create_app(opened, token, read_only), host, port)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -327,8 +335,8 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
 
 
 def _settings(assignments: list[str] | None) -> dict[str, Any]:
-    """Of ``--set``; see `index.checked_settings`."""
-    from .index import checked_settings
+    """Of ``--set``; see `kinds.checked_settings`."""
+    from .kinds import checked_settings
 
     return checked_settings(values(assignments, "--set"))
 
@@ -355,8 +363,11 @@ def _edits(words: list[str] | None) -> dict[str, Any]:
 def _opened(
     folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
 ) -> Iterator[Any]:
+    from . import shards
     from .index import Index
 
+    if (folder / shards.NAME).exists():
+        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/index.md")
     with Index.open(folder, encoder, device, precision) as opened:
         yield opened
 
@@ -395,7 +406,7 @@ def _build_shards(
     ray: str | None,
 ) -> None:
     from . import shards
-    from .index import encoder_of, kind_of
+    from .kinds import encoder_of, kind_of
 
     _chunks_fit(chunk_tokens, overlap)
     given = values(option, "--option")

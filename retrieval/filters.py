@@ -24,7 +24,8 @@ from .errors import RetrievalError
 
 Value = str | int | float | bool | None
 LONGEST = 10_000  # characters of a filter
-DEEPEST = 50  # brackets and NOTs
+DEEPEST = 20  # brackets and NOTs within each other: SQLite's parser has a stack of 100
+WIDEST = 250  # conditions that are joined at once: its expressions may be 1,000 deep
 
 
 class FilterError(RetrievalError):
@@ -147,8 +148,7 @@ class _Reader:
             self._wrong("the name of a field")
         self._at += 1
         names = (_unquoted(word),) if kind == "text" else tuple(word.split("."))
-        if not all(names) or any('"' in name or "\\" in name for name in names):
-            raise FilterError(f"filter: {word} is no name of a field")
+        _check_field(names)
         if self._keyword("exists"):
             return Compare(names, "exists")
         if self._keyword("contains"):
@@ -188,8 +188,9 @@ class _Reader:
         if word.lower() in _FIXED:
             return _FIXED[word.lower()]
         if _NUMBER.match(word):
-            number = float(word)
-            return number if re.search("[.eE]", word) or abs(number) >= 2**63 else int(word)
+            if re.search("[.eE]", word) or not -(2**63) <= int(word) < 2**63:
+                return float(word)
+            return int(word)
         return word
 
 
@@ -203,16 +204,26 @@ _SQL_TYPES = {str: "'text'", bool: "'true', 'false'", type(None): "'null'", int:
 _SQL_TYPES[float] = _SQL_TYPES[int]
 
 
-def to_sql(condition: Filter) -> tuple[str, list[Any]]:
-    """A condition over the column ``metadata``, and the values of its marks."""
+def to_sql(condition: Filter, depth: int = 0) -> tuple[str, list[Any]]:
+    """A condition over the column ``metadata``, and the values of its marks.
+
+    Raises:
+        FilterError: it is too deep, or a name is none; `parse` has looked at that already.
+    """
+    if depth > DEEPEST:
+        raise FilterError(f"filter: more than {DEEPEST} conditions within each other")
     match condition:
         case Not(part):
-            text, values = to_sql(part)
-            return f"NOT ({text})", values
+            text, values = to_sql(part, depth + 1)
+            return f"NOT {text}", values
         case All(parts) | Any_(parts):
-            word = " AND " if isinstance(condition, All) else " OR "
-            found = [to_sql(part) for part in parts]
-            return f"({word.join(text for text, _ in found)})", [v for _, values in found for v in values]
+            both = isinstance(condition, All)
+            found = [to_sql(part, depth + 1) for part in parts]
+            texts, word = [text for text, _ in found], " AND " if both else " OR "
+            while len(texts) > WIDEST:
+                texts = [f"({word.join(texts[i : i + WIDEST])})" for i in range(0, len(texts), WIDEST)]
+            return f"({word.join(texts) or int(both)})", [v for _, values in found for v in values]
+    _check_field(condition.field)
     path = "$" + "".join(f'."{name}"' for name in condition.field)
     if condition.operator == "exists":
         return "(json_type(metadata, ?) IS NOT NULL)", [path]
@@ -228,17 +239,31 @@ def to_sql(condition: Filter) -> tuple[str, list[Any]]:
             inside = f"({inside} OR COALESCE({held}, 0))"
             values += [path, path, value]
         return inside, values
-    sign = "=" if condition.operator == "in" else condition.operator
     texts: list[str] = []
     values = []
+    kinds: dict[str, list[Any]] = {}
     for value in condition.values:
-        compare = "IS ?" if sign == "=" else f"{sign} ?"
-        texts.append(
-            f"COALESCE(json_type(metadata, ?) IN ({_SQL_TYPES[type(value)]}) "
-            f"AND json_extract(metadata, ?) {compare}, 0)"
-        )
-        values += [path, path, _plain(value)]
-    return f"({' OR '.join(texts)})", values
+        some = kinds.setdefault(_SQL_TYPES[type(value)], [])
+        if value is not None or not some:
+            some.append(_plain(value))
+    for types, some in kinds.items():
+        marks = ",".join("?" * len(some))
+        compare = f"IN ({marks})" if condition.operator in ("=", "in") else f"{condition.operator} ?"
+        if some == [None] and condition.operator in ("=", "in"):  # SQL's null equals nothing
+            compare = "IS ?"
+        texts.append(f"COALESCE(json_type(metadata, ?) IN ({types}) AND json_extract(metadata, ?) {compare}, 0)")
+        values += [path, path, *some]
+    return f"({' OR '.join(texts) or 0})", values
+
+
+def _check_field(names: Sequence[str]) -> None:
+    """Refuse what is no name of a field, or cannot stand in a path of SQLite's.
+
+    Raises:
+        FilterError: it is none.
+    """
+    if not names or not all(names) or any(c in name for name in names for c in '"\\\0'):
+        raise FilterError(f"filter: {'.'.join(names)!r} is no name of a field")
 
 
 def _plain(value: Value) -> Any:

@@ -7,15 +7,29 @@ from typing import Any
 from .errors import RetrievalError
 from .store.documents import Document
 
+DEEPEST = 64  # objects and arrays within each other in metadata
 BATCH = 8192  # documents of one commit; the first ones are what centroids and codec are learned from
 
 
-def check_text(what: str, text: str) -> None:
-    """Refuse what is no text that can be written: halves of surrogate pairs.
+def check_names(names: Any) -> list[str]:
+    """Ids as a list; a single text would be taken for a list of letters.
+
+    Raises:
+        RetrievalError: they are none.
+    """
+    if isinstance(names, str):
+        raise RetrievalError(f"ids: expected a list, got the text {names!r}")
+    return list(names)
+
+
+def check_text(what: str, text: Any) -> None:
+    """Refuse what is no text, or none that can be written: halves of surrogate pairs.
 
     Raises:
         RetrievalError: it is not.
     """
+    if not isinstance(text, str):
+        raise RetrievalError(f"{what}: expected text, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -44,10 +58,32 @@ def as_document(value: Any) -> Document:
         if not isinstance(metadata, Mapping):
             raise TypeError
         plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
+        if _depth(plain) > DEEPEST:
+            raise RetrievalError(f"document {name!r}: metadata are more than {DEEPEST} levels deep")
         _ = (name + text + json.dumps(plain, ensure_ascii=False)).encode()
+    except RetrievalError:
+        raise
     except (TypeError, ValueError, RecursionError):
-        raise RetrievalError(f"document {name!r}: text and metadata have to be what JSON can hold") from None
+        wrong = (
+            next((k for k, v in metadata.items() if not _writable(v)), None) if isinstance(metadata, Mapping) else None
+        )
+        where = "text and metadata have" if wrong is None else f"metadata field {wrong!r} has"
+        raise RetrievalError(f"document {name!r}: {where} to be what JSON can hold") from None
     return Document(name, text, plain)
+
+
+def _depth(value: Any) -> int:
+    """Objects and arrays within each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+
+
+def _writable(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
@@ -59,7 +95,7 @@ def batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Docume
     batch: dict[str, Document] = {}
     for document in documents:
         if batch.pop(document.id, None) is not None and unique:
-            raise RetrievalError(f"document {document.id!r} comes twice; use upsert")
+            raise RetrievalError(f"document {document.id!r} comes twice; give each an id of its own, or upsert")
         batch[document.id] = document
         if len(batch) == BATCH:
             yield list(batch.values())

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from . import filters, snippets
 from .errors import DamagedIndex, RetrievalError
-from .incoming import BATCH, as_document, batches, check_text
+from .incoming import BATCH, as_document, batches, check_names, check_text
+from .kinds import encoder_of, from_anywhere, kind_of
 from .ranking import found_by
 from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
@@ -90,7 +91,7 @@ class Index:
             OSError: the folder cannot be written.
         """
         made, parsed = kind_of(kind, options or {})
-        name = _from_anywhere(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
+        name = from_anywhere(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
         loaded = encoder_of(made, name, device, precision)
         about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
         return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, lambda: loaded)
@@ -164,7 +165,7 @@ class Index:
 
     def has(self, ids: Sequence[str]) -> set[str]:
         """Those of ``ids`` that are there."""
-        return set(self._numbers(ids))
+        return set(self._numbers(check_names(ids)))
 
     @property
     def snapshot(self) -> Snapshot:
@@ -212,7 +213,7 @@ class Index:
     def delete(self, ids: Sequence[str] = (), where: Filter | None = None) -> int:
         """Delete documents by their ids, or all that pass a filter; returns how many. Unknown ids are passed over."""
         with self._store.writer() as writer:
-            dead = set(self._numbers(list(ids)).values())
+            dead = set(self._numbers(check_names(ids)).values())
             if where is not None:
                 dead |= set(np.flatnonzero(self._passing(self._store.snapshot, where)).tolist())
             if dead:
@@ -376,8 +377,10 @@ class Index:
         **settings: Any,
     ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """Internal numbers and scores of hits; what `search_many` does without looking at documents."""
-        if k < 1:
-            raise RetrievalError(f"k: expected 1 or more, got {k}")
+        if not isinstance(k, int) or k < 1:
+            raise RetrievalError(f"k: expected a whole number of 1 or more, got {k!r}")
+        if isinstance(queries, str):
+            raise RetrievalError("queries: expected a list, got a text; see search")
         for query in queries:
             check_text("query", query)
         snapshot = snapshot or self._store.refresh()
@@ -484,6 +487,8 @@ class Index:
     def _passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
         """[documents] which pass a filter and are live."""
         condition = filters.parse(where) if isinstance(where, str) else where
+        if not isinstance(condition, filters.Filter):
+            raise RetrievalError(f"filter: expected text or a filter, got {type(where).__name__}")
         text, values = filters.to_sql(condition)
         # Python takes 1 and true for equal, filters do not.
         key = text, tuple((type(v), v) for v in values), snapshot.manifest.number
@@ -560,54 +565,3 @@ def _hits(
         for n, score in zip(numbers.tolist(), scores, strict=True)
         if (d := documents.get(n)) is not None
     ]
-
-
-def kind_of(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A registered kind of index, and its options.
-
-    Raises:
-        RetrievalError: there is none, or one is wrong.
-    """
-    # The one place where this folder looks up: names of kinds and encoders are the plugin manager's business.
-    from ..plugins.config import ConfigError, Selection
-    from ..plugins.manager import plugins
-
-    try:
-        cls, parsed = plugins().resolve("index", Selection(name, dict(options)))
-    except ConfigError as error:
-        raise RetrievalError(str(error)) from None
-    return cls(parsed), parsed
-
-
-def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings, but none that is an argument of the index's methods itself.
-
-    Raises:
-        RetrievalError: one is.
-    """
-    for name in ("self", "query", "queries", "k", "where", "snapshot", "name"):
-        if name in values:
-            raise RetrievalError(f"settings: {name} is no setting; it stands beside them")
-    return values
-
-
-def _from_anywhere(encoder: str) -> str:
-    """An encoder's name with folders in full, alone or as ``MEMBER=FOLDER`` of a hybrid."""
-    if Path(encoder).is_dir():
-        return str(Path(encoder).absolute())
-    parts = [part.rpartition("=") for part in encoder.split(",")]
-    return ",".join(f"{m}{e}{Path(p).absolute() if e and Path(p).is_dir() else p}" for m, e, p in parts)
-
-
-def encoder_of(kind: Any, name: str, device: str, precision: str) -> Any:
-    """A registered encoder, or the kind's own of that name.
-
-    Raises:
-        RetrievalError: there is none.
-    """
-    from ..plugins.manager import plugins
-
-    cls: Any = plugins().classes("encoder").get(name)
-    if cls is not None:
-        return cls(cls.Options(), device, precision)
-    return kind.load_encoder(name, device, precision)

@@ -10,9 +10,12 @@ metadata. All but `.parquet` and `.pdf` may be compressed, `.gz`.
 """
 
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
+import math
 import os
 import sys
 import zlib
@@ -28,6 +31,8 @@ from .store.documents import Document
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".pdf", ".rst")
 Chunk = Callable[[str], list[str]]
+INDEXES = ("CURRENT", "shards.json")  # what folders hold that are indexes
+LONGEST_FIELD = 1 << 27  # characters of a table's field
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
@@ -38,7 +43,8 @@ class Source:
         """Find the files.
 
         Args:
-            paths: Files, folders (searched through, hidden files left out), or ``-`` for records on standard input.
+            paths: Files, folders (searched through, hidden files and indexes left out), or ``-`` for records on
+                standard input.
             chunk: Cuts a text into pieces.
             number_ids: Records without an id get their file and number for one.
 
@@ -131,10 +137,15 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
             found.append((path, path.name))
         elif path.is_dir():
             for folder, folders, names in os.walk(path):
+                if any((Path(folder) / name).exists() for name in INDEXES):
+                    folders.clear()  # an index is no document
+                    continue
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
                 inside = [
                     Path(folder) / n for n in sorted(names) if not n.startswith(".") and _suffix(n) in RECORDS + TEXTS
                 ]
+                if broken := next((p for p in inside if not p.exists()), None):
+                    raise RetrievalError(f"{broken}: a link to nothing")
                 found += [(p, p.relative_to(path).as_posix()) for p in inside]
         else:
             raise RetrievalError(f"{given}: no such file or folder")
@@ -178,11 +189,12 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
                     raise RetrievalError(f"{name}: expected a list of objects")
                 yield from enumerate(whole, 1)
             elif kind in (".csv", ".tsv"):
-                rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True, restkey="")
+                csv.field_size_limit(LONGEST_FIELD)
+                rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
                 for at, row in enumerate(rows, 1):
-                    if "" in row:
+                    if None in row:
                         raise RetrievalError(f"{name}, record {at}: more fields than the head names")
-                    yield at, {k: v if k in FIELDS else _plain(v) for k, v in row.items()}
+                    yield at, {k: v if k in FIELDS else _plain(v) for k, v in row.items() if k}
             else:
                 for at, line in enumerate(file, 1):
                     if line.strip():
@@ -208,7 +220,7 @@ def _plain(text: str | None) -> Any:
             value = kind(text)
         except ValueError:
             continue
-        return value if str(value) == text else text
+        return value if str(value) == text and math.isfinite(value) else text
     return text
 
 
@@ -219,9 +231,27 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         for batch in pq.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
+            yield from map(_json, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise RetrievalError(f"{path.name}: {first_line(error)}") from None
+
+
+def _json(value: Any) -> Any:
+    """A value of a typed table as JSON holds it: dates as text, decimals as numbers, no number as null."""
+    match value:
+        case dict():
+            return {k: _json(v) for k, v in value.items()}
+        case list():
+            return [_json(v) for v in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() if value.is_finite():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case decimal.Decimal():
+            return None
+        case float():
+            return value if math.isfinite(value) else None
+    return value
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

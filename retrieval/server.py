@@ -3,7 +3,9 @@
 All answers are JSON. Errors have ``detail``, one line. Searches run side by side; writes wait for each other.
 """
 
+import logging
 import secrets
+import socket
 import threading
 import time
 from typing import Annotated, Any
@@ -17,7 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
-from .index import Index, checked_settings
+from .index import Index
+from .kinds import checked_settings
 from .shards import ShardedIndex
 
 LARGEST_BODY = 16 << 20  # bytes
@@ -232,6 +235,19 @@ def _answer_errors(app: FastAPI) -> None:
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
-def run(index: Index | ShardedIndex, host: str, port: int, token: str | None, read_only: bool) -> None:
-    """Serve until told to stop."""
-    uvicorn.run(create_app(index, token, read_only), host=host, port=port, log_level="info", server_header=False)
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        OSError: nothing can listen there.
+    """
+    config = uvicorn.Config(app, host=host, port=port, log_level="info", server_header=False)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    with listening:
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        logging.getLogger("uvicorn.error").info("Pilotfish listens at %s", url)
+        uvicorn.Server(config).run(sockets=[listening])

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
 from .incoming import BATCH, as_document
-from .index import Filter, Hit, Index, Progress, kind_of
+from .index import Filter, Hit, Index, Progress
+from .kinds import kind_of
 from .store import Change, Store, files
 from .store.documents import Document
 
@@ -232,6 +233,8 @@ def build(
     """
     if count < 1:
         raise RetrievalError(f"shards: expected 1 or more, got {count}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RetrievalError(f"{folder}: exists, and is not empty; shards are built into a folder of their own")
     every = _distinct(documents)
     if not kind_of(kind, options or {})[0].divisible:
         raise RetrievalError(f"{kind} cannot be in shards: what a document scores there depends on all others")

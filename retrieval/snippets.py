@@ -1,8 +1,10 @@
 """The part of a text that shows why it was found."""
 
 import re
+from collections import Counter
 
 LENGTH = 240  # characters
+MARGIN = 30  # of them before the first word, and at least so many behind the last
 _WORD = re.compile(r"\w+")
 
 
@@ -13,12 +15,18 @@ def best(text: str, query: str, length: int = LENGTH) -> str:
         return flat
     wanted = {w.lower()[:5] for w in _WORD.findall(query) if len(w) > 2}  # endings count little
     places = [(m.start(), m[0].lower()[:5]) for m in _WORD.finditer(flat) if m[0].lower()[:5] in wanted]
-    begin, most = 0, 0
-    for i, (start, _) in enumerate(places):
-        found = len({word for at, word in places[i:] if at < start + length})
-        if found > most:
-            begin, most = start, found
-    begin = max(0, min(begin - 30, len(flat) - length))
+    begin = most = last = 0
+    inside: Counter[str] = Counter()  # of the words between the i-th place and those a length behind it
+    for start, word in places:
+        while last < len(places) and places[last][0] < start + length - 2 * MARGIN:
+            inside[places[last][1]] += 1
+            last += 1
+        if len(inside) > most:
+            begin, most = start, len(inside)
+        inside[word] -= 1
+        if not inside[word]:
+            del inside[word]
+    begin = max(0, min(begin - MARGIN, len(flat) - length))
     if begin:
         begin = flat.find(" ", begin) + 1
     end = min(begin + length, len(flat))

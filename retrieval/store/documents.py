@@ -4,6 +4,7 @@ Rows are only ever added, under internal numbers that are never used twice. A ro
 number and has its bit set, so a transaction that was not followed by a manifest has no effect; see `store`.
 """
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -18,6 +19,7 @@ from ..errors import DamagedIndex
 
 NAME = "documents.db"
 LARGEST = 500  # names in one question
+IDLE = 8  # connections that are kept open
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
     number INTEGER PRIMARY KEY,
@@ -40,44 +42,63 @@ class Document:
 
 
 class Documents:
-    """The database of one index; each thread has a connection of its own."""
+    """The database of one index; threads take connections from a pool."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        self._local = threading.local()
-        self._opened: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []
+        self._fixed = False  # connections do not see what others write
+        self._age = 0  # of the pool: what was opened before the last `close` does not come back
         self._mutex = threading.Lock()
 
-    @property
-    def _database(self) -> sqlite3.Connection:
-        if (open_one := getattr(self._local, "database", None)) is None:
-            open_one = self._local.database = self._connect()
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            database, age = self._idle.pop() if self._idle else None, self._age
+        database = database or self._connect()
+        try:
+            yield database
+        finally:
             with self._mutex:
-                self._opened.append(open_one)
-        return open_one
+                keep = age == self._age and len(self._idle) < IDLE
+                if keep:
+                    self._idle.append(database)
+            if not keep:
+                database.close()
 
     def _connect(self) -> sqlite3.Connection:
         if not self._path.is_file():
             raise DamagedIndex(f"{self._path} is missing")
-        # A folder that may not be written cannot hold SQLite's side files; nothing changes there either.
-        fixed = "" if os.access(self._path.parent, os.W_OK) and os.access(self._path, os.W_OK) else "&immutable=1"
-        mode = "rw" if not fixed else "ro"
-        try:
-            database = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode={mode}{fixed}", uri=True, timeout=30, check_same_thread=False
-            )
-            database.execute("SELECT number, id, text, metadata FROM documents LIMIT 1").fetchone()
-        except sqlite3.Error as error:
-            raise DamagedIndex(f"{self._path}: {error}") from None
-        return database
+        modes = ["rw"] if os.access(self._path.parent, os.W_OK) and os.access(self._path, os.W_OK) else []
+        wal = self._path.with_name(f"{NAME}-wal")
+        if not modes or not (wal.exists() and wal.stat().st_size):
+            # Where nothing may be written, or the disk is full, there is no room for SQLite's side files.
+            modes.append("ro&immutable=1")
+        for i, mode in enumerate(modes):
+            uri = f"{self._path.absolute().as_uri()}?mode={mode}"
+            try:
+                database = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
+                database.execute("SELECT number FROM documents LIMIT 1").fetchone()
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if i + 1 < len(modes) and isinstance(error, sqlite3.OperationalError):
+                    continue
+                raise DamagedIndex(f"{self._path}: {error}") from None
+            self._fixed = "immutable" in mode
+            return database
+        raise AssertionError
 
     def close(self) -> None:
-        """Close the connections of all threads."""
+        """Close all connections."""
         with self._mutex:
-            for database in self._opened:
+            self._age += 1
+            for database in self._idle:
                 database.close()
-            self._opened.clear()
-        self._local = threading.local()
+            self._idle.clear()
+
+    def renew(self) -> None:
+        """There is a new commit: let go of connections that would not see it."""
+        if self._fixed:
+            self.close()
 
     def ask(self, question: str, values: Sequence[Any] = ()) -> list[tuple]:
         """Rows that answer a question.
@@ -86,8 +107,9 @@ class Documents:
             DamagedIndex: the database cannot be read.
         """
         try:
-            return self._database.execute(question, values).fetchall()
-        except sqlite3.DatabaseError as error:
+            with self._database() as database:
+                return database.execute(question, values).fetchall()
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise DamagedIndex(f"{self._path}: {error}") from None
 
     def numbers_of(self, ids: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -108,7 +130,10 @@ class Documents:
                 f"SELECT number, id, text, metadata FROM documents WHERE number IN ({','.join('?' * len(part))})", part
             )
             for number, name, text, metadata in rows:
-                found[number] = Document(name, text, json.loads(metadata))
+                try:
+                    found[number] = Document(name, text, json.loads(metadata))
+                except (ValueError, TypeError, RecursionError):
+                    raise DamagedIndex(f"{self._path}: metadata of row {number} are damaged") from None
         return found
 
     def check(self) -> str | None:
@@ -125,11 +150,17 @@ class Documents:
 
     @staticmethod
     def create(folder: Path) -> None:
-        """Make an empty database."""
+        """Make an empty database.
+
+        Raises:
+            OSError: the disk is full, or may not be written.
+        """
         database = sqlite3.connect(folder / NAME)
         try:
             database.execute("PRAGMA journal_mode=WAL")
             database.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise OSError(None, str(error), str(folder / NAME)) from None
         finally:
             database.close()
 
@@ -152,11 +183,11 @@ class Documents:
         self._change("DELETE FROM documents WHERE number >= ?", [(first,)])
 
     def _change(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-        database = self._database
         try:
-            database.execute("PRAGMA synchronous=FULL")
-            with database:
-                database.executemany(statement, rows)
+            with self._database() as database:
+                database.execute("PRAGMA synchronous=FULL")
+                with database:
+                    database.executemany(statement, rows)
         except sqlite3.OperationalError as error:  # full, read-only, locked
             raise OSError(None, str(error), str(self._path)) from None
         except sqlite3.DatabaseError as error:

@@ -25,11 +25,13 @@ class ArrayFile:
         name: Of its file, within the index.
         bytes: Size of the file.
         sha256: Of the file.
+        form: Type and shape of the array.
     """
 
     name: str
     bytes: int
     sha256: str
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Manifest:
         kind: Of the index, as plugins register it.
         options: Of that kind.
         encoder: Which encoder, and the fingerprint of its files.
+        identity: Of the index, drawn when it was made: another one in its place is told apart.
         settings: How it is searched; may change.
         shared: Arrays that all segments need.
         segments: In the order of their making.
@@ -71,6 +74,7 @@ class Manifest:
     kind: str
     options: dict[str, Any]
     encoder: dict[str, Any]
+    identity: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, ArrayFile] = field(default_factory=dict)
     segments: tuple[SegmentFiles, ...] = ()

@@ -13,6 +13,9 @@ no manifest names, rows that no manifest knows) has no effect, and goes with the
 
 import contextlib
 import os
+import threading
+import tokenize
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DamagedIndex, LockedIndex, RetrievalError
+from ..errors import DamagedIndex, LockedIndex, RetrievalError, first_line
 from . import files, manifest
 from .documents import Document, Documents
 from .manifest import ArrayFile, Manifest, SegmentFiles
@@ -90,9 +93,10 @@ class Store:
         """
         self.folder = folder
         self.documents = Documents(folder)
+        self._mutex = threading.Lock()  # of `refresh`: a thread that is late never goes back to an earlier commit
         self._seen: tuple[int, int] | None = None
         self.snapshot = self._open()
-        _ = self.documents.get([])
+        self.documents.ask("SELECT 1")
 
     @classmethod
     def create(cls, folder: Path, kind: str, options: Mapping[str, Any], encoder: Mapping[str, Any]) -> "Store":
@@ -102,7 +106,7 @@ class Store:
             RetrievalError: the folder holds something.
             OSError: it cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not _begun(p.name) for p in folder.iterdir())):
             what = (
                 "holds an index already; add to it, or go on with --resume"
                 if (folder / manifest.CURRENT).exists()
@@ -111,7 +115,7 @@ class Store:
             raise RetrievalError(f"{folder}: {what}")
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
-        manifest.write(folder, Manifest(0, kind, dict(options), dict(encoder)))
+        manifest.write(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
         return cls(folder)
 
     def close(self) -> None:
@@ -123,7 +127,9 @@ class Store:
     def refresh(self) -> Snapshot:
         """The latest commit; costs one look at ``CURRENT`` where nothing has changed."""
         if self._stamp() != self._seen:
-            self.snapshot = self._open()
+            with self._mutex:
+                if self._stamp() != self._seen:
+                    self.snapshot = self._open(self.snapshot.manifest.identity)
         return self.snapshot
 
     def _stamp(self) -> tuple[int, int] | None:
@@ -133,7 +139,7 @@ class Store:
             return None
         return stat.st_mtime_ns, stat.st_ino
 
-    def _open(self) -> Snapshot:
+    def _open(self, identity: str | None = None) -> Snapshot:
         for attempt in range(ATTEMPTS):
             stamp = self._stamp()
             name = manifest.current(self.folder)
@@ -144,6 +150,9 @@ class Store:
                 if attempt + 1 == ATTEMPTS or manifest.current(self.folder) == name:
                     raise
                 continue
+            if identity is not None and snapshot.manifest.identity != identity:
+                raise DamagedIndex(f"{self.folder}: another index is there now; open it anew")
+            self.documents.renew()
             self._seen = stamp
             return snapshot
         raise DamagedIndex(f"{self.folder}: {manifest.CURRENT} changes faster than it can be read")
@@ -164,13 +173,16 @@ class Store:
         try:
             if path.stat().st_size != file.bytes:
                 raise DamagedIndex(f"{self.folder}: {file.name} has {path.stat().st_size} bytes, not {file.bytes}")
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            if file.form and file.form != form(array):
+                raise DamagedIndex(f"{self.folder}: {file.name} is of the form {form(array)}, not {file.form}")
+            return array
         except FileNotFoundError:
             raise DamagedIndex(f"{self.folder}: {file.name} is missing") from None
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DamagedIndex):
-                raise
-            raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({error})") from None
+        except DamagedIndex:
+            raise
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+            raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({first_line(error)})") from None
 
     def check(self) -> Manifest:
         """Read everything, and compare checksums.
@@ -242,7 +254,7 @@ class Writer:
             path = folder / name
             made.append(path)
             sha256 = files.write_array(path, array)
-            return ArrayFile(name, path.stat().st_size, sha256)
+            return ArrayFile(name, path.stat().st_size, sha256, form(array))
 
         try:
             if change.documents:
@@ -293,6 +305,16 @@ class Writer:
             if ours and path.name not in needed:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def form(array: NDArray) -> str:
+    """Type and shape of an array, as a manifest keeps them."""
+    return f"{array.dtype.str}{list(array.shape)}"
+
+
+def _begun(name: str) -> bool:
+    """Whether a file is what an index leaves behind whose making was cut short: it may be begun anew."""
+    return name.startswith(("documents.db", ".manifest-", ".CURRENT", "manifest-0.json"))
 
 
 def _owner(path: Path) -> str:

@@ -19,4 +19,5 @@ def create(tmp_path: Path) -> Callable[..., Index]:
         encoder, usual = words.KINDS[kind]
         return Index.create(tmp_path / name, kind, encoder, {**(usual if kind != "xtr" else {}), **options})
 
+    make.folder = tmp_path / "index"  # type: ignore[attr-defined]
     return make

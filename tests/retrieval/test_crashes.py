@@ -1,9 +1,12 @@
 """An index whose writer was killed, whose files are damaged, whose disk is full: its last commit, or a clear error."""
 
+import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -253,3 +256,109 @@ def words_document(name: str) -> Any:
 
     words.use()
     return Document(name, "boo", {})
+
+
+def test_another_index_in_its_place_is_told(create, tmp_path: Path) -> None:
+    reader = filled(create)
+    shutil.rmtree(tmp_path / "index")
+    create().add([{"id": "other", "text": "word3 in text"}])
+    for _ in range(2):
+        with pytest.raises(DamagedIndex, match="another index is there now"):
+            reader.search("word3", 1)
+    assert Index.open(tmp_path / "index").search("word3", 1)[0].id == "other"
+
+
+def test_a_late_reader_does_not_take_a_writer_back(create, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that loads a commit slowly, while the next one is made, must not leave its own behind."""
+    index = filled(create)
+    store, real = index._store, index._store._load
+    loaded, goes_on = threading.Event(), threading.Event()
+
+    def slow(about: Any) -> Any:
+        snapshot = real(about)
+        if threading.current_thread() is reader:
+            loaded.set()
+            goes_on.wait(5)
+        return snapshot
+
+    monkeypatch.setattr(store, "_load", slow)
+    reader = threading.Thread(target=lambda: len(index))
+    other = Index.open(store.folder)
+    other.add([{"id": "one", "text": "one"}])
+    reader.start()
+    assert loaded.wait(5)
+    threading.Timer(0.3, goes_on.set).start()
+    index.add([{"id": "two", "text": "two"}])
+    reader.join()
+    index.add([{"id": "three", "text": "three"}])
+    index.check()
+    assert {"one", "two", "three"} <= set(index.ids())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_damage_is_an_error_or_an_answer(create, tmp_path: Path, seed: int) -> None:
+    """Bytes changed anywhere, heads of files above all: never another kind of error than ours."""
+    rng = random.Random(seed)
+    kind = rng.choice(["xtr", "vdr"])
+    filled(create, kind).close()
+    path = rng.choice(sorted(p for p in (tmp_path / "index").iterdir() if p.stat().st_size and "lock" not in p.name))
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(min(len(content), 128 if rng.random() < 0.6 else len(content)))
+    content[at : at + 8] = rng.randbytes(len(content[at : at + 8]))
+    path.write_bytes(content)
+    for act in (lambda i: i.search("word3 in text"), lambda i: i.check(), lambda i: list(i.ids())):
+        with contextlib.suppress(RetrievalError), Index.open(tmp_path / "index") as opened:
+            act(opened)
+
+
+def test_metadata_that_are_damaged_are_told(create, tmp_path: Path) -> None:
+    filled(create).close()
+    with sqlite3.connect(tmp_path / "index" / "documents.db") as database:
+        database.execute("UPDATE documents SET metadata = '{' WHERE id = '3'")
+    with pytest.raises(DamagedIndex, match="metadata of row 3 are damaged"):
+        Index.open(tmp_path / "index").get("3")
+
+
+def test_a_full_disk_at_the_beginning(tmp_path: Path, create, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        create()
+    monkeypatch.undo()
+    index = create()
+    index.add([{"id": "a", "text": "begun anew"}])
+    assert index.search("anew", 1)[0].id == "a"
+
+
+def test_a_disk_without_room_for_side_files_can_be_read(create, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(create).close()
+    real = sqlite3.connect
+
+    def no_room(place: str, **more: Any) -> Any:
+        if "immutable" not in place:
+            raise sqlite3.OperationalError("disk I/O error")
+        return real(place, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", no_room)
+        reader = Index.open(create.folder)
+        assert reader.search("word3", 1)[0].id == "3"
+    Index.open(create.folder).add([{"id": "later", "text": "there is room again"}])
+    assert reader.search("room again", 1)[0].id == "later"
+
+
+def test_threads_that_come_and_go_leave_no_files_open(create) -> None:
+    index = filled(create)
+
+    def burst(count: int) -> int:
+        threads = [threading.Thread(target=index.search, args=("word3", 1)) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = burst(20)
+    assert burst(60) <= before + 8

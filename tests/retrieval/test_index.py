@@ -1,5 +1,6 @@
 """Indexes against a naive one: what is added is found, what is deleted is not, filters are exact, scores are XTR's."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -212,11 +213,32 @@ def test_documents_that_are_wrong_are_refused_and_nothing_is_added(create) -> No
         assert list(index.ids()) == ["a"]
 
 
+def nested(levels: int) -> Any:
+    return [nested(levels - 1)] if levels else 1
+
+
+def test_a_snippet_of_a_long_text_is_found_at_once() -> None:
+    from pilotfish.retrieval import snippets
+
+    text = "fish shark " * 50_000 + "a whale at last " + "fish shark " * 50_000
+    started = time.perf_counter()
+    assert "whale" in snippets.best(text, "which shark and fish and whale")
+    assert time.perf_counter() - started < 5
+
+
 def test_wrong_requests_are_refused(create, tmp_path) -> None:
     index = create()
     index.add([{"id": "a", "text": "x"}])
     for call, message in (
-        (lambda: index.search("x", 0), "k: expected 1 or more"),
+        (lambda: index.search("x", 0), "k: expected a whole number of 1 or more"),
+        (lambda: index.search("x", "3"), "k: expected a whole number"),
+        (lambda: index.search(5), "query: expected text"),
+        (lambda: index.search("x", where=5), "filter: expected text or a filter"),
+        (lambda: index.search_many("x"), "queries: expected a list"),
+        (lambda: index.delete("a"), "ids: expected a list"),
+        (lambda: index.has("a"), "ids: expected a list"),
+        (lambda: index.add([{"id": "b", "text": "x", "metadata": {"deep": nested(70)}}]), "64 levels deep"),
+        (lambda: index.add([{"id": "b", "text": "x", "metadata": {"fine": 1, "wrong": float("nan")}}]), "'wrong' has"),
         (lambda: index.search("x", probs=3), "did you mean 'probes'"),
         (lambda: index.search("x", impute="warm"), "expected warp, kprime, none"),
         (lambda: index.search("x", where="a >"), "expected a value"),

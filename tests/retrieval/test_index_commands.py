@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -293,6 +294,65 @@ def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_p
         assert "Traceback" not in answer.stderr
     assert "4 documents, all right" in inside("index", "check", folder).stdout
     assert not (tmp_path / "new").exists()
+
+
+def test_an_index_beside_its_documents(inside: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes are no documents; links to nothing are told before anything is made."""
+    (tmp_path / "notes.txt").write_text("Sharks and pilot fish.")
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        assert "1 documents added, 1 in all" in inside("index", "build", name, ".").stderr
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    answer = inside("index", "build", "third", ".")
+    assert (answer.returncode, "a link to nothing" in answer.stderr) == (2, True)
+    assert not (tmp_path / "third").exists()
+
+
+def test_tables_of_other_programs(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "pandas.csv").write_text(f",id,text,score\n0,a,{'long ' * 40_000},nan\n1,b,x,2.5\n")
+    first, second = list(Source([tmp_path / "pandas.csv"], lambda text: [text]))
+    assert first.metadata == {"score": "nan"}
+    assert len(first.text) == 200_000
+    assert second.metadata == {"score": 2.5}
+    columns = {
+        "id": ["a", "b"],
+        "text": ["x", "y"],
+        "when": [datetime.datetime(2020, 1, 2, 3, 4), None],
+        "price": [decimal.Decimal("1.50"), decimal.Decimal("2.00")],
+        "ratio": [float("nan"), 0.5],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "typed.parquet")
+    first, second = list(Source([tmp_path / "typed.parquet"], lambda text: [text]))
+    assert first.metadata == {"when": "2020-01-02T03:04:00", "price": 1.5}
+    assert second.metadata == {"price": 2, "ratio": 0.5}
+
+
+def test_shards_have_a_folder_of_their_own(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    whole, shards = str(tmp_path / "whole"), str(tmp_path / "shards")
+    assert inside("index", "build", whole, str(corpus)).returncode == 0
+    answer = inside("index", "build", whole, str(corpus), "--shards", "2")
+    assert (answer.returncode, "a folder of their own" in answer.stderr) == (2, True)
+    assert inside("index", "build", shards, str(corpus), "--shards", "2").returncode == 0
+    assert "4 documents, all right" in inside("index", "check", shards).stdout
+    assert '"documents": 4' in inside("index", "stats", shards, "--json").stdout
+    answer = inside("index", "compact", shards)
+    assert (answer.returncode, "is in shards" in answer.stderr) == (2, True)
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "index")
+    assert inside("index", "build", folder, str(corpus), "--kind", "bm25").returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        answer = inside("index", "serve", folder, "--port", str(taken.getsockname()[1]))
+    assert answer.returncode == 2
+    assert "in use" in answer.stderr.strip()
+    assert len(answer.stderr.strip().splitlines()) == 1
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

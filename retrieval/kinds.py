@@ -1,0 +1,58 @@
+"""Registered kinds of indexes and encoders by their names, and settings of searches."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import RetrievalError
+
+
+def kind_of(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A registered kind of index, and its options.
+
+    Raises:
+        RetrievalError: there is none, or one is wrong.
+    """
+    # The one place where this folder looks up: names of kinds and encoders are the plugin manager's business.
+    from ..plugins.config import ConfigError, Selection
+    from ..plugins.manager import plugins
+
+    try:
+        cls, parsed = plugins().resolve("index", Selection(name, dict(options)))
+    except ConfigError as error:
+        raise RetrievalError(str(error)) from None
+    return cls(parsed), parsed
+
+
+def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings, but none that is an argument of the index's methods itself.
+
+    Raises:
+        RetrievalError: one is.
+    """
+    for name in ("self", "query", "queries", "k", "where", "snapshot", "name"):
+        if name in values:
+            raise RetrievalError(f"settings: {name} is no setting; it stands beside them")
+    return values
+
+
+def from_anywhere(encoder: str) -> str:
+    """An encoder's name with folders in full, alone or as ``MEMBER=FOLDER`` of a hybrid."""
+    if Path(encoder).is_dir():
+        return str(Path(encoder).absolute())
+    parts = [part.rpartition("=") for part in encoder.split(",")]
+    return ",".join(f"{m}{e}{Path(p).absolute() if e and Path(p).is_dir() else p}" for m, e, p in parts)
+
+
+def encoder_of(kind: Any, name: str, device: str, precision: str) -> Any:
+    """A registered encoder, or the kind's own of that name.
+
+    Raises:
+        RetrievalError: there is none.
+    """
+    from ..plugins.manager import plugins
+
+    cls: Any = plugins().classes("encoder").get(name)
+    if cls is not None:
+        return cls(cls.Options(), device, precision)
+    return kind.load_encoder(name, device, precision)
