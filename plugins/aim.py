@@ -14,6 +14,7 @@ from torch.nn import functional
 from .contracts import ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
 from .pruning import grids
+from .pruning.shares import check_temperature
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class AIMOptions:
         layers = self.experimental_layers
         if layers is not None and not (len(layers) == 2 and 0 <= layers[0] < layers[1]):
             raise ValueError(f"experimental_layers: expected two layers, the first below the last, got {list(layers)}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        check_temperature(self.temperature)
         if self.iterations < 1:
             raise ValueError(f"iterations: expected 1 or more, got {self.iterations}")
 
@@ -94,17 +94,16 @@ class AIM(VisualPruner):
 
 def merged_count(n: int, steps: int) -> int:
     """How many of ``n`` tokens `merge` leaves."""
-    left = n
-    for step in range(steps):
-        left -= min(n >> (step + 1), left // 2)
-    return left
+    for _ in range(steps):
+        n -= n // 2  # of what is left, so that more tokens never leave fewer
+    return n
 
 
 def merge(tokens: Tensor, steps: int, raster: bool) -> tuple[Tensor, Tensor]:
     """Merge tokens [n, width] in some steps; what is left, and at which places it stood."""
-    n, at = len(tokens), torch.arange(len(tokens), device=tokens.device)
-    for step in range(steps):
-        tokens, kept = merge_once(tokens, min(n >> (step + 1), len(tokens) // 2), raster)
+    at = torch.arange(len(tokens), device=tokens.device)
+    for _ in range(steps):
+        tokens, kept = merge_once(tokens, len(tokens) // 2, raster)
         at = at[kept]
     return tokens, at
 

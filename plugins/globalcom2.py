@@ -33,8 +33,7 @@ class GlobalCom2Options:
 
     def __post_init__(self) -> None:
         shares.check_retain(self.retain)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        shares.check_temperature(self.temperature)
 
 
 class GlobalCom2(VisualPruner):
@@ -80,7 +79,7 @@ class GlobalCom2(VisualPruner):
         crop = (row[:, None] * columns + column).flatten()
         sums = torch.zeros(rows * columns, dtype=torch.float64, device=scores.device)
         sums.index_add_(0, crop, scores[0].double())
-        weights = torch.softmax(sums / self.options.temperature, 0)
+        weights = torch.softmax((sums - sums.max()) / self.options.temperature, 0)
         return (self.options.retain * (1 + weights - 1 / len(weights))).clamp(max=1.0).tolist()
 
 

@@ -26,6 +26,7 @@ from .kinds import encoder_of, from_anywhere, kind_of
 from .ranking import found_by
 from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
+from .store.manifest import CURRENT
 
 DEAD = 0.2  # of a segment's documents: it is written anew
 SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
@@ -129,6 +130,26 @@ class Index:
 
         return cls(store, made, load)
 
+    @classmethod
+    def open_or_create(
+        cls,
+        folder: str | Path,
+        kind: str | None = None,
+        encoder: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> "Index":
+        """The index in a folder, made where there is none; ``kind`` is ``xtr`` then, where nothing is said.
+
+        Raises:
+            RetrievalError: as `open` and `create`; or it is of another kind.
+        """
+        if not (Path(folder) / CURRENT).exists():
+            return cls.create(folder, kind or "xtr", encoder, options)
+        opened = cls.open(folder, encoder)
+        if kind not in (None, opened.kind.name):
+            raise RetrievalError(f"{folder}: is of kind {opened.kind.name}, not {kind}")
+        return opened
+
     @functools.cached_property
     def encoder(self) -> Any:
         """The encoder.
@@ -187,6 +208,15 @@ class Index:
         for number, name in self._store.documents.ask("SELECT number, id FROM documents ORDER BY number"):
             if number < len(snapshot.live) and snapshot.live[number]:
                 yield name
+
+    def select(self, where: Filter | None = None) -> Iterator[Document]:
+        """Documents that pass a filter, all without one, in the order they were added."""
+        snapshot = self._store.refresh()
+        numbers = np.flatnonzero(snapshot.live if where is None else self._passing(snapshot, where))
+        for begin in range(0, len(numbers), BATCH):
+            part = numbers[begin : begin + BATCH].tolist()
+            found = self._store.documents.get(part)
+            yield from (found[n] for n in part if n in found)
 
     def add(self, documents: Iterable[Any], progress: Progress | None = None, learn: bool = True) -> int:
         """Add documents; returns how many.

@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import uvicorn
@@ -128,20 +129,11 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     documents = Gauge("pilotfish_index_documents", "Documents that can be found", registry=registry)
     documents.set_function(lambda: len(index))
     writing = threading.Lock()
-    bearer = HTTPBearer(auto_error=False)
-
-    def known(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if token is not None and (
-            given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())
-        ):
-            raise HTTPException(401, "send the token as: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+    known = asks_for(token)
 
     @app.middleware("http")
     async def measured(request: Request, call_next: Any) -> Any:
-        length = request.headers.get("content-length", "0")
-        if request.method in ("POST", "PUT", "PATCH") and (
-            not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
-        ):
+        if too_large(request):
             return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
         started = time.perf_counter()
         response = await call_next(request)
@@ -151,7 +143,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             failed.labels(route, str(response.status_code)).inc()
         return response
 
-    _answer_errors(app)
+    answer_errors(app)
 
     @app.get("/health", summary="Whether the index can be read")
     def health() -> dict[str, Any]:
@@ -206,12 +198,33 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     return app
 
 
+def asks_for(token: str | None) -> Callable[..., None]:
+    """What routes depend on that want a bearer token; None for no question."""
+    bearer = HTTPBearer(auto_error=False)
+
+    def known(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if token is not None and (
+            given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())
+        ):
+            raise HTTPException(401, "send the token as: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    return known
+
+
+def too_large(request: Request) -> bool:
+    """Whether a body is larger than is read, or does not say how large it is."""
+    length = request.headers.get("content-length", "0")
+    return request.method in ("POST", "PUT", "PATCH") and (
+        not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
+    )
+
+
 def _problem(text: str, status: int) -> JSONResponse:
     """An answer that says what was wrong; half characters, which no encoding has, by their numbers."""
     return JSONResponse({"detail": text.encode("utf-8", "backslashreplace").decode()}, status)
 
 
-def _answer_errors(app: FastAPI) -> None:
+def answer_errors(app: FastAPI) -> None:
     """What goes wrong becomes an answer that says so."""
 
     @app.exception_handler(RetrievalError)

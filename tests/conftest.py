@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")  # no network
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()

@@ -91,7 +91,10 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         if kind == "pruner":
             from .vision import support as vision
 
-            vision.check_layers(cls.name, cls(options), vllm_config)  # type: ignore[attr-defined]
+            pruner: Any = cls(options)
+            vision.check_layers(cls.name, pruner, vllm_config)  # type: ignore[attr-defined]
+            if pruner.layer_schedule() is not None:
+                patches.REQUESTS.apply()
             vision.install(selection, vllm_config)
         if kind == "drafter":
             support.check_tokenizer(cls, options, vllm_config.model_config)
@@ -99,7 +102,7 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
             support.check_correction(cls, options, engine, vllm_config)
             if cls.frees_blocks:  # type: ignore[attr-defined]
                 support.check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
-                patches.SESSIONS.apply()
+                patches.REQUESTS.apply()
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached:
         patches.COUNTERS.apply()
@@ -113,6 +116,22 @@ def kv_policy(vllm_config: Any) -> KVPolicy | None:
         return None
     cls, options = plugins().resolve("kv", selection)
     return cls(options, describe(vllm_config))
+
+
+def refuses(vllm_config: Any, params: Any, resumable: bool) -> str | None:
+    """Why an engine cannot serve a request with what was selected; None where it can."""
+    policy = kv_policy(vllm_config) if resumable else None
+    if policy is not None and policy.frees_blocks:
+        return (
+            f"{policy.name}: a session of inputs that follow one another would read blocks that were given back; send "
+            "whole prompts, or leave the policy out"
+        )
+    selection = read(vllm_config.additional_config).pruner
+    if selection is not None and getattr(params, "prompt_logprobs", None) is not None:
+        cls, options = plugins().resolve("pruner", selection)
+        if cls(options).layer_schedule() is not None:
+            return f"{cls.name}: prompt_logprobs would be those of tokens that left; leave them out"  # type: ignore[attr-defined]
+    return None
 
 
 def over_draft_model(vllm_config: Any) -> bool:

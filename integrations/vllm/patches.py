@@ -7,7 +7,7 @@
 | `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
 | `DRAFT_MODEL` | a drafter over a draft model is selected | vLLM's own methods take no companion |
 | `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
-| `SESSIONS` | a KV policy frees blocks | vLLM has no hook that refuses a request |
+| `REQUESTS` | a policy frees blocks, a pruner drops rows in layers | vLLM has no hook that refuses a request |
 | `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
@@ -131,18 +131,15 @@ def _capacity(original: Any) -> Any:
     return get_max_concurrency_for_kv_cache_config
 
 
-def _sessions(original: Any) -> Any:
-    def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
-        if resumable:
-            from . import attach
+def _requests(original: Any) -> Any:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, resumable: bool = False, **kwargs: Any
+    ) -> Any:
+        from . import attach
 
-            policy = attach.kv_policy(self.vllm_config)
-            if policy is not None and policy.frees_blocks:
-                raise ValueError(
-                    f"pilotfish: {policy.name}: a session of inputs that follow one another would read blocks that "
-                    "were given back; send whole prompts, or leave the policy out"
-                )
-        return original(self, *args, resumable=resumable, **kwargs)
+        if reason := attach.refuses(self.vllm_config, params, resumable):
+            raise ValueError(f"pilotfish: {reason}")
+        return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
 
     return process_inputs
 
@@ -189,8 +186,8 @@ EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _ex
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
 DRAFT_MODEL = Patch("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", _draft_model)
 CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
-SESSIONS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _sessions)
-ALL = (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, SESSIONS, COUNTERS, EXPAND, CONSTRAINTS)
+REQUESTS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _requests)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, REQUESTS, COUNTERS, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

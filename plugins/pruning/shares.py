@@ -6,7 +6,18 @@ from torch import Tensor
 
 from ..contracts import ImageLayout, PrunePlan
 
-LEAST = 0.01  # share below which a small picture would keep nothing
+LEAST = 0.01  # share
+COLDEST = 1e-6  # temperature: divided by less, scores overflow
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that nothing can be divided by.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if not COLDEST <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number of {COLDEST} or more, got {temperature}")
 
 
 def check_retain(retain: float) -> None:
@@ -20,9 +31,9 @@ def check_retain(retain: float) -> None:
 
 
 def plan(layout: ImageLayout, retain: float) -> PrunePlan:
-    """The same share of each view before the grid, and of the grid; all newlines."""
+    """The same share of each view before the grid, of which one token stays at least, and of the grid; all newlines."""
     parts = {
-        "thumbnail": layout.frames * int(layout.side * layout.side * retain),
+        "thumbnail": layout.frames * max(1, int(layout.side * layout.side * retain)),
         "crops": int(layout.cells * retain),
         "newlines": layout.newlines,
     }

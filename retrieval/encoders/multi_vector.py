@@ -105,6 +105,19 @@ class MultiVectorEncoder:
         ids = self._ids([text], query)[0]
         return self._tokenizer.convert_ids_to_tokens([i for i in ids if query or i not in self._skipped])
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where each of `words` of a document stands in its text; (0, 0) for those that the checkpoint puts around."""
+        c = self.checkpoint
+        whole = c.document_prefix + (text.lower() if c.lower and len(text.lower()) == len(text) else text)
+        length = c.document_length - (c.document_marker is not None)
+        with self._mutex:
+            told = self._tokenizer(whole, truncation=True, max_length=length, return_offsets_mapping=True)
+        ahead, found = len(c.document_prefix), []
+        for number, (begin, end) in zip(told["input_ids"], told["offset_mapping"], strict=True):
+            if number not in self._skipped:
+                found.append((begin - ahead, end - ahead) if begin >= ahead else (0, 0))
+        return found[:1] + [(0, 0)] * (c.document_marker is not None) + found[1:]
+
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text; see `texts.chunks`."""
         with self._mutex:

@@ -118,3 +118,30 @@ def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
     made = getattr(made, "pooler_output", made)
     torch.testing.assert_close(made[0], seen.tokens, atol=2e-4, rtol=1e-3)
     assert isinstance(layout, ImageLayout)
+
+
+def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
+    """A video between two pictures, whose tower runs without anybody taking its scores."""
+    from pilotfish.integrations.vllm.vision.scores import ClsScorer
+
+    scorer = ClsScorer.__new__(ClsScorer)
+    scorer.begin(True)
+    scorer._taken.append(torch.ones(3, 2))
+    scorer.begin(False)
+    scorer.begin(True)
+    scorer._taken.append(torch.zeros(2, 2))
+    assert torch.equal(scorer.take(), torch.zeros(2, 2))
+
+
+def test_a_choice_that_nobody_can_write_is_refused() -> None:
+    from pilotfish.integrations.vllm.vision import choice
+    from pilotfish.plugins.config import ConfigError
+
+    engine = '{"name": "globalcom2"}'
+    for wrong, message in (
+        ("\ud800", "can hold"),
+        ({"name": ["aim"]}, "expected a name"),
+        ({"name": 1}, "expected a name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choice.asked(engine, {"pruner": wrong})

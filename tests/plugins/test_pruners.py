@@ -184,6 +184,34 @@ def test_merging_averages_into_the_best_destination(n: int, count: int, seed: in
     torch.testing.assert_close(scrambled[there.argsort()], merged)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([layouts.single, layouts.anyres]),
+    sizes,
+    st.sampled_from([0.01, 0.02, 0.1, 0.25]),
+    st.integers(0, 6),
+)
+def test_no_picture_is_left_without_tokens_nor_larger_than_the_largest(kind, size, retain, steps) -> None:
+    """The engine measures its memory with the largest of the resolutions that a model knows."""
+    some = config(7, 4)
+    layout = kind(some, *size)
+    for pruner in (GlobalCom2(GlobalCom2Options(retain)), Diversity(DiversityOptions(retain)), AIM(AIMOptions(steps))):
+        largest = max(pruner.plan(kind(some, *resolution)).tokens for resolution in some.image_grid_pinpoints)
+        assert 0 < pruner.plan(layout).tokens <= largest
+        long = [pruner.plan(layouts.frames(some, n)).tokens for n in (1, 10, 1000)]
+        assert long == sorted(set(long)), "frames always count"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-6, 1e6), st.integers(0, 50))
+def test_shares_are_numbers_at_any_temperature(temperature: float, seed: int) -> None:
+    layout = layouts.anyres(config(6), 168, 100)
+    seen = picture(layout, seed)
+    assert seen.scores is not None
+    pruner = GlobalCom2(GlobalCom2Options(0.1, temperature))
+    assert all(0 <= s <= 1 for s in pruner.shares(layout, seen.scores * 1e4))
+
+
 def test_two_steps_keep_a_quarter() -> None:
     assert merged_count(576, 2) == 144
     assert merged_count(576, 3) == 72
@@ -237,6 +265,8 @@ def test_shares_are_whole_and_sum_up(sizes: list[int], part: float, random) -> N
         (GlobalCom2Options, {"retain": 0}),
         (GlobalCom2Options, {"retain": 1.1}),
         (GlobalCom2Options, {"temperature": 0.0}),
+        (GlobalCom2Options, {"temperature": 5e-324}),
+        (AIMOptions, {"temperature": 1e-310}),
         (DiversityOptions, {"retain": float("nan")}),
         (AIMOptions, {"merge_steps": -1}),
         (AIMOptions, {"experimental_layers": (5, 5)}),

@@ -13,7 +13,8 @@ class PicturesWorker(TestWorker):
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        more = {k: requests[0][k] for k in ("prompt_logprobs",) if k in requests[0]}
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **more)
         try:
             inputs = [self._input(r) for r in requests]
             adapters = [LoRARequest("adapter", 1, r["adapter"]) if "adapter" in r else None for r in requests]

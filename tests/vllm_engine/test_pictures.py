@@ -147,6 +147,8 @@ def test_pruned_answers(
         ("nope", "unknown, known are"),
         ({"retain": 3}, "expected a share"),
         (7, "expected a name or an object"),
+        ({"name": ["aim"]}, "expected a name, got"),
+        ({"temperature": 5e-324}, "expected a number of 1e-06 or more"),
         ({"name": "aim", "experimental_layers": [0, 1]}, "for the engine to choose"),
     ):
         assert message in ours.ask(do="look", requests=[{**requests[0], "pruner": bad}])["error"]
@@ -197,7 +199,13 @@ def test_visual_tokens_leave_inside_the_language_model(
     staggered = ours.ask(do="look_staggered", requests=requests, lengths=lengths)
     assert staggered["tokens"] == [a["tokens"][0] for a in alone]
     seen = ours.ask(do="layers", request=requests[0])
+    last = ours.ask(do="layers", request={**requests[0], "prompt": "What is it?\n<image>"})
+    asked = ours.ask(do="look", requests=[{**requests[0], "prompt_logprobs": 0}])
+    assert "prompt_logprobs would be those of tokens that left" in asked["error"]
     ours.close()
+    assert last["visual"][-1], "a prompt that ends with a picture is sampled from its last token, which stays"
+    kept, token = with_masks(seeing_model, last["embeds"], [*last["visual"][:-1], False], LayerSchedule(0, 2, 0.1, 5))
+    assert (last["positions"], last["tokens"][0]) == (kept[:2], [token])
     text = seen["visual"].count(False)
     assert len(seen["positions"][0]) == alone[0]["prompt"][0] == text + sum(seen["visual"])
     assert len(seen["positions"][1]) == text + sum(seen["visual"]) // 2, "half of the visual tokens are left"

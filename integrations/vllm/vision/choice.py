@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ....plugins.config import ConfigError, Selection, unknown
+from ....plugins.config import ConfigError, Selection
 from ....plugins.contracts import ImageLayout, PrunePlan, VisualPruner
 from ....plugins.manager import plugins
 
@@ -54,14 +54,15 @@ def asked(engine: str, kwargs: Mapping[str, object]) -> str:
         value = {"name": value}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{REQUEST_KEY}: expected a name or an object, got {value!r}")
+    if not isinstance(value.get("name", ""), str):
+        raise ConfigError(f"{REQUEST_KEY}.name: expected a name, got {value['name']!r}")
     default = decode(engine)
     base = default.options if value.get("name", default.name) == default.name else {}
-    if not isinstance(value.get("name", ""), str):
-        raise ConfigError(unknown(f"{REQUEST_KEY}.name", str(value["name"]), plugins().classes("pruner")))
     try:
         text = encode(decode(json.dumps({"name": default.name, **base, **value})))
-    except (TypeError, ValueError):
-        raise ConfigError(f"{REQUEST_KEY}: not JSON") from None
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise ConfigError(f"{REQUEST_KEY}: not what JSON and UTF-8 can hold") from None
     if pruner(text).layer_schedule() != pruner(engine).layer_schedule():
         raise ConfigError(f"{REQUEST_KEY}: what happens inside the language model is for the engine to choose")
     if len(text) > LENGTH:

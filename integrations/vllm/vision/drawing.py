@@ -33,7 +33,9 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror}") from None
-    table = Table("picture", "size", "pruner", "tokens", "kept", "share", "drawing")
+    table = Table()
+    for column in ("picture", "size", "pruner", "tokens", "kept", "share", "drawing"):
+        table.add_column(column, overflow="fold")  # what is cut cannot be read
     for path, image in images.items():
         layout, seen, _ = eye.see(image)
         for text, pruner in pruners.items():

@@ -109,6 +109,7 @@ class LayerPruning:
         prunable = torch.zeros(requests, dtype=torch.bool, device=hidden.device)
         prunable[pruned] = True
         visual = visual[:n].to(hidden.device) & prunable[request]
+        visual[torch.tensor(batch.starts[1:]) - 1] = False  # what is sampled from stays, whatever it stands for
         whole = torch.bincount(request[visual], minlength=requests).tolist()
         for r in pruned:
             self._dropped[batch.names[r]] = [0] * len(self._layers)

@@ -100,7 +100,7 @@ class PrunedModel:
         """Features [views, patches, width] of views [views, 3, h, w], a few at a time, and scores of their patches."""
         scorer = self._scorer
         if scorer is not None:
-            scorer.wanted = scored
+            scorer.begin(scored)
         parts = [self._image_pixels_to_features(self.vision_tower, part) for part in pixels.split(TOWER_VIEWS)]  # type: ignore[attr-defined]
         features = torch.cat(parts)
         if not scored:
@@ -174,6 +174,8 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
 
     def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
         made = []
+        if self._scorer is not None:
+            self._scorer.begin(False)
         for video, wanted in zip(inputs["pixel_values_videos"], self._wanted["video"], strict=True):
             parts = [self._video_pixels_to_features(self.vision_tower, part) for part in video.split(TOWER_VIEWS)]
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])

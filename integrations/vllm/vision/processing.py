@@ -120,8 +120,10 @@ class PrunedProcessor:
             for modality, found in placeholders.items():
                 items = mm_items[modality]
                 if not isinstance(items, EMBEDDED):
-                    full = sum(self.info.layout(modality, items, i).tokens for i in range(len(found)))
-                    kept = sum(len(one.tokens) for one in found)
+                    # One that is known by its id alone was counted when it came.
+                    here = [i for i in range(len(found)) if items.get(i) is not None]
+                    full = sum(self.info.layout(modality, items, i).tokens for i in here)
+                    kept = sum(len(found[i].tokens) for i in here)
                     metrics.count_visual_tokens(choice.decode(self.info.selection).name, full, kept)
         return prompt, placeholders
 

@@ -71,7 +71,11 @@ class ClsScorer:
         if self.wanted:
             self._taken.append(cls_logits(layer, hidden))
 
+    def begin(self, wanted: bool) -> None:
+        """What runs from now on is one picture, whose scores are wanted or not."""
+        self.wanted, self._taken = wanted, []
+
     def take(self) -> Tensor:
-        """[views, patches] of all that ran while scores were wanted, since this was asked last."""
+        """[views, patches] of all that ran since `begin`."""
         scores, self._taken = torch.cat(self._taken), []
         return scores

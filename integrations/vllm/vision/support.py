@@ -98,6 +98,7 @@ def check_layers(name: str, pruner: VisualPruner, vllm_config: Any) -> None:
             "deep layers keep fewer tokens than a block says",
             "use --no-enable-prefix-caching",
         ),
+        (model.runner_type == "pooling", "what is pooled would miss what left", "leave pooling out"),
         (vllm_config.speculative_config is not None, "drafts are verified at every layer", "leave speculation out"),
         (
             not model.enforce_eager,

@@ -1,0 +1,64 @@
+"""Haystack's filters as ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from haystack.errors import FilterError
+
+from ...retrieval import filters
+from ...retrieval.filters import Any_, Filter, Not
+from .. import filtering
+
+
+def translate(given: Mapping[str, Any] | None) -> Filter | None:
+    """A filter over metadata.
+
+    Raises:
+        FilterError: Haystack's: it is none, or is about something else than metadata.
+    """
+    if not given:
+        return None
+    try:
+        return _part(given)
+    except filters.FilterError as error:
+        raise FilterError(str(error)) from None
+
+
+def _part(given: Any) -> Filter:
+    if not isinstance(given, Mapping):
+        raise FilterError(f"filter: expected a mapping, got {given!r}")
+    if "operator" not in given:
+        raise FilterError(f"filter: there is no 'operator' in {given}")
+    if "field" in given:
+        if "value" not in given:
+            raise FilterError(f"filter: there is no 'value' in {given}")
+        return _comparison(str(given["field"]), given["operator"], given["value"])
+    if "conditions" not in given:
+        raise FilterError(f"filter: there are no 'conditions' in {given}")
+    parts = [_part(part) for part in given["conditions"]]
+    match given["operator"]:
+        case "AND":
+            return filtering.every(parts)
+        case "OR":
+            return Any_(tuple(parts))
+        case "NOT":
+            return Not(filtering.every(parts))
+    raise FilterError(f"filter: unknown operator {given['operator']!r}; known are AND, OR, NOT")
+
+
+def _comparison(name: str, operator: Any, value: Any) -> Filter:
+    if name in ("id", "content", "score", "embedding", "blob", "sparse_embedding"):
+        raise FilterError(f"filter: {name!r} is not of the metadata; filters are about meta.NAME")
+    field = tuple(name.removeprefix("meta.").split("."))
+    match operator:
+        case "==":
+            return filtering.equal(field, value)
+        case "!=":
+            return Not(filtering.equal(field, value))
+        case "in":
+            return filtering.among(field, value)
+        case "not in":
+            return Not(filtering.among(field, value))
+        case _ if operator in filtering.ORDER:
+            return filtering.ordered(field, operator, value)
+    raise FilterError(f"filter: unknown operator {operator!r}; known are ==, !=, <, <=, >, >=, in, not in")

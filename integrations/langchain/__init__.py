@@ -1,0 +1,6 @@
+"""Indexes in LangChain: `PilotfishVectorStore` and `PilotfishRetriever`."""
+
+from .retriever import PilotfishRetriever
+from .vectorstore import PilotfishVectorStore
+
+__all__ = ["PilotfishRetriever", "PilotfishVectorStore"]

@@ -1,0 +1,70 @@
+"""Filters as LangChain's stores have them: ``{"year": {"$gte": 2020}, "$or": [{"lang": "en"}, {"lang": "de"}]}``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...retrieval.filters import Any_, Compare, Filter, FilterError, Not
+from .. import filtering
+
+ORDER = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
+
+
+def translate(given: str | Filter | Mapping[str, Any] | None) -> str | Filter | None:
+    """A filter of ours, of a mapping with ``$`` operators; ours and None as they are.
+
+    Fields are joined by dots. Operators are $eq, $ne, $lt, $lte, $gt, $gte, $in, $nin, $exists, $contains, and $and,
+    $or, $not of filters.
+
+    Raises:
+        FilterError: it is none.
+    """
+    if given is None or isinstance(given, str | Filter):
+        return given
+    if not isinstance(given, Mapping):
+        raise FilterError(f"filter: expected text or a mapping, got {type(given).__name__}")
+    return _every(given) if given else None
+
+
+def _every(given: Any) -> Filter:
+    if not isinstance(given, Mapping) or not given:
+        raise FilterError(f"filter: expected a mapping of fields, got {given!r}")
+    return filtering.every([_part(str(key), value) for key, value in given.items()])
+
+
+def _part(key: str, value: Any) -> Filter:
+    if key in ("$and", "$or"):
+        if not isinstance(value, list) or not value:
+            raise FilterError(f"filter: {key} takes a list of filters")
+        parts = [_every(part) for part in value]
+        return filtering.every(parts) if key == "$and" else Any_(tuple(parts))
+    if key == "$not":
+        return Not(_every(value))
+    if key.startswith("$"):
+        raise FilterError(f"filter: unknown operator {key}; known are $and, $or, $not")
+    field = tuple(key.split("."))
+    if not isinstance(value, Mapping):
+        return filtering.equal(field, value)
+    if not value:
+        raise FilterError(f"filter: {key} is compared with nothing")
+    return filtering.every([_comparison(field, operator, operand) for operator, operand in value.items()])
+
+
+def _comparison(field: tuple[str, ...], operator: str, value: Any) -> Filter:
+    match operator:
+        case "$eq":
+            return filtering.equal(field, value)
+        case "$ne":
+            return Not(filtering.equal(field, value))
+        case "$in":
+            return filtering.among(field, value)
+        case "$nin":
+            return Not(filtering.among(field, value))
+        case "$exists":
+            there = Compare(field, "exists")
+            return there if value else Not(there)
+        case "$contains":
+            return Compare(field, "contains", (filtering.scalar(field, value),))
+        case _ if operator in ORDER:
+            return filtering.ordered(field, ORDER[operator], value)
+    known = "$eq, $ne, $lt, $lte, $gt, $gte, $in, $nin, $exists, $contains"
+    raise FilterError(f"filter: unknown operator {operator}; known are {known}")

@@ -1,0 +1,59 @@
+"""An index as a retriever of LangChain's."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from pydantic import ConfigDict, PrivateAttr
+
+from ...retrieval.index import Index
+from .filters import translate
+from .vectorstore import as_document
+
+
+class PilotfishRetriever(BaseRetriever):
+    """Finds documents in the index of a folder.
+
+    Attributes:
+        folder: Of the index.
+        k: Documents at most.
+        filter: See `filters.translate`; may be given anew with each question.
+        settings: Of searches, in place of the index's own.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    folder: str | Path
+    k: int = 4
+    filter: str | Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = {}
+    _index: Index = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Open the index.
+
+        Raises:
+            RetrievalError: it cannot be opened.
+        """
+        super().model_post_init(context)
+        self._index = Index.open(self.folder)
+        self._index.settings(**self.settings)
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        """The best documents; ``k`` and ``filter`` in place of the retriever's, others are settings."""
+        k, where = kwargs.pop("k", self.k), kwargs.pop("filter", self.filter)
+        hits = self._index.search(query, k, translate(where), **{**self.settings, **kwargs})
+        return [as_document(hit) for hit in hits]
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        """The same, on a thread."""
+        return await asyncio.to_thread(
+            self._get_relevant_documents, query, run_manager=run_manager.get_sync(), **kwargs
+        )

@@ -1,0 +1,6 @@
+"""Indexes in LlamaIndex: `PilotfishRetriever` and `PilotfishRerank`."""
+
+from .rerank import PilotfishRerank
+from .retriever import PilotfishRetriever
+
+__all__ = ["PilotfishRerank", "PilotfishRetriever"]

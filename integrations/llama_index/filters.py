@@ -1,0 +1,51 @@
+"""LlamaIndex's metadata filters as ours."""
+
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from ...retrieval.filters import Any_, Compare, Filter, FilterError, Not
+from .. import filtering
+
+
+def translate(given: MetadataFilters | str | None) -> Filter | str | None:
+    """A filter of ours; ours and None as they are.
+
+    Raises:
+        FilterError: something of it has no counterpart: matches in texts without regard to case.
+    """
+    if given is None or isinstance(given, str):
+        return given
+    parts = [_comparison(f) if isinstance(f, MetadataFilter) else translate(f) for f in given.filters]
+    found = [part for part in parts if part is not None and not isinstance(part, str)]
+    if not found:
+        return None
+    match given.condition:
+        case FilterCondition.OR:
+            return Any_(tuple(found))
+        case FilterCondition.NOT:
+            return Not(filtering.every(found))
+    return filtering.every(found)
+
+
+def _comparison(given: MetadataFilter) -> Filter:
+    field, value = tuple(given.key.split(".")), given.value
+    match given.operator:
+        case FilterOperator.EQ:
+            return filtering.equal(field, value)
+        case FilterOperator.NE:
+            return Not(filtering.equal(field, value))
+        case FilterOperator.IN:
+            return filtering.among(field, value)
+        case FilterOperator.NIN:
+            return Not(filtering.among(field, value))
+        case FilterOperator.LT | FilterOperator.LTE | FilterOperator.GT | FilterOperator.GTE:
+            return filtering.ordered(field, given.operator.value, value)
+        case FilterOperator.CONTAINS | FilterOperator.TEXT_MATCH:
+            return Compare(field, "contains", (filtering.scalar(field, value),))
+        case FilterOperator.ANY | FilterOperator.ALL:
+            if not isinstance(value, list):
+                raise FilterError(f"filter: {given.key} {given.operator.value}: expected a list, got {value!r}")
+            each = [Compare(field, "contains", (filtering.scalar(field, v),)) for v in value]
+            return filtering.every(each) if given.operator == FilterOperator.ALL else Any_(tuple(each))
+        case FilterOperator.IS_EMPTY:
+            return filtering.equal(field, None)
+    raise FilterError(f"filter: {given.operator.value} is not possible; texts are compared as they are")

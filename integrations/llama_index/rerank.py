@@ -1,0 +1,59 @@
+"""Nodes of any retriever in the order of their tokens' similarity to the query's."""
+
+from typing import Any
+
+import numpy as np
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from ...retrieval.errors import RetrievalError
+from ...retrieval.kinds import encoder_of, kind_of
+
+
+class PilotfishRerank(BaseNodePostprocessor):
+    """Scores nodes by late interaction: the mean over the query's tokens of the best product with the node's (MaxSim).
+
+    Attributes:
+        top_n: Nodes that are kept.
+        encoder: A registered multi-vector encoder, or the folder of a checkpoint.
+        device: For it: cpu, cuda or auto.
+    """
+
+    top_n: int = 5
+    encoder: str = "minilm"
+    device: str = "auto"
+    _encoder: Any = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Load the encoder.
+
+        Raises:
+            RetrievalError: there is none.
+        """
+        super().model_post_init(context)
+        if self.top_n < 1:
+            raise RetrievalError(f"top_n: expected 1 or more, got {self.top_n}")
+        self._encoder = encoder_of(kind_of("xtr", {})[0], self.encoder, self.device, "float32")
+
+    @classmethod
+    def class_name(cls) -> str:
+        """As LlamaIndex names components."""
+        return "PilotfishRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise RetrievalError("reranking needs a query")
+        if not nodes:
+            return []
+        query = self._encoder.encode_queries([query_bundle.query_str])[0].vectors
+        texts = [node.node.get_content(MetadataMode.NONE) for node in nodes]
+        documents = self._encoder.encode_documents(texts)
+        scores = [
+            float((query @ part.vectors.astype(np.float32).T).max(1).mean()) if len(part.vectors) else -1.0
+            for part in (documents[i] for i in range(len(texts)))
+        ]
+        order = np.argsort(-np.array(scores), kind="stable")[: self.top_n]
+        return [NodeWithScore(node=nodes[i].node, score=scores[i]) for i in order]

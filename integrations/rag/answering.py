@@ -1,0 +1,219 @@
+"""A question, an index, a language model behind an OpenAI-compatible server: an answer with citations, as it comes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import openai
+
+from ...plugins.config import ConfigError
+from ...retrieval import highlights
+from ...retrieval.index import Index
+from . import citations, prompt, savings
+
+UNKNOWN = "I do not know."
+NOTHING = "I do not know: nothing in the documents comes near the question."
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A hit as an answer cites it."""
+
+    number: int
+    id: str
+    text: str
+    snippet: str
+    score: float
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Passages were found.
+
+    Attributes:
+        passages: What the model will see; none where nothing comes near enough.
+        similarity: Of the best one to the question, what the threshold is compared with; None where nothing was found.
+        milliseconds: Of the search.
+    """
+
+    passages: Sequence[Passage]
+    similarity: float | None
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer is whole.
+
+    Attributes:
+        text: All of it.
+        known: Whether it is one: not that nothing was found, or that the model does not know.
+        cited: Numbers of passages that it names.
+        attributed: Where it names none, those that have its words.
+        milliseconds: ``retrieval``, ``first_token`` (both from the question on) and ``total``.
+        tokens: ``prompt`` and ``answer``, and ``cached`` of the prompt, as the server counts.
+        saved: What plugins counted meanwhile; of other requests too, where such ran.
+    """
+
+    text: str
+    known: bool
+    cited: Sequence[int]
+    attributed: Sequence[int]
+    milliseconds: Mapping[str, float]
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    saved: Mapping[str, int] = field(default_factory=dict)
+
+
+Event = Found | Text | Done
+
+
+class ServerError(ConfigError):
+    """The server cannot be reached, or does not answer."""
+
+
+class Answerer:
+    """Answers questions from the documents of an index.
+
+    Args:
+        index: Where passages are found.
+        url: Of the server's API, as ``http://127.0.0.1:8000/v1``.
+        model: As the server names it; None for the first that it has.
+        key: For the server; most on one's own machine ask for none.
+        k: Passages of a prompt.
+        threshold: Similarity of the best passage below which nothing is asked of the model; see `rag eval`.
+        max_tokens: Of an answer, at most.
+        options: Further fields of requests, as ``temperature`` or vLLM's ``vllm_xargs``.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        url: str,
+        model: str | None = None,
+        key: str = "none",
+        k: int = 4,
+        threshold: float = 0.0,
+        max_tokens: int = 256,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.index, self.url, self.model, self.k, self.threshold = index, url, model, k, threshold
+        self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
+        self._http = httpx.AsyncClient()
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._client.close()
+        await self._http.aclose()
+
+    async def connect(self) -> str:
+        """The model's name; asks the server where none was given.
+
+        Raises:
+            ServerError: there is no server, or it has no such model.
+        """
+        try:
+            names = [m.id async for m in self._client.models.list()]
+        except openai.APIError as error:
+            raise ServerError(f"{self.url}: {_reason(error)}") from None
+        if not names or self.model not in (None, *names):
+            raise ServerError(f"{self.url}: has no model {self.model}; it has {', '.join(names) or 'none'}")
+        self.model = self.model or names[0]
+        return self.model
+
+    async def counters(self) -> savings.Counters | None:
+        """Of the server; see `savings`."""
+        return await savings.read(self._http, self.url)
+
+    def retrieve(self, question: str, where: str | None = None) -> Found:
+        """Passages for a question.
+
+        Raises:
+            RetrievalError: the filter is wrong, or the index cannot be read.
+        """
+        started = time.perf_counter()
+        hits = self.index.search(question, self.k, where)
+        nearest = highlights.similarity(self.index, question, hits[0].text) if hits else None
+        score = nearest if nearest is not None else hits[0].score if hits else None
+        if score is None or score < self.threshold:
+            hits = []
+        passages = [Passage(i, h.id, h.text, h.snippet, h.score, h.metadata) for i, h in enumerate(hits, 1)]
+        return Found(passages, score, _since(started))
+
+    async def answer(
+        self, question: str, history: Sequence[prompt.Message] = (), where: str | None = None
+    ) -> AsyncIterator[Event]:
+        """What happens, as it happens: `Found`, `Text` by `Text`, `Done`.
+
+        Raises:
+            ServerError: the server fails; nothing more comes then.
+            RetrievalError: see `retrieve`.
+        """
+        before = await self.counters()
+        begun = time.perf_counter()  # asking for counters is no part of an answer
+        found = await asyncio.to_thread(self.retrieve, question, where)
+        yield found
+        if not found.passages:
+            yield Text(NOTHING)
+            took = {"retrieval": found.milliseconds, "total": _since(begun)}
+            yield Done(NOTHING, False, (), (), took)
+            return
+        parts: list[str] = []
+        tokens: dict[str, int] = {}
+        first = 0.0
+        try:
+            stream = await self._client.chat.completions.create(
+                model=self.model or await self.connect(),
+                messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
+                max_tokens=self.max_tokens,
+                stream=True,
+                stream_options={"include_usage": True},
+                temperature=self.options.get("temperature"),
+                extra_body={k: v for k, v in self.options.items() if k != "temperature"},
+            )
+            async for chunk in stream:
+                if chunk.usage is not None:
+                    details = chunk.usage.prompt_tokens_details
+                    tokens = {"prompt": chunk.usage.prompt_tokens, "answer": chunk.usage.completion_tokens}
+                    tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
+                if chunk.choices and (text := chunk.choices[0].delta.content):
+                    first = first or _since(begun)
+                    parts.append(text)
+                    yield Text(text)
+        except openai.APIError as error:
+            raise ServerError(f"{self.url}: {_reason(error)}") from None
+        took = {"retrieval": found.milliseconds, "first_token": first, "total": _since(begun)}
+        after = await self.counters()
+        saved = after.since(before) if before is not None and after is not None else {}
+        text = "".join(parts).strip()
+        cited = citations.cited(text, found.passages)
+        guessed = [] if cited else citations.attributed(text, found.passages)
+        yield Done(text, not refused(text), cited, guessed, took, tokens, saved)
+
+
+def refused(text: str) -> bool:
+    """Whether a model says that it does not know."""
+    plain = text.lower().replace("’", "'").replace("don't", "do not")
+    return plain.startswith(UNKNOWN.lower().rstrip(".")) or not plain.strip()
+
+
+def _since(started: float) -> float:
+    return round(1e3 * (time.perf_counter() - started), 1)
+
+
+def _reason(error: openai.APIError) -> str:
+    """In one line."""
+    if isinstance(error, openai.APIConnectionError):
+        return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
+    return " ".join(str(error).split())[:500]

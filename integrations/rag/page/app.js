@@ -1,0 +1,189 @@
+"use strict";
+
+// Text of documents and of answers is only ever put in as text, never as HTML.
+const at = (id) => document.getElementById(id);
+const made = (tag, text = "", name = "") => {
+  const node = document.createElement(tag);
+  node.textContent = text;
+  if (name) node.className = name;
+  return node;
+};
+
+// A server that asks for a token is opened as /#token=...; the part behind # is never sent.
+const token = new URLSearchParams(location.hash.slice(1)).get("token");
+const asked = async (path, options = {}) => {
+  const headers = { ...(options.headers || {}), ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const answer = await fetch(path, { ...options, headers });
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({}));
+    throw new Error(told.detail || `${answer.status} ${answer.statusText}`);
+  }
+  return answer;
+};
+
+const problem = (error) => {
+  at("problem").hidden = !error;
+  at("problem").textContent = error ? error.message : "";
+};
+
+const NAMES = {
+  drafter_accepted_tokens: "drafted tokens accepted",
+  drafter_drafted_tokens: "drafted tokens checked",
+  drafter_proposals: "drafts",
+  pruner_dropped_tokens: "visual tokens dropped",
+  prefix_cache_hits: "prompt tokens found in the cache",
+};
+
+async function status() {
+  try {
+    const told = await (await asked("/status")).json();
+    const plugins = told.plugins.length ? `plugins: ${told.plugins.join(", ")}` : "no plugins";
+    at("status").textContent = `${told.documents} passages (${told.kind}) · ${told.model || "model not known yet"} · ${plugins}`;
+    at("add").hidden = !told.uploads;
+    at("files").accept = told.endings.join(",");
+  } catch (error) {
+    problem(error);
+  }
+}
+
+async function* lines(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    rest += value;
+    const parts = rest.split("\n");
+    rest = parts.pop();
+    for (const part of parts) yield JSON.parse(part);
+  }
+}
+
+let last = "";
+
+at("ask").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const question = at("question").value.trim();
+  if (!question) return;
+  last = question;
+  problem(null);
+  at("send").disabled = true;
+  at("result").hidden = false;
+  at("answer").setAttribute("aria-busy", "true");
+  for (const id of ["answer", "passages", "figures", "grounds"]) at(id).replaceChildren();
+  try {
+    const where = at("where").value.trim();
+    const body = JSON.stringify(where ? { question, where } : { question });
+    const answer = await asked("/ask", { method: "POST", body, headers: { "Content-Type": "application/json" } });
+    for await (const told of lines(answer)) {
+      if (told.error) throw new Error(told.error);
+      if (told.passages) passages(told.passages);
+      if (told.text) at("answer").append(told.text);
+      if (told.done) finish(told.done);
+    }
+  } catch (error) {
+    problem(error);
+  } finally {
+    at("answer").setAttribute("aria-busy", "false");
+    at("send").disabled = false;
+    status();
+  }
+});
+
+function passages(found) {
+  for (const passage of found) {
+    const item = made("li");
+    item.id = `passage-${passage.number}`;
+    const open = made("button", passage.id);
+    open.type = "button";
+    open.addEventListener("click", () => show(passage.id));
+    item.append(open, made("div", passage.snippet, "note"));
+    at("passages").append(item);
+  }
+}
+
+function finish(done) {
+  // Numbers of passages become buttons; everything else stays text.
+  const known = new Map([...at("passages").children].map((item) => [item.id.replace("passage-", ""), item]));
+  const parts = done.text.split(/(\[\d+(?:\s*,\s*\d+)*\])/);
+  at("answer").replaceChildren(
+    ...parts.flatMap((part) => {
+      const numbers = /^\[/.test(part) ? part.match(/\d+/g).filter((n) => known.has(n)) : [];
+      if (!numbers.length) return [part];
+      return numbers.map((number) => {
+        const cite = made("button", `[${number}]`, "cite");
+        cite.type = "button";
+        cite.setAttribute("aria-label", `Passage ${number}`);
+        cite.addEventListener("click", () => known.get(number).querySelector("button").click());
+        return cite;
+      });
+    }),
+  );
+  for (const number of [...done.cited, ...done.attributed]) known.get(String(number)).classList.add("cited");
+  if (done.cited.length) at("grounds").textContent = `It names ${done.cited.map((n) => `[${n}]`).join(" ")}.`;
+  else if (done.attributed.length)
+    at("grounds").textContent = `It names no passage; its words are those of ${done.attributed.map((n) => `[${n}]`).join(" ")}.`;
+  else if (done.known) at("grounds").textContent = "It names no passage, and its words are those of none: do not rely on it.";
+  const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+  const took = done.milliseconds;
+  const figures = [["search", `${took.retrieval.toFixed(0)} ms`]];
+  if (took.first_token) figures.push(["first word after", seconds(took.first_token)]);
+  figures.push(["whole answer after", seconds(took.total)]);
+  if (done.tokens.answer) figures.push(["tokens", `${done.tokens.prompt} of the prompt, ${done.tokens.answer} of the answer`]);
+  for (const [name, value] of Object.entries(done.saved)) figures.push([NAMES[name] || name.replaceAll("_", " "), value]);
+  for (const [name, value] of figures) at("figures").append(made("dt", name), made("dd", String(value)));
+}
+
+async function show(id) {
+  try {
+    const told = await (await asked(`/passage?${new URLSearchParams({ id, question: last })}`)).json();
+    at("passage-id").textContent = told.id;
+    const parts = [];
+    let reached = 0;
+    // Offsets count characters as Python does, not halves of pairs.
+    const text = Array.from(told.text);
+    for (const mark of told.marks) {
+      if (mark.begin < reached) continue;
+      parts.push(text.slice(reached, mark.begin).join(""));
+      const strength = mark.weight > 0.8 ? "strong" : mark.weight > 0.65 ? "middle" : "faint";
+      const node = made("mark", text.slice(mark.begin, mark.end).join(""), strength);
+      node.title = `met “${mark.query}”, ${mark.weight.toFixed(2)}`;
+      parts.push(node);
+      reached = mark.end;
+    }
+    parts.push(text.slice(reached).join(""));
+    at("passage-text").replaceChildren(...parts);
+    at("passage-words").replaceChildren(
+      ...(told.words.length ? [made("h2", "Words of both")] : []),
+      ...told.words.map(([word, weight]) => made("span", `${word} ${weight.toFixed(2)}`, "word")),
+    );
+    at("passage-metadata").replaceChildren(
+      ...Object.entries(told.metadata).flatMap(([k, v]) => [made("dt", k), made("dd", typeof v === "string" ? v : JSON.stringify(v))]),
+    );
+    at("passage").showModal();
+    at("passage").scrollTop = 0;
+  } catch (error) {
+    problem(error);
+  }
+}
+
+at("close").addEventListener("click", () => at("passage").close());
+
+at("files").addEventListener("change", async () => {
+  for (const file of at("files").files) {
+    const item = made("li", `${file.name} …`);
+    at("uploads").append(item);
+    try {
+      const answer = await asked(`/documents?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
+      const told = await answer.json();
+      item.textContent = `${file.name}: ${told.added} passages added`;
+    } catch (error) {
+      item.textContent = `${file.name}: ${error.message}`;
+      item.className = "bad";
+    }
+  }
+  at("files").value = "";
+  status();
+});
+
+status();

@@ -1,0 +1,208 @@
+"""The page: ask, watch the answer come, open what it stands on, add documents."""
+
+import json
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import Field
+
+from ...plugins.config import ConfigError
+from ...retrieval import highlights
+from ...retrieval.errors import RetrievalError
+from ...retrieval.index import Index
+from ...retrieval.inputs import RECORDS, TEXTS, Source
+from ...retrieval.server import LARGEST_BODY, Filter, Model, answer_errors, asks_for, too_large
+from .answering import Answerer, Done, Found, Text
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+CHUNK, OVERLAP = 200, 40  # tokens of the pieces of uploaded texts, as `index add` cuts them
+
+
+class Question(Model):
+    """What is asked."""
+
+    question: Annotated[str, Field(min_length=1, max_length=4_000)]
+    where: Filter | None = None
+
+
+def create_app(index: Index, answerer: Answerer, token: str | None = None, read_only: bool = False) -> FastAPI:
+    """The application.
+
+    Args:
+        index: Whose documents are asked, shown and added to.
+        answerer: On the same index.
+        token: What clients have to send as a bearer token; None for no question.
+        read_only: Take no documents.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await answerer.close()
+
+    app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=lifespan)
+    answer_errors(app)
+    known, writing, count = asks_for(token), threading.Lock(), _Counters(index)
+
+    @app.exception_handler(ConfigError)
+    async def refused(_: Request, error: ConfigError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 502)
+
+    @app.middleware("http")
+    async def guarded(request: Request, call_next: Any) -> Any:
+        if too_large(request):
+            return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
+        response = await call_next(request)
+        for name, value in HEADERS.items():
+            if not request.url.path.startswith(("/docs", "/redoc")):  # FastAPI's pages load scripts from elsewhere
+                response.headers.setdefault(name, value)
+        return response
+
+    @app.get("/", include_in_schema=False)
+    def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    def part(name: str) -> Response:
+        if name not in FILES:
+            raise HTTPException(404, "there is no such file")
+        return FileResponse(PAGE / name, media_type=FILES[name])
+
+    @app.get("/health", summary="Whether the index can be read")
+    def health() -> dict[str, Any]:
+        return {"status": "ok", "documents": len(index)}
+
+    @app.get("/metrics", dependencies=[Depends(known)], response_class=PlainTextResponse, summary="For Prometheus")
+    def metrics() -> str:
+        return count.text()
+
+    @app.get("/status", dependencies=[Depends(known)], summary="Documents, model, and which plugins are on")
+    async def status() -> dict[str, Any]:
+        counters = await answerer.counters()
+        return {
+            "documents": len(index),
+            "kind": index.kind.name,
+            "model": answerer.model,
+            "plugins": list(counters.plugins) if counters is not None else [],
+            "threshold": answerer.threshold,
+            "uploads": not read_only,
+            "endings": sorted(RECORDS + TEXTS),
+        }
+
+    @app.post("/ask", dependencies=[Depends(known)], summary="An answer, as lines of JSON while it comes")
+    async def ask(question: Question) -> StreamingResponse:
+        if question.where is not None:
+            index.count(question.where)  # a wrong filter is refused before anything is streamed
+
+        async def lines() -> AsyncIterator[str]:
+            with count.asking():
+                try:
+                    async for event in answerer.answer(question.question, (), question.where):
+                        yield _line(event, count)
+                except (RetrievalError, ConfigError) as error:
+                    count.failed.inc()
+                    yield json.dumps({"error": str(error)}) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
+
+    @app.get("/passage", dependencies=[Depends(known)], summary="A passage, and what of it met the question")
+    def passage(
+        id: Annotated[str, Query(min_length=1, max_length=1024)],
+        question: Annotated[str, Query(max_length=4_000)],
+    ) -> dict[str, Any]:
+        document = index.get(id)
+        if document is None:
+            raise HTTPException(404, f"there is no document {id!r}")
+        return {
+            "id": document.id,
+            "text": document.text,
+            "metadata": dict(document.metadata),
+            "marks": [asdict(m) for m in highlights.marks(index, question, document.text)],
+            "words": highlights.words(index, question, document.text),
+        }
+
+    if not read_only:
+
+        @app.post("/documents", dependencies=[Depends(known)], summary="Add a file, which is the body")
+        async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
+            return await _in_thread(_added, index, Path(name).name, await request.body(), writing)
+
+    return app
+
+
+def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> dict[str, int]:
+    """Put a file's documents into the index, in the place of those of an earlier one of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        source = Source([path], lambda text: index.encoder.chunks(text, CHUNK, OVERLAP), number_ids=True)
+        given = list(source)
+    with writing:
+        new = {d.id for d in given}
+        old = [d.id for d in index.select() if d.metadata.get("source") == name and d.id not in new]
+        added = index.upsert(given)
+        index.delete(old)
+    return {"added": added, "documents": len(index)}
+
+
+async def _in_thread(function: Any, *arguments: Any) -> Any:
+    from starlette.concurrency import run_in_threadpool
+
+    return await run_in_threadpool(function, *arguments)
+
+
+def _line(event: Found | Text | Done, count: "_Counters") -> str:
+    match event:
+        case Found(passages, similarity, milliseconds):
+            shown = [{k: v for k, v in asdict(p).items() if k != "text"} for p in passages]
+            told = {"passages": shown, "similarity": similarity, "milliseconds": milliseconds}
+        case Text(text):
+            told = {"text": text}
+        case Done():
+            count.done(event)
+            told = {"done": asdict(event)}
+    return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+class _Counters:
+    """For Prometheus."""
+
+    def __init__(self, index: Index) -> None:
+        self.registry = CollectorRegistry()
+        self.failed = Counter("pilotfish_rag_failures", "Questions that failed", registry=self.registry)
+        self._answers = Counter("pilotfish_rag_answers", "Answers", ["known"], registry=self.registry)
+        self._running = Gauge("pilotfish_rag_running", "Questions being answered", registry=self.registry)
+        buckets = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+        self._seconds = Histogram(
+            "pilotfish_rag_seconds", "From the question on", ["until"], registry=self.registry, buckets=buckets
+        )
+        documents = Gauge("pilotfish_rag_documents", "Documents that can be found", registry=self.registry)
+        documents.set_function(lambda: len(index))
+
+    def asking(self) -> Any:
+        """For as long as a question is answered."""
+        return self._running.track_inprogress()
+
+    def done(self, event: Done) -> None:
+        """An answer is whole."""
+        self._answers.labels(str(event.known).lower()).inc()
+        for until, milliseconds in event.milliseconds.items():
+            self._seconds.labels(until).observe(milliseconds / 1e3)
+
+    def text(self) -> str:
+        """In Prometheus' form."""
+        return generate_latest(self.registry).decode()

@@ -1,0 +1,55 @@
+"""How near a passage has to come to a question: calibrated by `rag eval`, kept beside the index."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...retrieval.errors import RetrievalError
+from ...retrieval.store import files
+
+NAME = "rag.json"
+
+
+def read(folder: Path) -> float:
+    """The threshold of an index; 0 where none was calibrated.
+
+    Raises:
+        RetrievalError: the file is none of ours.
+    """
+    try:
+        return float(json.loads((folder / NAME).read_text(encoding="utf-8"))["threshold"])
+    except FileNotFoundError:
+        return 0.0
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RetrievalError(
+            f"{folder / NAME}: cannot be read; calibrate again with `pilotfish rag eval --save`"
+        ) from None
+
+
+def write(folder: Path, threshold: float, told: dict[str, float]) -> None:
+    """Keep a threshold, with what it was found by.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files.write(folder / NAME, json.dumps({"threshold": round(threshold, 4), **told}, indent=1).encode())
+
+
+def calibrate(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The threshold that tells best, and how well: the mean share of both kinds on their right side of it.
+
+    Args:
+        answerable: Similarities of the best passages of questions that the documents answer.
+        others: Of questions that they do not.
+    """
+    both = sorted({*answerable, *others})
+    candidates = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(both))]
+
+    def balance(threshold: float) -> float:
+        kept = sum(s >= threshold for s in answerable) / max(len(answerable), 1)
+        dropped = sum(s < threshold for s in others) / max(len(others), 1)
+        return (kept + dropped) / 2
+
+    best = max(candidates, key=balance)
+    return best, balance(best)

@@ -1,0 +1,99 @@
+"""Haystack's own tests of document stores on ours, the retriever in a pipeline."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from haystack import Document, Pipeline
+from haystack.dataclasses import ByteStream
+from haystack.document_stores.errors import DuplicateDocumentError
+from haystack.errors import FilterError
+from haystack.testing.document_store import (
+    CountDocumentsByFilterTest,
+    DocumentStoreBaseExtendedTests,
+    FilterableDocsFixtureMixin,
+)
+from haystack.testing.document_store_async import (
+    CountDocumentsAsyncTest,
+    CountDocumentsByFilterAsyncTest,
+    DeleteAllAsyncTest,
+    DeleteByFilterAsyncTest,
+    DeleteDocumentsAsyncTest,
+    FilterDocumentsAsyncTest,
+    UpdateByFilterAsyncTest,
+    WriteDocumentsAsyncTest,
+)
+
+from pilotfish.integrations.haystack import PilotfishDocumentStore, PilotfishRetriever
+
+
+class OurStore:
+    @pytest.fixture
+    def document_store(self, tmp_path: Path) -> PilotfishDocumentStore:
+        return PilotfishDocumentStore(str(tmp_path / "index"), kind="bm25")  # whose encoder is quick
+
+
+class TestDocumentStore(OurStore, DocumentStoreBaseExtendedTests, CountDocumentsByFilterTest):
+    def test_write_documents(self, document_store: PilotfishDocumentStore) -> None:
+        """As Haystack asks stores to say: without a policy, ids that are there are refused."""
+        document = Document(content="test doc")
+        assert document_store.write_documents([document]) == 1
+        assert document_store.filter_documents() == [document]
+        with pytest.raises(DuplicateDocumentError):
+            document_store.write_documents([document])
+
+
+class TestAsyncDocumentStore(
+    OurStore,
+    CountDocumentsAsyncTest,
+    CountDocumentsByFilterAsyncTest,
+    DeleteAllAsyncTest,
+    DeleteByFilterAsyncTest,
+    DeleteDocumentsAsyncTest,
+    FilterDocumentsAsyncTest,
+    UpdateByFilterAsyncTest,
+    WriteDocumentsAsyncTest,
+    FilterableDocsFixtureMixin,
+):
+    @pytest.mark.asyncio
+    async def test_write_documents_async(self, document_store: PilotfishDocumentStore) -> None:
+        assert await document_store.write_documents_async([Document(content="test doc")]) == 1
+
+
+def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
+    store = PilotfishDocumentStore(str(tmp_path / "index"))
+    store.write_documents(
+        [
+            Document(id="a", content="Pilot fish travel with sharks.", meta={"year": 2020}),
+            Document(id="b", content="Sharks have many teeth.", meta={"year": 2021, "deep": {"lang": "en"}}),
+            Document(id="c", content=None, blob=ByteStream(b"\x00\xff", mime_type="image/png"), embedding=[0.1, 1e-9]),
+        ]
+    )
+    pipeline = Pipeline()
+    pipeline.add_component("finds", PilotfishRetriever(store, top_k=2, settings={"probes": 64}))
+    question = {"query": "which fish follow sharks?"}
+    found = pipeline.run({"finds": question})["finds"]["documents"]
+    assert found[0].id == "a"
+    assert 0 < found[0].score < 1
+    again = Pipeline.loads(pipeline.dumps(), allowed_modules=["pilotfish.integrations.haystack.*"])
+    later = {"field": "meta.deep.lang", "operator": "==", "value": "en"}
+    assert [d.id for d in again.run({"finds": {**question, "filters": later}})["finds"]["documents"]] == ["b"]
+    (blob,) = store.filter_documents({"field": "meta.year", "operator": "==", "value": None})
+    assert blob == Document(
+        id="c", content=None, blob=ByteStream(b"\x00\xff", mime_type="image/png"), embedding=[0.1, 1e-9]
+    )
+    (one,) = asyncio.run(PilotfishRetriever(store, top_k=1).run_async("teeth"))["documents"]
+    assert one.id == "b"
+    for wrong in ({"field": "content", "operator": "==", "value": "x"}, {"operator": "XOR", "conditions": []}):
+        with pytest.raises(FilterError):
+            store.filter_documents(wrong)
+
+
+def test_documents_of_other_ways_in(tmp_path: Path) -> None:
+    """An index that the command built is read as it is."""
+    from pilotfish.retrieval import Index
+
+    with Index.create(tmp_path / "index", "bm25") as index:
+        index.add([{"id": "a", "text": "sharks", "metadata": {"year": 2020}}])
+    (document,) = PilotfishDocumentStore(str(tmp_path / "index")).filter_documents()
+    assert document == Document(id="a", content="sharks", meta={"year": 2020})

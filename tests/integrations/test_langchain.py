@@ -1,0 +1,147 @@
+"""LangChain's own standard tests on our store and retriever, filters against a naive reading of them, the example."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.vectorstores import VectorStore
+from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
+
+from pilotfish.integrations.langchain import PilotfishRetriever, PilotfishVectorStore
+from pilotfish.integrations.langchain.filters import translate
+from pilotfish.retrieval import RetrievalError, filters
+from pilotfish.retrieval.filters import FilterError
+
+TEXTS = ["Sharks have many teeth.", "Pilot fish travel with sharks.", "Bread is baked in ovens.", "Rays are flat."]
+
+
+class TestVectorStore(VectorStoreIntegrationTests):
+    @pytest.fixture
+    def vectorstore(self, tmp_path: Path) -> VectorStore:
+        words.use()
+        return PilotfishVectorStore(tmp_path / "index", encoder="words")  # which is quick
+
+
+class TestRetriever(RetrieversIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _filled(self, tmp_path: Path) -> None:
+        words.use()
+        self.folder = tmp_path / "index"
+        PilotfishVectorStore.from_texts(TEXTS, folder=self.folder, encoder="words")
+
+    @property
+    def retriever_constructor(self) -> type[PilotfishRetriever]:
+        return PilotfishRetriever
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    @property
+    def retriever_query_example(self) -> str:
+        return "which fish follow sharks?"
+
+
+def test_what_it_finds_by_filters_and_scores(tmp_path: Path) -> None:
+    years = [{"year": 2019 + i, "about": {"lang": "en"}} for i in range(4)]
+    store = PilotfishVectorStore.from_texts(TEXTS, metadatas=years, ids=list("abcd"), folder=tmp_path / "index")
+    best, score = store.similarity_search_with_score("which fish follow sharks?", k=1)[0]
+    assert (best.id, best.metadata["year"], 0 < score < 1) == ("b", 2020, True)
+    later = store.similarity_search("sharks", k=4, filter={"year": {"$gte": 2021}, "about.lang": "en"})
+    assert {d.id for d in later} == {"c", "d"}
+    assert [d.id for d in store.similarity_search("sharks", k=4, filter="year < 2020")] == ["a"]
+    retriever = store.as_retriever(search_kwargs={"k": 1, "filter": {"year": {"$ne": 2020}}})
+    assert retriever.invoke("which fish follow sharks?")[0].id == "a"
+    alone = PilotfishRetriever(folder=tmp_path / "index", k=2, filter="year > 2020", settings={"probes": 64})
+    assert {d.id for d in asyncio.run(alone.ainvoke("sharks"))} == {"c", "d"}
+    store.delete(where={"year": 2020})
+    assert {d.id for d in store.get_by_ids(list("abcd"))} == {"a", "c", "d"}
+    store.delete()
+    assert store.similarity_search("sharks") == []
+
+
+def test_what_is_wrong_is_refused(tmp_path: Path) -> None:
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+
+    store = PilotfishVectorStore(tmp_path / "index")
+    with pytest.raises(RetrievalError, match="the index encodes by itself"):
+        PilotfishVectorStore.from_texts(["a"], DeterministicFakeEmbedding(size=3), folder=tmp_path / "other")
+    with pytest.raises(RetrievalError, match="2 texts, 1 metadata"):
+        store.add_texts(["a", "b"], [{}])
+    with pytest.raises(RetrievalError, match="did you mean 'probes'"):
+        PilotfishVectorStore(tmp_path / "index", probs=3)
+    with pytest.raises(RetrievalError, match="is of kind xtr, not vdr"):
+        PilotfishVectorStore(tmp_path / "index", kind="vdr")
+    for wrong, message in (
+        ({"a": {"$gtt": 1}}, "unknown operator"),
+        ({"$nor": []}, "unknown operator"),
+        ({"$and": {}}, "takes a list"),
+        ({"a": {"$in": 3}}, "to be one of a list"),
+        ({"a": {"$lt": "x"}}, "have an order"),
+        ({"a": [1]}, "expected text, a number"),
+        ({"a": {}}, "compared with nothing"),
+        ({'a"': 1}, "no name of a field"),
+        (3, "expected text or a mapping"),
+    ):
+        with pytest.raises(FilterError, match=message):
+            store.similarity_search("x", filter=wrong)  # type: ignore[arg-type]
+
+
+VALUES = st.sampled_from([None, True, 0, 1, 2.5, "a", "2020-01-01", "2021-06-01"])
+OPERATIONS = st.one_of(
+    st.tuples(st.sampled_from(["$eq", "$ne"]), VALUES),
+    st.tuples(st.sampled_from(["$in", "$nin"]), st.lists(VALUES, max_size=3)),
+    st.tuples(st.sampled_from(["$lt", "$lte", "$gt", "$gte"]), st.sampled_from([0, 1, 2.5, "2020-06-01", None])),
+)
+LEAVES = st.dictionaries(
+    st.sampled_from(["a", "b"]), OPERATIONS.map(lambda pair: {pair[0]: pair[1]}), min_size=1, max_size=2
+)
+FILTERS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.builds(lambda v: {"$not": v}, inner),
+        st.builds(lambda k, v: {k: v}, st.sampled_from(["$and", "$or"]), st.lists(inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=5,
+)
+
+
+def holds(condition: dict[str, Any], metadata: dict[str, Any]) -> bool:
+    """As MongoDB reads it, with types kept apart."""
+
+    def same(x: Any, y: Any) -> bool:
+        return isinstance(x, bool) == isinstance(y, bool) and x == y
+
+    def one(found: Any, operator: str, value: Any) -> bool:
+        match operator:
+            case "$eq" | "$ne":
+                return same(found, value) == (operator == "$eq")
+            case "$in" | "$nin":
+                return any(same(found, v) for v in value) == (operator == "$in")
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (found, value))
+        if not numbers and not (isinstance(found, str) and isinstance(value, str)):
+            return False
+        order = {"$lt": found < value, "$lte": found <= value, "$gt": found > value, "$gte": found >= value}
+        return order[operator]
+
+    parts = []
+    for key, value in condition.items():
+        if key == "$not":
+            parts.append(not holds(value, metadata))
+        elif key in ("$and", "$or"):
+            parts.append((all if key == "$and" else any)(holds(v, metadata) for v in value))
+        else:
+            parts += [one(metadata.get(key), operator, v) for operator, v in value.items()]
+    return all(parts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(FILTERS, st.dictionaries(st.sampled_from(["a", "b"]), VALUES))
+def test_filters_mean_what_they_mean_elsewhere(condition: dict[str, Any], metadata: dict[str, Any]) -> None:
+    ours = translate(condition)
+    assert ours is not None and not isinstance(ours, str)
+    assert filters.matches(ours, metadata) == holds(condition, metadata)

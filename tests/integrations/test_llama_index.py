@@ -1,0 +1,94 @@
+"""Our retriever and reranker in LlamaIndex."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from pilotfish.integrations.llama_index import PilotfishRerank, PilotfishRetriever
+from pilotfish.integrations.llama_index.filters import translate
+from pilotfish.retrieval import RetrievalError, filters
+
+NODES = [
+    TextNode(id_="a", text="Sharks have many teeth.", metadata={"year": 2019, "tags": ["sea", "teeth"]}),
+    TextNode(id_="b", text="Pilot fish travel with sharks.", metadata={"year": 2020, "tags": ["sea"]}),
+    TextNode(id_="c", text="Bread is baked in ovens.", metadata={"year": 2021}),
+]
+
+
+@pytest.fixture
+def retriever(tmp_path: Path) -> PilotfishRetriever:
+    made = PilotfishRetriever(tmp_path / "index", top_k=2)
+    assert made.add(NODES) == ["a", "b", "c"]
+    return made
+
+
+def test_nodes_come_back_as_they_went_in(retriever: PilotfishRetriever) -> None:
+    found = retriever.retrieve("which fish follow sharks?")
+    assert [n.node.node_id for n in found] == ["b", "a"]
+    assert found[0].node.metadata == NODES[1].metadata
+    assert found[0].score is not None and found[1].score is not None and found[0].score > found[1].score
+    assert asyncio.run(retriever.aretrieve("bread"))[0].node.node_id == "c"
+    retriever.add([TextNode(id_="b", text="Whales sing.")])
+    assert retriever.retrieve("whales")[0].node.get_content() == "Whales sing."
+    retriever.delete(["b"])
+    assert "b" not in {n.node.node_id for n in retriever.retrieve("whales")}
+
+
+@pytest.mark.parametrize(
+    ("one", "ids"),
+    [
+        (MetadataFilter(key="year", value=2020), {"b"}),
+        (MetadataFilter(key="year", value=2020, operator=FilterOperator.GTE), {"b", "c"}),
+        (MetadataFilter(key="year", value=[2019, 2021], operator=FilterOperator.IN), {"a", "c"}),
+        (MetadataFilter(key="year", value=[2019], operator=FilterOperator.NIN), {"b", "c"}),
+        (MetadataFilter(key="year", value=2019, operator=FilterOperator.NE), {"b", "c"}),
+        (MetadataFilter(key="tags", value="teeth", operator=FilterOperator.CONTAINS), {"a"}),
+        (MetadataFilter(key="tags", value=["sea", "teeth"], operator=FilterOperator.ALL), {"a"}),
+        (MetadataFilter(key="tags", value=["land", "sea"], operator=FilterOperator.ANY), {"a", "b"}),
+        (MetadataFilter(key="tags", value=None, operator=FilterOperator.IS_EMPTY), {"c"}),
+    ],
+)
+def test_filters(one: MetadataFilter, ids: set[str]) -> None:
+    ours = translate(MetadataFilters(filters=[one]))
+    assert ours is not None and not isinstance(ours, str)
+    assert {n.node_id for n in NODES if filters.matches(ours, n.metadata)} == ids
+    other = translate(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
+    assert other is not None and not isinstance(other, str)
+    assert {n.node_id for n in NODES if filters.matches(other, n.metadata)} == {"a", "b", "c"} - ids
+
+
+def test_what_has_no_counterpart_is_refused() -> None:
+    wrong = MetadataFilter(key="a", value="x", operator=FilterOperator.TEXT_MATCH_INSENSITIVE)
+    with pytest.raises(filters.FilterError, match="not possible"):
+        translate(MetadataFilters(filters=[wrong]))
+    assert translate(MetadataFilters(filters=[])) is None
+
+
+def test_reranking_puts_the_nearest_first(retriever: PilotfishRetriever) -> None:
+    given = [NodeWithScore(node=n, score=0.0) for n in reversed(NODES)]
+    rerank = PilotfishRerank(top_n=2)
+    best = rerank.postprocess_nodes(given, query_str="which fish follow sharks?")
+    assert [n.node.node_id for n in best] == ["b", "a"]
+    query, document = (
+        rerank._encoder.encode_documents([t])[0].vectors for t in ("which fish follow sharks?", NODES[1].text)
+    )
+    products = [max(float(q @ d) for d in document) for q in query]
+    assert best[0].score == pytest.approx(sum(products) / len(products), abs=1e-3)
+    again = asyncio.run(rerank.apostprocess_nodes(given, QueryBundle("bread ovens")))
+    assert again[0].node.node_id == "c"
+    assert rerank.postprocess_nodes([], query_str="x") == []
+    with pytest.raises(RetrievalError, match="needs a query"):
+        rerank.postprocess_nodes(given)
+
+
+def test_an_engine_of_theirs_answers_with_it(retriever: PilotfishRetriever) -> None:
+    from llama_index.core.llms import MockLLM
+
+    engine = RetrieverQueryEngine.from_args(retriever, llm=MockLLM(), node_postprocessors=[PilotfishRerank(top_n=1)])
+    answer = engine.query("which fish follow sharks?")
+    assert [n.node.node_id for n in answer.source_nodes] == ["b"]
+    assert "Pilot fish travel" in str(answer)
