@@ -308,6 +308,7 @@ TEMPLATE = (
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_model: str, tmp_path: Path) -> None:
     """A right answer or a clear error, and the server lives on."""
     from PIL import Image
