@@ -6,7 +6,25 @@ from typing import Any
 
 from ..retrieval.filters import All, Any_, Compare, Filter, FilterError, Not, Value
 
-ORDER = ("<", "<=", ">", ">=")
+
+def compare(field: tuple[str, ...], operator: str, value: Any) -> Filter:
+    """A comparison by one of = != in, not in, contains, < <= > >=.
+
+    Raises:
+        FilterError: it has no such value.
+    """
+    match operator:
+        case "=":
+            return equal(field, value)
+        case "!=":
+            return Not(equal(field, value))
+        case "in":
+            return among(field, value)
+        case "not in":
+            return Not(among(field, value))
+        case "contains":
+            return Compare(field, "contains", (scalar(field, value),))
+    return ordered(field, operator, value)
 
 
 def equal(field: tuple[str, ...], value: Any) -> Filter:

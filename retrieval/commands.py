@@ -2,61 +2,49 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..plugins.config import ConfigError, parse_assignments
+from ..plugins.config import ConfigError
 from ..plugins.hookspecs import hookimpl
+from .cli import (
+    AsJson,
+    Chunk,
+    Device,
+    EncoderOption,
+    Folder,
+    Host,
+    K,
+    NumberIds,
+    Overlap,
+    Paths,
+    Precision,
+    Ray,
+    Set,
+    Token,
+    Where,
+    Word,
+    check_host,
+    lines,
+    refusals,
+    tell,
+    values,
+    with_bar,
+)
+from .incoming import CHUNK_TOKENS, OVERLAP
 
 index = typer.Typer(help="Put documents into an index, and find them again.", no_args_is_help=True)
 
 USUAL = "xtr"  # kind of index
-Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
-Paths = Annotated[
-    list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")
-]
-Where = Annotated[
-    str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
-Word = Annotated[
-    list[str] | None,
-    typer.Option(help="Of a VDR index: WORD=FACTOR makes a word weigh so many times as much, 0 bans it."),
-]
-EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
-Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
-Precision = Annotated[str, typer.Option(help="For the encoder: float32, bfloat16, float16 or int8.")]
-Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens of the pieces that texts are cut into.")]
-Overlap = Annotated[int, typer.Option(min=0, help="Tokens that two pieces share.")]
-NumberIds = Annotated[bool, typer.Option(help="Number records that have no id.")]
-K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Hits at most.")]
-Ray = Annotated[str | None, typer.Option(help="A Ray cluster for the shards: its address, auto, or local.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     cli.add_typer(index, name="index")
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What a user or the system got wrong becomes one line and exit code 2."""
-    from .errors import RetrievalError
-
-    try:
-        yield
-    except RetrievalError as error:
-        raise ConfigError(str(error)) from None
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"{error.filename or 'index'}: {error.strerror or error}") from None
 
 
 @index.command("build")
@@ -72,8 +60,8 @@ def build(
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
-    chunk_tokens: Chunk = 200,
-    overlap: Overlap = 40,
+    chunk_tokens: Chunk = CHUNK_TOKENS,
+    overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
     resume: Annotated[bool, typer.Option(help="Go on with a build that was interrupted.")] = False,
     shards: Annotated[int, typer.Option(min=1, max=4096, help="Partition the documents into so many indexes.")] = 1,
@@ -102,10 +90,10 @@ def build(
             opened = Index.create(folder, kind or USUAL, encoder, values(option, "--option"), device, precision)
         with opened as made:
             source = _source(paths, _chunker(made, chunk_tokens, overlap), number_ids)
-            count = _with_bar(lambda told: (made.resume if resume else made.add)(source, told))
+            count = with_bar(lambda told: (made.resume if resume else made.add)(source, told))
             if len(made) == count and made.stats()["segments"] > 1:
                 made.compact()
-            _told(f"{folder}: {count} documents added, {len(made)} in all")
+            tell(f"{folder}: {count} documents added, {len(made)} in all")
 
 
 @index.command("add")
@@ -116,15 +104,15 @@ def add(
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
-    chunk_tokens: Chunk = 200,
-    overlap: Overlap = 40,
+    chunk_tokens: Chunk = CHUNK_TOKENS,
+    overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
 ) -> None:
     """Add documents; searches go on meanwhile."""
     with refusals(), _opened(folder, encoder, device, precision) as opened:
         source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids)
-        count = _with_bar(lambda told: (opened.upsert if upsert else opened.add)(source, told))
-        _told(f"{folder}: {count} documents added, {len(opened)} in all")
+        count = with_bar(lambda told: (opened.upsert if upsert else opened.add)(source, told))
+        tell(f"{folder}: {count} documents added, {len(opened)} in all")
 
 
 @index.command("delete")
@@ -138,7 +126,7 @@ def delete(
         raise ConfigError("delete: name ids, or give --where FILTER")
     with refusals(), _opened(folder) as opened:
         count = opened.delete(ids or [], where)
-        _told(f"{folder}: {count} documents deleted, {len(opened)} left")
+        tell(f"{folder}: {count} documents deleted, {len(opened)} left")
 
 
 @index.command("search")
@@ -158,7 +146,7 @@ def search(
     """Find documents."""
     with refusals(), _for_reading(folder, encoder, ray=ray) as opened:
         given = _settings(settings) | _edits(word)
-        for text in [" ".join(query)] if query else _lines():
+        for text in [" ".join(query)] if query else lines("query> "):
             hits = opened.search(text, k, where, **given)
             if as_json:
                 found = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
@@ -188,7 +176,7 @@ def explain(
     if page is not None:
         with refusals():
             page.write_text(pages.explanation(query, document, found.text, reasons, reading), encoding="utf-8")
-            _told(f"{page}: open it in a browser")
+            tell(f"{page}: open it in a browser")
     if as_json:
         told = {"reasons": [vars(r) for r in reasons]} | (vars(reading) if reading is not None else {})
         typer.echo(json.dumps(told if reading is not None else told["reasons"], ensure_ascii=False))
@@ -242,7 +230,7 @@ def tune(
                 )
             if not dry_run:
                 opened.configure(probes=best.probes, until=best.until)
-                _told(f"{folder}: probes={best.probes}, until={best.until} from now on")
+                tell(f"{folder}: probes={best.probes}, until={best.until} from now on")
 
 
 @index.command("stats")
@@ -264,7 +252,7 @@ def check(folder: Folder) -> None:
     with refusals():
         from . import shards
 
-        parts = [folder / name for name in shards.read(folder)] if (folder / shards.NAME).exists() else [folder]
+        parts = [folder / name for name in shards.read(folder)] if shards.there(folder) else [folder]
         documents = 0
         for part in parts:
             with _opened(part) as opened:
@@ -283,8 +271,8 @@ def compact(
 ) -> None:
     """Write an index anew without what was deleted."""
     with refusals(), _opened(folder, encoder) as opened:
-        _with_bar(lambda told: opened.compact(relearn, told) or 0)
-        _told(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
+        with_bar(lambda told: opened.compact(relearn, told) or 0)
+        tell(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
 
 @index.command("export")
@@ -294,17 +282,15 @@ def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of
         from .xtr import export as exporting
 
         tokens = exporting.write(opened, out)
-        _told(f"{out}: {tokens} vectors; documents in {out}.documents.jsonl")
+        tell(f"{out}: {tokens} vectors; documents in {out}.documents.jsonl")
 
 
 @index.command("serve")
 def serve(
     folder: Folder,
-    host: Annotated[str, typer.Option(help="Address to listen at; others than loopback want a token.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8080,
-    token: Annotated[
-        str | None, typer.Option(envvar="PILOTFISH_TOKEN", help="What clients have to send as a bearer token.")
-    ] = None,
+    token: Token = None,
     read_only: Annotated[bool, typer.Option(help="Take no documents.")] = False,
     encoder: EncoderOption = None,
     device: Device = "auto",
@@ -315,23 +301,13 @@ def serve(
     with refusals():
         from . import server
 
-        if host not in ("127.0.0.1", "localhost", "::1") and not token:
-            raise ConfigError(f"--host {host}: others could change the index; give --token, or set PILOTFISH_TOKEN")
+        check_host(host, token, "others could change the index")
         with _for_reading(folder, encoder, device, precision, ray) as opened:
             _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
             server.run(server.create_app(opened, token, read_only), host, port)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as a mapping.
-
-    Raises:
-        ConfigError: one is of another form.
-    """
-    return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
 
 
 def _settings(assignments: list[str] | None) -> dict[str, Any]:
@@ -366,7 +342,7 @@ def _opened(
     from . import shards
     from .index import Index
 
-    if (folder / shards.NAME).exists():
+    if shards.there(folder):
         raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/index.md")
     with Index.open(folder, encoder, device, precision) as opened:
         yield opened
@@ -383,7 +359,7 @@ def _for_reading(
     """An index, or shards."""
     from . import shards
 
-    if ray is None and not (folder / shards.NAME).exists():
+    if ray is None and not shards.there(folder):
         with _opened(folder, encoder, device, precision) as opened:
             yield opened
         return
@@ -413,8 +389,8 @@ def _build_shards(
     made_of, _ = kind_of(kind, given)
     loaded = encoder_of(made_of, encoder or made_of.default_encoder, "auto", "float32")
     source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
-    made = _with_bar(lambda told: shards.build(folder, source, count, kind, encoder, given, ray, told))
-    _told(f"{folder}: {made} documents in {count} shards")
+    made = with_bar(lambda told: shards.build(folder, source, count, kind, encoder, given, ray, told))
+    tell(f"{folder}: {made} documents in {count} shards")
 
 
 def _chunks_fit(size: int, overlap: int) -> None:
@@ -433,44 +409,6 @@ def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: boo
     return Source(paths, chunk, number_ids)
 
 
-def _with_bar(work: Callable[[Callable[[str, int, int | None], None]], int]) -> int:
-    """Do ``work`` under a bar that shows what it is told."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    console = Console(stderr=True)
-    columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None, rate="")
-
-        def told(stage: str, done: int, total: int | None) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:.0f}/s" if speed else ""
-            bar.update(task, description=stage, completed=done, total=total, rate=rate)
-
-        return work(told)
-
-
-def _lines() -> Iterator[str]:
-    """Queries from standard input; with a prompt where somebody sits there."""
-    while True:
-        if sys.stdin.isatty():
-            typer.echo("query> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
-
-
 def _show(hits: list[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -480,7 +418,3 @@ def _show(hits: list[Any]) -> None:
     for place, hit in enumerate(hits, 1):
         table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id), Text(hit.snippet))
     Console().print(table if hits else "nothing found")
-
-
-def _told(message: str) -> None:
-    typer.echo(message, err=True)

@@ -63,6 +63,7 @@ class Any_:  # noqa: N801 -- `Any` is taken
 
 
 Filter = Compare | Not | All | Any_
+EVERYTHING = All(())
 
 _WORD = re.compile(
     r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<sign><=|>=|!=|==|=|<|>|\(|\)|,)"""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .index import Index
 
@@ -37,8 +38,7 @@ def marks(index: Index, query: str, text: str) -> list[Mark]:
         wanted = {w.lower()[:STEM]: w for w in _WORD.findall(query) if len(w) > 2}
         found = ((m, wanted.get(m[0].lower()[:STEM])) for m in _WORD.finditer(text))
         return [Mark(m.start(), m.end(), 1.0, word) for m, word in found if word]
-    asked, words = encoder.encode_queries([query])[0].vectors, encoder.words(query, query=True)
-    spans, products = encoder.spans(text), asked @ _vectors(encoder, text).T
+    words, spans, products = encoder.words(query, query=True), encoder.spans(text), _products(encoder, query, text)
     best: dict[tuple[int, int], Mark] = {}
     for i, word in enumerate(words[: len(products)]):
         if not _WORD.search(word.strip("#▁")) or word.startswith("[") or not products.shape[1]:
@@ -59,7 +59,7 @@ def similarity(index: Index, query: str, text: str) -> float | None:
     encoder = _tokens(index.encoder)
     if encoder is None:
         return None
-    products = encoder.encode_queries([query])[0].vectors @ _vectors(encoder, text).T
+    products = _products(encoder, query, text)
     return float(products.max(1).mean()) if products.size else None
 
 
@@ -84,5 +84,7 @@ def _tokens(encoder: Any) -> Any | None:
     return next((e for e in each if hasattr(e, "spans")), None)
 
 
-def _vectors(encoder: Any, text: str) -> Any:
-    return encoder.encode_documents([text])[0].vectors.astype(np.float32)
+def _products(encoder: Any, query: str, text: str) -> NDArray[np.float32]:
+    """[query tokens, text tokens]."""
+    vectors = encoder.encode_documents([text])[0].vectors.astype(np.float32)
+    return encoder.encode_queries([query])[0].vectors @ vectors.T

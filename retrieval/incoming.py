@@ -8,6 +8,7 @@ from .errors import RetrievalError
 from .store.documents import Document
 
 DEEPEST = 64  # objects and arrays within each other in metadata
+CHUNK_TOKENS, OVERLAP = 200, 40  # of the pieces that texts are cut into, where nothing is said
 BATCH = 8192  # documents of one commit; the first ones are what centroids and codec are learned from
 
 

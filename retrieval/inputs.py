@@ -27,11 +27,11 @@ from typing import IO, Any
 from .errors import RetrievalError, first_line
 from .incoming import as_document
 from .store.documents import Document
+from .store.manifest import CURRENT, SHARDS
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".pdf", ".rst")
 Chunk = Callable[[str], list[str]]
-INDEXES = ("CURRENT", "shards.json")  # what folders hold that are indexes
 LONGEST_FIELD = 1 << 27  # characters of a table's field
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
@@ -137,7 +137,7 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
             found.append((path, path.name))
         elif path.is_dir():
             for folder, folders, names in os.walk(path):
-                if any((Path(folder) / name).exists() for name in INDEXES):
+                if any((Path(folder) / name).exists() for name in (CURRENT, SHARDS)):
                     folders.clear()  # an index is no document
                     continue
                 folders[:] = sorted(n for n in folders if not n.startswith("."))

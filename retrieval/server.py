@@ -133,8 +133,8 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
 
     @app.middleware("http")
     async def measured(request: Request, call_next: Any) -> Any:
-        if too_large(request):
-            return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
+        if refusal := too_large(request):
+            return refusal
         started = time.perf_counter()
         response = await call_next(request)
         route = getattr(request.scope.get("route"), "path", "none")
@@ -211,12 +211,14 @@ def asks_for(token: str | None) -> Callable[..., None]:
     return known
 
 
-def too_large(request: Request) -> bool:
-    """Whether a body is larger than is read, or does not say how large it is."""
+def too_large(request: Request) -> JSONResponse | None:
+    """The answer to a body that is larger than is read, or does not say how large it is."""
     length = request.headers.get("content-length", "0")
-    return request.method in ("POST", "PUT", "PATCH") and (
+    if request.method in ("POST", "PUT", "PATCH") and (
         not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
-    )
+    ):
+        return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
+    return None
 
 
 def _problem(text: str, status: int) -> JSONResponse:

@@ -26,8 +26,8 @@ from .index import Filter, Hit, Index, Progress
 from .kinds import kind_of
 from .store import Change, Store, files
 from .store.documents import Document
+from .store.manifest import SHARDS as NAME
 
-NAME = "shards.json"
 FORMAT = 1
 
 
@@ -173,6 +173,11 @@ class ShardedIndex:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def there(folder: Path) -> bool:
+    """Whether a folder has shards in it."""
+    return (folder / NAME).exists()
 
 
 def read(folder: Path) -> list[str]:

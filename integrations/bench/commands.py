@@ -37,7 +37,7 @@ def bench_retrieval(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/retrieval.json"),
 ) -> None:
     """Compare indexes on judged queries: quality, time of a search, time to build, memory."""
-    from ...retrieval.commands import refusals
+    from ...retrieval.cli import refusals
     from . import retrieval
 
     with refusals():

@@ -10,6 +10,7 @@ from haystack.dataclasses import Document
 from haystack.document_stores.errors import DuplicateDocumentError
 from haystack.document_stores.types import DuplicatePolicy
 
+from ...retrieval.filters import EVERYTHING
 from ...retrieval.index import Index
 from ...retrieval.store.documents import Document as Stored
 from .filters import translate
@@ -92,11 +93,11 @@ class PilotfishDocumentStore:
 
     def delete_all_documents(self) -> None:
         """Delete everything."""
-        self.index.delete(list(self.index.ids()))
+        self.index.delete(where=EVERYTHING)
 
     def delete_by_filter(self, filters: dict[str, Any]) -> int:
         """Delete those that pass a filter; returns how many."""
-        return self.index.delete(where=translate(filters)) if filters else self.index.delete(list(self.index.ids()))
+        return self.index.delete(where=translate(filters) or EVERYTHING)
 
     def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
         """Change metadata of those that pass a filter; returns how many."""

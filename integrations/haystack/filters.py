@@ -9,6 +9,8 @@ from ...retrieval import filters
 from ...retrieval.filters import Any_, Filter, Not
 from .. import filtering
 
+OPERATORS = {"==": "=", **{name: name for name in ("!=", "<", "<=", ">", ">=", "in", "not in")}}
+
 
 def translate(given: Mapping[str, Any] | None) -> Filter | None:
     """A filter over metadata.
@@ -49,16 +51,6 @@ def _part(given: Any) -> Filter:
 def _comparison(name: str, operator: Any, value: Any) -> Filter:
     if name in ("id", "content", "score", "embedding", "blob", "sparse_embedding"):
         raise FilterError(f"filter: {name!r} is not of the metadata; filters are about meta.NAME")
-    field = tuple(name.removeprefix("meta.").split("."))
-    match operator:
-        case "==":
-            return filtering.equal(field, value)
-        case "!=":
-            return Not(filtering.equal(field, value))
-        case "in":
-            return filtering.among(field, value)
-        case "not in":
-            return Not(filtering.among(field, value))
-        case _ if operator in filtering.ORDER:
-            return filtering.ordered(field, operator, value)
-    raise FilterError(f"filter: unknown operator {operator!r}; known are ==, !=, <, <=, >, >=, in, not in")
+    if operator not in OPERATORS:
+        raise FilterError(f"filter: unknown operator {operator!r}; known are {', '.join(OPERATORS)}")
+    return filtering.compare(tuple(name.removeprefix("meta.").split(".")), OPERATORS[operator], value)

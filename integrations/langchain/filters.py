@@ -6,7 +6,17 @@ from typing import Any
 from ...retrieval.filters import Any_, Compare, Filter, FilterError, Not
 from .. import filtering
 
-ORDER = {"$lt": "<", "$lte": "<=", "$gt": ">", "$gte": ">="}
+OPERATORS = {
+    "$eq": "=",
+    "$ne": "!=",
+    "$lt": "<",
+    "$lte": "<=",
+    "$gt": ">",
+    "$gte": ">=",
+    "$in": "in",
+    "$nin": "not in",
+    "$contains": "contains",
+}
 
 
 def translate(given: str | Filter | Mapping[str, Any] | None) -> str | Filter | None:
@@ -50,21 +60,9 @@ def _part(key: str, value: Any) -> Filter:
 
 
 def _comparison(field: tuple[str, ...], operator: str, value: Any) -> Filter:
-    match operator:
-        case "$eq":
-            return filtering.equal(field, value)
-        case "$ne":
-            return Not(filtering.equal(field, value))
-        case "$in":
-            return filtering.among(field, value)
-        case "$nin":
-            return Not(filtering.among(field, value))
-        case "$exists":
-            there = Compare(field, "exists")
-            return there if value else Not(there)
-        case "$contains":
-            return Compare(field, "contains", (filtering.scalar(field, value),))
-        case _ if operator in ORDER:
-            return filtering.ordered(field, ORDER[operator], value)
-    known = "$eq, $ne, $lt, $lte, $gt, $gte, $in, $nin, $exists, $contains"
-    raise FilterError(f"filter: unknown operator {operator}; known are {known}")
+    if operator == "$exists":
+        there = Compare(field, "exists")
+        return there if value else Not(there)
+    if operator not in OPERATORS:
+        raise FilterError(f"filter: unknown operator {operator}; known are {', '.join(OPERATORS)}, $exists")
+    return filtering.compare(field, OPERATORS[operator], value)

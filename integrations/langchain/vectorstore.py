@@ -10,7 +10,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
 from ...retrieval.errors import RetrievalError
-from ...retrieval.filters import Filter
+from ...retrieval.filters import EVERYTHING, Filter
 from ...retrieval.index import Hit, Index
 from .filters import translate
 
@@ -105,7 +105,7 @@ class PilotfishVectorStore(VectorStore):
         if kwargs:
             raise RetrievalError(f"delete: unknown argument {next(iter(kwargs))!r}")
         everything = ids is None and where is None
-        self.index.delete(list(self.index.ids()) if everything else ids or [], translate(where))
+        self.index.delete(ids or [], EVERYTHING if everything else translate(where))
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:

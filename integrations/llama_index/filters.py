@@ -2,8 +2,18 @@
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from ...retrieval.filters import Any_, Compare, Filter, FilterError, Not
+from ...retrieval.filters import Any_, Filter, FilterError, Not
 from .. import filtering
+
+OPERATORS = {
+    FilterOperator.EQ: "=",
+    FilterOperator.NE: "!=",
+    FilterOperator.IN: "in",
+    FilterOperator.NIN: "not in",
+    FilterOperator.CONTAINS: "contains",
+    FilterOperator.TEXT_MATCH: "contains",
+    **{o: o.value for o in (FilterOperator.LT, FilterOperator.LTE, FilterOperator.GT, FilterOperator.GTE)},
+}
 
 
 def translate(given: MetadataFilters | str | None) -> Filter | str | None:
@@ -28,23 +38,13 @@ def translate(given: MetadataFilters | str | None) -> Filter | str | None:
 
 def _comparison(given: MetadataFilter) -> Filter:
     field, value = tuple(given.key.split(".")), given.value
+    if given.operator in OPERATORS:
+        return filtering.compare(field, OPERATORS[given.operator], value)
     match given.operator:
-        case FilterOperator.EQ:
-            return filtering.equal(field, value)
-        case FilterOperator.NE:
-            return Not(filtering.equal(field, value))
-        case FilterOperator.IN:
-            return filtering.among(field, value)
-        case FilterOperator.NIN:
-            return Not(filtering.among(field, value))
-        case FilterOperator.LT | FilterOperator.LTE | FilterOperator.GT | FilterOperator.GTE:
-            return filtering.ordered(field, given.operator.value, value)
-        case FilterOperator.CONTAINS | FilterOperator.TEXT_MATCH:
-            return Compare(field, "contains", (filtering.scalar(field, value),))
         case FilterOperator.ANY | FilterOperator.ALL:
             if not isinstance(value, list):
                 raise FilterError(f"filter: {given.key} {given.operator.value}: expected a list, got {value!r}")
-            each = [Compare(field, "contains", (filtering.scalar(field, v),)) for v in value]
+            each = [filtering.compare(field, "contains", v) for v in value]
             return filtering.every(each) if given.operator == FilterOperator.ALL else Any_(tuple(each))
         case FilterOperator.IS_EMPTY:
             return filtering.equal(field, None)

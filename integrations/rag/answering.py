@@ -110,27 +110,13 @@ class Answerer:
         self.index, self.url, self.model, self.k, self.threshold = index, url, model, k, threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
         self._http = httpx.AsyncClient()
+        self._key = key
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
 
     async def close(self) -> None:
         """Let go of connections."""
         await self._client.close()
         await self._http.aclose()
-
-    async def connect(self) -> str:
-        """The model's name; asks the server where none was given.
-
-        Raises:
-            ServerError: there is no server, or it has no such model.
-        """
-        try:
-            names = [m.id async for m in self._client.models.list()]
-        except openai.APIError as error:
-            raise ServerError(f"{self.url}: {_reason(error)}") from None
-        if not names or self.model not in (None, *names):
-            raise ServerError(f"{self.url}: has no model {self.model}; it has {', '.join(names) or 'none'}")
-        self.model = self.model or names[0]
-        return self.model
 
     async def counters(self) -> savings.Counters | None:
         """Of the server; see `savings`."""
@@ -169,12 +155,13 @@ class Answerer:
             took = {"retrieval": found.milliseconds, "total": _since(begun)}
             yield Done(NOTHING, False, (), (), took)
             return
+        self.model = self.model or await named(self.url, None, self._key)
         parts: list[str] = []
         tokens: dict[str, int] = {}
         first = 0.0
         try:
             stream = await self._client.chat.completions.create(
-                model=self.model or await self.connect(),
+                model=self.model,
                 messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
                 max_tokens=self.max_tokens,
                 stream=True,
@@ -200,6 +187,22 @@ class Answerer:
         cited = citations.cited(text, found.passages)
         guessed = [] if cited else citations.attributed(text, found.passages)
         yield Done(text, not refused(text), cited, guessed, took, tokens, saved)
+
+
+async def named(url: str, model: str | None, key: str) -> str:
+    """The model's name at a server: the first that it has, where none is given.
+
+    Raises:
+        ServerError: there is no server, or it has no such model.
+    """
+    try:
+        async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1) as client:
+            names = [m.id async for m in client.models.list()]
+    except openai.APIError as error:
+        raise ServerError(f"{url}: {_reason(error)}") from None
+    if not names or model not in (None, *names):
+        raise ServerError(f"{url}: has no model {model}; it has {', '.join(names) or 'none'}")
+    return model or names[0]
 
 
 def refused(text: str) -> bool:

@@ -2,35 +2,100 @@
 
 import asyncio
 import contextlib
-import sys
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
 
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
-from ...retrieval.commands import Folder, Where, refusals
+from ...retrieval.cli import AsJson, Folder, Host, Token, Where, check_host, lines, refusals
 
 rag = typer.Typer(help="Answer questions from documents.", no_args_is_help=True)
 
-Server = Annotated[str, typer.Option(envvar="PILOTFISH_SERVER", help="The API of an OpenAI-compatible server.")]
-Model = Annotated[str | None, typer.Option(help="As the server names it [default: the first that it has].")]
-Key = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For the server.", show_default=False)]
-Start = Annotated[
-    str | None, typer.Option(help="Start a vLLM server of this model for as long as the command runs; see `serve`.")
-]
-Drafter = Annotated[str | None, typer.Option(help="Of the server that is started: NAME[,key=value...].")]
-Kv = Annotated[str | None, typer.Option(help="Likewise, a KV policy.")]
-K = Annotated[int, typer.Option("-k", min=1, max=100, help="Passages of a prompt.")]
-Threshold = Annotated[
-    float | None,
-    typer.Option(help="How near the best passage has to come [default: what `rag eval --save` found, or 0]."),
-]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, at most.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-USUAL_SERVER = "http://127.0.0.1:8000/v1"
+
+@dataclass(frozen=True)
+class Setup:
+    """What every command asks for: an index, and the server of a language model."""
+
+    folder: Folder
+    server: Annotated[str, typer.Option(envvar="PILOTFISH_SERVER", help="The API of an OpenAI-compatible server.")] = (
+        "http://127.0.0.1:8000/v1"
+    )
+    model: Annotated[str | None, typer.Option(help="As the server names it [default: the first that it has].")] = None
+    key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For the server.", show_default=False)] = "none"
+    start: Annotated[
+        str | None,
+        typer.Option(help="Start a vLLM server of this model for as long as the command runs; see `serve`."),
+    ] = None
+    drafter: Annotated[str | None, typer.Option(help="Of the server that is started: NAME[,key=value...].")] = None
+    kv: Annotated[str | None, typer.Option(help="Likewise, a KV policy.")] = None
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Passages of a prompt.")] = 4
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="How near the best passage has to come [default: what `rag eval --save` found, or 0]."),
+    ] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 256
+
+    @contextlib.contextmanager
+    def ready(self, arguments: list[str], make: str | None = None) -> Iterator[Any]:
+        """An answerer on the index, and a server for it where one is to be started.
+
+        Args:
+            arguments: Further ones for that server.
+            make: Kind of the index that is made where there is none; None where there has to be one.
+        """
+        if self.start is None and (self.drafter or self.kv or arguments):
+            stray = "--drafter" if self.drafter else "--kv" if self.kv else arguments[0]
+            raise ConfigError(
+                f"{stray}: is for the server that --start MODEL begins; give it to your own server instead"
+            )
+        with refusals(), contextlib.ExitStack() as stack:
+            from ...retrieval.index import Index
+            from . import answering, engine
+            from . import threshold as thresholds
+
+            opened = Index.open_or_create(self.folder, make) if make else Index.open(self.folder)
+            index = stack.enter_context(opened)
+            _ = index.encoder  # a wrong one is refused now
+            least = thresholds.read(self.folder) if self.threshold is None else self.threshold
+            server = self.server
+            if self.start is not None:
+                chosen = [(f"--{kind}", name) for kind in ("drafter", "kv") if (name := getattr(self, kind))]
+                typer.echo(f"starting {self.start} …", err=True)
+                every = [*(word for pair in chosen for word in pair), *arguments]
+                server = stack.enter_context(engine.started(self.start, every))
+            model = asyncio.run(answering.named(server, self.model, self.key))
+            yield answering.Answerer(index, server, model, self.key, self.k, least, self.max_tokens)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command to `rag` that has the options of `Setup` before its own.
+
+    It is called with the set-up and with the arguments that are left, for a server that it starts.
+    """
+    shared = [f.name for f in fields(Setup)]
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        _, _, *own = inspect.signature(function).parameters.values()
+
+        @functools.wraps(function)
+        def run(context: typer.Context, **given: Any) -> None:
+            setup = Setup(**{option: given.pop(option) for option in shared})
+            function(setup, context.args, **given)
+
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        asked = [context, *inspect.signature(Setup).parameters.values(), *own]
+        each = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked]
+        run.__signature__ = inspect.Signature(each)  # type: ignore[attr-defined] -- which typer reads
+        run.__annotations__ = {p.name: p.annotation for p in each}
+        rag.command(name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
+        return run
+
+    return add
 
 
 @hookimpl
@@ -39,21 +104,12 @@ def register_commands(cli: typer.Typer) -> None:
     cli.add_typer(rag, name="rag")
 
 
-@rag.command("ask", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command("ask")
 def ask(
-    context: typer.Context,
-    folder: Folder,
+    setup: Setup,
+    arguments: list[str],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    server: Server = USUAL_SERVER,
-    model: Model = None,
-    key: Key = "none",
-    start: Start = None,
-    drafter: Drafter = None,
-    kv: Kv = None,
-    k: K = 4,
     where: Where = None,
-    threshold: Threshold = None,
-    max_tokens: MaxTokens = 256,
     as_json: AsJson = False,
 ) -> None:
     """Answer one question, with citations and times. Arguments after `--` go to the server that is started."""
@@ -66,32 +122,18 @@ def ask(
                 await _shown(events)
         await answerer.close()
 
-    with _ready(folder, server, model, key, start, drafter, kv, context.args, k, threshold, max_tokens) as answerer:
+    with setup.ready(arguments) as answerer:
         asyncio.run(work())
 
 
-@rag.command("chat", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def chat(
-    context: typer.Context,
-    folder: Folder,
-    server: Server = USUAL_SERVER,
-    model: Model = None,
-    key: Key = "none",
-    start: Start = None,
-    drafter: Drafter = None,
-    kv: Kv = None,
-    k: K = 4,
-    where: Where = None,
-    threshold: Threshold = None,
-    max_tokens: MaxTokens = 256,
-) -> None:
+@command("chat")
+def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
     """Ask again and again, each question read from a line; what was said before is remembered."""
     from . import prompt
 
     async def work() -> None:
         history: list[prompt.Message] = []
-        for question in _questions():
-            found, text = (), ""
+        for question in lines("\n> "):
             async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
                 found, text = await _shown(events)
             if found:
@@ -99,84 +141,26 @@ def chat(
                 history = prompt.remembered([*history, *turns])
         await answerer.close()
 
-    with _ready(folder, server, model, key, start, drafter, kv, context.args, k, threshold, max_tokens) as answerer:
+    with setup.ready(arguments) as answerer:
         asyncio.run(work())
 
 
-@rag.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command("serve")
 def serve(
-    context: typer.Context,
-    folder: Folder,
-    host: Annotated[str, typer.Option(help="Address to listen at; others than loopback want a token.")] = "127.0.0.1",
+    setup: Setup,
+    arguments: list[str],
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8090,
-    token: Annotated[
-        str | None, typer.Option(envvar="PILOTFISH_TOKEN", help="What clients have to send as a bearer token.")
-    ] = None,
+    token: Token = None,
     read_only: Annotated[bool, typer.Option(help="Take no documents.")] = False,
-    server: Server = USUAL_SERVER,
-    model: Model = None,
-    key: Key = "none",
-    start: Start = None,
-    drafter: Drafter = None,
-    kv: Kv = None,
-    k: K = 4,
-    threshold: Threshold = None,
-    max_tokens: MaxTokens = 256,
 ) -> None:
     """Serve a page that answers questions; the folder's index is made where there is none."""
-    if host not in ("127.0.0.1", "localhost", "::1") and not token:
-        raise ConfigError(f"--host {host}: others could read and add documents; give --token, or set PILOTFISH_TOKEN")
-    make = None if read_only else "xtr"
-    given = (folder, server, model, key, start, drafter, kv, context.args, k, threshold, max_tokens, make)
-    with _ready(*given) as answerer:
+    check_host(host, token, "others could read and add documents")
+    with setup.ready(arguments, None if read_only else "xtr") as answerer:
         from ...retrieval import server as serving
         from .server import create_app
 
         serving.run(create_app(answerer.index, answerer, token, read_only), host, port)
-
-
-@contextlib.contextmanager
-def _ready(
-    folder: Path,
-    server: str,
-    model: str | None,
-    key: str,
-    start: str | None,
-    drafter: str | None,
-    kv: str | None,
-    arguments: list[str],
-    k: int,
-    threshold: float | None,
-    max_tokens: int,
-    make: str | None = None,
-) -> Iterator[Any]:
-    """An answerer on the index in a folder, and a server for it where one is to be started."""
-    if start is None and (drafter or kv or arguments):
-        stray = "--drafter" if drafter else "--kv" if kv else arguments[0]
-        raise ConfigError(f"{stray}: is for the server that --start MODEL begins; give it to your own server instead")
-    with refusals(), contextlib.ExitStack() as stack:
-        from ...retrieval.index import Index
-        from . import engine
-        from . import threshold as thresholds
-        from .answering import Answerer
-
-        opened = Index.open_or_create(folder, make) if make else Index.open(folder)
-        index = stack.enter_context(opened)
-        _ = index.encoder  # a wrong one is refused now
-        least = thresholds.read(folder) if threshold is None else threshold
-        if start is not None:
-            chosen = [*(("--drafter", drafter) if drafter else ()), *(("--kv", kv) if kv else ()), *arguments]
-            typer.echo(f"starting {start} …", err=True)
-            server = stack.enter_context(engine.started(start, chosen))
-        answerer = Answerer(index, server, model, key, k, least, max_tokens)
-        asyncio.run(_connected(answerer))
-        yield Answerer(index, server, answerer.model, key, k, least, max_tokens)
-
-
-async def _connected(answerer: Any) -> None:
-    """Ask for the model, on an event loop of its own: connections do not outlive theirs."""
-    await answerer.connect()
-    await answerer.close()
 
 
 async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
@@ -232,15 +216,3 @@ async def _as_json(question: str, events: AsyncIterator[Any]) -> None:
         elif isinstance(event, Done):
             told |= asdict(event)
     typer.echo(json.dumps(told, ensure_ascii=False))
-
-
-def _questions() -> Iterator[str]:
-    """Lines of standard input; with a prompt where somebody sits there."""
-    while True:
-        if sys.stdin.isatty():
-            typer.echo("\n> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import Field
@@ -17,9 +18,11 @@ from pydantic import Field
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.errors import RetrievalError
+from ...retrieval.filters import Compare
+from ...retrieval.incoming import CHUNK_TOKENS, OVERLAP
 from ...retrieval.index import Index
 from ...retrieval.inputs import RECORDS, TEXTS, Source
-from ...retrieval.server import LARGEST_BODY, Filter, Model, answer_errors, asks_for, too_large
+from ...retrieval.server import Filter, Model, answer_errors, asks_for, too_large
 from .answering import Answerer, Done, Found, Text
 
 PAGE = Path(__file__).parent / "page"
@@ -29,7 +32,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-CHUNK, OVERLAP = 200, 40  # tokens of the pieces of uploaded texts, as `index add` cuts them
 
 
 class Question(Model):
@@ -64,8 +66,8 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     @app.middleware("http")
     async def guarded(request: Request, call_next: Any) -> Any:
-        if too_large(request):
-            return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
+        if refusal := too_large(request):
+            return refusal
         response = await call_next(request)
         for name, value in HEADERS.items():
             if not request.url.path.startswith(("/docs", "/redoc")):  # FastAPI's pages load scripts from elsewhere
@@ -139,7 +141,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
         @app.post("/documents", dependencies=[Depends(known)], summary="Add a file, which is the body")
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
-            return await _in_thread(_added, index, Path(name).name, await request.body(), writing)
+            return await run_in_threadpool(_added, index, Path(name).name, await request.body(), writing)
 
     return app
 
@@ -149,20 +151,14 @@ def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        source = Source([path], lambda text: index.encoder.chunks(text, CHUNK, OVERLAP), number_ids=True)
+        source = Source([path], lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
         given = list(source)
     with writing:
         new = {d.id for d in given}
-        old = [d.id for d in index.select() if d.metadata.get("source") == name and d.id not in new]
+        old = [d.id for d in index.select(Compare(("source",), "=", (name,))) if d.id not in new]
         added = index.upsert(given)
         index.delete(old)
     return {"added": added, "documents": len(index)}
-
-
-async def _in_thread(function: Any, *arguments: Any) -> Any:
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(function, *arguments)
 
 
 def _line(event: Found | Text | Done, count: "_Counters") -> str:

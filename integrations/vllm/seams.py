@@ -169,7 +169,6 @@ TABLE = (
         "refuses sessions whose blocks were given back",
     ),
     Seam("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
-    Seam("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
     *(
         Seam(file, f"{model}.{name}", parameters, "pruners: tokens of pictures")
         for file, model, name, parameters in _SEEING

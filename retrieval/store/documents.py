@@ -47,7 +47,7 @@ class Documents:
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._idle: list[sqlite3.Connection] = []
-        self._fixed = False  # connections do not see what others write
+        self._fixed = False  # some connection does not see what others write
         self._age = 0  # of the pool: what was opened before the last `close` does not come back
         self._mutex = threading.Lock()
 
@@ -69,28 +69,37 @@ class Documents:
     def _connect(self) -> sqlite3.Connection:
         if not self._path.is_file():
             raise DamagedIndex(f"{self._path} is missing")
-        modes = ["rw"] if os.access(self._path.parent, os.W_OK) and os.access(self._path, os.W_OK) else []
         wal = self._path.with_name(f"{NAME}-wal")
-        if not modes or not (wal.exists() and wal.stat().st_size):
+        complete = not (wal.exists() and wal.stat().st_size)  # without what a writer left in its side file
+        try:
+            if os.access(self._path.parent, os.W_OK) and os.access(self._path, os.W_OK):
+                try:
+                    return self._open("rw")
+                except sqlite3.OperationalError:
+                    if not complete:
+                        raise
             # Where nothing may be written, or the disk is full, there is no room for SQLite's side files.
-            modes.append("ro&immutable=1")
-        for i, mode in enumerate(modes):
-            uri = f"{self._path.absolute().as_uri()}?mode={mode}"
-            try:
-                database = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
-                database.execute("SELECT number FROM documents LIMIT 1").fetchone()
-            except (sqlite3.Error, UnicodeDecodeError) as error:
-                if i + 1 < len(modes) and isinstance(error, sqlite3.OperationalError):
-                    continue
-                raise DamagedIndex(f"{self._path}: {error}") from None
-            self._fixed = "immutable" in mode
-            return database
-        raise AssertionError
+            database = self._open("ro&immutable=1")
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise DamagedIndex(f"{self._path}: {error}") from None
+        self._fixed = True
+        return database
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        uri = f"{self._path.absolute().as_uri()}?mode={mode}"
+        database = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
+        try:
+            database.execute("SELECT number FROM documents LIMIT 1").fetchone()
+        except BaseException:
+            database.close()
+            raise
+        return database
 
     def close(self) -> None:
         """Close all connections."""
         with self._mutex:
             self._age += 1
+            self._fixed = False
             for database in self._idle:
                 database.close()
             self._idle.clear()

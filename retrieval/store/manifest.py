@@ -15,6 +15,7 @@ from . import files
 
 FORMAT = 1
 CURRENT = "CURRENT"
+SHARDS = "shards.json"  # what a folder of shards holds in its place, see `retrieval.shards`
 
 
 @dataclass(frozen=True)

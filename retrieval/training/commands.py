@@ -7,7 +7,7 @@ import typer
 
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
-from ..commands import refusals
+from ..cli import refusals
 
 train = typer.Typer(help="Train an encoder on your own queries or texts.", no_args_is_help=True)
 

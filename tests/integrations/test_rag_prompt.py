@@ -1,6 +1,7 @@
 """Prompts of passages: what strangers wrote stays quoted; citations; thresholds."""
 
 from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from pilotfish.integrations.rag import citations, prompt, threshold
 
 
-def passages(*texts: str) -> list[SimpleNamespace]:
+def passages(*texts: str) -> list[Any]:
     return [SimpleNamespace(number=i, text=text) for i, text in enumerate(texts, 1)]
 
 
