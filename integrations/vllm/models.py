@@ -57,7 +57,7 @@ class LocalModel:
         Raises:
             ModelError: what it is made of is missing or damaged.
         """
-        raise NotImplementedError(self.name)
+        raise NotImplementedError(f"{self.name}: a model of a kind that does not say how it is made")
 
     def verify(self) -> bool:
         """Whether the weights in the cache can be read, and are the ones expected where that is known."""

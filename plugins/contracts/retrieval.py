@@ -80,8 +80,12 @@ class IndexKind(Plugin, ABC):
         return 0
 
     def rescore(self, encoder: "Encoder", query: Any, texts: Sequence[str], settings: Any) -> NDArray[np.float32]:
-        """Scores of documents by their texts; ``query`` is one of `queries`."""
-        raise NotImplementedError
+        """Scores of documents by their texts; ``query`` is one of `queries`. Of kinds for which `rescored` is not 0.
+
+        Raises:
+            NotImplementedError: the kind asks for it, and has none.
+        """
+        raise NotImplementedError(f"{self.name}: `rescored` asks for `rescore`, which is not there")
 
     def wider(self, settings: Any, searcher: Any) -> Any | None:
         """Settings that look further, for a filter that lets few documents pass; None where all was looked at."""

@@ -109,7 +109,7 @@ class PrunedModel:
 
     def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
         """A picture's tokens as vLLM puts them together, from its views [views, patches, width]."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(f"{type(self).__name__} does not say how its tokens are put together")
 
 
 def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: Picture) -> Tensor:
