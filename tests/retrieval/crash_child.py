@@ -1,9 +1,15 @@
-"""Changes an index for ever, and says what it has committed; killed by `test_crashes`."""
+"""Changes an index for ever, and says what it has committed; killed by `test_crashes`.
 
+Each line of stdin (folder, seed, first number) forks such a writer off a process that has imported everything once: 200 kills
+would otherwise spend their time on imports.
+"""
+
+import os
 import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import words
 
@@ -12,10 +18,19 @@ from pilotfish.retrieval import Index
 
 def main() -> None:
     words.use()
-    index = Index.open(sys.argv[1])
+    for line in sys.stdin:
+        folder, seed, number = line.split()
+        child = os.fork()
+        if child == 0:
+            _write(folder, random.Random(int(seed)), int(number))
+        os.waitpid(child, 0)
+        _say("killed", [])
+
+
+def _write(folder: str, rng: random.Random, number: int) -> NoReturn:
+    index = Index.open(folder)
     _warm(index)
-    rng = random.Random(int(sys.argv[2]))
-    number = int(sys.argv[3])
+    _say("writer", [str(os.getpid())])
     while True:
         present = list(index.ids())
         step = rng.random()

@@ -48,10 +48,12 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
     readers = [threading.Thread(target=read, daemon=True) for _ in range(2)]
     for thread in readers:
         thread.start()
+    nursery = subprocess.Popen([sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         for _ in range(kills):
-            command = [sys.executable, str(CHILD), str(folder), str(rng.randrange(1 << 30)), str(number)]
-            lines = killed(command, rng.uniform(0.0, 0.6))
+            lines = killed(
+                nursery, f"{folder} {rng.randrange(1 << 30)} {number}", rng.randrange(8), rng.uniform(0.0, 0.1)
+            )
             pending: tuple[str, list[str]] | None = None
             for line in lines:
                 what, *names = line.split()
@@ -75,6 +77,8 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
                 assert name in {h.id for h in opened.search(f"word{name}", 3, **EVERYWHERE.get(opened.kind.name, {}))}
             opened.close()
     finally:
+        nursery.kill()
+        nursery.communicate()
         ended.set()
         for thread in readers:
             thread.join()
@@ -82,17 +86,21 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
     return changes
 
 
-def killed(command: list[str], after: float) -> list[str]:
-    """What a process says until it is killed, ``after`` seconds behind its first line."""
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    lines = [child.stdout.readline()]
-    timer = threading.Timer(after, child.send_signal, [signal.SIGKILL])
-    timer.start()
-    lines += child.stdout.readlines()
-    child.wait()
-    timer.join()
-    return [line for line in lines if line.endswith("\n")]
+def killed(nursery: subprocess.Popen[str], what: str, changes: int, after: float) -> list[str]:
+    """What a writer says until it is killed, ``after`` seconds behind that many changes, so that slow machines get there too."""
+    assert nursery.stdin is not None and nursery.stdout is not None
+    nursery.stdin.write(what + "\n")
+    nursery.stdin.flush()
+    _, writer = nursery.stdout.readline().split()
+    lines: list[str] = []
+    while sum(line == "done\n" for line in lines) < changes:
+        lines.append(nursery.stdout.readline())
+    time.sleep(after)
+    os.kill(int(writer), signal.SIGKILL)
+    while (line := nursery.stdout.readline()) != "killed\n":
+        assert line, "the process that forks writers has ended"
+        lines.append(line)
+    return lines
 
 
 @pytest.mark.parametrize("kind", ["xtr", "vdr", "hybrid"])
