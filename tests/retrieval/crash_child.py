@@ -1,7 +1,7 @@
 """Changes an index for ever, and says what it has committed; killed by `test_crashes`.
 
-Each line of stdin (folder, seed, first number) forks such a writer off a process that has imported everything once: 200 kills
-would otherwise spend their time on imports.
+Each line of stdin (folder, seed, first number) forks such a writer off a process that has imported everything once:
+200 kills would otherwise spend their time on imports.
 """
 
 import os

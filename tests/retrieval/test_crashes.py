@@ -87,7 +87,7 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
 
 
 def killed(nursery: subprocess.Popen[str], what: str, changes: int, after: float) -> list[str]:
-    """What a writer says until it is killed, ``after`` seconds behind that many changes, so that slow machines get there too."""
+    """What a writer says until it is killed: ``after`` seconds behind so many changes; slow machines get there too."""
     assert nursery.stdin is not None and nursery.stdout is not None
     nursery.stdin.write(what + "\n")
     nursery.stdin.flush()
