@@ -4,11 +4,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..plugins.config import ConfigError, parse_assignments
+
+T = TypeVar("T")
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
 Paths = Annotated[
@@ -71,7 +73,7 @@ def check_host(host: str, token: str | None, danger: str) -> None:
         raise ConfigError(f"--host {host}: {danger}; give --token, or set PILOTFISH_TOKEN")
 
 
-def with_bar(work: Callable[[Callable[[str, int, int | None], None]], int]) -> int:
+def with_bar(work: Callable[[Callable[[str, int, int | None], None]], T]) -> T:
     """Do ``work`` under a bar that shows what it is told."""
     from rich.console import Console
     from rich.progress import (

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -128,14 +128,9 @@ class Answerer:
         Raises:
             RetrievalError: the filter is wrong, or the index cannot be read.
         """
-        started = time.perf_counter()
-        hits = self.index.search(question, self.k, where)
-        nearest = highlights.similarity(self.index, question, hits[0].text) if hits else None
-        score = nearest if nearest is not None else hits[0].score if hits else None
-        if score is None or score < self.threshold:
-            hits = []
-        passages = [Passage(i, h.id, h.text, h.snippet, h.score, h.metadata) for i, h in enumerate(hits, 1)]
-        return Found(passages, score, _since(started))
+        found = retrieve(self.index, question, self.k, where)
+        near = found.similarity is not None and found.similarity >= self.threshold
+        return found if near else replace(found, passages=())
 
     async def answer(
         self, question: str, history: Sequence[prompt.Message] = (), where: str | None = None
@@ -187,6 +182,16 @@ class Answerer:
         cited = citations.cited(text, found.passages)
         guessed = [] if cited else citations.attributed(text, found.passages)
         yield Done(text, not refused(text), cited, guessed, took, tokens, saved)
+
+
+def retrieve(index: Index, question: str, k: int, where: str | None = None) -> Found:
+    """The ``k`` passages that an index finds, however far they are; see `Answerer.retrieve`."""
+    started = time.perf_counter()
+    hits = index.search(question, k, where)
+    nearest = highlights.similarity(index, question, hits[0].text) if hits else None
+    score = nearest if nearest is not None else hits[0].score if hits else None
+    passages = [Passage(i, h.id, h.text, h.snippet, h.score, h.metadata) for i, h in enumerate(hits, 1)]
+    return Found(passages, score, _since(started))
 
 
 async def named(url: str, model: str | None, key: str) -> str:

@@ -2,106 +2,23 @@
 
 import asyncio
 import contextlib
-import functools
-import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import typer
 
-from ...plugins.config import ConfigError
+from ...plugins.cli import extend
 from ...plugins.hookspecs import hookimpl
-from ...retrieval.cli import AsJson, Folder, Host, Token, Where, check_host, lines, refusals
-
-rag = typer.Typer(help="Answer questions from documents.", no_args_is_help=True)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every command asks for: an index, and the server of a language model."""
-
-    folder: Folder
-    server: Annotated[str, typer.Option(envvar="PILOTFISH_SERVER", help="The API of an OpenAI-compatible server.")] = (
-        "http://127.0.0.1:8000/v1"
-    )
-    model: Annotated[str | None, typer.Option(help="As the server names it [default: the first that it has].")] = None
-    key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="For the server.", show_default=False)] = "none"
-    start: Annotated[
-        str | None,
-        typer.Option(help="Start a vLLM server of this model for as long as the command runs; see `serve`."),
-    ] = None
-    drafter: Annotated[str | None, typer.Option(help="Of the server that is started: NAME[,key=value...].")] = None
-    kv: Annotated[str | None, typer.Option(help="Likewise, a KV policy.")] = None
-    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Passages of a prompt.")] = 4
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="How near the best passage has to come [default: what `rag eval --save` found, or 0]."),
-    ] = None
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 256
-
-    @contextlib.contextmanager
-    def ready(self, arguments: list[str], make: str | None = None) -> Iterator[Any]:
-        """An answerer on the index, and a server for it where one is to be started.
-
-        Args:
-            arguments: Further ones for that server.
-            make: Kind of the index that is made where there is none; None where there has to be one.
-        """
-        if self.start is None and (self.drafter or self.kv or arguments):
-            stray = "--drafter" if self.drafter else "--kv" if self.kv else arguments[0]
-            raise ConfigError(
-                f"{stray}: is for the server that --start MODEL begins; give it to your own server instead"
-            )
-        with refusals(), contextlib.ExitStack() as stack:
-            from ...retrieval.index import Index
-            from . import answering, engine
-            from . import threshold as thresholds
-
-            opened = Index.open_or_create(self.folder, make) if make else Index.open(self.folder)
-            index = stack.enter_context(opened)
-            _ = index.encoder  # a wrong one is refused now
-            least = thresholds.read(self.folder) if self.threshold is None else self.threshold
-            server = self.server
-            if self.start is not None:
-                chosen = [(f"--{kind}", name) for kind in ("drafter", "kv") if (name := getattr(self, kind))]
-                typer.echo(f"starting {self.start} …", err=True)
-                every = [*(word for pair in chosen for word in pair), *arguments]
-                server = stack.enter_context(engine.started(self.start, every))
-            model = asyncio.run(answering.named(server, self.model, self.key))
-            yield answering.Answerer(index, server, model, self.key, self.k, least, self.max_tokens)
-
-
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command to `rag` that has the options of `Setup` before its own.
-
-    It is called with the set-up and with the arguments that are left, for a server that it starts.
-    """
-    shared = [f.name for f in fields(Setup)]
-
-    def add(function: Callable[..., None]) -> Callable[..., None]:
-        _, _, *own = inspect.signature(function).parameters.values()
-
-        @functools.wraps(function)
-        def run(context: typer.Context, **given: Any) -> None:
-            setup = Setup(**{option: given.pop(option) for option in shared})
-            function(setup, context.args, **given)
-
-        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        asked = [context, *inspect.signature(Setup).parameters.values(), *own]
-        each = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked]
-        run.__signature__ = inspect.Signature(each)  # type: ignore[attr-defined] -- which typer reads
-        run.__annotations__ = {p.name: p.annotation for p in each}
-        rag.command(name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
-        return run
-
-    return add
+from ...retrieval.cli import AsJson, Host, Token, Where, check_host, lines
+from . import measuring
+from .setup import Setup, command, rag
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     cli.add_typer(rag, name="rag")
+    extend(cli, "bench", measuring.bench)
 
 
 @command("ask")
@@ -136,9 +53,7 @@ def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
         for question in lines("\n> "):
             async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
                 found, text = await _shown(events)
-            if found:
-                turns = [prompt.question(found, question), {"role": "assistant", "content": text}]
-                history = prompt.remembered([*history, *turns])
+            history = prompt.continued(history, found, question, text)
         await answerer.close()
 
     with setup.ready(arguments) as answerer:

@@ -39,6 +39,7 @@ def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) 
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
         output = stack.enter_context(log.open("wb"))
         command = [sys.executable, "-m", "pilotfish", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--enable-prompt-tokens-details"]  # how many of a prompt's tokens were cached, in each answer
         server = subprocess.Popen([*command, *arguments], stdout=output, stderr=output, start_new_session=True)
         try:
             _await(server, f"http://127.0.0.1:{port}", log)

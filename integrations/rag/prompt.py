@@ -49,9 +49,16 @@ def messages(passages: Sequence[Passage], asked: str, history: Sequence[Message]
     return [{"role": "system", "content": INSTRUCTIONS}, *history, question(passages, asked)]
 
 
-def remembered(turns: Sequence[Message], longest: int = 4 * LONGEST) -> list[Message]:
-    """The last turns, questions with their answers, of at most ``longest`` characters."""
-    kept = list(turns)
+def continued(
+    history: Sequence[Message], passages: Sequence[Passage], asked: str, answer: str, longest: int = 4 * LONGEST
+) -> list[Message]:
+    """A conversation with one more turn, without its oldest ones where all have more than ``longest`` characters.
+
+    A question that nothing was found for was not asked of the model, and is not remembered.
+    """
+    if not passages:
+        return list(history)
+    kept = [*history, question(passages, asked), {"role": "assistant", "content": answer}]
     while len(kept) > 2 and sum(len(turn["content"]) for turn in kept) > longest:
         kept = kept[2:]
     return kept

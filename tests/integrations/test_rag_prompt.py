@@ -27,8 +27,12 @@ def test_no_passage_gets_out_of_its_quotes(texts: list[str]) -> None:
 def test_passages_are_cut_and_history_forgets_its_oldest_turns() -> None:
     (one,) = passages("word " * 5_000)
     assert len(prompt.question([one], "?")["content"]) < 6_100
-    turns = [{"role": role, "content": "x" * 9_000} for _ in range(4) for role in ("user", "assistant")]
-    assert len(prompt.remembered(turns)) == 2
+    turns: list[prompt.Message] = []
+    for number in range(8):
+        turns = prompt.continued(turns, [one], f"question {number}", "an answer")
+        assert turns[0]["role"] == "user" and turns[-1]["role"] == "assistant"
+    assert sum(len(turn["content"]) for turn in turns) <= 4 * prompt.LONGEST and "question 7" in turns[-2]["content"]
+    assert prompt.continued(turns, [], "?", "I do not know.") == turns
 
 
 def test_citations() -> None:

@@ -1,0 +1,139 @@
+"""Questions with their answers, and the passages that came with them, from files that others wrote."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...plugins.config import ConfigError
+
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question.
+
+    Attributes:
+        question: What is asked.
+        answers: Any of which is right; none where the documents cannot answer.
+        documents: Ids of those that hold the answer; none where that is not known.
+    """
+
+    question: str
+    answers: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
+
+
+@dataclass
+class Collection:
+    """Questions of one dataset, and its passages: ``{"id", "text", "metadata"}`` each."""
+
+    name: str
+    cases: list[Case] = field(default_factory=list)
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def held_out(self, share: float, seed: int = 0) -> set[str]:
+        """Ids of passages to be left out of an index, so that some questions have no answer there.
+
+        Passages that no question needs stay.
+        """
+        needed = sorted({d for case in self.cases for d in case.documents})
+        return set(random.Random(seed).sample(needed, round(share * len(needed))))
+
+
+def read(path: Path) -> Collection:
+    """Questions of a file, or of those in a folder, in one of these forms.
+
+    - SQuAD: articles of paragraphs of questions (``data``, ``paragraphs``, ``qas``); those marked ``is_impossible``
+      have no answer.
+    - HotpotQA: a list of ``question``, ``answer``, ``context``, ``supporting_facts``.
+    - Lines of ``question``, ``answers``, ``ctxs`` (as DPR writes them; passages with ``isgold`` or ``hasanswer`` hold
+      the answer).
+    - Lines of ``question`` and maybe ``answers`` and ``documents``, the ids in one's own index.
+
+    Raises:
+        ConfigError: a file cannot be read, or none holds questions.
+    """
+    files = [f for f in sorted(path.iterdir()) if f.name.endswith(ENDINGS)] if path.is_dir() else [path]
+    collection = Collection(path.name if path.is_dir() else path.name.partition(".")[0])
+    try:
+        for file in files:
+            for item in _items(file):
+                _take(item, collection)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error, RecursionError) as error:
+        raise ConfigError(f"{path}: not a file of questions ({error})") from None
+    if not collection.cases:
+        raise ConfigError(f"{path}: holds no questions")
+    return collection
+
+
+def sample(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
+    """``count`` of them, drawn by a seed."""
+    return random.Random(seed).sample(list(cases), min(count, len(cases)))
+
+
+def _items(file: Path) -> Iterator[Any]:
+    content = file.read_bytes()
+    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+    if file.name.removesuffix(".gz").endswith(".jsonl"):
+        yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        return
+    whole = json.loads(text)
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        for article in whole["data"]:
+            for number, paragraph in enumerate(article["paragraphs"]):
+                yield {"article": article.get("title", ""), "number": number, **paragraph}
+    elif isinstance(whole, list):
+        yield from whole  # other files of such a folder, as a corpus, are no lists
+
+
+def _take(item: Any, to: Collection) -> None:
+    """Put what an item holds into a collection."""
+    if not isinstance(item, dict):
+        raise ValueError("an item is no object")
+    if "qas" in item:
+        article = item["article"] or "document"
+        id = _document(to, f"{article}/{item['number']}", item["context"], article)
+        for asked in item["qas"]:
+            answers = () if asked.get("is_impossible") else tuple(a["text"] for a in asked["answers"])
+            to.cases.append(Case(asked["question"], answers, (id,)))
+    elif "supporting_facts" in item:
+        for title, sentences in item["context"]:
+            _document(to, title, "".join(sentences), title)
+        facts = tuple(dict.fromkeys(title for title, _ in item["supporting_facts"]))
+        to.cases.append(Case(item["question"], (item["answer"],), facts))
+    elif "ctxs" in item:
+        gold = []
+        for passage in item["ctxs"]:
+            id = _passage(to, passage["title"], passage["text"])
+            if passage.get("isgold") or passage.get("hasanswer"):
+                gold.append(id)
+        to.cases.append(Case(item["question"], tuple(item["answers"]), tuple(gold)))
+    elif "question" in item:
+        answers = item.get("answers", [item["answer"]] if "answer" in item else [])
+        own = item.get("documents", [])
+        if not isinstance(answers, list) or not isinstance(own, list) or not isinstance(item["question"], str):
+            raise ValueError("question is a text, answers and documents are lists of texts")
+        to.cases.append(Case(item["question"], tuple(map(str, answers)), tuple(map(str, own))))
+    else:
+        raise ValueError(f"an item has no question, but {', '.join(sorted(map(str, item))[:8]) or 'nothing'}")
+
+
+def _passage(to: Collection, title: str, text: str) -> str:
+    """One of several of a title; the same text twice is one."""
+    number = 0
+    while (known := to.documents.get(f"{title}/{number}")) is not None and known["text"] != f"{title}. {text}":
+        number += 1
+    return _document(to, f"{title}/{number}", f"{title}. {text}", title)
+
+
+def _document(to: Collection, id: str, text: str, title: str) -> str:
+    to.documents[id] = {"id": id, "text": text, "metadata": {"title": title}}
+    return id
