@@ -4,17 +4,23 @@ The second part is an experiment by its nature: it recomputes attention metadata
 frees no memory. Merging alone saves about nine tenths of what both save.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .contracts import ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
+from .later import Later
 from .pruning import grids
 from .pruning.shares import check_temperature
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,24 @@ each is the one that enlarges the determinant of their similarities most (greedy
 processes, arXiv 1709.05135).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
+from .later import Later
 from .pruning import grids, shares
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 SKETCH = 64  # dimensions that tokens are projected to before they are compared
 

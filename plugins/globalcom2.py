@@ -5,16 +5,22 @@ probabilities, shares of crops would all be alike at the paper's temperature. To
 little it resembles the mean of its view. The attachment computes either; see `contracts.Picture`.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
+from .later import Later
 from .pruning import grids, shares
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,1 @@
-"""Answers from an index and a language model: `Answerer` in Python, `pilotfish rag` on the command line."""
-
-from .answering import Answerer
-
-__all__ = ["Answerer"]
+"""Answers from an index and a language model: `answering.Answerer` in Python, `pilotfish rag` on the command line."""

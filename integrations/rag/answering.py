@@ -224,4 +224,5 @@ def _reason(error: openai.APIError) -> str:
     """In one line."""
     if isinstance(error, openai.APIConnectionError):
         return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
-    return " ".join(str(error).split())[:500]
+    body = error.body if isinstance(error.body, dict) else {}
+    return " ".join(str(body.get("message") or error).split())[:500]

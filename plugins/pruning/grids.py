@@ -1,13 +1,20 @@
 """From views to the grid of a picture, and from places on it to places among its tokens."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..contracts import ImageLayout
+from ..later import Later
 from .shares import best
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 def stitch(layout: ImageLayout, views: Tensor) -> Tensor:

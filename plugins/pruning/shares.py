@@ -1,10 +1,14 @@
 """How many tokens each part keeps."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..contracts import ImageLayout, PrunePlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 0.01  # share
 COLDEST = 1e-6  # temperature: divided by less, scores overflow

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,13 @@ def test_version_and_help(cli: Callable) -> None:
         assert verb in out
     refused(cli("nonsense"), "No such command")
     refused(cli("plugins", PILOTFISH_LOAD_PLUGINS=""), "No such command", "PILOTFISH_LOAD_PLUGINS is set")
+
+
+def test_no_command_waits_for_what_it_does_not_use() -> None:
+    look = "import sys; from pilotfish.__main__ import build; build(); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout
+    for module in ("torch", "vllm", "transformers", "openai", "faiss", "fastapi", "langchain_core"):
+        assert f"'{module}'" not in loaded, "every command would take seconds longer to begin"
 
 
 def test_plugins(cli: Callable) -> None:

@@ -1,0 +1,127 @@
+"""An answer as it comes: passages, text, citations, times; what is refused, and what fails."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from language_server import MODEL, LanguageServer
+
+from pilotfish.integrations.rag import answering, evaluation, prompt, questions
+from pilotfish.integrations.rag.answering import Answerer, Done, Found, ServerError, Text
+from pilotfish.plugins.config import ConfigError
+from pilotfish.retrieval import Index
+from pilotfish.retrieval.errors import RetrievalError
+
+Ask = Callable[..., Any]
+
+
+async def events(
+    answerer: Answerer, question: str, history: Sequence[prompt.Message] = (), where: str | None = None
+) -> list[Any]:
+    try:
+        return [event async for event in answerer.answer(question, history, where)]
+    finally:
+        await answerer.close()
+
+
+async def test_an_answer_comes_in_parts(documents: Index, language: LanguageServer) -> None:
+    found, *parts, done = await events(Answerer(documents, language.url, k=2), "what do pilot fish travel with?")
+    assert isinstance(found, Found) and found.passages[0].id == "sharks"
+    assert len(found.passages) == 2
+    assert all(isinstance(p, Text) for p in parts) and len(parts) > 3
+    assert isinstance(done, Done)
+    assert done.text == "".join(p.text for p in parts).strip() == "Pilot fish travel with sharks [1]."
+    assert (done.known, list(done.cited), list(done.attributed)) == (True, [1], [])
+    assert done.tokens == {"prompt": 40, "answer": 9, "cached": 16}
+    assert done.saved == {"drafter_accepted_tokens": 3}, "of this answer, not since the server began"
+    times = done.milliseconds
+    assert 0 < times["retrieval"] <= times["first_token"] <= times["total"]
+    sent = language.requests[-1]
+    assert (sent["model"], sent["temperature"], sent["max_tokens"]) == (MODEL, 0.0, 256)
+    assert [m["role"] for m in sent["messages"]] == ["system", "user"]
+
+
+async def test_answers_without_numbers_are_attributed(documents: Index, language: LanguageServer) -> None:
+    *_, done = await events(Answerer(documents, language.url), "what is bread, naming nothing?")
+    assert (done.known, list(done.cited), list(done.attributed)) == (True, [], [1])
+
+
+async def test_what_is_not_known_is_said(documents: Index, language: LanguageServer) -> None:
+    *_, done = await events(Answerer(documents, language.url), "unknown moon?")
+    assert not done.known
+    asked = len(language.requests)
+    found, text, done = await events(Answerer(documents, language.url, threshold=0.99), "how do planes fly?")
+    assert (list(found.passages), text.text, done.known) == ([], answering.NOTHING, False)
+    assert found.similarity < 0.99
+    assert len(language.requests) == asked, "the model is not asked where nothing comes near"
+    found, *_, done = await events(Answerer(documents, language.url), "sharks", where="year < 1000")
+    assert (list(found.passages), done.known) == ([], False)
+
+
+async def test_filters_and_history_reach_where_they_belong(documents: Index, language: LanguageServer) -> None:
+    found, *_ = await events(Answerer(documents, language.url), "sharks", where="kind = 'sky'")
+    assert [p.id for p in found.passages] == ["moon"]
+    history = prompt.continued([], found.passages, "sharks", "No.")
+    await events(Answerer(documents, language.url), "and the moon?", history)
+    assert language.requests[-1]["messages"][1:-1] == history
+
+
+async def test_failures_are_named(documents: Index, language: LanguageServer) -> None:
+    for question, told in (("broken sharks", "the engine has died"), ("refused sharks", "the prompt is too long")):
+        with pytest.raises(ServerError, match=told):
+            await events(Answerer(documents, language.url), question)
+    with pytest.raises(ServerError, match="no server answers there"):
+        await events(Answerer(documents, "http://127.0.0.1:9/v1"), "sharks")
+    with pytest.raises(RetrievalError, match="expected a value"):
+        await events(Answerer(documents, language.url), "sharks", where="year <")
+    assert await answering.named(language.url, None, "none") == MODEL
+    with pytest.raises(ServerError, match=f"no model other; it has {MODEL}"):
+        await answering.named(language.url, "other", "none")
+
+
+async def test_counters_of_other_servers_are_none(documents: Index, language: LanguageServer) -> None:
+    answerer = Answerer(documents, language.url)
+    counters = await answerer.counters()
+    assert counters is not None and counters.plugins == ("rasd",)
+    await answerer.close()
+    other = Answerer(documents, "http://127.0.0.1:9/v1")
+    assert await other.counters() is None
+    await other.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        await other.counters()
+    assert httpx.get(language.url + "/models").status_code == 200, "and the server lives on"
+
+
+def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
+    cases = [
+        questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks",)),
+        questions.Case("what is bread, naming nothing?", ("Bread is baked from flour and water.",), ("bread",)),
+        questions.Case("unknown moon?", ("a month",), ("moon",)),
+        questions.Case("unknown planes?", ("wings",), ("planes",)),
+        questions.Case("who flies?"),
+    ]
+    told: list[int] = []
+    outcomes = evaluation.ask_all(Answerer(documents, language.url, k=1), cases, lambda: told.append(1))
+    assert len(told) == len(cases)
+    assert [o.answerable for o in outcomes] == [True, True, True, False, False]
+    found = evaluation.figures(outcomes)
+    third = round(1 / 3, 4)
+    assert found["contains"] == round(2 / 3, 4)
+    assert found["exact_match"] == third
+    assert found["f1"] == round((2 / 6 + 1 + 0) / 3, 4)  # "pilot fish travel with sharks": one word of five
+    assert found["honest_refusals"] == 0.5, "the fourth is refused, the fifth is not"
+    assert found["wrong_refusals"] == third
+    assert found["cites"] == round(2 / 3, 4)
+    assert found["citation_precision"] == 0.5, "the first is right; what the fifth names holds no answer"
+    assert found["attribution_precision"] == 1.0
+    assert found["cached_share"] == 0.4
+    assert found["first_token_ms"] <= found["answer_ms_median"] <= found["answer_ms_p95"]
+    survey, least = evaluation.survey(documents, cases, 3)
+    assert survey["recall@3"] == 1.0
+    assert survey["answer_in_passages"] == 1.0
+    assert survey["threshold"] == round(least, 4)
+
+
+def test_config_errors_are_config_errors() -> None:
+    assert issubclass(ServerError, ConfigError), "which commands tell in one line"
