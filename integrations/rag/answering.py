@@ -82,6 +82,18 @@ class ServerError(ConfigError):
     """The server cannot be reached, or does not answer."""
 
 
+class _Clients:
+    """Connections to a server: by OpenAI's library, and for what that does not know."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.openai = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
+        self.plain = httpx.AsyncClient()
+
+    async def close(self) -> None:
+        await self.openai.close()
+        await self.plain.aclose()
+
+
 class Answerer:
     """Answers questions from the documents of an index.
 
@@ -109,18 +121,25 @@ class Answerer:
     ) -> None:
         self.index, self.url, self.model, self.k, self.threshold = index, url, model, k, threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
-        self._http = httpx.AsyncClient()
         self._key = key
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
+        self._connected: tuple[asyncio.AbstractEventLoop, _Clients] | None = None
+
+    def _clients(self) -> "_Clients":
+        """Connections belong to the event loop that opened them: another, as of a second `asyncio.run`, has its own."""
+        loop = asyncio.get_running_loop()
+        if self._connected is None or self._connected[0] is not loop:
+            self._connected = loop, _Clients(self.url, self._key)
+        return self._connected[1]
 
     async def close(self) -> None:
-        """Let go of connections."""
-        await self._client.close()
-        await self._http.aclose()
+        """Let go of connections; the next question opens new ones."""
+        if self._connected is not None and self._connected[0] is asyncio.get_running_loop():
+            await self._connected[1].close()
+        self._connected = None
 
     async def counters(self) -> savings.Counters | None:
         """Of the server; see `savings`."""
-        return await savings.read(self._http, self.url)
+        return await savings.read(self._clients().plain, self.url)
 
     def retrieve(self, question: str, where: str | None = None) -> Found:
         """Passages for a question.
@@ -155,7 +174,7 @@ class Answerer:
         tokens: dict[str, int] = {}
         first = 0.0
         try:
-            stream = await self._client.chat.completions.create(
+            stream = await self._clients().openai.chat.completions.create(
                 model=self.model,
                 messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
                 max_tokens=self.max_tokens,

@@ -71,7 +71,7 @@ def serve(
 ) -> None:
     """Serve a page that answers questions; the folder's index is made where there is none."""
     check_host(host, token, "others could read and add documents")
-    with setup.ready(arguments, None if read_only else "xtr") as answerer:
+    with setup.ready(arguments, make=not read_only) as answerer:
         from ...retrieval import server as serving
         from .server import create_app
 

@@ -52,11 +52,11 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
     """
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def connected(_: FastAPI) -> AsyncIterator[None]:
         yield
         await answerer.close()
 
-    app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=lifespan)
+    app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=connected)
     answer_errors(app)
     known, writing, count = asks_for(token), threading.Lock(), _Counters(index)
 
@@ -148,11 +148,15 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
 def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> dict[str, int]:
     """Put a file's documents into the index, in the place of those of an earlier one of that name."""
+    if name in ("", ".."):
+        raise RetrievalError("name: is no file's")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
         source = Source([path], lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
         given = list(source)
+    if not given:
+        raise RetrievalError(f"{name}: holds no text")
     with writing:
         new = {d.id for d in given}
         old = [d.id for d in index.select(Compare(("source",), "=", (name,))) if d.id not in new]

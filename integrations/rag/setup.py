@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
@@ -40,12 +41,12 @@ class Setup:
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 256
 
     @contextlib.contextmanager
-    def ready(self, arguments: list[str], make: str | None = None) -> Iterator[Any]:
+    def ready(self, arguments: list[str], make: bool = False) -> Iterator[Any]:
         """An answerer on the index, and a server for it where one is to be started.
 
         Args:
             arguments: Further ones for that server.
-            make: Kind of the index that is made where there is none; None where there has to be one.
+            make: Make an index where there is none.
         """
         if self.start is None and (self.drafter or self.kv or arguments):
             stray = "--drafter" if self.drafter else "--kv" if self.kv else arguments[0]
@@ -57,14 +58,15 @@ class Setup:
             from . import answering, engine
             from . import threshold as thresholds
 
-            opened = Index.open_or_create(self.folder, make) if make else Index.open(self.folder)
+            opened = Index.open_or_create(self.folder) if make else Index.open(self.folder)
             index = stack.enter_context(opened)
             _ = index.encoder  # a wrong one is refused now
             least = thresholds.read(self.folder) if self.threshold is None else self.threshold
             server = self.server
             if self.start is not None:
                 chosen = [(f"--{kind}", name) for kind in ("drafter", "kv") if (name := getattr(self, kind))]
-                typer.echo(f"starting {self.start} …", err=True)
+                if sys.stderr.isatty():
+                    typer.echo(f"starting {self.start} …", err=True)
                 every = [*(word for pair in chosen for word in pair), *arguments]
                 server = stack.enter_context(engine.started(self.start, every))
             model = asyncio.run(answering.named(server, self.model, self.key))

@@ -6,14 +6,9 @@ from pathlib import Path
 import language_server
 import pytest
 import words
+from language_server import DOCUMENTS
 
 from pilotfish.retrieval import Index
-
-DOCUMENTS = (
-    ("sharks", "Pilot fish travel with sharks. They eat what sharks leave over.", {"year": 2020, "kind": "sea"}),
-    ("bread", "Bread is baked from flour and water. An oven is hot.", {"year": 1999, "kind": "kitchen"}),
-    ("moon", "The moon goes around the earth in a month. It has no air.", {"year": 2021, "kind": "sky"}),
-)
 
 
 @pytest.fixture(scope="session")

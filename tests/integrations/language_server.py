@@ -14,6 +14,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 MODEL = "by-rule"
+DOCUMENTS = (
+    ("sharks", "Pilot fish travel with sharks. They eat what sharks leave over.", {"year": 2020, "kind": "sea"}),
+    ("bread", "Bread is baked from flour and water. An oven is hot.", {"year": 1999, "kind": "kitchen"}),
+    ("moon", "The moon goes around the earth in a month. It has no air.", {"year": 2021, "kind": "sky"}),
+)
 _PASSAGE = re.compile(r"^Passage \[(\d+)\]\n((?:> .*\n)+)", re.MULTILINE)
 
 

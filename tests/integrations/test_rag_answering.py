@@ -88,8 +88,6 @@ async def test_counters_of_other_servers_are_none(documents: Index, language: La
     other = Answerer(documents, "http://127.0.0.1:9/v1")
     assert await other.counters() is None
     await other.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        await other.counters()
     assert httpx.get(language.url + "/models").status_code == 200, "and the server lives on"
 
 

@@ -1,0 +1,137 @@
+"""`pilotfish rag`, through processes: answers on the terminal, what is refused, a page that is served."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from language_server import DOCUMENTS, LanguageServer
+from test_cli import refused
+
+from pilotfish.integrations.rag import threshold
+from pilotfish.retrieval import Index
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """An index that loads at once."""
+    with Index.create(tmp_path / "index", "bm25") as index:
+        index.add([{"id": i, "text": t, "metadata": m} for i, t, m in DOCUMENTS])
+    return str(tmp_path / "index")
+
+
+def test_ask(cli: Cli, folder: str, language: LanguageServer) -> None:
+    asked = cli("rag", "ask", folder, "what do pilot fish travel with?", "--server", language.url)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.startswith("Pilot fish travel with sharks [1].\n\n[1] sharks: ")
+    assert re.search(
+        r"search \d+ ms, first token \d+ ms, all \d+ ms, 40 \+ 9 tokens, 3 drafter accepted tokens", asked.stderr
+    )
+    told = json.loads(cli("rag", "ask", folder, "sharks?", "--server", language.url, "--json").stdout)
+    assert (told["text"], told["cited"], told["passages"][0]["id"]) == (
+        "Pilot fish travel with sharks [1].",
+        [1],
+        "sharks",
+    )
+    shown = cli("rag", "ask", folder, "what is bread, naming nothing?", "--server", language.url).stdout
+    assert "(by its words; the answer names none)" in shown
+    filtered = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--where", "year > 3000")
+    assert (filtered.returncode, filtered.stdout.strip()) == (
+        0,
+        "I do not know: nothing in the documents comes near the question.",
+    )
+
+
+def test_the_saved_threshold_is_used(cli: Cli, folder: str, language: LanguageServer) -> None:
+    threshold.write(Path(folder), 1000.0, {})
+    assert "nothing in the documents" in cli("rag", "ask", folder, "sharks?", "--server", language.url).stdout
+    asked = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--threshold", "0")
+    assert asked.stdout.startswith("Pilot fish")
+    (Path(folder) / threshold.NAME).write_text("{")
+    refused(cli("rag", "ask", folder, "sharks?", "--server", language.url), threshold.NAME, "rag eval --save")
+
+
+def test_chat(folder: str, language: LanguageServer) -> None:
+    before = len(language.requests)
+    command = [sys.executable, "-m", "pilotfish", "rag", "chat", folder, "--server", language.url]
+    talk = "what do pilot fish travel with?\n\nand the moon?\n"
+    done = subprocess.run(command, input=talk, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[1]") >= 2
+    first, second = language.requests[before:]
+    assert second["messages"][: len(first["messages"])] == first["messages"], "prompts are only ever added to"
+    assert second["messages"][-2] == {"role": "assistant", "content": "Pilot fish travel with sharks [1]."}
+
+
+def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
+    here = ("--server", language.url)
+    refused(cli("rag", "ask", folder, "x", "--server", "http://127.0.0.1:9/v1"), "no server answers", "--start MODEL")
+    refused(cli("rag", "ask", folder, "x", *here, "--model", "other"), "has no model other", "by-rule")
+    refused(cli("rag", "ask", str(tmp_path / "absent"), "x", *here), "absent")
+    refused(cli("rag", "ask", folder, "x", *here, "--where", "year <"), "expected a value")
+    refused(cli("rag", "ask", folder, "x", *here, "--drafter", "rasd"), "--drafter", "--start MODEL")
+    refused(cli("rag", "ask", folder, "x", *here, "--", "--dtype", "float32"), "--dtype", "--start MODEL")
+    refused(cli("rag", "ask", folder, "x", "--start", "smollm2-135m-instruct", "--drafter", "rasdd"), "rasd")
+    refused(cli("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
+    refused(cli("rag", "serve", folder, *here, "--host", "0.0.0.0"), "--token")
+    failed = cli("rag", "ask", folder, "broken sharks", *here)
+    assert (failed.returncode, failed.stdout.strip()) == (2, "Pilot fish")
+    assert "the engine has died" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
+    cases = [
+        {"question": "what do pilot fish travel with?", "answers": ["sharks"], "documents": ["sharks"]},
+        {"question": "what is bread baked from?", "answers": ["flour and water"], "documents": ["bread"]},
+        {"question": "unknown who?", "answers": []},
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(c) + "\n" for c in cases))
+    done = cli("rag", "eval", folder, str(questions), "--server", language.url, "--save", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["recall@4"], told["contains"], told["citation_precision"]) == (1.0, 1.0, 1.0)
+    assert (told["honest_refusals"], told["wrong_refusals"]) == (1.0, 0.0)
+    assert round(threshold.read(Path(folder)), 4) == told["threshold"]
+    squad = {"data": [{"title": "a", "paragraphs": [{"context": "Cats purr.", "qas": [
+        {"question": "Who purrs?", "answers": [{"text": "Cats"}]}]}]}]}  # fmt: skip
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    refused(cli("rag", "eval", folder, str(tmp_path / "squad.json"), "--sample", "0"), "no document that answers")
+    refused(cli("rag", "eval", folder, str(tmp_path / "absent.json")), "absent.json")
+    made = cli("rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), "--sample", "0", "--hold-out", "0")
+    assert made.returncode == 0, made.stderr
+    assert "recall@4" in made.stdout
+    assert len(Index.open(tmp_path / "new")) == 1
+
+
+def test_serve_until_told_to_end(folder: str, language: LanguageServer) -> None:
+    command = [sys.executable, "-m", "pilotfish", "rag", "serve", folder, "--server", language.url, "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert server.stderr is not None
+    try:
+        url = next(found[1] for line in server.stderr if (found := re.search(r"listens at (http\S+)", line)))
+        assert "<title>Pilotfish</title>" in httpx.get(url).text
+        assert httpx.get(url + "/status").json()["plugins"] == ["rasd"]
+        lines = httpx.post(url + "/ask", json={"question": "sharks?"}).text.splitlines()
+        assert json.loads(lines[-1])["done"]["cited"] == [1]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130, "as Ctrl-C ends any program"
+        server.stderr.close()
+
+
+def test_bench_refuses_bad_input(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "q", "answers": ["a"]}\n')
+    data = ("--data", str(tmp_path / "own.jsonl"))
+    refused(cli("bench", "rag", *data, "--arms", "rasdd"), "rasdd", "rasd")
+    refused(cli("bench", "rag", *data, "--out", str(tmp_path / "x.json")), "own", "no passages")
+    refused(cli("bench", "rag", "--data", str(tmp_path / "absent")), "absent")
+    refused(cli("bench", "rag", *data, "--out", str(tmp_path)), "a folder")

@@ -1,0 +1,135 @@
+"""The page's server: what it answers, what it refuses, any request that its own description allows."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import language_server
+import pytest
+import schemathesis
+import words
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+from language_server import DOCUMENTS, LanguageServer
+
+from pilotfish.integrations.rag.answering import Answerer
+from pilotfish.integrations.rag.server import create_app
+from pilotfish.retrieval import Index
+
+
+@pytest.fixture
+def client(documents: Index, language: LanguageServer) -> TestClient:
+    return TestClient(create_app(documents, Answerer(documents, language.url)), raise_server_exceptions=False)
+
+
+def asked(client: TestClient, **body: Any) -> list[dict[str, Any]]:
+    answer = client.post("/ask", json=body)
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_an_answer_is_streamed(client: TestClient) -> None:
+    found, *texts, done = asked(client, question="what do pilot fish travel with?")
+    assert found["passages"][0]["id"] == "sharks"
+    assert "text" not in found["passages"][0], "passages are asked for one by one"
+    assert "".join(t["text"] for t in texts) == done["done"]["text"] == "Pilot fish travel with sharks [1]."
+    assert done["done"]["saved"] == {"drafter_accepted_tokens": 3}
+    (found, *_) = asked(client, question="sharks", where="kind = 'sky'")
+    assert [p["id"] for p in found["passages"]] == ["moon"]
+    assert "error" in asked(client, question="broken sharks")[-1]
+    metrics = client.get("/metrics").text
+    assert 'pilotfish_rag_answers_total{known="true"} 2.0' in metrics
+    assert "pilotfish_rag_failures_total 1.0" in metrics
+    assert "pilotfish_rag_running 0.0" in metrics
+
+
+def test_a_passage_shows_what_met_the_question(client: TestClient) -> None:
+    told = client.get("/passage", params={"id": "sharks", "question": "pilot sharks"}).json()
+    marked = [told["text"][m["begin"] : m["end"]].lower() for m in told["marks"]]
+    assert "pilot" in marked, marked
+    assert told["metadata"] == {"year": 2020, "kind": "sea"}
+    assert client.get("/passage", params={"id": "nobody", "question": "x"}).status_code == 404
+
+
+def test_documents_are_uploaded_and_replaced(client: TestClient, documents: Index) -> None:
+    told = client.post("/documents", params={"name": "cats.txt"}, content="Cats purr. " * 3).json()
+    assert told["added"] == 1 and told["documents"] == 4
+    (id,) = [d.id for d in documents.select("source = 'cats.txt'")]
+    assert asked(client, question="cats purr.")[0]["passages"][0]["id"] == id
+    client.post("/documents", params={"name": "cats.txt"}, content="Cats sleep.")
+    assert [d.text for d in documents.select("source = 'cats.txt'")] == ["Cats sleep."]
+    assert client.post("/documents", params={"name": "../../cats.md"}, content="# Cats").json()["added"] == 1
+    for name, content, status in (
+        ("x.exe", b"MZ", 400),
+        ("..", b"x", 400),
+        ("x.txt", b"", 400),
+        ("x.pdf", b"no pdf", 400),
+        ("x.jsonl", b"{", 400),
+        ("x" * 300 + ".txt", b"x", 422),
+    ):
+        answer = client.post("/documents", params={"name": name}, content=content)
+        assert answer.status_code == status, (name, answer.text)
+        assert isinstance(answer.json()["detail"], str | list)
+
+
+def test_the_page_runs_nothing_of_strangers(client: TestClient) -> None:
+    page = client.get("/")
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    for name in ("app.js", "style.css", "icon.svg"):
+        assert client.get(f"/page/{name}").status_code == 200
+    assert client.get("/page/..%2fserver.py").status_code == 404
+    script = client.get("/page/app.js").text
+    assert "innerHTML" not in script and "insertAdjacentHTML" not in script and "eval(" not in script
+
+
+def test_a_token_is_asked_for(documents: Index, language: LanguageServer) -> None:
+    client = TestClient(create_app(documents, Answerer(documents, language.url), token="secret", read_only=True))
+    assert client.get("/").status_code == client.get("/health").status_code == 200
+    for path in ("/status", "/metrics"):
+        assert client.get(path).status_code == 401
+    assert client.post("/ask", json={"question": "x"}).status_code == 401
+    right = {"Authorization": "Bearer secret"}
+    assert client.get("/status", headers=right).json()["uploads"] is False
+    assert client.post("/documents", params={"name": "a.txt"}, content="x", headers=right).status_code in (404, 405)
+
+
+def test_what_is_wrong_is_refused(client: TestClient) -> None:
+    for body, status, told in (
+        ({"question": ""}, 422, "at least 1"),
+        ({"question": "x", "where": "year <"}, 400, "expected a value"),
+        ({"question": "x", "wher": "y"}, 422, "wher"),
+        ({}, 422, "question"),
+    ):
+        answer = client.post("/ask", json=body)
+        assert answer.status_code == status, answer.text
+        assert told in answer.text
+
+
+def schema() -> Any:
+    """The application's own description; nobody answers where its language model should be."""
+    words.use()
+    made = Index.create(
+        Path(tempfile.mkdtemp(prefix="pilotfish-test-")) / "index", encoder="words", options={"dimension": 0}
+    )
+    made.add([{"id": i, "text": t, "metadata": m} for i, t, m in DOCUMENTS])
+    return schemathesis.openapi.from_asgi("/openapi.json", create_app(made, Answerer(made, "http://127.0.0.1:9/v1")))
+
+
+SCHEMA = schema()
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])  # type: ignore[arg-type]
+def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
+    response = case.call()
+    assert response.status_code < 500, response.text
+    case.validate_response(response, checks=(schemathesis.checks.not_a_server_error,))
+
+
+def test_language_servers_of_tests_end(documents: Index) -> None:
+    with language_server.running() as server:
+        url = server.url
+    client = TestClient(create_app(documents, Answerer(documents, url)))
+    assert "no server answers" in asked(client, question="sharks")[-1]["error"]
