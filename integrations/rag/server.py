@@ -156,7 +156,7 @@ def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> 
         source = Source([path], lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
         given = list(source)
     if not given:
-        raise RetrievalError(f"{name}: holds no text")
+        raise RetrievalError("the file holds no text")
     with writing:
         new = {d.id for d in given}
         old = [d.id for d in index.select(Compare(("source",), "=", (name,))) if d.id not in new]
