@@ -7,6 +7,7 @@ import typer
 
 from ...plugins.cli import extend
 from ...plugins.hookspecs import hookimpl
+from ...retrieval.cli import refusals
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = (
@@ -19,6 +20,27 @@ ARMS = (
 def register_commands(cli: typer.Typer) -> None:
     """Add the command."""
     extend(cli, "bench", bench)
+    cli.command("report")(report)
+
+
+def report(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Files of measurements, or folders [default: benchmarks/results].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+) -> None:
+    """Write one page from the results of benchmarks: gains, costs, where a plugin loses, and how to repeat it."""
+    from ...plugins.manager import plugins
+    from . import record
+    from . import report as page
+
+    record.check(out)
+    found = page.read(results or [Path("benchmarks/results")])
+    with refusals():
+        page.write(
+            found, [name for kind in ("drafter", "kv", "pruner", "index") for name in plugins().classes(kind)], out
+        )
+    typer.echo(f"written to {out}")
 
 
 @bench.command("retrieval")
@@ -37,7 +59,6 @@ def bench_retrieval(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/retrieval.json"),
 ) -> None:
     """Compare indexes on judged queries: quality, time of a search, time to build, memory."""
-    from ...retrieval.cli import refusals
     from . import retrieval
 
     with refusals():

@@ -1,0 +1,73 @@
+"""The report: whole, readable without network, escaped, and it hides no loss."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from test_cli import refused
+
+from pilotfish.integrations.bench import report
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def results(**records: dict[str, float]) -> dict[str, Any]:
+    """A file's content from ``dataset=... -> arm/metric -> value``."""
+    flat = [
+        {"benchmark": "x", "dataset": dataset, "arm": name.split("/")[0], "metric": name.split("/")[1], "value": value,
+         "unit": "", "runs": [], "params": {}}
+        for dataset, values in records.items() for name, value in values.items()
+    ]  # fmt: skip
+    about = {"machine": {"processor": "<b>P", "cores": 2, "memory_gib": 1}, "versions": {"torch": "1"}}
+    return {**about, "command": "pilotfish bench <x>", "date": "2026-01-01", "records": flat, "name": "some"}
+
+
+def test_losses_are_told_worst_first() -> None:
+    found = results(
+        one={"rasd/speedup": 0.9, "suffix/speedup": 0.5, "rasd@nodes=4/speedup": 0.99, "xtr/ndcg@10": 0.4},
+        two={"rasd/speedup": 0.7, "xtr/ndcg@10": 0.3, "bm25s/ndcg@10": 0.6, "maxsim/ndcg@10": 0.2},
+    )
+    told = [(loss["arm"], loss["where"], loss["by"]) for loss in report.losses([found], {"rasd", "xtr"})]
+    assert told == [("xtr", "two", "bm25s"), ("rasd", "two", "stock"), ("rasd", "one", "stock")]
+
+
+def test_the_page_escapes_and_needs_no_network(tmp_path: Path) -> None:
+    found = results(one={"rasd/speedup": 0.9, "<i>/speedup": 2.0, "rasd/odd_metric": 3.0})
+    report.write([found], ["rasd"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>P" not in page and "<i>" not in page and "&lt;i&gt;" in page and "bench &lt;x&gt;" in page
+    assert "odd metric" in page, "what has no name of ours is shown all the same"
+    before = page
+    report.write([found], ["rasd"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == before, "the same every time"
+
+
+def test_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    written = cli("report", str(root / "benchmarks" / "results"), "--out", str(out))
+    assert written.returncode == 0, written.stderr
+    page = out.read_text(encoding="utf-8")
+    for file in (root / "benchmarks" / "results").glob("*.json"):
+        assert f'<h2 id="{file.stem}">' in page
+        command = json.loads(file.read_text(encoding="utf-8"))["command"]
+        assert command.split()[0] in page
+    assert "<script" not in page and "<link" not in page and "url(http" not in page and "@import" not in page
+    assert all(value.startswith("#") for value in re.findall(r'(?<!xlink:)\b(?:src|href)="([^"]*)"', page))
+    for plugin in ("razor_attention", "tidal_decode", "token_recycling", "rasd", "globalcom2", "aim", "xtr", "vdr"):
+        assert f"<h3>{plugin}</h3>" in page or f">{plugin} " in page, plugin
+    assert 'class="loses"' in page
+
+
+def test_what_is_no_result_is_refused(cli: Cli, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    for content in ("", "{}", "[]", '{"records": 1}', json.dumps({**results(), "records": [{}]})):
+        bad.write_text(content)
+        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a file of measurements")
+    refused(cli("report", str(tmp_path / "absent.json")), "absent.json")
+    (tmp_path / "empty").mkdir()
+    refused(cli("report", str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")), "no measurements")
+    refused(cli("report", str(bad), "--out", str(tmp_path)), "a folder")
+    assert not (tmp_path / "x.html").exists()
