@@ -343,7 +343,7 @@ def _opened(
     from .index import Index
 
     if shards.there(folder):
-        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/index.md")
+        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/indexes.md")
     with Index.open(folder, encoder, device, precision) as opened:
         yield opened
 

@@ -11,7 +11,7 @@ text, as after a preemption, so a correction is a smaller count of computed toke
 from typing import Any
 
 from ...kvcache.selection import ReadPlan
-from . import attach
+from ...plugins.contracts import KVPolicy
 
 
 class Corrector:
@@ -48,9 +48,8 @@ class Corrector:
                 request.num_computed_tokens -= sparse
 
 
-def install(scheduler: Any, vllm_config: Any) -> None:
+def install(scheduler: Any, policy: KVPolicy | None) -> None:
     """Let a new scheduler correct, when the engine's KV policy asks for it."""
-    policy = attach.kv_policy(vllm_config)
     plan = None if policy is None else policy.read_plan()
     if plan is not None:
         correct(scheduler, plan)

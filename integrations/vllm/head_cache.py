@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from ...kvcache.head_window import HeadWindow
 from ...kvcache.kernels.head_cache import means_bytes
-from . import patches
+from . import metrics, patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ class WindowedHeadManager(SingleTypeKVCacheManager):
     def __init__(self, kv_cache_spec: WindowedHeadSpec, **kwargs: Any) -> None:
         kwargs["max_admission_blocks_per_request"] = kv_cache_spec.most_blocks
         super().__init__(kv_cache_spec, **kwargs)
+        self.freed = 0  # blocks, while their requests go on
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -79,7 +80,9 @@ class WindowedHeadManager(SingleTypeKVCacheManager):
         window = self.kv_cache_spec.window
         in_prompt = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
         first = window.first_kept(processed_computed_tokens, self.block_size, in_prompt)
+        free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, window.sink_blocks(self.block_size), first)
+        self.freed += self.block_pool.get_num_free_blocks() - free
 
     @classmethod
     def find_longest_cache_hit(
@@ -95,6 +98,24 @@ KVCacheSpecRegistry.register(
     WindowedHeadSpec, manager_class=WindowedHeadManager, uniform_type_base_spec=WindowedHeadSpec
 )
 patches.CAPACITY.apply()
+
+
+def report_freed(scheduler: Any, plugin: str) -> None:
+    """Let statistics of a scheduler carry how many blocks were freed since the last ones; see `metrics.take_freed`."""
+    make_stats, told = scheduler.make_stats, 0
+
+    def with_freed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal told
+        stats = make_stats(*args, **kwargs)
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        freed = sum(m.freed for m in managers if isinstance(m, WindowedHeadManager))
+        if stats is not None and freed > told:
+            # The one dictionary in there that reaches the other process whatever it holds.
+            stats.num_kv_fetch_reqs_by_stage[metrics.FREED + plugin] = freed - told
+            told = freed
+        return stats
+
+    scheduler.make_stats = with_freed
 
 
 class HeadLayer(AttentionLayerBase):

@@ -1,4 +1,4 @@
-"""Counters of drafters and visual pruners in vLLM's Prometheus endpoint, beside vLLM's own."""
+"""Counters of drafters, KV policies and visual pruners in vLLM's Prometheus endpoint, beside vLLM's own."""
 
 import functools
 from typing import Any
@@ -43,6 +43,28 @@ class DraftCounters:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+FREED = "pilotfish_freed_blocks/"  # and a plugin's name: a key in the statistics of a scheduler
+
+
+@functools.cache
+def _freed_counter() -> prometheus_client.Counter:
+    return prometheus_client.Counter(
+        "pilotfish_kv_freed_blocks", "KV blocks given back to vLLM's pool while their requests went on.", _LABELS
+    )
+
+
+def expect_freed(plugin: str) -> None:
+    """Show the counter of a KV policy before it counts."""
+    _freed_counter().labels(plugin, "0")
+
+
+def take_freed(scheduler_stats: Any, engine_idx: int) -> None:
+    """Take freed blocks out of the statistics of a scheduler step, and count them; see `head_cache.report_freed`."""
+    carried = scheduler_stats.num_kv_fetch_reqs_by_stage
+    for key in [key for key in carried if key.startswith(FREED)]:
+        _freed_counter().labels(key.removeprefix(FREED), str(engine_idx)).inc(carried.pop(key))
 
 
 @functools.cache

@@ -8,7 +8,8 @@
 | `DRAFT_MODEL` | a drafter over a draft model is selected | vLLM's own methods take no companion |
 | `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
 | `REQUESTS` | a policy frees blocks, a pruner drops rows in layers | vLLM has no hook that refuses a request |
-| `COUNTERS` | a drafter is selected | a stat-logger plugin switches logging on for engines that chose nothing |
+| `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin switches logging on for all engines |
+| `RECORD` | a KV policy is selected | statistics have no place for freed blocks; see `head_cache.report_freed` |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
 
@@ -103,7 +104,12 @@ def _scheduler(original: Any) -> Any:
         if attach.concerned(vllm_config.additional_config):
             from . import correction
 
-            correction.install(self, vllm_config)
+            policy = attach.kv_policy(vllm_config)
+            correction.install(self, policy)
+            if policy is not None and policy.frees_blocks:
+                from . import head_cache
+
+                head_cache.report_freed(self, policy.name)
 
     return __init__
 
@@ -149,11 +155,24 @@ def _counters(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         from . import attach, metrics
 
-        drafter = attach.read(vllm_config.additional_config).drafter
-        if drafter is not None:
-            self.spec_decoding_prom = metrics.DraftCounters(drafter.name, self.spec_decoding_prom)
+        chosen = attach.read(vllm_config.additional_config)
+        if chosen.drafter is not None:
+            self.spec_decoding_prom = metrics.DraftCounters(chosen.drafter.name, self.spec_decoding_prom)
+        if chosen.kv is not None:
+            metrics.expect_freed(chosen.kv.name)
 
     return __init__
+
+
+def _record(original: Any) -> Any:
+    def record(self: Any, scheduler_stats: Any, *args: Any, engine_idx: int | None = None, **kwargs: Any) -> None:
+        from . import metrics
+
+        if scheduler_stats is not None:
+            metrics.take_freed(scheduler_stats, engine_idx or 0)
+        original(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
+
+    return record
 
 
 def _expand(original: Any) -> Any:
@@ -182,12 +201,13 @@ FRONT_DOOR = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _
 BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backend", _backend)
 SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _scheduler)
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
+RECORD = Patch("vllm.v1.metrics.loggers", "StatLoggerManager.record", _record)
 EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
 DRAFT_MODEL = Patch("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", _draft_model)
 CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
 REQUESTS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _requests)
-ALL = (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, REQUESTS, COUNTERS, EXPAND, CONSTRAINTS)
+ALL = (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, REQUESTS, COUNTERS, RECORD, EXPAND, CONSTRAINTS)
 
 
 def sampling_is_broken() -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
+from pilotfish.integrations.vllm import head_cache, metrics
 from pilotfish.integrations.vllm.head_cache import WindowedHeadSpec, capacity
 from pilotfish.kvcache.head_window import HeadWindow
 
@@ -132,6 +135,27 @@ def test_no_block_is_freed_while_it_is_read_and_none_is_lost(window: HeadWindow,
         played.stop(0, preempt=False)
     played.check()
     assert played.manager.block_pool.get_num_free_blocks() == blocks - 1
+
+
+def test_freed_blocks_are_counted_and_told() -> None:
+    window = HeadWindow(sinks=4, window=96, ratio=0, compensation=True, exact_prefill=False)
+    manager = KVCacheManager(config(window, 400), LONGEST, BLOCK, BLOCK, CHUNK, enable_caching=False)
+    scheduler = SimpleNamespace(kv_cache_manager=manager, make_stats=SchedulerStats)
+    head_cache.report_freed(scheduler, "razor_attention")
+    counter = metrics._freed_counter().labels("razor_attention", "3")
+    played = Played(window, manager, 400)
+    played.start(1500)
+    for _ in range(12):
+        played.step(0)
+        stats, before = scheduler.make_stats(), counter._value.get()
+        metrics.take_freed(stats, 3)
+        assert stats.num_kv_fetch_reqs_by_stage == {}, "vLLM's loggers see nothing of it"
+        assert counter._value.get() >= before
+    whole, *windowed = manager.get_blocks(played.running[0].request_id).blocks
+    gone = sum(block.is_null for group in windowed for block in group)
+    assert counter._value.get() == gone > 50
+    assert not any(block.is_null for block in whole)
+    assert scheduler.make_stats().num_kv_fetch_reqs_by_stage == {}, "nothing new was freed"
 
 
 class Engine:

@@ -30,6 +30,7 @@ const NAMES = {
   drafter_accepted_tokens: "drafted tokens accepted",
   drafter_drafted_tokens: "drafted tokens checked",
   drafter_proposals: "drafts",
+  kv_freed_blocks: "cache blocks freed",
   pruner_dropped_tokens: "visual tokens dropped",
   prefix_cache_hits: "prompt tokens found in the cache",
 };
