@@ -3,7 +3,8 @@
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    exit code 1 when one is not current
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``, a file of the project between ``<!-- file PATH -->``
+and ``<!-- end -->``.
 """
 
 import re
@@ -18,6 +19,7 @@ import vision_tables
 from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FILE = re.compile(r"(<!-- file (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ARMS = {
     "ngram": "vLLM `ngram`",
@@ -196,8 +198,16 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """A document with its tables written anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+    """A document with its tables and files written anew."""
+    text = BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+    return FILE.sub(lambda m: f"{m[1]}{_fenced(m[2])}{m[3]}", text)
+
+
+def _fenced(name: str) -> str:
+    """A file's text as a block of code."""
+    path = ROOT / name
+    language = {".py": "python", ".toml": "toml", ".sh": "sh"}.get(path.suffix, "")
+    return f"```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from ...retrieval.errors import RetrievalError
 from ...retrieval.store import files
 
 NAME = "rag.json"
+WRONG = 0.1  # of questions that can be answered: more may not be refused, or nobody would ask again
 
 
 def read(folder: Path) -> float:
@@ -39,17 +40,20 @@ def write(folder: Path, threshold: float, told: dict[str, float]) -> None:
 def calibrate(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """The threshold that tells best, and how well: the mean share of both kinds on their right side of it.
 
+    At most a tenth of the questions that can be answered fall below it.
+
     Args:
         answerable: Similarities of the best passages of questions that the documents answer.
         others: Of questions that they do not.
     """
     both = sorted({*answerable, *others})
-    candidates = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(both))]
+    candidates = [min([0.0, *both]), *((a + b) / 2 for a, b in itertools.pairwise(both))]
+
+    def kept(threshold: float) -> float:
+        return sum(s >= threshold for s in answerable) / max(len(answerable), 1)
 
     def balance(threshold: float) -> float:
-        kept = sum(s >= threshold for s in answerable) / max(len(answerable), 1)
-        dropped = sum(s < threshold for s in others) / max(len(others), 1)
-        return (kept + dropped) / 2
+        return (kept(threshold) + sum(s < threshold for s in others) / max(len(others), 1)) / 2
 
-    best = max(candidates, key=balance)
+    best = max((t for t in candidates if not answerable or kept(t) >= 1 - WRONG), key=balance)
     return best, balance(best)

@@ -46,3 +46,6 @@ def test_a_threshold_tells_best() -> None:
     least, share = threshold.calibrate([0.8, 0.7, 0.6], [0.5, 0.3, 0.65])
     assert 0.5 < least < 0.6
     assert abs(share - 5 / 6) < 1e-9
+    assert threshold.calibrate([0.2, 0.9, 0.8], [0.7, 0.6, 0.5])[0] < 0.2, "few that can be answered are refused"
+    assert threshold.calibrate([-0.5, 0.5], [0.1])[0] == -0.5
+    assert threshold.calibrate([], [])[0] == 0.0
