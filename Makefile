@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -107,6 +107,23 @@ bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage
 	  $(foreach P,$(PICTURES),--picture $(wildcard $(DATA)/skimage_samples/$(P).*)) \
 	  --quality $(DATA)/skimage_samples --quality $(DATA)/owleval
 	$(MAKE) tables
+
+bench-rag: $(VENV)/.ready  ## questions answered from documents, with and without each plugin; DATA holds xquad, nq_open_oracle, hotpotqa
+	$(BIN)/pilotfish bench rag $(foreach D,xquad nq_open_oracle hotpotqa,--data $(DATA)/$(D)) --sample 14 \
+	  --conversations 2 --arms rasd,token_recycling,tidal_decode@budget=8192,razor_attention,no_prefix_caching
+	$(BIN)/python benchmarks/rag_load.py $(DATA)
+	$(MAKE) tables
+
+compatibility: $(VENV)/.ready  ## the table of what works together, by all tests with engines; half an hour
+	$(BIN)/python -m pytest -m engine --compatibility benchmarks/results/compatibility.json
+	$(MAKE) tables
+
+screenshots: $(VENV)/.ready  ## pictures of the page, for docs/images; needs Chromium
+	$(BIN)/python benchmarks/screenshots.py
+
+docs: $(VENV)/.ready  ## the report of all measurements, and the site, in site/
+	$(BIN)/pilotfish report --out docs/report.html
+	$(BIN)/mkdocs build --strict
 
 bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --data $(DATA) --questions 10 --needle-contexts 1000,4000,7900

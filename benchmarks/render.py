@@ -3,8 +3,8 @@
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    exit code 1 when one is not current
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``, a file of the project between ``<!-- file PATH -->``
-and ``<!-- end -->``.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; the text of a file of the project between
+``<!-- file PATH -->`` and ``<!-- end -->``.
 """
 
 import re
@@ -12,7 +12,9 @@ import statistics
 import sys
 from collections.abc import Callable
 
+import compatibility
 import memory_tables
+import rag_tables
 import retrieval_tables
 import tree_tables
 import vision_tables
@@ -194,6 +196,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
     "drafters_short": drafters_short,
+    "rag_speed": rag_tables.speed,
+    "rag_quality": rag_tables.quality,
+    "rag_load": rag_tables.load_table,
+    "compatibility": compatibility.table,
 }
 
 

@@ -24,6 +24,7 @@ if INTERPRETED:
     del os.environ["TRITON_INTERPRET"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+SHOWN: list[tuple[str, str, str, bool]] = []  # plugin, feature, test, whether it passed
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,38 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the table of compatibility comes from; see `make compatibility`."""
+    parser.addoption("--compatibility", type=Path, help="write what tests with the marker `shows` have shown")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep whether a test passed that shows something; one that was skipped shows nothing."""
+    report: pytest.TestReport = yield  # type: ignore[assignment]
+    shown = item.get_closest_marker("shows")
+    if shown is not None and not report.skipped and (report.when == "call" or report.failed):
+        plugin, *features = shown.args
+        SHOWN.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
+    return report  # type: ignore[return-value]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write it."""
+    path = session.config.getoption("--compatibility")
+    if path is not None:
+        from pilotfish.integrations.bench import record
+
+        sys.argv = ["make", "compatibility"]
+        record.write(
+            path,
+            [
+                record.Record("compatibility", feature, plugin, "works", float(passed), "", [], {"test": test})
+                for plugin, feature, test, passed in SHOWN
+            ],
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

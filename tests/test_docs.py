@@ -1,5 +1,6 @@
 """What the documents say is what the files and the program say."""
 
+import json
 import re
 import subprocess
 import sys
@@ -26,6 +27,46 @@ def test_figures_are_drawn_from_the_results(root: Path, tmp_path: Path) -> None:
 
 def documents(root: Path) -> list[Path]:
     return [*root.glob("*.md"), *(root / "docs").glob("*.md"), *(root / "examples").rglob("*.md")]
+
+
+def test_the_site_is_built_strictly(root: Path, tmp_path: Path) -> None:
+    """Every link and every page of the navigation is there, and nothing is loaded from elsewhere."""
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'<(?:script|link)[^>]+(?:src|href)="https?://', home)
+
+
+def test_the_dashboard_shows_metrics_that_there_are(root: Path) -> None:
+    dashboard = json.loads((root / "docs" / "grafana.json").read_text(encoding="utf-8"))
+    shown = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"pilotfish_\w+?(?=_total|_bucket|\b)", target["expr"])
+    }
+    sources = "".join(
+        (root / path).read_text(encoding="utf-8")
+        for path in ("integrations/vllm/metrics.py", "integrations/rag/server.py", "retrieval/server.py")
+    )
+    made = set(re.findall(r'"(pilotfish_\w+)"', sources))
+    assert shown and shown == {name for name in made if "/" not in name}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    operating = (root / "docs" / "operating.md").read_text(encoding="utf-8")
+    assert all(name in operating for name in made)
+
+
+@pytest.mark.parametrize("name", ["langchain", "llama_index", "haystack"])
+def test_examples_of_frameworks_run(root: Path, name: str) -> None:
+    example = root / "examples" / f"{name}_search.py"
+    ran = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    first, *_ = ran.stdout.splitlines()
+    assert first.startswith("pilot "), ran.stdout
+    assert "bread" not in first
 
 
 def test_links_between_documents_lead_somewhere(root: Path) -> None:
@@ -72,7 +113,7 @@ def test_the_example_of_an_index_runs(root: Path) -> None:
 
 
 def test_python_in_the_guide_to_indexes_runs(root: Path, tmp_path: Path) -> None:
-    text = (root / "docs" / "index.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "indexes.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

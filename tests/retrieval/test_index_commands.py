@@ -157,6 +157,24 @@ def test_an_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus:
     assert not (tmp_path / "wrong").exists()
 
 
+def test_an_encoder_that_was_moved_is_named(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    import tiny
+
+    tiny.encoder(tmp_path / "old")
+    built = inside("index", "build", str(tmp_path / "index"), str(corpus), "--encoder", str(tmp_path / "old"))
+    assert built.returncode == 0, built.stderr
+    assert inside("index", "delete", str(tmp_path / "index"), "tax").returncode == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    refused = cli("index", "compact", str(tmp_path / "index"), "--relearn")  # this process may remember it
+    assert (refused.returncode, "old" in refused.stderr) == (2, True)
+    compacted = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "new"))
+    assert compacted.returncode == 0, compacted.stderr
+    assert "in 1 segments" in compacted.stderr
+    tiny.encoder(tmp_path / "other", seed=1)
+    refused = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "other"))
+    assert (refused.returncode, "another encoder" in refused.stderr) == (2, True)
+
+
 def test_queries_are_read_line_by_line(inside: Callable, corpus: Path, tmp_path: Path, monkeypatch) -> None:
     import io
 

@@ -45,6 +45,7 @@ class TestKillSwitchAndState:
             assert disabled.ask(do="state")["wrapped"] == []
 
     @pytest.mark.long
+    @pytest.mark.shows("token_recycling", "tables kept over restarts")
     def test_state_survives_a_restart(self, tmp_path_factory, tiny_model, drafting_args, texts, tmp_path) -> None:
         path = tmp_path / "state.npz"
         steps = []
@@ -57,6 +58,7 @@ class TestKillSwitchAndState:
         assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
         assert steps[1] < steps[0], "the second engine starts hot"
 
+    @pytest.mark.shows("token_recycling", "two tensor-parallel ranks")
     def test_two_ranks_give_the_same_text(self, two_ranks, tiny_model, drafting_args, texts) -> None:
         answer = two_ranks(tiny_model, TEXTS, **drafting_args(20, verification="tree", nodes=20))
         assert answer["tokens"] == texts

@@ -29,6 +29,7 @@ def hard(request, start, model, drafting_args):
     engine.close()
 
 
+@pytest.mark.shows("token_recycling", "preemption", "chunked prefill")
 def test_preemption_and_chunked_prompts(stock, hard, prompts) -> None:
     sampling = [{"temperature": 0, "max_tokens": 120, "ignore_eos": True}] * 8
     a = stock.ask(do="sample", prompts=prompts[:8], sampling=sampling)
@@ -38,6 +39,7 @@ def test_preemption_and_chunked_prompts(stock, hard, prompts) -> None:
     assert b["drafted"] > 0
 
 
+@pytest.mark.shows("token_recycling", "prefix caching")
 def test_cached_prefixes(stock, hard, prompts) -> None:
     longer = [[*p, 198, 198] for p in prompts[:3]]  # the prompts were processed by the test before
     sampling = [{"temperature": 0, "max_tokens": 30}] * 3
@@ -47,6 +49,7 @@ def test_cached_prefixes(stock, hard, prompts) -> None:
         assert a["tokens"] == b["tokens"]
 
 
+@pytest.mark.shows("token_recycling", "the whole context length")
 def test_up_to_the_last_position_of_the_context(stock, hard, prompts) -> None:
     lengths = [len(p) for p in prompts[:3]]
     unlimited = [{"temperature": 0, "max_tokens": 320 - n, "ignore_eos": True} for n in lengths]

@@ -64,6 +64,7 @@ def p_value(one: list, other: list) -> float:
     "settings",
     [pytest.param(s, id=name, marks=[pytest.mark.long] if name != "plain" else []) for name, s in SETTINGS.items()],
 )
+@pytest.mark.shows("token_recycling", "sampling")
 def test_distribution_is_unchanged(controls, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2
     control, again = controls(count, settings)

@@ -55,6 +55,7 @@ def other_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
 
 
 @pytest.mark.long
+@pytest.mark.shows("rasd", "a draft model")
 def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, other_model: str) -> None:
     ask = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
     stock = start(tiny_model)

@@ -36,6 +36,7 @@ def both(stock, drafted, prompts: list, sampling: list[dict[str, Any]]) -> tuple
     return tuple(e.ask(do="sample", prompts=prompts, sampling=sampling) for e in (stock, drafted))  # type: ignore[return-value]
 
 
+@pytest.mark.shows("token_recycling", "batches of mixed requests")
 def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) -> None:
     sampling = [{**GREEDY, "max_tokens": n} for n in (48, 1, 2, 20, 64, 48, 33, 7, 48, 40, 48, 48)]
     a, b = both(stock, drafted, prompts, sampling)
@@ -61,6 +62,7 @@ def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) ->
     ],
     ids=lambda extra: next(iter(extra)),
 )
+@pytest.mark.shows("token_recycling", "penalties, stop strings, allowed tokens")
 def test_greedy_output_is_identical_with(stock, drafted, prompts, extra: dict) -> None:
     # One plain request in the same batch: parameters must not leak from one to the other.
     sampling = [{**GREEDY, **extra}] * 3 + [GREEDY]
@@ -69,12 +71,14 @@ def test_greedy_output_is_identical_with(stock, drafted, prompts, extra: dict) -
     assert a["text"] == b["text"]
 
 
+@pytest.mark.shows("token_recycling", "structured output")
 def test_structured_output_is_identical(stock, drafted, prompts) -> None:
     a, b = both(stock, drafted, prompts[5:7], [{**GREEDY, "json_schema": SCHEMA}, GREEDY])
     assert a["tokens"] == b["tokens"]
     assert a["text"][0].startswith("{")
 
 
+@pytest.mark.shows("token_recycling", "logprobs")
 def test_logprobs_belong_to_the_tokens(stock, drafted, prompts) -> None:
     a, b = both(stock, drafted, prompts[:3], [{**GREEDY, "logprobs": 3}] * 2 + [GREEDY])
     assert a["tokens"] == b["tokens"]
@@ -93,6 +97,7 @@ def test_top_k_in_a_step_without_any_draft(drafted, prompts) -> None:
     assert len(answer["tokens"][0]) <= 6
 
 
+@pytest.mark.shows("token_recycling", "switched off by a request")
 def test_a_request_can_switch_the_drafter_off(stock, drafted, prompts) -> None:
     off = {**GREEDY, "extra_args": {"pilotfish_drafter": "off"}}
     a, b = both(stock, drafted, prompts[:2], [off, off])

@@ -116,6 +116,9 @@ def engine_with(start: Callable, model: str, pruner: Any = None, **config: Any) 
     return start(model, worker=WORKER, **{**limit, **chosen, **config})
 
 
+@pytest.mark.shows(
+    "globalcom2", "chunked prefill", "prefix caching", "batches of mixed requests", "several pictures in a prompt"
+)
 def test_pruned_answers(
     start: Callable, seeing_model: str, requests: list[dict[str, Any]], pictures: list[str]
 ) -> None:
@@ -187,6 +190,7 @@ def _config() -> Any:
     return SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS)
 
 
+@pytest.mark.shows("aim", "batches of mixed requests")
 def test_visual_tokens_leave_inside_the_language_model(
     start: Callable, seeing_model: str, requests: list[dict[str, Any]]
 ) -> None:
@@ -256,7 +260,9 @@ def with_masks(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("pruner", ["globalcom2", "aim"])
+@pytest.mark.parametrize(
+    "pruner", [pytest.param(p, marks=pytest.mark.shows(p, "two tensor-parallel ranks")) for p in ("globalcom2", "aim")]
+)
 def test_two_tensor_parallel_ranks(
     start: Callable, two_ranks: Callable, seeing_model: str, requests: list[dict[str, Any]], pruner: str
 ) -> None:
@@ -271,6 +277,7 @@ def test_two_tensor_parallel_ranks(
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.shows("globalcom2", "LoRA")
 def test_adapters_of_the_language_model(
     start: Callable, seeing_model: str, requests: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_backend_is_ours_and_the_layers_are_the_shipped_profile_s(sparse) ->
     assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"], "select": layers}
 
 
+@pytest.mark.shows("tidal_decode", "full budget equals stock")
 def test_a_budget_that_covers_the_context_changes_nothing(sparse, stock) -> None:
     assert sparse.ask(**ASK)["tokens"] == stock
 
@@ -70,6 +71,7 @@ def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> Non
     ("aggregate", "granularity"),
     [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
 )
+@pytest.mark.shows("tidal_decode", "batches of mixed requests", "chunked prefill")
 def test_a_request_is_answered_alike_in_any_batch(sparse, aggregate: str, granularity: str) -> None:
     """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
     rule = {**PAGE, "aggregate": aggregate, "granularity": granularity}
@@ -103,6 +105,7 @@ def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, mo
 
 
 @pytest.mark.long
+@pytest.mark.shows("tidal_decode", "two tensor-parallel ranks")
 def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> None:
     """Each rank sees half of the heads; the choice is the one of all."""
     policy = kv(budget=192, recent=32, full_layers=[], select_layers=[0])
@@ -115,6 +118,7 @@ def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> No
     assert two_ranks(tiny_model, prompts, **policy)["tokens"] == expected
 
 
+@pytest.mark.shows("tidal_decode", "preemption")
 def test_preempted_requests_go_on(start, model) -> None:
     small = start(
         model, num_gpu_blocks_override=24, block_size=64, enable_prefix_caching=False, **kv(budget=192, recent=32)

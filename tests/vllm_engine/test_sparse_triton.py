@@ -58,6 +58,7 @@ def test_the_backend_is_ours(engine: EngineProcess) -> None:
 @pytest.mark.parametrize(
     ("roles", "rule", "text"), [("all choose", PAGE, "whole"), ("sparse", PAGE, "page"), ("sparse", TOKEN, "token")]
 )
+@pytest.mark.shows("tidal_decode", "Triton kernels, interpreted")
 def test_the_text_is_that_of_the_other_backend(
     engine: EngineProcess, expected: dict[str, Any], roles: str, rule: dict[str, Any], text: str
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_budget_that_covers_the_context_changes_nothing(engine: EngineProcess,
     assert plan(engine, "sparse", {**PAGE, "budget": 512}) == expected["whole"]
 
 
+@pytest.mark.shows("tidal_decode", "vLLM's V2 model runner")
 def test_the_v2_model_runner(tiny_model, start_interpreted, expected: dict[str, Any]) -> None:
     """The default of GPU engines."""
     engine = start_interpreted(tiny_model, "1", block_size=16, **policy())

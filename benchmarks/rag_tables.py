@@ -1,0 +1,107 @@
+"""Tables of questions answered from documents."""
+
+from common import load, markdown, provenance
+
+ARMS = {
+    "rasd": "RASD",
+    "token_recycling": "Token Recycling",
+    "tidal_decode@budget=8192": "TidalDecode, full budget",
+    "razor_attention": "RazorAttention",
+    "no_prefix_caching": "*stock without prefix caching*",
+}
+
+
+def _figures(result: dict) -> dict[tuple[str, str], dict[str, float]]:
+    """``(dataset, arm) -> metric -> value``."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for r in result["records"]:
+        found.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
+    return found
+
+
+def _cell(figures: dict[str, float], metric: str, form: str) -> str:
+    return form.format(figures[metric]) if metric in figures else ""
+
+
+def speed() -> str:
+    """Each plugin against stock of the same questions."""
+    result = load("rag")
+    found = _figures(result)
+    rows = [
+        [
+            dataset.replace("/", ", "),
+            name,
+            _cell(found[dataset, arm], "answer_speedup", "{:.2f}"),
+            _cell(found[dataset, arm], "decode_speedup", "{:.2f}"),
+            _cell(found[dataset, arm], "first_token_speedup", "{:.2f}"),
+            _cell(found[dataset, arm], "answer_ms_median", "{:.0f}"),
+            _cell(found[dataset, f"none|{arm}"], "answer_ms_median", "{:.0f}"),
+            _cell(found[dataset, arm], "cached_share", "{:.0%}"),
+            _cell(found[dataset, arm], "identical_share", "{:.0%}"),
+        ]
+        for arm, name in ARMS.items()
+        for dataset in dict.fromkeys(d for d, a in found if a == arm)
+    ]
+    head = [
+        "questions",
+        "with",
+        "whole answer",
+        "decoding",
+        "first token",
+        "ms",
+        "stock, ms",
+        "prompt cached",
+        "identical",
+    ]
+    return markdown(head, rows) + provenance(result)
+
+
+def load_table() -> str:
+    """Many people at once."""
+    result = load("rag_load")
+    found = {(r["arm"], r["metric"]): r["value"] for r in result["records"]}
+    params = result["records"][0]["params"]
+    rows = [
+        ["people, minutes", f"{params['people']}, {params['seconds'] / 60:.0f}"],
+        ["answers, errors", f"{found['all', 'answers']:.0f}, {found['all', 'errors']:.0f}"],
+        ["answer, median and 95 %", f"{found['all', 'answer_s_median']:.1f} s, {found['all', 'answer_s_p95']:.1f} s"],
+        [
+            "first token, median and 95 %",
+            f"{found['all', 'first_token_s_median']:.1f} s, {found['all', 'first_token_s_p95']:.1f} s",
+        ],
+        ["documents changed meanwhile", f"{found['all', 'documents_changed']:.0f}"],
+        ["a change of ten documents, median", f"{found['all', 'change_s_median']:.2f} s"],
+    ]
+    for name in dict.fromkeys(arm for arm, _ in found if arm != "all"):
+        begin, end = (found[name, f"resident_mib_{when}"] for when in ("settled", "end"))
+        rows.append([f"memory of {name}, at 40 % of the time and at its end", f"{begin:.0f} MiB, {end:.0f} MiB"])
+    return markdown(["", ""], rows) + provenance(result)
+
+
+def quality() -> str:
+    """What is found and said, by dataset."""
+    found = _figures(load("rag"))
+    datasets = [d for d, a in found if a == "retrieval"]
+    rows = []
+    for dataset in datasets:
+        searched = found[dataset, "retrieval"]
+        recall = next(v for m, v in searched.items() if m.startswith("recall@"))
+        for arm in ("none|rasd", "razor_attention"):
+            said = found.get((dataset, arm), {})
+            rows.append(
+                [
+                    dataset,
+                    "stock" if arm.startswith("none") else ARMS[arm],
+                    f"{recall:.0%}",
+                    _cell(said, "contains", "{:.0%}"),
+                    _cell(said, "exact_match", "{:.0%}"),
+                    _cell(said, "f1", "{:.2f}"),
+                    _cell(said, "citation_precision", "{:.0%}"),
+                    _cell(said, "honest_refusals", "{:.0%}"),
+                    _cell(said, "wrong_refusals", "{:.0%}"),
+                    f"{searched['search_ms']:.0f}",
+                ]
+            )
+    head = ["questions", "with", "found", "answer held", "exact match", "F1", "citations right", "honest refusals",
+            "wrong refusals", "search, ms"]  # fmt: skip
+    return markdown(head, rows)
