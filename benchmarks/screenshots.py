@@ -14,9 +14,9 @@ import httpx
 from playwright.sync_api import expect, sync_playwright
 
 DOCUMENTS = {
-    "pilot_fish.md": "# Pilot fish\n\nPilot fish swim in front of sharks and eat their parasites. A shark hardly ever eats a "
-    "pilot fish. When they are young, they gather around jellyfish.",
-    "remoras.md": "# Remoras\n\nA remora holds on to sharks and whales with a disc on its head. It eats what they leave.",
+    "pilot_fish.md": "# Pilot fish\n\nPilot fish swim in front of sharks and eat their parasites. "
+    "A shark hardly ever eats a pilot fish. When they are young, they gather around jellyfish.",
+    "remoras.md": "# Remoras\n\nA remora holds on to sharks and whales with a disc on its head.",
     "bread.txt": "Bread rises because yeast makes gas. The oven has to be hot before the loaf goes in.",
 }
 QUESTION = "What do pilot fish eat?"

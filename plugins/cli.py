@@ -1,6 +1,23 @@
 """What commands of several plugins share."""
 
+from collections.abc import Sequence
+
 import typer
+
+from .config import ConfigError
+
+
+def single(flag: str, values: Sequence[str] | None) -> str | None:
+    """An option that may be given once: of several, others would go without a word.
+
+    Raises:
+        ConfigError: it was given more than once.
+    """
+    if values is not None and len(values) > 1:
+        raise ConfigError(
+            f"{flag}: given {len(values)} times ({', '.join(values)}); one plugin of a kind serves an engine"
+        )
+    return values[0] if values else None
 
 
 def extend(cli: typer.Typer, name: str, group: typer.Typer) -> None:

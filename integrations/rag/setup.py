@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...plugins.cli import single
 from ...plugins.config import ConfigError
 from ...retrieval.cli import Folder, refusals
 
@@ -31,8 +32,10 @@ class Setup:
         str | None,
         typer.Option(help="Start a vLLM server of this model for as long as the command runs; see `serve`."),
     ] = None
-    drafter: Annotated[str | None, typer.Option(help="Of the server that is started: NAME[,key=value...].")] = None
-    kv: Annotated[str | None, typer.Option(help="Likewise, a KV policy.")] = None
+    drafter: Annotated[list[str] | None, typer.Option(help="Of the server that is started: NAME[,key=value...].")] = (
+        None
+    )
+    kv: Annotated[list[str] | None, typer.Option(help="Likewise, a KV policy.")] = None
     k: Annotated[int, typer.Option("-k", min=1, max=100, help="Passages of a prompt.")] = 4
     threshold: Annotated[
         float | None,
@@ -64,7 +67,11 @@ class Setup:
             least = thresholds.read(self.folder) if self.threshold is None else self.threshold
             server = self.server
             if self.start is not None:
-                chosen = [(f"--{kind}", name) for kind in ("drafter", "kv") if (name := getattr(self, kind))]
+                chosen = [
+                    (f"--{kind}", name)
+                    for kind in ("drafter", "kv")
+                    if (name := single(f"--{kind}", getattr(self, kind)))
+                ]
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)
                 every = [*(word for pair in chosen for word in pair), *arguments]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ...plugins.cli import extend
+from ...plugins.cli import extend, single
 from ...plugins.hookspecs import hookimpl
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
@@ -40,9 +40,9 @@ def register_commands(cli: typer.Typer) -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
-    drafter: Annotated[str | None, typer.Option(help="A drafter: NAME[,key=value...].")] = None,
-    kv: Annotated[str | None, typer.Option(help="A KV policy: NAME[,key=value...].")] = None,
-    pruner: Annotated[str | None, typer.Option(help="A visual pruner: NAME[,key=value...].")] = None,
+    drafter: Annotated[list[str] | None, typer.Option(help="A drafter: NAME[,key=value...].")] = None,
+    kv: Annotated[list[str] | None, typer.Option(help="A KV policy: NAME[,key=value...].")] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="A visual pruner: NAME[,key=value...].")] = None,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(min=1, max=127, help="Most tokens drafted in a step [default: the drafter's].")
     ] = None,
@@ -54,7 +54,7 @@ def serve(
 
     plan = serving.compose(
         model,
-        {"drafter": drafter, "kv": kv, "pruner": pruner},
+        {kind: single(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
         list(context.args),
         num_speculative_tokens=num_speculative_tokens,
         allow_untested_vllm=allow_untested_vllm,

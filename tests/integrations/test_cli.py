@@ -165,6 +165,7 @@ def test_serve_wants_the_model_first(cli: Callable) -> None:
     refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
     refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a name")
     refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a name that can be used")
+    refused(cli("serve", MODEL, "--pruner", "aim", "--pruner", "globalcom2"), "--pruner", "given 2 times")
 
 
 def test_the_kill_switch_serves_plain_vllm(cli: Callable) -> None:
