@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ConfigError, Selection, build_options
-from .contracts import Arrays, IndexKind, Reason
+from .contracts import Arrays, IndexKind, Reading, Reason
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
@@ -173,6 +173,12 @@ class Hybrid(IndexKind):
             else:
                 reasons.append(Reason(member, None, 0.0, imputed=True))
         return reasons
+
+    def reading(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> Reading | None:
+        """That of the first member that reads words."""
+        asked = self._asked(settings).items()
+        readings = (kind.reading(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)
+        return next((found for found in readings if found is not None), None)
 
     def _asked(self, settings: HybridSettings) -> dict[str, tuple[Any, Any, float]]:
         """Members that take part, their settings and weights.

@@ -65,17 +65,12 @@ def similarity(index: Index, query: str, text: str) -> float | None:
 
 def words(index: Index, query: str, text: str, most: int = 12) -> list[tuple[str, float]]:
     """Words of the vocabulary that query and text share, and what each adds; of indexes with VDR."""
-    kinds = getattr(index.kind, "members", {index.kind.name: index.kind})
-    encoders = getattr(index.encoder, "encoders", {index.kind.name: index.encoder})
-    settings = index.settings()
-    for name, kind in kinds.items():
-        own = getattr(settings, "settings", {}).get(name, {}) if kind is not index.kind else None
-        reading = kind.reading(encoders[name], query, text, settings if own is None else kind.Settings(**own))
-        if reading is not None:
-            theirs = dict(reading.document)
-            both = [(word, round(weight * theirs[word], 4)) for word, weight in reading.query if word in theirs]
-            return sorted(both, key=lambda pair: -pair[1])[:most]
-    return []
+    reading = index.kind.reading(index.encoder, query, text, index.settings())
+    if reading is None:
+        return []
+    theirs = dict(reading.document)
+    both = [(word, round(weight * theirs[word], 4)) for word, weight in reading.query if word in theirs]
+    return sorted(both, key=lambda pair: -pair[1])[:most]
 
 
 def _tokens(encoder: Any) -> Any | None:
