@@ -82,6 +82,8 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; D
 	  --out benchmarks/results/retrieval_scifact.json
 	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --arms vdr,vdr@exhaustive=true,sparse_encoder \
 	  --out benchmarks/results/retrieval_sparse_encoder.json
+	$(BIN)/pilotfish bench retrieval --data $(DATA)/retrieval/vaswani --queries 20 --repeats 1 \
+	  --arms xtr@codec=rabitq,xtr@codec=pq,xtr,vdr,bm25,dense,bm25s --out benchmarks/results/retrieval_memory.json
 	$(BIN)/python benchmarks/sparse_scale.py
 	$(BIN)/python benchmarks/token_scale.py $(DATA)
 	$(BIN)/python benchmarks/query_encoding.py $(DATA)

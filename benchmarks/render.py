@@ -181,6 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_twice": tree_tables.twice,
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
+    "retrieval_memory": retrieval_tables.retrieval_memory,
     "retrieval_words": retrieval_tables.retrieval_words,
     "retrieval_sparse_encoder": retrieval_tables.retrieval_sparse_encoder,
     "retrieval_hybrid": retrieval_tables.retrieval_hybrid,

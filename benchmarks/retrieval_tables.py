@@ -52,6 +52,22 @@ def retrieval() -> str:
     return _table("retrieval", TOKENS)
 
 
+def retrieval_memory() -> str:
+    """What building takes, arm by arm."""
+    found = {k: v for k, v in figures(load("retrieval_memory")).items() if "build_peak_mib" in v}
+    rows = [
+        [
+            dataset,
+            label(arm),
+            *(f"{values[m]:.0f}" for m in ("build_peak_mib", "index_mib")),
+            f"{values['build_s']:.1f}",
+        ]
+        for (dataset, _, arm), values in found.items()
+    ]
+    head = ["collection", "index", "MiB at most, while built", "MiB on disk", "build s"]
+    return markdown(head, rows) + provenance(load("retrieval_memory"))
+
+
 def retrieval_scifact() -> str:
     """The same on scifact, whose queries are those of its training part."""
     return _table("retrieval_scifact", (*TOKENS, *WORDS, "dense", "hybrid"))

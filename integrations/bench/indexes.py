@@ -22,6 +22,7 @@ from ...retrieval.encoders import MINILM, vdr
 from ...retrieval.tokens import Tokens
 from . import peers
 from .corpus import Corpus
+from .memory import Peak
 
 DEPTH = 100
 EXACT = {"probes": 1 << 20, "impute": "kprime", "kprime": 1000}
@@ -38,6 +39,7 @@ class Arm:
     build_seconds: float
     bytes: int
     postings: float = 0  # of a document
+    peak_mib: float | None = None  # of building; None where another process built
 
 
 def _timed(search: Search) -> Timed:
@@ -83,12 +85,13 @@ def make(name: str, corpus: Corpus, threads: int, python: Path | None) -> Arm:
         package, other = OTHERS[chosen.name]
         if find_spec(package) is None:
             raise ConfigError(f"arm {chosen.name} needs {package}; pip install pilotfish[bench]")
-        search, size = other(corpus)
+        with Peak() as peak:
+            search, size = other(corpus)
     elif chosen.name in peers.NAMES:
         return _peer(name, chosen, corpus, threads, python)
     else:
         return _index(name, chosen, corpus)
-    return Arm(name, _timed(search), time.perf_counter() - started, size)
+    return Arm(name, _timed(search), time.perf_counter() - started, size, peak_mib=peak.mib)
 
 
 def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> Arm:
@@ -206,10 +209,11 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
         store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
         documents = [Document(i, t, {}) for i, t in zip(corpus.ids, corpus.texts, strict=True)]
         started = time.perf_counter()
-        shared = kind.train(encoded, len(corpus.ids))
-        rows, arrays = kind.segment(encoded, np.arange(len(corpus.ids)), shared)
-        with store.writer() as writer:
-            writer.commit(Change(documents, segments=[(len(corpus.ids), rows, arrays)], shared=shared))
+        with Peak() as peak:
+            shared = kind.train(encoded, len(corpus.ids))
+            rows, arrays = kind.segment(encoded, np.arange(len(corpus.ids)), shared)
+            with store.writer() as writer:
+                writer.commit(Change(documents, segments=[(len(corpus.ids), rows, arrays)], shared=shared))
         seconds = time.perf_counter() - started
         snapshot = store.snapshot
         store.close()
@@ -225,7 +229,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
         found = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
         return again(number, found).tolist()
 
-    return Arm(name, _timed(search), seconds, size, rows / len(corpus.ids))
+    return Arm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak.mib)
 
 
 def _usual(kind: Any, tokens: str) -> str:

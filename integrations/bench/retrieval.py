@@ -84,6 +84,7 @@ def _measured(c: Corpus, plan: Plan, raw: dict[str, Any]) -> list[Record]:
             ("bytes_per_token", arm.bytes / count, "bytes"),
             ("index_mib", arm.bytes / 2**20, "MiB"),
             ("postings_per_document", arm.postings, ""),
+            *([("build_peak_mib", arm.peak_mib, "MiB")] if arm.peak_mib is not None else []),
         ]
         size = {"documents": len(c.ids), "tokens": count, "queries": len(c.asked), "threads": plan.threads}
         records += [Record("retrieval", c.name, arm.name, m, round(v, 4), u, [], size) for m, v, u in figures]

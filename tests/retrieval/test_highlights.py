@@ -1,5 +1,6 @@
 """What of a text met a query: places, words, nearness."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_tokens_are_marked_where_they_stand(tmp_path: Path) -> None:
     marked = {TEXT[m.begin : m.end].lower(): m for m in marks}
     assert {"fish", "sharks"} <= marked.keys()
     assert marked["sharks"].query == "shark" and marked["sharks"].weight > 0.5
-    assert all(a.end <= b.begin for a, b in zip(marks, marks[1:], strict=False)), "in their order, none twice"
+    assert all(a.end <= b.begin for a, b in itertools.pairwise(marks)), "in their order, none twice"
     near, far = (highlights.similarity(index, q, TEXT) for q in ("Which fish travel with sharks?", "Who won the cup?"))
     assert near is not None and far is not None and near > far + 0.2
     assert highlights.words(index, "fish", TEXT) == []

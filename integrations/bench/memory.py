@@ -1,0 +1,41 @@
+"""How much memory something takes while it is done."""
+
+import threading
+from pathlib import Path
+
+EVERY = 0.005  # seconds
+
+
+def resident() -> float:
+    """MiB of this process that are in memory; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+
+
+class Peak:
+    """Looks while a block runs: ``mib`` is then the most that was resident, beyond what was before it.
+
+    Memory that the process had free already is not counted; so it is a lower bound where much was done before.
+    """
+
+    mib = 0.0
+
+    def __enter__(self) -> "Peak":
+        self._before, self._ended = resident(), threading.Event()
+        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._looking.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._looking.join()
+
+    def _look(self) -> None:
+        while True:
+            ended = self._ended.wait(EVERY)
+            self.mib = max(self.mib, resident() - self._before)
+            if ended:
+                return
