@@ -19,7 +19,7 @@ DOCUMENTS = {
     "remoras.md": "# Remoras\n\nA remora holds on to sharks and whales with a disc on its head.",
     "bread.txt": "Bread rises because yeast makes gas. The oven has to be hot before the loaf goes in.",
 }
-QUESTION = "What do pilot fish eat?"
+QUESTION = "What does a remora hold on to?"
 PORT = 8791
 
 

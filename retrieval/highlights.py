@@ -46,7 +46,11 @@ def marks(index: Index, query: str, text: str) -> list[Mark]:
         at = int(products[i].argmax())
         begin, end = spans[at]
         weight = float(products[i, at])
-        if end > begin and weight >= LEAST and weight > best.get((begin, end), Mark(0, 0, 0.0, "")).weight:
+        if (
+            _WORD.search(text, begin, end)
+            and weight >= LEAST
+            and weight > best.get((begin, end), Mark(0, 0, 0.0, "")).weight
+        ):
             best[begin, end] = Mark(begin, end, min(round(weight, 3), 1.0), word)
     return [best[place] for place in sorted(best)]
 

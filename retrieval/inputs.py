@@ -43,8 +43,8 @@ class Source:
         """Find the files.
 
         Args:
-            paths: Files, folders (searched through, hidden files and indexes left out), or ``-`` for records on
-                standard input.
+            paths: Files, folders (searched through; hidden files, indexes, and JSON that is no list left out), or
+                ``-`` for records on standard input.
             chunk: Cuts a text into pieces.
             number_ids: Records without an id get their file and number for one.
 
@@ -146,7 +146,7 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
                 ]
                 if broken := next((p for p in inside if not p.exists()), None):
                     raise RetrievalError(f"{broken}: a link to nothing")
-                found += [(p, p.relative_to(path).as_posix()) for p in inside]
+                found += [(p, p.relative_to(path).as_posix()) for p in inside if not _settings(p)]
         else:
             raise RetrievalError(f"{given}: no such file or folder")
     if not found:
@@ -156,6 +156,20 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
         twice = next(n for n in names if names.count(n) > 1)
         raise RetrievalError(f"{twice}: two files of that name would give the same ids; index their common folder")
     return found
+
+
+def _settings(path: Path) -> bool:
+    """Whether a file of a folder is JSON that is no list: settings of some program, not documents.
+
+    One that cannot be read is taken for documents, and refused when it is read.
+    """
+    if _suffix(path.name) != ".json":
+        return False
+    try:
+        with _open(path, path.name) as file:
+            return file.read(4096).lstrip()[:1] == "{"
+    except (OSError, ValueError, EOFError, zlib.error):
+        return False
 
 
 def _suffix(name: str) -> str:

@@ -19,6 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from .allocator import give_back
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
 from .index import Index
 from .kinds import checked_settings
@@ -185,6 +186,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             given = [d.model_dump() for d in addition.documents]
             with writing:
                 changed = index.upsert(given) if addition.upsert else index.add(given)
+            give_back()
             return Count(changed=changed, documents=len(index))
 
         @app.post("/delete", dependencies=[Depends(known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
@@ -193,6 +195,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
                 raise HTTPException(400, "name ids, or give a filter in where")
             with writing:
                 changed = index.delete(deletion.ids, deletion.where)
+            give_back()
             return Count(changed=changed, documents=len(index))
 
     return app

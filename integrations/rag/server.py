@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
+from ...retrieval.allocator import give_back
 from ...retrieval.errors import RetrievalError
 from ...retrieval.filters import Compare
 from ...retrieval.incoming import CHUNK_TOKENS, OVERLAP
@@ -162,6 +163,7 @@ def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> 
         old = [d.id for d in index.select(Compare(("source",), "=", (name,))) if d.id not in new]
         added = index.upsert(given)
         index.delete(old)
+    give_back()
     return {"added": added, "documents": len(index)}
 
 

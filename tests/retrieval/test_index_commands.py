@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pilotfish.retrieval import RetrievalError
+from pilotfish.retrieval import Index, RetrievalError
 from pilotfish.retrieval.inputs import Source
 
 DOCUMENTS = [
@@ -324,6 +324,17 @@ def test_an_index_beside_its_documents(inside: Callable, tmp_path: Path, monkeyp
     answer = inside("index", "build", "third", ".")
     assert (answer.returncode, "a link to nothing" in answer.stderr) == (2, True)
     assert not (tmp_path / "third").exists()
+
+
+def test_settings_among_documents_are_left_out(inside: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Pilot fish.")
+    (folder / "settings.json").write_text(' {"panels": []}')
+    assert inside("index", "build", str(tmp_path / "i"), str(folder), "--kind", "bm25").returncode == 0
+    assert list(Index.open(tmp_path / "i").ids()) == ["a.txt#0"]
+    named = inside("index", "add", str(tmp_path / "i"), str(folder / "settings.json"))
+    assert (named.returncode, "expected a list" in named.stderr) == (2, True), "but not where it is named"
 
 
 def test_tables_of_other_programs(tmp_path: Path) -> None:
