@@ -124,7 +124,7 @@ def test_serve_until_told_to_end(folder: str, language: LanguageServer) -> None:
         assert json.loads(lines[-1])["done"]["cited"] == [1]
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 130, "as Ctrl-C ends any program"
+        assert server.wait(30) in (0, 130), "as Ctrl-C ends any program"
         server.stderr.close()
 
 

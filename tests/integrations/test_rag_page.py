@@ -80,7 +80,7 @@ def test_from_documents_to_a_citation(open_page: Any, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     page.set_input_files("#files", [str(tmp_path / name) for name in FILES])
     expect(page.locator("#status")).to_contain_text("3 passages")
-    assert page.locator("#uploads li").all_inner_texts() == [f"{name}: 1 passages added" for name in FILES]
+    assert page.locator("#uploads li").all_inner_texts() == [f"{name}: 1 passage added" for name in FILES]
 
     page.fill("#question", "slow: whom do pilot fish travel with?")
     page.click("#send")
@@ -153,7 +153,7 @@ def test_documents_are_shown_as_text(open_page: Any, tmp_path: Path) -> None:
     page = open_page()
     (tmp_path / "<i>nasty.txt").write_text(NASTY)
     page.set_input_files("#files", str(tmp_path / "<i>nasty.txt"))
-    expect(page.locator("#uploads")).to_contain_text("1 passages added")
+    expect(page.locator("#uploads")).to_contain_text("1 passage added")
     assert "<img src=x" in ask(page, "what is bold in the shop of horrors?").replace("&lt;", "<")
     page.locator("#passages button").first.click()
     page.wait_for_selector("dialog[open]")

@@ -177,7 +177,7 @@ at("files").addEventListener("change", async () => {
     try {
       const answer = await asked(`/documents?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
       const told = await answer.json();
-      item.textContent = `${file.name}: ${told.added} passages added`;
+      item.textContent = `${file.name}: ${told.added} ${told.added === 1 ? "passage" : "passages"} added`;
     } catch (error) {
       item.textContent = `${file.name}: ${error.message}`;
       item.className = "bad";
