@@ -102,13 +102,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is not None:
         from pilotfish.integrations.bench import record
 
-        sys.argv = ["make", "compatibility"]
         record.write(
             path,
             [
                 record.Record("compatibility", feature, plugin, "works", float(passed), "", [], {"test": test})
                 for plugin, feature, test, passed in SHOWN
             ],
+            command="make compatibility",
         )
 
 

@@ -34,12 +34,12 @@ class Record:
     params: dict[str, Any] = field(default_factory=dict)
 
 
-def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None) -> None:
-    """Write a result file, whole or not at all."""
+def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None, command: str | None = None) -> None:
+    """Write a result file, whole or not at all; ``command`` repeats it, that of this process where nothing is said."""
     result = {
         "machine": machine(),
         "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := version(name)) is not None},
-        "command": shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
+        "command": command or shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "records": [asdict(r) for r in records],
     }
