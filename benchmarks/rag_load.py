@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--drafter", default="rasd", help="of the engine; empty for none")
     parser.add_argument("--out", type=Path, default=record_path())
     given = parser.parse_args()
     record.check(given.out)

@@ -1,8 +1,10 @@
 """A question, an index, a language model behind an OpenAI-compatible server: an answer with citations, as it comes."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from ...retrieval.index import Index
 from . import citations, prompt, savings
 
 UNKNOWN = "I do not know."
+PATIENCE = 30  # seconds for a server to name its models
 NOTHING = "I do not know: nothing in the documents comes near the question."
 
 
@@ -173,8 +176,8 @@ class Answerer:
         parts: list[str] = []
         tokens: dict[str, int] = {}
         first = 0.0
-        try:
-            stream = await self._clients().openai.chat.completions.create(
+        with _understood(self.url):
+            asked = self._clients().openai.chat.completions.create(
                 model=self.model,
                 messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
                 max_tokens=self.max_tokens,
@@ -183,18 +186,19 @@ class Answerer:
                 temperature=self.options.get("temperature"),
                 extra_body={k: v for k, v in self.options.items() if k != "temperature"},
             )
-            async for chunk in stream:
-                if chunk.usage is not None:
-                    details = chunk.usage.prompt_tokens_details
-                    tokens = {"prompt": chunk.usage.prompt_tokens, "answer": chunk.usage.completion_tokens}
-                    tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
-                if chunk.choices and (text := chunk.choices[0].delta.content):
-                    first = first or _since(begun)
-                    parts.append(text)
-                    yield Text(text)
-        except openai.APIError as error:
-            raise ServerError(f"{self.url}: {_reason(error)}") from None
-        took = {"retrieval": found.milliseconds, "first_token": first, "total": _since(begun)}
+            async with await asked as stream:
+                async for chunk in stream:
+                    if chunk.usage is not None:
+                        details = chunk.usage.prompt_tokens_details
+                        tokens = {"prompt": chunk.usage.prompt_tokens, "answer": chunk.usage.completion_tokens}
+                        tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
+                    if chunk.choices and (text := chunk.choices[0].delta.content):
+                        first = first or _since(begun)
+                        parts.append(text)
+                        yield Text(text)
+        if not parts and not tokens:
+            raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
+        took = {"retrieval": found.milliseconds, "first_token": first or _since(begun), "total": _since(begun)}
         after = await self.counters()
         saved = after.since(before) if before is not None and after is not None else {}
         text = "".join(parts).strip()
@@ -219,13 +223,11 @@ async def named(url: str, model: str | None, key: str) -> str:
     Raises:
         ServerError: there is no server, or it has no such model.
     """
-    try:
-        async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1) as client:
+    with _understood(url):
+        async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1, timeout=PATIENCE) as client:
             names = [m.id async for m in client.models.list()]
-    except openai.APIError as error:
-        raise ServerError(f"{url}: {_reason(error)}") from None
     if not names or model not in (None, *names):
-        raise ServerError(f"{url}: has no model {model}; it has {', '.join(names) or 'none'}")
+        raise ServerError(f"{url}: has no model {model or 'at all'}; it has {', '.join(names) or 'none'}")
     return model or names[0]
 
 
@@ -233,6 +235,26 @@ def refused(text: str) -> bool:
     """Whether a model says that it does not know."""
     plain = text.lower().replace("’", "'").replace("don't", "do not")
     return plain.startswith(UNKNOWN.lower().rstrip(".")) or not plain.strip()
+
+
+@contextlib.contextmanager
+def _understood(url: str) -> Iterator[None]:
+    """What goes wrong between us and a server becomes one line.
+
+    Raises:
+        ServerError: it did.
+    """
+    try:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or urllib.parse.urlsplit(url).port == 0:
+            raise ServerError(f"{url}: is no server's address; expected http://HOST:PORT/v1")
+        yield
+    except openai.APIError as error:
+        raise ServerError(f"{url}: {_reason(error)}") from None
+    except ServerError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
+        told = " ".join(str(error).split())[:100]
+        raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({told})") from None
 
 
 def _since(started: float) -> float:

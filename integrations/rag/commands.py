@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ...plugins.cli import extend
+from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...retrieval.cli import AsJson, Host, Token, Where, check_host, lines
 from . import measuring
@@ -39,6 +40,8 @@ def ask(
                 await _shown(events)
         await answerer.close()
 
+    if not question.strip():
+        raise ConfigError("QUESTION: says nothing")
     with setup.ready(arguments) as answerer:
         asyncio.run(work())
 

@@ -39,7 +39,7 @@ async def read(client: httpx.AsyncClient, url: str) -> Counters | None:
     """
     try:
         answer = await client.get(f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=5)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return None
     if answer.status_code != 200:
         return None

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -56,6 +57,8 @@ class Setup:
             raise ConfigError(
                 f"{stray}: is for the server that --start MODEL begins; give it to your own server instead"
             )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"--threshold: expected a number, got {self.threshold}")
         with refusals(), contextlib.ExitStack() as stack:
             from ...retrieval.index import Index
             from . import answering, engine

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,10 @@ def read(folder: Path) -> float:
         RetrievalError: the file is none of ours.
     """
     try:
-        return float(json.loads((folder / NAME).read_text(encoding="utf-8"))["threshold"])
+        found = float(json.loads((folder / NAME).read_text(encoding="utf-8"))["threshold"])
+        if not math.isfinite(found):
+            raise ValueError
+        return found
     except FileNotFoundError:
         return 0.0
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,11 +1,13 @@
 """An answer as it comes: passages, text, citations, times; what is refused, and what fails."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 import pytest
-from language_server import MODEL, LanguageServer
+from fastapi import FastAPI, Response
+from language_server import MODEL, LanguageServer, serving
 
 from pilotfish.integrations.rag import answering, evaluation, prompt, questions
 from pilotfish.integrations.rag.answering import Answerer, Done, Found, ServerError, Text
@@ -78,6 +80,38 @@ async def test_failures_are_named(documents: Index, language: LanguageServer) ->
     assert await answering.named(language.url, None, "none") == MODEL
     with pytest.raises(ServerError, match=f"no model other; it has {MODEL}"):
         await answering.named(language.url, "other", "none")
+
+
+MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "test"}]}
+
+
+@pytest.mark.parametrize(
+    ("models", "chat", "told"),
+    [
+        ("<html>", "", "does not answer as OpenAI's protocol"),
+        ("{", "", "does not answer as OpenAI's protocol"),
+        ("[1]", "", "does not answer as OpenAI's protocol"),
+        ("{}", "", "no model at all"),
+        (MODELS, "data: {not json}\n\n", "does not answer as OpenAI's protocol"),
+        (MODELS, "data: [1, 2]\n\n", "does not answer as OpenAI's protocol"),
+        (MODELS, "<html>", "held nothing"),
+        (MODELS, "", "held nothing"),
+    ],
+)
+async def test_servers_of_other_protocols_are_told(documents: Index, models: Any, chat: str, told: str) -> None:
+    app = FastAPI()
+    text = models if isinstance(models, str) else json.dumps(models)
+    app.get("/v1/models")(lambda: Response(text, media_type="application/json" if text[0] in "{[" else "text/html"))
+    app.post("/v1/chat/completions")(lambda: Response(chat, media_type="text/event-stream"))
+    app.get("/metrics")(lambda: Response(b"\xff\xfe", media_type="text/plain"))
+    with serving(app) as url, pytest.raises(ServerError, match=told):
+        await events(Answerer(documents, f"{url}/v1"), "sharks")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "ftp://x/v1", "", "http://x:99999/v1"])
+async def test_what_is_no_address_is_told(documents: Index, url: str) -> None:
+    with pytest.raises(ServerError):
+        await events(Answerer(documents, url), "sharks")
 
 
 async def test_counters_of_other_servers_are_none(documents: Index, language: LanguageServer) -> None:

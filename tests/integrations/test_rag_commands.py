@@ -82,6 +82,8 @@ def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServe
     refused(cli("rag", "ask", folder, "x", "--start", "smollm2-135m-instruct", "--drafter", "rasdd"), "rasd")
     refused(cli("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
     refused(cli("rag", "serve", folder, *here, "--host", "0.0.0.0"), "--token")
+    refused(cli("rag", "ask", folder, " ", *here), "says nothing")
+    refused(cli("rag", "ask", folder, "x", *here, "--threshold", "nan"), "--threshold")
     failed = cli("rag", "ask", folder, "broken sharks", *here)
     assert (failed.returncode, failed.stdout.strip()) == (2, "Pilot fish")
     assert "the engine has died" in failed.stderr and "Traceback" not in failed.stderr
