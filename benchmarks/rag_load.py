@@ -120,10 +120,11 @@ def main() -> int:
     given = parser.parse_args()
     record.check(given.out)
     collection = questions.read(given.data / "xquad")
+    drafting = ["--drafter", given.drafter] if given.drafter else []
     texts = [d["text"] for d in collection.documents.values()]
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine.started(MODEL, ["--drafter", "rasd", "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
+        engine.started(MODEL, [*drafting, "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
     ):
         with Index.create(Path(folder) / "index") as index:
             index.add(collection.documents.values())

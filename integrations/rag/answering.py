@@ -109,6 +109,9 @@ class Answerer:
         threshold: Similarity of the best passage below which nothing is asked of the model; see `rag eval`.
         max_tokens: Of an answer, at most.
         options: Further fields of requests, as ``temperature`` or vLLM's ``vllm_xargs``.
+
+    Raises:
+        ServerError: ``url`` is none.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Answerer:
         max_tokens: int = 256,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.index, self.url, self.model, self.k, self.threshold = index, url, model, k, threshold
+        self.index, self.url, self.model, self.k, self.threshold = index, _address(url), model, k, threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
         self._key = key
         self._connected: tuple[asyncio.AbstractEventLoop, _Clients] | None = None
@@ -224,7 +227,7 @@ async def named(url: str, model: str | None, key: str) -> str:
         ServerError: there is no server, or it has no such model.
     """
     with _understood(url):
-        async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1, timeout=PATIENCE) as client:
+        async with openai.AsyncOpenAI(base_url=_address(url), api_key=key, max_retries=1, timeout=PATIENCE) as client:
             names = [m.id async for m in client.models.list()]
     if not names or model not in (None, *names):
         raise ServerError(f"{url}: has no model {model or 'at all'}; it has {', '.join(names) or 'none'}")
@@ -237,6 +240,21 @@ def refused(text: str) -> bool:
     return plain.startswith(UNKNOWN.lower().rstrip(".")) or not plain.strip()
 
 
+def _address(url: str) -> str:
+    """A server's URL, if it is one.
+
+    Raises:
+        ServerError: it is none.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    except ValueError:
+        pass
+    raise ServerError(f"{url or 'the empty text'}: is no server's address; expected http://HOST:PORT/v1")
+
+
 @contextlib.contextmanager
 def _understood(url: str) -> Iterator[None]:
     """What goes wrong between us and a server becomes one line.
@@ -245,13 +263,9 @@ def _understood(url: str) -> Iterator[None]:
         ServerError: it did.
     """
     try:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https") or urllib.parse.urlsplit(url).port == 0:
-            raise ServerError(f"{url}: is no server's address; expected http://HOST:PORT/v1")
         yield
     except openai.APIError as error:
         raise ServerError(f"{url}: {_reason(error)}") from None
-    except ServerError:
-        raise
     except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
         told = " ".join(str(error).split())[:100]
         raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({told})") from None
