@@ -10,7 +10,6 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 
 from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.memory import of_all
 from pilotfish.integrations.bench.record import Record
 from pilotfish.integrations.rag import engine, questions
 from pilotfish.retrieval import Index
@@ -27,22 +27,7 @@ from pilotfish.retrieval import Index
 MODEL = "smollm2-135m-instruct"
 SETTLED = 0.4  # of the time: until then caches fill, and memory is expected to grow
 CHANGED = 10  # documents, each second
-
-
-def resident(pid: int) -> float:
-    """MiB of a process and its children that are in memory."""
-    total, waiting = 0.0, [pid]
-    while waiting:
-        one = waiting.pop()
-        try:
-            status = Path(f"/proc/{one}/status").read_text()
-            waiting += [
-                int(c) for t in Path(f"/proc/{one}/task").iterdir() for c in (t / "children").read_text().split()
-            ]
-        except OSError:
-            continue
-        total += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0) / 1024
-    return total
+OUT = Path(__file__).parent / "results" / "rag_load.json"
 
 
 async def ask(client: httpx.AsyncClient, url: str, question: str) -> dict[str, Any]:
@@ -102,7 +87,7 @@ async def load(
                 begun = time.perf_counter()
                 (await client.get(f"{url}/health")).raise_for_status()
                 health.append(time.perf_counter() - begun)
-                memory.append({name: resident(pid) for name, pid in pids.items()})
+                memory.append({name: of_all(pid) for name, pid in pids.items()})
                 await asyncio.sleep(2)
 
         await asyncio.gather(editor(), watch(), *(person(i) for i in range(people)))
@@ -110,13 +95,13 @@ async def load(
 
 
 def main() -> int:
-    """Measure, and write the JSON; exit code 1 where something failed or grew."""
+    """Measure, and write the JSON; exit code 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--people", type=int, default=16)
     parser.add_argument("--drafter", default="rasd", help="of the engine; empty for none")
-    parser.add_argument("--out", type=Path, default=record_path())
+    parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     record.check(given.out)
     collection = questions.read(given.data / "xquad")
@@ -124,35 +109,17 @@ def main() -> int:
     texts = [d["text"] for d in collection.documents.values()]
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine.started(MODEL, [*drafting, "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
+        engine.running(["serve", MODEL], [*drafting, "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
     ):
         with Index.create(Path(folder) / "index") as index:
             index.add(collection.documents.values())
-        log = (Path(folder) / "rag.log").open("w+")
-        command = [
-            sys.executable,
-            "-m",
-            "pilotfish",
-            "rag",
-            "serve",
-            f"{folder}/index",
-            "--server",
-            server,
-            "--port",
-            "8790",
-        ]
-        page = subprocess.Popen([*command, "--max-tokens", "64"], stderr=log)
-        try:
-            url = "http://127.0.0.1:8790"
-            wait(url, page)
-            pids = {"index and page": page.pid, "engine": engine_pid(server)}
+        serve, options = ["rag", "serve", f"{folder}/index"], ["--server", f"{server.url}/v1", "--max-tokens", "64"]
+        with engine.running(serve, options) as page:
+            pids = {"index and page": page.pid, "engine": server.pid}
             asked = [c.question for c in collection.cases]
-            answers, changes, memory, health = asyncio.run(load(url, asked, texts, given.seconds, given.people, pids))
-            documents = httpx.get(f"{url}/health").json()["documents"]
-        finally:
-            page.terminate()
-            page.wait()
-            log.close()
+            found = load(page.url, asked, texts, given.seconds, given.people, pids)
+            answers, changes, memory, health = asyncio.run(found)
+            documents = httpx.get(f"{page.url}/health").json()["documents"]
         with Index.open(Path(folder) / "index") as index:
             index.check()
             assert len(index) == documents
@@ -194,36 +161,6 @@ def figures(
     return [
         Record("rag_load", "xquad", arm, metric, round(value, 4), unit, [], params) for arm, metric, value, unit in rows
     ]
-
-
-def record_path() -> Path:
-    """Where results go."""
-    return Path(__file__).parent / "results" / "rag_load.json"
-
-
-def wait(url: str, page: subprocess.Popen) -> None:
-    """Until the page answers."""
-    while True:
-        try:
-            httpx.get(f"{url}/health")
-            return
-        except httpx.HTTPError:
-            if page.poll() is not None:
-                raise SystemExit("the page ended before it answered") from None
-            time.sleep(0.3)
-
-
-def engine_pid(server: str) -> int:
-    """The process that was started for a server's URL."""
-    port = server.rpartition(":")[2].partition("/")[0]
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"--port" in words and port.encode() in words and any(b"vllm" in w for w in words):
-            return int(folder.name)
-    raise SystemExit("the engine's process is not there")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables of questions answered from documents."""
 
-from common import load, markdown, provenance
+from common import figures, load, markdown, provenance
 
 ARMS = {
     "rasd": "RASD",
@@ -13,14 +13,11 @@ ARMS = {
 
 def _figures(result: dict) -> dict[tuple[str, str], dict[str, float]]:
     """``(dataset, arm) -> metric -> value``."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for r in result["records"]:
-        found.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
-    return found
+    return {(dataset, arm): found for (dataset, _, arm), found in figures(result).items()}
 
 
-def _cell(figures: dict[str, float], metric: str, form: str) -> str:
-    return form.format(figures[metric]) if metric in figures else ""
+def _cell(found: dict[str, float], metric: str, form: str) -> str:
+    return form.format(found[metric]) if metric in found else ""
 
 
 def speed() -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from common import RESULTS
 
 from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.memory import status
 from pilotfish.integrations.bench.record import Record
 
 CODECS = ("sq4", "rabitq")
@@ -163,10 +164,10 @@ def search(place: Path) -> dict[str, float]:
 
 def _memory(what: str = "VmRSS") -> float:
     """MiB that are resident, or, as ``VmHWM``, that ever were."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"this system tells no {what}")
+    found = status(what)
+    if found is None:
+        raise RuntimeError(f"this system tells no {what}")
+    return found
 
 
 if __name__ == "__main__":

@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .contracts import ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import Later
+from .later import functional, torch
 from .pruning import grids
 from .pruning.shares import check_temperature
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from torch.nn import functional
-else:
-    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 @dataclass(frozen=True)

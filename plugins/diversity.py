@@ -16,15 +16,11 @@ import numpy as np
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import Later
+from .later import functional, torch
 from .pruning import grids, shares
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from torch.nn import functional
-else:
-    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 SKETCH = 64  # dimensions that tokens are projected to before they are compared
 

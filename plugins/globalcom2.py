@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import Later
+from .later import functional, torch
 from .pruning import grids, shares
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from torch.nn import functional
-else:
-    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 @dataclass(frozen=True)

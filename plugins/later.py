@@ -4,7 +4,9 @@ Every command loads every plugin, to know its name and options; torch alone take
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["functional", "torch"]
 
 
 class Later:
@@ -19,3 +21,10 @@ class Later:
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(importlib.import_module(self._name), attribute)
+
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as functional  # noqa: PLR0402 -- in the other form pyright does not see it
+else:
+    torch, functional = Later("torch"), Later("torch.nn.functional")

@@ -6,13 +6,28 @@ from pathlib import Path
 EVERY = 0.005  # seconds
 
 
+def status(what: str, process: int | str = "self") -> float | None:
+    """MiB of a process as Linux has it: ``VmRSS`` in memory, ``VmHWM`` that ever were; None where it does not tell."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what)), None)
+
+
 def resident() -> float:
     """MiB of this process that are in memory; 0 where the system does not tell."""
+    return status("VmRSS") or 0.0
+
+
+def of_all(process: int) -> float:
+    """MiB of a process and of those that it started that are in memory; of those that are there still."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        threads = list(Path(f"/proc/{process}/task").iterdir())
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)
+    return (status("VmRSS", process) or 0.0) + sum(of_all(child) for child in children)
 
 
 class Peak:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +103,9 @@ def _short(argument: str) -> str:
     return argument
 
 
-def table(records: list[dict[str, Any]], metric: str) -> dict[tuple[str, str], float]:
-    """``(dataset, arm) -> value`` of one metric."""
-    return {(r["dataset"], r["arm"]): r["value"] for r in records if r["metric"] == metric}
+def figures(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
+    """``(dataset, arm) -> metric -> value``."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for r in records:
+        found.setdefault((r.dataset, r.arm), {})[r.metric] = r.value
+    return found

@@ -33,6 +33,11 @@ class Measure:
     ratio: bool = False
     drawn: bool = False
 
+    @property
+    def heading(self) -> str:
+        """Title, and which way is better."""
+        return self.title + {1: ", more is better", -1: ", less is better", 0: ""}[self.better]
+
 
 MEASURES = (
     Measure("speedup", "speed-up", 1, True, True),
@@ -70,7 +75,7 @@ MEASURES = (
     Measure("cached_share", "prompt tokens cached", 1),
 )
 NAMED = {m.name: m for m in MEASURES}
-JUDGED = ("ndcg@10", "kl", "needle_recall", "contains", "f1", "exact_match")  # what quality is compared by
+JUDGED = ("ndcg@10", "needle_recall", "contains", "f1", "exact_match")  # what quality is compared by
 NOISE = 0.02  # of a ratio: less is none
 
 
@@ -120,7 +125,7 @@ def write(results: Sequence[dict[str, Any]], plugins: Iterable[str], out: Path) 
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sections = [_section(result) for result in results]
     summary = [row for plugin in sorted(ours) if (row := _summary(plugin, results))]
-    write_whole(out, page.render(sections=sections, summary=summary, losses=list(losses(results, ours))))
+    write_whole(out, page.render(sections=sections, summary=summary, losses=losses(results, ours)))
 
 
 def base(arm: str) -> str:
@@ -134,7 +139,7 @@ def place(r: dict[str, Any]) -> str:
     return ", ".join([r["dataset"], *(m for m in more if m.replace(" ", "_") not in r["dataset"])])
 
 
-def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> Iterable[dict[str, Any]]:
+def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, Any]]:
     """Where a plugin is slower than stock, or of less quality than what it is compared with, worst first."""
     found = []
     for result in results:
@@ -143,25 +148,19 @@ def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> Iterable[dict[s
             groups.setdefault((place(r), r["metric"]), []).append(r)
         for (where, metric), records in groups.items():
             measure = NAMED.get(metric)
-            if measure is None:
-                continue
-            if measure.ratio:
-                found += [
-                    {"arm": r["arm"], "where": where, "metric": measure.title, "value": r["value"], "against": 1.0,
-                     "by": "stock", "share": r["value"], "result": result["name"]}
-                    for r in records if base(r["arm"]) in ours and r["value"] < 1 - NOISE
-                ]  # fmt: skip
-            elif metric in JUDGED and metric != "kl":
-                others = [r for r in records if base(r["arm"]) not in ours]
-                if not others:
-                    continue
+            others = [r for r in records if base(r["arm"]) not in ours]
+            if measure is not None and measure.ratio:
+                least, by = 1.0, "stock"
+            elif measure is not None and metric in JUDGED and others:
                 best = max(others, key=lambda r: r["value"])
-                found += [
-                    {"arm": r["arm"], "where": where, "metric": measure.title, "value": r["value"],
-                     "against": best["value"], "by": _label(best["arm"]), "share": r["value"] / (best["value"] or 1),
-                     "result": result["name"]}
-                    for r in records if base(r["arm"]) in ours and r["value"] < best["value"] * (1 - NOISE)
-                ]  # fmt: skip
+                least, by = best["value"], _label(best["arm"])
+            else:
+                continue
+            found += [
+                {"arm": r["arm"], "where": where, "metric": measure.title, "value": r["value"], "against": least,
+                 "by": by, "share": r["value"] / (least or 1), "result": result["name"]}
+                for r in records if base(r["arm"]) in ours and r["value"] < least * (1 - NOISE)
+            ]  # fmt: skip
     return sorted(found, key=lambda loss: loss["share"])
 
 
@@ -215,10 +214,15 @@ def _section(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _grid(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
+    """Arms, places, and ``(arm, place) -> value``."""
+    cells = {(r["arm"], place(r)): r["value"] for r in records}
+    arms, places = (list(dict.fromkeys(each)) for each in zip(*cells, strict=True))
+    return arms, places, cells
+
+
 def _table(measure: Measure, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    places = list(dict.fromkeys(place(r) for r in records))
-    cells: dict[tuple[str, str], float] = {(r["arm"], place(r)): r["value"] for r in records}
-    arms = list(dict.fromkeys(r["arm"] for r in records))
+    arms, places, cells = _grid(records)
     best: dict[str, float] = {}
     if measure.better:
         choose = max if measure.better > 0 else min
@@ -237,7 +241,7 @@ def _table(measure: Measure, records: Sequence[dict[str, Any]]) -> dict[str, Any
         }
         for a in arms
     ]
-    return {"title": measure.title, "better": measure.better, "places": places, "rows": rows, "open": measure.drawn}
+    return {"title": measure.heading, "places": places, "rows": rows, "open": measure.drawn}
 
 
 def _label(arm: str) -> str:
@@ -256,9 +260,7 @@ def _bars(measure: Measure, records: Sequence[dict[str, Any]]) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    places = list(dict.fromkeys(place(r) for r in records))
-    arms = list(dict.fromkeys(r["arm"] for r in records))
-    cells = {(r["arm"], place(r)): r["value"] for r in records}
+    arms, places, cells = _grid(records)
     height = 0.8 / len(arms)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pilotfish", "font.family": "sans-serif"}):
         figure = Figure(figsize=(8, 0.7 + 0.19 * len(arms) * len(places) + 0.25 * len(places)), layout="constrained")
@@ -274,9 +276,7 @@ def _bars(measure: Measure, records: Sequence[dict[str, Any]]) -> str:
         axis.invert_yaxis()
         if measure.ratio:
             axis.axvline(1, color="#a3201b", linewidth=1)
-        axis.set_title(
-            measure.title + {1: ", more is better", -1: ", less is better", 0: ""}[measure.better], fontsize=10
-        )
+        axis.set_title(measure.heading, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         drawn = io.StringIO()

@@ -119,10 +119,7 @@ def _show(records: Sequence[Record]) -> None:
 
     metrics = ("ndcg@10", "recall@100", "query_ms_median", "query_ms_p95", "build_s", "index_mib")
     table = Table("collection", "arm", *metrics)
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for r in records:
-        found.setdefault((r.dataset, r.arm), {})[r.metric] = r.value
-    for (dataset, arm), values in found.items():
+    for (dataset, arm), values in record.figures(records).items():
         if "ndcg@10" in values:
             table.add_row(dataset, arm, *(f"{values[m]:.4g}" for m in metrics))
     Console().print(table)

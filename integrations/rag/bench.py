@@ -110,13 +110,11 @@ def run(plan: Plan) -> None:
 def prepared(plan: Plan, collection: Collection, stack: ExitStack, bar: Progress) -> Ready:
     """Put a dataset's passages into an index, but those held out; find its threshold by questions not asked later."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index"
-    away = collection.held_out(plan.hold_out, plan.seed)
     task = bar.add_task(f"{collection.name}: indexing", total=None)
     index = stack.enter_context(Index.create(folder, plan.index))
-    index.add([d for id, d in collection.documents.items() if id not in away])
-    drawn = questions.sample(collection.cases, plan.sample, plan.seed)
-    rest = [c for c in collection.cases if c not in drawn]
-    found, least = evaluation.survey(index, questions.sample(rest or drawn, SURVEYED, plan.seed), plan.k)
+    index.add(collection.kept(plan.hold_out, plan.seed))
+    drawn, others = questions.split(collection.cases, plan.sample, SURVEYED, plan.seed)
+    found, least = evaluation.survey(index, others, plan.k)
     bar.remove_task(task)
     return Ready(collection.name, index, least, drawn, list(conversations(plan, collection, index)), found)
 
@@ -221,10 +219,7 @@ SHOWN = {
 def show(records: Sequence[Record]) -> None:
     """The main figures as a table."""
     table = Table("dataset", "arm", *SHOWN.values())
-    by_arm: dict[tuple[str, str], dict[str, float]] = {}
-    for r in records:
-        by_arm.setdefault((r.dataset, r.arm), {})[r.metric] = r.value
-    for (dataset, arm), found in by_arm.items():
+    for (dataset, arm), found in record.figures(records).items():
         if arm != "retrieval":
             table.add_row(dataset, arm, *(f"{found[m]:.2f}" if m in found else "" for m in SHOWN))
     Console().print(table)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,13 +24,28 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}
 _ERROR = re.compile(r"\b[A-Z]\w+(?:Error|Exception): .+")
 
 
+@dataclass(frozen=True)
+class Server:
+    """A process that answers.
+
+    Attributes:
+        url: Without a path.
+        pid: Of the process.
+    """
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
-def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[str]:
-    """Run `pilotfish serve`; gives the URL of its API once it answers, and ends it with all its processes.
+def running(words: Sequence[str], arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[Server]:
+    """Run a command of `pilotfish` that serves, on a free port of this machine; it is there once it answers.
+
+    It is ended with all its processes.
 
     Args:
-        model: A folder, a hub name or the name of an embedded model.
-        arguments: Further ones of `pilotfish serve` and of vLLM.
+        words: The command and what it serves: ``serve MODEL``, ``rag serve INDEX``.
+        arguments: Further ones, behind its address.
         log: Where its output goes; a temporary file without.
 
     Raises:
@@ -42,20 +58,31 @@ def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) 
         if log is None:
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
         output = stack.enter_context(log.open("wb"))
-        command = [sys.executable, "-m", "pilotfish", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--enable-prompt-tokens-details"]  # how many of a prompt's tokens were cached, in each answer
-        server = subprocess.Popen(
-            [*command, *arguments],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env={**ENVIRONMENT, **os.environ},
-        )
+        command = [sys.executable, "-m", "pilotfish", *words, "--host", "127.0.0.1", "--port", str(port), *arguments]
+        environment = {**ENVIRONMENT, **os.environ}
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
         try:
             _await(server, f"http://127.0.0.1:{port}", log)
-            yield f"http://127.0.0.1:{port}/v1"
+            yield Server(f"http://127.0.0.1:{port}", server.pid)
         finally:
             _end(server)
+
+
+@contextlib.contextmanager
+def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[str]:
+    """Run `pilotfish serve`; gives the URL of its API.
+
+    Args:
+        model: A folder, a hub name or the name of an embedded model.
+        arguments: Further ones of `pilotfish serve` and of vLLM.
+        log: See `running`.
+
+    Raises:
+        ConfigError: see `running`.
+    """
+    # How many of a prompt's tokens were cached, in each answer.
+    with running(["serve", model], ["--enable-prompt-tokens-details", *arguments], log) as server:
+        yield f"{server.url}/v1"
 
 
 def _await(server: subprocess.Popen, url: str, log: Path) -> None:

@@ -46,8 +46,7 @@ def evaluate(
 
     with refusals():
         collection = files.read(questions)
-        drawn = files.sample(collection.cases, sample, seed)
-        rest = files.sample([c for c in collection.cases if c not in drawn] or drawn, survey, seed)
+        drawn, rest = files.split(collection.cases, sample, survey, seed)
         with _opened(setup.folder, collection, hold_out, seed) as index:
             told, least = with_bar(
                 lambda bar: evaluation.survey(index, rest, setup.k, _counted(bar, "searching", len(rest)))
@@ -128,9 +127,8 @@ def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
     if (folder / CURRENT).exists() or not collection.documents:
         index = Index.open(folder)
     else:
-        away = collection.held_out(hold_out, seed)
         index = Index.create(folder)
-        with_bar(lambda bar: index.add([d for id, d in collection.documents.items() if id not in away], bar))
+        with_bar(lambda bar: index.add(collection.kept(hold_out, seed), bar))
     if not any(evaluation.answerable(index, case) for case in collection.cases):
         index.close()
         raise RetrievalError(f"{folder}: holds no document that answers one of the questions of {collection.name}")

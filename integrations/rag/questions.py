@@ -45,6 +45,11 @@ class Collection:
         needed = sorted({d for case in self.cases for d in case.documents})
         return set(random.Random(seed).sample(needed, round(share * len(needed))))
 
+    def kept(self, share: float, seed: int = 0) -> list[dict[str, Any]]:
+        """Passages for an index, without those that `held_out` names."""
+        away = self.held_out(share, seed)
+        return [document for id, document in self.documents.items() if id not in away]
+
 
 def read(path: Path) -> Collection:
     """Questions of a file, or of those in a folder, in one of these forms.
@@ -77,6 +82,12 @@ def read(path: Path) -> Collection:
 def sample(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
     """``count`` of them, drawn by a seed."""
     return random.Random(seed).sample(list(cases), min(count, len(cases)))
+
+
+def split(cases: Sequence[Case], count: int, more: int, seed: int = 0) -> tuple[list[Case], list[Case]]:
+    """``count`` of them, and ``more`` of the others; of the same ones where there are no others."""
+    drawn = sample(cases, count, seed)
+    return drawn, sample([c for c in cases if c not in drawn] or drawn, more, seed)
 
 
 def _items(file: Path) -> Iterator[Any]:

@@ -70,15 +70,11 @@ class Setup:
             least = thresholds.read(self.folder) if self.threshold is None else self.threshold
             server = self.server
             if self.start is not None:
-                chosen = [
-                    (f"--{kind}", name)
-                    for kind in ("drafter", "kv")
-                    if (name := single(f"--{kind}", getattr(self, kind)))
-                ]
+                chosen = {kind: single(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
+                plugins = [word for kind, name in chosen.items() if name for word in (f"--{kind}", name)]
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)
-                every = [*(word for pair in chosen for word in pair), *arguments]
-                server = stack.enter_context(engine.started(self.start, every))
+                server = stack.enter_context(engine.started(self.start, [*plugins, *arguments]))
             model = asyncio.run(answering.named(server, self.model, self.key))
             yield answering.Answerer(index, server, model, self.key, self.k, least, self.max_tokens)
 

@@ -103,11 +103,10 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
             if cls.frees_blocks:  # type: ignore[attr-defined]
                 support.check_blocks(cls.name, vllm_config)  # type: ignore[attr-defined]
                 patches.REQUESTS.apply()
+                patches.RECORD.apply()
         attached[kind] = Attachment(cls, options, engine)
     if "drafter" in attached or "kv" in attached:
         patches.COUNTERS.apply()
-    if "kv" in attached:
-        patches.RECORD.apply()
     return attached
 
 

@@ -9,7 +9,7 @@
 | `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
 | `REQUESTS` | a policy frees blocks, a pruner drops rows in layers | vLLM has no hook that refuses a request |
 | `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin switches logging on for all engines |
-| `RECORD` | a KV policy is selected | statistics have no place for freed blocks; see `head_cache.report_freed` |
+| `RECORD` | a KV policy frees blocks | statistics have no place for freed blocks; see `head_cache.report_freed` |
 | `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
 | `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
 

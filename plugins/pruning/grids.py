@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..contracts import ImageLayout
-from ..later import Later
+from ..later import functional, torch
 from .shares import best
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from torch.nn import functional
-else:
-    torch, functional = Later("torch"), Later("torch.nn.functional")
 
 
 def stitch(layout: ImageLayout, views: Tensor) -> Tensor:
