@@ -5,6 +5,7 @@ for trees, and has of each as much verified as pays: its best root-to-leaf path,
 """
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm.distributed import get_tp_group
 from ...plugins.config import ConfigError
 from ...plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree
 from ...plugins.contracts import Drafter as DrafterPlugin
-from ...plugins.drafting.budget import StepCost, allocate
+from ...plugins.drafting.budget import StepCost, TrackRecord, allocate
 from ...plugins.drafting.tree import cut
 from ...plugins.manager import disabled
 from . import attach, patches, step_times
@@ -27,6 +28,21 @@ logger = attach.logger
 BREADTH = 4  # nodes grown for each token of a path that is verified
 
 
+@dataclass
+class _Live:
+    """A live request."""
+
+    wanted: bool  # whether it wants drafts
+    record: TrackRecord = field(default_factory=TrackRecord)
+    draft: DraftTree | None = None  # the last
+
+    def saw(self, verified: Verified) -> None:
+        """What came of the last draft; nothing, where the scheduler left it out or shortened it."""
+        draft, self.draft = self.draft, None
+        if draft is not None and 0 < len(draft) == len(verified.candidates.inputs) - 1 and len(verified.tokens):
+            self.record.observe(draft.scores, len(verified.tokens) - 1)
+
+
 class Drafter:
     """A custom proposer of vLLM; see `vllm.v1.spec_decode.custom_class_proposer`."""
 
@@ -37,7 +53,7 @@ class Drafter:
         self.plugin: DrafterPlugin | None = None
         self.cost = StepCost()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
-        self._requests: dict[str, bool] = {}  # live request -> whether it wants drafts
+        self._requests: dict[str, _Live] = {}
         self._step_ended: float | None = None
         self._last_batch: set[str] = set()
         if drafting is None:  # the kill switch: vLLM keeps its proposer, which proposes nothing
@@ -145,6 +161,7 @@ class Drafter:
         for i, request in enumerate(verified):
             if request.request not in self._requests:
                 self._start(request.request, i)
+            self._requests[request.request].saw(request)
             self.plugin.observe(request.request, request.tokens, request.candidates)
         drafts = self._draft(verified, drafted)
         if self._saver is not None:
@@ -162,7 +179,7 @@ class Drafter:
         drafts: list[list[int]] = [[] for _ in verified]
         wanting = []
         for i, request in enumerate(verified):
-            if len(request.tokens) and self._requests[request.request]:
+            if len(request.tokens) and self._requests[request.request].wanted:
                 room = min(self._binding.room(request.request, i, len(request.text)), self._most)
                 proposed = np.array([] if drafted is None else drafted[i], np.int32)
                 wanting.append((i, DraftRequest(request.request, request.text, room, proposed)))
@@ -171,9 +188,10 @@ class Drafter:
             nodes = BREADTH * self._depth if self.trees is None else self._most
             proposed = self.plugin.propose([r for _, r in wanting], DraftBudget(nodes, self._depth))
             trees = [self._verifiable(r, tree) for (_, r), tree in zip(wanting, proposed, strict=True)]
-            sizes = self._allocate(trees)
-            for (i, request), tree, size in zip(wanting, trees, sizes, strict=True):
-                kept[request.id] = cut(tree, size)
+            live = [self._requests[r.id] for _, r in wanting]
+            sizes = self._allocate(trees, live)
+            for (i, request), tree, size, one in zip(wanting, trees, sizes, live, strict=True):
+                kept[request.id] = one.draft = cut(tree, size)
                 drafts[i] = kept[request.id].tokens.tolist()
             total = sum(map(len, drafts))
             self.counts["proposals"] += sum(map(bool, drafts))
@@ -192,13 +210,13 @@ class Drafter:
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
         return cut(tree, max(request.limit, 0))
 
-    def _allocate(self, trees: list[DraftTree]) -> list[int]:
-        """How many nodes of each tree to verify."""
+    def _allocate(self, trees: list[DraftTree], live: "list[_Live]") -> list[int]:
+        """How many nodes of each request's tree to verify."""
         if self._verification.nodes is not None:
             return [min(len(tree), self._verification.nodes) for tree in trees]
         if self.plugin is not None and self.plugin.whole:
             return [len(tree) for tree in trees]
-        return allocate([tree.scores for tree in trees], self.cost)
+        return allocate([one.record.factor * t.scores for t, one in zip(trees, live, strict=True)], self.cost)
 
     def _time_step(self, verified: list[Verified], now: float) -> None:
         """Learn the cost of a step from the time since the last one, when both did nothing but decode."""
@@ -215,7 +233,7 @@ class Drafter:
         params = self._binding.sampling_params(request)
         extra = (params.extra_args if params is not None else None) or {}
         wanted = str(extra.get("pilotfish_drafter", "on")).lower() not in {"off", "0", "false"}
-        self._requests[request] = wanted
+        self._requests[request] = _Live(wanted)
         tenant = extra.get("pilotfish_tenant")
         self.plugin.start(request, self._binding.prompt(index), None if tenant is None else str(tenant))
 

@@ -35,7 +35,8 @@ class StepCost:
     Near any number of requests the cost is taken for a plane: a further request costs more than a further token of the
     same request. It is not one plane for all: a small batch waits for memory and verifies tokens almost for nothing, a
     large one computes and pays for each. How further tokens of a step grow dearer, or stay cheap up to a bound, a
-    measurement at start may tell (`shape`); then the plane is over what it says instead of the number.
+    measurement at start may tell (`shape`); then the plane is over what it says, and over the number of tokens as well,
+    for what that measurement leaves out: attention to the text before, sampling, choosing candidates.
 
     Durations are noisy and their outliers are long (other processes, page faults), so steps of like shape keep a
     running median, and the planes are fitted through the medians. They fade, as contexts grow and the machine's load
@@ -52,11 +53,12 @@ class StepCost:
     def __init__(self, slope: float = 0.05, memory: float = 400.0) -> None:
         self._prior, self._memory = slope, memory
         self._cells: dict[tuple[int, int], _Cell] = {}
-        self._lines: dict[int, tuple[float, float]] = {}
+        self._planes: dict[int, tuple[float, float, float]] = {}
         self._rows, self._units = np.array([0.0, 1.0]), np.array([0.0, 1.0])
         # In squared units: how much evidence it takes to move the believed slope. A measured shape deserves more trust:
         # small drafts, whose units hardly differ, must not say that large ones are dear.
         self._trust = 20.0
+        self._slack = 1e12  # in squared tokens, as much for what a measured shape leaves out: nothing, there is none
         self.steps = 0
 
     def shape(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
@@ -66,9 +68,9 @@ class StepCost:
         """
         taken = np.asarray(seconds, np.float64)
         times = (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
-        self._trust = 1000.0
+        self._trust, self._slack = 1000.0, 100.0
         self._rows, self._units = np.asarray(rows, np.float64), (times / times[0] - 1) / self._prior
-        self._lines.clear()
+        self._planes.clear()
 
     def units(self, requests: "float | np.ndarray", drafted: "float | np.ndarray") -> "float | np.ndarray":
         """What drafted tokens cost, in tokens of the believed slope; without a measured shape, their number."""
@@ -82,16 +84,19 @@ class StepCost:
 
     def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
         """Estimated seconds of a step."""
-        without, per_unit = self.line(requests)
-        return without + per_unit * self.units(requests, drafted)
+        without, per_unit, per_token = self.plane(requests)
+        return without + per_unit * self.units(requests, drafted) + per_token * drafted
 
-    def line(self, requests: int) -> tuple[float, float]:
-        """Seconds of a step of ``requests`` without drafts, and of each unit of drafted tokens."""
+    def plane(self, requests: int) -> tuple[float, float, float]:
+        """Seconds of a step of ``requests`` without drafts, of each unit, and of each drafted token beside its units.
+
+        Without a measured shape units are tokens, and the last is 0.
+        """
         if not self._cells:  # only their proportion matters
-            return 1.0, self._prior
-        if requests not in self._lines:
-            self._lines[requests] = self._fit(requests)
-        return self._lines[requests]
+            return 1.0, self._prior, 0.0
+        if requests not in self._planes:
+            self._planes[requests] = self._fit(requests)
+        return self._planes[requests]
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
         """Take in one step that verified drafts and did nothing else (no prompt)."""
@@ -114,29 +119,59 @@ class StepCost:
             cell.seconds += min(max(seconds - cell.seconds, -bound), bound)
             cell.last = self.steps
         if self.steps % 8 == 0 or self.steps < 8:
-            self._lines.clear()
+            self._planes.clear()
 
     def _fade(self, cell: _Cell) -> float:
         return float(np.exp((cell.last - self.steps) / self._memory))
 
-    def _fit(self, requests: int) -> tuple[float, float]:
+    def _fit(self, requests: int) -> tuple[float, float, float]:
         """Weighted ridge regression through the medians near ``requests``, drawn towards the believed slope."""
         cells = list(self._cells.values())
-        x = np.array([[c.requests, c.drafted] for c in cells])
+        x = np.array([[c.requests, c.drafted, c.drafted] for c in cells])
         x[:, 1] = self.units(x[:, 0], x[:, 1])
         y = np.array([c.seconds for c in cells])
         distance = np.log2(x[:, 0] / requests) / self.NEAR
         distance -= np.abs(distance).min() * np.sign(distance)  # the nearest cells count whole, however far
         w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells]) * np.exp(-0.5 * distance**2)
         mean_x, mean_y = np.average(x, axis=0, weights=w), float(np.average(y, weights=w))
-        believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1])])
-        strength = np.array([1.0, self._trust])  # in squared requests, squared units
+        believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1]), 0.0])
+        strength = np.array([1.0, self._trust, self._slack])
         centred = x - mean_x
         gram = (centred * w[:, None]).T @ centred + np.diag(strength)
         target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
-        per_request, per_unit = map(float, np.clip(np.linalg.solve(gram, target), 0.0, None))
-        without = mean_y + per_request * (requests - float(mean_x[0])) - per_unit * float(mean_x[1])
-        return max(without, 1e-3 * mean_y), per_unit
+        slopes = np.clip(np.linalg.solve(gram, target), 0.0, None)
+        without = mean_y + float(slopes @ ([requests, 0.0, 0.0] - mean_x))
+        return max(without, 1e-3 * mean_y), float(slopes[1]), float(slopes[2])
+
+
+class TrackRecord:
+    """How one request's drafts fare beside their scores, which are rates over all requests.
+
+    One answer follows its sources closely, another hardly; what was accepted of the first drafts tells about the next.
+    Expected and accepted tokens are counted with a fading memory, from a prior of as many of both.
+    """
+
+    PRIOR = 2.0  # tokens
+    MEMORY = 0.95  # what a step leaves of the count
+    LOW = 0.25  # a request is never given up: its text may turn
+
+    def __init__(self) -> None:
+        self._expected = self._accepted = 0.0
+
+    def observe(self, scores: Float32, accepted: int) -> None:
+        """Take in one step.
+
+        Args:
+            scores: Of all that was verified, [n]; their sum was expected to be accepted.
+            accepted: Tokens that were.
+        """
+        self._expected = self.MEMORY * self._expected + float(scores.sum())
+        self._accepted = self.MEMORY * self._accepted + accepted
+
+    @property
+    def factor(self) -> float:
+        """What the next scores are worth, at most 1."""
+        return min(1.0, max(self.LOW, (self.PRIOR + self._accepted) / (self.PRIOR + self._expected)))
 
 
 def _coarse(count: int) -> int:

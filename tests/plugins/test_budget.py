@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.plugins.drafting.budget import StepCost, allocate
+from pilotfish.plugins.drafting.budget import StepCost, TrackRecord, allocate
 
 
 def cost_of(base: float, slope: float) -> Callable[[int, Any], Any]:
@@ -46,7 +46,7 @@ def test_the_plane_is_found_through_noise_and_outliers() -> None:
         seconds = (0.040 + 0.010 * b + 0.002 * d) * rng.normal(1.0, 0.03)
         cost.observe(b, d, seconds * (10 if rng.random() < 0.05 else 1))
     for requests in (2, 4, 8):
-        without, per_token = cost.line(requests)
+        without, per_token, _ = cost.plane(requests)
         assert without == pytest.approx(0.040 + 0.010 * requests, rel=0.1)
         assert per_token == pytest.approx(0.002, rel=0.25)
 
@@ -58,7 +58,7 @@ def test_requests_and_tokens_are_told_apart() -> None:
         for _ in range(300):
             d = int(rng.integers(0, longest))
             cost.observe(b, d, 0.03 + 0.012 * b + 0.001 * d)
-    assert cost.line(8)[1] == pytest.approx(0.001, rel=0.25)
+    assert cost.plane(8)[1] == pytest.approx(0.001, rel=0.25)
 
 
 def test_tokens_may_be_cheap_for_one_request_and_dear_for_eight() -> None:
@@ -67,9 +67,9 @@ def test_tokens_may_be_cheap_for_one_request_and_dear_for_eight() -> None:
         for _ in range(400):
             d = int(rng.integers(0, 16))
             cost.observe(b, d, 0.03 + 0.003 * b + slope * d)
-    assert cost.line(8) == (pytest.approx(0.054, rel=0.1), pytest.approx(0.004, rel=0.15))
-    assert cost.line(1) == (pytest.approx(0.033, rel=0.1), pytest.approx(0.001, rel=0.5))
-    assert cost.line(64)[1] == pytest.approx(0.004, rel=0.15), "beyond all that was seen, the nearest tells"
+    assert cost.plane(8)[:2] == (pytest.approx(0.054, rel=0.1), pytest.approx(0.004, rel=0.15))
+    assert cost.plane(1)[:2] == (pytest.approx(0.033, rel=0.1), pytest.approx(0.001, rel=0.5))
+    assert cost.plane(64)[1] == pytest.approx(0.004, rel=0.15), "beyond all that was seen, the nearest tells"
 
 
 def test_a_changed_machine_is_noticed() -> None:
@@ -78,14 +78,14 @@ def test_a_changed_machine_is_noticed() -> None:
         for _ in range(1500):
             d = int(rng.integers(0, 16))
             cost.observe(1, d, 0.03 + slope * d)
-    assert cost.line(1)[1] == pytest.approx(0.01, rel=0.25)
+    assert cost.plane(1)[1] == pytest.approx(0.01, rel=0.25)
 
 
 def test_without_drafts_the_prior_stands() -> None:
     cost = StepCost(slope=0.05)
     for _ in range(100):
         cost.observe(1, 0, 0.02)
-    without, per_token = cost.line(1)
+    without, per_token, _ = cost.plane(1)
     assert per_token / without == pytest.approx(0.05, rel=0.05)
     cost.observe(0, 0, 1.0)
     cost.observe(1, -1, 1.0)
@@ -99,7 +99,7 @@ def test_costs_stay_positive_and_memory_bounded(steps: list[tuple[int, int, floa
     cost = StepCost()
     for step in steps:
         cost.observe(*step)
-        without, per_token = cost.line(step[0])
+        without, per_token, _ = cost.plane(step[0])
         assert without > 0
         assert per_token >= 0
     assert len(cost._cells) <= StepCost.MAX_CELLS
@@ -129,3 +129,34 @@ def test_small_drafts_do_not_say_that_large_ones_are_dear() -> None:
         d = int(rng.integers(2, 9))
         cost.observe(1, d, 0.038 + 0.0007 * d)
     assert cost(1, 23) / cost(1, 0) < 2.0, "the shape says 1.6"
+
+
+def test_what_the_shape_leaves_out_is_learned_by_the_token() -> None:
+    """The model alone verifies six rows as fast as one; attention and sampling do not."""
+    cost = StepCost()
+    cost.shape([1, 6, 24], [0.020, 0.020, 0.060])
+    assert allocate([np.full(20, 0.05, np.float32)], cost) == [5]
+    for d in (0, 1, 2, 5, 12) * 40:
+        shape = float(np.interp(1 + d, [1, 6, 24], [0.020, 0.020, 0.060]))
+        cost.observe(1, d, shape + 0.002 * d)
+    assert cost(1, 5) / cost(1, 0) == pytest.approx(1.5, rel=0.05)
+    assert allocate([np.full(20, 0.05, np.float32)], cost) == [0]
+
+
+def test_a_request_whose_drafts_fail_is_believed_less_and_wins_trust_back() -> None:
+    record, scores = TrackRecord(), np.array([0.8, 0.6, 0.4], np.float32)
+    assert record.factor == 1.0
+    for _ in range(20):
+        record.observe(scores, 0)
+    assert record.factor == TrackRecord.LOW
+    for _ in range(200):
+        record.observe(scores, 2)
+    assert record.factor == 1.0, "more than was expected does not raise scores above what all requests say"
+
+
+@given(st.lists(st.tuples(falling, st.integers(0, 4)), max_size=60))
+def test_trust_stays_within_bounds(steps: list[tuple[np.ndarray, int]]) -> None:
+    record = TrackRecord()
+    for scores, accepted in steps:
+        record.observe(scores, min(accepted, len(scores)))
+        assert TrackRecord.LOW <= record.factor <= 1.0
