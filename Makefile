@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,17 @@ bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on pr
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 8 --sample-others 3 \
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
+	$(MAKE) tables
+
+SIZED := rasd@verification=tree@nodes
+BUDGETS := $(SIZED)=2,$(SIZED)=5,$(SIZED)=10
+
+bench-budget: $(VENV)/.ready  ## trees of measured size beside fixed ones, on more prompts, each seen once; DATA as for bench
+	$(BIN)/pip install -q arctic-inference
+	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
+	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz \
+	  --arms suffix,rasd@verification=tree,rasd,token_recycling,$(BUDGETS) --sample 24 --sample-others 8 --seed 1 \
+	  --max-tokens 96 --batch 0 --no-hot --out benchmarks/results/drafters_budget.json
 	$(MAKE) tables
 
 STORE := out/hotpotqa-store

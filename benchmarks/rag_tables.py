@@ -26,7 +26,7 @@ def speed() -> str:
     found = _figures(result)
     rows = [
         [
-            dataset.replace("/", ", "),
+            dataset,
             name,
             _cell(found[dataset, arm], "answer_speedup", "{:.2f}"),
             _cell(found[dataset, arm], "decode_speedup", "{:.2f}"),

@@ -179,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice_short": tree_tables.twice_short,
     "drafters_twice": tree_tables.twice,
+    "drafters_budget": tree_tables.budget,
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
     "retrieval_memory": retrieval_tables.retrieval_memory,

@@ -57,6 +57,22 @@ def twice_short() -> str:
     return markdown(["drafter", "first time", "second time", "both", "tokens per step, first time"], rows)
 
 
+def budget() -> str:
+    """Speed of trees whose size the budget decides beside trees of fixed sizes, by category."""
+    result = load("drafters_budget")
+    table = figures(result)
+    arms = list(dict.fromkeys(arm for _, _, arm in table))
+    fixed = [arm for arm in arms if "@nodes=" in arm]
+    mine = fixed[0].rpartition("@")[0]  # the same without a size
+    rows = []
+    for dataset in sorted(dict.fromkeys(d for d, *_ in table if d != "humaneval/code"), key=lambda d: ("/" in d, d)):
+        speeds = {arm: table[dataset, 1, arm]["speedup"] for arm in arms}
+        best = max(speeds[arm] for arm in fixed)
+        rows.append([dataset, *(f"{speeds[arm]:.2f}" for arm in arms), f"{speeds[mine] / best:.0%}"])
+    heads = [label(arm) for arm in arms]
+    return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
+
+
 def sources() -> str:
     """Speed and tokens per step by what is retrieved from, on documents and on a domain."""
     result = load("drafters_sources")

@@ -1,10 +1,18 @@
 """What commands of several plugins share."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import typer
 
 from .config import ConfigError
+
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def harmless(text: str) -> str:
+    """A stranger's text for a terminal: without the characters that would command it, or turn the writing around."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in _TURNING))
 
 
 def single(flag: str, values: Sequence[str] | None) -> str | None:

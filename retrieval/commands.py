@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..plugins.cli import harmless
 from ..plugins.config import ConfigError
 from ..plugins.hookspecs import hookimpl
 from .cli import (
@@ -416,5 +417,5 @@ def _show(hits: list[Any]) -> None:
 
     table = Table("", "score", "id", "text")
     for place, hit in enumerate(hits, 1):
-        table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id), Text(hit.snippet))
+        table.add_row(str(place), f"{hit.score:.4f}", Text(harmless(hit.id)), Text(harmless(hit.snippet)))
     Console().print(table if hits else "nothing found")

@@ -189,6 +189,11 @@ class Index:
         return set(self._numbers(check_names(ids)))
 
     @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._store.folder
+
+    @property
     def snapshot(self) -> Snapshot:
         """The latest commit."""
         return self._store.refresh()

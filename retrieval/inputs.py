@@ -54,6 +54,19 @@ class Source:
         self._chunk, self._number = chunk, number_ids
         self.files = _find([str(p) for p in paths])
 
+    @classmethod
+    def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "Source":
+        """One file, under another name than it lies in the file system.
+
+        Raises:
+            RetrievalError: no such file can be read.
+        """
+        if _suffix(name) not in RECORDS + TEXTS:
+            raise RetrievalError(f"{name}: files end in {', '.join(RECORDS + TEXTS)}")
+        source = cls.__new__(cls)
+        source._chunk, source._number, source.files = chunk, number_ids, [(path, name)]
+        return source
+
     @property
     def estimate(self) -> int | None:
         """About how many documents there are; None where that cannot be told without reading all."""
@@ -194,7 +207,7 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
     try:
         if kind == ".parquet":
             assert path is not None
-            yield from enumerate(_parquet(path), 1)
+            yield from enumerate(_parquet(path, name), 1)
             return
         with _open(path, name) as file:
             if kind == ".json":
@@ -238,16 +251,17 @@ def _plain(text: str | None) -> Any:
     return text
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
     _need("pyarrow", ".parquet")
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(path).iter_batches(1024):
-            yield from map(_json, batch.to_pylist())
+        with path.open("rb") as file:  # whose path pyarrow would tell otherwise
+            for batch in pq.ParquetFile(file).iter_batches(1024):
+                yield from map(_json, batch.to_pylist())
     except pyarrow.ArrowException as error:
-        raise RetrievalError(f"{path.name}: {first_line(error)}") from None
+        raise RetrievalError(f"{name}: {first_line(error)}") from None
 
 
 def _json(value: Any) -> Any:

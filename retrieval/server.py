@@ -4,28 +4,25 @@ All answers are JSON. Errors have ``detail``, one line. Searches run side by sid
 """
 
 import logging
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .allocator import give_back
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
+from .guard import Guard
 from .index import Index
 from .kinds import checked_settings
 from .shards import ShardedIndex
 
-LARGEST_BODY = 16 << 20  # bytes
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year >= 2020 AND lang in (en, de)")]
 
@@ -110,6 +107,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
         for code, text in (
             (400, "A wrong request"),
             (401, "No token"),
+            (403, "From another page"),
             (413, "Too large"),
             (422, "Not of the form that is asked for"),
             (503, "Index not readable"),
@@ -130,11 +128,11 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     documents = Gauge("pilotfish_index_documents", "Documents that can be found", registry=registry)
     documents.set_function(lambda: len(index))
     writing = threading.Lock()
-    known = asks_for(token)
+    guard = Guard(token)
 
     @app.middleware("http")
     async def measured(request: Request, call_next: Any) -> Any:
-        if refusal := too_large(request):
+        if refusal := guard.refusal(request):
             return refusal
         started = time.perf_counter()
         response = await call_next(request)
@@ -150,15 +148,17 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     def health() -> dict[str, Any]:
         return {"status": "ok", "documents": len(index)}
 
-    @app.get("/stats", dependencies=[Depends(known)], summary="What the index holds")
+    @app.get("/stats", dependencies=[Depends(guard.known)], summary="What the index holds")
     def stats() -> dict[str, Any]:
         return index.stats()
 
-    @app.get("/metrics", dependencies=[Depends(known)], response_class=PlainTextResponse, summary="For Prometheus")
+    @app.get(
+        "/metrics", dependencies=[Depends(guard.known)], response_class=PlainTextResponse, summary="For Prometheus"
+    )
     def metrics() -> str:
         return generate_latest(registry).decode()
 
-    @app.post("/search", dependencies=[Depends(known)], summary="Find documents")
+    @app.post("/search", dependencies=[Depends(guard.known)], summary="Find documents")
     def search(question: Question) -> Answer:
         started = time.perf_counter()
         hits = index.search(question.query, question.k, question.where, **checked_settings(question.settings))
@@ -167,7 +167,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
 
     @app.get(
         "/documents/{name:path}",
-        dependencies=[Depends(known)],
+        dependencies=[Depends(guard.known)],
         summary="A document",
         responses={404: {"model": Problem, "description": "No such document"}},
     )
@@ -181,7 +181,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
         changes = {409: {"model": Problem, "description": "Somebody else writes to the index"}}
         changes[507] = {"model": Problem, "description": "No room"}
 
-        @app.post("/documents", dependencies=[Depends(known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
+        @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
         def add(addition: Addition) -> Count:
             given = [d.model_dump() for d in addition.documents]
             with writing:
@@ -189,7 +189,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             give_back()
             return Count(changed=changed, documents=len(index))
 
-        @app.post("/delete", dependencies=[Depends(known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
+        @app.post("/delete", dependencies=[Depends(guard.known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
         def delete(deletion: Deletion) -> Count:
             if not deletion.ids and deletion.where is None:
                 raise HTTPException(400, "name ids, or give a filter in where")
@@ -199,29 +199,6 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
             return Count(changed=changed, documents=len(index))
 
     return app
-
-
-def asks_for(token: str | None) -> Callable[..., None]:
-    """What routes depend on that want a bearer token; None for no question."""
-    bearer = HTTPBearer(auto_error=False)
-
-    def known(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if token is not None and (
-            given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())
-        ):
-            raise HTTPException(401, "send the token as: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-
-    return known
-
-
-def too_large(request: Request) -> JSONResponse | None:
-    """The answer to a body that is larger than is read, or does not say how large it is."""
-    length = request.headers.get("content-length", "0")
-    if request.method in ("POST", "PUT", "PATCH") and (
-        not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
-    ):
-        return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
-    return None
 
 
 def _problem(text: str, status: int) -> JSONResponse:

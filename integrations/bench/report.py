@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,11 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
             if not isinstance(result, dict) or not needed <= result.keys():
                 raise ValueError("it has other keys")
             for r in result["records"]:
-                _ = r["dataset"], r["arm"], r["metric"], float(r["value"]), r["params"].items()
+                texts, value = (r["dataset"], r["arm"], r["metric"]), r["value"]
+                if not all(isinstance(t, str) for t in texts) or not isinstance(r["params"], dict):
+                    raise ValueError("a record's dataset, arm and metric are texts, its params an object")
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise ValueError(f"{', '.join(texts)}: {value!r} is no finite number")
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

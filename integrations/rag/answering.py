@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import re
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -15,10 +16,13 @@ from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.index import Index
 from . import citations, prompt, savings
+from . import threshold as thresholds
+from .citations import Citation
 
-UNKNOWN = "I do not know."
 PATIENCE = 30  # seconds for a server to name its models
+SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
 NOTHING = "I do not know: nothing in the documents comes near the question."
+_REFUSAL = re.compile(r"\W*(?:(?:i am |i'm )?sorry,? (?:but )?)?i do not know\b(?![^.!?]*\b(?:but|however)\b)")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Done:
     Attributes:
         text: All of it.
         known: Whether it is one: not that nothing was found, or that the model does not know.
-        cited: Numbers of passages that it names.
+        citations: Where it names passages.
         attributed: Where it names none, those that have its words.
         milliseconds: ``retrieval``, ``first_token`` (both from the question on) and ``total``.
         tokens: ``prompt`` and ``answer``, and ``cached`` of the prompt, as the server counts.
@@ -71,11 +75,20 @@ class Done:
 
     text: str
     known: bool
-    cited: Sequence[int]
+    citations: Sequence[Citation]
     attributed: Sequence[int]
     milliseconds: Mapping[str, float]
     tokens: Mapping[str, int] = field(default_factory=dict)
     saved: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cited(self) -> list[int]:
+        """Numbers of passages that it names, in its order."""
+        return list(dict.fromkeys(n for c in self.citations for n in c.numbers))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "cited": self.cited}
 
 
 Event = Found | Text | Done
@@ -106,12 +119,14 @@ class Answerer:
         model: As the server names it; None for the first that it has.
         key: For the server; most on one's own machine ask for none.
         k: Passages of a prompt.
-        threshold: Similarity of the best passage below which nothing is asked of the model; see `rag eval`.
+        threshold: Similarity of the best passage below which nothing is asked of the model; None for what
+            `rag eval --save` kept beside the index, or 0.
         max_tokens: Of an answer, at most.
         options: Further fields of requests, as ``temperature`` or vLLM's ``vllm_xargs``.
 
     Raises:
         ServerError: ``url`` is none.
+        RetrievalError: the threshold beside the index cannot be read.
     """
 
     def __init__(
@@ -121,14 +136,16 @@ class Answerer:
         model: str | None = None,
         key: str = "none",
         k: int = 4,
-        threshold: float = 0.0,
+        threshold: float | None = None,
         max_tokens: int = 256,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.index, self.url, self.model, self.k, self.threshold = index, _address(url), model, k, threshold
+        self.index, self.url, self.model, self.k = index, _address(url), model, k
+        self.threshold = thresholds.read(index.folder) if threshold is None else threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
         self._key = key
         self._connected: tuple[asyncio.AbstractEventLoop, _Clients] | None = None
+        self._silent_until = 0.0
 
     def _clients(self) -> "_Clients":
         """Connections belong to the event loop that opened them: another, as of a second `asyncio.run`, has its own."""
@@ -145,7 +162,9 @@ class Answerer:
 
     async def counters(self) -> savings.Counters | None:
         """Of the server; see `savings`."""
-        return await savings.read(self._clients().plain, self.url)
+        found = await savings.read(self._clients().plain, self.url)
+        self._silent_until = time.monotonic() + SILENCE if found is None else 0.0
+        return found
 
     def retrieve(self, question: str, where: str | None = None) -> Found:
         """Passages for a question.
@@ -166,9 +185,10 @@ class Answerer:
             ServerError: the server fails; nothing more comes then.
             RetrievalError: see `retrieve`.
         """
-        before = await self.counters()
-        begun = time.perf_counter()  # asking for counters is no part of an answer
-        found = await asyncio.to_thread(self.retrieve, question, where)
+        begun = time.perf_counter()
+        counts = time.monotonic() >= self._silent_until
+        search = asyncio.to_thread(self.retrieve, question, where)
+        found, before = await asyncio.gather(search, self.counters()) if counts else (await search, None)
         yield found
         if not found.passages:
             yield Text(NOTHING)
@@ -195,19 +215,21 @@ class Answerer:
                         details = chunk.usage.prompt_tokens_details
                         tokens = {"prompt": chunk.usage.prompt_tokens, "answer": chunk.usage.completion_tokens}
                         tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
-                    if chunk.choices and (text := chunk.choices[0].delta.content):
+                    if chunk.choices and (sent := chunk.choices[0].delta.content):
+                        text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
                         first = first or _since(begun)
                         parts.append(text)
                         yield Text(text)
         if not parts and not tokens:
             raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
         took = {"retrieval": found.milliseconds, "first_token": first or _since(begun), "total": _since(begun)}
-        after = await self.counters()
+        after = await self.counters() if before is not None else None
         saved = after.since(before) if before is not None and after is not None else {}
         text = "".join(parts).strip()
-        cited = citations.cited(text, found.passages)
-        guessed = [] if cited else citations.attributed(text, found.passages)
-        yield Done(text, not refused(text), cited, guessed, took, tokens, saved)
+        cited = citations.find(text, found.passages)
+        known = bool(cited) or not refused(text)
+        guessed = citations.attributed(text, found.passages) if known and not cited else []
+        yield Done(text, known, cited, guessed, took, tokens, saved)
 
 
 def retrieve(index: Index, question: str, k: int, where: str | None = None) -> Found:
@@ -235,9 +257,9 @@ async def named(url: str, model: str | None, key: str) -> str:
 
 
 def refused(text: str) -> bool:
-    """Whether a model says that it does not know."""
+    """Whether a model says that it does not know, and no more of the question than that."""
     plain = text.lower().replace("’", "'").replace("don't", "do not")
-    return plain.startswith(UNKNOWN.lower().rstrip(".")) or not plain.strip()
+    return not plain.strip() or _REFUSAL.match(plain) is not None
 
 
 def _address(url: str) -> str:
@@ -264,20 +286,31 @@ def _understood(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except openai.APIError as error:
+    except (openai.APIError, httpx.HTTPError) as error:
         raise ServerError(f"{url}: {_reason(error)}") from None
     except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
-        told = " ".join(str(error).split())[:100]
-        raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({told})") from None
+        raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({_line(error)[:100]})") from None
 
 
 def _since(started: float) -> float:
     return round(1e3 * (time.perf_counter() - started), 1)
 
 
-def _reason(error: openai.APIError) -> str:
+def _reason(error: openai.APIError | httpx.HTTPError) -> str:
     """In one line."""
-    if isinstance(error, openai.APIConnectionError):
-        return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
-    body = error.body if isinstance(error.body, dict) else {}
-    return " ".join(str(body.get("message") or error).split())[:500]
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+    match cause:
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
+        case httpx.TimeoutException():
+            return "the server takes too long"
+        case httpx.LocalProtocolError():
+            return f"cannot be asked so: {_line(cause)}; look at the key"
+        case httpx.HTTPError():
+            return f"the server broke off ({_line(cause)})"
+    body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
+    return _line(body.get("message") or error)
+
+
+def _line(told: object) -> str:
+    return " ".join(str(told).split())[:500]

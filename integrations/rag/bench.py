@@ -114,8 +114,9 @@ def prepared(plan: Plan, collection: Collection, stack: ExitStack, bar: Progress
     index = stack.enter_context(Index.create(folder, plan.index))
     index.add(collection.kept(plan.hold_out, plan.seed))
     drawn, others = questions.split(collection.cases, plan.sample, SURVEYED, plan.seed)
-    found, least = evaluation.survey(index, others, plan.k)
+    found = evaluation.survey(index, others, plan.k)
     bar.remove_task(task)
+    least = found.get("threshold", 0.0)
     return Ready(collection.name, index, least, drawn, list(conversations(plan, collection, index)), found)
 
 
@@ -151,7 +152,7 @@ def measured(plan: Plan, arm: str, ready: Sequence[Ready], bar: Progress) -> lis
                 for answerer in answerers.values():  # the first request of a server is slow
                     await evaluation.ask(answerer, Case("What is this about?"))
                 for talk in [[case] for case in r.cases] + [list(c) for c in r.conversations]:
-                    dataset = r.name if len(talk) == 1 else f"{r.name}/conversation"
+                    dataset = r.name if len(talk) == 1 else f"{r.name}, conversation"
                     histories: dict[str, list[prompt.Message]] = {a: [] for a in urls}
                     for case in talk:
                         turn += 1

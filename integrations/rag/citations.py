@@ -1,21 +1,50 @@
 """Which passages an answer stands on."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .prompt import Passage
+import regex
+
+from .prompt import CITATION, Passage
 
 SHARE = 0.6  # of a sentence's words that a passage must have to be named for it
-_NUMBERS = re.compile(r"\[(\d{1,3}(?:\s*,\s*\d{1,3})*)\]")
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
-_WORD = re.compile(r"\w{3,}")
+MOST = 100  # passages that one citation can stand for
+_PART = regex.compile(r"(\d{1,3})(?:\s*[-–]\s*(\d{1,3}))?")
+_SENTENCE = regex.compile(r"[^.!?。！？\n]+[.!?。！？]*")
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+_WORD = regex.compile(r"\w{3,}|" + _UNSPACED.pattern)
 
 
-def cited(answer: str, passages: Sequence[Passage]) -> list[int]:
-    """Numbers of passages that the answer names, in its order; those that are none are left out."""
+@dataclass(frozen=True)
+class Citation:
+    """A place in an answer that names passages.
+
+    Attributes:
+        begin: Its first character.
+        end: The one behind its last.
+        numbers: Of the passages.
+    """
+
+    begin: int
+    end: int
+    numbers: Sequence[int]
+
+
+def find(answer: str, passages: Sequence[Passage]) -> list[Citation]:
+    """All citations of an answer, as ``[1]``, ``[2, 3]``, ``[Passage 1]``, ``[1-3]``.
+
+    Numbers of passages that are none are left out, and citations of none such.
+    """
     known = {p.number for p in passages}
-    numbers = (int(n) for found in _NUMBERS.findall(answer) for n in found.split(","))
-    return [n for n in dict.fromkeys(numbers) if n in known]
+    found = []
+    for match in CITATION.finditer(answer):
+        numbers: dict[int, None] = {}
+        for first, last in _PART.findall(match["numbers"]):
+            begin, end = int(first), int(last or first)
+            numbers |= dict.fromkeys(n for n in range(begin, min(end, begin + MOST) + 1) if n in known)
+        if numbers:
+            found.append(Citation(match.start(), match.end(), list(numbers)))
+    return found
 
 
 def attributed(answer: str, passages: Sequence[Passage]) -> list[int]:
@@ -35,5 +64,10 @@ def attributed(answer: str, passages: Sequence[Passage]) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def spaced(text: str) -> str:
+    """A text with spaces around each character of scripts that put none between words."""
+    return _UNSPACED.sub(r" \g<0> ", text)
+
+
 def _words(text: str) -> list[str]:
-    return [w.lower() for w in _WORD.findall(text)]
+    return [w.lower() for w in _WORD.findall(spaced(text))]

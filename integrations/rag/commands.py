@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import extend
+from ...plugins.cli import extend, harmless
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...retrieval.cli import AsJson, Host, Token, Where, check_host, lines
+from ...retrieval.errors import RetrievalError
 from . import measuring
 from .setup import Setup, command, rag
 
@@ -54,8 +55,12 @@ def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
     async def work() -> None:
         history: list[prompt.Message] = []
         for question in lines("\n> "):
-            async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
-                found, text = await _shown(events)
+            try:
+                async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
+                    found, text = await _shown(events)
+            except (ConfigError, RetrievalError) as error:  # the next question may fare better
+                typer.echo(harmless(f"\npilotfish: {error}"), err=True)
+                continue
             history = prompt.continued(history, found, question, text)
         await answerer.close()
 
@@ -92,7 +97,7 @@ async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
             case Found():
                 passages = event.passages
             case Text():
-                typer.echo(event.text, nl=False)
+                typer.echo(harmless(event.text), nl=False)
             case Done():
                 text = event.text
                 typer.echo("")
@@ -107,7 +112,7 @@ def _grounds(done: Any, passages: Any) -> None:
         how = "" if done.cited else "  (by its words; the answer names none)"
         for p in passages:
             if p.number in named:
-                typer.echo(f"[{p.number}] {p.id}: {p.snippet}{how}")
+                typer.echo(harmless(f"[{p.number}] {p.id}: {p.snippet}{how}"))
     elif done.known:
         typer.echo("\n(the answer names no passage, and its words are those of none: do not rely on it)")
     took = done.milliseconds
@@ -132,5 +137,5 @@ async def _as_json(question: str, events: AsyncIterator[Any]) -> None:
         if isinstance(event, Found):
             told |= {"passages": [asdict(p) for p in event.passages], "similarity": event.similarity}
         elif isinstance(event, Done):
-            told |= asdict(event)
+            told |= event.as_dict()
     typer.echo(json.dumps(told, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """How good answers are: what was found, what was said, what it stands on, what was honestly refused, and the time."""
 
 import asyncio
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Outcome:
 
 def answerable(index: Index, case: Case) -> bool:
     """Whether an index holds what a question needs."""
-    return bool(case.answers) and all(d in index for d in case.documents)
+    needed = all if case.together else any
+    return bool(case.answers) and (not case.documents or needed(d in index for d in case.documents))
 
 
 async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] = ()) -> Outcome:
@@ -60,18 +62,18 @@ def ask_all(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None])
     return asyncio.run(work())
 
 
-def survey(
-    index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None
-) -> tuple[Figures, float]:
+def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None) -> Figures:
     """What the index alone does with questions, and the threshold that tells best between those it answers and others.
 
     Returns:
-        - ``recall@K``: of the documents that hold answers, those among the first ``k``.
-        - ``answer_in_passages``: of questions that can be answered, those one of whose passages holds a known answer.
-        - ``threshold`` and ``threshold_balance``; see `threshold.calibrate`.
-        - ``search_ms``: the median.
+        What can be told of these questions:
 
-        And the threshold by itself.
+        - ``recall@K``: of questions that can be answered, the share of the documents needed that are among the first
+          ``k``; where any one will do, whether one is.
+        - ``answer_in_passages``: of the same, whether one of the passages holds a known answer.
+        - ``threshold`` and ``threshold_balance``; see `threshold.calibrate`.
+        - ``with_answer`` and ``without_answer``: how many questions that was found by.
+        - ``search_ms``: the median.
     """
     recalls, held, milliseconds = [], [], []
     sides: dict[bool, list[float]] = {True: [], False: []}
@@ -83,17 +85,21 @@ def survey(
         if can:
             held.append(float(any(scoring.contains(p.text, case.answers) for p in found.passages)))
             ids = {p.id for p in found.passages}
-            recalls += [sum(d in ids for d in case.documents) / len(case.documents)] if case.documents else []
+            hit = [d in ids for d in case.documents]
+            if hit:
+                recalls.append(statistics.fmean(hit) if case.together else float(any(hit)))
         told()
-    least, balance = threshold.calibrate(sides[True], sides[False])
+    least, balance = threshold.calibrate(sides[True], sides[False]) or (None, None)
     figures = {
         f"recall@{k}": _mean(recalls),
         "answer_in_passages": _mean(held),
         "threshold": least,
         "threshold_balance": balance,
+        "with_answer": len(sides[True]),
+        "without_answer": len(sides[False]),
         "search_ms": _median(milliseconds),
     }
-    return _known(figures), least
+    return _known(figures)
 
 
 def figures(outcomes: Sequence[Outcome]) -> Figures:
@@ -138,7 +144,7 @@ def raw(outcome: Outcome) -> dict[str, Any]:
         "passages": [p.id for p in outcome.found.passages],
         "similarity": outcome.found.similarity,
         "answer": done.text,
-        "cited": list(done.cited),
+        "cited": done.cited,
         "attributed": list(done.attributed),
         "milliseconds": dict(done.milliseconds),
         "tokens": dict(done.tokens),
@@ -166,4 +172,4 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _p95(values: Sequence[float]) -> float | None:
-    return sorted(values)[min(round(0.95 * len(values)), len(values) - 1)] if values else None
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1] if values else None

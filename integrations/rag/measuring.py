@@ -1,5 +1,6 @@
 """`pilotfish rag eval`: how good answers are; `pilotfish bench rag`: and what plugins do to them."""
 
+import asyncio
 import json
 import shlex
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...plugins.config import ConfigError
 from ...retrieval.cli import AsJson, refusals, with_bar
 from ...retrieval.errors import RetrievalError
 from .setup import Setup, command
@@ -28,7 +30,9 @@ def evaluate(
             "or lines of question, answers and ids of documents.",
         ),
     ],
-    sample: Annotated[int, typer.Option(min=0, help="Questions that are asked of the model, at most.")] = 50,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Questions that are asked of the model, at most half of all.")
+    ] = 50,
     survey: Annotated[int, typer.Option(min=1, help="Questions that are searched for, at most.")] = 500,
     hold_out: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the file's passages that a new index goes without.")
@@ -41,19 +45,28 @@ def evaluate(
 
     Where there is no index, one is made of the passages that come with the questions.
     """
-    from . import evaluation, threshold
+    from . import answering, evaluation, threshold
     from . import questions as files
 
     with refusals():
         collection = files.read(questions)
         drawn, rest = files.split(collection.cases, sample, survey, seed)
+        if drawn and setup.start is None:  # before the index takes its time
+            asyncio.run(answering.named(setup.server, setup.model, setup.key))
         with _opened(setup.folder, collection, hold_out, seed) as index:
-            told, least = with_bar(
-                lambda bar: evaluation.survey(index, rest, setup.k, _counted(bar, "searching", len(rest)))
-            )
+            told = with_bar(lambda bar: evaluation.survey(index, rest, setup.k, _counted(bar, "searching", len(rest))))
         if save:
-            threshold.write(setup.folder, least, {"balance": told["threshold_balance"], "questions": len(rest)})
+            kinds = {"with": told["with_answer"], "without": told["without_answer"]}
+            if few := next((kind for kind, count in kinds.items() if count < threshold.FEWEST), None):
+                raise ConfigError(
+                    f"--save: {kinds[few]:.0f} of the questions that were searched for are {few} an answer in the "
+                    f"index; a threshold is kept for {threshold.FEWEST} of each kind"
+                )
+            threshold.write(
+                setup.folder, told["threshold"], {"balance": told["threshold_balance"], "questions": len(rest)}
+            )
     if drawn:
+        least = told.get("threshold", 0.0)
         chosen = setup if setup.threshold is not None else replace(setup, threshold=least)
         with chosen.ready(arguments) as answerer:
             outcomes = with_bar(lambda bar: evaluation.ask_all(answerer, drawn, _counted(bar, "asking", len(drawn))))

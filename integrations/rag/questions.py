@@ -22,11 +22,13 @@ class Case:
         question: What is asked.
         answers: Any of which is right; none where the documents cannot answer.
         documents: Ids of those that hold the answer; none where that is not known.
+        together: Whether the answer needs all of them; else any one of them holds it.
     """
 
     question: str
     answers: tuple[str, ...] = ()
     documents: tuple[str, ...] = ()
+    together: bool = False
 
 
 @dataclass
@@ -57,9 +59,12 @@ def read(path: Path) -> Collection:
     - SQuAD: articles of paragraphs of questions (``data``, ``paragraphs``, ``qas``); those marked ``is_impossible``
       have no answer.
     - HotpotQA: a list of ``question``, ``answer``, ``context``, ``supporting_facts``.
-    - Lines of ``question``, ``answers``, ``ctxs`` (as DPR writes them; passages with ``isgold`` or ``hasanswer`` hold
-      the answer).
-    - Lines of ``question`` and maybe ``answers`` and ``documents``, the ids in one's own index.
+    - Lines of ``question``, ``answers``, ``ctxs`` (as DPR writes them; each passage with ``isgold`` or ``hasanswer``
+      holds the answer).
+    - Lines of ``question`` and maybe ``answers`` and ``documents``, ids in one's own index each of which holds the
+      answer, or with ``together: true`` all of them.
+
+    Passages of one name that differ are numbered.
 
     Raises:
         ConfigError: a file cannot be read, or none holds questions.
@@ -85,16 +90,17 @@ def sample(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
 
 
 def split(cases: Sequence[Case], count: int, more: int, seed: int = 0) -> tuple[list[Case], list[Case]]:
-    """``count`` of them, and ``more`` of the others; of the same ones where there are no others."""
-    drawn = sample(cases, count, seed)
-    return drawn, sample([c for c in cases if c not in drawn] or drawn, more, seed)
+    """``count`` of them, but at most half, and ``more`` of the others; of a single one both."""
+    mixed = sample(cases, len(cases), seed)
+    count = min(count, len(mixed) // 2 if len(mixed) > 1 else 1)
+    return mixed[:count], mixed[count:][:more] or mixed[:more]
 
 
 def _items(file: Path) -> Iterator[Any]:
     content = file.read_bytes()
-    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+    text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8-sig")
     if file.name.removesuffix(".gz").endswith(".jsonl"):
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        yield from (json.loads(line) for line in text.split("\n") if line.strip())
         return
     whole = json.loads(text)
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
@@ -113,38 +119,45 @@ def _take(item: Any, to: Collection) -> None:
         article = item["article"] or "document"
         id = _document(to, f"{article}/{item['number']}", item["context"], article)
         for asked in item["qas"]:
-            answers = () if asked.get("is_impossible") else tuple(a["text"] for a in asked["answers"])
-            to.cases.append(Case(asked["question"], answers, (id,)))
+            answers = [] if asked.get("is_impossible") else [a["text"] for a in asked["answers"]]
+            to.cases.append(_case(asked["question"], answers, [id]))
     elif "supporting_facts" in item:
-        for title, sentences in item["context"]:
-            _document(to, title, "".join(sentences), title)
-        facts = tuple(dict.fromkeys(title for title, _ in item["supporting_facts"]))
-        to.cases.append(Case(item["question"], (item["answer"],), facts))
+        ids = {title: _document(to, title, "".join(sentences), title) for title, sentences in item["context"]}
+        facts = [ids[title] for title, _ in item["supporting_facts"]]
+        to.cases.append(_case(item["question"], [item["answer"]], facts, together=True))
     elif "ctxs" in item:
         gold = []
         for passage in item["ctxs"]:
-            id = _passage(to, passage["title"], passage["text"])
+            title = passage["title"]
+            id = _document(to, title, f"{title}. {passage['text']}", title)
             if passage.get("isgold") or passage.get("hasanswer"):
                 gold.append(id)
-        to.cases.append(Case(item["question"], tuple(item["answers"]), tuple(gold)))
+        to.cases.append(_case(item["question"], item["answers"], gold))
     elif "question" in item:
         answers = item.get("answers", [item["answer"]] if "answer" in item else [])
-        own = item.get("documents", [])
-        if not isinstance(answers, list) or not isinstance(own, list) or not isinstance(item["question"], str):
-            raise ValueError("question is a text, answers and documents are lists of texts")
-        to.cases.append(Case(item["question"], tuple(map(str, answers)), tuple(map(str, own))))
+        together = item.get("together", False)
+        if not isinstance(together, bool):
+            raise ValueError("together: expected true or false")
+        to.cases.append(_case(item["question"], answers, item.get("documents", []), together))
     else:
         raise ValueError(f"an item has no question, but {', '.join(sorted(map(str, item))[:8]) or 'nothing'}")
 
 
-def _passage(to: Collection, title: str, text: str) -> str:
-    """One of several of a title; the same text twice is one."""
-    number = 0
-    while (known := to.documents.get(f"{title}/{number}")) is not None and known["text"] != f"{title}. {text}":
+def _case(question: Any, answers: Any, documents: Any, together: bool = False) -> Case:
+    """A question, checked."""
+    if not isinstance(question, str):
+        raise ValueError(f"question: expected a text, got {question!r}")
+    for what, given in (("answers", answers), ("documents", documents)):
+        if not isinstance(given, list) or not all(type(g) in (str, int, float) for g in given):
+            raise ValueError(f"{what}: expected a list of texts, got {given!r}")
+    return Case(question, tuple(map(str, answers)), tuple(dict.fromkeys(map(str, documents))), together)
+
+
+def _document(to: Collection, name: str, text: str, title: str) -> str:
+    """The id of a passage, by its name where that is free; the same text twice is one."""
+    id, number = name, 1
+    while (known := to.documents.get(id)) is not None and known["text"] != text:
         number += 1
-    return _document(to, f"{title}/{number}", f"{title}. {text}", title)
-
-
-def _document(to: Collection, id: str, text: str, title: str) -> str:
+        id = f"{name} ({number})"
     to.documents[id] = {"id": id, "text": text, "metadata": {"title": title}}
     return id

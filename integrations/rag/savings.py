@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import httpx
 
+PATIENCE = 1.0  # seconds: an answer does not wait for figures
 _LINE = re.compile(
     r"^(pilotfish_\w+?|vllm:kv_cache_usage_perc|vllm:prefix_cache_hits)(?:_total)?\{([^}]*)\} (\S+)$", re.M
 )
@@ -38,7 +39,7 @@ async def read(client: httpx.AsyncClient, url: str) -> Counters | None:
         url: Of the server's API, which ends in ``/v1`` as a rule.
     """
     try:
-        answer = await client.get(f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=5)
+        answer = await client.get(f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=PATIENCE)
     except (httpx.HTTPError, httpx.InvalidURL):
         return None
     if answer.status_code != 200:

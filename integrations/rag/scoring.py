@@ -1,19 +1,26 @@
-"""Answers against those of a dataset, as SQuAD scores them (arXiv 1606.05250, its evaluation script)."""
+"""Answers against those of a dataset, as SQuAD scores them (arXiv 1606.05250, its evaluation script).
 
-import re
-import string
+Beyond it, as MLQA does (arXiv 1910.07475): punctuation of all scripts is left out, and scripts that put no spaces
+between words are compared character by character.
+"""
+
 from collections import Counter
 from collections.abc import Iterable
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_CITATION = re.compile(r"\[\d{1,3}(?:\s*,\s*\d{1,3})*\]|\bpassage(?=\s*\[)", re.IGNORECASE)
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+import regex
+
+from .citations import spaced
+from .prompt import CITATION
+
+_ARTICLES = regex.compile(r"\b(a|an|the)\b")
+_NAMED = regex.compile(r"\bpassage\s*(?=[\[【])", regex.IGNORECASE)
+_PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")  # the latter are punctuation to Python's `string`, and to SQuAD
 
 
 def normalised(text: str) -> str:
     """Without citations, case, punctuation, articles and further spaces."""
-    plain = _CITATION.sub(" ", text).lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    plain = _PUNCTUATION.sub("", CITATION.sub(" ", _NAMED.sub(" ", text)).lower())
+    return " ".join(_ARTICLES.sub(" ", spaced(plain)).split())
 
 
 def exact_match(answer: str, golds: Iterable[str]) -> bool:

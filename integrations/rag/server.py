@@ -1,11 +1,15 @@
 """The page: ask, watch the answer come, open what it stands on, add documents."""
 
+import gzip
+import io
 import json
+import logging
 import tempfile
 import threading
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +24,16 @@ from ...retrieval import highlights
 from ...retrieval.allocator import give_back
 from ...retrieval.errors import RetrievalError
 from ...retrieval.filters import Compare
+from ...retrieval.guard import Guard
 from ...retrieval.incoming import CHUNK_TOKENS, OVERLAP
 from ...retrieval.index import Index
 from ...retrieval.inputs import RECORDS, TEXTS, Source
-from ...retrieval.server import Filter, Model, answer_errors, asks_for, too_large
+from ...retrieval.server import Filter, Model, answer_errors
 from .answering import Answerer, Done, Found, Text
 
+UPLOAD = "_upload"  # metadata of documents that came by the page: their file
+LARGEST_FILE = 128 << 20  # bytes, when it is no longer compressed
+logger = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page"
 FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 HEADERS = {
@@ -59,7 +67,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=connected)
     answer_errors(app)
-    known, writing, count = asks_for(token), threading.Lock(), _Counters(index)
+    guard, writing, count = Guard(token), threading.Lock(), _Counters(index)
 
     @app.exception_handler(ConfigError)
     async def refused(_: Request, error: ConfigError) -> JSONResponse:
@@ -67,7 +75,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     @app.middleware("http")
     async def guarded(request: Request, call_next: Any) -> Any:
-        if refusal := too_large(request):
+        if refusal := guard.refusal(request):
             return refusal
         response = await call_next(request)
         for name, value in HEADERS.items():
@@ -89,11 +97,13 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
     def health() -> dict[str, Any]:
         return {"status": "ok", "documents": len(index)}
 
-    @app.get("/metrics", dependencies=[Depends(known)], response_class=PlainTextResponse, summary="For Prometheus")
+    @app.get(
+        "/metrics", dependencies=[Depends(guard.known)], response_class=PlainTextResponse, summary="For Prometheus"
+    )
     def metrics() -> str:
         return count.text()
 
-    @app.get("/status", dependencies=[Depends(known)], summary="Documents, model, and which plugins are on")
+    @app.get("/status", dependencies=[Depends(guard.known)], summary="Documents, model, and which plugins are on")
     async def status() -> dict[str, Any]:
         counters = await answerer.counters()
         return {
@@ -106,7 +116,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
             "endings": sorted(RECORDS + TEXTS),
         }
 
-    @app.post("/ask", dependencies=[Depends(known)], summary="An answer, as lines of JSON while it comes")
+    @app.post("/ask", dependencies=[Depends(guard.known)], summary="An answer, as lines of JSON while it comes")
     async def ask(question: Question) -> StreamingResponse:
         if question.where is not None:
             index.count(question.where)  # a wrong filter is refused before anything is streamed
@@ -119,10 +129,14 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
                 except (RetrievalError, ConfigError) as error:
                     count.failed.inc()
                     yield json.dumps({"error": str(error)}) + "\n"
+                except Exception:  # the answer has begun: it is too late for a status
+                    count.failed.inc()
+                    logger.exception("pilotfish: an answer failed")
+                    yield json.dumps({"error": "the answer failed here; the server's log says why"}) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
 
-    @app.get("/passage", dependencies=[Depends(known)], summary="A passage, and what of it met the question")
+    @app.get("/passage", dependencies=[Depends(guard.known)], summary="A passage, and what of it met the question")
     def passage(
         id: Annotated[str, Query(min_length=1, max_length=1024)],
         question: Annotated[str, Query(max_length=4_000)],
@@ -140,7 +154,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     if not read_only:
 
-        @app.post("/documents", dependencies=[Depends(known)], summary="Add a file, which is the body")
+        @app.post("/documents", dependencies=[Depends(guard.known)], summary="Add a file, which is the body")
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
             return await run_in_threadpool(_added, index, Path(name).name, await request.body(), writing)
 
@@ -148,23 +162,49 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
 
 def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> dict[str, int]:
-    """Put a file's documents into the index, in the place of those of an earlier one of that name."""
-    if name in ("", ".."):
+    """Put a file's documents into the index, in the place of those of an earlier upload of that name.
+
+    Raises:
+        RetrievalError: it cannot be read, or has a document of an id that is there from elsewhere; nothing was changed.
+    """
+    if name in ("", "..") or not name.isprintable():
         raise RetrievalError("name: is no file's")
+    if name.lower().endswith(".gz"):
+        name, content = name[:-3], _unpacked(name, content)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        path = Path(folder) / "upload"
         path.write_bytes(content)
-        source = Source([path], lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
-        given = list(source)
+        source = Source.of(path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
+        given = [replace(d, metadata={**d.metadata, UPLOAD: name}) for d in source]
     if not given:
         raise RetrievalError("the file holds no text")
     with writing:
+        old = {d.id for d in index.select(Compare((UPLOAD,), "=", (name,)))}
         new = {d.id for d in given}
-        old = [d.id for d in index.select(Compare(("source",), "=", (name,))) if d.id not in new]
+        if others := sorted(index.has(list(new - old))):
+            raise RetrievalError(
+                f"{name}: document {others[0]!r} is in the index already, not by an upload of that name"
+            )
         added = index.upsert(given)
-        index.delete(old)
+        index.delete(list(old - new))
     give_back()
     return {"added": added, "documents": len(index)}
+
+
+def _unpacked(name: str, content: bytes) -> bytes:
+    """What gzip packed, if that is not more than anybody would send.
+
+    Raises:
+        RetrievalError: it is, or cannot be read.
+    """
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            plain = file.read(LARGEST_FILE + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RetrievalError(f"{name}: {error}") from None
+    if len(plain) > LARGEST_FILE:
+        raise RetrievalError(f"{name}: holds more than {LARGEST_FILE >> 20} MiB")
+    return plain
 
 
 def _line(event: Found | Text | Done, count: "_Counters") -> str:
@@ -176,7 +216,7 @@ def _line(event: Found | Text | Done, count: "_Counters") -> str:
             told = {"text": text}
         case Done():
             count.done(event)
-            told = {"done": asdict(event)}
+            told = {"done": event.as_dict()}
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 

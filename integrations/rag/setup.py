@@ -5,9 +5,11 @@ import contextlib
 import functools
 import inspect
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,7 @@ import typer
 from ...plugins.cli import single
 from ...plugins.config import ConfigError
 from ...retrieval.cli import Folder, refusals
+from ...retrieval.errors import RetrievalError
 
 rag = typer.Typer(help="Answer questions from documents.", no_args_is_help=True)
 
@@ -55,19 +58,17 @@ class Setup:
         if self.start is None and (self.drafter or self.kv or arguments):
             stray = "--drafter" if self.drafter else "--kv" if self.kv else arguments[0]
             raise ConfigError(
-                f"{stray}: is for the server that --start MODEL begins; give it to your own server instead"
+                f"{stray}: no option of this command; arguments of a server go with --start MODEL, which begins one"
             )
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ConfigError(f"--threshold: expected a number, got {self.threshold}")
         with refusals(), contextlib.ExitStack() as stack:
             from ...retrieval.index import Index
             from . import answering, engine
-            from . import threshold as thresholds
 
-            opened = Index.open_or_create(self.folder) if make else Index.open(self.folder)
+            opened = stack.enter_context(_made(self.folder)) if make else Index.open(self.folder)
             index = stack.enter_context(opened)
             _ = index.encoder  # a wrong one is refused now
-            least = thresholds.read(self.folder) if self.threshold is None else self.threshold
             server = self.server
             if self.start is not None:
                 chosen = {kind: single(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
@@ -76,7 +77,26 @@ class Setup:
                     typer.echo(f"starting {self.start} …", err=True)
                 server = stack.enter_context(engine.started(self.start, [*plugins, *arguments]))
             model = asyncio.run(answering.named(server, self.model, self.key))
-            yield answering.Answerer(index, server, model, self.key, self.k, least, self.max_tokens)
+            yield answering.Answerer(index, server, model, self.key, self.k, self.threshold, self.max_tokens)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[Any]:
+    """An index, made where there is none; one that was made goes again where nobody came to use it."""
+    from ...retrieval.index import Index
+    from ...retrieval.store.manifest import CURRENT
+
+    new, there = not (folder / CURRENT).exists(), folder.exists()
+    index = Index.open_or_create(folder)
+    try:
+        yield index
+    except (ConfigError, RetrievalError, OSError):
+        if new and len(index) == 0:
+            index.close()
+            shutil.rmtree(folder)
+            if there:
+                folder.mkdir()
+        raise
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -99,7 +119,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         each = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked]
         run.__signature__ = inspect.Signature(each)  # type: ignore[attr-defined] -- which typer reads
         run.__annotations__ = {p.name: p.annotation for p in each}
-        rag.command(name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
+        rag.command(name, context_settings={"allow_extra_args": True})(run)
         return run
 
     return add

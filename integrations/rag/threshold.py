@@ -11,6 +11,7 @@ from ...retrieval.store import files
 
 NAME = "rag.json"
 WRONG = 0.1  # of questions that can be answered: more may not be refused, or nobody would ask again
+FEWEST = 5  # questions of each kind that a threshold is kept for
 
 
 def read(folder: Path) -> float:
@@ -41,23 +42,25 @@ def write(folder: Path, threshold: float, told: dict[str, float]) -> None:
     files.write(folder / NAME, json.dumps({"threshold": round(threshold, 4), **told}, indent=1).encode())
 
 
-def calibrate(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+def calibrate(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
     """The threshold that tells best, and how well: the mean share of both kinds on their right side of it.
 
-    At most a tenth of the questions that can be answered fall below it.
+    At most a tenth of the questions that can be answered fall below it. None where one kind is missing.
 
     Args:
         answerable: Similarities of the best passages of questions that the documents answer.
         others: Of questions that they do not.
     """
+    if not answerable or not others:
+        return None
     both = sorted({*answerable, *others})
     candidates = [min([0.0, *both]), *((a + b) / 2 for a, b in itertools.pairwise(both))]
 
     def kept(threshold: float) -> float:
-        return sum(s >= threshold for s in answerable) / max(len(answerable), 1)
+        return sum(s >= threshold for s in answerable) / len(answerable)
 
     def balance(threshold: float) -> float:
-        return (kept(threshold) + sum(s < threshold for s in others) / max(len(others), 1)) / 2
+        return (kept(threshold) + sum(s < threshold for s in others) / len(others)) / 2
 
-    best = max((t for t in candidates if not answerable or kept(t) >= 1 - WRONG), key=balance)
+    best = max((t for t in candidates if kept(t) >= 1 - WRONG), key=balance)
     return best, balance(best)

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from . import __version__
+from .plugins.cli import harmless
 from .plugins.config import ConfigError
 from .plugins.contracts import Unsupported
 from .plugins.manager import plugins
@@ -63,7 +64,7 @@ def main() -> None:
 
 def _refuse(message: str) -> int:
     """One line on standard error, whatever the message holds."""
-    sys.stderr.write(f"pilotfish: {' '.join(message.split())}\n")
+    sys.stderr.write(f"pilotfish: {harmless(' '.join(message.split()))}\n")
     return 2
 
 

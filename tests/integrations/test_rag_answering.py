@@ -1,15 +1,18 @@
 """An answer as it comes: passages, text, citations, times; what is refused, and what fails."""
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Response
+from fastapi.responses import StreamingResponse
 from language_server import MODEL, LanguageServer, serving
 
-from pilotfish.integrations.rag import answering, evaluation, prompt, questions
+from pilotfish.integrations.rag import answering, evaluation, prompt, questions, threshold
 from pilotfish.integrations.rag.answering import Answerer, Done, Found, ServerError, Text
 from pilotfish.plugins.config import ConfigError
 from pilotfish.retrieval import Index
@@ -34,7 +37,7 @@ async def test_an_answer_comes_in_parts(documents: Index, language: LanguageServ
     assert all(isinstance(p, Text) for p in parts) and len(parts) > 3
     assert isinstance(done, Done)
     assert done.text == "".join(p.text for p in parts).strip() == "Pilot fish travel with sharks [1]."
-    assert (done.known, list(done.cited), list(done.attributed)) == (True, [1], [])
+    assert (done.known, done.cited, list(done.attributed)) == (True, [1], [])
     assert done.tokens == {"prompt": 40, "answer": 9, "cached": 16}
     assert done.saved == {"drafter_accepted_tokens": 3}, "of this answer, not since the server began"
     times = done.milliseconds
@@ -46,7 +49,7 @@ async def test_an_answer_comes_in_parts(documents: Index, language: LanguageServ
 
 async def test_answers_without_numbers_are_attributed(documents: Index, language: LanguageServer) -> None:
     *_, done = await events(Answerer(documents, language.url), "what is bread, naming nothing?")
-    assert (done.known, list(done.cited), list(done.attributed)) == (True, [], [1])
+    assert (done.known, done.cited, list(done.attributed)) == (True, [], [1])
 
 
 async def test_what_is_not_known_is_said(documents: Index, language: LanguageServer) -> None:
@@ -149,10 +152,127 @@ def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
     assert found["attribution_precision"] == 1.0
     assert found["cached_share"] == 0.4
     assert found["first_token_ms"] <= found["answer_ms_median"] <= found["answer_ms_p95"]
-    survey, least = evaluation.survey(documents, cases, 3)
+    survey = evaluation.survey(documents, cases, 3)
     assert survey["recall@3"] == 1.0
     assert survey["answer_in_passages"] == 1.0
-    assert survey["threshold"] == round(least, 4)
+    assert (survey["with_answer"], survey["without_answer"]) == (3, 2)
+    assert 0 < survey["threshold"] < 1
+    assert "threshold" not in evaluation.survey(documents, cases[:3], 3), "one kind alone says nothing"
+
+
+@pytest.mark.parametrize(("together", "can", "share"), [(False, True, 1.0), (True, False, None)])
+def test_documents_are_alternatives_or_all_needed(documents: Index, together: bool, can: bool, share: float) -> None:
+    case = questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks", "not there"), together)
+    assert evaluation.answerable(documents, case) is can
+    assert evaluation.survey(documents, [case], 1).get("recall@1") == share
+    both = questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks", "bread"), together)
+    assert evaluation.survey(documents, [both], 1)["recall@1"] == (0.5 if together else 1.0)
+
+
+def test_the_95th_percentile_is_that() -> None:
+    assert evaluation._p95([float(i) for i in range(1, 21)]) == 19.0
+    assert evaluation._p95([1.0]) == 1.0
+    assert evaluation._p95([]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "so"),
+    [
+        ("I do not know.", True),
+        ("I don’t know", True),
+        ("**I don't know.**", True),
+        ('"I do not know."', True),
+        ("Sorry, I do not know.", True),
+        ("I'm sorry, but I do not know the answer.", True),
+        ("I do not know who he is. The passages do not say.", True),
+        ("", True),
+        ("  \n", True),
+        ("I do not know why, but sharks do.", False),
+        ("I do not knowingly swim.", False),
+        ("Sharks. I do not know more.", False),
+        ("Nobody knows.", False),
+    ],
+)
+def test_refusals(text: str, so: bool) -> None:
+    assert answering.refused(text) is so
+
+
+def chat_server(*contents: Any, end: str = "data: [DONE]\n\n", metrics: Callable[[], Any] | None = None) -> FastAPI:
+    """A server whose answer is made of ``contents`` as they are."""
+    app = FastAPI()
+    app.get("/v1/models")(lambda: MODELS)
+    base = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    chunks = [{**base, "choices": [{"index": 0, "delta": {"content": c}, "finish_reason": None}]} for c in contents]
+    body = "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + end
+    app.post("/v1/chat/completions")(lambda: Response(body, media_type="text/event-stream"))
+    app.get("/metrics")(metrics or (lambda: Response("", 404)))
+    return app
+
+
+async def test_a_refusal_stands_on_nothing(documents: Index) -> None:
+    with serving(chat_server("I do not know what pilot fish travel with.")) as url:
+        *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
+        assert (done.known, done.cited, list(done.attributed)) == (False, [], [])
+    with serving(chat_server("I do not know more, see [1].")) as url:
+        *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
+        assert (done.known, done.cited) == (True, [1]), "what names a passage says something"
+
+
+async def test_text_that_nobody_could_write_is_made_writable(documents: Index) -> None:
+    with serving(chat_server("half \ud800", " end")) as url:
+        *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
+    assert done.text == "half ? end"
+
+
+@pytest.mark.parametrize("content", [7, ["a"], {"text": "a"}, True])
+async def test_content_that_is_no_text_is_told(documents: Index, content: Any) -> None:
+    with serving(chat_server(content)) as url, pytest.raises(ServerError, match="OpenAI's protocol"):
+        await events(Answerer(documents, f"{url}/v1"), "sharks")
+
+
+async def test_figures_are_not_waited_for(documents: Index) -> None:
+    asked: list[float] = []
+
+    async def hanging() -> None:
+        asked.append(time.monotonic())
+        await asyncio.sleep(30)
+
+    with serving(chat_server("Sharks [1].", metrics=hanging)) as url:
+        answerer = Answerer(documents, f"{url}/v1")
+        begun = time.monotonic()
+        for _ in range(3):
+            *_, done = await events(answerer, "sharks")
+            assert (done.text, done.saved) == ("Sharks [1].", {})
+        assert time.monotonic() - begun < 4, "a second at most, once"
+    assert len(asked) == 1
+
+
+async def test_a_server_that_breaks_off_is_told(documents: Index) -> None:
+    def cut() -> Iterator[str]:
+        chunk = {"index": 0, "delta": {"content": "Sha"}, "finish_reason": None}
+        told = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [chunk]}
+        yield f"data: {json.dumps(told)}\n\n"
+        raise SystemError("gone")
+
+    app = chat_server()
+    app.router.routes = [r for r in app.router.routes if getattr(r, "path", "") != "/v1/chat/completions"]
+    app.post("/v1/chat/completions")(lambda: StreamingResponse(cut(), media_type="text/event-stream"))
+    with serving(app) as url, pytest.raises(ServerError, match="broke off"):
+        await events(Answerer(documents, f"{url}/v1"), "sharks")
+
+
+async def test_a_key_that_cannot_be_sent_is_told(documents: Index, language: LanguageServer) -> None:
+    with pytest.raises(ServerError, match="key"):
+        await events(Answerer(documents, language.url, key="two\nlines"), "sharks")
+
+
+async def test_the_threshold_beside_the_index_is_used(documents: Index, language: LanguageServer) -> None:
+    threshold.write(documents.folder, 0.99, {})
+    try:
+        assert Answerer(documents, language.url).threshold == 0.99
+        assert Answerer(documents, language.url, threshold=0.1).threshold == 0.1
+    finally:
+        (documents.folder / threshold.NAME).unlink()
 
 
 def test_config_errors_are_config_errors() -> None:

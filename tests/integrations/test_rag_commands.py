@@ -62,13 +62,24 @@ def test_the_saved_threshold_is_used(cli: Cli, folder: str, language: LanguageSe
 def test_chat(folder: str, language: LanguageServer) -> None:
     before = len(language.requests)
     command = [sys.executable, "-m", "pilotfish", "rag", "chat", folder, "--server", language.url]
-    talk = "what do pilot fish travel with?\n\nand the moon?\n"
+    talk = "what do pilot fish travel with?\n\nbroken sharks\nand the moon?\n"
     done = subprocess.run(command, input=talk, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("[1]") >= 2
-    first, second = language.requests[before:]
+    assert "pilotfish: " in done.stderr and "the engine has died" in done.stderr
+    first, _, second = language.requests[before:]
     assert second["messages"][: len(first["messages"])] == first["messages"], "prompts are only ever added to"
     assert second["messages"][-2] == {"role": "assistant", "content": "Pilot fish travel with sharks [1]."}
+
+
+def test_strangers_do_not_command_the_terminal(cli: Cli, tmp_path: Path, language: LanguageServer) -> None:
+    with Index.create(tmp_path / "index", "bm25") as index:
+        index.add([{"id": "a\x1b[2J\u202eb", "text": "Evil \x1b]0;title\x07sharks\x9b31m swim."}])
+    asked = cli("rag", "ask", str(tmp_path / "index"), "sharks?", "--server", language.url)
+    assert asked.stdout.startswith("Evil ]0;titlesharks31m swim [1].\n\n[1] a[2Jb: Evil")
+    found = cli("index", "search", str(tmp_path / "index"), "sharks")
+    assert "swim" in found.stdout
+    assert not set("\x1b\x07\x9b\u202e") & set(asked.stdout + found.stdout)
 
 
 def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
@@ -83,6 +94,13 @@ def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServe
     refused(cli("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
     refused(cli("rag", "serve", folder, *here, "--host", "0.0.0.0"), "--token")
     refused(cli("rag", "ask", folder, " ", *here), "says nothing")
+    refused(cli("rag", "ask", folder, "x", *here, "--treshold", "0.3"), "--treshold", "--threshold")
+    refused(cli("rag", "ask", folder, "x", "y", *here), "y: no option", "--start MODEL")
+    refused(cli("rag", "serve", str(tmp_path / "made"), "--server", "http://127.0.0.1:9/v1"), "no server answers")
+    assert not (tmp_path / "made").exists(), "an index that nobody came to use goes again"
+    (tmp_path / "there").mkdir()
+    refused(cli("rag", "serve", str(tmp_path / "there"), *here, "--model", "other"), "has no model other")
+    assert (tmp_path / "there").is_dir() and not list((tmp_path / "there").iterdir())
     refused(cli("rag", "ask", folder, "x", *here, "--threshold", "nan"), "--threshold")
     failed = cli("rag", "ask", folder, "broken sharks", *here)
     assert (failed.returncode, failed.stdout.strip()) == (2, "Pilot fish")
@@ -94,20 +112,30 @@ def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -
         {"question": "what do pilot fish travel with?", "answers": ["sharks"], "documents": ["sharks"]},
         {"question": "what is bread baked from?", "answers": ["flour and water"], "documents": ["bread"]},
         {"question": "unknown who?", "answers": []},
+        {"question": "unknown zebra?", "answers": []},
     ]
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps(c) + "\n" for c in cases))
-    done = cli("rag", "eval", folder, str(questions), "--server", language.url, "--save", "--json")
+    questions.write_text("".join(json.dumps(c) + "\n" for c in cases * 4))
+    asking = ("rag", "eval", folder, str(questions))
+    done = cli(*asking, "--server", language.url, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["recall@4"], told["contains"], told["citation_precision"]) == (1.0, 1.0, 1.0)
     assert (told["honest_refusals"], told["wrong_refusals"]) == (1.0, 0.0)
-    assert round(threshold.read(Path(folder)), 4) == told["threshold"]
+    assert told["with_answer"] + told["without_answer"] == 8, "the other half is searched for"
+    refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each kind")
+    assert not (Path(folder) / threshold.NAME).exists()
+    saved = cli(*asking, "--sample", "0", "--save", "--json")
+    assert saved.returncode == 0, saved.stderr
+    assert threshold.read(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
     squad = {"data": [{"title": "a", "paragraphs": [{"context": "Cats purr.", "qas": [
         {"question": "Who purrs?", "answers": [{"text": "Cats"}]}]}]}]}  # fmt: skip
     (tmp_path / "squad.json").write_text(json.dumps(squad))
     refused(cli("rag", "eval", folder, str(tmp_path / "squad.json"), "--sample", "0"), "no document that answers")
     refused(cli("rag", "eval", folder, str(tmp_path / "absent.json")), "absent.json")
+    away = ("--server", "http://127.0.0.1:9/v1")
+    refused(cli("rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), *away), "no server answers")
+    assert not (tmp_path / "new").exists(), "nothing was made for a model that nobody serves"
     made = cli("rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), "--sample", "0", "--hold-out", "0")
     assert made.returncode == 0, made.stderr
     assert "recall@4" in made.stdout

@@ -1,6 +1,9 @@
 """The page in a browser: documents in, a question, the answer as it comes, its grounds; keyboard, small screens."""
 
+import contextlib
 import shutil
+import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,38 @@ def test_documents_are_shown_as_text(open_page: Any, tmp_path: Path) -> None:
     assert page.inner_text("#passage-text") == NASTY
     assert page.locator("main img, main i, main b, dialog img, dialog i, dialog b").count() == 0
     assert page.title() == "Pilotfish"
+
+
+def test_files_that_are_chosen_meanwhile_wait_their_turn(open_page: Any, tmp_path: Path) -> None:
+    page = open_page()
+    for name in ("one.txt", "two.txt", "three.txt"):
+        (tmp_path / name).write_text(f"This is {name}.")
+    page.route("**/documents?*", lambda route: (time.sleep(0.3), route.continue_()))
+    page.set_input_files("#files", [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")])
+    page.set_input_files("#files", str(tmp_path / "three.txt"))
+    expect(page.locator("#uploads li")).to_have_text([f"{n}.txt: 1 passage added" for n in ("one", "two", "three")])
+    page.set_input_files("#files", str(tmp_path / "one.txt"))
+    expect(page.locator("#uploads li")).to_have_count(4)
+    expect(page.locator("#uploads li").last).to_have_text("one.txt: 1 passage added")
+
+
+@pytest.mark.parametrize("token", ["a+b/c=&d%", "50%", "plain"])
+def test_any_token_opens_the_page(browser: Any, tmp_path: Path, language: LanguageServer, token: str) -> None:
+    with Index.create(tmp_path / "index", "bm25") as index:
+        app = create_app(index, Answerer(index, language.url, "by-rule"), token)
+        with serving(app) as served, contextlib.closing(browser.new_context()) as context:
+            page = context.new_page()
+            page.goto(f"{served}/#token=wrong")
+            expect(page.locator("#problem")).to_contain_text("send the token")
+            page.evaluate("hash => { location.hash = hash }", f"token={token}")  # without a reload
+            expect(page.locator("#status")).to_contain_text("by-rule")
+            expect(page.locator("#problem")).to_be_hidden()
+            context.close()
+            other = browser.new_context()
+            page = other.new_page()
+            page.goto(f"{served}/#token={urllib.parse.quote(token, safe='')}")
+            expect(page.locator("#status")).to_contain_text("by-rule")
+            other.close()
 
 
 def test_refused_files_are_told(open_page: Any, tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def test_forms(tmp_path: Path) -> None:
     ]
     assert [d["text"] for d in squad.documents.values()] == ["Pilot fish travel with sharks.", "Sharks are fish."]
     hotpot = questions.read(written(tmp_path / "hotpot.json.gz", HOTPOT))
-    assert hotpot.cases == [questions.Case("Who?", ("Ann",), ("Ann", "Bob"))]
+    assert hotpot.cases == [questions.Case("Who?", ("Ann",), ("Ann", "Bob"), together=True)]
     assert hotpot.documents["Ann"]["text"] == "Ann is. She was."
     dpr = questions.read(written(tmp_path / "dpr.jsonl.gz", DPR))
-    assert dpr.cases == [questions.Case("a?", ("A",), ("T/0",)), questions.Case("b?", ("B",))]
-    assert list(dpr.documents) == ["T/0", "T/1"], "the same passage twice is one"
+    assert dpr.cases == [questions.Case("a?", ("A",), ("T",)), questions.Case("b?", ("B",))]
+    assert list(dpr.documents) == ["T", "T (2)"], "the same passage twice is one"
     own = questions.read(written(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}]))
     assert own.cases == [questions.Case("q", ("a",), ("x",))] and not own.documents
 
@@ -97,6 +97,12 @@ def test_some_passages_are_held_out(tmp_path: Path) -> None:
         b'[{"question": 1}]',
         b'[{"question": "x", "answers": "y"}]',
         b'[{"text": "x"}]',
+        b'[{"question": "x", "answers": [null]}]',
+        b'[{"question": "x", "answers": "Paris", "ctxs": []}]',
+        b'[{"question": "x", "documents": "d"}]',
+        b'[{"question": "x", "together": "yes"}]',
+        b'[{"question": "x", "answer": null, "context": [], "supporting_facts": []}]',
+        b'[{"question": "x", "answer": "y", "context": [], "supporting_facts": [["T", 0]]}]',
         b'{"no": "data"}',
         b"\xff\xfe",
         b"[" * 100_000,
@@ -114,6 +120,44 @@ def test_what_holds_no_questions_is_refused(tmp_path: Path, content: bytes) -> N
         questions.read(tmp_path / "cut.jsonl.gz")
 
 
+def test_passages_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    def squad(*contexts: str) -> dict[str, Any]:
+        return {"data": [{"paragraphs": [{"context": c, "qas": [{"question": c, "answers": []}]} for c in contexts]}]}
+
+    folder = tmp_path / "untitled"
+    folder.mkdir()
+    written(folder / "a.json", squad("one", "two"))
+    written(folder / "b.json", squad("three", "two"))
+    found = questions.read(folder)
+    assert {c.question: found.documents[c.documents[0]]["text"] for c in found.cases} == {
+        t: t for t in ("one", "two", "three")
+    }
+    again = [{**HOTPOT[0], "context": [["Ann", ["Another."]], *HOTPOT[0]["context"][1:]]}]
+    hotpot = questions.read(written(tmp_path / "h.json", HOTPOT + again))
+    assert [c.documents for c in hotpot.cases] == [("Ann", "Bob"), ("Ann (2)", "Bob")]
+
+
+def test_lines_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    first = '{"question": "a\u2028b\u0085c", "answers": [1901, "x"]}'
+    second = '{"question": "d", "documents": [7], "together": true}'
+    file.write_bytes(b"\xef\xbb\xbf" + f"{first}\r\n\n{second}".encode())
+    assert questions.read(file).cases == [
+        questions.Case("a\u2028b\u0085c", ("1901", "x")),
+        questions.Case("d", (), ("7",), together=True),
+    ]
+
+
+def test_half_of_few_questions_is_asked() -> None:
+    cases = [questions.Case(str(i)) for i in range(53)]
+    asked, searched = questions.split(cases, 50, 500)
+    assert (len(asked), len(searched)) == (26, 27)
+    assert not set(asked) & set(searched)
+    assert questions.split(cases, 10, 20)[0] == asked[:10], "the seed decides, not how many"
+    assert questions.split(cases[:1], 5, 5) == (cases[:1], cases[:1])
+    assert [len(part) for part in questions.split(cases, 0, 5)] == [0, 5]
+
+
 def test_scores_are_those_of_squad() -> None:
     assert scoring.normalised("The Cat, [1] an  apple!") == "cat apple"
     assert scoring.exact_match("The sharks [2].", ["sharks"])
@@ -124,6 +168,14 @@ def test_scores_are_those_of_squad() -> None:
     assert scoring.f1("with the big sharks", ["sharks"]) == 0.5
     assert scoring.f1("", ["sharks"]) == 0.0
     assert scoring.f1("anything", []) == 0.0
+
+
+def test_scores_of_scripts_without_spaces() -> None:
+    assert scoring.contains("日本の首都は東京です。 [1]", ["東京"])
+    assert scoring.contains("กรุงเทพเป็นเมืองหลวง", ["กรุงเทพ"])
+    assert scoring.exact_match("「東京」", ["東京"])
+    assert scoring.f1("東京都", ["東京"]) == pytest.approx(0.8)
+    assert not scoring.contains("東", ["東京"])
 
 
 @given(st.text(), st.text())

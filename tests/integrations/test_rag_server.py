@@ -1,5 +1,6 @@
 """The page's server: what it answers, what it refuses, any request that its own description allows."""
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -17,10 +18,14 @@ from pilotfish.integrations.rag.answering import Answerer
 from pilotfish.integrations.rag.server import create_app
 from pilotfish.retrieval import Index
 
+HERE = "http://localhost"
+
 
 @pytest.fixture
 def client(documents: Index, language: LanguageServer) -> TestClient:
-    return TestClient(create_app(documents, Answerer(documents, language.url)), raise_server_exceptions=False)
+    return TestClient(
+        create_app(documents, Answerer(documents, language.url)), base_url=HERE, raise_server_exceptions=False
+    )
 
 
 def asked(client: TestClient, **body: Any) -> list[dict[str, Any]]:
@@ -35,6 +40,7 @@ def test_an_answer_is_streamed(client: TestClient) -> None:
     assert "text" not in found["passages"][0], "passages are asked for one by one"
     assert "".join(t["text"] for t in texts) == done["done"]["text"] == "Pilot fish travel with sharks [1]."
     assert done["done"]["saved"] == {"drafter_accepted_tokens": 3}
+    assert (done["done"]["cited"], done["done"]["citations"]) == ([1], [{"begin": 30, "end": 33, "numbers": [1]}])
     (found, *_) = asked(client, question="sharks", where="kind = 'sky'")
     assert [p["id"] for p in found["passages"]] == ["moon"]
     assert "error" in asked(client, question="broken sharks")[-1]
@@ -67,10 +73,56 @@ def test_documents_are_uploaded_and_replaced(client: TestClient, documents: Inde
         ("x.pdf", b"no pdf", 400),
         ("x.jsonl", b"{", 400),
         ("x" * 300 + ".txt", b"x", 422),
+        ("a\0b.txt", b"x", 400),
+        ("a\x1b[31m.txt", b"x", 400),
+        ("x.parquet", b"PAR1", 400),
+        ("x.txt.gz", b"no gzip", 400),
+        ("x.txt.gz", gzip.compress(bytes(300 << 20), 1), 400),
     ):
         answer = client.post("/documents", params={"name": name}, content=content)
         assert answer.status_code == status, (name, answer.text)
         assert isinstance(answer.json()["detail"], str | list)
+        assert tempfile.gettempdir() not in answer.text, "where it lay meanwhile is nobody's business"
+    assert client.post("/documents", params={"name": "魚" * 200 + ".md"}, content="Fish.").json()["added"] == 1
+    client.post("/documents", params={"name": "cats.txt.gz"}, content=gzip.compress(b"Cats run."))
+    assert [d.text for d in documents.select("source = 'cats.txt'")] == ["Cats run."]
+
+
+def upload(client: TestClient, name: str, *records: dict[str, Any]) -> Any:
+    return client.post("/documents", params={"name": name}, content="".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_a_file_replaces_what_came_by_its_name_and_nothing_else(client: TestClient, documents: Index) -> None:
+    documents.upsert([{"id": "mine", "text": "Mine.", "metadata": {"source": "news.txt", "_upload": "old.txt"}}])
+    upload(client, "r.jsonl", {"id": "a", "text": "A."}, {"id": "b", "text": "B."})
+    assert upload(client, "r.jsonl", {"id": "b", "text": "New."}, {"text": "Numbered."}).json()["added"] == 2
+    assert {d.id: d.text for d in documents.select("_upload = 'r.jsonl'")} == {"b": "New.", "r.jsonl:2": "Numbered."}
+    assert client.post("/documents", params={"name": "news.txt"}, content="News.").json()["added"] == 1
+    assert "mine" in documents, "whose own metadata name that file"
+    for name in ("other.jsonl", "news.jsonl"):
+        refused = upload(client, name, {"id": "c", "text": "C."}, {"id": "b", "text": "Theirs."})
+        assert (refused.status_code, "'b' is in the index already" in refused.text) == (400, True)
+    assert upload(client, "m.jsonl", {"id": "mine", "text": "Taken."}).status_code == 400
+    assert "c" not in documents and documents.get("mine").text == "Mine." and documents.get("b").text == "New."
+    forged = upload(client, "f.jsonl", {"id": "f", "text": "F.", "metadata": {"_upload": "r.jsonl"}})
+    assert forged.json()["added"] == 1
+    assert documents.get("f").metadata["_upload"] == "f.jsonl", "what the file itself says of that is not believed"
+
+
+def test_other_pages_get_nothing(client: TestClient, documents: Index) -> None:
+    count = len(documents)
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert client.post("/documents?name=a.txt", content="x", headers=headers).status_code == 403
+        assert client.post("/ask", json={"question": "x"}, headers=headers).status_code == 403
+        assert client.get("/passage?id=sharks&question=x", headers=headers).status_code == 403
+    assert len(documents) == count
+    assert client.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).status_code == 200
+
+
+def test_what_nobody_foresaw_is_counted_and_told(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answerer, "retrieve", lambda *_: 1 / 0)
+    assert "the server's log says why" in asked(client, question="sharks")[-1]["error"]
+    assert "pilotfish_rag_failures_total 1.0" in client.get("/metrics").text
 
 
 def test_the_page_runs_nothing_of_strangers(client: TestClient) -> None:
@@ -131,5 +183,5 @@ def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
 def test_language_servers_of_tests_end(documents: Index) -> None:
     with language_server.running() as server:
         url = server.url
-    client = TestClient(create_app(documents, Answerer(documents, url)))
+    client = TestClient(create_app(documents, Answerer(documents, url)), base_url=HERE)
     assert "no server answers" in asked(client, question="sharks")[-1]["error"]

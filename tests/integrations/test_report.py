@@ -59,6 +59,8 @@ def test_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
     for plugin in ("razor_attention", "tidal_decode", "token_recycling", "rasd", "globalcom2", "aim", "xtr", "vdr"):
         assert f"<h3>{plugin}</h3>" in page or f">{plugin} " in page, plugin
     assert 'class="loses"' in page
+    lost = page[page.index("loses") :]
+    assert "xquad, conversation" in lost, "conversations are places like any other"
 
 
 def test_what_is_no_result_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -66,6 +68,11 @@ def test_what_is_no_result_is_refused(cli: Cli, tmp_path: Path) -> None:
     for content in ("", "{}", "[]", '{"records": 1}', json.dumps({**results(), "records": [{}]})):
         bad.write_text(content)
         refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a file of measurements")
+    for wrong in ('"1.5"', "NaN", "Infinity", "null", "true", "[1]"):
+        bad.write_text(json.dumps(results(a={"rasd/speedup": 0.125})).replace("0.125", wrong))
+        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "no finite number")
+    bad.write_text(json.dumps(results(a={"rasd/speedup": 0.5})).replace('"a"', "7"))
+    refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "are texts")
     refused(cli("report", str(tmp_path / "absent.json")), "absent.json")
     (tmp_path / "empty").mkdir()
     refused(cli("report", str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")), "no measurements")

@@ -139,7 +139,7 @@ def test_what_the_shape_leaves_out_is_learned_by_the_token() -> None:
     for d in (0, 1, 2, 5, 12) * 40:
         shape = float(np.interp(1 + d, [1, 6, 24], [0.020, 0.020, 0.060]))
         cost.observe(1, d, shape + 0.002 * d)
-    assert cost(1, 5) / cost(1, 0) == pytest.approx(1.5, rel=0.05)
+    assert cost(1, 5) / cost(1, 0) == pytest.approx(1.5, rel=0.15)
     assert allocate([np.full(20, 0.05, np.float32)], cost) == [0]
 
 

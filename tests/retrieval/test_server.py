@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 from pilotfish.retrieval import Index
 from pilotfish.retrieval.server import create_app
 
+HERE = "http://localhost"
+
 
 @pytest.fixture
 def index(create) -> Index:
@@ -22,7 +24,7 @@ def index(create) -> Index:
 
 @pytest.fixture
 def client(index: Index) -> TestClient:
-    return TestClient(create_app(index), raise_server_exceptions=False)
+    return TestClient(create_app(index), base_url=HERE, raise_server_exceptions=False)
 
 
 def test_documents_come_and_go(client: TestClient) -> None:
@@ -65,6 +67,17 @@ def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
     with index._store.writer():
         answer = client.post("/delete", json={"ids": ["d/1"]})
     assert (answer.status_code, "writes to this index" in answer.text) == (409, True)
+
+
+def test_other_pages_get_nothing(client: TestClient) -> None:
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert client.get("/documents/d/1", headers=headers).status_code == 403
+        assert (
+            client.post("/documents", json={"documents": [{"id": "x", "text": "x"}]}, headers=headers).status_code
+            == 403
+        )
+        assert client.post("/delete", json={"ids": ["d/1"]}, headers=headers).status_code == 403
+    assert client.get("/health").json()["documents"] == 20
 
 
 def test_a_token_is_asked_for(index: Index) -> None:

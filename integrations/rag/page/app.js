@@ -10,9 +10,16 @@ const made = (tag, text = "", name = "") => {
 };
 
 // A server that asks for a token is opened as /#token=...; the part behind # is never sent.
-const token = new URLSearchParams(location.hash.slice(1)).get("token");
+const token = () => {
+  const given = /^#token=(.*)$/s.exec(location.hash);
+  try {
+    return given && decodeURIComponent(given[1]);
+  } catch {
+    return given[1]; // a lone % is part of it
+  }
+};
 const asked = async (path, options = {}) => {
-  const headers = { ...(options.headers || {}), ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const headers = { ...(options.headers || {}), ...(token() ? { Authorization: `Bearer ${token()}` } : {}) };
   const answer = await fetch(path, { ...options, headers });
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({}));
@@ -106,20 +113,21 @@ function passages(found) {
 function finish(done) {
   // Numbers of passages become buttons; everything else stays text.
   const known = new Map([...at("passages").children].map((item) => [item.id.replace("passage-", ""), item]));
-  const parts = done.text.split(/(\[\d+(?:\s*,\s*\d+)*\])/);
-  at("answer").replaceChildren(
-    ...parts.flatMap((part) => {
-      const numbers = /^\[/.test(part) ? part.match(/\d+/g).filter((n) => known.has(n)) : [];
-      if (!numbers.length) return [part];
-      return numbers.map((number) => {
-        const cite = made("button", `[${number}]`, "cite");
-        cite.type = "button";
-        cite.setAttribute("aria-label", `Passage ${number}`);
-        cite.addEventListener("click", () => known.get(number).querySelector("button").click());
-        return cite;
-      });
-    }),
-  );
+  const parts = [];
+  const text = Array.from(done.text); // offsets count characters as Python does, not halves of pairs
+  let reached = 0;
+  for (const { begin, end, numbers } of done.citations) {
+    parts.push(text.slice(reached, begin).join(""));
+    for (const number of numbers) {
+      const cite = made("button", `[${number}]`, "cite");
+      cite.type = "button";
+      cite.setAttribute("aria-label", `Passage ${number}`);
+      cite.addEventListener("click", () => known.get(String(number)).querySelector("button").click());
+      parts.push(cite);
+    }
+    reached = end;
+  }
+  at("answer").replaceChildren(...parts, text.slice(reached).join(""));
   for (const number of [...done.cited, ...done.attributed]) known.get(String(number)).classList.add("cited");
   if (done.cited.length) at("grounds").textContent = `It names ${done.cited.map((n) => `[${n}]`).join(" ")}.`;
   else if (done.attributed.length)
@@ -141,8 +149,7 @@ async function show(id) {
     at("passage-id").textContent = told.id;
     const parts = [];
     let reached = 0;
-    // Offsets count characters as Python does, not halves of pairs.
-    const text = Array.from(told.text);
+    const text = Array.from(told.text); // as in `finish`
     for (const mark of told.marks) {
       if (mark.begin < reached) continue;
       parts.push(text.slice(reached, mark.begin).join(""));
@@ -170,21 +177,32 @@ async function show(id) {
 
 at("close").addEventListener("click", () => at("passage").close());
 
-at("files").addEventListener("change", async () => {
-  for (const file of at("files").files) {
+let uploaded = Promise.resolve();
+
+at("files").addEventListener("change", () => {
+  // Copied before the field is emptied: others may be chosen while these are on their way.
+  for (const file of [...at("files").files]) {
     const item = made("li", `${file.name} …`);
     at("uploads").append(item);
-    try {
-      const answer = await asked(`/documents?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
-      const told = await answer.json();
-      item.textContent = `${file.name}: ${told.added} ${told.added === 1 ? "passage" : "passages"} added`;
-    } catch (error) {
-      item.textContent = `${file.name}: ${error.message}`;
-      item.className = "bad";
-    }
+    uploaded = uploaded.then(() => upload(file, item));
   }
   at("files").value = "";
-  status();
+  uploaded = uploaded.then(status);
 });
 
+async function upload(file, item) {
+  try {
+    const answer = await asked(`/documents?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
+    const told = await answer.json();
+    item.textContent = `${file.name}: ${told.added} ${told.added === 1 ? "passage" : "passages"} added`;
+  } catch (error) {
+    item.textContent = `${file.name}: ${error.message}`;
+    item.className = "bad";
+  }
+}
+
+addEventListener("hashchange", () => {
+  problem(null);
+  status();
+});
 status();

@@ -1,0 +1,86 @@
+"""Pages of strangers, in a browser on the same machine, get nothing from a server without a token."""
+
+import pytest
+from fastapi import Depends, FastAPI
+from fastapi.testclient import TestClient
+
+from pilotfish.retrieval.guard import LARGEST_BODY, Guard
+
+
+def served(token: str | None = None) -> TestClient:
+    app, guard = FastAPI(), Guard(token)
+
+    @app.middleware("http")
+    async def guarded(request, call_next):
+        return guard.refusal(request) or await call_next(request)
+
+    @app.api_route("/", methods=["GET", "POST"], dependencies=[Depends(guard.known)])
+    def root() -> str:
+        return "secret"
+
+    return TestClient(app, base_url="http://localhost:8090")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:8090", "[::1]:8090", "10.1.2.3"]
+)
+def test_names_of_this_machine_and_addresses_are_served(host: str) -> None:
+    assert served().get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8090",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        ":80",
+        "[::1",
+        "1.2.3",
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_refused(host: str) -> None:
+    answer = served().get("/", headers={"Host": host})
+    assert (answer.status_code, "secret" in answer.text) == (403, False)
+    assert "Host" in answer.json()["detail"] and "token" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://localhost:3000"},  # another server of this machine
+        {"Origin": "http://localhost:8090.evil.example"},
+        {"Origin": "http://user@localhost:8090"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
+    ],
+)
+def test_another_page_is_refused(headers: dict[str, str]) -> None:
+    for method in ("GET", "POST"):
+        assert served().request(method, "/", headers=headers).status_code == 403
+    assert served("t").post("/", headers={**headers, "Authorization": "Bearer t"}).status_code == 200
+
+
+def test_our_own_page_and_links_to_it_are_served() -> None:
+    ours = {"Origin": "http://localhost:8090", "Sec-Fetch-Site": "same-origin"}
+    assert served().post("/", headers=ours).status_code == 200
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert served().get("/", headers=link).status_code == 200
+    assert served().post("/", headers=link).status_code == 403, "a form of another page"
+
+
+def test_bodies_say_how_large_they_are() -> None:
+    for length in (str(LARGEST_BODY + 1), "-1", "x", "\u00b2".encode("latin-1")):
+        assert served().post("/", headers={"Content-Length": length}).status_code == 413
+    assert served().post("/", content=(b for b in [b"x"])).status_code == 413, "in chunks of no known end"
+
+
+def test_a_token_is_compared_whole() -> None:
+    for given in ("Bearer", "Bearer wrong", "Bearer tt", "Basic t", "Bearer \u00e9".encode()):
+        assert served("t").get("/", headers={"Authorization": given}).status_code == 401
+    assert served("t").get("/", headers={"Authorization": "Bearer t", "Host": "any.example"}).status_code == 200
