@@ -8,9 +8,6 @@ for hit in index.search("which fish follow sharks?", k=5):
     print(hit.id, hit.score, hit.snippet)
 """
 
-import functools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,21 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import filters, snippets
-from .errors import DamagedIndex, RetrievalError
-from .incoming import BATCH, as_document, batches, check_names, check_text
-from .kinds import encoder_of, from_anywhere, kind_of
-from .ranking import found_by
-from .store import Change, Snapshot, Store, Writer
+from . import snippets
+from .changes import Changes, Progress
+from .errors import RetrievalError
+from .incoming import BATCH, check_names
+from .kinds import LazyEncoder, encoder_of, from_anywhere, kind_of
+from .searching import Ranked, Searching
+from .selection import Filter, Selection
+from .store import Change, Snapshot, Store
 from .store.documents import Document
 from .store.manifest import CURRENT
-
-DEAD = 0.2  # of a segment's documents: it is written anew
-SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
-FILTERS = 64  # filters whose documents are remembered
-
-Filter = str | filters.Filter
-Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,10 @@ class Index:
 
     def __init__(self, store: Store, kind: Any, load: Callable[[], Any]) -> None:
         """Not for users: see `create` and `open`."""
-        self._store, self.kind, self._load = store, kind, load
-        self._mutex = threading.Lock()  # of what is made for a snapshot
-        self._ready: tuple[int, Any] | None = None
-        self._allowed: OrderedDict[Any, NDArray[np.bool_]] = OrderedDict()
+        self._store, self.kind, self._encoder = store, kind, LazyEncoder(load)
+        self._selection = Selection(store)
+        parts = store, kind, self._encoder, self._selection
+        self._changes, self._searching = Changes(*parts), Searching(*parts)
 
     # ------------------------------------------------------------------------------------------------ making one
 
@@ -150,19 +142,19 @@ class Index:
             raise RetrievalError(f"{folder}: is of kind {opened.kind.name}, not {kind}")
         return opened
 
-    @functools.cached_property
+    @property
     def encoder(self) -> Any:
         """The encoder.
 
         Raises:
             RetrievalError: it is not there, or not the one that the index was made with.
         """
-        return self._load()
+        return self._encoder()
 
     def close(self) -> None:
         """Let go of files."""
         self._store.close()
-        self._ready = None
+        self._searching.close()
 
     def __enter__(self) -> "Index":
         return self
@@ -177,16 +169,16 @@ class Index:
         return self._store.refresh().manifest.count
 
     def __contains__(self, name: str) -> bool:
-        return bool(self._numbers([name]))
+        return bool(self._selection.numbers([name]))
 
     def get(self, name: str) -> Document | None:
         """A document by its id; None where there is none."""
-        numbers = self._numbers([name])
+        numbers = self._selection.numbers([name])
         return self._store.documents.get(list(numbers.values())).get(numbers[name]) if numbers else None
 
     def has(self, ids: Sequence[str]) -> set[str]:
         """Those of ``ids`` that are there."""
-        return set(self._numbers(check_names(ids)))
+        return set(self._selection.numbers(check_names(ids)))
 
     @property
     def folder(self) -> Path:
@@ -217,7 +209,7 @@ class Index:
     def select(self, where: Filter | None = None) -> Iterator[Document]:
         """Documents that pass a filter, all without one, in the order they were added."""
         snapshot = self._store.refresh()
-        numbers = np.flatnonzero(snapshot.live if where is None else self._passing(snapshot, where))
+        numbers = np.flatnonzero(snapshot.live if where is None else self._selection.passing(snapshot, where))
         for begin in range(0, len(numbers), BATCH):
             part = numbers[begin : begin + BATCH].tolist()
             found = self._store.documents.get(part)
@@ -235,26 +227,19 @@ class Index:
             RetrievalError: one is wrong, or its id is taken (nothing of its batch is added; see `upsert`).
             OSError: the disk is full, or may not be written; earlier batches are in.
         """
-        return self._put(documents, progress, replace=False, skip=False, learn=learn)
+        return self._changes.put(documents, progress, replace=False, skip=False, learn=learn)
 
     def upsert(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
         """Add documents, in the place of those with the same ids; returns how many."""
-        return self._put(documents, progress, replace=True, skip=False)
+        return self._changes.put(documents, progress, replace=True, skip=False)
 
     def resume(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
         """Add those documents whose ids are not there yet; returns how many."""
-        return self._put(documents, progress, replace=False, skip=True)
+        return self._changes.put(documents, progress, replace=False, skip=True)
 
     def delete(self, ids: Sequence[str] = (), where: Filter | None = None) -> int:
         """Delete documents by their ids, or all that pass a filter; returns how many. Unknown ids are passed over."""
-        with self._store.writer() as writer:
-            dead = set(self._numbers(check_names(ids)).values())
-            if where is not None:
-                dead |= set(np.flatnonzero(self._passing(self._store.snapshot, where)).tolist())
-            if dead:
-                writer.commit(Change(dead=sorted(dead)))
-                self._merge(writer)
-            return len(dead)
+        return self._changes.delete(ids, where)
 
     def compact(self, relearn: bool = False, progress: Progress | None = None) -> None:
         """Write everything anew in one segment, without what was deleted, and forget deleted documents' text.
@@ -264,13 +249,7 @@ class Index:
                 grown far beyond its first documents.
             progress: Is told how far encoding is.
         """
-        with self._store.writer() as writer:
-            if relearn and len(self):
-                self._relearn(writer, progress or (lambda *_: None))
-            self._merge(writer, [s.number for s in self._store.snapshot.manifest.segments])
-            live = self._store.snapshot.live
-            rows = self._store.documents.ask("SELECT number FROM documents")
-            self._store.documents.drop(n for (n,) in rows if not live[n])
+        self._changes.compact(relearn, progress)
 
     def configure(self, **settings: Any) -> None:
         """Change how the index is searched from now on.
@@ -280,103 +259,8 @@ class Index:
         """
         with self._store.writer() as writer:
             kept = {**self._store.snapshot.manifest.settings, **settings}
-            self._settings(kept)
+            self._searching.settings(kept)
             writer.commit(Change(settings=kept))
-
-    def _put(
-        self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool, learn: bool = True
-    ) -> int:
-        told = progress or (lambda *_: None)
-        total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
-        added = 0
-        with self._store.writer() as writer:
-            for given in batches(map(as_document, documents), unique=not (replace or skip)):
-                there = self._numbers([d.id for d in given])
-                if there and not (replace or skip):
-                    raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
-                batch = [d for d in given if not (skip and d.id in there)]
-                if batch:
-                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total, learn)
-                added += len(batch)
-            self._merge(writer)
-        return added
-
-    def _commit(
-        self,
-        writer: Writer,
-        batch: list[Document],
-        dead: list[int],
-        told: Progress,
-        before: int,
-        total: int | None,
-        learn: bool,
-    ) -> None:
-        """Encode a batch and make it last."""
-        snapshot = self._store.snapshot
-        first, shared = snapshot.manifest.next_document, snapshot.shared
-        numbers, texts, replaced = np.arange(first, first + len(batch)), [d.text for d in batch], []
-        if learn and shared and self.kind.outgrown(shared, snapshot.manifest.count + len(batch)):
-            shared, replaced = {}, [s.about.number for s in snapshot.segments]
-            staying = snapshot.live.copy()
-            staying[dead] = False
-            old = self._store.documents.get(np.flatnonzero(staying).tolist())
-            numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
-            texts = [*(old[n].text for n in sorted(old)), *texts]
-        done = before - (len(texts) - len(batch))  # those that are encoded again are none of the new ones
-
-        def count(encoded: int) -> None:
-            nonlocal done
-            done += encoded
-            told("encoding", max(done, before), total)
-
-        told("encoding", before, total)
-        encoded = self.encoder.encode_documents(texts, count)
-        told("indexing", before + len(batch), total)
-        trained = {} if shared else self.kind.train(encoded, max(total or 0, len(encoded)))
-        rows, arrays = self.kind.segment(encoded, numbers, shared or trained)
-        writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
-
-    def _relearn(self, writer: Writer, told: Progress) -> None:
-        """Encode everything, part by part, for new shared arrays from the first part."""
-        snapshot = self._store.snapshot
-        numbers = np.flatnonzero(snapshot.live)
-        shared: Any = {}
-        segments = []
-        for begin in range(0, len(numbers), BATCH):
-            part = numbers[begin : begin + BATCH]
-            texts = self._store.documents.get(part.tolist())
-            encoded = self.encoder.encode_documents([texts[int(n)].text for n in part])
-            told("encoding", begin + len(part), len(numbers))
-            shared = shared or self.kind.train(encoded, len(numbers))
-            segments.append((len(part), *self.kind.segment(encoded, part, shared)))
-        replaced = [s.about.number for s in snapshot.segments]
-        writer.commit(Change(segments=segments, replaces=replaced, shared=shared))
-
-    def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
-        """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
-        snapshot = self._store.snapshot
-        dead = {s.about.number: self._dead(s, snapshot) for s in snapshot.segments}
-        if chosen is None:
-            chosen = [s.about.number for s in snapshot.segments if dead[s.about.number] > DEAD * s.about.documents]
-            small = [s.about.number for s in snapshot.segments if s.about.documents < SMALLEST]
-            if len(small) > SMALL:
-                chosen = sorted({*chosen, *small})
-        segments = [s for s in snapshot.segments if s.about.number in set(chosen)]
-        if not segments:
-            return
-        rows, arrays = self.kind.merge([s.arrays for s in segments], snapshot.live)
-        alive = sum(s.about.documents - dead[s.about.number] for s in segments)
-        new = [(alive, rows, arrays)] if alive else []
-        writer.commit(Change(segments=new, replaces=[s.about.number for s in segments]))
-
-    @staticmethod
-    def _dead(segment: Any, snapshot: Snapshot) -> int:
-        """Documents of a segment that were deleted since it was made."""
-        if snapshot.manifest.count == len(snapshot.live):
-            return 0
-        present = np.zeros(len(snapshot.live), np.bool_)
-        present[segment.arrays["documents"]] = True
-        return int((present & ~snapshot.live).sum())
 
     # ----------------------------------------------------------------------------------------------------- search
 
@@ -410,44 +294,9 @@ class Index:
         where: Filter | None = None,
         snapshot: Snapshot | None = None,
         **settings: Any,
-    ) -> list[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+    ) -> list[Ranked]:
         """Internal numbers and scores of hits; what `search_many` does without looking at documents."""
-        if not isinstance(k, int) or k < 1:
-            raise RetrievalError(f"k: expected a whole number of 1 or more, got {k!r}")
-        if isinstance(queries, str):
-            raise RetrievalError("queries: expected a list, got a text; see search")
-        for query in queries:
-            check_text("query", query)
-        snapshot = snapshot or self._store.refresh()
-        chosen = self._settings({**snapshot.manifest.settings, **settings})
-        allow = self._allow(snapshot, where)
-        if not queries:
-            return []
-        encoded = self.kind.queries(self.encoder, list(queries), chosen)
-        if not snapshot.segments or (allow is not None and not allow.any()):
-            nothing = np.empty(0, np.int32), np.empty(0, np.float32)
-            return [nothing] * len(queries)
-        searcher = self._searcher(snapshot)
-        possible = min(k, snapshot.manifest.count if where is None else int(np.unpackbits(allow).sum()))  # type: ignore[arg-type]
-        again = self.kind.rescored(chosen)
-        possible = min(max(k, again), possible) if again else possible
-        found = [
-            found_by(self.kind, searcher, encoded[i], max(k, again), chosen, possible, allow)
-            for i in range(len(queries))
-        ]
-        if again:
-            found = [self._rescored(encoded[i], *pair, again, chosen) for i, pair in enumerate(found)]
-        return [(numbers[:k], scores[:k]) for numbers, scores in found]
-
-    def _rescored(
-        self, query: Any, numbers: NDArray[np.int32], scores: NDArray[np.float32], count: int, settings: Any
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The best ``count`` in the order of scores that their texts give; those behind them stay there."""
-        documents = self._store.documents.get(numbers[:count].tolist())
-        there = np.array([n for n in numbers[:count].tolist() if n in documents], np.int32)
-        anew = self.kind.rescore(self.encoder, query, [documents[n].text for n in there.tolist()], settings)
-        order = np.argsort(-anew, kind="stable")
-        return np.concatenate([there[order], numbers[count:]]), np.concatenate([anew[order], scores[count:]])
+        return self._searching.ranked(queries, k, where, snapshot, **settings)
 
     def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
         """Why a document has its score: a list of `plugins.contracts.Reason`.
@@ -456,13 +305,15 @@ class Index:
             RetrievalError: there is no such document.
         """
         snapshot = self._store.refresh()
-        numbers = self._numbers([name])
+        numbers = self._selection.numbers([name])
         if not numbers:
             raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
         text = self._store.documents.get([numbers[name]])[numbers[name]].text
-        chosen = self._settings({**snapshot.manifest.settings, **settings})
-        allow = self._allow(snapshot, None)
-        return self.kind.explain(self._searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow)
+        chosen = self._searching.settings({**snapshot.manifest.settings, **settings})
+        allow = self._selection.allow(snapshot, None)
+        return self.kind.explain(
+            self._searching.searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
+        )
 
     def reading(self, query: str, name: str, **settings: Any) -> Any:
         """A query and a document in weighted words: a `plugins.contracts.Reading`; None of a kind that has none.
@@ -481,73 +332,20 @@ class Index:
         Raises:
             RetrievalError: there is no such setting, or not such a value.
         """
-        return self._settings({**self._store.refresh().manifest.settings, **changes})
+        return self._searching.settings({**self._store.refresh().manifest.settings, **changes})
 
     def searcher(self) -> Any:
         """What the index's kind searches of the latest commit."""
-        return self._searcher(self._store.refresh())
+        return self._searching.searcher(self._store.refresh())
 
     def count(self, where: Filter | None) -> int:
         """Documents that pass a filter; None for all."""
-        return len(self) if where is None else int(self._passing(self._store.refresh(), where).sum())
+        return len(self) if where is None else int(self._selection.passing(self._store.refresh(), where).sum())
 
     def search_encoded(self, query: Any, text: str, k: int, where: Filter | None, settings: Any) -> list[Hit]:
         """The best documents for a query that is encoded already, by these settings and no wider ones."""
-        snapshot = self._store.refresh()
-        allow = self._allow(snapshot, where)
-        if not snapshot.segments or (allow is not None and not allow.any()):
-            return []
-        numbers, scores = self.kind.search(self._searcher(snapshot), query, k, settings, allow)
-        documents = self._store.documents.get(numbers.tolist())
-        return _hits(text, numbers, scores, documents)
-
-    def _searcher(self, snapshot: Snapshot) -> Any:
-        with self._mutex:
-            if self._ready is None or self._ready[0] != snapshot.manifest.number:
-                arrays = [s.arrays for s in snapshot.segments]
-                try:
-                    made = self.kind.searcher(snapshot.shared, arrays, len(snapshot.live))
-                except (ValueError, KeyError, IndexError) as error:
-                    self._store.check()  # which names the file, where one was damaged
-                    raise DamagedIndex(f"{self._store.folder}: arrays do not fit each other ({error})") from None
-                self._ready = snapshot.manifest.number, made
-            return self._ready[1]
-
-    def _allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
-        """A bit for each document that may be found; None for all."""
-        if where is None:
-            return None if snapshot.manifest.count == len(snapshot.live) else snapshot.bits
-        return np.packbits(self._passing(snapshot, where), bitorder="little")
-
-    def _passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
-        """[documents] which pass a filter and are live."""
-        condition = filters.parse(where) if isinstance(where, str) else where
-        if not isinstance(condition, filters.Filter):
-            raise RetrievalError(f"filter: expected text or a filter, got {type(where).__name__}")
-        text, values = filters.to_sql(condition)
-        # Python takes 1 and true for equal, filters do not.
-        key = text, tuple((type(v), v) for v in values), snapshot.manifest.number
-        with self._mutex:
-            if (known := self._allowed.get(key)) is not None:
-                return known
-        found = np.zeros(len(snapshot.live), np.bool_)
-        rows = self._store.documents.ask(f"SELECT number FROM documents WHERE {text}", values)  # marks only
-        numbers = np.array([n for (n,) in rows], np.int64)
-        found[numbers[numbers < len(found)]] = True
-        found &= snapshot.live
-        with self._mutex:
-            self._allowed[key] = found
-            while len(self._allowed) > FILTERS:
-                self._allowed.popitem(last=False)
-        return found
-
-    def _settings(self, values: Mapping[str, Any]) -> Any:
-        from ..plugins.config import ConfigError, build_options
-
-        try:
-            return build_options(self.kind.Settings, values, f"{self.kind.name} setting")
-        except ConfigError as error:
-            raise RetrievalError(str(error)) from None
+        numbers, scores = self._searching.encoded(query, k, where, settings, self._store.refresh())
+        return _hits(text, numbers, scores, self._store.documents.get(numbers.tolist()))
 
     # ------------------------------------------------------------------------------------------------------ upkeep
 
@@ -559,7 +357,7 @@ class Index:
         """
         about = self._store.check()
         if about.segments:
-            self._searcher(self._store.snapshot)
+            self._searching.searcher(self._store.snapshot)
 
     def stats(self) -> dict[str, Any]:
         """What the index holds, and how large it is."""
@@ -580,15 +378,8 @@ class Index:
             "text_bytes": text,
             "commit": about.number,
             "options": about.options,
-            "settings": asdict(self._settings(about.settings)),
+            "settings": asdict(self._searching.settings(about.settings)),
         }
-
-    def _numbers(self, ids: Sequence[str]) -> dict[str, int]:
-        """Internal numbers of those ids that are there."""
-        for name in ids:
-            check_text("id", name)
-        live = self._store.refresh().live
-        return {name: n for name, n in self._store.documents.numbers_of(ids) if n < len(live) and live[n]}
 
 
 def _hits(

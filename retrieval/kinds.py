@@ -1,6 +1,7 @@
 """Registered kinds of indexes and encoders by their names, and settings of searches."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,22 @@ def encoder_of(kind: Any, name: str, device: str, precision: str) -> Any:
     if cls is not None:
         return cls(cls.Options(), device, precision)
     return kind.load_encoder(name, device, precision)
+
+
+class LazyEncoder:
+    """An encoder, loaded when it is called for first, once for all threads."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        return self._load()
+
+    def __call__(self) -> Any:
+        """The encoder.
+
+        Raises:
+            RetrievalError: it is not there, or not the one that the index was made with.
+        """
+        return self._loaded

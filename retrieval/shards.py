@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .changes import Progress
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
 from .incoming import BATCH, as_document
-from .index import Filter, Hit, Index, Progress
+from .index import Hit, Index
 from .kinds import kind_of
+from .selection import Filter
 from .store import Change, Store, files
 from .store.documents import Document
 from .store.manifest import SHARDS as NAME

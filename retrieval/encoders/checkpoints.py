@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RetrievalError, first_line
-from .texts import load_errors
+from ..errors import RetrievalError
+from .texts import loading
 
 QUERY, DOCUMENT = 64, 256  # tokens, where a checkpoint says nothing
 T5_QUERY, T5_DOCUMENT = 32, 512  # XTR's
@@ -170,7 +170,7 @@ def _tensor(folder: Path, name: str, needed: bool = True) -> Any:
     import torch
     from safetensors import safe_open
 
-    try:
+    with loading(f"encoder {folder}"):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 if name in file.keys():  # noqa: SIM118 -- it is no mapping
@@ -179,8 +179,6 @@ def _tensor(folder: Path, name: str, needed: bool = True) -> Any:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if name in state:
                 return state[name].float().numpy()
-    except load_errors() as error:
-        raise RetrievalError(f"encoder {folder}: {first_line(error)}") from None
     if needed:
         raise RetrievalError(f"encoder {folder}: its weights hold no {name}")
     return None

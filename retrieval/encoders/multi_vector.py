@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RetrievalError, first_line
+from ..errors import RetrievalError
 from ..tokens import Tokens
 from . import checkpoints, texts
 from .checkpoints import Checkpoint
@@ -49,21 +49,15 @@ class MultiVectorEncoder:
         """
         import torch
         from transformers import AutoModel, AutoTokenizer, T5EncoderModel
-        from transformers.utils import logging
 
         self.name, self.checkpoint = name, checkpoint
         self.device = device = texts.pick_device(device)
-        kept = logging.get_verbosity()
-        logging.set_verbosity_error()  # a pooler that is not needed is no news
-        logging.disable_progress_bar()
-        try:
+        for each in (precision, query_precision or precision):
+            texts.check_precision(each, device)
+        with texts.loading(f"encoder {checkpoint.folder}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
             loader = T5EncoderModel if checkpoint.t5 else AutoModel
             model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
-        except texts.load_errors() as error:
-            raise RetrievalError(f"encoder {checkpoint.folder}: {first_line(error)}") from None
-        finally:
-            logging.set_verbosity(kept)
         self._layers = [
             (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
             for x in checkpoint.layers

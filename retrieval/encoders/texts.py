@@ -1,15 +1,17 @@
 """What all encoders need that run a transformer: a tokenizer for one thread at a time, batches, precisions, chunks."""
 
+import contextlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, first_line
 
 BATCH_TOKENS = 8192  # of a batch, padding included
 REMEMBERED = 1024  # queries that are kept
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 Progress = Callable[[int], None]  # is told how many texts were encoded since it was told last
 T = TypeVar("T")
 
@@ -43,37 +45,57 @@ def pick_device(device: str) -> str:
     return device
 
 
-def load_errors() -> tuple[type[Exception], ...]:
-    """What loading a checkpoint raises when its files are not what they should be."""
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Load a checkpoint, without the news that transformers has of it.
+
+    Raises:
+        RetrievalError: its files are not what they should be; ``what`` says whose.
+    """
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
-    return OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, SafetensorError, UnpicklingError
+    wrong = OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, SafetensorError, UnpicklingError
+    kept = logging.get_verbosity()
+    logging.set_verbosity_error()  # a pooler that is not needed is no news
+    logging.disable_progress_bar()
+    try:
+        yield
+    except RetrievalError:
+        raise
+    except wrong as error:
+        raise RetrievalError(f"{what}: {first_line(error)}") from None
+    finally:
+        logging.set_verbosity(kept)
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that is none, or that a device has not, before a model is loaded.
+
+    Raises:
+        RetrievalError: it is so.
+    """
+    if precision not in PRECISIONS:
+        raise RetrievalError(f"precision {precision}: expected {', '.join(PRECISIONS)}")
+    if precision == "int8" and device != "cpu":
+        raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
 
 
 def in_precision(model: Any, precision: str, device: str) -> Any:
-    """A model on a device; with another precision than float32 it is a copy.
-
-    Raises:
-        RetrievalError: there is no such precision, or not there.
-    """
+    """A model on a device; with another precision than float32 it is a copy."""
     import torch
 
     if precision == "int8":
-        if device != "cpu":
-            raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says where this will move
             return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if precision not in types:
-        raise RetrievalError(f"precision {precision}: expected {', '.join([*types, 'int8'])}")
     if precision == "float32":
         return model.to(device)
     import copy
 
-    return copy.deepcopy(model).to(device, types[precision])
+    return copy.deepcopy(model).to(device, getattr(torch, precision))
 
 
 def chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RetrievalError, first_line
+from ..errors import RetrievalError
 from ..words import Words
 from . import texts
 from .checkpoints import fingerprint_of, read_json
@@ -127,6 +127,7 @@ class VocabularyEncoder:
         self.name, self.form, self.top, self.binary = name, form, top, binary
         self.activation = form.activation if activation == "auto" else activation
         self.device = texts.pick_device(device)
+        texts.check_precision(precision, self.device)
         self._precision = precision
         self._tokenizer = _tokenizer(form)
         self.dimension = len(self._tokenizer)
@@ -269,10 +270,8 @@ def _tokenizer(form: Form) -> Any:
             places.append(multi_vector.embedded())  # which has the same vocabulary
     for place in places:
         if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-            try:
+            with texts.loading(f"encoder {form.folder}"):
                 return AutoTokenizer.from_pretrained(place, local_files_only=True)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                raise RetrievalError(f"encoder {form.folder}: {first_line(error)}") from None
     raise RetrievalError(f"encoder {form.folder}: has no tokenizer; put tokenizer.json or vocab.txt of its base there")
 
 
@@ -282,19 +281,8 @@ def _load(form: Form) -> list[Any]:
     Raises:
         RetrievalError: they cannot be loaded.
     """
-    from transformers.utils import logging
-
-    kept = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with texts.loading(f"encoder {form.folder}"):
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
-    except RetrievalError:
-        raise
-    except texts.load_errors() as error:
-        raise RetrievalError(f"encoder {form.folder}: {first_line(error)}") from None
-    finally:
-        logging.set_verbosity(kept)
 
 
 def _masked(form: Form) -> Any:

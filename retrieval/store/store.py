@@ -113,6 +113,8 @@ class Store:
                 else "exists, and is not empty"
             )
             raise RetrievalError(f"{folder}: {what}")
+        if outer := next((p for p in folder.absolute().parents if (p / manifest.CURRENT).exists()), None):
+            raise RetrievalError(f"{folder}: lies in another index, {outer}, whose files are its own")
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
         manifest.write(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))

@@ -109,10 +109,8 @@ def _run(
 
         from rich.console import Console
         from rich.progress import Progress
-        from transformers.utils import logging
 
-        from ..encoders.texts import load_errors
-        from ..errors import RetrievalError, first_line
+        from ..encoders import texts
 
         if find_spec("matplotlib") is None:
             raise ConfigError("train: the curve needs matplotlib; pip install pilotfish[train]")
@@ -121,14 +119,8 @@ def _run(
         found = [p for folder in judged or [] for p in pairs.judged(folder)]
         found += pairs.cloze(text, plan[3]) if text else []
         random.Random(plan[3]).shuffle(found)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
+        with texts.loading(f"--base {base}"):
             task = make(tasks.base_of(base), tasks.Lengths(*lengths))
-        except RetrievalError:
-            raise
-        except load_errors() as error:
-            raise RetrievalError(f"--base {base}: {first_line(error)}") from None
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(f"{len(found)} pairs", total=plan[0])

@@ -190,6 +190,8 @@ def _publish(task: Task, out: Path) -> None:
     beside.mkdir(parents=True)
     task.model.eval()
     task.save(beside)
+    for weights in beside.rglob("*.safetensors"):
+        weights.chmod(0o644)  # which safetensors keeps to the owner
     for path in sorted(beside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         target = out / path.name
         if target.is_dir():

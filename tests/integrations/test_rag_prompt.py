@@ -86,13 +86,19 @@ def test_nothing_that_is_quoted_is_a_citation(text: str) -> None:
     assert citations.find(prompt.quoted(text, 10_000), passages(*"abcdefgh")) == []
 
 
+def calibrated(answerable: list[float], others: list[float]) -> tuple[float, float]:
+    found = threshold.calibrate(answerable, others)
+    assert found is not None
+    return found
+
+
 def test_a_threshold_tells_best() -> None:
-    least, share = threshold.calibrate([0.8, 0.7, 0.6], [0.5, 0.3, 0.65])
+    least, share = calibrated([0.8, 0.7, 0.6], [0.5, 0.3, 0.65])
     assert 0.5 < least < 0.6
     assert abs(share - 5 / 6) < 1e-9
-    few, _ = threshold.calibrate([0.2, 0.9, 0.8], [0.7, 0.6, 0.5])
+    few, _ = calibrated([0.2, 0.9, 0.8], [0.7, 0.6, 0.5])
     assert few < 0.2, "few that can be answered are refused"
-    least, _ = threshold.calibrate([-0.5, 0.5], [0.1])
+    least, _ = calibrated([-0.5, 0.5], [0.1])
     assert least == -0.5
     for kinds in (([], []), ([0.5], []), ([], [0.5])):
         assert threshold.calibrate(*kinds) is None, "one kind alone says nothing"
