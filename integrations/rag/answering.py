@@ -286,30 +286,38 @@ def _understood(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (openai.APIError, httpx.HTTPError) as error:
+    except openai.APIError as error:
         raise ServerError(f"{url}: {_reason(error)}") from None
     except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
         raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({_line(error)[:100]})") from None
+    except Exception as error:
+        if not _is(error, "TransportError"):  # which OpenAI's library lets through once an answer has begun
+            raise
+        raise ServerError(f"{url}: {_reason(error)}") from None
 
 
 def _since(started: float) -> float:
     return round(1e3 * (time.perf_counter() - started), 1)
 
 
-def _reason(error: openai.APIError | httpx.HTTPError) -> str:
+def _reason(error: Exception) -> str:
     """In one line."""
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
-    match cause:
-        case httpx.ConnectError() | httpx.ConnectTimeout():
-            return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
-        case httpx.TimeoutException():
-            return "the server takes too long"
-        case httpx.LocalProtocolError():
-            return f"cannot be asked so: {_line(cause)}; look at the key"
-        case httpx.HTTPError():
-            return f"the server broke off ({_line(cause)})"
+    if _is(cause, "ConnectError", "ConnectTimeout"):
+        return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
+    if _is(cause, "TimeoutException"):
+        return "the server takes too long"
+    if _is(cause, "LocalProtocolError"):
+        return f"cannot be asked so: {_line(cause)}; look at the key"
+    if _is(cause, "TransportError"):
+        return f"the server broke off: {_line(cause)}"
     body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
     return _line(body.get("message") or error)
+
+
+def _is(error: BaseException | None, *names: str) -> bool:
+    """Whether an error is of a class of httpx, by name: OpenAI's library has changed from httpx to its successor."""
+    return any(c.__name__ in names and c.__module__.startswith("httpx") for c in type(error).__mro__)
 
 
 def _line(told: object) -> str:
