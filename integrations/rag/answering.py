@@ -1,25 +1,19 @@
 """A question, an index, a language model behind an OpenAI-compatible server: an answer with citations, as it comes."""
 
 import asyncio
-import contextlib
 import re
 import time
-import urllib.parse
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import httpx
-import openai
-
-from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.index import Index
 from . import citations, prompt, savings
 from . import threshold as thresholds
 from .citations import Citation
+from .connection import Clients, ServerError, address, named, understood
 
-PATIENCE = 30  # seconds for a server to name its models
 SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
 NOTHING = "I do not know: nothing in the documents comes near the question."
 _REFUSAL = re.compile(r"\W*(?:(?:i am |i'm )?sorry,? (?:but )?)?i do not know\b(?![^.!?]*\b(?:but|however)\b)")
@@ -94,22 +88,6 @@ class Done:
 Event = Found | Text | Done
 
 
-class ServerError(ConfigError):
-    """The server cannot be reached, or does not answer."""
-
-
-class _Clients:
-    """Connections to a server: by OpenAI's library, and for what that does not know."""
-
-    def __init__(self, url: str, key: str) -> None:
-        self.openai = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
-        self.plain = httpx.AsyncClient()
-
-    async def close(self) -> None:
-        await self.openai.close()
-        await self.plain.aclose()
-
-
 class Answerer:
     """Answers questions from the documents of an index.
 
@@ -140,18 +118,18 @@ class Answerer:
         max_tokens: int = 256,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.index, self.url, self.model, self.k = index, _address(url), model, k
+        self.index, self.url, self.model, self.k = index, address(url), model, k
         self.threshold = thresholds.read(index.folder) if threshold is None else threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
         self._key = key
-        self._connected: tuple[asyncio.AbstractEventLoop, _Clients] | None = None
+        self._connected: tuple[asyncio.AbstractEventLoop, Clients] | None = None
         self._silent_until = 0.0
 
-    def _clients(self) -> "_Clients":
+    def _clients(self) -> Clients:
         """Connections belong to the event loop that opened them: another, as of a second `asyncio.run`, has its own."""
         loop = asyncio.get_running_loop()
         if self._connected is None or self._connected[0] is not loop:
-            self._connected = loop, _Clients(self.url, self._key)
+            self._connected = loop, Clients(self.url, self._key)
         return self._connected[1]
 
     async def close(self) -> None:
@@ -199,7 +177,7 @@ class Answerer:
         parts: list[str] = []
         tokens: dict[str, int] = {}
         first = 0.0
-        with _understood(self.url):
+        with understood(self.url):
             asked = self._clients().openai.chat.completions.create(
                 model=self.model,
                 messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
@@ -242,83 +220,11 @@ def retrieve(index: Index, question: str, k: int, where: str | None = None) -> F
     return Found(passages, score, _since(started))
 
 
-async def named(url: str, model: str | None, key: str) -> str:
-    """The model's name at a server: the first that it has, where none is given.
-
-    Raises:
-        ServerError: there is no server, or it has no such model.
-    """
-    with _understood(url):
-        async with openai.AsyncOpenAI(base_url=_address(url), api_key=key, max_retries=1, timeout=PATIENCE) as client:
-            names = [m.id async for m in client.models.list()]
-    if not names or model not in (None, *names):
-        raise ServerError(f"{url}: has no model {model or 'at all'}; it has {', '.join(names) or 'none'}")
-    return model or names[0]
-
-
 def refused(text: str) -> bool:
     """Whether a model says that it does not know, and no more of the question than that."""
     plain = text.lower().replace("’", "'").replace("don't", "do not")
     return not plain.strip() or _REFUSAL.match(plain) is not None
 
 
-def _address(url: str) -> str:
-    """A server's URL, if it is one.
-
-    Raises:
-        ServerError: it is none.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return url
-    except ValueError:
-        pass
-    raise ServerError(f"{url or 'the empty text'}: is no server's address; expected http://HOST:PORT/v1")
-
-
-@contextlib.contextmanager
-def _understood(url: str) -> Iterator[None]:
-    """What goes wrong between us and a server becomes one line.
-
-    Raises:
-        ServerError: it did.
-    """
-    try:
-        yield
-    except openai.APIError as error:
-        raise ServerError(f"{url}: {_reason(error)}") from None
-    except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
-        raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({_line(error)[:100]})") from None
-    except Exception as error:
-        if not _is(error, "TransportError"):  # which OpenAI's library lets through once an answer has begun
-            raise
-        raise ServerError(f"{url}: {_reason(error)}") from None
-
-
 def _since(started: float) -> float:
     return round(1e3 * (time.perf_counter() - started), 1)
-
-
-def _reason(error: Exception) -> str:
-    """In one line."""
-    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
-    if _is(cause, "ConnectError", "ConnectTimeout"):
-        return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
-    if _is(cause, "TimeoutException"):
-        return "the server takes too long"
-    if _is(cause, "LocalProtocolError"):
-        return f"cannot be asked so: {_line(cause)}; look at the key"
-    if _is(cause, "TransportError"):
-        return f"the server broke off: {_line(cause)}"
-    body = error.body if isinstance(error, openai.APIError) and isinstance(error.body, dict) else {}
-    return _line(body.get("message") or error)
-
-
-def _is(error: BaseException | None, *names: str) -> bool:
-    """Whether an error is of a class of httpx, by name: OpenAI's library has changed from httpx to its successor."""
-    return any(c.__name__ in names and c.__module__.startswith("httpx") for c in type(error).__mro__)
-
-
-def _line(told: object) -> str:
-    return " ".join(str(told).split())[:500]

@@ -45,14 +45,14 @@ def evaluate(
 
     Where there is no index, one is made of the passages that come with the questions.
     """
-    from . import answering, evaluation, threshold
+    from . import connection, evaluation, threshold
     from . import questions as files
 
     with refusals():
         collection = files.read(questions)
         drawn, rest = files.split(collection.cases, sample, survey, seed)
         if drawn and setup.start is None:  # before the index takes its time
-            asyncio.run(answering.named(setup.server, setup.model, setup.key))
+            asyncio.run(connection.named(setup.server, setup.model, setup.key))
         with _opened(setup.folder, collection, hold_out, seed) as index:
             told = with_bar(lambda bar: evaluation.survey(index, rest, setup.k, _counted(bar, "searching", len(rest))))
         if save:

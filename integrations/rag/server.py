@@ -1,15 +1,11 @@
 """The page: ask, watch the answer come, open what it stands on, add documents."""
 
-import gzip
-import io
 import json
 import logging
-import tempfile
 import threading
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +17,14 @@ from pydantic import Field
 
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
-from ...retrieval.allocator import give_back
 from ...retrieval.errors import RetrievalError
-from ...retrieval.filters import Compare
 from ...retrieval.guard import Guard
-from ...retrieval.incoming import CHUNK_TOKENS, OVERLAP
 from ...retrieval.index import Index
-from ...retrieval.inputs import RECORDS, TEXTS, Source
+from ...retrieval.inputs import RECORDS, TEXTS
 from ...retrieval.server import Filter, Model, answer_errors
+from . import uploads
 from .answering import Answerer, Done, Found, Text
 
-UPLOAD = "_upload"  # metadata of documents that came by the page: their file
-LARGEST_FILE = 128 << 20  # bytes, when it is no longer compressed
 logger = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page"
 FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
@@ -156,55 +148,9 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
         @app.post("/documents", dependencies=[Depends(guard.known)], summary="Add a file, which is the body")
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
-            return await run_in_threadpool(_added, index, Path(name).name, await request.body(), writing)
+            return await run_in_threadpool(uploads.add, index, Path(name).name, await request.body(), writing)
 
     return app
-
-
-def _added(index: Index, name: str, content: bytes, writing: threading.Lock) -> dict[str, int]:
-    """Put a file's documents into the index, in the place of those of an earlier upload of that name.
-
-    Raises:
-        RetrievalError: it cannot be read, or has a document of an id that is there from elsewhere; nothing was changed.
-    """
-    if name in ("", "..") or not name.isprintable():
-        raise RetrievalError("name: is no file's")
-    if name.lower().endswith(".gz"):
-        name, content = name[:-3], _unpacked(name, content)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "upload"
-        path.write_bytes(content)
-        source = Source.of(path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
-        given = [replace(d, metadata={**d.metadata, UPLOAD: name}) for d in source]
-    if not given:
-        raise RetrievalError("the file holds no text")
-    with writing:
-        old = {d.id for d in index.select(Compare((UPLOAD,), "=", (name,)))}
-        new = {d.id for d in given}
-        if others := sorted(index.has(list(new - old))):
-            raise RetrievalError(
-                f"{name}: document {others[0]!r} is in the index already, not by an upload of that name"
-            )
-        added = index.upsert(given)
-        index.delete(list(old - new))
-    give_back()
-    return {"added": added, "documents": len(index)}
-
-
-def _unpacked(name: str, content: bytes) -> bytes:
-    """What gzip packed, if that is not more than anybody would send.
-
-    Raises:
-        RetrievalError: it is, or cannot be read.
-    """
-    try:
-        with gzip.open(io.BytesIO(content)) as file:
-            plain = file.read(LARGEST_FILE + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise RetrievalError(f"{name}: {error}") from None
-    if len(plain) > LARGEST_FILE:
-        raise RetrievalError(f"{name}: holds more than {LARGEST_FILE >> 20} MiB")
-    return plain
 
 
 def _line(event: Found | Text | Done, count: "_Counters") -> str:

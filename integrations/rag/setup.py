@@ -64,7 +64,7 @@ class Setup:
             raise ConfigError(f"--threshold: expected a number, got {self.threshold}")
         with refusals(), contextlib.ExitStack() as stack:
             from ...retrieval.index import Index
-            from . import answering, engine
+            from . import answering, connection, engine
 
             opened = stack.enter_context(_made(self.folder)) if make else Index.open(self.folder)
             index = stack.enter_context(opened)
@@ -76,7 +76,7 @@ class Setup:
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)
                 server = stack.enter_context(engine.started(self.start, [*plugins, *arguments]))
-            model = asyncio.run(answering.named(server, self.model, self.key))
+            model = asyncio.run(connection.named(server, self.model, self.key))
             yield answering.Answerer(index, server, model, self.key, self.k, self.threshold, self.max_tokens)
 
 

@@ -12,8 +12,9 @@ from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 from language_server import MODEL, LanguageServer, serving
 
-from pilotfish.integrations.rag import answering, evaluation, prompt, questions, threshold
-from pilotfish.integrations.rag.answering import Answerer, Done, Found, ServerError, Text
+from pilotfish.integrations.rag import answering, connection, evaluation, prompt, questions, threshold
+from pilotfish.integrations.rag.answering import Answerer, Done, Found, Text
+from pilotfish.integrations.rag.connection import ServerError
 from pilotfish.plugins.config import ConfigError
 from pilotfish.retrieval import Index
 from pilotfish.retrieval.errors import RetrievalError
@@ -80,9 +81,9 @@ async def test_failures_are_named(documents: Index, language: LanguageServer) ->
         await events(Answerer(documents, "http://127.0.0.1:9/v1"), "sharks")
     with pytest.raises(RetrievalError, match="expected a value"):
         await events(Answerer(documents, language.url), "sharks", where="year <")
-    assert await answering.named(language.url, None, "none") == MODEL
+    assert await connection.named(language.url, None, "none") == MODEL
     with pytest.raises(ServerError, match=f"no model other; it has {MODEL}"):
-        await answering.named(language.url, "other", "none")
+        await connection.named(language.url, "other", "none")
 
 
 MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "test"}]}
