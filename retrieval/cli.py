@@ -113,3 +113,38 @@ def lines(prompt: str) -> Iterator[str]:
 
 def tell(message: str) -> None:
     typer.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def open_whole(
+    folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
+) -> Iterator[Any]:
+    """An index that is in one piece."""
+    from . import shards
+    from .index import Index
+
+    if shards.there(folder):
+        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/indexes.md")
+    with Index.open(folder, encoder, device, precision) as index:
+        yield index
+
+
+@contextlib.contextmanager
+def open_any(
+    folder: Path,
+    encoder: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    ray: str | None = None,
+) -> Iterator[Any]:
+    """An index, or shards."""
+    from . import shards
+
+    if ray is None and not shards.there(folder):
+        with open_whole(folder, encoder, device, precision) as index:
+            yield index
+        return
+    if (encoder, device, precision) != (None, "auto", "float32"):
+        raise ConfigError("--encoder, --device, --precision: shards are read as they were built")
+    with shards.ShardedIndex(folder, ray) as index:
+        yield index

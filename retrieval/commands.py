@@ -1,16 +1,16 @@
-"""`pilotfish index`: build, change, search and look after an index."""
+"""`pilotfish index`: build, change, serve and look after an index; see `asking_commands` for the others."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..plugins.cli import harmless
+from ..plugins.cli import extend
 from ..plugins.config import ConfigError
 from ..plugins.hookspecs import hookimpl
+from .asking_commands import asking
 from .cli import (
     AsJson,
     Chunk,
@@ -18,18 +18,16 @@ from .cli import (
     EncoderOption,
     Folder,
     Host,
-    K,
     NumberIds,
     Overlap,
     Paths,
     Precision,
     Ray,
-    Set,
     Token,
     Where,
-    Word,
     check_host,
-    lines,
+    open_any,
+    open_whole,
     refusals,
     tell,
     values,
@@ -45,7 +43,8 @@ USUAL = "xtr"  # kind of index
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
-    cli.add_typer(index, name="index")
+    extend(cli, "index", index)
+    extend(cli, "index", asking)
 
 
 @index.command("build")
@@ -110,7 +109,7 @@ def add(
     number_ids: NumberIds = False,
 ) -> None:
     """Add documents; searches go on meanwhile."""
-    with refusals(), _opened(folder, encoder, device, precision) as opened:
+    with refusals(), open_whole(folder, encoder, device, precision) as opened:
         source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids)
         count = with_bar(lambda told: (opened.upsert if upsert else opened.add)(source, told))
         tell(f"{folder}: {count} documents added, {len(opened)} in all")
@@ -125,119 +124,15 @@ def delete(
     """Delete documents by id or by a filter."""
     if not ids and where is None:
         raise ConfigError("delete: name ids, or give --where FILTER")
-    with refusals(), _opened(folder) as opened:
+    with refusals(), open_whole(folder) as opened:
         count = opened.delete(ids or [], where)
         tell(f"{folder}: {count} documents deleted, {len(opened)} left")
-
-
-@index.command("search")
-def search(
-    folder: Folder,
-    query: Annotated[
-        list[str] | None, typer.Argument(help="What to look for; without, queries are read line by line.")
-    ] = None,
-    k: K = 10,
-    where: Where = None,
-    settings: Set = None,
-    word: Word = None,
-    as_json: AsJson = False,
-    encoder: EncoderOption = None,
-    ray: Ray = None,
-) -> None:
-    """Find documents."""
-    with refusals(), _for_reading(folder, encoder, ray=ray) as opened:
-        given = _settings(settings) | _edits(word)
-        for text in [" ".join(query)] if query else lines("query> "):
-            hits = opened.search(text, k, where, **given)
-            if as_json:
-                found = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
-                typer.echo(json.dumps({"query": text, "hits": found}, ensure_ascii=False))
-            else:
-                _show(hits)
-
-
-@index.command("explain")
-def explain(
-    folder: Folder,
-    query: Annotated[str, typer.Argument(help="A query.")],
-    document: Annotated[str, typer.Argument(help="The id of a document.")],
-    settings: Set = None,
-    word: Word = None,
-    page: Annotated[Path | None, typer.Option("--html", help="Write a page here instead.")] = None,
-    as_json: AsJson = False,
-    encoder: EncoderOption = None,
-) -> None:
-    """Show why a document has its score: what of the query met what of it."""
-    with refusals(), _opened(folder, encoder) as opened:
-        given = _settings(settings) | _edits(word)
-        reasons, reading = opened.explain(query, document, **given), opened.reading(query, document, **given)
-        found = opened.get(document)
-    from . import pages
-
-    if page is not None:
-        with refusals():
-            page.write_text(pages.explanation(query, document, found.text, reasons, reading), encoding="utf-8")
-            tell(f"{page}: open it in a browser")
-    if as_json:
-        told = {"reasons": [vars(r) for r in reasons]} | (vars(reading) if reading is not None else {})
-        typer.echo(json.dumps(told if reading is not None else told["reasons"], ensure_ascii=False))
-    elif page is None:
-        pages.show(reasons, reading)
-
-
-@index.command("eval")
-def evaluate(
-    folder: Folder,
-    collection: Annotated[Path, typer.Argument(help="A BEIR folder with queries.jsonl and qrels.")],
-    settings: Set = None,
-    as_json: AsJson = False,
-    encoder: EncoderOption = None,
-) -> None:
-    """Measure nDCG@10, Recall@100 and MRR@10 on judged queries."""
-    with refusals():
-        from . import evaluation, tuning
-
-        judged = evaluation.read(collection)
-        with _opened(folder, encoder) as opened:
-            found = tuning.evaluate(opened, judged, _settings(settings))
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for name, value in found.items():
-        typer.echo(f"{name:16}{value:.4f}" if isinstance(value, float) else f"{name:16}{value}")
-
-
-@index.command("tune")
-def tune(
-    folder: Folder,
-    collection: Annotated[Path, typer.Argument(help="A BEIR folder whose queries are not those you will report.")],
-    loss: Annotated[float, typer.Option(min=0, max=1, help="nDCG@10 that may be lost for speed.")] = 0.003,
-    dry_run: Annotated[bool, typer.Option(help="Only tell.")] = False,
-    encoder: EncoderOption = None,
-) -> None:
-    """Find how many lists to read, and what to impute, on judged queries; the index keeps it."""
-    with refusals():
-        from . import evaluation, tuning
-
-        judged = evaluation.read(collection)
-        with _opened(folder, encoder) as opened:
-            tried = tuning.tune(opened, judged)
-            best = tuning.choose(tried, loss)
-            for trial in tried:
-                mark = "*" if trial is best else " "
-                typer.echo(
-                    f"{mark} probes {trial.probes:4}  until {trial.until:7}  "
-                    f"nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms"
-                )
-            if not dry_run:
-                opened.configure(probes=best.probes, until=best.until)
-                tell(f"{folder}: probes={best.probes}, until={best.until} from now on")
 
 
 @index.command("stats")
 def stats(folder: Folder, as_json: AsJson = False) -> None:
     """Say what an index holds."""
-    with refusals(), _for_reading(folder) as opened:
+    with refusals(), open_any(folder) as opened:
         found = opened.stats()
     if as_json:
         typer.echo(json.dumps(found))
@@ -256,7 +151,7 @@ def check(folder: Folder) -> None:
         parts = [folder / name for name in shards.read(folder)] if shards.there(folder) else [folder]
         documents = 0
         for part in parts:
-            with _opened(part) as opened:
+            with open_whole(part) as opened:
                 opened.check()
                 documents += len(opened)
         typer.echo(f"{folder}: {documents} documents, all right")
@@ -271,7 +166,7 @@ def compact(
     encoder: EncoderOption = None,
 ) -> None:
     """Write an index anew without what was deleted."""
-    with refusals(), _opened(folder, encoder) as opened:
+    with refusals(), open_whole(folder, encoder) as opened:
         with_bar(lambda told: opened.compact(relearn, told) or 0)
         tell(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
@@ -279,7 +174,7 @@ def compact(
 @index.command("export")
 def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of the FAISS index.")]) -> None:
     """Write the tokens as a plain FAISS index, and beside it which document each is of."""
-    with refusals(), _opened(folder) as opened:
+    with refusals(), open_whole(folder) as opened:
         from .xtr import export as exporting
 
         tokens = exporting.write(opened, out)
@@ -303,71 +198,9 @@ def serve(
         from . import server
 
         check_host(host, token, "others could change the index")
-        with _for_reading(folder, encoder, device, precision, ray) as opened:
+        with open_any(folder, encoder, device, precision, ray) as opened:
             _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
             server.run(server.create_app(opened, token, read_only), host, port)
-
-
-# ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _settings(assignments: list[str] | None) -> dict[str, Any]:
-    """Of ``--set``; see `kinds.checked_settings`."""
-    from .kinds import checked_settings
-
-    return checked_settings(values(assignments, "--set"))
-
-
-def _edits(words: list[str] | None) -> dict[str, Any]:
-    """``WORD=FACTOR`` texts as the setting ``words``.
-
-    Raises:
-        ConfigError: one is of another form.
-    """
-    factors = {}
-    for given in words or []:
-        word, equals, factor = given.rpartition("=")
-        try:
-            factors[word] = float(factor)
-        except ValueError:
-            equals = ""
-        if not equals or not word:
-            raise ConfigError(f"--word {given}: expected WORD=FACTOR, as shark=2")
-    return {"words": factors} if factors else {}
-
-
-@contextlib.contextmanager
-def _opened(
-    folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
-) -> Iterator[Any]:
-    from . import shards
-    from .index import Index
-
-    if shards.there(folder):
-        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/indexes.md")
-    with Index.open(folder, encoder, device, precision) as opened:
-        yield opened
-
-
-@contextlib.contextmanager
-def _for_reading(
-    folder: Path,
-    encoder: str | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    ray: str | None = None,
-) -> Iterator[Any]:
-    """An index, or shards."""
-    from . import shards
-
-    if ray is None and not shards.there(folder):
-        with _opened(folder, encoder, device, precision) as opened:
-            yield opened
-        return
-    if (encoder, device, precision) != (None, "auto", "float32"):
-        raise ConfigError("--encoder, --device, --precision: shards are read as they were built")
-    with shards.ShardedIndex(folder, ray) as opened:
-        yield opened
 
 
 def _build_shards(
@@ -408,14 +241,3 @@ def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: boo
     from .inputs import Source
 
     return Source(paths, chunk, number_ids)
-
-
-def _show(hits: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("", "score", "id", "text")
-    for place, hit in enumerate(hits, 1):
-        table.add_row(str(place), f"{hit.score:.4f}", Text(harmless(hit.id)), Text(harmless(hit.snippet)))
-    Console().print(table if hits else "nothing found")

@@ -61,8 +61,15 @@ def test_int8_is_near_float32() -> None:
     quick = load(precision="int8")
     whole, rough = load().encode_queries(TEXTS[:1]), quick.encode_queries(TEXTS[:1])
     assert (whole.vectors * rough.vectors).sum(1).min() > 0.9
-    with pytest.raises(RetrievalError, match="expected float32"):
-        load(precision="int7")
+
+
+def test_precisions_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModel
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for precision, query_precision in (("int7", None), ("float32", "int7")):
+        with pytest.raises(RetrievalError, match="expected float32"):
+            load(precision=precision, query_precision=query_precision)
 
 
 @pytest.fixture

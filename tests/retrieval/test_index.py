@@ -245,6 +245,7 @@ def test_wrong_requests_are_refused(create, tmp_path) -> None:
         (lambda: index.explain("x", "zz"), "no document 'zz'"),
         (lambda: index.configure(probes=0), "expected 1 to"),
         (lambda: Index.create(tmp_path / "index"), "holds an index already"),
+        (lambda: Index.create(tmp_path / "index" / "inner"), "lies in another index"),
         (lambda: Index.create(tmp_path), "not empty"),
         (lambda: Index.create(tmp_path / "y", "xtra"), "did you mean 'xtr'"),
         (lambda: Index.create(tmp_path / "y", options={"codec": "sq5"}), "expected sq4"),
