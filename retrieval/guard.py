@@ -41,9 +41,8 @@ class Guard:
         if self._token is None and (reason := _foreign(request)):
             return JSONResponse({"detail": f"{reason}; start the server with a token to allow this"}, 403)
         length = request.headers.get("content-length", "0")
-        if request.method in ("POST", "PUT", "PATCH") and (
-            not length.isdecimal() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
-        ):
+        told = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
+        if request.method in ("POST", "PUT", "PATCH") and not (told and int(length) <= LARGEST_BODY):
             return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
         return None
 
@@ -57,7 +56,8 @@ def _foreign(request: Request) -> str | None:
         return f"Origin: {origin[:100]!r} is another page"
     from_elsewhere = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     followed = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
-    if from_elsewhere and not followed:  # links to our page may be followed
+    if from_elsewhere and not (followed and request.headers.get("sec-fetch-dest", "document") == "document"):
+        # Links to our pages may be followed, frames would show them under another's mouse.
         return "Sec-Fetch-Site: another page asks"
     return None
 

@@ -102,7 +102,7 @@ class History:
         """Itself if so many more tokens fit without dropping any, else a larger history of the same text."""
         if self._written + tokens <= len(self._ring):
             return self
-        larger = History(2 * len(self._ring) + tokens)
+        larger = History(max(2 * len(self._ring), self._written + tokens))
         held = np.arange(self._written - len(self), self._written) & (len(self._ring) - 1)
         larger.append(self._ring[held])
         return larger

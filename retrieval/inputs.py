@@ -258,8 +258,10 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
     try:
         with path.open("rb") as file:  # whose path pyarrow would tell otherwise
-            for batch in pq.ParquetFile(file).iter_batches(1024):
-                yield from map(_json, batch.to_pylist())
+            texts = [f.name for f in pq.read_schema(file) if pyarrow.types.is_string(f.type)]
+            # Values that come often are kept once, and rows unfolded one by one: packed tables may be huge.
+            for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024):
+                yield from (_json(batch.slice(row, 1).to_pylist()[0]) for row in range(batch.num_rows))
     except pyarrow.ArrowException as error:
         raise RetrievalError(f"{name}: {first_line(error)}") from None
 
@@ -298,18 +300,25 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         _need("markdown_it", ".md", "markdown-it-py")
         from markdown_it import MarkdownIt
 
-        text = _html(MarkdownIt().render(text))
+        text = _html(name, MarkdownIt().render(text))
     elif _suffix(name) in (".html", ".htm"):
-        text = _html(text)
+        text = _html(name, text)
     yield text, {}
 
 
-def _html(text: str) -> str:
-    """What a page shows, a block on each line."""
+def _html(name: str, text: str) -> str:
+    """What a page shows, a block on each line.
+
+    Raises:
+        RetrievalError: it cannot be read.
+    """
     _need("bs4", ".html and .md", "beautifulsoup4")
     from bs4 import BeautifulSoup
 
-    page = BeautifulSoup(text, "html.parser")
+    try:
+        page = BeautifulSoup(text, "html.parser")
+    except Exception as error:  # parsers have errors of all kinds for what is no HTML
+        raise RetrievalError(f"{name}: cannot be read as HTML ({first_line(error)})") from None
     for hidden in page(["script", "style", "noscript", "template"]):
         hidden.decompose()
     return "\n".join(" ".join(line.split()) for line in page.get_text("\n").splitlines() if line.strip())
@@ -318,12 +327,11 @@ def _html(text: str) -> str:
 def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     _need("pypdf", ".pdf")
     import pypdf
-    from pypdf.errors import PyPdfError
 
     try:
         for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
             yield page.extract_text(), {"page": number}
-    except (PyPdfError, OSError, ValueError, KeyError, RecursionError) as error:
+    except Exception as error:  # damaged files meet errors of all kinds in it
         raise RetrievalError(f"{name}: cannot be read as PDF ({first_line(error)})") from None
 
 

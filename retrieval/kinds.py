@@ -1,6 +1,6 @@
 """Registered kinds of indexes and encoders by their names, and settings of searches."""
 
-import functools
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,8 @@ class LazyEncoder:
     """An encoder, loaded when it is called for first, once for all threads."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
-        self._load = load
-
-    @functools.cached_property
-    def _loaded(self) -> Any:
-        return self._load()
+        self._load, self._mutex = load, threading.Lock()
+        self._loaded: Any = None
 
     def __call__(self) -> Any:
         """The encoder.
@@ -75,4 +72,7 @@ class LazyEncoder:
         Raises:
             RetrievalError: it is not there, or not the one that the index was made with.
         """
-        return self._loaded
+        with self._mutex:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded

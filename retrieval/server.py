@@ -5,8 +5,8 @@ All answers are JSON. Errors have ``detail``, one line. Searches run side by sid
 
 import logging
 import socket
-import threading
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import uvicorn
@@ -21,6 +21,7 @@ from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
 from .guard import Guard
 from .index import Index
 from .kinds import checked_settings
+from .one_by_one import OneByOne
 from .shards import ShardedIndex
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -127,7 +128,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     failed = Counter("pilotfish_index_failures", "Requests that failed", ["route", "status"], registry=registry)
     documents = Gauge("pilotfish_index_documents", "Documents that can be found", registry=registry)
     documents.set_function(lambda: len(index))
-    writing = threading.Lock()
+    writes = OneByOne()
     guard = Guard(token)
 
     @app.middleware("http")
@@ -181,22 +182,21 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
         changes = {409: {"model": Problem, "description": "Somebody else writes to the index"}}
         changes[507] = {"model": Problem, "description": "No room"}
 
-        @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
-        def add(addition: Addition) -> Count:
-            given = [d.model_dump() for d in addition.documents]
-            with writing:
-                changed = index.upsert(given) if addition.upsert else index.add(given)
+        async def changed(change: Callable[..., int], *args: Any) -> Count:
+            count = await writes(change, *args)
             give_back()
-            return Count(changed=changed, documents=len(index))
+            return Count(changed=count, documents=len(index))
+
+        @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
+        async def add(addition: Addition) -> Count:
+            given = [d.model_dump() for d in addition.documents]
+            return await changed(index.upsert if addition.upsert else index.add, given)
 
         @app.post("/delete", dependencies=[Depends(guard.known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
-        def delete(deletion: Deletion) -> Count:
+        async def delete(deletion: Deletion) -> Count:
             if not deletion.ids and deletion.where is None:
                 raise HTTPException(400, "name ids, or give a filter in where")
-            with writing:
-                changed = index.delete(deletion.ids, deletion.where)
-            give_back()
-            return Count(changed=changed, documents=len(index))
+            return await changed(index.delete, deletion.ids, deletion.where)
 
     return app
 

@@ -139,8 +139,8 @@ def base(arm: str) -> str:
 
 
 def place(r: dict[str, Any]) -> str:
-    """Where a record was measured: its dataset, and its batch or context where there are several."""
-    more = [f"{key} {r['params'][key]}" for key in ("context", "batch") if r["params"].get(key)]
+    """Where a record was measured: its dataset, and its context, depth or batch where there are several."""
+    more = [f"{key} {r['params'][key]}" for key in ("context", "depth", "batch") if r["params"].get(key) is not None]
     return ", ".join([r["dataset"], *(m for m in more if m.replace(" ", "_") not in r["dataset"])])
 
 
@@ -170,7 +170,7 @@ def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, 
 
 
 def _plain(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without categories of datasets and depths of needles, which tables of their own have."""
+    """Without categories of datasets and depths of needles, which tables of all have."""
     return [r for r in records if "/" not in r["dataset"] and "depth" not in r["params"]]
 
 

@@ -16,7 +16,10 @@ from .connection import Clients, ServerError, address, named, understood
 
 SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
 NOTHING = "I do not know: nothing in the documents comes near the question."
-_REFUSAL = re.compile(r"\W*(?:(?:i am |i'm )?sorry,? (?:but )?)?i do not know\b(?![^.!?]*\b(?:but|however)\b)")
+_REFUSAL = re.compile(  # and not: ..., but; ..., see [1]; ... But
+    r"\W*(?:(?:i am |i'm )?sorry,? (?:but )?)?i do not know\b"
+    r"(?![^.!?]*\b(?:but|however|see)\b)(?![^.!?]*[.!?]+\s*(?:but|however)\b)"
+)
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class Answerer:
         saved = after.since(before) if before is not None and after is not None else {}
         text = "".join(parts).strip()
         cited = citations.find(text, found.passages)
-        known = bool(cited) or not refused(text)
+        known = not refused(text)
         guessed = citations.attributed(text, found.passages) if known and not cited else []
         yield Done(text, known, cited, guessed, took, tokens, saved)
 

@@ -13,7 +13,7 @@ import typer
 from ...plugins.config import ConfigError
 from ...retrieval.cli import AsJson, refusals, with_bar
 from ...retrieval.errors import RetrievalError
-from .setup import Setup, command
+from .setup import Setup, command, made
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = "token_recycling,rasd,tidal_decode@budget=8192,no_prefix_caching"
@@ -60,14 +60,13 @@ def evaluate(
             if few := next((kind for kind, count in kinds.items() if count < threshold.FEWEST), None):
                 raise ConfigError(
                     f"--save: {kinds[few]:.0f} of the questions that were searched for are {few} an answer in the "
-                    f"index; a threshold is kept for {threshold.FEWEST} of each kind"
+                    f"index; a threshold is kept for {threshold.FEWEST} of each kind (--sample 0 searches for all questions)"
                 )
             threshold.write(
                 setup.folder, told["threshold"], {"balance": told["threshold_balance"], "questions": len(rest)}
             )
     if drawn:
-        least = told.get("threshold", 0.0)
-        chosen = setup if setup.threshold is not None else replace(setup, threshold=least)
+        chosen = setup if setup.threshold is not None else replace(setup, threshold=told.get("threshold"))
         with chosen.ready(arguments) as answerer:
             outcomes = with_bar(lambda bar: evaluation.ask_all(answerer, drawn, _counted(bar, "asking", len(drawn))))
         told |= evaluation.figures(outcomes)
@@ -140,8 +139,8 @@ def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
     if (folder / CURRENT).exists() or not collection.documents:
         index = Index.open(folder)
     else:
-        index = Index.create(folder)
-        with_bar(lambda bar: index.add(collection.kept(hold_out, seed), bar))
+        with made(folder, whole=True) as index:
+            with_bar(lambda bar: index.add(collection.kept(hold_out, seed), bar))
     if not any(evaluation.answerable(index, case) for case in collection.cases):
         index.close()
         raise RetrievalError(f"{folder}: holds no document that answers one of the questions of {collection.name}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...plugins.config import ConfigError
 
+GOLD = ("has_answer", "hasanswer", "isgold")  # of a passage that holds the answer
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
@@ -59,8 +60,8 @@ def read(path: Path) -> Collection:
     - SQuAD: articles of paragraphs of questions (``data``, ``paragraphs``, ``qas``); those marked ``is_impossible``
       have no answer.
     - HotpotQA: a list of ``question``, ``answer``, ``context``, ``supporting_facts``.
-    - Lines of ``question``, ``answers``, ``ctxs`` (as DPR writes them; each passage with ``isgold`` or ``hasanswer``
-      holds the answer).
+    - DPR: a list or lines of ``question``, ``answers``, ``ctxs`` (each passage with ``has_answer``, ``hasanswer`` or
+      ``isgold`` holds the answer), or ``positive_ctxs`` (which all do), ``negative_ctxs``, ``hard_negative_ctxs``.
     - Lines of ``question`` and maybe ``answers`` and ``documents``, ids in one's own index each of which holds the
       answer, or with ``together: true`` all of them.
 
@@ -125,13 +126,14 @@ def _take(item: Any, to: Collection) -> None:
         ids = {title: _document(to, title, "".join(sentences), title) for title, sentences in item["context"]}
         facts = [ids[title] for title, _ in item["supporting_facts"]]
         to.cases.append(_case(item["question"], [item["answer"]], facts, together=True))
-    elif "ctxs" in item:
+    elif "ctxs" in item or "positive_ctxs" in item:
         gold = []
-        for passage in item["ctxs"]:
-            title = passage["title"]
-            id = _document(to, title, f"{title}. {passage['text']}", title)
-            if passage.get("isgold") or passage.get("hasanswer"):
-                gold.append(id)
+        for field in ("ctxs", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"):
+            for passage in item.get(field, []):
+                title = passage["title"]
+                id = _document(to, title, f"{title}. {passage['text']}", title)
+                if field == "positive_ctxs" or any(passage.get(flag) for flag in GOLD):
+                    gold.append(id)
         to.cases.append(_case(item["question"], item["answers"], gold))
     elif "question" in item:
         answers = item.get("answers", [item["answer"]] if "answer" in item else [])
@@ -155,6 +157,8 @@ def _case(question: Any, answers: Any, documents: Any, together: bool = False) -
 
 def _document(to: Collection, name: str, text: str, title: str) -> str:
     """The id of a passage, by its name where that is free; the same text twice is one."""
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise ValueError(f"a passage has a title and a text, not {name!r} and {type(text).__name__}")
     id, number = name, 1
     while (known := to.documents.get(id)) is not None and known["text"] != text:
         number += 1

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import Field
@@ -21,6 +19,7 @@ from ...retrieval.errors import RetrievalError
 from ...retrieval.guard import Guard
 from ...retrieval.index import Index
 from ...retrieval.inputs import RECORDS, TEXTS
+from ...retrieval.one_by_one import OneByOne
 from ...retrieval.server import Filter, Model, answer_errors
 from . import uploads
 from .answering import Answerer, Done, Found, Text
@@ -59,7 +58,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=connected)
     answer_errors(app)
-    guard, writing, count = Guard(token), threading.Lock(), _Counters(index)
+    guard, writes, count = Guard(token), OneByOne(), _Counters(index)
 
     @app.exception_handler(ConfigError)
     async def refused(_: Request, error: ConfigError) -> JSONResponse:
@@ -105,7 +104,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
             "plugins": list(counters.plugins) if counters is not None else [],
             "threshold": answerer.threshold,
             "uploads": not read_only,
-            "endings": sorted(RECORDS + TEXTS),
+            "endings": sorted([*RECORDS, *TEXTS, ".gz"]),
         }
 
     @app.post("/ask", dependencies=[Depends(guard.known)], summary="An answer, as lines of JSON while it comes")
@@ -148,7 +147,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
         @app.post("/documents", dependencies=[Depends(guard.known)], summary="Add a file, which is the body")
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
-            return await run_in_threadpool(uploads.add, index, Path(name).name, await request.body(), writing)
+            return await writes(uploads.add, index, Path(name).name, await request.body())
 
     return app
 

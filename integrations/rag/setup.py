@@ -17,7 +17,6 @@ import typer
 from ...plugins.cli import single
 from ...plugins.config import ConfigError
 from ...retrieval.cli import Folder, refusals
-from ...retrieval.errors import RetrievalError
 
 rag = typer.Typer(help="Answer questions from documents.", no_args_is_help=True)
 
@@ -66,7 +65,7 @@ class Setup:
             from ...retrieval.index import Index
             from . import answering, connection, engine
 
-            opened = stack.enter_context(_made(self.folder)) if make else Index.open(self.folder)
+            opened = stack.enter_context(made(self.folder)) if make else Index.open(self.folder)
             index = stack.enter_context(opened)
             _ = index.encoder  # a wrong one is refused now
             server = self.server
@@ -81,8 +80,13 @@ class Setup:
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[Any]:
-    """An index, made where there is none; one that was made goes again where nobody came to use it."""
+def made(folder: Path, whole: bool = False) -> Iterator[Any]:
+    """An index, made where there is none; one that was made goes again where what it was made for fails.
+
+    Args:
+        folder: Where.
+        whole: Whether it goes even with documents in it, which are then but a part of those that were meant.
+    """
     from ...retrieval.index import Index
     from ...retrieval.store.manifest import CURRENT
 
@@ -90,12 +94,13 @@ def _made(folder: Path) -> Iterator[Any]:
     index = Index.open_or_create(folder)
     try:
         yield index
-    except (ConfigError, RetrievalError, OSError):
-        if new and len(index) == 0:
+    except BaseException:
+        if new and (whole or len(index) == 0):
             index.close()
-            shutil.rmtree(folder)
-            if there:
-                folder.mkdir()
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not there:
+                folder.rmdir()
         raise
 
 

@@ -27,7 +27,7 @@ def read(folder: Path) -> float:
         return found
     except FileNotFoundError:
         return 0.0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise RetrievalError(
             f"{folder / NAME}: cannot be read; calibrate again with `pilotfish rag eval --save`"
         ) from None

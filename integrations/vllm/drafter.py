@@ -16,7 +16,7 @@ from ...plugins.config import ConfigError
 from ...plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree
 from ...plugins.contracts import Drafter as DrafterPlugin
 from ...plugins.drafting.budget import StepCost, TrackRecord, allocate
-from ...plugins.drafting.tree import cut
+from ...plugins.drafting.tree import cut, likeliest_first
 from ...plugins.manager import disabled
 from . import attach, patches, step_times
 from .runner import RunnerBinding, Verified, find_runner
@@ -35,12 +35,22 @@ class _Live:
     wanted: bool  # whether it wants drafts
     record: TrackRecord = field(default_factory=TrackRecord)
     draft: DraftTree | None = None  # the last
+    length: int = -1  # of its text when it was seen last; not yet, if negative
 
     def saw(self, verified: Verified) -> None:
-        """What came of the last draft; nothing, where the scheduler left it out or shortened it."""
-        draft, self.draft = self.draft, None
-        if draft is not None and 0 < len(draft) == len(verified.candidates.inputs) - 1 and len(verified.tokens):
+        """What came of the last draft, or of as much of it as was verified."""
+        self.length = len(verified.text)
+        if self.draft is None or not len(verified.tokens):
+            return
+        draft = cut(self.draft, len(verified.candidates.inputs) - 1)
+        self.draft = None
+        same = np.array_equal(draft.tokens, verified.candidates.inputs[1:])
+        if same and np.array_equal(draft.parents, verified.candidates.parents[1:] - 1):
             self.record.observe(draft.scores, len(verified.tokens) - 1)
+
+    def missed(self, verified: Verified) -> bool:
+        """Whether steps went by that we were not shown, as vLLM does near the end of a draft model's context."""
+        return 0 <= self.length != len(verified.text) - len(verified.tokens)
 
 
 class Drafter:
@@ -159,8 +169,10 @@ class Drafter:
         verified = self._binding.step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, tree_of)
         self._time_step(verified, started)
         for i, request in enumerate(verified):
+            if request.request in self._requests and self._requests[request.request].missed(request):
+                self._finish(request.request)
             if request.request not in self._requests:
-                self._start(request.request, i)
+                self._start(request.request, i, request)
             self._requests[request.request].saw(request)
             self.plugin.observe(request.request, request.tokens, request.candidates)
         drafts = self._draft(verified, drafted)
@@ -208,7 +220,7 @@ class Drafter:
         if self.trees is None or not self.trees.serves(request.id):
             path = tree.best_path()
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
-        return cut(tree, max(request.limit, 0))
+        return cut(likeliest_first(tree), max(request.limit, 0))
 
     def _allocate(self, trees: list[DraftTree], live: "list[_Live]") -> list[int]:
         """How many nodes of each request's tree to verify."""
@@ -228,14 +240,17 @@ class Drafter:
 
     # ----------------------------------------------------------------------------------------- the life of things
 
-    def _start(self, request: str, index: int) -> None:
+    def _start(self, request: str, index: int, seen: Verified) -> None:
+        """Tell the plugin of a request; of its text all that stands before what this step brought."""
         assert self.plugin is not None
         params = self._binding.sampling_params(request)
         extra = (params.extra_args if params is not None else None) or {}
         wanted = str(extra.get("pilotfish_drafter", "on")).lower() not in {"off", "0", "false"}
         self._requests[request] = _Live(wanted)
         tenant = extra.get("pilotfish_tenant")
-        self.plugin.start(request, self._binding.prompt(index), None if tenant is None else str(tenant))
+        prompt = self._binding.prompt(index)
+        before = seen.text[: max(len(seen.text) - len(seen.tokens), len(prompt))]
+        self.plugin.start(request, before, None if tenant is None else str(tenant))
 
     def _finish(self, request: str) -> None:
         if self._requests.pop(request, None) is not None and self.plugin is not None:

@@ -143,8 +143,12 @@ class TreeVerifier:
         return self._is_plain(request) and bool(self.builders)
 
     def keep(self, drafts: Mapping[str, DraftTree]) -> None:
-        """Remember what was drafted for the next step; a tree that does not come is verified as the chain it looks."""
-        self._trees = dict(drafts)
+        """Remember what was drafted for next steps, until something else is or the request ends.
+
+        A step may pass a request by, whose draft then comes in a later one.
+        """
+        waiting = {r: tree for r, tree in self._trees.items() if r in self._runner.requests}
+        self._trees = {**waiting, **drafts}
 
     def tree_of(self, index: int) -> DraftTree | None:
         """The tree that the step under way verifies for a request, by its index; None for a chain or nothing."""
@@ -162,7 +166,7 @@ class TreeVerifier:
             return
         starts = runner.query_start_loc.np
         for request, tokens in scheduled.items():
-            tree = self._trees.get(request)
+            tree = self._trees.pop(request, None)
             if tree is None or len(tokens) > len(tree) or tree.tokens[: len(tokens)].tolist() != list(tokens):
                 continue
             tree = cut(tree, len(tokens))  # the scheduler may have had no room for all of it
@@ -190,13 +194,16 @@ class TreeVerifier:
         batch = self._runner.input_batch
         drafted = list(metadata.num_draft_tokens)
         others = [i for i, request in enumerate(batch.req_ids[: len(drafted)]) if not self._is_plain(request)]
+        seeded = batch.sampling_metadata.generators
+        theirs = {i: seeded[i].get_state() for i in others if i in seeded}
         drawn = draw(logits.clone() if others else logits, metadata, batch.sampling_metadata)
-        if others:  # they are vLLM's; what it samples for the rest is overwritten, and their seeds set back
-            generators = {i: g for i, g in batch.sampling_metadata.generators.items() if i not in others}
-            states = {i: g.get_state() for i, g in generators.items()}
+        if others:  # vLLM's, with the seeds they had; what it samples for the rest is overwritten, their seeds set back
+            for i, state in theirs.items():
+                seeded[i].set_state(state)
+            states = {i: g.get_state() for i, g in seeded.items() if i not in others}
             result = sample(logits, metadata)
-            for i, generator in generators.items():
-                generator.set_state(states[i])
+            for i, state in states.items():
+                seeded[i].set_state(state)
             output = result.sampled_token_ids
         else:
             output = torch.full((len(drafted), metadata.max_spec_len + 1), -1, dtype=torch.int32, device=logits.device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..contracts import Float32
 
@@ -139,16 +140,29 @@ class StepCost:
         centred = x - mean_x
         gram = (centred * w[:, None]).T @ centred + np.diag(strength)
         target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
-        slopes = np.clip(np.linalg.solve(gram, target), 0.0, None)
+        slopes = _not_negative(gram, target)
         without = mean_y + float(slopes @ ([requests, 0.0, 0.0] - mean_x))
         return max(without, 1e-3 * mean_y), float(slopes[1]), float(slopes[2])
+
+
+def _not_negative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What solves a normal equation with no coefficient below 0: those that would be leave, the others take over."""
+    found, used = np.zeros(len(target)), np.ones(len(target), np.bool_)
+    while used.any():
+        found[:] = 0.0
+        found[used] = np.linalg.solve(gram[np.ix_(used, used)], target[used])
+        if found.min() >= 0.0:
+            break
+        used[found.argmin()] = False
+    return np.maximum(found, 0.0)
 
 
 class TrackRecord:
     """How one request's drafts fare beside their scores, which are rates over all requests.
 
     One answer follows its sources closely, another hardly; what was accepted of the first drafts tells about the next.
-    Expected and accepted tokens are counted with a fading memory, from a prior of as many of both.
+    Expected and accepted tokens are counted with a fading memory, from a prior of as many of both. Steps without a
+    draft fade as well, so that a request that was believed too little for any draft is tried again.
     """
 
     PRIOR = 2.0  # tokens
@@ -162,7 +176,7 @@ class TrackRecord:
         """Take in one step.
 
         Args:
-            scores: Of all that was verified, [n]; their sum was expected to be accepted.
+            scores: Of all that was verified, [n], perhaps nothing; their sum was expected to be accepted.
             accepted: Tokens that were.
         """
         self._expected = self.MEMORY * self._expected + float(scores.sum())

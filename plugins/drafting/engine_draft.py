@@ -47,7 +47,7 @@ class EngineDraft(Drafter):
         return [self._chain(request, budget) for request in requests]
 
     def _chain(self, request: DraftRequest, budget: DraftBudget) -> DraftTree:
-        tokens = request.drafted[: min(budget.depth, budget.nodes, request.limit, len(self._seen))]
+        tokens = request.drafted[: max(min(budget.depth, budget.nodes, request.limit, len(self._seen)), 0)]
         self._last[request.id] = tokens
         scores = np.cumprod(self._right / self._seen)[: len(tokens)].astype(np.float32)
         return DraftTree(tokens, np.arange(ROOT, len(tokens) - 1, dtype=np.int32), scores)

@@ -60,6 +60,19 @@ def walk(tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]) ->
     return path, output
 
 
+def likeliest_first(tree: DraftTree) -> DraftTree:
+    """The same tree in the order of falling scores, in which every beginning is the best tree of its size.
+
+    No score is above its parent's, and equal ones keep their order, so parents stay before their children.
+    """
+    if (np.diff(tree.scores) <= 0).all():
+        return tree
+    order = np.argsort(-tree.scores, kind="stable")
+    place = np.empty(len(order) + 1, np.int32)
+    place[order], place[ROOT] = np.arange(len(order)), ROOT
+    return DraftTree(tree.tokens[order], place[tree.parents[order]], tree.scores[order])
+
+
 def cut(tree: DraftTree, nodes: int) -> DraftTree:
     """The first ``nodes`` of a tree; parents come before their children, so it is one too."""
     if nodes >= len(tree):

@@ -190,6 +190,8 @@ def test_the_95th_percentile_is_that() -> None:
         ("  \n", True),
         ("I do not know why, but sharks do.", False),
         ("I do not knowingly swim.", False),
+        ("I do not know. But sharks do.", False),
+        ("I do not know. The passages name sharks, but no other fish.", True),
         ("Sharks. I do not know more.", False),
         ("Nobody knows.", False),
     ],
@@ -214,9 +216,10 @@ async def test_a_refusal_stands_on_nothing(documents: Index) -> None:
     with serving(chat_server("I do not know what pilot fish travel with.")) as url:
         *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
         assert (done.known, done.cited, list(done.attributed)) == (False, [], [])
-    with serving(chat_server("I do not know more, see [1].")) as url:
-        *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
-        assert (done.known, done.cited) == (True, [1]), "what names a passage says something"
+    for text, known in (("I do not know more, see [1].", True), ("I do not know [1].", False)):
+        with serving(chat_server(text)) as url:
+            *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
+            assert (done.known, done.cited) == (known, [1])
 
 
 async def test_text_that_nobody_could_write_is_made_writable(documents: Index) -> None:

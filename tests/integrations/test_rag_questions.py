@@ -63,6 +63,12 @@ def test_forms(tmp_path: Path) -> None:
     dpr = questions.read(written(tmp_path / "dpr.jsonl.gz", DPR))
     assert dpr.cases == [questions.Case("a?", ("A",), ("T",)), questions.Case("b?", ("B",))]
     assert list(dpr.documents) == ["T", "T (2)"], "the same passage twice is one"
+    retriever = [{**DPR[1], "ctxs": [{"title": "T", "text": "B.", "has_answer": True}, {"title": "U", "text": "C."}]}]
+    assert questions.read(written(tmp_path / "r.json", retriever)).cases == [questions.Case("b?", ("B",), ("T",))]
+    training = [{"question": "b?", "answers": ["B"], "positive_ctxs": [{"title": "T", "text": "B."}],
+                 "negative_ctxs": [], "hard_negative_ctxs": [{"title": "U", "text": "C."}]}]  # fmt: skip
+    trained = questions.read(written(tmp_path / "t.json", training))
+    assert (trained.cases, list(trained.documents)) == ([questions.Case("b?", ("B",), ("T",))], ["T", "U"])
     own = questions.read(written(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}]))
     assert own.cases == [questions.Case("q", ("a",), ("x",))] and not own.documents
 

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import resource
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import language_server
 import pytest
 import schemathesis
@@ -77,6 +81,8 @@ def test_documents_are_uploaded_and_replaced(client: TestClient, documents: Inde
         ("a\x1b[31m.txt", b"x", 400),
         ("x.parquet", b"PAR1", 400),
         ("x.txt.gz", b"no gzip", 400),
+        ("x.txt.gz.gz", gzip.compress(gzip.compress(b"x")), 400),
+        ("x.html", b"<![x[ foo", 400),
         ("x.txt.gz", gzip.compress(bytes(300 << 20), 1), 400),
     ):
         answer = client.post("/documents", params={"name": name}, content=content)
@@ -108,6 +114,39 @@ def test_a_file_replaces_what_came_by_its_name_and_nothing_else(client: TestClie
     forged = upload(client, "f.jsonl", {"id": "f", "text": "F.", "metadata": {"_upload": "r.jsonl"}})
     assert forged.json()["added"] == 1
     assert "f" in [d.id for d in documents.select("_upload = 'f.jsonl'")], "what the file says of that is not believed"
+
+
+def test_a_table_that_unfolds_is_refused(client: TestClient, tmp_path: Path) -> None:
+    """Nine kilobytes that say the same ninety megabytes again and again."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def table(text: str, rows: int) -> bytes:
+        columns = {"id": [str(i) for i in range(rows)], "text": pa.array([text] * rows)}
+        pq.write_table(pa.table(columns), tmp_path / "bomb.parquet", compression="zstd")
+        return (tmp_path / "bomb.parquet").read_bytes()
+
+    for content in (table("x" * (40 << 20), 20), table("x" * (200 << 20), 1)):
+        assert len(content) < 1 << 20
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        refused = client.post("/documents", params={"name": "bomb.parquet"}, content=content)
+        assert (refused.status_code, "more than 128 MiB" in refused.text) == (400, True)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "less than a GiB, in KiB"
+    fine = client.post("/documents", params={"name": "fine.parquet"}, content=table("Sharks swim.", 3))
+    assert fine.json()["added"] == 3
+
+
+def test_many_uploads_leave_room_for_readers(
+    documents: Index, language: LanguageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pilotfish.integrations.rag.uploads.add", lambda *_: (time.sleep(0.05), {"added": 1})[1])
+    app = create_app(documents, Answerer(documents, language.url))
+    with language_server.serving(app) as url, ThreadPoolExecutor(60) as pool:
+        sent = [pool.submit(httpx.post, f"{url}/documents?name={i}.txt", content="x", timeout=60) for i in range(60)]
+        begun = time.monotonic()
+        assert httpx.get(f"{url}/passage?id=sharks&question=x", timeout=60).status_code == 200
+        assert time.monotonic() - begun < 2
+        assert {s.result().status_code for s in sent} == {200}
 
 
 def test_other_pages_get_nothing(client: TestClient, documents: Index) -> None:

@@ -45,6 +45,15 @@ def test_the_page_escapes_and_needs_no_network(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == before, "the same every time"
 
 
+def test_no_figure_hides_another(root: Path) -> None:
+    """All of a table's cells are told apart."""
+    for result in report.read([root / "benchmarks" / "results"]):
+        cells: dict[tuple[str, str, str], float] = {}
+        for r in result["records"]:
+            cell = r["arm"], r["metric"], report.place(r)
+            assert cells.setdefault(cell, r["value"]) == r["value"], (result["name"], cell)
+
+
 def test_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     written = cli("report", str(root / "benchmarks" / "results"), "--out", str(out))

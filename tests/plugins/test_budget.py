@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.plugins.drafting.budget import StepCost, TrackRecord, allocate
+from pilotfish.plugins.drafting.budget import StepCost, TrackRecord, _not_negative, allocate
 
 
 def cost_of(base: float, slope: float) -> Callable[[int, Any], Any]:
@@ -141,6 +141,46 @@ def test_what_the_shape_leaves_out_is_learned_by_the_token() -> None:
         cost.observe(1, d, shape + 0.002 * d)
     assert cost(1, 5) / cost(1, 0) == pytest.approx(1.5, rel=0.15)
     assert allocate([np.full(20, 0.05, np.float32)], cost) == [0]
+
+
+@pytest.mark.parametrize(("base", "slope"), [(0.025, 0.0005), (0.010, 0.0001), (0.030, 0.002)])
+def test_a_shape_that_says_too_much_or_too_little_is_corrected(base: float, slope: float) -> None:
+    """Shapes are proportions of the bare model; real steps have a larger fixed part, and slopes of their own."""
+    rng, cost = np.random.default_rng(0), StepCost()
+    cost.shape([1, 4, 8, 16, 32], [0.0105, 0.012, 0.014, 0.018, 0.026])
+    for _ in range(3000):
+        d = int(rng.integers(0, 13))
+        cost.observe(1, d, (base + slope * d) * rng.normal(1.0, 0.02))
+    for d in (0, 4, 12):
+        assert cost(1, d) == pytest.approx(base + slope * d, rel=0.05)
+
+
+@given(st.lists(st.lists(st.floats(-3, 3), min_size=3, max_size=3), min_size=3, max_size=8), st.integers(0, 99))
+def test_coefficients_are_not_negative_and_no_worse_than_others(rows: list[list[float]], seed: int) -> None:
+    x = np.array(rows)
+    y = np.random.default_rng(seed).normal(size=len(x))
+    gram, target = x.T @ x + 0.1 * np.eye(3), x.T @ y
+    found = _not_negative(gram, target)
+    assert (found >= 0).all()
+
+    def loss(b: np.ndarray) -> float:
+        return float(b @ gram @ b - 2 * b @ target)
+
+    assert loss(found) <= loss(np.maximum(np.linalg.solve(gram, target), 0)) + 1e-9, "better than cutting off"
+    assert loss(found) <= 1e-9, "and than none at all"
+
+
+def test_a_request_that_gets_no_drafts_is_tried_again() -> None:
+    """Beside fifteen others whose drafts hold, one whose first draft failed comes back."""
+    scores = np.array([0.9, 0.82, 0.75, 0.7], np.float32)
+    records = [TrackRecord() for _ in range(16)]
+    drafted = []
+    for step in range(300):
+        sizes = allocate([r.factor * scores for r in records], lambda b, d: 1 + 0.02 * d)
+        for i, (record, size) in enumerate(zip(records, sizes, strict=True)):
+            record.observe(scores[:size], 0 if i == 0 and step < 5 else size)
+        drafted.append(sizes[0])
+    assert 0 in drafted[:60] and sum(drafted[60:]) > 200 * 3
 
 
 def test_a_request_whose_drafts_fail_is_believed_less_and_wins_trust_back() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import ROOT, DraftTree
-from pilotfish.plugins.drafting.tree import ancestors, cut, depths, is_chain, walk
+from pilotfish.plugins.drafting.tree import ancestors, cut, depths, is_chain, likeliest_first, walk
 
 PARENTS = st.integers(0, 40).flatmap(
     lambda n: st.tuples(*(st.integers(ROOT, i - 1) for i in range(n))).map(lambda p: np.array(p, np.int32))
@@ -41,6 +41,15 @@ def test_the_walk_is_the_longest_path_that_agrees_with_the_draws(parents: np.nda
     assert not path or path == path_to(parents, path[-1])
     last = path[-1] if path else ROOT
     assert not any(parents[i] == last and tokens[i] == output[-1] for i in range(len(parents)))
+
+
+def test_any_order_of_nodes_is_mended() -> None:
+    tree = DraftTree(
+        np.array([5, 6, 7], np.int32), np.array([-1, -1, 0], np.int32), np.array([0.5, 0.1, 0.45], np.float32)
+    )
+    found = likeliest_first(tree)
+    assert (found.tokens.tolist(), found.parents.tolist()) == ([5, 7, 6], [-1, 0, -1])
+    assert likeliest_first(found) is found
 
 
 @given(st.integers(0, 5))

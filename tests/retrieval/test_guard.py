@@ -72,10 +72,12 @@ def test_our_own_page_and_links_to_it_are_served() -> None:
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert served().get("/", headers=link).status_code == 200
     assert served().post("/", headers=link).status_code == 403, "a form of another page"
+    assert served().get("/", headers={**link, "Sec-Fetch-Dest": "document"}).status_code == 200
+    assert served().get("/", headers={**link, "Sec-Fetch-Dest": "iframe"}).status_code == 403
 
 
 def test_bodies_say_how_large_they_are() -> None:
-    for length in (str(LARGEST_BODY + 1), "-1", "x", "\u00b2".encode("latin-1")):
+    for length in (str(LARGEST_BODY + 1), "-1", "x", "9" * 5000, "\u00b2".encode("latin-1")):
         assert served().post("/", headers={"Content-Length": length}).status_code == 413
     assert served().post("/", content=(b for b in [b"x"])).status_code == 413, "in chunks of no known end"
 
