@@ -60,7 +60,7 @@ def evaluate(
             if few := next((kind for kind, count in kinds.items() if count < threshold.FEWEST), None):
                 raise ConfigError(
                     f"--save: {kinds[few]:.0f} of the questions that were searched for are {few} an answer in the "
-                    f"index; a threshold is kept for {threshold.FEWEST} of each kind (--sample 0 searches for all questions)"
+                    f"index, a threshold wants {threshold.FEWEST} of each kind; --sample 0 searches for all"
                 )
             threshold.write(
                 setup.folder, told["threshold"], {"balance": told["threshold_balance"], "questions": len(rest)}

@@ -123,7 +123,7 @@ def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -
     assert (told["recall@4"], told["contains"], told["citation_precision"]) == (1.0, 1.0, 1.0)
     assert (told["honest_refusals"], told["wrong_refusals"]) == (1.0, 0.0)
     assert told["with_answer"] + told["without_answer"] == 8, "the other half is searched for"
-    refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each kind")
+    refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each kind", "--sample 0")
     assert not (Path(folder) / threshold.NAME).exists()
     saved = cli(*asking, "--sample", "0", "--save", "--json")
     assert saved.returncode == 0, saved.stderr
