@@ -64,11 +64,13 @@ def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
 
 
 def check_host(host: str, token: str | None, danger: str) -> None:
-    """Refuse to listen where others are without a token.
+    """Refuse to listen where others are without a token, and tokens that no header can carry.
 
     Raises:
-        ConfigError: nobody would be asked for one; ``danger`` says what follows.
+        ConfigError: nobody would be asked for one (``danger`` says what follows), or could send it.
     """
+    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+        raise ConfigError("--token: expected printable characters of ASCII without spaces, as headers carry them")
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
         raise ConfigError(f"--host {host}: {danger}; give --token, or set PILOTFISH_TOKEN")
 

@@ -138,6 +138,7 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
         started = time.perf_counter()
         response = await call_next(request)
         route = getattr(request.scope.get("route"), "path", "none")
+        response.headers["X-Frame-Options"] = "DENY"
         seconds.labels(route).observe(time.perf_counter() - started)
         if response.status_code >= 400:
             failed.labels(route, str(response.status_code)).inc()

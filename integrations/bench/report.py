@@ -94,15 +94,19 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
             needed = {"machine", "versions", "command", "date", "records"}
             if not isinstance(result, dict) or not needed <= result.keys():
                 raise ValueError("it has other keys")
+            if not isinstance(result["machine"], dict) or not isinstance(result["versions"], dict):
+                raise ValueError("machine and versions are no objects")
             for r in result["records"]:
                 texts, value = (r["dataset"], r["arm"], r["metric"]), r["value"]
                 if not all(isinstance(t, str) for t in texts) or not isinstance(r["params"], dict):
                     raise ValueError("a record's dataset, arm and metric are texts, its params an object")
+                if not "".join(texts).encode().decode().isprintable():
+                    raise ValueError(f"{texts}: characters that cannot be printed")
                 if type(value) not in (int, float) or not math.isfinite(value):
                     raise ValueError(f"{', '.join(texts)}: {value!r} is no finite number")
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ConfigError(f"{file}: not a file of measurements ({error})") from None
         results.append({**result, "name": file.stem})
     if not results:
@@ -267,7 +271,9 @@ def _bars(measure: Measure, records: Sequence[dict[str, Any]]) -> str:
 
     arms, places, cells = _grid(records)
     height = 0.8 / len(arms)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pilotfish", "font.family": "sans-serif"}):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "pilotfish", "text.parse_math": False, "font.family": "sans-serif"}
+    ):
         figure = Figure(figsize=(8, 0.7 + 0.19 * len(arms) * len(places) + 0.25 * len(places)), layout="constrained")
         axis = figure.subplots()
         for i, arm in enumerate(arms):

@@ -145,7 +145,13 @@ class PilotfishDocumentStore:
 
 
 def as_stored(document: Document) -> dict[str, Any]:
-    """A document as the index takes it: metadata at the top, all that we know nothing of beside them."""
+    """A document as the index takes it: metadata at the top, all that we know nothing of beside them.
+
+    Raises:
+        ValueError: its metadata use the key that is ours.
+    """
+    if REST in document.meta:
+        raise ValueError(f"document {document.id!r}: {REST} is no key for metadata, it holds what Haystack adds")
     parts = document.to_dict(flatten=False)
     rest = {k: v for k, v in parts.items() if k not in ("id", "content", "meta", "score") and v is not None}
     if document.content is None:
@@ -157,6 +163,7 @@ def as_stored(document: Document) -> dict[str, Any]:
 def from_stored(stored: Stored, score: float | None = None) -> Document:
     """What `as_stored` made, or a document that came into the index in another way."""
     meta: Mapping[str, Any] = {k: v for k, v in stored.metadata.items() if k != REST}
-    rest = dict(stored.metadata.get(REST, {}))
+    given = stored.metadata.get(REST)
+    rest = dict(given) if isinstance(given, Mapping) else {}
     content = rest.pop("content", stored.text)
     return Document.from_dict({"id": stored.id, "content": content, "meta": meta, "score": score, **rest})

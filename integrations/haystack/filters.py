@@ -35,7 +35,7 @@ def _part(given: Any) -> Filter:
         if "value" not in given:
             raise FilterError(f"filter: there is no 'value' in {given}")
         return _comparison(str(given["field"]), given["operator"], given["value"])
-    if "conditions" not in given:
+    if not isinstance(given.get("conditions"), list | tuple):
         raise FilterError(f"filter: there are no 'conditions' in {given}")
     parts = [_part(part) for part in given["conditions"]]
     match given["operator"]:

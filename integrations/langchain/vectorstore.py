@@ -126,6 +126,9 @@ class PilotfishVectorStore(VectorStore):
         hits = self.index.search(query, k, translate(filter), **{**self._search_settings, **kwargs})
         return [(as_document(hit), hit.score) for hit in hits]
 
+    def _select_relevance_score_fn(self) -> Any:
+        raise NotImplementedError("scores can be compared within one search only, so there is no relevance from 0 to 1")
+
 
 def as_document(hit: Hit) -> Document:
     """A hit as LangChain has documents."""

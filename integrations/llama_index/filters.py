@@ -47,5 +47,5 @@ def _comparison(given: MetadataFilter) -> Filter:
             each = [filtering.compare(field, "contains", v) for v in value]
             return filtering.every(each) if given.operator == FilterOperator.ALL else Any_(tuple(each))
         case FilterOperator.IS_EMPTY:
-            return filtering.equal(field, None)
+            return Any_((filtering.equal(field, None), filtering.equal(field, "")))
     raise FilterError(f"filter: {given.operator.value} is not possible; texts are compared as they are")

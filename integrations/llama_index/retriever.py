@@ -9,8 +9,22 @@ from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from ...retrieval.index import Index
+from ...retrieval.errors import RetrievalError
+from ...retrieval.index import Hit, Index
 from .filters import translate
+
+REST = "_llama_index"  # in metadata: what LlamaIndex's nodes have besides text and metadata
+KEPT = {
+    "relationships",
+    "excluded_embed_metadata_keys",
+    "excluded_llm_metadata_keys",
+    "metadata_template",
+    "metadata_separator",
+    "text_template",
+    "start_char_idx",
+    "end_char_idx",
+    "mimetype",
+}
 
 
 class PilotfishRetriever(BaseRetriever):
@@ -46,11 +60,12 @@ class PilotfishRetriever(BaseRetriever):
         super().__init__(**kwargs)
 
     def add(self, nodes: Sequence[BaseNode]) -> list[str]:
-        """Put nodes into the index, in the place of those with the same ids; returns their ids."""
-        self.index.upsert(
-            {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": node.metadata}
-            for node in nodes
-        )
+        """Put nodes into the index, in the place of those with the same ids; returns their ids.
+
+        Raises:
+            RetrievalError: one cannot be written, or its metadata use the key that is ours.
+        """
+        self.index.upsert(map(as_stored, nodes))
         return [node.node_id for node in nodes]
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -59,9 +74,28 @@ class PilotfishRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         hits = self.index.search(query_bundle.query_str, self.top_k, translate(self.filters), **self.settings)
-        return [
-            NodeWithScore(node=TextNode(id_=h.id, text=h.text, metadata=dict(h.metadata)), score=h.score) for h in hits
-        ]
+        return [NodeWithScore(node=from_stored(h), score=h.score) for h in hits]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+def as_stored(node: BaseNode) -> dict[str, Any]:
+    """A node as the index takes it: metadata at the top, relationships and the like beside them.
+
+    Raises:
+        RetrievalError: its metadata use the key that is ours.
+    """
+    if REST in node.metadata:
+        raise RetrievalError(f"node {node.node_id!r}: {REST} is no key for metadata, it holds what LlamaIndex adds")
+    usual = TextNode().model_dump(mode="json", include=KEPT)
+    rest = {k: v for k, v in node.model_dump(mode="json", include=KEPT).items() if v != usual.get(k)}
+    metadata = node.metadata | ({REST: rest} if rest else {})
+    return {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": metadata}
+
+
+def from_stored(hit: Hit) -> TextNode:
+    """What `as_stored` made, or a document that came into the index in another way."""
+    metadata, rest = {k: v for k, v in hit.metadata.items() if k != REST}, hit.metadata.get(REST)
+    known = {k: v for k, v in rest.items() if k in KEPT} if isinstance(rest, Mapping) else {}
+    return TextNode.model_validate({"id_": hit.id, "text": hit.text, "metadata": metadata, **known})

@@ -16,8 +16,9 @@ from .connection import Clients, ServerError, address, named, understood
 
 SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
 NOTHING = "I do not know: nothing in the documents comes near the question."
+_THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|$)", re.DOTALL)  # of servers that leave it in the answer
 _REFUSAL = re.compile(  # and not: ..., but; ..., see [1]; ... But
-    r"\W*(?:(?:i am |i'm )?sorry,? (?:but )?)?i do not know\b"
+    r"\W*(?:answer: )?(?:(?:i am |i'm )?(?:sorry|afraid),? (?:but |that )?)?i do not know\b"
     r"(?![^.!?]*\b(?:but|however|see)\b)(?![^.!?]*[.!?]+\s*(?:but|however)\b)"
 )
 
@@ -68,6 +69,8 @@ class Done:
         milliseconds: ``retrieval``, ``first_token`` (both from the question on) and ``total``.
         tokens: ``prompt`` and ``answer``, and ``cached`` of the prompt, as the server counts.
         saved: What plugins counted meanwhile; of other requests too, where such ran.
+        ended: Why the model stopped, as the server says: ``stop``, ``length`` where the answer is cut at
+            ``max_tokens``, or what else it knows; None where it does not say.
     """
 
     text: str
@@ -77,6 +80,7 @@ class Done:
     milliseconds: Mapping[str, float]
     tokens: Mapping[str, int] = field(default_factory=dict)
     saved: Mapping[str, int] = field(default_factory=dict)
+    ended: str | None = None
 
     @property
     def cited(self) -> list[int]:
@@ -179,6 +183,7 @@ class Answerer:
         self.model = self.model or await named(self.url, None, self._key)
         parts: list[str] = []
         tokens: dict[str, int] = {}
+        ended: str | None = None
         first = 0.0
         with understood(self.url):
             asked = self._clients().openai.chat.completions.create(
@@ -196,6 +201,8 @@ class Answerer:
                         details = chunk.usage.prompt_tokens_details
                         tokens = {"prompt": chunk.usage.prompt_tokens, "answer": chunk.usage.completion_tokens}
                         tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
+                    if chunk.choices:
+                        ended = chunk.choices[0].finish_reason or ended
                     if chunk.choices and (sent := chunk.choices[0].delta.content):
                         text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
                         first = first or _since(begun)
@@ -203,14 +210,18 @@ class Answerer:
                         yield Text(text)
         if not parts and not tokens:
             raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
+        if ended is None and not tokens:
+            raise ServerError(f"{self.url}: the server broke off in the middle of the answer")
         took = {"retrieval": found.milliseconds, "first_token": first or _since(begun), "total": _since(begun)}
         after = await self.counters() if before is not None else None
         saved = after.since(before) if before is not None and after is not None else {}
         text = "".join(parts).strip()
-        cited = citations.find(text, found.passages)
-        known = not refused(text)
-        guessed = citations.attributed(text, found.passages) if known and not cited else []
-        yield Done(text, known, cited, guessed, took, tokens, saved)
+        thought = _THOUGHT.match(text)
+        said = text[thought.end() :] if thought else text
+        cited = [c for c in citations.find(text, found.passages) if c.begin >= len(text) - len(said)]
+        known = not refused(said)
+        guessed = citations.attributed(said, found.passages) if known and not cited else []
+        yield Done(text, known, cited, guessed, took, tokens, saved, ended)
 
 
 def retrieve(index: Index, question: str, k: int, where: str | None = None) -> Found:

@@ -9,7 +9,7 @@ from .prompt import CITATION, Passage
 
 SHARE = 0.6  # of a sentence's words that a passage must have to be named for it
 MOST = 100  # passages that one citation can stand for
-_PART = regex.compile(r"(\d{1,3})(?:\s*[-–]\s*(\d{1,3}))?")
+_PART = regex.compile(r"(\d{1,3})(?:\s*[-‑–—]\s*(\d{1,3}))?")
 _SENTENCE = regex.compile(r"[^.!?。！？\n]+[.!?。！？]*")
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _WORD = regex.compile(r"\w{3,}|" + _UNSPACED.pattern)

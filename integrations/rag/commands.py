@@ -115,6 +115,10 @@ def _grounds(done: Any, passages: Any) -> None:
                 typer.echo(harmless(f"[{p.number}] {p.id}: {p.snippet}{how}"))
     elif done.known:
         typer.echo("\n(the answer names no passage, and its words are those of none: do not rely on it)")
+    if done.ended == "length":
+        typer.echo("\n(the answer is cut off; --max-tokens allows longer ones)")
+    elif not done.text:
+        typer.echo(f"(the model said nothing; the server gives {done.ended or 'nothing'} as its reason)")
     took = done.milliseconds
     parts = [f"search {took['retrieval']:.0f} ms"]
     if "first_token" in took:

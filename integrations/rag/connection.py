@@ -66,6 +66,8 @@ def understood(url: str) -> Iterator[None]:
     """
     try:
         yield
+    except ServerError:
+        raise
     except openai.APIError as error:
         raise ServerError(f"{url}: {_reason(error)}") from None
     except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent

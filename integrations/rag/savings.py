@@ -50,7 +50,10 @@ async def read(client: httpx.AsyncClient, url: str) -> Counters | None:
         short = name.removeprefix("pilotfish_").removeprefix("vllm:")
         if short.endswith("_created"):
             continue
-        values[short] = values.get(short, 0.0) + float(value)
+        try:
+            values[short] = values.get(short, 0.0) + float(value)
+        except ValueError:  # not as Prometheus has it: nothing to count
+            continue
         if plugin := dict(_LABEL.findall(labels)).get("plugin"):
             plugins[plugin] = True
     return Counters(values, tuple(plugins))

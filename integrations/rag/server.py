@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import Field
+from pydantic import StringConstraints
 
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
@@ -37,7 +37,7 @@ HEADERS = {
 class Question(Model):
     """What is asked."""
 
-    question: Annotated[str, Field(min_length=1, max_length=4_000)]
+    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4_000)]
     where: Filter | None = None
 
 
@@ -69,6 +69,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
         if refusal := guard.refusal(request):
             return refusal
         response = await call_next(request)
+        response.headers["X-Frame-Options"] = "DENY"
         for name, value in HEADERS.items():
             if not request.url.path.startswith(("/docs", "/redoc")):  # FastAPI's pages load scripts from elsewhere
                 response.headers.setdefault(name, value)

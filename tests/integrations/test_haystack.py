@@ -84,7 +84,11 @@ def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
     )
     (one,) = asyncio.run(PilotfishRetriever(store, top_k=1).run_async("teeth"))["documents"]
     assert one.id == "b"
-    for wrong in ({"field": "content", "operator": "==", "value": "x"}, {"operator": "XOR", "conditions": []}):
+    for wrong in (
+        {"field": "content", "operator": "==", "value": "x"},
+        {"operator": "XOR", "conditions": []},
+        {"operator": "AND", "conditions": None},
+    ):
         with pytest.raises(FilterError):
             store.filter_documents(wrong)
 
@@ -95,5 +99,10 @@ def test_documents_of_other_ways_in(tmp_path: Path) -> None:
 
     with Index.create(tmp_path / "index", "bm25") as index:
         index.add([{"id": "a", "text": "sharks", "metadata": {"year": 2020}}])
-    (document,) = PilotfishDocumentStore(str(tmp_path / "index")).filter_documents()
+    store = PilotfishDocumentStore(str(tmp_path / "index"))
+    (document,) = store.filter_documents()
     assert document == Document(id="a", content="sharks", meta={"year": 2020})
+    with pytest.raises(ValueError, match="_haystack is no key"):
+        store.write_documents([Document(content="x", meta={"_haystack": "mine"})])
+    store.index.upsert([{"id": "a", "text": "sharks", "metadata": {"_haystack": "mine", "year": 1}}])
+    assert store.filter_documents()[0].meta == {"year": 1}

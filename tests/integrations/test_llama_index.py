@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from pilotfish.integrations.llama_index import PilotfishRerank, PilotfishRetriever
@@ -36,6 +36,20 @@ def test_nodes_come_back_as_they_went_in(retriever: PilotfishRetriever) -> None:
     assert retriever.retrieve("whales")[0].node.get_content() == "Whales sing."
     retriever.delete(["b"])
     assert "b" not in {n.node.node_id for n in retriever.retrieve("whales")}
+
+
+def test_what_llama_index_adds_to_nodes_comes_back(retriever: PilotfishRetriever) -> None:
+    node = TextNode(id_="n", text="Rays glide.", metadata={"year": 1}, start_char_idx=3, end_char_idx=14)
+    node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id="source", metadata={"of": "rays"})
+    node.excluded_llm_metadata_keys = ["year"]
+    retriever.add([node])
+    found = retriever.retrieve("rays glide")[0].node
+    assert isinstance(found, TextNode)
+    assert found.ref_doc_id == "source" and found.relationships == node.relationships
+    assert (found.metadata, found.excluded_llm_metadata_keys) == ({"year": 1}, ["year"])
+    assert (found.start_char_idx, found.end_char_idx) == (3, 14)
+    with pytest.raises(RetrievalError, match="_llama_index is no key"):
+        retriever.add([TextNode(id_="x", text="x", metadata={"_llama_index": 1})])
 
 
 @pytest.mark.parametrize(

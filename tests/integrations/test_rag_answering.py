@@ -116,6 +116,8 @@ async def test_servers_of_other_protocols_are_told(documents: Index, models: Any
 async def test_what_is_no_address_is_told(documents: Index, url: str) -> None:
     with pytest.raises(ServerError):
         await events(Answerer(documents, url), "sharks")
+    with pytest.raises(ServerError, match=r"^[^(]*is no server's address"):
+        await connection.named(url, None, "none")
 
 
 async def test_counters_of_other_servers_are_none(documents: Index, language: LanguageServer) -> None:
@@ -184,6 +186,8 @@ def test_the_95th_percentile_is_that() -> None:
         ("**I don't know.**", True),
         ('"I do not know."', True),
         ("Sorry, I do not know.", True),
+        ("Answer: I do not know.", True),
+        ("I'm afraid I do not know.", True),
         ("I'm sorry, but I do not know the answer.", True),
         ("I do not know who he is. The passages do not say.", True),
         ("", True),
@@ -200,12 +204,21 @@ def test_refusals(text: str, so: bool) -> None:
     assert answering.refused(text) is so
 
 
-def chat_server(*contents: Any, end: str = "data: [DONE]\n\n", metrics: Callable[[], Any] | None = None) -> FastAPI:
-    """A server whose answer is made of ``contents`` as they are."""
+def chat_server(
+    *contents: Any,
+    reason: str | None = "stop",
+    end: str = "data: [DONE]\n\n",
+    metrics: Callable[[], Any] | None = None,
+) -> FastAPI:
+    """A server whose answer is made of ``contents`` as they are, and ends for that reason."""
     app = FastAPI()
     app.get("/v1/models")(lambda: MODELS)
     base = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
-    chunks = [{**base, "choices": [{"index": 0, "delta": {"content": c}, "finish_reason": None}]} for c in contents]
+    reasons = [*[None] * (len(contents) - 1), reason]
+    choices = [
+        {"index": 0, "delta": {"content": c}, "finish_reason": r} for c, r in zip(contents, reasons, strict=False)
+    ]
+    chunks = [{**base, "choices": [c]} for c in choices]
     body = "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + end
     app.post("/v1/chat/completions")(lambda: Response(body, media_type="text/event-stream"))
     app.get("/metrics")(metrics or (lambda: Response("", 404)))
@@ -220,6 +233,22 @@ async def test_a_refusal_stands_on_nothing(documents: Index) -> None:
         with serving(chat_server(text)) as url:
             *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
             assert (done.known, done.cited) == (known, [1])
+
+
+async def test_how_an_answer_ended_is_told(documents: Index) -> None:
+    for reason in ("stop", "length"):
+        with serving(chat_server("Sharks", " [1]", reason=reason)) as url:
+            *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
+            assert (done.text, done.ended) == ("Sharks [1]", reason)
+    with serving(chat_server("Sha", reason=None)) as url, pytest.raises(ServerError, match="broke off in the middle"):
+        await events(Answerer(documents, f"{url}/v1"), "sharks")
+    with serving(chat_server("<think>Is it [2]? I do not know.</think>", "\nSharks [1].")) as url:
+        *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
+        assert (done.known, done.cited) == (True, [1]), "what a model thinks aloud is no answer"
+    odd = lambda: Response('pilotfish_x{a="b"} abc\npilotfish_y{a="b"} 1\n')  # noqa: E731
+    with serving(chat_server("Sharks [1]", metrics=odd)) as url:
+        *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
+        assert (done.text, done.saved) == ("Sharks [1]", {})
 
 
 async def test_text_that_nobody_could_write_is_made_writable(documents: Index) -> None:

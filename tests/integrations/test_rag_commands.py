@@ -93,6 +93,8 @@ def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServe
     refused(cli("rag", "ask", folder, "x", "--start", "smollm2-135m-instruct", "--drafter", "rasdd"), "rasd")
     refused(cli("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
     refused(cli("rag", "serve", folder, *here, "--host", "0.0.0.0"), "--token")
+    for token in ("", "two words", "日本", "tab\t"):
+        refused(cli("rag", "serve", folder, *here, "--token", token), "--token", "ASCII")
     refused(cli("rag", "ask", folder, " ", *here), "says nothing")
     refused(cli("rag", "ask", folder, "x", *here, "--treshold", "0.3"), "--treshold", "--threshold")
     refused(cli("rag", "ask", folder, "x", "y", *here), "y: no option", "--start MODEL")

@@ -190,6 +190,7 @@ def test_a_token_is_asked_for(documents: Index, language: LanguageServer) -> Non
 def test_what_is_wrong_is_refused(client: TestClient) -> None:
     for body, status, told in (
         ({"question": ""}, 422, "at least 1"),
+        ({"question": " \n"}, 422, "at least 1"),
         ({"question": "x", "where": "year <"}, 400, "expected a value"),
         ({"question": "x", "wher": "y"}, 422, "wher"),
         ({}, 422, "question"),

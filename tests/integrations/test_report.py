@@ -35,7 +35,9 @@ def test_losses_are_told_worst_first() -> None:
 
 
 def test_the_page_escapes_and_needs_no_network(tmp_path: Path) -> None:
-    found = results(one={"rasd/speedup": 0.9, "<i>/speedup": 2.0, "rasd/odd_metric": 3.0})
+    found = results(
+        **{"one $\\frac$": {"rasd/speedup": 0.9, "<i>/speedup": 2.0, "rasd/odd_metric": 3.0, "x$_{$y/speedup": 1.0}}
+    )
     report.write([found], ["rasd"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<b>P" not in page and "<i>" not in page and "&lt;i&gt;" in page and "bench &lt;x&gt;" in page
@@ -80,6 +82,14 @@ def test_what_is_no_result_is_refused(cli: Cli, tmp_path: Path) -> None:
     for wrong in ('"1.5"', "NaN", "Infinity", "null", "true", "[1]"):
         bad.write_text(json.dumps(results(a={"rasd/speedup": 0.125})).replace("0.125", wrong))
         refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "no finite number")
+    for change in ({"versions": []}, {"machine": None}):
+        bad.write_text(json.dumps({**results(a={"rasd/speedup": 0.5}), **change}))
+        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "no objects")
+    for name in ("\ud800", "\0", "\x1b[0m"):
+        bad.write_text(json.dumps(results(**{name: {"rasd/speedup": 0.5}})))
+        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
+    bad.write_text(json.dumps(results(a={"rasd/speedup": 10**400})))
+    refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
     bad.write_text(json.dumps(results(a={"rasd/speedup": 0.5})).replace('"a"', "7"))
     refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "are texts")
     refused(cli("report", str(tmp_path / "absent.json")), "absent.json")

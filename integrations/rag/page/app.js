@@ -133,6 +133,8 @@ function finish(done) {
   else if (done.attributed.length)
     at("grounds").textContent = `It names no passage; its words are those of ${done.attributed.map((n) => `[${n}]`).join(" ")}.`;
   else if (done.known) at("grounds").textContent = "It names no passage, and its words are those of none: do not rely on it.";
+  if (done.ended === "length") at("grounds").append(" It is cut off at the greatest length that is allowed.");
+  else if (!done.text) at("grounds").textContent = `The model said nothing; the server gives ${done.ended || "nothing"} as its reason.`;
   const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
   const took = done.milliseconds;
   const figures = [["search", `${took.retrieval.toFixed(0)} ms`]];
