@@ -1,7 +1,8 @@
-"""How long this machine takes for steps of more and more rows: measured when an engine starts, once for a model.
+"""How long this machine takes for steps of more and more rows: measured when an engine starts.
 
-The times are kept in the user's cache. They tell how further rows of a step grow dearer, which `StepCost` goes on to
-correct by the steps that really happen.
+The times are kept in the user's cache, the least of each size over the first starts of a model: one start may meet a
+busy machine, and would be believed for ever. They tell how further rows of a step grow dearer, which `StepCost` goes on
+to correct by the steps that really happen.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from .runner import top_k
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # rows of a step
 REPEATS = 7
+STARTS = 3  # that measure
 Times = dict[int, float]  # rows -> seconds
 
 
@@ -53,14 +55,15 @@ def when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[Times]
 def _times(runner: Any, engine: Engine, most: int) -> Times:
     """Times from the cache, or measured; all ranks do the same."""
     sizes, path, tp = [n for n in SIZES if n <= most], _path(runner, engine), get_tp_group()
-    known = tp.broadcast_object(_read(path, sizes) if tp.rank_in_group == 0 else None)
-    if known is None:
-        known = measure(runner, sizes)
+    known, starts = tp.broadcast_object(_read(path) if tp.rank_in_group == 0 else None)
+    if starts < STARTS or not set(sizes) <= known.keys():
+        now = measure(runner, sizes)
+        known = known | {n: min(t, known.get(n, t)) for n, t in now.items()}
         if tp.rank_in_group == 0:
-            _write(path, known)
+            _write(path, known, starts + 1)
             rows = ", ".join(f"{n}: {1000 * t:.1f}" for n, t in known.items())
             attach.logger.info("pilotfish: milliseconds of a step by its rows, measured: %s", rows)
-    return known
+    return {n: known[n] for n in sizes}
 
 
 @torch.inference_mode()
@@ -99,16 +102,19 @@ def _path(runner: Any, engine: Engine) -> Path:
     return cache_dir() / "steps" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
-def _read(path: Path, sizes: list[int]) -> Times | None:
+def _read(path: Path) -> tuple[Times, int]:
+    """What is known, and of how many starts."""
     try:
-        times = {int(n): float(t) for n, t in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None  # none yet, or not ours
-    return {n: times[n] for n in sizes} if all(times.get(n, 0) > 0 for n in sizes) else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        times = {int(n): float(t) for n, t in content["times"].items()}
+        starts = int(content["starts"])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}, 0  # none yet, or not ours
+    return {n: t for n, t in times.items() if 0 < t < float("inf")}, starts
 
 
-def _write(path: Path, times: Times) -> None:
+def _write(path: Path, times: Times, starts: int) -> None:
     try:
-        write_whole(path, json.dumps(times))
+        write_whole(path, json.dumps({"times": dict(sorted(times.items())), "starts": starts}))
     except OSError as error:  # a cache is a convenience
         attach.logger.warning("pilotfish: step times are not kept: %s", error)
