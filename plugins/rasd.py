@@ -32,7 +32,6 @@ ENGINE = EngineDraft.name
 OWN, OUTPUTS, STORED = range(3)
 NAMES = ("own", "outputs", "datastore")
 NODES = 64  # of a trie, as REST keeps them (arXiv 2311.08252)
-STORED_DEPTH = 16  # tokens that a datastore compares
 CONTEXT = 16  # tokens of a prompt's end that are remembered with its output
 
 
@@ -70,8 +69,11 @@ class RASDOptions:
         for name, low, high in (*bounds, ("prune", 0, 1)):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
-        if self.datastore is not None and self.shortest > STORED_DEPTH:
-            raise ValueError(f"shortest: expected 2 to {STORED_DEPTH} with a datastore, which compares no more")
+        if self.datastore is not None:
+            from ..retrieval.suffixes import DEPTH
+
+            if self.shortest > DEPTH:
+                raise ValueError(f"shortest: expected 2 to {DEPTH} with a datastore, which compares no more")
         if self.base == "rasd":
             raise ValueError("base: rasd cannot be its own base")
         if not (self.own or self.outputs or self.datastore):

@@ -258,9 +258,8 @@ class Index:
             RetrievalError: there is no such setting, or not such a value.
         """
         with self._store.writer() as writer:
-            kept = {**self._store.snapshot.manifest.settings, **settings}
-            self._searching.settings(kept)
-            writer.commit(Change(settings=kept))
+            self._searching.settings(self._store.snapshot, settings)
+            writer.commit(Change(settings={**self._store.snapshot.manifest.settings, **settings}))
 
     # ----------------------------------------------------------------------------------------------------- search
 
@@ -296,7 +295,7 @@ class Index:
         **settings: Any,
     ) -> list[Ranked]:
         """Internal numbers and scores of hits; what `search_many` does without looking at documents."""
-        return self._searching.ranked(queries, k, where, snapshot, **settings)
+        return self._searching.ranked(queries, k, where, snapshot or self._store.refresh(), settings)
 
     def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
         """Why a document has its score: a list of `plugins.contracts.Reason`.
@@ -309,7 +308,7 @@ class Index:
         if not numbers:
             raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
         text = self._store.documents.get([numbers[name]])[numbers[name]].text
-        chosen = self._searching.settings({**snapshot.manifest.settings, **settings})
+        chosen = self._searching.settings(snapshot, settings)
         allow = self._selection.allow(snapshot, None)
         return self.kind.explain(
             self._searching.searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
@@ -332,7 +331,7 @@ class Index:
         Raises:
             RetrievalError: there is no such setting, or not such a value.
         """
-        return self._searching.settings({**self._store.refresh().manifest.settings, **changes})
+        return self._searching.settings(self._store.refresh(), changes)
 
     def searcher(self) -> Any:
         """What the index's kind searches of the latest commit."""
@@ -378,7 +377,7 @@ class Index:
             "text_bytes": text,
             "commit": about.number,
             "options": about.options,
-            "settings": asdict(self._searching.settings(about.settings)),
+            "settings": asdict(self._searching.settings(snapshot, {})),
         }
 
 

@@ -33,9 +33,9 @@ class Searching:
         self,
         queries: Sequence[str],
         k: int,
-        where: Filter | None = None,
-        snapshot: Snapshot | None = None,
-        **settings: Any,
+        where: Filter | None,
+        snapshot: Snapshot,
+        changes: Mapping[str, Any],
     ) -> list[Ranked]:
         """See `Index.search_numbers`."""
         if not isinstance(k, int) or k < 1:
@@ -44,8 +44,7 @@ class Searching:
             raise RetrievalError("queries: expected a list, got a text; see search")
         for query in queries:
             check_text("query", query)
-        snapshot = snapshot or self._store.refresh()
-        chosen = self.settings({**snapshot.manifest.settings, **settings})
+        chosen = self.settings(snapshot, changes)
         allow = self._selection.allow(snapshot, where)
         if not queries:
             return []
@@ -99,8 +98,8 @@ class Searching:
                 self._ready = snapshot.manifest.number, made
             return self._ready[1]
 
-    def settings(self, values: Mapping[str, Any]) -> Any:
-        """Settings, checked.
+    def settings(self, snapshot: Snapshot, changes: Mapping[str, Any]) -> Any:
+        """Settings of a commit, with these changes.
 
         Raises:
             RetrievalError: there is no such setting, or not such a value.
@@ -108,6 +107,7 @@ class Searching:
         from ..plugins.config import ConfigError, build_options
 
         try:
+            values = {**snapshot.manifest.settings, **changes}
             return build_options(self._kind.Settings, values, f"{self._kind.name} setting")
         except ConfigError as error:
             raise RetrievalError(str(error)) from None

@@ -25,6 +25,7 @@ KEPT = {
     "end_char_idx",
     "mimetype",
 }
+USUAL = TextNode().model_dump(mode="json", include=KEPT)  # which need not be kept
 
 
 class PilotfishRetriever(BaseRetriever):
@@ -88,8 +89,7 @@ def as_stored(node: BaseNode) -> dict[str, Any]:
     """
     if REST in node.metadata:
         raise RetrievalError(f"node {node.node_id!r}: {REST} is no key for metadata, it holds what LlamaIndex adds")
-    usual = TextNode().model_dump(mode="json", include=KEPT)
-    rest = {k: v for k, v in node.model_dump(mode="json", include=KEPT).items() if v != usual.get(k)}
+    rest = {k: v for k, v in node.model_dump(mode="json", include=KEPT).items() if v != USUAL.get(k)}
     metadata = node.metadata | ({REST: rest} if rest else {})
     return {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": metadata}
 

@@ -203,11 +203,11 @@ class Answerer:
                         tokens |= {"cached": details.cached_tokens or 0} if details is not None else {}
                     if chunk.choices:
                         ended = chunk.choices[0].finish_reason or ended
-                    if chunk.choices and (sent := chunk.choices[0].delta.content):
-                        text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
-                        first = first or _since(begun)
-                        parts.append(text)
-                        yield Text(text)
+                        if sent := chunk.choices[0].delta.content:
+                            text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
+                            first = first or _since(begun)
+                            parts.append(text)
+                            yield Text(text)
         if not parts and not tokens:
             raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
         if ended is None and not tokens:

@@ -220,7 +220,9 @@ class Drafter:
         if self.trees is None or not self.trees.serves(request.id):
             path = tree.best_path()
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
-        return cut(likeliest_first(tree), max(request.limit, 0))
+        else:
+            tree = likeliest_first(tree)
+        return cut(tree, max(request.limit, 0))
 
     def _allocate(self, trees: list[DraftTree], live: "list[_Live]") -> list[int]:
         """How many nodes of each request's tree to verify."""
