@@ -16,11 +16,11 @@ from common import RESULTS
 
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
-from pilotfish.integrations.vllm import models
-from pilotfish.integrations.vllm.bench import texts
-from pilotfish.integrations.vllm.datastore_commands import encode, find
-from pilotfish.retrieval.datastore import Datastore, build
-from pilotfish.retrieval.history import History
+from pilotfish.integrations.vllm.bench import corpora
+from pilotfish.integrations.vllm.cli.datastore import encode, find
+from pilotfish.integrations.vllm.models.embedded import embedded, registry
+from pilotfish.plugins.drafting.datastore import Datastore, build
+from pilotfish.plugins.drafting.history import History
 
 LOOKUPS = 20_000
 WIDTH, MOST = 24, 32  # followers: their length, and how many; as RASD asks for them
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000_000)
     arguments = parser.parse_args()
-    tokenizer = texts.tokenizer_of(models.resolve(models.SMOLLM2.name))
+    tokenizer = corpora.tokenizer_of(registry.resolve(embedded.SMOLLM2.name))
     rng = random.Random(0)
     paragraphs = [
         ids

@@ -17,7 +17,7 @@ from pilotfish.integrations.bench.record import Record
 from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
 from pilotfish.retrieval import evaluation
 from pilotfish.retrieval.encoders import load
-from pilotfish.retrieval.inputs import Source
+from pilotfish.retrieval.loaders import Source
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 

@@ -15,7 +15,7 @@ from scipy import sparse
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.retrieval import sparse_index
-from pilotfish.retrieval.words import Words
+from pilotfish.retrieval.sparse_vectors import Words
 
 VOCABULARY, WORDS, ASKED, QUERIES, EXPONENT = 30_000, 100, 20, 40, 0.8
 

@@ -63,8 +63,8 @@ def prepare(data: Path, folder: Path) -> np.ndarray:
     """Encode documents into files; returns queries, [60, 16, width]."""
     from pilotfish.retrieval import evaluation
     from pilotfish.retrieval.encoders import load
-    from pilotfish.retrieval.inputs import Source
-    from pilotfish.retrieval.tokens import Tokens
+    from pilotfish.retrieval.loaders import Source
+    from pilotfish.retrieval.token_embeddings import Tokens
 
     encoder, parts, asked = load(), [], []
     for name in ("vaswani", "cranfield"):
@@ -82,7 +82,7 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
     from pilotfish.plugins.xtr import XTR, XTROptions
     from pilotfish.retrieval.store import Change, Store
     from pilotfish.retrieval.store.documents import Document
-    from pilotfish.retrieval.tokens import Tokens
+    from pilotfish.retrieval.token_embeddings import Tokens
 
     loaded = np.load(folder / "tokens.npz")
     vectors, ids, counts = loaded["vectors"], loaded["ids"], loaded["counts"]
@@ -122,7 +122,7 @@ def search(place: Path) -> dict[str, float]:
     from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
     from pilotfish.retrieval.store import Change, Store
     from pilotfish.retrieval.store.documents import Document
-    from pilotfish.retrieval.tokens import Tokens
+    from pilotfish.retrieval.token_embeddings import Tokens
 
     queries = np.load(place / "queries.npy")
     before = _memory()

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pilotfish._internal.atomic_write import write_text
 
 FORMAT = 1
 # What of a model's configuration decides whether a profile fits: its shape, not its weights, so that a profile serves
@@ -53,18 +54,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def write(path: Path, profile: Profile) -> None:
     """Write a profile, whole or not at all."""
-    write_whole(path, json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n")
 
 
 def read(path: Path) -> Profile:

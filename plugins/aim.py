@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pilotfish._internal.lazy_import import functional, torch
+
 from .contracts import ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import functional, torch
 from .pruning import grids
-from .pruning.shares import check_temperature
+from .pruning.token_budget import check_temperature
 
 if TYPE_CHECKING:
     from torch import Tensor

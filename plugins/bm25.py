@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, NoOptions, Reason
 from .hookspecs import Register, hookimpl
-from .sparse import SparseKind, shared_words
+from .inverted_index_kind import SparseKind, shared_words
 
 if TYPE_CHECKING:
     from ..retrieval.sparse_index import Searcher
-    from ..retrieval.words import Words
+    from ..retrieval.sparse_vectors import Words
 
 BITS = 8
 

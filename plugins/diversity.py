@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from pilotfish._internal.lazy_import import functional, torch
+
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import functional, torch
-from .pruning import grids, shares
+from .pruning import grids, token_budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class DiversityOptions:
     method: Literal["farthest", "determinantal"] = "farthest"
 
     def __post_init__(self) -> None:
-        shares.check_retain(self.retain)
+        token_budget.check_retain(self.retain)
 
 
 class Diversity(VisualPruner):
@@ -53,7 +54,7 @@ class Diversity(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of every view before the grid, and of the grid."""
-        return shares.plan(layout, self.options.retain)
+        return token_budget.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """Views one by one, then the grid."""

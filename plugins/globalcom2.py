@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pilotfish._internal.lazy_import import functional, torch
+
 from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
-from .later import functional, torch
-from .pruning import grids, shares
+from .pruning import grids, token_budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,8 @@ class GlobalCom2Options:
     thumbnail_order: Literal["raster", "score"] = "raster"
 
     def __post_init__(self) -> None:
-        shares.check_retain(self.retain)
-        shares.check_temperature(self.temperature)
+        token_budget.check_retain(self.retain)
+        token_budget.check_temperature(self.temperature)
 
 
 class GlobalCom2(VisualPruner):
@@ -50,13 +51,13 @@ class GlobalCom2(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of the grid."""
-        return shares.plan(layout, self.options.retain)
+        return token_budget.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """The best of the thumbnail, and of each crop as many as are its share."""
         assert picture.scores is not None
         scores = picture.scores.float()
-        thumbnail = shares.best(scores[0], plan.parts["thumbnail"])
+        thumbnail = token_budget.best(scores[0], plan.parts["thumbnail"])
         if self.options.thumbnail_order == "raster":
             thumbnail = thumbnail.sort().values
         seen = grids.resize(scores[0].view(layout.side, layout.side), layout.grid)
@@ -71,7 +72,7 @@ class GlobalCom2(VisualPruner):
     def counts(self, layout: ImageLayout, plan: PrunePlan, scores: Tensor) -> list[int]:
         """Tokens that each crop keeps: in all those of the plan, by `shares` as far as the crop has so many."""
         wanted = [share * n for share, n in zip(self.shares(layout, scores), layout.sizes, strict=True)]
-        return shares.allocate(layout.sizes, wanted, plan.parts["crops"])
+        return token_budget.allocate(layout.sizes, wanted, plan.parts["crops"])
 
     def shares(self, layout: ImageLayout, scores: Tensor) -> list[float]:
         """The share that each crop should keep of its tokens (section 3.2): about R, more where the thumbnail looks."""

@@ -95,9 +95,9 @@ class Hybrid(IndexKind):
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
         """``default``, or an encoder for some members: ``xtr=FOLDER,vdr=FOLDER``."""
-        from ..retrieval.encoders.together import Together
+        from ..retrieval.encoders.multi_encoder import Together
         from ..retrieval.errors import RetrievalError
-        from ..retrieval.kinds import encoder_of
+        from ..retrieval.registry import encoder_of
 
         chosen = {m: kind.default_encoder for m, kind in self.members.items()}
         if name != self.default_encoder:
@@ -137,7 +137,7 @@ class Hybrid(IndexKind):
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: HybridSettings) -> Any:
         """What each member takes."""
-        from ..retrieval.encoders.together import Encoded
+        from ..retrieval.encoders.multi_encoder import Encoded
 
         return Encoded(
             {m: kind.queries(encoder.encoders[m], texts, own) for m, (kind, own, _) in self._asked(settings).items()}

@@ -21,12 +21,12 @@ import numpy as np
 
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
-from .drafting.engine_draft import EngineDraft
+from .drafting.draft_model_drafter import EngineDraft
 from .hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
-    from ..retrieval.datastore import Datastore
-    from ..retrieval.history import History
+    from .drafting.datastore import Datastore
+    from .drafting.history import History
 
 ENGINE = EngineDraft.name
 OWN, OUTPUTS, STORED = range(3)
@@ -70,7 +70,7 @@ class RASDOptions:
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
         if self.datastore is not None:
-            from ..retrieval.suffixes import DEPTH
+            from .drafting.suffix_array import DEPTH
 
             if self.shortest > DEPTH:
                 raise ValueError(f"shortest: expected 2 to {DEPTH} with a datastore, which compares no more")
@@ -128,8 +128,8 @@ class RASD(Drafter):
                 )
 
     def __init__(self, options: RASDOptions, engine: Engine) -> None:
-        from ..retrieval.history import History
         from .drafting import tries
+        from .drafting.history import History
 
         self._tries, self._history = tries, History
         self.options, self.engine = options, engine
@@ -274,7 +274,7 @@ def _open(folder: str) -> "Datastore":
     Raises:
         ConfigError: it cannot be used.
     """
-    from ..retrieval.datastore import Datastore, DatastoreError
+    from .drafting.datastore import Datastore, DatastoreError
 
     try:
         return Datastore(Path(folder))

@@ -20,7 +20,7 @@ import numpy as np
 from ..kvcache import retrieval_heads
 from ..kvcache.head_window import HeadPlan, HeadWindow
 from ..kvcache.retrieval_heads import Pair
-from . import cpu_kernels, kv_profiles
+from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
@@ -95,7 +95,7 @@ class RazorAttention(KVPolicy):
                     engine.model,
                     str(layer),
                 )
-        cpu_kernels.check(cls.name, engine)
+        compiler_check.check(cls.name, engine)
 
     def __init__(self, options: RazorAttentionOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine
@@ -118,7 +118,7 @@ def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
         first = range(min(options.protect_layers, engine.layers))
         protected = ((layer, head) for layer in first for head in range(engine.kv_heads))
         return list(dict.fromkeys([*((layer, head) for layer, head in options.keep), *protected]))
-    found = kv_profiles.setting(RazorAttention.name, options.profile, engine, TUNE)
+    found = profile_option.setting(RazorAttention.name, options.profile, engine, TUNE)
     if found is None:
         raise Unsupported(
             RazorAttention.name,

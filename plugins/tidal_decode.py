@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
-from . import cpu_kernels, kv_profiles
+from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
@@ -104,7 +104,7 @@ class TidalDecode(KVPolicy):
                         engine.model,
                         str(layer),
                     )
-        cpu_kernels.check(cls.name, engine)
+        compiler_check.check(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine
@@ -128,7 +128,7 @@ def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, .
     """
     if options.select_layers is not None:
         return options.full_layers or (), options.select_layers
-    found = kv_profiles.setting(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
+    found = profile_option.setting(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if found is None:
         return spread(engine.layers)
     full, select = (found.get(name, ()) for name in ("full_layers", "select_layers"))

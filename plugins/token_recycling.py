@@ -30,7 +30,7 @@ import numpy as np
 
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
-from .drafting import rows
+from .drafting import adjacency_table
 from .drafting.template import template
 from .hookspecs import Register, hookimpl
 
@@ -230,10 +230,10 @@ class TokenRecycling(Drafter):
                 raise ConfigError(f"{where} is damaged: {field} is missing or of another shape")
         # Compiled code checks no bounds: what it will use as an index is checked here.
         tokens, confidence = arrays["tokens"], arrays["confidence"]
-        sound = tokens.min() >= rows.NONE and tokens.max() < engine.vocab_size
+        sound = tokens.min() >= adjacency_table.NONE and tokens.max() < engine.vocab_size
         seen, right, rate = arrays["seen"], arrays["right"], arrays["rate"]
         sound = sound and bool(((seen > 0) & (right >= 0) & (right <= seen) & (rate >= 0) & (rate <= 1)).all())
-        if not sound or confidence.max() >= rows.CONFIDENCES:
+        if not sound or confidence.max() >= adjacency_table.CONFIDENCES:
             raise ConfigError(f"{where} is damaged: it holds values out of range")
         return arrays
 
@@ -252,8 +252,8 @@ class _Table:
     """Rows and their acceptance, as one group of requests shares them."""
 
     def __init__(self, options: TokenRecyclingOptions, vocab_size: int) -> None:
-        self.rows = rows.make_rows(vocab_size, options.k, options.order, options.bits)
-        self.acceptance = rows.make_acceptance(options.order, options.k)
+        self.rows = adjacency_table.make_rows(vocab_size, options.k, options.order, options.bits)
+        self.acceptance = adjacency_table.make_acceptance(options.order, options.k)
 
 
 def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:

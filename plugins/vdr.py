@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, Reading, Reason
 from .hookspecs import Register, hookimpl
-from .sparse import SparseKind, shared_words
+from .inverted_index_kind import SparseKind, shared_words
 
 if TYPE_CHECKING:
     from ..retrieval.encoders.vdr import VocabularyEncoder
     from ..retrieval.sparse_index import Searcher
-    from ..retrieval.words import Words
+    from ..retrieval.sparse_vectors import Words
 
 SHOWN = 30  # words of a text that people are shown
 
@@ -115,7 +115,7 @@ class VDR(SparseKind):
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "Words":
         """Weighted words, edited."""
-        from ..retrieval.words import Words
+        from ..retrieval.sparse_vectors import Words
 
         if settings.form == "weights":
             found = encoder.encode_queries(texts)
@@ -172,7 +172,7 @@ def edited(query: "Words", factors: Mapping[str, float], encoder: "VocabularyEnc
         RetrievalError: the vocabulary has no such word.
     """
     from ..retrieval.errors import RetrievalError
-    from ..retrieval.words import Words
+    from ..retrieval.sparse_vectors import Words
 
     weights = dict(zip(query.ids.tolist(), query.weights.tolist(), strict=True))
     own = query.weights[query.own]

@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import snippets
-from .changes import Changes, Progress
+from .document_filter import Filter, Selection
 from .errors import RetrievalError
-from .incoming import BATCH, check_names
-from .kinds import LazyEncoder, encoder_of, from_anywhere, kind_of
-from .searching import Ranked, Searching
-from .selection import Filter, Selection
+from .index_searcher import Ranked, Searching
+from .index_writer import Changes, Progress
+from .registry import LazyEncoder, encoder_of, from_anywhere, kind_of
 from .store import Change, Snapshot, Store
 from .store.documents import Document
 from .store.manifest import CURRENT
+from .validation import BATCH, check_names
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from .allocator import give_back
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
-from .guard import Guard
 from .index import Index
-from .kinds import checked_settings
-from .one_by_one import OneByOne
+from .malloc_trim import give_back
+from .registry import checked_settings
+from .request_auth import Guard
 from .shards import ShardedIndex
+from .write_queue import OneByOne
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year >= 2020 AND lang in (en, de)")]

@@ -20,15 +20,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .changes import Progress
+from pilotfish._internal import atomic_write
+
+from .document_filter import Filter
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
-from .incoming import BATCH, as_document
 from .index import Hit, Index
-from .kinds import kind_of
-from .selection import Filter
-from .store import Change, Store, files
+from .index_writer import Progress
+from .registry import kind_of
+from .store import Change, Store
 from .store.documents import Document
 from .store.manifest import SHARDS as NAME
+from .validation import BATCH, as_document
 
 FORMAT = 1
 
@@ -264,7 +266,7 @@ def build(
     for n in _filled(places, parts, ray_address):
         done += n
         told("indexing", done, len(every))
-    files.write(folder / NAME, json.dumps({"format": FORMAT, "shards": names}).encode())
+    atomic_write.write_bytes(folder / NAME, json.dumps({"format": FORMAT, "shards": names}).encode())
     return len(every)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .kernels import sparse_search
 from .ranking import allowed, best
-from .words import Words
+from .sparse_vectors import Words
 
 Arrays = Mapping[str, NDArray]
 ROOM = 1.25  # documents to come may have greater weights than the first ones

@@ -50,7 +50,7 @@ def test_the_dashboard_shows_metrics_that_there_are(root: Path) -> None:
     }
     sources = "".join(
         (root / path).read_text(encoding="utf-8")
-        for path in ("integrations/vllm/metrics.py", "integrations/rag/server.py", "retrieval/server.py")
+        for path in ("integrations/vllm/engine/metrics.py", "integrations/rag/server.py", "retrieval/server.py")
     )
     made = set(re.findall(r'"(pilotfish_\w+)"', sources))
     assert shown and shown == {name for name in made if "/" not in name}

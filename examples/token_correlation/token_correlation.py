@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pilotfish.plugins import hookimpl
 from pilotfish.plugins.contracts import ImageLayout, Picture, PrunePlan, VisualPruner
-from pilotfish.plugins.pruning import grids, shares
+from pilotfish.plugins.pruning import grids, token_budget
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TokenCorrelationOptions:
     repeats: int = 8
 
     def __post_init__(self) -> None:
-        shares.check_retain(self.retain)
+        token_budget.check_retain(self.retain)
         if not 0 < self.similar < 1:
             raise ValueError(f"similar: expected between 0 and 1, got {self.similar}")
         if self.repeats < 1:
@@ -51,17 +51,17 @@ class TokenCorrelation(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of all crops together."""
-        return shares.plan(layout, self.options.retain)
+        return token_budget.plan(layout, self.options.retain)
 
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
         """The patches of highest score, of each crop as many as its density earns."""
         assert picture.scores is not None
-        thumbnail = shares.best(picture.scores[0], plan.parts["thumbnail"]).sort().values
+        thumbnail = token_budget.best(picture.scores[0], plan.parts["thumbnail"]).sort().values
         blocks = grids.blocks(layout, picture.tokens.device)[layout.frames :]
         earned = iter([self.density(picture.tokens[block]) for block in blocks])
         weights = [n * next(earned) if n else 0.0 for n in layout.sizes]  # a crop of padding alone is no block
         wanted = [plan.parts["crops"] * w / (sum(weights) or 1.0) for w in weights]
-        counts = shares.allocate(layout.sizes, wanted, plan.parts["crops"])
+        counts = token_budget.allocate(layout.sizes, wanted, plan.parts["crops"])
         keep = grids.best_of_crops(layout, grids.stitch(layout, picture.scores), counts)
         return grids.places(layout, thumbnail, keep)
 

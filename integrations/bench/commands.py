@@ -7,7 +7,7 @@ import typer
 
 from ...plugins.cli import extend
 from ...plugins.hookspecs import hookimpl
-from ...retrieval.cli import refusals
+from ...retrieval.cli.options import refusals
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = (

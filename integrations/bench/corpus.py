@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...retrieval.encoders.together import Encoded, Together
+from ...retrieval.encoders.multi_encoder import Encoded, Together
 from ...retrieval.evaluation import Collection
-from ...retrieval.inputs import Source
-from ...retrieval.tokens import Tokens
+from ...retrieval.loaders import Source
+from ...retrieval.token_embeddings import Tokens
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from ...plugins.config import ConfigError, Selection, build_options, parse_assig
 from ...plugins.dense import vectors_of
 from ...plugins.manager import plugins
 from ...retrieval.encoders import MINILM, vdr
-from ...retrieval.tokens import Tokens
-from . import peers
+from ...retrieval.token_embeddings import Tokens
+from . import baselines
 from .corpus import Corpus
 from .memory import Peak
 
@@ -60,7 +60,7 @@ def parsed(arm: str) -> Selection:
     chosen = parse_assignments(arm.replace("@exact", "").replace("@", ","))
     if "@exact" in arm and chosen.name != "xtr":
         raise ConfigError(f"arm {arm}: only xtr has @exact")
-    if chosen.name not in (*OTHERS, *peers.NAMES):
+    if chosen.name not in (*OTHERS, *baselines.NAMES):
         cls: Any = plugins().get("index", chosen.name, "arm")
         _split(cls, chosen.options)
     return chosen
@@ -87,7 +87,7 @@ def make(name: str, corpus: Corpus, threads: int, python: Path | None) -> Arm:
             raise ConfigError(f"arm {chosen.name} needs {package}; pip install pilotfish[bench]")
         with Peak() as peak:
             search, size = other(corpus)
-    elif chosen.name in peers.NAMES:
+    elif chosen.name in baselines.NAMES:
         return _peer(name, chosen, corpus, threads, python)
     else:
         return _index(name, chosen, corpus)
@@ -107,7 +107,7 @@ def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Pa
         np.save(folder / f"{what}-counts.npy", tokens.counts)
     log = folder / "log"
     process = subprocess.Popen(
-        [python, peers.__file__, chosen.name, folder, str(threads), json.dumps(dict(chosen.options))],
+        [python, baselines.__file__, chosen.name, folder, str(threads), json.dumps(dict(chosen.options))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log.open("w"),

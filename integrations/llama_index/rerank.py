@@ -8,7 +8,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from ...retrieval.errors import RetrievalError
-from ...retrieval.kinds import encoder_of, kind_of
+from ...retrieval.registry import encoder_of, kind_of
 
 
 class PilotfishRerank(BaseNodePostprocessor):

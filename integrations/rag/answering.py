@@ -9,8 +9,8 @@ from typing import Any
 
 from ...retrieval import highlights
 from ...retrieval.index import Index
-from . import citations, prompt, savings
-from . import threshold as thresholds
+from . import abstention as thresholds
+from . import citations, engine_metrics, prompt
 from .citations import Citation
 from .connection import Clients, ServerError, address, named, understood
 
@@ -145,9 +145,9 @@ class Answerer:
             await self._connected[1].close()
         self._connected = None
 
-    async def counters(self) -> savings.Counters | None:
+    async def counters(self) -> engine_metrics.Counters | None:
         """Of the server; see `savings`."""
-        found = await savings.read(self._clients().plain, self.url)
+        found = await engine_metrics.read(self._clients().plain, self.url)
         self._silent_until = time.monotonic() + SILENCE if found is None else 0.0
         return found
 

@@ -10,17 +10,17 @@ import typer
 from ...plugins.cli import extend, harmless
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
-from ...retrieval.cli import AsJson, Host, Token, Where, check_host, lines
+from ...retrieval.cli.options import AsJson, Host, Token, Where, check_host, lines
 from ...retrieval.errors import RetrievalError
-from . import measuring
-from .setup import Setup, command, rag
+from . import eval_command
+from .cli_options import Setup, command, rag
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     cli.add_typer(rag, name="rag")
-    extend(cli, "bench", measuring.bench)
+    extend(cli, "bench", eval_command.bench)
 
 
 @command("ask")

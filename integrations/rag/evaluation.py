@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...retrieval.index import Index
-from . import prompt, scoring, threshold
+from . import abstention, prompt, scoring
 from .answering import Answerer, Done, Found, retrieve
 from .questions import Case
 
@@ -89,7 +89,7 @@ def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None]
             if hit:
                 recalls.append(statistics.fmean(hit) if case.together else float(any(hit)))
         told()
-    least, balance = threshold.calibrate(sides[True], sides[False]) or (None, None)
+    least, balance = abstention.calibrate(sides[True], sides[False]) or (None, None)
     figures = {
         f"recall@{k}": _mean(recalls),
         "answer_in_passages": _mean(held),

@@ -16,11 +16,11 @@ from pydantic import StringConstraints
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.errors import RetrievalError
-from ...retrieval.guard import Guard
 from ...retrieval.index import Index
-from ...retrieval.inputs import RECORDS, TEXTS
-from ...retrieval.one_by_one import OneByOne
+from ...retrieval.loaders import RECORDS, TEXTS
+from ...retrieval.request_auth import Guard
 from ...retrieval.server import Filter, Model, answer_errors
+from ...retrieval.write_queue import OneByOne
 from . import uploads
 from .answering import Answerer, Done, Found, Text
 

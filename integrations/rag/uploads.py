@@ -8,12 +8,12 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from ...retrieval.allocator import give_back
 from ...retrieval.errors import RetrievalError, first_line
 from ...retrieval.filters import Compare
-from ...retrieval.incoming import CHUNK_TOKENS, OVERLAP
 from ...retrieval.index import Index
-from ...retrieval.inputs import Source
+from ...retrieval.loaders import Source
+from ...retrieval.malloc_trim import give_back
+from ...retrieval.validation import CHUNK_TOKENS, OVERLAP
 
 UPLOAD = "_upload"  # metadata of documents that came by the page: their file
 LARGEST_FILE = 128 << 20  # bytes, when it is no longer compressed

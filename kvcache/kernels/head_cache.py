@@ -11,11 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pilotfish._internal import cpp_build
 
 from ..head_window import HeadWindow
 from ..selection import GROUP
-from . import native
 from .paged_decode import TYPES, Cache, Head, Prompts, Rows
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
-    lib = native.load("head_cache")
+    lib = cpp_build.load("head_cache", Path(__file__).parent)
     cache, rows, window, where = POINTER(Cache), c_void_p, POINTER(_Window), (c_void_p, c_int64)
     lib.pilotfish_store.argtypes = (c_int, cache, c_void_p, c_int, *where, *where, c_int)
     lib.pilotfish_update_means.argtypes = (c_int, cache, c_int, c_void_p, c_void_p, c_int, c_int64, c_int)

@@ -9,10 +9,12 @@ import functools
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pilotfish._internal import cpp_build
+
 from ..selection import GROUP, Rule
-from . import native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +87,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
-    lib = native.load("paged_decode")
+    lib = cpp_build.load("paged_decode", Path(__file__).parent)
     cache, rows, choice, rule = POINTER(Cache), POINTER(_Rows), POINTER(_Choice), POINTER(_Rule)
     where = (c_void_p, c_int64)
     lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *where, *where, *where, c_int)

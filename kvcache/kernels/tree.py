@@ -7,13 +7,15 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pilotfish._internal import cpp_build
+
 from ..selection import GROUP
-from . import native
 from .paged_decode import TYPES, Cache, Prompts, view, whole
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
-    lib = native.load("tree")
+    lib = cpp_build.load("tree", Path(__file__).parent)
     where = (c_void_p, c_int64)
     lib.pilotfish_read_trees.argtypes = (c_int, POINTER(Cache), POINTER(Prompts), c_float, *where, *where, c_int)
     lib.pilotfish_move.argtypes = (c_int, POINTER(Cache), c_int, c_void_p, c_void_p, c_int, c_int)

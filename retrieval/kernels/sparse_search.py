@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from ..compiled import compiled
+from pilotfish._internal.jit import jit
 
 BLOCK = 16  # documents, by their numbers
 SKIP = 64  # blocks of all terms, whose first posting is kept
 FEW = 64  # times as many entries as blocks that are wanted: then each is looked up
 
 
-@compiled
+@jit
 def by_term(terms, starts):
     """Where each entry goes when entries are sorted by term and stay in order within one; ``starts`` is used up."""
     place = np.empty(len(terms), np.int64)
@@ -19,7 +19,7 @@ def by_term(terms, starts):
     return place
 
 
-@compiled
+@jit
 def blocks_of(starts, documents, impacts):
     """The blocks of each term: where terms' blocks begin, their numbers, greatest impacts and postings, and skips.
 
@@ -52,7 +52,7 @@ def blocks_of(starts, documents, impacts):
     return term_starts, blocks, tops, sizes, skips
 
 
-@compiled
+@jit
 def start_of(sizes, skips, block):
     """Where the postings of a term's block begin."""
     at = skips[block // SKIP]
@@ -61,7 +61,7 @@ def start_of(sizes, skips, block):
     return at
 
 
-@compiled
+@jit
 def bounds(term_starts, blocks, tops, terms, weights, first, count):
     """The most that a document of each block can have, [count] from block ``first`` on.
 
@@ -74,7 +74,7 @@ def bounds(term_starts, blocks, tops, terms, weights, first, count):
     return found
 
 
-@compiled
+@jit
 def scores(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count, chosen):
     """Scores of all documents of ``chosen`` blocks (ascending), [chosen * BLOCK]."""
     found = np.zeros(len(chosen) * BLOCK, np.float32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kvcache.kernels import native
+from pilotfish._internal import cpp_build
 
 
 class Impute(IntEnum):
@@ -269,8 +269,8 @@ class TokenSearch:
 def _compiled() -> Callable[..., int] | None:
     """The C++ kernel; None where nothing can compile it."""
     try:
-        kernel = native.load("token_search", Path(__file__).parent).token_search
-    except (native.NoCompiler, OSError):
+        kernel = cpp_build.load("token_search", Path(__file__).parent).token_search
+    except (cpp_build.NoCompiler, OSError):
         return None
     pointer = ctypes.c_void_p
     kernel.argtypes = [pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer, pointer]

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compiled import compiled
+from pilotfish._internal.jit import jit
 
 
-@compiled
+@jit
 def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
     """Products of one query token with codes of a list."""
     d = query.shape[0]
@@ -34,7 +34,7 @@ def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
         out[i] = base + total
 
 
-@compiled
+@jit
 def _half(low, high):
     """A float16 of two bytes."""
     bits = np.int64(low) | (np.int64(high) << 8)
@@ -45,7 +45,7 @@ def _half(low, high):
     return sign * np.float32((1024 + fraction) * 2.0 ** (exponent - 25))
 
 
-@compiled
+@jit
 def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, at):
     """Append documents and products of one segment's lists."""
     kernel, low, step, codebooks, factored = coded
@@ -57,7 +57,7 @@ def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, 
     return at
 
 
-@compiled
+@jit
 def _take(documents, scores, least, keep, allow, missing, best, sums, now, seen, query):
     """The best product of each document, added to its sum."""
     count = 0

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pilotfish._internal import atomic_write
+
 from ..errors import DamagedIndex, NewerFormat, NoIndex
-from . import files
 
 FORMAT = 1
 CURRENT = "CURRENT"
@@ -103,8 +104,8 @@ def write(folder: Path, manifest: Manifest) -> None:
     """
     body = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
-    files.write(folder / manifest.name, text.encode())
-    files.write(folder / CURRENT, f"{manifest.name}\n".encode())
+    atomic_write.write_bytes(folder / manifest.name, text.encode())
+    atomic_write.write_bytes(folder / CURRENT, f"{manifest.name}\n".encode())
 
 
 def current(folder: Path) -> str:

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pilotfish._internal import atomic_write
+
 from ..errors import DamagedIndex, LockedIndex, RetrievalError, first_line
-from . import files, manifest
+from . import manifest
 from .documents import Document, Documents
 from .manifest import ArrayFile, Manifest, SegmentFiles
 
@@ -195,7 +197,7 @@ class Store:
         snapshot = self.refresh()
         for file in snapshot.manifest.files().values():
             try:
-                damaged = files.digest(self.folder / file.name) != file.sha256
+                damaged = atomic_write.file_sha256(self.folder / file.name) != file.sha256
             except OSError as error:
                 raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({error.strerror})") from None
             if damaged:
@@ -255,7 +257,7 @@ class Writer:
         def write(name: str, array: NDArray) -> ArrayFile:
             path = folder / name
             made.append(path)
-            sha256 = files.write_array(path, array)
+            sha256 = atomic_write.write_array(path, array)
             return ArrayFile(name, path.stat().st_size, sha256, form(array))
 
         try:

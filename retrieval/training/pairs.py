@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import evaluation
 from ..errors import RetrievalError
-from ..inputs import Source
+from ..loaders import Source
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
 AROUND = 5  # sentences of a passage

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from pilotfish._internal import atomic_write
+
 from ..errors import RetrievalError
-from ..store import files
 
 
 def write(index: Any, out: Path) -> int:
@@ -62,6 +63,6 @@ def write(index: Any, out: Path) -> int:
     rows = np.concatenate(numbers).tolist()
     names = {n: d.id for n, d in index.documents(sorted(set(rows))).items()}
     text = "".join(json.dumps(names[n], ensure_ascii=False) + "\n" for n in rows)
-    files.write(out.with_name(f"{out.name}.documents.jsonl"), text.encode())
-    files.write_array(out.with_name(f"{out.name}.projection.npy"), snapshot.shared["projection"])
+    atomic_write.write_bytes(out.with_name(f"{out.name}.documents.jsonl"), text.encode())
+    atomic_write.write_array(out.with_name(f"{out.name}.projection.npy"), snapshot.shared["projection"])
     return total

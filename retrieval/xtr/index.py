@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..kernels.token_search import Coded, Lists, Settings, TokenSearch, Trace
-from ..tokens import Tokens
+from ..token_embeddings import Tokens
 from . import clustering
 from .clustering import Clusters
 from .codecs import CODECS, SAMPLE, Codec

@@ -7,7 +7,8 @@ import sys
 
 import typer
 
-from . import __version__
+from pilotfish import __version__
+
 from .plugins.cli import harmless
 from .plugins.config import ConfigError
 from .plugins.contracts import Unsupported

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pilotfish.integrations.vllm.bench import kv
-from pilotfish.integrations.vllm.bench.kv import Arm
-from pilotfish.integrations.vllm.bench.recall import Question
+from pilotfish.integrations.vllm.bench import kv_work
+from pilotfish.integrations.vllm.bench.kv_work import Arm
+from pilotfish.integrations.vllm.bench.needle_in_haystack import Question
 
 ARMS = [Arm("none", None), Arm("tidal_decode@budget=256", {"budget": 256})]
 
@@ -43,21 +43,21 @@ class Played:
 
 def test_step_times_are_compared_turn_by_turn() -> None:
     engine = Played()
-    records = kv.speed(engine, ARMS, [list(range(40)), list(range(1, 41))])
+    records = kv_work.speed(engine, ARMS, [list(range(40)), list(range(1, 41))])
     speedup = next(r for r in records if r.metric == "step_speedup")
     assert (speedup.arm, speedup.dataset, speedup.params) == (
         "tidal_decode@budget=256",
         "context_40",
         {"batch": 2, "context": 40},
     )
-    assert len(speedup.runs) == kv.TURNS
+    assert len(speedup.runs) == kv_work.TURNS
     assert 0.9 < speedup.value < 2.1
     assert engine.asked[:2] == ["policy", "steps"], "prompts are prefilled before anything is timed"
     assert {r.metric for r in records} == {"step_ms", "step_speedup"}
 
 
 def test_quality_is_measured_against_full_attention() -> None:
-    records = kv.quality(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
+    records = kv_work.quality(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
     values = {(r.arm, r.metric): r.value for r in records}
     assert values == {
         ("none", "nll"): 2.0,
@@ -72,7 +72,7 @@ def test_quality_is_measured_against_full_attention() -> None:
 
 def test_questions_are_asked_under_every_arm() -> None:
     groups = [[Question([1], [2], [3, 4], 0.0), Question([1], [2], [5], 1.0)]]
-    records = kv.questions(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
+    records = kv_work.questions(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
     values = {r.arm: r.value for r in records if r.metric == "exact_match"}
     assert values == {"none": 1.0, "tidal_decode@budget=256": 0.0}
 

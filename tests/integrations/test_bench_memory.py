@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pilotfish.integrations.vllm.bench import kv, kv_memory, recall
-from pilotfish.integrations.vllm.bench.kv import STOCK, Arm, Plan
+from pilotfish.integrations.vllm.bench import kv_memory, kv_work, needle_in_haystack
+from pilotfish.integrations.vllm.bench.kv_work import STOCK, Arm, Plan
 
 POLICY = Arm("razor_attention", {"window": 64})
 
@@ -117,4 +117,4 @@ def test_parts_that_nobody_asked_for_start_no_engine(work: kv_memory.MemoryWork,
 
     bare = replace(work, plan=replace(work.plan, contexts=(), quality_contexts=(), needle_contexts=()))
     assert list(bare.parts_in(tmp_path)) == []
-    assert kv.Plan.needles == recall.ROUNDS
+    assert kv_work.Plan.needles == needle_in_haystack.ROUNDS

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pilotfish.integrations.vllm.correction import Corrector
+from pilotfish.integrations.vllm.attention.sparse.kv_correction import Corrector
 
 
 def decode(corrector: Corrector, request: SimpleNamespace, steps: int) -> list[int]:

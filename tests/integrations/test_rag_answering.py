@@ -12,7 +12,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
 from language_server import MODEL, LanguageServer, serving
 
-from pilotfish.integrations.rag import answering, connection, evaluation, prompt, questions, threshold
+from pilotfish.integrations.rag import abstention, answering, connection, evaluation, prompt, questions
 from pilotfish.integrations.rag.answering import Answerer, Done, Found, Text
 from pilotfish.integrations.rag.connection import ServerError
 from pilotfish.plugins.config import ConfigError
@@ -300,12 +300,12 @@ async def test_a_key_that_cannot_be_sent_is_told(documents: Index, language: Lan
 
 
 async def test_the_threshold_beside_the_index_is_used(documents: Index, language: LanguageServer) -> None:
-    threshold.write(documents.folder, 0.99, {})
+    abstention.write(documents.folder, 0.99, {})
     try:
         assert Answerer(documents, language.url).threshold == 0.99
         assert Answerer(documents, language.url, threshold=0.1).threshold == 0.1
     finally:
-        (documents.folder / threshold.NAME).unlink()
+        (documents.folder / abstention.NAME).unlink()
 
 
 def test_config_errors_are_config_errors() -> None:

@@ -14,7 +14,7 @@ import pytest
 from language_server import DOCUMENTS, LanguageServer
 from test_cli import refused
 
-from pilotfish.integrations.rag import threshold
+from pilotfish.integrations.rag import abstention
 from pilotfish.retrieval import Index
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -51,12 +51,12 @@ def test_ask(cli: Cli, folder: str, language: LanguageServer) -> None:
 
 
 def test_the_saved_threshold_is_used(cli: Cli, folder: str, language: LanguageServer) -> None:
-    threshold.write(Path(folder), 1000.0, {})
+    abstention.write(Path(folder), 1000.0, {})
     assert "nothing in the documents" in cli("rag", "ask", folder, "sharks?", "--server", language.url).stdout
     asked = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--threshold", "0")
     assert asked.stdout.startswith("Pilot fish")
-    (Path(folder) / threshold.NAME).write_text("{")
-    refused(cli("rag", "ask", folder, "sharks?", "--server", language.url), threshold.NAME, "rag eval --save")
+    (Path(folder) / abstention.NAME).write_text("{")
+    refused(cli("rag", "ask", folder, "sharks?", "--server", language.url), abstention.NAME, "rag eval --save")
 
 
 def test_chat(folder: str, language: LanguageServer) -> None:
@@ -126,10 +126,10 @@ def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -
     assert (told["honest_refusals"], told["wrong_refusals"]) == (1.0, 0.0)
     assert told["with_answer"] + told["without_answer"] == 8, "the other half is searched for"
     refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each kind", "--sample 0")
-    assert not (Path(folder) / threshold.NAME).exists()
+    assert not (Path(folder) / abstention.NAME).exists()
     saved = cli(*asking, "--sample", "0", "--save", "--json")
     assert saved.returncode == 0, saved.stderr
-    assert threshold.read(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
+    assert abstention.read(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
     squad = {"data": [{"title": "a", "paragraphs": [{"context": "Cats purr.", "qas": [
         {"question": "Who purrs?", "answers": [{"text": "Cats"}]}]}]}]}  # fmt: skip
     (tmp_path / "squad.json").write_text(json.dumps(squad))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.integrations.rag import citations, prompt, threshold
+from pilotfish.integrations.rag import abstention, citations, prompt
 
 
 def passages(*texts: str) -> list[Any]:
@@ -116,7 +116,7 @@ def test_nothing_that_is_quoted_is_a_citation(text: str) -> None:
 
 
 def calibrated(answerable: list[float], others: list[float]) -> tuple[float, float]:
-    found = threshold.calibrate(answerable, others)
+    found = abstention.calibrate(answerable, others)
     assert found is not None
     return found
 
@@ -130,4 +130,4 @@ def test_a_threshold_tells_best() -> None:
     least, _ = calibrated([-0.5, 0.5], [0.1])
     assert least == -0.5
     for kinds in (([], []), ([0.5], []), ([], [0.5])):
-        assert threshold.calibrate(*kinds) is None, "one kind alone says nothing"
+        assert abstention.calibrate(*kinds) is None, "one kind alone says nothing"

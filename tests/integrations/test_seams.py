@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.integrations.vllm import seams
-from pilotfish.integrations.vllm.seams import Seam
+from pilotfish.integrations.vllm.engine import vllm_api
+from pilotfish.integrations.vllm.engine.vllm_api import Seam
 
 SOURCE = """
 class Runner:
@@ -46,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
     ],
 )
 def test_faults(tree: Path, seam: Seam, fault: str | None) -> None:
-    assert seams.missing(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
+    assert vllm_api.missing(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
 
 
 @pytest.mark.parametrize(
@@ -54,31 +54,31 @@ def test_faults(tree: Path, seam: Seam, fault: str | None) -> None:
     [("0.32.0", True), ("0.32.1.post1", True), ("0.33.0", True), ("0.31.9", False), ("0.34.0", False)],
 )
 def test_versions(version: str, supported: bool) -> None:
-    assert seams.version_is_supported(version) is supported
+    assert vllm_api.version_is_supported(version) is supported
 
 
 def test_the_installed_vllm_has_all_seams() -> None:
-    assert seams.installed_root() is not None, "tests run beside a real vLLM"
-    assert seams.problem() is None
+    assert vllm_api.installed_root() is not None, "tests run beside a real vLLM"
+    assert vllm_api.problem() is None
 
 
 def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seams, "installed_version", lambda: "0.99.0")
-    problem = seams.problem()
+    monkeypatch.setattr(vllm_api, "installed_version", lambda: "0.99.0")
+    problem = vllm_api.problem()
     assert problem is not None
     assert "0.99.0 is outside the tested range" in problem[0]
-    assert seams.problem(allow_untested=True) is None
+    assert vllm_api.problem(allow_untested=True) is None
 
 
 def test_a_missing_seam_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seams, "installed_root", lambda: tree)
-    problem = seams.problem()
+    monkeypatch.setattr(vllm_api, "installed_root", lambda: tree)
+    problem = vllm_api.problem()
     assert problem is not None
     assert "GPUModelRunner._sample (no file v1/worker/gpu_model_runner.py)" in problem[0]
 
 
 def test_an_unpacked_wheel_can_be_checked(tree: Path) -> None:
-    command = [sys.executable, "-m", "pilotfish.integrations.vllm.seams"]
+    command = [sys.executable, "-m", "pilotfish.integrations.vllm.engine.vllm_api"]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
     broken = subprocess.run([*command, str(tree)], capture_output=True, text=True, timeout=60)
     assert broken.returncode == 1

@@ -23,10 +23,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @pytest.fixture(scope="module", autouse=True)
 def alone() -> Iterator[None]:
     """There is no group of tensor-parallel ranks."""
-    from pilotfish.integrations.vllm import sparse
+    from pilotfish.integrations.vllm.attention.sparse import common
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "reduce_over_ranks", lambda scores, rule: None)
+        patch.setattr(common, "reduce_over_ranks", lambda scores, rule: None)
         yield
 
 
@@ -46,7 +46,7 @@ class Batch:
         return f"Batch({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
     def __post_init__(self) -> None:
-        from pilotfish.integrations.vllm.sparse_cpu import SparseImpl
+        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseImpl
 
         rng = torch.Generator().manual_seed(sum(self.contexts) + self.heads + self.block)
         self.queries = [min(q, c) for q, c in zip(self.queries, self.contexts, strict=True)]
@@ -87,7 +87,7 @@ class Batch:
         from vllm import _custom_ops as ops
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-        from pilotfish.integrations.vllm.sparse_cpu import SparseBuilder, SparseMetadata
+        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseBuilder, SparseMetadata
 
         starts, lens = (torch.tensor(x, dtype=torch.int32) for x in (self.starts, self.contexts))
         builder: Any = object.__new__(SparseBuilder)

@@ -38,7 +38,7 @@ calls: list[dict[str, Any]] = []
 
 @pytest.fixture(scope="module")
 def flash(interpreted_triton: None) -> Any:
-    return importlib.import_module("pilotfish.integrations.vllm.sparse_flash")
+    return importlib.import_module("pilotfish.integrations.vllm.attention.sparse.flash_attn")
 
 
 def build(flash: Any, rule: Rule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
@@ -96,10 +96,10 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
 ) -> None:
     from vllm.v1.attention.backends import flash_attn
 
-    from pilotfish.integrations.vllm import sparse
+    from pilotfish.integrations.vllm.attention.sparse import common
 
     monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", paged_attention)
-    monkeypatch.setattr(sparse, "reduce_over_ranks", lambda scores, rule: None)  # there is no group of ranks
+    monkeypatch.setattr(common, "reduce_over_ranks", lambda scores, rule: None)  # there is no group of ranks
     impl, metadata, query, cache = build(flash, rule)
     calls.clear()
     outputs = []

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pilotfish.integrations.vllm import state
-from pilotfish.integrations.vllm.state import StateSaver
+from pilotfish.integrations.vllm.drafting import state_saver
+from pilotfish.integrations.vllm.drafting.state_saver import StateSaver
 
 
 class Recorder:
@@ -20,8 +20,8 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "IDLE", 0.05)
-    monkeypatch.setattr(state, "EVERY", 0.2)
+    monkeypatch.setattr(state_saver, "IDLE", 0.05)
+    monkeypatch.setattr(state_saver, "EVERY", 0.2)
 
 
 def until(condition, seconds: float = 5) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pilotfish.integrations.vllm import step_times
+from pilotfish.integrations.vllm.drafting import step_times
 
 
 @pytest.fixture

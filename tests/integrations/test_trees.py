@@ -9,7 +9,9 @@ import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from pilotfish.integrations.vllm import patches, trees
+from pilotfish.integrations.vllm.attention.tree import common
+from pilotfish.integrations.vllm.drafting import vllm_fixes
+from pilotfish.integrations.vllm.drafting.v1 import tree_verification
 from pilotfish.plugins.contracts import DraftTree, Unsupported
 
 VOCABULARY = 32
@@ -18,9 +20,9 @@ VOCABULARY = 32
 @pytest.fixture(autouse=True, scope="module")
 def mended_sampling() -> Iterator[None]:
     """As the drafter mends it at start, where vLLM's build needs it."""
-    patches.EXPAND.apply()
+    vllm_fixes.EXPAND.apply()
     yield
-    patches.EXPAND.undo()
+    vllm_fixes.EXPAND.undo()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def mended_sampling() -> Iterator[None]:
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
 )
 def test_who_can_have_a_tree(params: dict, plain: bool) -> None:
-    assert trees.is_plain(SamplingParams(**params)) is plain
+    assert tree_verification.is_plain(SamplingParams(**params)) is plain
 
 
 class Builder:
@@ -113,7 +115,7 @@ TREE = tree((5, -1), (6, -1), (7, 0), (8, 0), (7, 1), (9, 4))
 def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingParams) -> None:
     builder = Builder()
     runner = runner_of({"a": params, "b": params, "c": params}, [0, 7, 10, 11], builder)
-    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
     verifier.keep({"a": TREE, "b": tree((1, -1), (2, 0))})
     drafts = {"a": TREE.tokens.tolist(), "b": [1, 2]}
@@ -129,7 +131,7 @@ def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingPar
 def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> None:
     builder = Builder()
     runner = runner_of({"a": GREEDY}, [0, 4], builder)
-    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
     verifier.keep({"a": TREE})
     assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[5, 7, 12]]
@@ -143,7 +145,7 @@ def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> N
 def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
     builder = Builder()
     runner = runner_of({"a": GREEDY, "b": SamplingParams(temperature=0, logprobs=1)}, [0, 7, 9], builder)
-    verifier = trees.TreeVerifier(runner, "drafter")
+    verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
     assert verifier.serves("a")
     assert not verifier.serves("b")
@@ -155,13 +157,13 @@ def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
 def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> None:
     builder = Builder()
     builder.error = "the kernel misreads the cache"
-    verifier = trees.TreeVerifier(runner_of({"a": GREEDY}, [0, 7], builder), "rasd")
+    verifier = tree_verification.TreeVerifier(runner_of({"a": GREEDY}, [0, 7], builder), "rasd")
     with caplog.at_level("WARNING", "vllm.pilotfish"):
         assert not verifier.serves("a")
         assert not verifier.serves("a")
     assert verifier.builders == []
     runner = runner_of({"a": GREEDY}, [0, 7], builder)
-    verifier = trees.TreeVerifier(runner, "rasd")
+    verifier = tree_verification.TreeVerifier(runner, "rasd")
     verifier.attach()
     verifier.keep({"a": TREE})
     step(runner, {"a": TREE.tokens.tolist()}, [0] * 7)
@@ -175,12 +177,12 @@ def test_draws_have_the_models_distribution() -> None:
     )
     metadata = SimpleNamespace(num_draft_tokens=[3999], cu_num_sampled_tokens=torch.tensor([4000], dtype=torch.int32))
     torch.manual_seed(0)
-    drawn = np.bincount(trees.draw(logits.clone(), metadata, sampling), minlength=4) / 4000
+    drawn = np.bincount(tree_verification.draw(logits.clone(), metadata, sampling), minlength=4) / 4000
     np.testing.assert_allclose(drawn, torch.softmax(logits[0], -1).numpy(), atol=0.03)
     sampling.generators = {0: torch.Generator().manual_seed(3)}
-    one = trees.draw(logits.clone(), metadata, sampling)
+    one = tree_verification.draw(logits.clone(), metadata, sampling)
     sampling.generators = {0: torch.Generator().manual_seed(3)}
-    assert trees.draw(logits.clone(), metadata, sampling) == one
+    assert tree_verification.draw(logits.clone(), metadata, sampling) == one
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_layers_that_cannot_be_served_are_named(changed: dict, reason: str) -> N
         model_config=SimpleNamespace(model="some/model"),
     )
     layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(**plain))}
-    trees.check_layers(config, layers)
+    common.check_layers(config, layers)
     layers["layers.1"] = SimpleNamespace(impl=SimpleNamespace(**{**plain, **changed}))
     with pytest.raises(Unsupported, match=rf"rasd .*some/model, layer layers\.1: .*{reason}.*verification=chain"):
-        trees.check_layers(config, layers)
+        common.check_layers(config, layers)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pilotfish.integrations.vllm.tuning.tidal.tidal import Plan, Tried, candidates, to_profile
 
 from pilotfish.integrations.vllm.bench.kv_worker import Missed
-from pilotfish.integrations.vllm.tuning import Plan, Tried, candidates, to_profile
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.paged_decode import Rows
 from pilotfish.kvcache.layer_choice import LayerChoice, best_choices

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.plugins.drafting import adjacency as A  # noqa: N812
-from pilotfish.plugins.drafting import rows as R  # noqa: N812
+from pilotfish.plugins.drafting import adjacency_table as R  # noqa: N812
 
 VOCAB, K, ORDER, BITS = 12, 3, 3, 20  # so many rows that contexts of this vocabulary hardly ever collide
 

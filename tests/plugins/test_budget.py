@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.plugins.drafting.budget import StepCost, TrackRecord, _not_negative, allocate
+from pilotfish.plugins.drafting.draft_length import StepCost, TrackRecord, _not_negative, allocate
 
 
 def cost_of(base: float, slope: float) -> Callable[[int, Any], Any]:

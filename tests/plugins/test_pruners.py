@@ -15,7 +15,7 @@ from pilotfish.plugins.contracts import ImageLayout, Picture, VisualPruner
 from pilotfish.plugins.diversity import SKETCH, Diversity, DiversityOptions, determinantal, farthest, sketch
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from pilotfish.plugins.pruning import grids
-from pilotfish.plugins.pruning.shares import allocate
+from pilotfish.plugins.pruning.token_budget import allocate
 
 WIDTH, PATCH = 8, 14
 

@@ -9,10 +9,10 @@ import pytest
 
 from pilotfish.plugins.config import ConfigError, Selection
 from pilotfish.plugins.contracts import Candidates, DraftBudget, DraftRequest, DraftTree, Engine
-from pilotfish.plugins.drafting.engine_draft import EngineDraft
+from pilotfish.plugins.drafting import datastore
+from pilotfish.plugins.drafting.draft_model_drafter import EngineDraft
 from pilotfish.plugins.manager import plugins
 from pilotfish.plugins.rasd import RASD, RASDOptions
-from pilotfish.retrieval import datastore
 
 ENGINE = Engine("m", vocab_size=1000, max_model_len=2048, max_num_seqs=4, num_speculative_tokens=24)
 BUDGET = DraftBudget(64, 24)

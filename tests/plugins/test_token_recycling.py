@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.config import ConfigError
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine, Unsupported
-from pilotfish.plugins.drafting.budget import StepCost, allocate
+from pilotfish.plugins.drafting.draft_length import StepCost, allocate
 from pilotfish.plugins.token_recycling import TokenRecycling
 from pilotfish.plugins.token_recycling import TokenRecyclingOptions as Options
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import words
 
+from pilotfish._internal import atomic_write
 from pilotfish.retrieval import Index
 from pilotfish.retrieval.errors import DamagedIndex, LockedIndex, NewerFormat, RetrievalError
-from pilotfish.retrieval.store import files
 
 EVERYWHERE: dict[str, Any] = {  # all lists are read: what is there is found
     "xtr": {"probes": 1 << 20},
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_last_commit(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
     try:
         index.upsert([{"id": "7", "text": "again"}, {"id": "8", "text": "changed"}])
     except OSError as error:
@@ -331,7 +331,7 @@ def test_a_full_disk_at_the_beginning(tmp_path: Path, create, monkeypatch: pytes
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic_write.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         create()
     monkeypatch.undo()

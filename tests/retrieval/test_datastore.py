@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.retrieval import suffix_search, suffixes
-from pilotfish.retrieval.datastore import Datastore, DatastoreError, build
-from pilotfish.retrieval.suffixes import BREAK, DEPTH
+from pilotfish.plugins.drafting import suffix_array, suffix_search
+from pilotfish.plugins.drafting.datastore import Datastore, DatastoreError, build
+from pilotfish.plugins.drafting.suffix_array import BREAK, DEPTH
 
 texts = st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=5)
 
@@ -23,7 +23,7 @@ def joined(parts: list[list[int]]) -> np.ndarray:
 def test_suffixes_are_in_the_order_of_their_first_tokens(parts: list[list[int]]) -> None:
     tokens = joined(parts)
     expected = sorted(range(len(tokens)), key=lambda i: (tokens[i : i + DEPTH].tolist(), i))
-    assert suffixes.sort(tokens).tolist() == expected
+    assert suffix_array.sort(tokens).tolist() == expected
 
 
 @settings(max_examples=200, deadline=None)  # compiles
@@ -32,7 +32,7 @@ def test_the_longest_suffix_and_all_its_places_are_found(
     parts: list[list[int]], tail: list[int], longest: int, shortest: int
 ) -> None:
     tokens = joined(parts)
-    order = suffixes.sort(tokens)
+    order = suffix_array.sort(tokens)
     match = suffix_search.find(tokens, order, np.array(tail, np.int32), longest, shortest)
     expected: tuple[int, list[int]] = (0, [])
     for length in range(shortest, min(longest, len(tail)) + 1):
@@ -50,7 +50,7 @@ def test_the_longest_suffix_and_all_its_places_are_found(
 
 def test_of_many_occurrences_a_spread_is_taken() -> None:
     tokens = joined([[1, 2, i] for i in range(10)] + [[1, 2, 7]] * 90)
-    order = suffixes.sort(tokens)
+    order = suffix_array.sort(tokens)
     match = suffix_search.find(tokens, order, np.array([1, 2], np.int32))
     assert (match.length, match.places) == (2, 100)
     some = suffix_search.followers(tokens, order, match, 1, 20)[:, 0].tolist()

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 from pilotfish.retrieval import RetrievalError
 from pilotfish.retrieval.encoders import checkpoints, load
 from pilotfish.retrieval.encoders.multi_vector import MultiVectorEncoder, embedded
-from pilotfish.retrieval.encoders.texts import batches
+from pilotfish.retrieval.encoders.tokenization import batches
 
 TEXTS = [
     "Pilot fish travel with sharks.",

@@ -4,7 +4,7 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 
-from pilotfish.retrieval.guard import LARGEST_BODY, Guard
+from pilotfish.retrieval.request_auth import LARGEST_BODY, Guard
 
 
 def served(token: str | None = None) -> TestClient:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.retrieval.history import History
+from pilotfish.plugins.drafting.history import History
 
 pieces = st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=30), st.booleans()), min_size=1, max_size=8)
 

@@ -9,7 +9,7 @@ import words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pilotfish.retrieval import Index, RetrievalError, changes, filters
+from pilotfish.retrieval import Index, RetrievalError, filters, index_writer
 
 VOCABULARY = ["shark", "fish", "pilot", "ray", "whale", "coral", "reef", "tide", "salt", "net"]
 TEXT = st.lists(st.sampled_from(VOCABULARY), max_size=6).map(" ".join)
@@ -183,7 +183,7 @@ def test_segments_are_merged_and_deleted_text_goes(create, monkeypatch: pytest.M
     index.delete([f"first{i}" for i in range(200)])
     for i in range(12):
         index.add([{"id": str(i), "text": f"word{i}"}])
-    assert index.stats()["segments"] <= changes.SMALL + 1
+    assert index.stats()["segments"] <= index_writer.SMALL + 1
     index.delete([str(i) for i in range(8)])
     assert index.stats()["deleted"] == 0  # too many of a segment: it was written anew
     before = index.snapshot.manifest.next_document

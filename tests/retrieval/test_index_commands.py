@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.retrieval import Index, RetrievalError
-from pilotfish.retrieval.inputs import Source
+from pilotfish.retrieval.loaders import Source
 
 DOCUMENTS = [
     {"id": "shark", "text": "The whale shark is the largest fish in the sea.", "year": 2019, "lang": "en"},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pilotfish.retrieval import sparse_index
 from pilotfish.retrieval.kernels.sparse_search import BLOCK, SKIP
-from pilotfish.retrieval.words import Words
+from pilotfish.retrieval.sparse_vectors import Words
 
 QUIET = settings(max_examples=80, deadline=None)
 

@@ -9,8 +9,8 @@ import numpy as np
 from pilotfish.plugins.contracts import Encoder
 from pilotfish.plugins.hookspecs import Register, hookimpl
 from pilotfish.plugins.manager import plugins
-from pilotfish.retrieval.tokens import Tokens
-from pilotfish.retrieval.words import Words as Weighted
+from pilotfish.retrieval.sparse_vectors import Words as Weighted
+from pilotfish.retrieval.token_embeddings import Tokens
 
 DIMENSION = 24
 

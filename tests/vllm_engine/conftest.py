@@ -14,10 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pilotfish.integrations.vllm.models.embedded.base import fetch
+from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
-from pilotfish.integrations.vllm.models import SMOLLM2, fetch
-from pilotfish.integrations.vllm.support import DRAFTER_CLASS
+from pilotfish.integrations.vllm.engine.selection import DRAFTER_CLASS
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pilotfish.integrations.vllm.serving.command.command import vllm_serve
 
-from pilotfish.integrations.vllm.serving import vllm_serve
-from pilotfish.integrations.vllm.support import DRAFTER_CLASS
+from pilotfish.integrations.vllm.engine.selection import DRAFTER_CLASS
 
 pytestmark = pytest.mark.engine
 
@@ -121,12 +121,13 @@ def test_patches_can_be_undone() -> None:
     code = (
         "from pilotfish.integrations.vllm import patches\n"
         "import importlib\n"
-        "before = [getattr(*p._owner()) for p in patches.ALL]\n"
-        "[p.apply() for p in patches.ALL]; [p.apply() for p in patches.ALL]\n"
-        "assert all(p.applied for p in patches.ALL)\n"
-        "[p.undo() for p in patches.ALL]; [p.undo() for p in patches.ALL]\n"
-        "assert [getattr(*p._owner()) for p in patches.ALL] == before\n"
-        "assert not any(p.applied for p in patches.ALL)\n"
+        "ALL = patches.all_patches()\n"
+        "before = [getattr(*p._owner()) for p in ALL]\n"
+        "[p.apply() for p in ALL]; [p.apply() for p in ALL]\n"
+        "assert all(p.applied for p in ALL)\n"
+        "[p.undo() for p in ALL]; [p.undo() for p in ALL]\n"
+        "assert [getattr(*p._owner()) for p in ALL] == before\n"
+        "assert not any(p.applied for p in ALL)\n"
     )
     # Without the entry point, which applies the first patch on its own.
     env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}

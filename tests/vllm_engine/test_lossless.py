@@ -123,10 +123,10 @@ def test_the_cause_of_wrong_samples_is_detected_and_mended(drafted) -> None:
 @pytest.mark.long
 def test_greedy_output_is_identical_over_two_hundred_texts(stock, drafted, model: str) -> None:
     """Eight at a time, of lengths that differ: most steps are of trees and chains of several requests."""
-    from pilotfish.integrations.vllm.bench import texts
+    from pilotfish.integrations.vllm.bench import corpora
 
-    tokenizer = texts.tokenizer_of(model)
-    cut = texts.excerpts(tokenizer, texts.sample(), 210, 120, "the sample")
+    tokenizer = corpora.tokenizer_of(model)
+    cut = corpora.excerpts(tokenizer, corpora.sample(), 210, 120, "the sample")
     given = [ids[: 20 + 7 * i % 100] for i, ids in enumerate(cut)]
     a, b = both(stock, drafted, given, [{"temperature": 0, "max_tokens": 40, "ignore_eos": True}] * len(given))
     different = [i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y]

@@ -189,12 +189,12 @@ class TestWorker(Worker):
 
     def broken_sampling(self) -> dict[str, Any]:
         """vLLM's own function, then ours, on parameters that are not whole numbers."""
-        from pilotfish.integrations.vllm import patches
+        from pilotfish.integrations.vllm.drafting import vllm_fixes
 
-        patches.EXPAND.undo()
-        before = patches.sampling_is_broken()
-        patches.EXPAND.apply()
-        return {"before": before, "after": patches.sampling_is_broken()}
+        vllm_fixes.EXPAND.undo()
+        before = vllm_fixes.sampling_is_broken()
+        vllm_fixes.EXPAND.apply()
+        return {"before": before, "after": vllm_fixes.sampling_is_broken()}
 
     def shut_down(self) -> dict[str, Any]:
         """What a server does when it ends."""

@@ -22,10 +22,12 @@ from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown
 from ....plugins.manager import plugins
 from ...bench import record
 from ...bench.record import Record
-from .. import attach, models, support
-from ..progress import console as status
-from ..progress import counting_bar
-from ..serving import check_model
+from ..drafting import compatibility
+from ..engine import selection
+from ..models import registry
+from ..serving.command import check_model
+from ..serving.progress import console as status
+from ..serving.progress import counting_bar
 from . import prompts as prompt_files
 from .engine import EngineProcess
 from .prompts import Prompt
@@ -99,13 +101,13 @@ def speculation(arm: str) -> dict[str, Any]:
     if chosen.name not in drafters:
         raise ConfigError(unknown(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
     key = {"drafter": {"name": chosen.name, **chosen.options}}
-    config = attach.read({ROOT: key})
+    config = selection.read({ROOT: key})
     return {
         "additional_config": {ROOT: key},
         "speculative_config": {
             "method": "custom_class",
-            "model": support.DRAFTER_CLASS,
-            "num_speculative_tokens": support.drafted_tokens(drafters[chosen.name], config.verification),
+            "model": selection.DRAFTER_CLASS,
+            "num_speculative_tokens": compatibility.drafted_tokens(drafters[chosen.name], config.verification),
         },
     }
 
@@ -137,7 +139,7 @@ def measure(plan: Plan) -> Iterator[list[Run]]:
         prompt_files.sample(f, plan.sample if i == 0 else plan.sample_others, plan.seed) for i, f in enumerate(files)
     ]
     others = prompt_files.rest(files[0], drawn[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
-    folder = models.resolve(plan.model)
+    folder = registry.resolve(plan.model)
     with counting_bar() as bar:
         for arm in arms:
             yield measure_pair(plan, arm, folder, [p for d in drawn for p in d], others, bar)

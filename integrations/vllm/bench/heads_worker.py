@@ -13,9 +13,9 @@ class HeadsWorker(Worker):
 
     def facts(self) -> dict[str, Any]:
         """What the engine's plugins would be told about it."""
-        from .. import attach
+        from ..engine import selection
 
-        return vars(attach.describe(self.runner.vllm_config))
+        return vars(selection.describe(self.runner.vllm_config))
 
     def scores(self, tokens: list[int], period: int) -> dict[str, Any]:
         """Echo and induction scores of every query head on one sequence.

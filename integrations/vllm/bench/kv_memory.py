@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.record import Record
-from ..progress import counting_bar
-from . import recall
+from ..serving.progress import counting_bar
+from . import needle_in_haystack
 from .engine import EngineProcess
-from .kv import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
-from .recall import Question
+from .kv_work import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
+from .needle_in_haystack import Question
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait
@@ -64,12 +64,12 @@ class MemoryWork(Work):
             for context in plan.quality_contexts
         ]
         needles = [
-            (context, list(recall.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles)))
+            (context, list(needle_in_haystack.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles)))
             for context in plan.needle_contexts
         ]
         looked_up = []
         if plan.kv_retrieval is not None:
-            looked_up = recall.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
+            looked_up = needle_in_haystack.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
         for arm in self.arms if cuts or needles or looked_up else ():
             yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, looked_up, logs)
 
@@ -145,7 +145,7 @@ class MemoryWork(Work):
         logs: Path,
     ) -> list[Record]:
         """Divergence from stock attention, whose distributions the first arm leaves in files; needles; dictionaries."""
-        stock, rows = arm.options is None, max(TEXTS, recall.ROUNDS, self.plan.needles)
+        stock, rows = arm.options is None, max(TEXTS, needle_in_haystack.ROUNDS, self.plan.needles)
         config = self.config(arm, self.plan.longest, max_num_seqs=rows, enable_prefix_caching=stock)
         records: list[Record] = []
         with EngineProcess(config, logs / "quality.log", worker=WORKER) as engine:
@@ -160,13 +160,16 @@ class MemoryWork(Work):
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
                 records += divergence(("kv", name, arm.label), answer, params)
             for context, groups in needles:
-                found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
-                records += recall.records(self.haystack_name, "needle_recall", arm.label, found, context)
+                found = [pair for g in groups for pair in zip(g, needle_in_haystack.answer(engine, g), strict=True)]
+                records += needle_in_haystack.records(self.haystack_name, "needle_recall", arm.label, found, context)
             if dictionaries:
                 where = self.dictionaries_name
-                groups = [dictionaries[i : i + recall.ROUNDS] for i in range(0, len(dictionaries), recall.ROUNDS)]
-                found = [pair for g in groups for pair in zip(g, recall.answer(engine, g), strict=True)]
-                records += recall.records(where, "exact_match", arm.label, found, self.plan.longest)
+                groups = [
+                    dictionaries[i : i + needle_in_haystack.ROUNDS]
+                    for i in range(0, len(dictionaries), needle_in_haystack.ROUNDS)
+                ]
+                found = [pair for g in groups for pair in zip(g, needle_in_haystack.answer(engine, g), strict=True)]
+                records += needle_in_haystack.records(where, "exact_match", arm.label, found, self.plan.longest)
         return records
 
 

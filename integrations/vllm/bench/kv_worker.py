@@ -11,9 +11,10 @@ import torch
 from ....kvcache.kernels import paged_decode
 from ....kvcache.selection import ReadPlan, Role, Rule
 from ....plugins.config import build_options
-from .. import attach, correction
+from ..attention.sparse import kv_correction
+from ..engine.selection import attach
 from .engine import main
-from .forced import ForcedWorker
+from .teacher_forcing import ForcedWorker
 
 STOCK = ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))
 
@@ -23,7 +24,9 @@ class KVWorker(ForcedWorker):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self._kind = attach.admit(self.runner.vllm_config)["kv"]
+        attachment = attach("kv", self.runner.vllm_config)
+        assert attachment is not None
+        self._attachment = attachment
         self._builders = [g.get_metadata_builder() for groups in self.runner.attn_groups for g in groups]
         self._update = self.core.scheduler.update_from_output  # without a policy's correction
 
@@ -31,17 +34,17 @@ class KVWorker(ForcedWorker):
         """Set the policy's options; None is stock attention."""
         plan = STOCK
         if options is not None:
-            cls: Any = self._kind.cls
-            plan = cls(build_options(cls.Options, options, "pilotfish.kv"), self._kind.engine).read_plan()
+            cls: Any = self._attachment.cls
+            plan = cls(build_options(cls.Options, options, "pilotfish.kv"), self._attachment.engine).read_plan()
         for builder in self._builders:
             builder.plan = plan
         self.core.scheduler.update_from_output = self._update
-        correction.correct(self.core.scheduler, plan)
+        kv_correction.correct(self.core.scheduler, plan)
         return {}
 
     def facts(self) -> dict[str, Any]:
         """What the engine's plugins are told about it."""
-        return vars(self._kind.engine)
+        return vars(self._attachment.engine)
 
     def missed(
         self,
@@ -66,7 +69,7 @@ class KVWorker(ForcedWorker):
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         place_of: dict[str | None, Any] = dict(zip(self._force, places or [None] * len(texts), strict=True))
-        observer = Missed(self._kind.engine.layers, Rule(**rule), lambda row: place_of.get(self._name(row)))
+        observer = Missed(self._attachment.engine.layers, Rule(**rule), lambda row: place_of.get(self._name(row)))
         for builder in self._builders:
             builder.plan = ReadPlan((Role.SELECT,) * observer.layers, observer.rule)
             builder.observe = observer

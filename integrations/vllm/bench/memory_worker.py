@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from .engine import main
-from .forced import ForcedWorker
+from .teacher_forcing import ForcedWorker
 
 
 class MemoryWorker(ForcedWorker):

@@ -12,8 +12,8 @@ from ....plugins.config import ConfigError, Selection, parse_assignments
 from ....plugins.manager import plugins
 from ...bench import record
 from ...bench.record import Record
-from .. import models
-from ..progress import counting_bar
+from ..models import registry
+from ..serving.progress import counting_bar
 from . import vision_quality
 from .engine import EngineProcess
 
@@ -61,7 +61,7 @@ def run(plan: Plan) -> None:
     for selection in chosen.values():
         plugins().resolve("pruner", selection)
     asked = {label: {"name": s.name, **s.options} for label, s in chosen.items()}
-    folder = models.resolve(plan.model)
+    folder = registry.resolve(plan.model)
     records = _engines(plan, folder, asked) if plan.repeats else []
     if plan.quality:
         records += vision_quality.measure(Path(folder), plan.quality)

@@ -18,11 +18,11 @@ from ....plugins.contracts import ImageLayout, Picture, VisualPruner
 from ....plugins.diversity import Diversity, DiversityOptions
 from ....plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from ....plugins.pruning import grids
-from ....plugins.pruning.shares import allocate, best
+from ....plugins.pruning.token_budget import allocate, best
 from ...bench.record import Record
-from ..progress import counting_bar
-from ..vision import checkpoint
-from ..vision.eye import Eye
+from ..models import vision_test_models
+from ..serving.progress import counting_bar
+from ..vision.image_encoder import Eye
 
 RETAINS = (0.25, 0.10)
 NEEDLE = "chelsea.png"
@@ -128,11 +128,15 @@ class Saliency:
     def __init__(self) -> None:
         import onnxruntime
 
-        self._session: Any = onnxruntime.InferenceSession(str(checkpoint.source()), providers=["CPUExecutionProvider"])
+        self._session: Any = onnxruntime.InferenceSession(
+            str(vision_test_models.source()), providers=["CPUExecutionProvider"]
+        )
 
     def of(self, image: Any, grid: tuple[int, int]) -> Tensor:
         """[rows, columns] for the cells of a grid."""
         pixels = np.asarray(image.resize((224, 224)), np.float32).transpose(2, 0, 1) / 255
-        mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (checkpoint.MEAN, checkpoint.DEVIATION))
+        mean, deviation = (
+            np.array(v, np.float32)[:, None, None] for v in (vision_test_models.MEAN, vision_test_models.DEVIATION)
+        )
         (seen,) = self._session.run(["output_importance"], {"input_image": ((pixels - mean) / deviation)[None]})
         return grids.resize(torch.from_numpy(seen).reshape(seen.shape[-2:]), grid)

@@ -19,9 +19,9 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ....plugins.contracts import ImageLayout, Picture
-from .. import attach
-from . import choice, layouts, processing
-from .scores import ClsScorer, unlike_the_mean
+from ..engine import log
+from . import layouts, processing, request_pruner
+from .patch_scores import ClsScorer, unlike_the_mean
 
 TOWER_VIEWS = 16  # views that a tower sees at once: the scheduler counts pruned tokens, of which many views fit
 
@@ -36,7 +36,7 @@ class PrunedModel:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._engine: str = getattr(self.config, choice.CONFIG_KEY)
+        self._engine: str = getattr(self.config, request_pruner.CONFIG_KEY)
         self._wanted: dict[str, list[str]] = {}  # by modality, while pictures are embedded
         self._scorer = None
         if isinstance(self.vision_tower, CLIPVisionModel):  # not where pictures are switched off
@@ -45,13 +45,13 @@ class PrunedModel:
                 scorer = ClsScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
             self._scorer = scorer
         self._inside = self._visual = None
-        schedule = choice.pruner(self._engine).layer_schedule()
+        schedule = request_pruner.pruner(self._engine).layer_schedule()
         if schedule is not None:
-            from .in_llm import LayerPruning
+            from .layer_pruning import LayerPruning
 
             model = self.language_model.model  # type: ignore[attr-defined]
             self._inside = LayerPruning(model.layers, model.norm, schedule, vllm_config)
-        attach.announce_pruner(vllm_config)
+        log.announce_pruner(vllm_config)
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
@@ -79,7 +79,7 @@ class PrunedModel:
         """Tokens of pictures and videos, as many as were announced."""
         for modality, field in processing.FIELDS.items():
             rows = kwargs.pop(field, ())
-            self._wanted[modality] = [choice.from_tensor(row) for row in rows]
+            self._wanted[modality] = [request_pruner.from_tensor(row) for row in rows]
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def _process_image_input(self, image_input: Any) -> Sequence[Tensor]:
@@ -90,7 +90,7 @@ class PrunedModel:
         for i, pixels in enumerate(image_input["pixel_values"]):
             height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
             layout = layouts.BY_MODEL[self.model](self.config, height, width)
-            pruner, plan = choice.settle(self._engine, self._wanted["image"][i], layout, "image")
+            pruner, plan = request_pruner.settle(self._engine, self._wanted["image"][i], layout, "image")
             features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.scored)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
             made.append(pruned(pruner, layout, plan, Picture(tokens, scores)))
@@ -180,7 +180,7 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
             parts = [self._video_pixels_to_features(self.vision_tower, part) for part in video.split(TOWER_VIEWS)]
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
             layout = layouts.frames(self.config, len(video))
-            pruner, plan = choice.settle(self._engine, wanted, layout, "video")
+            pruner, plan = request_pruner.settle(self._engine, wanted, layout, "video")
             whole = plan.tokens == layout.tokens
             made.append(tokens if whole else pruned(pruner, layout, plan, Picture(tokens)))
         return made

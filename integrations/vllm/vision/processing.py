@@ -14,8 +14,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, VideoEmbeddingItems
 
 from ....plugins.contracts import ImageLayout
-from .. import metrics
-from . import choice, layouts
+from ..engine import metrics
+from . import layouts, request_pruner
 
 FIELDS = {"image": "pilotfish_image_pruner", "video": "pilotfish_video_pruner"}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -33,7 +33,7 @@ class PrunedInfo:
     @property
     def selection(self) -> str:
         """The engine's pruner, see `choice`."""
-        return getattr(self.get_hf_config(), choice.CONFIG_KEY)
+        return getattr(self.get_hf_config(), request_pruner.CONFIG_KEY)
 
     def layout(self, modality: str, items: Any, index: int) -> ImageLayout:
         """Of one picture or video of a request."""
@@ -56,12 +56,12 @@ class PrunedInfo:
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """After pruning."""
-        return choice.plan(self.selection, self.image_layout(image_height, image_width), "image").tokens
+        return request_pruner.plan(self.selection, self.image_layout(image_height, image_width), "image").tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
         """After pruning, where the pruner takes videos."""
         del image_width, image_height
-        return choice.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").tokens
+        return request_pruner.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").tokens
 
 
 class PrunedProcessor:
@@ -78,12 +78,12 @@ class PrunedProcessor:
             _rehearsing.reset(token)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        wanted = choice.asked(self.info.selection, hf_kwargs)
-        rest = {key: value for key, value in hf_kwargs.items() if key != choice.REQUEST_KEY}
+        wanted = request_pruner.asked(self.info.selection, hf_kwargs)
+        rest = {key: value for key, value in hf_kwargs.items() if key != request_pruner.REQUEST_KEY}
         processed = super()._apply_hf_processor_main(mm_items, rest)  # type: ignore[misc]
         for modality, pixels in PIXELS.items():
             if pixels in processed:
-                processed[FIELDS[modality]] = choice.to_tensor(wanted, len(processed[pixels]))
+                processed[FIELDS[modality]] = request_pruner.to_tensor(wanted, len(processed[pixels]))
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class PrunedProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        wanted = choice.asked(self.info.selection, hf_processor_mm_kwargs)
+        wanted = request_pruner.asked(self.info.selection, hf_processor_mm_kwargs)
         for update in updates:
             update.replacement = self._replacement(update, mm_items, wanted)
         return updates
@@ -110,7 +110,7 @@ class PrunedProcessor:
             if isinstance(items, EMBEDDED):
                 return stock(index)
             layout = self.info.layout(modality, items, index)
-            return [token] * choice.settle(self.info.selection, wanted, layout, modality)[1].tokens
+            return [token] * request_pruner.settle(self.info.selection, wanted, layout, modality)[1].tokens
 
         return replace
 
@@ -124,13 +124,13 @@ class PrunedProcessor:
                     here = [i for i in range(len(found)) if items.get(i) is not None]
                     full = sum(self.info.layout(modality, items, i).tokens for i in here)
                     kept = sum(len(found[i].tokens) for i in here)
-                    metrics.count_visual_tokens(choice.decode(self.info.selection).name, full, kept)
+                    metrics.count_visual_tokens(request_pruner.decode(self.info.selection).name, full, kept)
         return prompt, placeholders
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        wanted = choice.asked(self.info.selection, inputs.hf_processor_mm_kwargs)
-        suffix = choice.fingerprint(self.info.selection, wanted)
+        wanted = request_pruner.asked(self.info.selection, inputs.hf_processor_mm_kwargs)
+        suffix = request_pruner.fingerprint(self.info.selection, wanted)
         return {modality: [f"{one}-{suffix}" for one in some] for modality, some in hashes.items()}
 
 

@@ -1,0 +1,1 @@
+"""Attention backends that serve KV policies and tree verification."""

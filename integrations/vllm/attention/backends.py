@@ -1,0 +1,67 @@
+"""Map vLLM's attention backends to the subclasses that serve a KV policy or tree verification."""
+
+from typing import Any
+
+from ....plugins.contracts import Unsupported
+from ..engine.selection import kv_policy, read
+
+
+def attention_backend(stock: type, vllm_config: Any) -> type:
+    """What stands over the backend that vLLM chose for a layer, where a KV policy or tree verification is selected.
+
+    Raises:
+        Unsupported: there is nothing of ours that stands over this one.
+    """
+    config = read(vllm_config.additional_config)
+    name = stock.get_name()  # type: ignore[attr-defined]
+    if config.drafter is not None and config.verification.verification == "tree":
+        if name == "CPU_ATTN":
+            from .tree.cpu import TreeCPUBackend
+
+            return TreeCPUBackend
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+            from .tree.triton import TreeTritonBackend
+
+            return TreeTritonBackend
+        raise Unsupported(
+            config.drafter.name,
+            f"trees are not verified over {name}",
+            "use verification=chain",
+            vllm_config.model_config.model,
+        )
+    policy = kv_policy(vllm_config)
+    if policy is None:
+        return stock
+    if policy.frees_blocks:
+        if name == "CPU_ATTN":
+            from .windowed.cpu import WindowedCPUBackend
+
+            return WindowedCPUBackend
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+            from .windowed.triton import WindowedTritonBackend
+
+            return WindowedTritonBackend
+        raise Unsupported(
+            policy.name,
+            f"it does not stand over {name}",
+            "use --attention-backend TRITON_ATTN",
+            vllm_config.model_config.model,
+        )
+    if name == "CPU_ATTN":
+        from .sparse.cpu import SparseCPUBackend
+
+        return SparseCPUBackend
+    if name == "TRITON_ATTN":
+        from .sparse.triton import SparseTritonBackend
+
+        return SparseTritonBackend
+    if name == "FLASH_ATTN":
+        from .sparse.flash_attn import SparseFlashBackend
+
+        return SparseFlashBackend
+    raise Unsupported(
+        policy.name,
+        f"it does not stand over {name}",
+        "choose --attention-backend TRITON_ATTN or FLASH_ATTN",
+        vllm_config.model_config.model,
+    )

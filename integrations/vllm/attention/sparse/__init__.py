@@ -1,0 +1,1 @@
+"""Sparse attention backends: layers that read selected tokens only (TidalDecode)."""

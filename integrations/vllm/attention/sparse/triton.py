@@ -1,0 +1,185 @@
+"""vLLM's attention backends for GPUs, with layers that read the positions which an earlier layer chose.
+
+Stands over ``TRITON_ATTN`` (here) and ``FLASH_ATTN`` (`sparse_flash`) where a KV policy is selected. Layers that read
+everything go through vLLM's kernel. A layer that chooses scores the cache afterwards (`kernels.paged_triton`). Layers
+between them go through vLLM's kernel as well, with a block table that holds the chosen pages only; or, where heads do
+not share a choice or single positions are chosen, through a kernel of ours. Requests that process a prompt or fit the
+budget keep their block table, so that one call serves a mixed batch.
+
+Which requests are sparse is decided on the device, so that full CUDA graphs can be captured.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from .....kvcache import reference
+from .....kvcache.kernels import paged_triton
+from .....kvcache.kernels.paged_triton import Batch
+from .....kvcache.selection import ReadPlan, Role, Rule
+from .. import compatibility
+from . import common
+
+
+@dataclass
+class SparseStep:
+    """Our part of a step's metadata, shared by its layers.
+
+    Attributes:
+        plan: What each layer reads.
+        batch: The step's requests.
+        stock: vLLM's metadata.
+        rest: Metadata for vLLM's kernel in sparse layers, made by the latest choice.
+        kept: The latest choice where our kernel reads it, else None.
+    """
+
+    plan: ReadPlan
+    batch: Batch
+    stock: Any
+    rest: Any = None
+    kept: torch.Tensor | None = None
+
+    def choose(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
+        """Choose positions by the attention of one layer."""
+        rule, block_size = self.plan.rule, cache.shape[2]
+        scores = paged_triton.importance(query, cache, self.batch, rule, scale)
+        common.reduce_over_ranks(scores, rule)
+        kept = paged_triton.choose(scores, self.batch, rule)
+        rest = copy.copy(self.stock)
+        if paged_triton.can_shorten(rule, block_size):
+            rest.block_table, rest.seq_lens = paged_triton.shorten(kept, self.batch, rule, block_size)
+        else:  # vLLM's kernel spends next to nothing on these requests, and ours overwrites its output
+            self.kept = kept
+            rest.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
+        rest.scheduler_metadata = None  # FlashAttention's was made for the whole table
+        self.rest = rest
+
+
+class SparseBuilder:
+    """A metadata builder of vLLM's with our part added; stands before it among the bases of a class."""
+
+    over: ClassVar[str]  # name of vLLM's backend
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
+        error = kernel_error(size, dtype, device)
+        self.plan, self.announce = common.plan_for(vllm_config, layer_names, error, f"over {self.over}")
+        # A captured graph cannot look at the step's lengths: it always chooses, for the longest context there may be.
+        self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self._longest = vllm_config.model_config.max_model_len
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """vLLM's metadata, and our part of the step."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        return self._with_step(stock)
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """The same step over another group's blocks."""
+        stock = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
+        return self._with_step(stock)
+
+    def _with_step(self, stock: Any) -> Any:
+        stock.step = None
+        if stock.causal is True and (self._captured or stock.max_seq_len > self.plan.rule.budget):
+            table = stock.block_table
+            longest = self._longest if self._captured else stock.max_seq_len
+            if stock.max_seq_len > self.plan.rule.budget:
+                self.announce(stock.max_seq_len)
+            batch = Batch(stock.query_start_loc, stock.seq_lens, table, longest)
+            stock.step = SparseStep(self.plan, batch, copy.copy(stock))
+        return stock
+
+
+class SparseImpl(common.HasRole):
+    """The attention of one layer; stands before vLLM's among the bases of a class."""
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Our kernel writes what it computes; nothing is quantised on the way."""
+        del quant_key
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; see there for the shapes."""
+        step: SparseStep | None = getattr(attn_metadata, "step", None)
+        scales = output_scale, output_block_scale
+        stock: Any = super().forward  # type: ignore[misc]
+        if step is None or compatibility.is_windowed(self):
+            return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
+        if role is Role.SPARSE and step.rest is not None:  # before the first choice everything is read
+            stock(layer, query, key, value, kv_cache, step.rest, output, *scales)
+            if step.kept is not None:
+                paged_triton.decode(query, kv_cache, step.batch, step.plan.rule, scale, output, step.kept)
+            return output
+        stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        if role is Role.SELECT:
+            step.choose(query, kv_cache, scale)
+        return output
+
+
+class SparseTritonImpl(SparseImpl, TritonAttentionImpl):
+    """Over ``TRITON_ATTN``."""
+
+
+class SparseTritonBuilder(SparseBuilder, TritonAttentionMetadataBuilder):
+    """Over ``TRITON_ATTN``."""
+
+    over: ClassVar[str] = "TRITON_ATTN"
+
+
+class SparseTritonBackend(TritonAttentionBackend):
+    """``TRITON_ATTN`` with our metadata and our forward."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonAttentionImpl]:
+        """The attention of a layer."""
+        return SparseTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
+        """What builds the metadata of a step."""
+        return SparseTritonBuilder
+
+
+def kernel_error(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Self-test: choose and read positions of a small cache, against attention computed plainly."""
+    generator = torch.Generator().manual_seed(0)
+    rule, context = Rule(128, 4, 32, "kv_head", "token"), 300
+    query, cache = (
+        torch.randn(shape, generator=generator).to(dtype).to(device)
+        for shape in ((1, 4, head_size), (20, 2, 16, 2 * head_size))
+    )
+    numbers = {"dtype": torch.int32, "device": device}
+    blocks = torch.randperm(20, generator=generator)[:19].to(**numbers)
+    batch = Batch(torch.tensor([0, 1], **numbers), torch.tensor([context], **numbers), blocks[None], context)
+    output, scale = torch.zeros_like(query), head_size**-0.5
+    kept = paged_triton.choose(paged_triton.importance(query, cache, batch, rule, scale), batch, rule)
+    paged_triton.decode(query, cache, batch, rule, scale, output, kept)
+
+    text = cache[blocks.long()].transpose(1, 2).reshape(-1, 2, 2 * head_size)[:context].double().cpu().numpy()
+    worst = 0.0
+    for head in range(4):
+        positions = kept[0, head // 2].tolist()
+        keys, values = text[positions, :, :head_size], text[positions, :, head_size:]
+        _, expected = reference.attention(query[0].double().cpu().numpy(), keys, values, scale)
+        worst = max(worst, abs(output[0, head].double().cpu().numpy() - expected[head]).max())
+    return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

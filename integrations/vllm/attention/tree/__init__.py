@@ -1,0 +1,1 @@
+"""Tree-attention backends for verifying draft trees."""

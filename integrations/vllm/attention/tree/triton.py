@@ -1,0 +1,109 @@
+"""vLLM's Triton attention backend, with requests whose query tokens are a tree; see `tree_cpu`.
+
+It stands in for ``FLASH_ATTN`` too. Full CUDA graphs cannot hold a step's trees, so graphs are cut at attention.
+"""
+
+import copy
+import functools
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from .....kvcache.kernels.tree_triton import Mover, Trees, read_trees
+from .....plugins.drafting.tree import ancestors
+from . import common
+
+
+class TreeTritonBackend(TritonAttentionBackend):
+    """``TRITON_ATTN`` with our metadata and our forward."""
+
+    @staticmethod
+    def get_impl_cls() -> type["TreeTritonImpl"]:
+        """The attention of a layer."""
+        return TreeTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["TreeTritonBuilder"]:
+        """What builds the metadata of a step."""
+        return TreeTritonBuilder
+
+
+class TreeTritonBuilder(common.TreeBuilder, TritonAttentionMetadataBuilder):
+    """Finds the trees of a step, and moves what was accepted of them."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    mover: ClassVar[type] = Mover
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.error = kernel_error(kv_cache_spec.head_size, vllm_config.model_config.dtype, self.block_size, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """vLLM's metadata, and our part of the step."""
+        stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        stock.trees = stock.others = None
+        if self.placed:
+            placed = self.place(stock.slot_mapping)
+            stock.trees = Trees(*placed, stock.seq_lens.device)
+            if len(self.placed) < common_attn_metadata.num_reqs:
+                # vLLM's kernel spends little on these requests, and ours overwrites its output.
+                stock.others = copy.copy(stock)
+                stock.others.seq_lens = stock.seq_lens.clone()
+                stock.others.seq_lens[placed[0]] = stock.query_start_loc.diff()[placed[0]]
+        return stock
+
+
+class TreeTritonImpl(TritonAttentionImpl):
+    """The attention of one layer."""
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Our kernel writes what it computes; nothing is quantised on the way."""
+        del quant_key
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; see there for the shapes."""
+        step = getattr(attn_metadata, "trees", None)
+        others = attn_metadata if step is None else attn_metadata.others
+        if step is None or others is not None:
+            super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)
+        if step is not None:
+            read_trees(query, kv_cache, attn_metadata.block_table, step, self.scale, output)
+        return output
+
+
+@functools.cache
+def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: torch.device) -> str | None:
+    """Self-test: a tree over a small cache, against attention computed plainly."""
+    generator = torch.Generator().manual_seed(0)
+    parents = np.array([-1, 0, -1, 2, 3, 1, 4], np.int32)
+    rows, before, seen = len(parents) + 1, block_size - 3, ancestors(parents)
+    query, cache = (
+        torch.randn(shape, generator=generator).to(dtype).to(device)
+        for shape in ((rows, 4, head_size), (3, 2, block_size, 2 * head_size))
+    )
+    cache = cache.transpose(1, 2).contiguous().transpose(1, 2)  # positions first, as vLLM lays it out by default
+    table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
+    output, scale = torch.zeros_like(query), head_size**-0.5
+    read_trees(query, cache, table, Trees([0], [0], [before + 1], [seen], device), scale, output)
+    text = cache[table[0].long()].transpose(1, 2).reshape(-1, 2, 2 * head_size).double().cpu().numpy()
+    worst = common.off_by(query, output, text[..., :head_size], text[..., head_size:], before, seen)
+    return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

@@ -1,0 +1,95 @@
+"""vLLM's CPU attention backend over KV heads with caches of their own, see `windowed`."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from .....kvcache.head_window import HeadWindow
+from .....kvcache.kernels.head_cache import HeadCaches, WindowedStep
+from . import common
+
+
+@dataclass
+class WindowedMetadata(CPUAttentionMetadata):
+    """vLLM's metadata of a group of heads, and what all groups share of the step.
+
+    Attributes:
+        step: The query tokens, and what each of them leaves out.
+        windowed: The longest context, when something is left out, else 0.
+    """
+
+    step: WindowedStep | None = None
+    windowed: int = 0
+
+
+class WindowedCPUImpl(common.WindowedImpl, CPUAttentionBackendImpl):
+    """The attention of one layer."""
+
+    over: ClassVar[str] = "CPU_ATTN"
+    head_caches: ClassVar[type] = HeadCaches
+
+
+class WindowedCPUBackend(CPUAttentionBackend):
+    """``CPU_ATTN`` with our metadata and our forward."""
+
+    @staticmethod
+    def get_impl_cls() -> type[WindowedCPUImpl]:
+        """The attention of a layer."""
+        return WindowedCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["WindowedCPUBuilder"]:
+        """What builds the metadata of a step."""
+        return WindowedCPUBuilder
+
+
+class WindowedCPUBuilder(CPUAttentionMetadataBuilder):
+    """Finds what windowed heads leave out in a step."""
+
+    supports_update_block_table: bool = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self.query_heads = impl.num_heads  # of a whole layer
+        self.num_heads = impl.num_queries_per_kv  # of what is a layer here: one KV head
+        self.window: HeadWindow = impl.plan.window
+        test = functools.partial(kernel_error, self.dtype, self.num_heads, self.head_dim, self.block_size)
+        common.check_kernels(impl, test, vllm_config.model_config.model)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> WindowedMetadata:
+        """vLLM's metadata, and our part of the step."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        ends, in_prompt = stock.seq_lens.tolist(), common_attn_metadata.is_prefilling.tolist()
+        lengths = common_attn_metadata.query_start_loc_cpu.diff().tolist()
+        begins = [end - length for end, length in zip(ends, lengths, strict=True)]
+
+        def left_out(request: int, position: int) -> int:
+            return self.window.left_out(position, self.block_size, in_prompt[request])
+
+        step = WindowedStep(begins, ends, left_out, self.query_heads)
+        return WindowedMetadata(**vars(stock), step=step, windowed=stock.max_seq_len if step.gaps.any() else 0)
+
+    def update_block_table(
+        self, metadata: WindowedMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> WindowedMetadata:
+        """The same step over another group's blocks."""
+        return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+
+
+@functools.cache
+def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int) -> str | None:
+    """What the self-test of the kernels finds."""
+
+    def make_step(begin: int, end: int, window: HeadWindow) -> WindowedStep:
+        return WindowedStep([begin], [end], lambda _, n: window.left_out(n, block_size), share)
+
+    return common.kernel_error(HeadCaches, make_step, dtype, share, head_size, block_size, "cpu")

@@ -1,0 +1,92 @@
+"""vLLM's Triton attention backend over KV heads with caches of their own, see `windowed`."""
+
+import copy
+import functools
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from .....kvcache.head_window import HeadWindow
+from .....kvcache.kernels.head_cache_triton import HeadCaches, Step
+from . import common
+
+
+class WindowedTritonImpl(common.WindowedImpl, TritonAttentionImpl):
+    """The attention of one layer."""
+
+    over: ClassVar[str] = "TRITON_ATTN"
+    head_caches: ClassVar[type] = HeadCaches
+
+
+class WindowedTritonBackend(TritonAttentionBackend):
+    """``TRITON_ATTN`` with our metadata and our forward."""
+
+    @staticmethod
+    def get_impl_cls() -> type[WindowedTritonImpl]:
+        """The attention of a layer."""
+        return WindowedTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["WindowedTritonBuilder"]:
+        """What builds the metadata of a step."""
+        return WindowedTritonBuilder
+
+
+class WindowedTritonBuilder(TritonAttentionMetadataBuilder):
+    """Tells the kernels which requests process a prompt; the rest they find on the device."""
+
+    supports_update_block_table: bool = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self.window: HeadWindow = impl.plan.window
+        shape = impl.num_queries_per_kv, kv_cache_spec.head_size, self.block_size
+        test = functools.partial(kernel_error, kv_cache_spec.dtype, *shape, device)
+        common.check_kernels(impl, test, vllm_config.model_config.model)
+        self._in_prompt = in_prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """vLLM's metadata, and our part of the step."""
+        stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
+        in_prompt = self._in_prompt[:requests]
+        if known is None:  # a graph is captured
+            in_prompt.zero_()
+        else:
+            in_prompt.copy_(known[:requests], non_blocking=True)
+        stock.step = Step(stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len)
+        longest = stock.max_seq_len
+        stock.windowed = longest if known is not None and self.window.left_out(longest - 1, self.block_size) else 0
+        return stock
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """The same step over another group's blocks."""
+        mine = copy.copy(metadata)
+        mine.block_table, mine.slot_mapping = blk_table, slot_mapping
+        return mine
+
+
+@functools.cache
+def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
+    """Which requests process a prompt, where the captured graphs of all groups look."""
+    return torch.zeros(requests, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device) -> str | None:
+    """What the self-test of the kernels finds."""
+
+    def make_step(begin: int, end: int, window: HeadWindow) -> Step:
+        del window  # the kernels know it
+        starts, lens, in_prompt = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - begin], [end], [0])
+        )
+        return Step(starts, lens, in_prompt, end - begin, end)
+
+    return common.kernel_error(HeadCaches, make_step, dtype, share, head_size, block_size, device)

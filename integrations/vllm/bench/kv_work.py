@@ -1,0 +1,242 @@
+"""Work items of the KV policy benchmark: speed, quality and retrieval measurements on a running engine."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from ....plugins.config import ConfigError
+from ...bench import record
+from ...bench.record import Record
+from . import corpora, needle_in_haystack
+from .needle_in_haystack import Answered, Question
+
+STOCK = "none"
+
+
+TURNS = 5
+
+
+STEPS = 12  # timed in every turn
+
+
+TEXTS = 4  # decoded together when distributions are compared
+
+
+ROOM = 96  # positions behind a context, for what is decoded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; see `pilotfish bench kv --help`."""
+
+    policy: str
+    settings: tuple[str, ...]  # "key=value,..." for each arm
+    texts: tuple[Path, ...]  # none: the sample that every Python brings
+    model: str
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    quality_contexts: tuple[int, ...]
+    quality_tokens: int
+    dtype: str
+    out: Path
+    haystack: Path | None = None
+    needle_contexts: tuple[int, ...] = ()
+    needles: int = needle_in_haystack.ROUNDS  # at each depth
+    kv_retrieval: Path | None = None
+    questions: int = 40
+    seed: int = 0
+    eager: bool = False  # models are compiled, as vLLM does by default
+
+    @property
+    def longest(self) -> int:
+        """The longest context, what is decoded behind it for comparison included."""
+        compared = (c + self.quality_tokens for c in self.quality_contexts)
+        return max([*self.contexts, *self.needle_contexts, *compared], default=0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the policy; None is stock attention."""
+
+    label: str
+    options: dict[str, Any] | None
+
+
+def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Texts by their folder's name; a second one of a folder by its own name too."""
+    found: dict[str, Path] = {}
+    for path in (p.absolute() for p in paths):
+        name = path.name if path.is_dir() else path.parent.name
+        if found.setdefault(name, path) != path:
+            found[f"{name}/{path.stem}"] = path
+    return found
+
+
+def measure(
+    parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, bar: Progress, task: TaskID
+) -> list[Record]:
+    """Run the parts of a measurement, each with what to say; the JSON is written after every one."""
+    records: list[Record] = []
+    for description, part in parts:
+        bar.update(task, description=description)
+        records += part()
+        record.write(out, records)
+        bar.advance(task)
+    return records
+
+
+@dataclass(frozen=True)
+class Work:
+    """The parts of a measurement; what they need of the texts is cut, and refused, before an engine starts."""
+
+    plan: Plan
+    arms: list[Arm]
+    folder: str  # of the model
+    tokenizer: Any
+    texts: dict[str, str]
+    haystack: str
+
+    def parts(self) -> Iterator[tuple[str, Callable[[Any], list[Record]]]]:
+        """What to say, and what to do with the engine."""
+        plan, arms = self.plan, self.arms
+        first = next(iter(self.texts))
+        for context in plan.contexts:
+            for batch in plan.batches:
+                prompts = self.cut(first, batch, context)
+                yield f"context {context}, batch {batch}", partial(speed, arms=arms, prompts=prompts)
+        for name in self.texts:
+            for context in plan.quality_contexts:
+                cut = self.cut(name, TEXTS, context + plan.quality_tokens)
+                yield (
+                    f"quality on {name}, {context}",
+                    partial(quality, arms=arms, dataset=name, cut=cut, context=context),
+                )
+        for context in plan.needle_contexts:
+            groups = list(needle_in_haystack.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles))
+            search = partial(questions, arms=arms, dataset=self.haystack_name, metric="needle_recall")
+            yield f"needles in {context}", partial(search, groups=groups, context=context)
+        if plan.kv_retrieval is not None:
+            context = plan.longest
+            asked = needle_in_haystack.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, context)
+            groups = [asked[i : i + needle_in_haystack.ROUNDS] for i in range(0, len(asked), needle_in_haystack.ROUNDS)]
+            yield (
+                "keys in dictionaries",
+                partial(
+                    questions,
+                    arms=arms,
+                    dataset=self.dictionaries_name,
+                    metric="exact_match",
+                    groups=groups,
+                    context=context,
+                ),
+            )
+
+    @property
+    def haystack_name(self) -> str:
+        """What the needles are hidden in."""
+        return "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
+
+    @property
+    def dictionaries_name(self) -> str:
+        """Where the dictionaries come from."""
+        return "" if self.plan.kv_retrieval is None else self.plan.kv_retrieval.absolute().parent.name
+
+    def cut(self, name: str, count: int, length: int) -> list[list[int]]:
+        """Token ids of excerpts of a text."""
+        return corpora.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
+
+
+def speed(engine: Any, arms: list[Arm], prompts: list[list[int]]) -> list[Record]:
+    """Decode steps of all prompts together; the order of the arms changes from turn to turn."""
+    batch, context = len(prompts), len(prompts[0])
+    engine.ask(do="policy", options=None)
+    engine.ask(do="steps", prompts=prompts, count=1)  # prefill
+    seconds: dict[str, list[float]] = {arm.label: [] for arm in arms}
+    for turn in range(TURNS):
+        for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
+            engine.ask(do="policy", options=arm.options)
+            answer = engine.ask(do="steps", prompts=prompts, count=STEPS)
+            seconds[arm.label].append(statistics.median(answer["seconds"]))
+    params = {"batch": batch, "context": context}
+    records = []
+    for arm in arms:
+        mine = seconds[arm.label]
+        ratios = [a / b for a, b in zip(seconds[STOCK], mine, strict=True)]
+        common = ("kv", f"context_{context}", arm.label)
+        milliseconds = [round(1e3 * s, 3) for s in mine]
+        records.append(Record(*common, "step_ms", statistics.median(milliseconds), "ms", milliseconds, params))
+        if arm.options is not None:
+            rounded = [round(r, 4) for r in ratios]
+            records.append(Record(*common, "step_speedup", statistics.median(rounded), "x", rounded, params))
+    return records
+
+
+def quality(engine: Any, arms: list[Arm], dataset: str, cut: list[list[int]], context: int) -> list[Record]:
+    """Divergence from full attention while texts are decoded token by token, each arm living with its own cache."""
+    prompts, texts = [ids[:context] for ids in cut], [ids[context:] for ids in cut]
+    params = {"context": context, "tokens": sum(map(len, texts))}
+    records: list[Record] = []
+    reference = None
+    for arm in arms:
+        engine.ask(do="policy", options=arm.options)
+        answer = engine.ask(do="forced", prompts=prompts, texts=texts, keep=arm.options is None)
+        records += divergence(("kv", dataset, arm.label), answer, params, reference)
+        if arm.options is None:
+            reference = statistics.fmean(statistics.fmean(x) for x in answer["nll"])
+    return records
+
+
+def divergence(
+    common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any], reference: float | None = None
+) -> list[Record]:
+    """Records of what an engine thought of forced texts; with the NLL of a ``reference``, the difference from it."""
+    nll = [statistics.fmean(x) for x in answer["nll"]]
+    mean = statistics.fmean(nll)
+    records = [Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params)]
+    if reference is None:
+        records.insert(0, Record(*common, "nll", round(mean, 5), "nats", [round(x, 5) for x in nll], params))
+    else:
+        records.insert(0, Record(*common, "nll_delta", round(mean - reference, 5), "nats", [], params))
+    if answer.get("kl"):
+        kl = [statistics.fmean(x) for x in answer["kl"]]
+        same = statistics.fmean(x for row in answer["same"] for x in row)
+        records += [
+            Record(*common, "kl", round(statistics.fmean(kl), 5), "nats", [round(x, 5) for x in kl], params),
+            Record(*common, "same_top", round(same, 4), "", [], params),
+        ]
+    return records
+
+
+def questions(
+    engine: Any, arms: list[Arm], dataset: str, metric: str, groups: list[list[Question]], context: int
+) -> list[Record]:
+    """Questions answered under every arm, group by group, so that a group's contexts are processed once."""
+    results: dict[str, list[tuple[Question, Answered]]] = {arm.label: [] for arm in arms}
+    for group in groups:
+        for arm in arms:
+            engine.ask(do="policy", options=arm.options)
+            results[arm.label] += zip(group, needle_in_haystack.answer(engine, group), strict=True)
+    return [
+        r for arm in arms for r in needle_in_haystack.records(dataset, metric, arm.label, results[arm.label], context)
+    ]
+
+
+def positions(folder: str) -> int | None:
+    """How many positions a model has, where its configuration says so.
+
+    Raises:
+        ConfigError: the configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {folder}: its configuration cannot be used ({corpora.first_line(error)})") from None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

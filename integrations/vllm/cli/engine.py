@@ -1,0 +1,281 @@
+"""The commands that concern vLLM: `serve`, `doctor`, `models`, `bench`."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ....plugins.cli import extend, single
+from ....plugins.hookspecs import hookimpl
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
+DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
+KV_SETTINGS = {  # measured beside a policy's own defaults
+    "tidal_decode": ("budget=256", "budget=1024", "profile=fast", "correction_interval=32"),
+    "razor_attention": ("prefill=streaming", "compensation=false"),
+}
+
+bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
+tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
+
+
+def _dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"expected one of {', '.join(DTYPES)}, got '{value}'")
+    return value
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    """Add the commands."""
+    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    cli.command("serve", context_settings=passes_on)(serve)
+    cli.command("doctor")(doctor)
+    cli.command("models")(models)
+    extend(cli, "bench", bench)
+    cli.add_typer(tune, name="tune")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    drafter: Annotated[list[str] | None, typer.Option(help="A drafter: NAME[,key=value...].")] = None,
+    kv: Annotated[list[str] | None, typer.Option(help="A KV policy: NAME[,key=value...].")] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="A visual pruner: NAME[,key=value...].")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, max=127, help="Most tokens drafted in a step [default: the drafter's].")
+    ] = None,
+    allow_untested_vllm: Annotated[bool, typer.Option(help="Try a vLLM version that was not tested.")] = False,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Serve MODEL with chosen plugins: composes and runs `vllm serve`. Other arguments are passed to vLLM."""
+    from ..serving import command
+
+    plan = command.compose(
+        model,
+        {kind: single(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
+        list(context.args),
+        num_speculative_tokens=num_speculative_tokens,
+        allow_untested_vllm=allow_untested_vllm,
+    )
+    if print_only:
+        typer.echo(plan.quoted())
+        return
+    command.run(plan)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit for a bug report.")] = False) -> None:
+    """Check versions, seams and plugins on this machine. Exit code 1 when something is found."""
+    from ..serving.doctor import examine, show
+
+    report = examine()
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        show(report)
+    raise typer.Exit(1 if report.findings else 0)
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(help="An embedded model [default: the first].")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the weights in the cache as well.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
+) -> None:
+    """Fetch an embedded model into the user's cache, and print its folder."""
+    from ....plugins.config import ConfigError, unknown
+    from ..models import registry as store
+    from ..serving.progress import fetch_with_bar
+
+    if list_only:
+        if name is not None or verify:
+            raise ConfigError("models --list: takes nothing else")
+        for model in store.EMBEDDED.values():
+            state = "fetched" if model.fetched else "not fetched"
+            typer.echo(f"{model.name}\t{state}\t{model.folder}")
+        return
+    name = name or next(iter(store.EMBEDDED))
+    if name not in store.EMBEDDED:
+        raise ConfigError(unknown(f"model '{name}'", name, store.EMBEDDED))
+    folder = fetch_with_bar(store.EMBEDDED[name])
+    if verify and not store.EMBEDDED[name].verify():
+        raise ConfigError(f"{folder}: the weights are damaged (checksum); delete the folder and fetch again")
+    typer.echo(folder)
+
+
+@bench.command("drafters")
+def bench_drafters(
+    prompts: Annotated[list[Path], typer.Option(help="A .jsonl or .jsonl.gz file of prompts; may be repeated.")],
+    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    arms: Annotated[
+        str, typer.Option(help="Arms beside no speculation: NAME[@option=value ...], separated by commas.")
+    ] = "ngram,suffix,token_recycling",
+    sample: Annotated[int, typer.Option(min=1, help="Prompts drawn from the first file, over all categories.")] = 48,
+    sample_others: Annotated[int, typer.Option(min=1, help="Prompts drawn from each further file.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=0, help="Measure at this batch size as well; 0 for not.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(callback=_dtype, help="float32 makes outputs comparable token by token.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    hot: Annotated[bool, typer.Option(help="Measure tables that have seen other prompts, too.")] = True,
+    twice: Annotated[bool, typer.Option(help="Run all prompts a second time; tables cold only.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
+) -> None:
+    """Compare drafters with no speculation, in interleaved runs of two engines at a time."""
+    from ....plugins.config import ConfigError
+    from ..bench import drafters
+
+    if not arms.strip(", "):
+        raise ConfigError("--arms: no arm named")
+    drafters.run(
+        drafters.Plan(
+            prompts=tuple(prompts),
+            model=model,
+            arms=tuple(a.strip() for a in arms.split(",") if a.strip()),
+            sample=sample,
+            sample_others=sample_others,
+            max_tokens=max_tokens,
+            batch=batch,
+            dtype=dtype,
+            seed=seed,
+            out=out,
+            hot=hot,
+            twice=twice,
+        )
+    )
+
+
+@bench.command("kv")
+def bench_kv(
+    policy: Annotated[str, typer.Option(help="The KV policy.")] = "tidal_decode",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="Options of one arm, key=value[,...], '' for none; may be repeated [default: several]."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with wikitext2, gutenberg, pg_essays and kv_retrieval: all of these.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A long text, or a folder of .txt; may be repeated [default: Python's reference pages]."),
+    ] = None,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text that hides the needles [default: the first text].")
+    ] = None,
+    kv_retrieval: Annotated[Path | None, typer.Option(help="A file of dictionaries to look keys up in.")] = None,
+    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    contexts: Annotated[
+        str, typer.Option(help="Contexts at which steps are timed, in tokens; none: ''.")
+    ] = "400,1000,2000,4000,8000",
+    batches: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,4",
+    quality_contexts: Annotated[
+        str, typer.Option(help="Contexts for comparing distributions; none: ''.")
+    ] = "4000,7900",
+    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each such context.")] = 64,
+    needle_contexts: Annotated[
+        str, typer.Option(help="Contexts of the needle test; none: ''.")
+    ] = "1000,2000,4000,7900",
+    needles: Annotated[int, typer.Option(min=1, max=10, help="Needles at each of ten depths.")] = 5,
+    questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+    eager: Annotated[bool, typer.Option(help="Do not compile the model: starts faster, steps are slower.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
+) -> None:
+    """Compare settings of a KV policy with stock attention: time of a decode step, divergence, what is found again."""
+    from ....plugins.config import ConfigError
+    from ..bench import kv, kv_work
+
+    if data is not None:
+        if missing := [name for name in DATA if not (data / name).exists()]:
+            raise ConfigError(f"--data {data}: there is no {missing[0]}")
+        text = [*(text or ()), data / "wikitext2", data / "gutenberg"]
+        haystack = haystack or data / "pg_essays"
+        kv_retrieval = kv_retrieval or data / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz"
+    kv.run(
+        kv_work.Plan(
+            policy=policy,
+            settings=tuple(("", *KV_SETTINGS.get(policy, ())) if setting is None else setting),
+            texts=tuple(text or ()),
+            model=model,
+            contexts=_numbers(contexts, "--contexts", none=True),
+            batches=_numbers(batches, "--batches"),
+            quality_contexts=_numbers(quality_contexts, "--quality-contexts", none=True),
+            quality_tokens=quality_tokens,
+            haystack=haystack,
+            needle_contexts=_numbers(needle_contexts, "--needle-contexts", none=True),
+            needles=needles,
+            kv_retrieval=kv_retrieval,
+            questions=questions,
+            dtype=dtype,
+            seed=seed,
+            eager=eager,
+            out=out,
+        )
+    )
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise typer.BadParameter(f"expected a number from 0, got {value}")
+    return value
+
+
+def _numbers(text: str, flag: str, none: bool = False) -> tuple[int, ...]:
+    from ....plugins.config import ConfigError
+
+    if none and not text:
+        return ()
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag}: expected whole numbers separated by commas, got '{text}'") from None
+    if min(numbers) < 1:
+        raise ConfigError(f"{flag}: expected numbers from 1, got '{text}'")
+    return numbers
+
+
+@tune.command("tidal")
+def tune_tidal(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    text: Annotated[Path | None, typer.Option(help="A long text [default: Python's reference pages].")] = None,
+    budget: Annotated[int, typer.Option(help="Positions that sparse layers read.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of each context [default: what the model takes, at most 8000].")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
+    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 6,
+    default_kl: Annotated[
+        float, typer.Option(callback=_finite, help="Divergence that the setting `default` may have, in nats.")
+    ] = 0.1,
+    fast_kl: Annotated[
+        float, typer.Option(callback=_finite, help="Divergence that the setting `fast` may have, in nats.")
+    ] = 0.15,
+    needle_loss: Annotated[
+        float, typer.Option(callback=_finite, help="Share of needles that may be lost to full attention.")
+    ] = 0.02,
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
+) -> None:
+    """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
+    from ..tuning import tidal
+
+    tidal.run(tidal.Plan(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out))
+
+
+@tune.command("razor")
+def tune_razor(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    sequences: Annotated[int, typer.Option(min=1, help="Random sequences to read.")] = 1,
+    longest: Annotated[
+        int, typer.Option(min=256, help="Tokens of a sequence, where the model takes as many.")
+    ] = 10_001,
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("razor_attention.json"),
+    plot: Annotated[Path | None, typer.Option(help="Where a heat map of the heads goes, as PNG.")] = None,
+) -> None:
+    """Find the heads of MODEL that look far back for RazorAttention, and write a profile of them."""
+    from ..tuning import razor
+
+    razor.run(razor.Plan(model, sequences, longest, dtype, out, plot))

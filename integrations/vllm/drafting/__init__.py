@@ -1,0 +1,1 @@
+"""Speculative decoding in vLLM: attachments for drafters, and what they share."""

@@ -1,0 +1,114 @@
+"""What in an engine's configuration would keep a selected plugin from working as promised."""
+
+import json
+from typing import Any
+
+from ....plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
+from ....plugins.contracts import Unsupported
+from ..attention.compatibility import check_attention
+from ..engine.selection import DRAFTER_CLASS, Attachment, names_us
+
+DRAFT_MODEL = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
+
+
+def drafted_tokens(drafter: Any, verification: Verification) -> int:
+    """Drafted tokens of a request and step at most, where nobody says how many."""
+    if verification.verification == "chain":
+        return drafter.default_depth
+    return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
+
+
+def check(attachment: Attachment, vllm_config: Any) -> None:
+    """Check everything that the selected drafter needs of an engine.
+
+    Raises:
+        ConfigError: The engine would not call the drafter: its ``speculative_config`` is missing or another.
+        Unsupported: The engine cannot serve it.
+    """
+    _check_speculation(attachment.cls, attachment.options, attachment.config, vllm_config)
+    if attachment.config.verification.verification == "tree":
+        _check_trees(attachment.name, attachment.config, vllm_config)
+    _check_tokenizer(attachment.cls, attachment.options, vllm_config.model_config)
+
+
+def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_config: Any) -> None:
+    """Check that the engine calls the drafter, and that nothing in it changes the output distribution."""
+    plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
+    if cls.needs_draft_model(options):
+        _check_draft_model(plugin, config, vllm_config)
+    elif speculative is None or not names_us(speculative) or speculative.method != "custom_class":
+        value = json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 12})
+        raise ConfigError(
+            f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
+        )
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        raise Unsupported(
+            plugin, "the V2 model runner takes no custom drafter", "set VLLM_USE_V2_MODEL_RUNNER=0", model
+        )
+    if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
+        raise Unsupported(
+            plugin,
+            f"rejection_sample_method={speculative.rejection_sample_method!r} changes the output distribution",
+            "leave it out of --speculative-config",
+            model,
+        )
+    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        raise Unsupported(
+            plugin, "prompts given as embeddings have no tokens", "leave out --enable-prompt-embeds", model
+        )
+    if vllm_config.model_config.runner_type == "pooling":
+        raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
+
+
+def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
+    """What a drafter over vLLM's own draft model needs of it."""
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
+    if speculative is None or speculative.method != "draft_model":
+        raise ConfigError(f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL}'")
+    if vllm_config.scheduler_config.async_scheduling:
+        raise Unsupported(
+            plugin, "steps are scheduled before it is known what is drafted", "use --no-async-scheduling", model
+        )
+    if config.verification.verification == "tree":
+        raise Unsupported(
+            plugin, "the draft model's cache knows no trees", "use verification=chain, or another base", model
+        )
+
+
+def _check_tokenizer(cls: Any, options: Any, model_config: Any) -> None:
+    """Refuse a drafter whose token ids were made by a tokenizer with another vocabulary than the model's.
+
+    Raises:
+        Unsupported: it is another.
+    """
+    if (wanted := cls.tokenizer(options)) is None:
+        return
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+    from ....plugins.drafting.datastore import fingerprint
+
+    found = cached_tokenizer_from_config(model_config)
+    if found is not None and fingerprint(found.get_vocab()) != wanted[0]:
+        raise Unsupported(
+            cls.name,
+            f"its token ids are those of another tokenizer ({wanted[1]})",
+            "build it with --tokenizer of the model that is served",
+            model_config.model,
+        )
+
+
+def _check_trees(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
+    """What keeps trees from being verified, beside what our attention does not serve anywhere."""
+    model = vllm_config.model_config
+    for present, reason in (
+        (config.kv is not None, "trees are verified over stock attention, not under a KV policy"),
+        (getattr(model, "uses_mrope", False), "positions of more than one dimension (M-RoPE)"),
+        (getattr(model, "is_hybrid", False), "a model with states beside attention cannot drop a branch"),
+        (vllm_config.kv_transfer_config is not None, "a KV connector may take what is still to be moved"),
+    ):
+        if present:
+            raise Unsupported(plugin, reason, "use verification=chain", model.model)
+    try:
+        check_attention(plugin, vllm_config)
+    except Unsupported as error:
+        raise Unsupported(plugin, error.reason, "use verification=chain", model.model) from None

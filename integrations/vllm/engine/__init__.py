@@ -1,0 +1,1 @@
+"""Engine-wide services: configuration, vLLM API checks, patching, logging and metrics."""

@@ -1,0 +1,131 @@
+"""From configuration to engine: what was selected, whether it can be served, and what is said when it cannot.
+
+Called by the door-keeper in the front process, before any engine starts, and again by our drafter inside the worker.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ....kvcache.profiles import fingerprint
+from ....plugins.config import ROOT, ConfigError, PilotfishConfig, parse_config
+from ....plugins.contracts import Engine, KVPolicy, Unsupported
+from ....plugins.manager import disabled, plugins
+from . import vllm_api
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A plugin that was selected and can be served."""
+
+    cls: type
+    options: Any
+    engine: Engine
+    config: PilotfishConfig
+
+    @property
+    def name(self) -> str:
+        """The plugin's name."""
+        return self.cls.name  # type: ignore[attr-defined]
+
+
+def concerned(additional_config: Any, speculative: Any = None) -> bool:
+    """Whether an engine's arguments mention us at all."""
+    return _key(additional_config) is not None or names_us(speculative)
+
+
+def _key(additional_config: Any) -> Any:
+    return additional_config.get(ROOT) if isinstance(additional_config, Mapping) else None
+
+
+def read(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
+    """The selection, checked as far as possible without an engine: names, options, and the two halves of a drafter.
+
+    Raises:
+        ConfigError: the selection cannot be used.
+    """
+    if disabled():
+        return PilotfishConfig()
+    value = _key(additional_config)
+    config = _parse(json.dumps(value, sort_keys=True)) if value is not None else PilotfishConfig()
+    if speculative is not None and names_us(speculative) and config.drafter is None:
+        raise ConfigError(
+            f"{ROOT}.drafter: missing, though --speculative-config names {DRAFTER_CLASS}; "
+            'add --additional-config \'{"pilotfish": {"drafter": "token_recycling"}}\''
+        )
+    return config
+
+
+@functools.lru_cache(maxsize=8)
+def _parse(value: str) -> PilotfishConfig:
+    config = parse_config(json.loads(value))
+    for kind, selection in config.selected().items():
+        plugins().resolve(kind, selection)
+    return config
+
+
+def attach(kind: str, vllm_config: Any) -> Attachment | None:
+    """Resolve the selected plugin of a type and make the checks that need no subpackage; None where there is none.
+
+    Raises:
+        ConfigError: The selection is wrong.
+        Unsupported: vLLM lacks an API that we depend on, or the plugin refuses the engine.
+    """
+    config = read(vllm_config.additional_config, vllm_config.speculative_config)
+    selection = config.selected().get(kind)
+    if selection is None:
+        return None
+    cls, options = plugins().resolve(kind, selection)
+    problem = vllm_api.problem(allow_untested=config.allow_untested_vllm)
+    if problem is not None:
+        raise Unsupported(cls.name, problem[0], problem[1], vllm_config.model_config.model)  # type: ignore[attr-defined]
+    engine = describe(vllm_config)
+    cls.check(options, engine)  # type: ignore[attr-defined]
+    return Attachment(cls, options, engine, config)
+
+
+def kv_policy(vllm_config: Any) -> KVPolicy | None:
+    """The KV policy that an engine runs with, made anew; None when it runs without."""
+    selection = read(vllm_config.additional_config).kv
+    if selection is None:
+        return None
+    cls, options = plugins().resolve("kv", selection)
+    return cls(options, describe(vllm_config))
+
+
+def over_draft_model(vllm_config: Any) -> bool:
+    """Whether a drafter was selected that builds on a draft model of vLLM's."""
+    selection = read(vllm_config.additional_config).drafter
+    if selection is None:
+        return False
+    cls, options = plugins().resolve("drafter", selection)
+    return cls.needs_draft_model(options)  # type: ignore[attr-defined]
+
+
+def describe(vllm_config: Any) -> Engine:
+    """The facts about an engine that plugins are told."""
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    return Engine(
+        model=model.model,
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=vllm_config.device_config.device_type,
+        tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+        layers=model.get_total_num_hidden_layers(),
+        kv_heads=model.get_total_num_kv_heads(),
+        fingerprint=fingerprint(model.hf_text_config.to_dict()),
+    )
+
+
+DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
+
+
+def names_us(speculative: Any) -> bool:
+    """Whether a speculative configuration, as a mapping or as vLLM's object, asks for our proposer."""
+    model = speculative.get("model") if isinstance(speculative, Mapping) else getattr(speculative, "model", None)
+    return model == DRAFTER_CLASS

@@ -1,0 +1,37 @@
+"""The embedded models and test models by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import LocalModel, Progress, fetch
+from .embedded import SMOLLM2
+
+
+@dataclass(frozen=True)
+class ComposedModel(LocalModel):
+    """A model for pictures whose words mean nothing, see `vision.checkpoint`."""
+
+    def build(self, folder: Path, progress: Progress | None) -> None:
+        """Put it together; that takes seconds."""
+        from . import vision_test_models
+
+        vision_test_models.build(self.name, folder)
+
+    def look(self) -> None:
+        """Its tower, and the language model."""
+        from . import vision_test_models
+
+        vision_test_models.source()
+        SMOLLM2.look()
+
+
+TEST_MODELS = ("test-llava", "test-llava-next", "test-llava-onevision")
+
+
+EMBEDDED: Mapping[str, LocalModel] = {SMOLLM2.name: SMOLLM2, **{name: ComposedModel(name) for name in TEST_MODELS}}
+
+
+def resolve(model: str) -> str:
+    """The folder of an embedded model (fetched if need be) for its name; anything else unchanged."""
+    return str(fetch(EMBEDDED[model])) if model in EMBEDDED else model

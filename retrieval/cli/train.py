@@ -1,0 +1,135 @@
+"""`pilotfish train`: encoders of one's own."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...plugins.config import ConfigError
+from ...plugins.hookspecs import hookimpl
+from .options import refusals
+
+train = typer.Typer(help="Train an encoder on your own queries or texts.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Argument(help="Where the checkpoint goes.")]
+Judged = Annotated[list[Path] | None, typer.Option("--judged", help="A BEIR folder with judged queries; repeatable.")]
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="Texts; a sentence then asks for its passage; repeatable.")
+]
+Base = Annotated[str, typer.Option(help="What to begin with: minilm, or the folder of an encoder.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
+BatchSize = Annotated[int, typer.Option("--batch", min=2, help="Pairs of a step; all others of it are negatives.")]
+Rate = Annotated[float, typer.Option(min=0, help="Greatest learning rate.")]
+QueryTokens = Annotated[int, typer.Option(min=4, max=512)]
+DocumentTokens = Annotated[int, typer.Option(min=4, max=512)]
+Seed = Annotated[int, typer.Option(min=0)]
+Every = Annotated[int, typer.Option(min=1, help="Steps between two states that --resume can go on from.")]
+Resume = Annotated[bool, typer.Option(help="Go on with what was interrupted, by the same options.")]
+
+
+@hookimpl
+def register_commands(cli: typer.Typer) -> None:
+    """Add the commands."""
+    cli.add_typer(train, name="train")
+
+
+@train.command("vdr")
+def train_vdr(
+    out: Out,
+    judged: Judged = None,
+    text: Texts = None,
+    base: Base = "minilm",
+    steps: Steps = 300,
+    batch: BatchSize = 16,
+    rate: Rate = 2e-5,
+    query_tokens: QueryTokens = 64,
+    document_tokens: DocumentTokens = 128,
+    top: Annotated[int, typer.Option(min=1, help="Weights that are kept of a text.")] = 768,
+    semi: Annotated[bool, typer.Option(help="SVDR: bags of words on both sides.")] = False,
+    mask: Annotated[float | None, typer.Option(min=0, help="Weight of the contrastive mask; without, none.")] = None,
+    seed: Seed = 0,
+    every: Every = 50,
+    resume: Resume = False,
+) -> None:
+    """Words of a vocabulary: in-batch contrast of weights and of bags of words (VDR, ICLR 2024)."""
+
+    def make(folder: Path, lengths: Any) -> Any:
+        from ..training.tasks import VDRTask
+
+        return VDRTask(folder, lengths, top, semi, mask)
+
+    _run(make, out, judged, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
+
+
+@train.command("xtr")
+def train_xtr(
+    out: Out,
+    judged: Judged = None,
+    text: Texts = None,
+    base: Base = "minilm",
+    steps: Steps = 300,
+    batch: BatchSize = 16,
+    rate: Rate = 2e-5,
+    query_tokens: QueryTokens = 64,
+    document_tokens: DocumentTokens = 128,
+    width: Annotated[int, typer.Option(min=8, max=1024, help="Dimensions of a token.")] = 128,
+    retrieved: Annotated[int, typer.Option(min=1, help="Tokens of the batch that each query token retrieves.")] = 256,
+    temperature: Annotated[float, typer.Option(min=1e-3, max=10)] = 0.05,
+    seed: Seed = 0,
+    every: Every = 50,
+    resume: Resume = False,
+) -> None:
+    """Vectors of tokens: in-batch token retrieval (XTR, arXiv 2304.01982)."""
+
+    def make(folder: Path, lengths: Any) -> Any:
+        from ..training.tasks import XTRTask
+
+        return XTRTask(folder, lengths, width, retrieved, temperature)
+
+    _run(make, out, judged, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
+
+
+def _run(
+    make: Any,
+    out: Path,
+    judged: list[Path] | None,
+    text: list[str] | None,
+    base: str,
+    plan: tuple[int, int, float, int, int],
+    lengths: tuple[int, int],
+    resume: bool,
+) -> None:
+    if not judged and not text:
+        raise ConfigError("train: give --judged FOLDER, --text PATH, or both")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; a checkpoint needs a folder")
+    with refusals():
+        import random
+        from importlib.util import find_spec
+
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from ..encoders import tokenization
+
+        if find_spec("matplotlib") is None:
+            raise ConfigError("train: the curve needs matplotlib; pip install pilotfish[train]")
+        from ..training import loop, pairs, tasks
+
+        found = [p for folder in judged or [] for p in pairs.judged(folder)]
+        found += pairs.cloze(text, plan[3]) if text else []
+        random.Random(plan[3]).shuffle(found)
+        with tokenization.loading(f"--base {base}"):
+            task = make(tasks.base_of(base), tasks.Lengths(*lengths))
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task(f"{len(found)} pairs", total=plan[0])
+            loop.run(
+                task,
+                found,
+                loop.Plan(*plan),
+                out,
+                resume,
+                lambda step, loss: progress.update(bar, completed=step, description=f"loss {loss:.3f}"),
+            )
+        console.print(f"{out}: a checkpoint; its curve is {out / 'training' / loop.CURVE}")

@@ -1,0 +1,156 @@
+"""What changes an index: documents added, replaced, deleted; segments merged and learned anew.
+
+Each change is a commit: it is there whole, or not at all.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .document_filter import Filter, Selection
+from .errors import RetrievalError
+from .registry import LazyEncoder
+from .store import Change, Snapshot, Store, Writer
+from .store.documents import Document
+from .validation import BATCH, as_document, batches, check_names
+
+DEAD = 0.2  # of a segment's documents: it is written anew
+SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
+
+Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
+
+
+class Changes:
+    """All that writes to one index; one at a time, as the store's lock has it."""
+
+    def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: Selection) -> None:
+        self._store, self._kind, self._encoder, self._selection = store, kind, encoder, selection
+
+    def put(
+        self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool, learn: bool = True
+    ) -> int:
+        """Add documents; returns how many.
+
+        Args:
+            documents: As `Index.add` takes them.
+            progress: Is told how far it is.
+            replace: Those of the same ids go.
+            skip: Those whose ids are there are passed over.
+            learn: See `Index.add`.
+
+        Raises:
+            RetrievalError: one is wrong, or its id is taken and neither replaced nor skipped.
+        """
+        told = progress or (lambda *_: None)
+        total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
+        added = 0
+        with self._store.writer() as writer:
+            for given in batches(map(as_document, documents), unique=not (replace or skip)):
+                there = self._selection.numbers([d.id for d in given])
+                if there and not (replace or skip):
+                    raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
+                batch = [d for d in given if not (skip and d.id in there)]
+                if batch:
+                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total, learn)
+                added += len(batch)
+            self._merge(writer)
+        return added
+
+    def _commit(
+        self,
+        writer: Writer,
+        batch: list[Document],
+        dead: list[int],
+        told: Progress,
+        before: int,
+        total: int | None,
+        learn: bool,
+    ) -> None:
+        """Encode a batch and make it last."""
+        snapshot = self._store.snapshot
+        first, shared = snapshot.manifest.next_document, snapshot.shared
+        numbers, texts, replaced = np.arange(first, first + len(batch)), [d.text for d in batch], []
+        if learn and shared and self._kind.outgrown(shared, snapshot.manifest.count + len(batch)):
+            shared, replaced = {}, [s.about.number for s in snapshot.segments]
+            staying = snapshot.live.copy()
+            staying[dead] = False
+            old = self._store.documents.get(np.flatnonzero(staying).tolist())
+            numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
+            texts = [*(old[n].text for n in sorted(old)), *texts]
+        done = before - (len(texts) - len(batch))  # those that are encoded again are none of the new ones
+
+        def count(encoded: int) -> None:
+            nonlocal done
+            done += encoded
+            told("encoding", max(done, before), total)
+
+        told("encoding", before, total)
+        encoded = self._encoder().encode_documents(texts, count)
+        told("indexing", before + len(batch), total)
+        trained = {} if shared else self._kind.train(encoded, max(total or 0, len(encoded)))
+        rows, arrays = self._kind.segment(encoded, numbers, shared or trained)
+        writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
+
+    def delete(self, ids: Sequence[str], where: Filter | None) -> int:
+        """See `Index.delete`."""
+        with self._store.writer() as writer:
+            dead = set(self._selection.numbers(check_names(ids)).values())
+            if where is not None:
+                dead |= set(np.flatnonzero(self._selection.passing(self._store.snapshot, where)).tolist())
+            if dead:
+                writer.commit(Change(dead=sorted(dead)))
+                self._merge(writer)
+            return len(dead)
+
+    def compact(self, relearn: bool, progress: Progress | None) -> None:
+        """See `Index.compact`."""
+        with self._store.writer() as writer:
+            if relearn and self._store.refresh().manifest.count:
+                self._relearn(writer, progress or (lambda *_: None))
+            self._merge(writer, [s.number for s in self._store.snapshot.manifest.segments])
+            live = self._store.snapshot.live
+            rows = self._store.documents.ask("SELECT number FROM documents")
+            self._store.documents.drop(n for (n,) in rows if not live[n])
+
+    def _relearn(self, writer: Writer, told: Progress) -> None:
+        """Encode everything, part by part, for new shared arrays from the first part."""
+        snapshot = self._store.snapshot
+        numbers = np.flatnonzero(snapshot.live)
+        shared: Any = {}
+        segments = []
+        for begin in range(0, len(numbers), BATCH):
+            part = numbers[begin : begin + BATCH]
+            texts = self._store.documents.get(part.tolist())
+            encoded = self._encoder().encode_documents([texts[int(n)].text for n in part])
+            told("encoding", begin + len(part), len(numbers))
+            shared = shared or self._kind.train(encoded, len(numbers))
+            segments.append((len(part), *self._kind.segment(encoded, part, shared)))
+        replaced = [s.about.number for s in snapshot.segments]
+        writer.commit(Change(segments=segments, replaces=replaced, shared=shared))
+
+    def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
+        """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
+        snapshot = self._store.snapshot
+        dead = {s.about.number: self._dead(s, snapshot) for s in snapshot.segments}
+        if chosen is None:
+            chosen = [s.about.number for s in snapshot.segments if dead[s.about.number] > DEAD * s.about.documents]
+            small = [s.about.number for s in snapshot.segments if s.about.documents < SMALLEST]
+            if len(small) > SMALL:
+                chosen = sorted({*chosen, *small})
+        segments = [s for s in snapshot.segments if s.about.number in set(chosen)]
+        if not segments:
+            return
+        rows, arrays = self._kind.merge([s.arrays for s in segments], snapshot.live)
+        alive = sum(s.about.documents - dead[s.about.number] for s in segments)
+        new = [(alive, rows, arrays)] if alive else []
+        writer.commit(Change(segments=new, replaces=[s.about.number for s in segments]))
+
+    @staticmethod
+    def _dead(segment: Any, snapshot: Snapshot) -> int:
+        """Documents of a segment that were deleted since it was made."""
+        if snapshot.manifest.count == len(snapshot.live):
+            return 0
+        present = np.zeros(len(snapshot.live), np.bool_)
+        present[segment.arrays["documents"]] = True
+        return int((present & ~snapshot.live).sum())

@@ -1,0 +1,1 @@
+"""Internal utilities. Nothing in here imports other parts of Pilotfish."""
