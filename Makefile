@@ -35,7 +35,7 @@ bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_be
 
 TREE := token_recycling@verification=tree
 TWICE := suffix,token_recycling,$(TREE),$(TREE)@nodes=8,$(TREE)@nodes=40,rasd,rasd@verification=tree
-PARTS := rasd@base=none,rasd@opinion=false@prune=0.0,rasd@fuse=false,rasd@outputs=0
+PARTS := rasd@base=none,rasd@base_feedback=false@prune=0.0,rasd@fuse=false,rasd@outputs=0
 
 bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on prompts that come twice; DATA as for bench
 	$(BIN)/pip install -q arctic-inference
@@ -56,7 +56,7 @@ bench-budget: $(VENV)/.ready  ## trees of measured size beside fixed ones, on mo
 	$(MAKE) tables
 
 STORE := out/hotpotqa-store
-ALONE := rasd@base=none@own=false@outputs=0@datastore=$(STORE)
+ALONE := rasd@base=none@request=false@outputs=0@datastore=$(STORE)
 SOURCES := suffix,token_recycling,rasd@outputs=0,rasd@base=none@outputs=0,$(ALONE),rasd@datastore=$(STORE)
 
 bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a domain; DATA holds xquad, hotpotqa, gutenberg

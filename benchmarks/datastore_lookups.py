@@ -19,8 +19,8 @@ from pilotfish.integrations.bench.record import Record
 from pilotfish.integrations.vllm.bench import corpora
 from pilotfish.integrations.vllm.cli.datastore import encode, find
 from pilotfish.integrations.vllm.models.embedded import embedded, registry
-from pilotfish.plugins.drafting.datastore import Datastore, build
-from pilotfish.plugins.drafting.history import History
+from pilotfish.plugins.drafting.datastore import Datastore, build_datastore
+from pilotfish.plugins.drafting.history import TokenHistory
 
 LOOKUPS = 20_000
 WIDTH, MOST = 24, 32  # followers: their length, and how many; as RASD asks for them
@@ -47,21 +47,23 @@ def main() -> None:
         count += len(drawn[-1]) + 1
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        about = build(Path(folder) / "store", drawn, "smollm2", "0", arguments.tokens)
+        about = build_datastore(Path(folder) / "store", drawn, "smollm2", "0", arguments.tokens)
         built = time.perf_counter() - started
         store = Datastore(Path(folder) / "store")
         rows = [Record("datastore", f"tokens_{about.tokens}", "datastore", "build_s", round(built, 2), "s")]
         rows += timed("datastore", about.tokens, paragraphs, lambda tail: lookup(store, tail))
-        history = History(1 << 20)
+        history = TokenHistory(1 << 20)
         for ids in drawn[: (1 << 20) // 100]:
             history.append(np.array(ids, np.int32), ends=True)
-        rows += timed("history", len(history), paragraphs, lambda tail: history.find(tail, WIDTH, MOST, WIDTH, 2))
+        rows += timed(
+            "history", len(history), paragraphs, lambda tail: history.find_longest_suffix(tail, WIDTH, MOST, WIDTH, 2)
+        )
     record.write(RESULTS / "datastore.json", rows)
 
 
 def lookup(store: Datastore, tail: np.ndarray) -> None:
     """As RASD looks up."""
-    store.followers(store.find(tail), WIDTH, MOST)
+    store.continuations(store.find_longest_suffix(tail), WIDTH, MOST)
 
 
 def timed(arm: str, tokens: int, paragraphs: list[list[int]], look_up: object) -> list[Record]:

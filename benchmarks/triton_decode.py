@@ -18,8 +18,8 @@ import torch
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.kvcache.kernels import paged_triton
-from pilotfish.kvcache.kernels.paged_triton import Batch
-from pilotfish.kvcache.selection import Rule
+from pilotfish.kvcache.kernels.paged_triton import DeviceBatch
+from pilotfish.kvcache.selection import SelectionRule
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SEGMENTS = 16  # of vLLM's kernel for few requests
@@ -58,7 +58,7 @@ class Step:
         numbers = {"dtype": torch.int32, "device": "cuda"}
         table = torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
         starts, lens = torch.arange(batch + 1, **numbers), torch.full((batch,), context, **numbers)
-        self.batch = Batch(starts, lens, table, context)
+        self.batch = DeviceBatch(starts, lens, table, context)
         self.output = torch.empty_like(self.query)
         workspace = {"dtype": torch.float32, "device": "cuda"}
         self.segments = (
@@ -96,14 +96,14 @@ class Step:
         )
 
 
-def measure(context: int, batch: int, rule: Rule, dtype: torch.dtype, bandwidth: float) -> list[Record]:
+def measure(context: int, batch: int, rule: SelectionRule, dtype: torch.dtype, bandwidth: float) -> list[Record]:
     """The records of one context."""
     step, scale = Step(context, batch, dtype), SIZE**-0.5
 
     def choose() -> tuple[torch.Tensor, torch.Tensor]:
-        scores = paged_triton.importance(step.query, step.cache, step.batch, rule, scale)
-        kept = paged_triton.choose(scores, step.batch, rule)
-        return paged_triton.shorten(kept, step.batch, rule, BLOCK)
+        scores = paged_triton.token_scores(step.query, step.cache, step.batch, rule, scale)
+        kept = paged_triton.select_tokens(scores, step.batch, rule)
+        return paged_triton.shorten_block_table(kept, step.batch, rule, BLOCK)
 
     short = choose()
     bytes_each = batch * KV_HEADS * SIZE * step.cache.element_size()
@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    rule = Rule(arguments.budget, 4, arguments.budget // 4, "sum", "page")
+    rule = SelectionRule(arguments.budget, 4, arguments.budget // 4, "sum", "page")
     bandwidth = copy_bandwidth()
     records = []
     for context in map(int, arguments.contexts.split(",")):

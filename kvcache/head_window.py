@@ -28,11 +28,11 @@ class HeadWindow:
         """Blocks that hold the sinks."""
         return -(-self.sinks // block_size)
 
-    def length(self, tokens: int) -> int:
+    def window_length(self, tokens: int) -> int:
         """Positions that the window has at least, ``max(S0, N / C)``."""
         return max(self.window, tokens // self.ratio if self.ratio else 0)
 
-    def first_kept(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
+    def first_retained_block(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
         """The first block behind the sinks that a step reads.
 
         It never decreases with ``tokens``, so what was freed is not asked for again.
@@ -45,25 +45,25 @@ class HeadWindow:
         sinks = self.sink_blocks(block_size)
         if in_prompt and self.exact_prefill:
             return sinks
-        return max(sinks, (tokens - self.length(tokens)) // block_size)
+        return max(sinks, (tokens - self.window_length(tokens)) // block_size)
 
-    def left_out(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
+    def num_evicted(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
         """Positions, whole blocks, that a token does not see which has ``tokens`` before it.
 
         This depends on its position alone, not on how a text was cut into steps.
         """
-        return (self.first_kept(tokens, block_size, in_prompt) - self.sink_blocks(block_size)) * block_size
+        return (self.first_retained_block(tokens, block_size, in_prompt) - self.sink_blocks(block_size)) * block_size
 
-    def decoding_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
+    def max_decode_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
         """The most blocks that a text of up to ``tokens`` holds while ``in_flight`` of them are processed in a step."""
-        window = -(-(self.length(tokens) + in_flight) // block_size) + 1
+        window = -(-(self.window_length(tokens) + in_flight) // block_size) + 1
         return min(-(-tokens // block_size), self.sink_blocks(block_size) + window)
 
-    def most_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
+    def max_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
         """As `decoding_blocks`, the prompt included."""
         if self.exact_prefill:
             return -(-tokens // block_size)
-        return self.decoding_blocks(tokens, in_flight, block_size)
+        return self.max_decode_blocks(tokens, in_flight, block_size)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class HeadPlan:
         window: Of the others.
     """
 
-    whole: tuple[frozenset[int], ...]
+    retrieval_heads: tuple[frozenset[int], ...]
     window: HeadWindow
 
-    def of_rank(self, rank: int, ranks: int, kv_heads: int) -> "HeadPlan":
+    def for_rank(self, rank: int, ranks: int, kv_heads: int) -> "HeadPlan":
         """The part of a tensor-parallel rank, in its own numbers.
 
         All ranks keep equally many heads whole, as their caches have to be alike: others fill up to the rank that has
@@ -93,7 +93,7 @@ class HeadPlan:
 
         def mine(r: int) -> list[set[int]]:
             first = r * kv_heads // ranks
-            return [{head - first for head in heads if first <= head < first + each} for heads in self.whole]
+            return [{head - first for head in heads if first <= head < first + each} for heads in self.retrieval_heads]
 
         whole = mine(rank)
         missing = max(sum(map(len, mine(r))) for r in range(ranks)) - sum(map(len, whole))

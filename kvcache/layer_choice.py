@@ -26,12 +26,12 @@ class LayerChoice:
     loss: float
 
     @property
-    def reading(self) -> int:
+    def num_full_layers(self) -> int:
         """How many layers read everything."""
         return len(self.full) + len(self.select)
 
 
-def best_choices(missed: NDArray[np.floating], most: int | None = None) -> list[LayerChoice]:
+def best_layer_choices(missed: NDArray[np.floating], most: int | None = None) -> list[LayerChoice]:
     """The choice with the least loss for every number of layers that read everything.
 
     Args:

@@ -46,18 +46,18 @@ class Profile:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fingerprint(config: Mapping[str, Any]) -> str:
+def model_fingerprint(config: Mapping[str, Any]) -> str:
     """Hex digest of a model's shape, from its ``config.json`` (the text part of it)."""
     values = [config.get(name) for name in SHAPE]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def write(path: Path, profile: Profile) -> None:
+def write_profile(path: Path, profile: Profile) -> None:
     """Write a profile, whole or not at all."""
     write_text(path, json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n")
 
 
-def read(path: Path) -> Profile:
+def read_profile(path: Path) -> Profile:
     """Read a profile.
 
     Raises:
@@ -78,10 +78,10 @@ def read(path: Path) -> Profile:
     return profile
 
 
-def shipped(policy: str, of: str) -> Profile | None:
+def shipped_profile(policy: str, of: str) -> Profile | None:
     """The profile that this package ships for a policy and the model with fingerprint ``of``, if any."""
     for path in sorted(SHIPPED.glob(f"{policy}-*.json")):
-        profile = read(path)
+        profile = read_profile(path)
         if profile.fingerprint == of:
             return profile
     return None

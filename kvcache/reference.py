@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .selection import GROUP, Rule
+from .selection import PAGE_SIZE, SelectionRule
 
 Float64 = NDArray[np.float64]
 
@@ -34,38 +34,38 @@ def softmax(scores: NDArray) -> Float64:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def importance(scores: NDArray, rule: Rule, kv_heads: int) -> Float64:
+def token_scores(scores: NDArray, rule: SelectionRule, kv_heads: int) -> Float64:
     """How much each position matters to each set of heads, [sets, n], from one request's scores [heads, n]."""
     weights = softmax(scores)
     heads = len(scores)
-    if rule.aggregate == "head":
+    if rule.head_aggregation == "head":
         return weights
-    if rule.aggregate == "kv_head":
+    if rule.head_aggregation == "kv_head":
         return weights.reshape(kv_heads, heads // kv_heads, -1).sum(1)
-    if rule.aggregate == "max":
+    if rule.head_aggregation == "max":
         return weights.max(0, keepdims=True)
-    if rule.aggregate == "union":
+    if rule.head_aggregation == "union":
         proposals = min(rule.budget - rule.recent, scores.shape[1])
         least = np.sort(weights, 1)[:, -proposals][:, None]
         weights = np.where(weights >= least, weights, 0)
     return weights.sum(0, keepdims=True)
 
 
-def choose(importance: NDArray, rule: Rule) -> list[int]:
+def select_tokens(importance: NDArray, rule: SelectionRule) -> list[int]:
     """Positions kept, ascending, from one set's importance [n]; of equals the earlier is kept."""
     n = len(importance)
-    unit = GROUP if rule.granularity == "page" else 1
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
     units = -(-n // unit)
     scores = [importance[u * unit : (u + 1) * unit].sum(dtype=np.float32) for u in range(units)]
     kept = {u for u in range(units) if u * unit < rule.sinks or (u + 1) * unit > n - 1 - rule.recent}
     rest = sorted((u for u in range(units) if u not in kept), key=lambda u: (-scores[u], u))
     kept |= set(rest[: max(0, rule.budget // unit - len(kept))])
-    return positions(sorted(kept), n, rule)
+    return page_positions(sorted(kept), n, rule)
 
 
-def positions(units: Sequence[int], n: int, rule: Rule) -> list[int]:
+def page_positions(units: Sequence[int], n: int, rule: SelectionRule) -> list[int]:
     """The positions of pages (or the positions themselves) within a context of ``n``."""
-    unit = GROUP if rule.granularity == "page" else 1
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
     return [p for u in units for p in range(u * unit, min(n, (u + 1) * unit))]
 
 

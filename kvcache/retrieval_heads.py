@@ -16,10 +16,10 @@ COPIES = 4
 BLOCK = 2500  # random tokens of a copy; a model with a shorter context takes fewer
 ROWS = 256  # query tokens whose attention is held at once
 
-Pair = tuple[int, int]  # layer, KV head
+LayerHead = tuple[int, int]  # layer, KV head
 
 
-def sequence(vocab_size: int, positions: int, seed: int) -> tuple[list[int], int]:
+def repeated_random_tokens(vocab_size: int, positions: int, seed: int) -> tuple[list[int], int]:
     """Token ids of one start token and `COPIES` equal blocks, and the length of a block.
 
     Args:
@@ -33,7 +33,7 @@ def sequence(vocab_size: int, positions: int, seed: int) -> tuple[list[int], int
     return [int(rng.integers(0, vocab_size)), *np.tile(block, COPIES).tolist()], period
 
 
-def scores(query: "Tensor", key: "Tensor", scale: float, period: int) -> "tuple[Tensor, Tensor]":
+def head_scores(query: "Tensor", key: "Tensor", scale: float, period: int) -> "tuple[Tensor, Tensor]":
     """How much each query head of a layer attends to earlier copies, in memory for `ROWS` rows of attention.
 
     Args:
@@ -66,12 +66,14 @@ def scores(query: "Tensor", key: "Tensor", scale: float, period: int) -> "tuple[
     return echo / count, induction / count
 
 
-def by_group(of_heads: NDArray[np.floating], kv_heads: int) -> NDArray[np.floating]:
+def max_over_query_heads(of_heads: NDArray[np.floating], kv_heads: int) -> NDArray[np.floating]:
     """Scores of KV heads [layers, kv_heads], the maximum over the query heads [layers, query_heads] of each."""
     return of_heads.reshape(len(of_heads), kv_heads, -1).max(-1)
 
 
-def choose(echo: NDArray[np.floating], induction: NDArray[np.floating], share: float, protect: int = 0) -> list[Pair]:
+def select_retrieval_heads(
+    echo: NDArray[np.floating], induction: NDArray[np.floating], share: float, protect: int = 0
+) -> list[LayerHead]:
     """The KV heads that keep everything, best first.
 
     By the greater of both scores: induction tells what followed, echo finds the place, and a small model has few heads
@@ -92,10 +94,10 @@ def choose(echo: NDArray[np.floating], induction: NDArray[np.floating], share: f
     protected = [(layer, head) for layer in range(min(protect, layers)) for head in range(kv_heads)]
     chosen = list(dict.fromkeys([*protected, *best[: round(share * total)]])) or best[:1]
     more = [pair for pair in best if pair not in set(chosen)]
-    return [*chosen, *more[: even_count(total, len(chosen)) - len(chosen)]]
+    return [*chosen, *more[: round_up_head_count(total, len(chosen)) - len(chosen)]]
 
 
-def even_count(total: int, wanted: int, ratio: int = 5) -> int:
+def round_up_head_count(total: int, wanted: int, ratio: int = 5) -> int:
     """A number of whole heads, ``wanted`` or somewhat more, with which the cache wastes least.
 
     An engine's pool hands out blocks for groups of equally many heads: as many as there are whole heads, the last group

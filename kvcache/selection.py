@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-GROUP = 32  # tokens of a page, and of one unit of work in the kernels
+PAGE_SIZE = 32  # tokens of a page, and of one unit of work in the kernels
 
-Aggregate = Literal["head", "kv_head", "sum", "max", "union"]
+HeadAggregation = Literal["head", "kv_head", "sum", "max", "union"]
 Granularity = Literal["token", "page"]
 
 
@@ -22,7 +22,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """How positions are chosen from the attention of one layer.
 
     Attributes:
@@ -38,19 +38,19 @@ class Rule:
     budget: int
     sinks: int
     recent: int
-    aggregate: Aggregate
+    head_aggregation: HeadAggregation
     granularity: Granularity
 
-    def sets(self, query_heads: int, kv_heads: int) -> int:
+    def num_head_groups(self, query_heads: int, kv_heads: int) -> int:
         """How many choices a layer makes for each request."""
-        return {"head": query_heads, "kv_head": kv_heads}.get(self.aggregate, 1)
+        return {"head": query_heads, "kv_head": kv_heads}.get(self.head_aggregation, 1)
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         """The smallest budget that holds what is always kept, and one unit to choose."""
         if self.granularity == "token":
             return self.sinks + self.recent + 2
-        return GROUP * (-(-self.sinks // GROUP) + self.recent // GROUP + 3)
+        return PAGE_SIZE * (-(-self.sinks // PAGE_SIZE) + self.recent // PAGE_SIZE + 3)
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ class ReadPlan:
     """
 
     roles: tuple[Role, ...]
-    rule: Rule
+    rule: SelectionRule
     correction_interval: int = 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pilotfish._internal.lazy_import import functional, torch
 
-from .contracts import ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
+from .contracts import ImageFeatures, ImageLayout, LayerSchedule, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
 from .pruning import grids
 from .pruning.token_budget import check_temperature
@@ -62,29 +62,29 @@ class AIM(VisualPruner):
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """What is left of every block."""
         if not self.options.merge_steps:
-            return PrunePlan(layout.tokens, {"all": layout.tokens})
+            return PrunePlan(layout.num_tokens, {"all": layout.num_tokens})
         view = merged_count(layout.side * layout.side, self.options.merge_steps)
         parts = {
             "thumbnail": layout.frames * view,
-            "crops": sum(merged_count(n, self.options.merge_steps) for n in layout.sizes),
+            "crops": sum(merged_count(n, self.options.merge_steps) for n in layout.crop_tokens),
         }
         return PrunePlan(sum(parts.values()), parts)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """Places of the tokens into which others were merged, and of those that stayed by themselves."""
         return self._merged(layout, plan, picture)[1]
 
-    def apply(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+    def apply(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """Merged tokens."""
         return self._merged(layout, plan, picture)[0]
 
-    def _merged(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> tuple[Tensor, Tensor]:
+    def _merged(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> tuple[Tensor, Tensor]:
         tokens = picture.tokens
-        if plan.tokens == layout.tokens:
+        if plan.num_tokens == layout.num_tokens:
             return tokens, torch.arange(len(tokens), device=tokens.device)
         parts = []
-        for block in grids.blocks(layout, tokens.device):
-            merged, at = merge(tokens[block], self.options.merge_steps, self.options.order == "raster")
+        for block in grids.view_token_indices(layout, tokens.device):
+            merged, at = merge_tokens(tokens[block], self.options.merge_steps, self.options.order == "raster")
             parts.append((merged, block[at]))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -102,16 +102,16 @@ def merged_count(n: int, steps: int) -> int:
     return n
 
 
-def merge(tokens: Tensor, steps: int, raster: bool) -> tuple[Tensor, Tensor]:
+def merge_tokens(tokens: Tensor, steps: int, raster: bool) -> tuple[Tensor, Tensor]:
     """Merge tokens [n, width] in some steps; what is left, and at which places it stood."""
     at = torch.arange(len(tokens), device=tokens.device)
     for _ in range(steps):
-        tokens, kept = merge_once(tokens, len(tokens) // 2, raster)
+        tokens, kept = merge_step(tokens, len(tokens) // 2, raster)
         at = at[kept]
     return tokens, at
 
 
-def merge_once(tokens: Tensor, count: int, raster: bool) -> tuple[Tensor, Tensor]:
+def merge_step(tokens: Tensor, count: int, raster: bool) -> tuple[Tensor, Tensor]:
     """One step of bipartite merging of tokens [n, width] (section 3.2).
 
     The ``count`` tokens at even places that are most like one at an odd place are averaged into it, all that go to one

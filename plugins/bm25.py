@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, NoOptions, Reason
+from .contracts import Arrays, NoOptions, ScoreExplanation
 from .hookspecs import Register, hookimpl
 from .inverted_index_kind import SparseKind, shared_words
 
@@ -103,7 +103,7 @@ class BM25(SparseKind):
 
     def explain(
         self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
-    ) -> list[Reason]:
+    ) -> list[ScoreExplanation]:
         """The stems that query and document share, and what each adds."""
         from ..retrieval.encoders import stems
 

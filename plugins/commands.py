@@ -25,7 +25,7 @@ def register_commands(cli: typer.Typer) -> None:
 def list_plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """List installed plugins: kind, name, origin, and options with types, defaults and help."""
     manager = plugins()
-    listed = [describe(kind, cls) for kind in HOOKS for cls in manager.classes(kind).values()]
+    listed = [describe_plugin(kind, cls) for kind in HOOKS for cls in manager.classes(kind).values()]
     if as_json:
         failed = [dataclasses.asdict(f) for f in manager.failures]
         typer.echo(json.dumps({"plugins": listed, "failed": failed, "disabled": disabled()}, indent=2))
@@ -52,11 +52,11 @@ def list_plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON.
         console.print("PILOTFISH_DISABLE is set: nothing is attached to an engine", style="yellow")
 
 
-def describe(kind: str, cls: Any) -> dict[str, Any]:
+def describe_plugin(kind: str, cls: Any) -> dict[str, Any]:
     """A registered class as plain values."""
     hints, notes = typing.get_type_hints(cls.Options), option_help(cls.Options)
     options = [
-        {"name": f.name, "type": type_name(hints[f.name]), "default": default_of(f), "help": notes.get(f.name, "")}
+        {"name": f.name, "type": type_name(hints[f.name]), "default": default_value(f), "help": notes.get(f.name, "")}
         for f in dataclasses.fields(cls.Options)
     ]
     return {
@@ -68,7 +68,7 @@ def describe(kind: str, cls: Any) -> dict[str, Any]:
     }
 
 
-def default_of(option: dataclasses.Field) -> Any:
+def default_value(option: dataclasses.Field) -> Any:
     """What an option is where nothing is said."""
     return option.default_factory() if callable(option.default_factory) else option.default
 

@@ -83,7 +83,7 @@ def parse_config(value: object) -> PilotfishConfig:
         elif key == "allow_untested_vllm":
             parsed[key] = _coerce(entry, bool, path)
         else:
-            raise ConfigError(unknown(path, key, [*KINDS, "allow_untested_vllm"]))
+            raise ConfigError(unknown_key_message(path, key, [*KINDS, "allow_untested_vllm"]))
     return PilotfishConfig(**parsed)
 
 
@@ -119,7 +119,7 @@ def build_options(cls: type[T], values: Mapping[str, Any], path: str, others: It
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(unknown(f"{path}.{key}", key, [*known, *others]))
+            raise ConfigError(unknown_key_message(f"{path}.{key}", key, [*known, *others]))
     typed = {key: _coerce(value, known[key], f"{path}.{key}") for key, value in values.items()}
     try:
         return cls(**typed)
@@ -165,7 +165,7 @@ def _split_outside_brackets(text: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def unknown(path: str, name: str, known: Iterable[str]) -> str:
+def unknown_key_message(path: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown name: its path, and the nearest known name or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

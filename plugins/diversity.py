@@ -16,14 +16,14 @@ import numpy as np
 
 from pilotfish._internal.lazy_import import functional, torch
 
-from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
+from .contracts import ImageFeatures, ImageLayout, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
 from .pruning import grids, token_budget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SKETCH = 64  # dimensions that tokens are projected to before they are compared
+PROJECTION_DIM = 64  # dimensions that tokens are projected to before they are compared
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,31 @@ class Diversity(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of every view before the grid, and of the grid."""
-        return token_budget.plan(layout, self.options.retain)
+        return token_budget.plan_tokens(layout, self.options.retain)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """Views one by one, then the grid."""
-        choose, tokens = determinantal, picture.tokens
+        choose, tokens = select_determinantal, picture.tokens
         if self.options.method == "farthest":
-            choose, tokens = farthest, sketch(tokens)
+            choose, tokens = select_farthest, random_projection(tokens)
         view, per_view = layout.side * layout.side, plan.parts["thumbnail"] // layout.frames
         first = [i * view + choose(tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
-        keep = torch.zeros(layout.cells, dtype=torch.bool, device=tokens.device)
-        if layout.cells:
-            keep[choose(grids.cells(layout, tokens).flatten(0, 1), plan.parts["crops"])] = True
-        return grids.places(layout, torch.cat(first), keep.view(layout.grid))
+        keep = torch.zeros(layout.grid_tokens, dtype=torch.bool, device=tokens.device)
+        if layout.grid_tokens:
+            keep[choose(grids.grid_values(layout, tokens).flatten(0, 1), plan.parts["crops"])] = True
+        return grids.token_indices(layout, torch.cat(first), keep.view(layout.grid))
 
 
-def sketch(tokens: Tensor) -> Tensor:
+def random_projection(tokens: Tensor) -> Tensor:
     """[n, SKETCH] random projections of tokens [n, width], always the same ones; narrow tokens as they are."""
     width = tokens.shape[-1]
-    if width <= SKETCH:
+    if width <= PROJECTION_DIM:
         return tokens
-    directions = torch.randn(width, SKETCH, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(width, PROJECTION_DIM, generator=torch.Generator().manual_seed(0))
     return tokens.float() @ directions.to(tokens.device)
 
 
-def farthest(tokens: Tensor, count: int) -> Tensor:
+def select_farthest(tokens: Tensor, count: int) -> Tensor:
     """[count] places, ascending, of tokens [n, width], by the cosine; the first is the one least like the mean."""
     unit = functional.normalize(tokens.float(), dim=-1)
     similar = (unit @ unit.T).cpu().numpy()  # numpy's calls are an order quicker than torch's, on any device
@@ -93,7 +93,7 @@ def farthest(tokens: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen)).to(tokens.device)
 
 
-def determinantal(tokens: Tensor, count: int) -> Tensor:
+def select_determinantal(tokens: Tensor, count: int) -> Tensor:
     """[count] places, ascending, of tokens [n, width], by the fast greedy algorithm: a Cholesky row for each choice.
 
     Any first choice would do; it is that of `farthest`. Once what is left adds nothing, as when tokens repeat, the

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pilotfish._internal.lazy_import import functional, torch
 
-from .contracts import ImageLayout, Picture, PrunePlan, VisualPruner
+from .contracts import ImageFeatures, ImageLayout, PrunePlan, VisualPruner
 from .hookspecs import hookimpl
 from .pruning import grids, token_budget
 
@@ -32,7 +32,7 @@ class GlobalCom2Options:
 
     retain: float = 0.25
     temperature: float = 10.0
-    thumbnail_order: Literal["raster", "score"] = "raster"
+    base_view_order: Literal["raster", "score"] = "raster"
 
     def __post_init__(self) -> None:
         token_budget.check_retain(self.retain)
@@ -51,30 +51,30 @@ class GlobalCom2(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of the grid."""
-        return token_budget.plan(layout, self.options.retain)
+        return token_budget.plan_tokens(layout, self.options.retain)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """The best of the thumbnail, and of each crop as many as are its share."""
         assert picture.scores is not None
         scores = picture.scores.float()
-        thumbnail = token_budget.best(scores[0], plan.parts["thumbnail"])
-        if self.options.thumbnail_order == "raster":
+        thumbnail = token_budget.top_indices(scores[0], plan.parts["thumbnail"])
+        if self.options.base_view_order == "raster":
             thumbnail = thumbnail.sort().values
-        seen = grids.resize(scores[0].view(layout.side, layout.side), layout.grid)
-        own, mixed = grids.stitch(layout, scores), torch.zeros_like(seen)
-        for top, bottom, left, right in layout.rectangles:
+        seen = grids.resize_grid(scores[0].view(layout.side, layout.side), layout.grid)
+        own, mixed = grids.stitch_crops(layout, scores), torch.zeros_like(seen)
+        for top, bottom, left, right in layout.crop_regions:
             part = slice(top, bottom), slice(left, right)
             for values in (own[part], seen[part]):
                 mixed[part] += functional.normalize(values.flatten(), dim=0).view(values.shape)
-        counts = self.counts(layout, plan, scores) if layout.cells else [0] * len(layout.rectangles)
-        return grids.places(layout, thumbnail, grids.best_of_crops(layout, mixed, counts))
+        counts = self.crop_token_counts(layout, plan, scores) if layout.grid_tokens else [0] * len(layout.crop_regions)
+        return grids.token_indices(layout, thumbnail, grids.top_patches_per_crop(layout, mixed, counts))
 
-    def counts(self, layout: ImageLayout, plan: PrunePlan, scores: Tensor) -> list[int]:
+    def crop_token_counts(self, layout: ImageLayout, plan: PrunePlan, scores: Tensor) -> list[int]:
         """Tokens that each crop keeps: in all those of the plan, by `shares` as far as the crop has so many."""
-        wanted = [share * n for share, n in zip(self.shares(layout, scores), layout.sizes, strict=True)]
-        return token_budget.allocate(layout.sizes, wanted, plan.parts["crops"])
+        wanted = [share * n for share, n in zip(self.crop_shares(layout, scores), layout.crop_tokens, strict=True)]
+        return token_budget.allocate_tokens(layout.crop_tokens, wanted, plan.parts["crops"])
 
-    def shares(self, layout: ImageLayout, scores: Tensor) -> list[float]:
+    def crop_shares(self, layout: ImageLayout, scores: Tensor) -> list[float]:
         """The share that each crop should keep of its tokens (section 3.2): about R, more where the thumbnail looks."""
         (rows, columns), side = layout.crops, layout.side
         at = torch.arange(side, device=scores.device)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import ConfigError, Selection, build_options
-from .contracts import Arrays, IndexKind, Reading, Reason
+from .contracts import Arrays, IndexKind, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
@@ -161,7 +161,7 @@ class Hybrid(IndexKind):
 
     def explain(
         self, searcher: HybridSearcher, encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
-    ) -> list[Reason]:
+    ) -> list[ScoreExplanation]:
         """What each member adds, and at which rank it found the document."""
         del text
         found = self._found(searcher, self.queries(encoder, [query], settings)[0], 1, settings, allow)
@@ -169,12 +169,12 @@ class Hybrid(IndexKind):
         for member, (documents, shares) in found.items():
             place = np.flatnonzero(documents == number)
             if len(place):
-                reasons.append(Reason(member, f"rank {place[0] + 1}", float(shares[place[0]])))
+                reasons.append(ScoreExplanation(member, f"rank {place[0] + 1}", float(shares[place[0]])))
             else:
-                reasons.append(Reason(member, None, 0.0, imputed=True))
+                reasons.append(ScoreExplanation(member, None, 0.0, imputed=True))
         return reasons
 
-    def reading(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> Reading | None:
+    def reading(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> TermWeights | None:
         """That of the first member that reads words."""
         asked = self._asked(settings).items()
         readings = (kind.reading(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)

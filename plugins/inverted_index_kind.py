@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, IndexKind, Reason
+from .contracts import Arrays, IndexKind, ScoreExplanation
 
 if TYPE_CHECKING:
     from ..retrieval.sparse_index import Searcher
@@ -38,7 +38,9 @@ class SparseKind(IndexKind):
         return Searcher(shared, segments, documents)
 
 
-def shared_words(searcher: "Searcher", query: "Words", number: int, name: Callable[[int], str]) -> list[Reason]:
+def shared_words(
+    searcher: "Searcher", query: "Words", number: int, name: Callable[[int], str]
+) -> list[ScoreExplanation]:
     """The words that a query and a document share, and what each adds, the most first.
 
     Args:
@@ -49,4 +51,4 @@ def shared_words(searcher: "Searcher", query: "Words", number: int, name: Callab
     """
     products = query.weights * searcher.weights(number, query.ids)
     order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
-    return [Reason(w, w, float(products[i])) for i in order if (w := name(int(query.ids[i])))]
+    return [ScoreExplanation(w, w, float(products[i])) for i in order if (w := name(int(query.ids[i])))]

@@ -14,7 +14,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .config import COMMON, ConfigError, Selection, build_options, unknown
+from .config import COMMON, ConfigError, Selection, build_options, unknown_key_message
 
 GROUP = hookspecs.PROJECT
 
@@ -41,7 +41,7 @@ def disabled() -> bool:
     return os.environ.get("PILOTFISH_DISABLE", "").strip().lower() not in {"", "0", "false", "no", "off"}
 
 
-def allowed(name: str) -> bool:
+def allowed_plugins(name: str) -> bool:
     """Whether the allow-list lets the entry point ``name`` be loaded."""
     names = os.environ.get("PILOTFISH_LOAD_PLUGINS")
     return names is None or name in {n.strip() for n in names.split(",")}
@@ -60,7 +60,7 @@ class PluginManager:
     def load(self, points: Iterable[EntryPoint] | None = None) -> "PluginManager":
         """Load the entry points of group ``pilotfish`` that the allow-list admits; a failure is kept, not raised."""
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=lambda p: p.name):
-            if not allowed(point.name):
+            if not allowed_plugins(point.name):
                 continue
             try:
                 self.register(point.load(), point.name)
@@ -134,7 +134,7 @@ class PluginManager:
         try:
             return self._classes[kind][name]
         except KeyError:
-            message = unknown(f"{path or f'pilotfish.{kind}.name'}: '{name}'", name, self._classes[kind])
+            message = unknown_key_message(f"{path or f'pilotfish.{kind}.name'}: '{name}'", name, self._classes[kind])
             failed = [f for f in self.failures if f.plugin == name] or self.failures
             if failed:
                 message += "; failed to load: " + "; ".join(f"{f.plugin} ({f.error})" for f in failed)

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..kvcache import profiles
 from ..kvcache.profiles import Profile, ProfileError
-from .config import ConfigError, unknown
+from .config import ConfigError, unknown_key_message
 from .contracts import Engine, Unsupported
 
 
-def setting(policy: str, named: str | None, engine: Engine, tune: str) -> Mapping[str, Any] | None:
+def resolve_profile_option(policy: str, named: str | None, engine: Engine, tune: str) -> Mapping[str, Any] | None:
     """The setting that an option ``profile`` names, or the model's default.
 
     Args:
@@ -31,7 +31,7 @@ def setting(policy: str, named: str | None, engine: Engine, tune: str) -> Mappin
     profile: Profile | None
     if path.suffix == ".json":
         try:
-            profile = profiles.read(path)
+            profile = profiles.read_profile(path)
         except ProfileError as error:
             raise ConfigError(f"pilotfish.kv.profile: {error}") from None
         if profile.policy != policy:
@@ -41,12 +41,12 @@ def setting(policy: str, named: str | None, engine: Engine, tune: str) -> Mappin
             raise Unsupported(policy, reason, f"run `{tune}` for this model", engine.model)
         name = name or "default"
     else:
-        profile, name = profiles.shipped(policy, engine.fingerprint), where or "default"
+        profile, name = profiles.shipped_profile(policy, engine.fingerprint), where or "default"
         if profile is None and where and engine.fingerprint:
             reason = f"no profile is shipped for it, so that there is no '{where}'"
             raise Unsupported(policy, reason, f"run `{tune}` for this model, and name the file", engine.model)
     if profile is None:
         return None
     if name not in profile.settings:
-        raise ConfigError(unknown(f"pilotfish.kv.profile: '{name}'", name, profile.settings))
+        raise ConfigError(unknown_key_message(f"pilotfish.kv.profile: '{name}'", name, profile.settings))
     return profile.settings[name]

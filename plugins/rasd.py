@@ -21,16 +21,16 @@ import numpy as np
 
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
-from .drafting.draft_model_drafter import EngineDraft
+from .drafting.draft_model_drafter import DraftModelDrafter
 from .hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
     from .drafting.datastore import Datastore
-    from .drafting.history import History
+    from .drafting.history import TokenHistory
 
-ENGINE = EngineDraft.name
+ENGINE = DraftModelDrafter.name
 OWN, OUTPUTS, STORED = range(3)
-NAMES = ("own", "outputs", "datastore")
+NAMES = ("request", "outputs", "datastore")
 NODES = 64  # of a trie, as REST keeps them (arXiv 2311.08252)
 CONTEXT = 16  # tokens of a prompt's end that are remembered with its output
 
@@ -54,37 +54,37 @@ class RASDOptions:
     """
 
     base: str = "token_recycling"
-    own: bool = True
+    request: bool = True
     outputs: int = 1 << 20
     datastore: str | None = None
-    longest: int = 24
-    shortest: int = 2
-    matches: int = 32
+    max_match: int = 24
+    min_match: int = 2
+    max_occurrences: int = 32
     prune: float = 0.02
-    opinion: bool = True
+    base_feedback: bool = True
     fuse: bool = True
 
     def __post_init__(self) -> None:
-        bounds = (("outputs", 0, 1 << 28), ("longest", 2, 64), ("shortest", 2, self.longest), ("matches", 1, 512))
+        bounds = (("outputs", 0, 1 << 28), ("max_match", 2, 64), ("min_match", 2, self.max_match), ("max_occurrences", 1, 512))
         for name, low, high in (*bounds, ("prune", 0, 1)):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
         if self.datastore is not None:
-            from .drafting.suffix_array import DEPTH
+            from .drafting.suffix_array import SUFFIX_DEPTH
 
-            if self.shortest > DEPTH:
-                raise ValueError(f"shortest: expected 2 to {DEPTH} with a datastore, which compares no more")
+            if self.min_match > SUFFIX_DEPTH:
+                raise ValueError(f"min_match: expected 2 to {SUFFIX_DEPTH} with a datastore, which compares no more")
         if self.base == "rasd":
             raise ValueError("base: rasd cannot be its own base")
-        if not (self.own or self.outputs or self.datastore):
-            raise ValueError("own: without outputs and a datastore there is nothing to retrieve from")
+        if not (self.request or self.outputs or self.datastore):
+            raise ValueError("request: without outputs and a datastore there is nothing to retrieve from")
 
 
 @dataclass
 class _Request:
     """A live request: its text as it is written, and the tries of its last draft, by source."""
 
-    text: "History | None"
+    text: "TokenHistory | None"
     kept: list[Int32]  # the prompt's end and the output, for `outputs`
     tries: list[tuple[int, Int32, Int32, Int32]] = field(default_factory=list)
 
@@ -106,7 +106,7 @@ class RASD(Drafter):
         """That of the datastore."""
         if options.datastore is None:
             return None
-        about = _open(options.datastore).about
+        about = _open_datastore(options.datastore).info
         return about.fingerprint, f"{options.datastore}, built with --tokenizer {about.tokenizer}"
 
     @classmethod
@@ -114,10 +114,10 @@ class RASD(Drafter):
         """Refuse a missing compiler, a base that cannot serve, and a datastore of other tokens."""
         if find_spec("numba") is None:
             raise Unsupported(cls.name, "numba is not installed", "install pilotfish[vllm] or numba", engine.model)
-        if (base := _base(options)) is not None:
+        if (base := _base_drafter(options)) is not None:
             base[0].check(base[1], engine)
         if options.datastore is not None:
-            about = _open(options.datastore).about
+            about = _open_datastore(options.datastore).info
             if about.largest >= engine.vocab_size:
                 raise Unsupported(
                     cls.name,
@@ -129,17 +129,17 @@ class RASD(Drafter):
 
     def __init__(self, options: RASDOptions, engine: Engine) -> None:
         from .drafting import tries
-        from .drafting.history import History
+        from .drafting.history import TokenHistory
 
-        self._tries, self._history = tries, History
+        self._tries, self._history = tries, TokenHistory
         self.options, self.engine = options, engine
-        base = _base(options)
+        base = _base_drafter(options)
         self.base: Drafter | None = None if base is None else base[0](base[1], engine)
         if self.base is not None:
             self.candidates, self.state_path = self.base.candidates, self.base.state_path
-        self._outputs = History(options.outputs) if options.outputs else None
-        self._store = None if options.datastore is None else _open(options.datastore)
-        self._seen, self._right = tries.make_rates(len(NAMES))
+        self._outputs = TokenHistory(options.outputs) if options.outputs else None
+        self._store = None if options.datastore is None else _open_datastore(options.datastore)
+        self._seen, self._right = tries.make_acceptance_counts(len(NAMES))
         self._requests: dict[str, _Request] = {}
 
     # ------------------------------------------------------------------------------------------ life of a request
@@ -148,7 +148,7 @@ class RASD(Drafter):
         """Begin to keep the request's text."""
         if self.base is not None:
             self.base.start(request, prompt, tenant)
-        text = self._history(len(prompt) + 1024) if self.options.own else None
+        text = self._history(len(prompt) + 1024) if self.options.request else None
         if text is not None:
             text.append(prompt)
         self._requests[request] = _Request(text, [np.array(prompt[-CONTEXT:], np.int32)])
@@ -164,7 +164,7 @@ class RASD(Drafter):
         if len(tokens):
             live.kept.append(np.array(tokens, np.int32))
             if live.text is not None:
-                live.text = live.text.with_room(len(tokens))
+                live.text = live.text.with_capacity(len(tokens))
                 live.text.append(tokens)
 
     def finish(self, request: str) -> None:
@@ -179,13 +179,13 @@ class RASD(Drafter):
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
         """The base drafter's trees, each fused with what is retrieved for its request."""
-        bases = [_NOTHING] * len(requests) if self.base is None else self.base.propose(requests, budget)
+        bases = [_NO_DRAFT] * len(requests) if self.base is None else self.base.propose(requests, budget)
         return [self._fused(r, base, budget) for r, base in zip(requests, bases, strict=True)]
 
     def _fused(self, request: DraftRequest, base: DraftTree, budget: DraftBudget) -> DraftTree:
         depth = min(budget.depth, request.limit)
         if depth < 1:
-            return _NOTHING
+            return _NO_DRAFT
         room = len(NAMES) * NODES + len(base)
         tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
         n = 0
@@ -204,11 +204,13 @@ class RASD(Drafter):
         found = []
         for source, history in ((OWN, live.text), (OUTPUTS, self._outputs)):
             if history is not None:
-                length, followers = history.find(request.tokens, depth, o.matches, o.longest, o.shortest)
+                length, followers = history.find_longest_suffix(
+                    request.tokens, depth, o.max_occurrences, o.max_match, o.min_match
+                )
                 found.append((source, length, followers))
         if self._store is not None:
-            match = self._store.find(request.tokens, o.longest, o.shortest)
-            found.append((STORED, match.length, self._store.followers(match, depth, o.matches)))
+            match = self._store.find_longest_suffix(request.tokens, o.max_match, o.min_match)
+            found.append((STORED, match.length, self._store.continuations(match, depth, o.max_occurrences)))
         return [(source, length, followers) for source, length, followers in found if len(followers)]
 
     def _trie(
@@ -219,7 +221,7 @@ class RASD(Drafter):
         n = self._tries.grow(followers, tokens, parents, counts, depths)
         tokens, parents = tokens[:n], parents[:n]
         opinions = np.full(n, self._tries.UNKNOWN, np.int32)
-        if self.options.opinion:
+        if self.options.base_feedback:
             self._tries.judge(tokens, parents, base.tokens, base.parents, base.scores, opinions)
         scores, cells = np.empty(n, np.float32), np.empty((n, 3), np.int32)
         learned = (self._seen, self._right)
@@ -249,10 +251,10 @@ class RASD(Drafter):
         return {**base, "requests": len(self._requests), "text_bytes": own, "output_bytes": outputs, "outputs": kept}
 
 
-_NOTHING = DraftTree(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+_NO_DRAFT = DraftTree(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
-def _base(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
+def _base_drafter(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
     """The base drafter's class and options.
 
     Raises:
@@ -261,14 +263,14 @@ def _base(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
     if options.base == "none":
         return None
     if options.base == ENGINE:
-        return EngineDraft, None
+        return DraftModelDrafter, None
     from .manager import plugins
 
     cls = plugins().get("drafter", options.base, "pilotfish.drafter.base")
     return cls, cls.Options()  # type: ignore[attr-defined,return-value]
 
 
-def _open(folder: str) -> "Datastore":
+def _open_datastore(folder: str) -> "Datastore":
     """A datastore.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..kvcache import retrieval_heads
 from ..kvcache.head_window import HeadPlan, HeadWindow
-from ..kvcache.retrieval_heads import Pair
+from ..kvcache.retrieval_heads import LayerHead
 from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
@@ -85,7 +85,7 @@ class RazorAttention(KVPolicy):
         """Refuse a model without a profile, heads of another model, and a machine that cannot compile the kernels."""
         if not (engine.kv_heads and engine.fingerprint):  # not known before the engine is configured
             return
-        for layer, head in whole_heads(options, engine):
+        for layer, head in resolve_retrieval_heads(options, engine):
             if layer >= engine.layers or head >= engine.kv_heads:
                 raise Unsupported(
                     cls.name,
@@ -95,19 +95,19 @@ class RazorAttention(KVPolicy):
                     engine.model,
                     str(layer),
                 )
-        compiler_check.check(cls.name, engine)
+        compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: RazorAttentionOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine
 
     def head_plan(self) -> HeadPlan:
         """The heads of every layer that keep everything, and the window of the others."""
-        pairs = whole_heads(self.options, self.engine)
+        pairs = resolve_retrieval_heads(self.options, self.engine)
         whole = tuple(frozenset(h for at, h in pairs if at == layer) for layer in range(self.engine.layers))
         return HeadPlan(whole, self.options.head_window)
 
 
-def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
+def resolve_retrieval_heads(options: RazorAttentionOptions, engine: Engine) -> list[LayerHead]:
     """The KV heads that keep everything: named, or by the scores of a profile.
 
     Raises:
@@ -118,7 +118,7 @@ def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
         first = range(min(options.protect_layers, engine.layers))
         protected = ((layer, head) for layer in first for head in range(engine.kv_heads))
         return list(dict.fromkeys([*((layer, head) for layer, head in options.keep), *protected]))
-    found = profile_option.setting(RazorAttention.name, options.profile, engine, TUNE)
+    found = profile_option.resolve_profile_option(RazorAttention.name, options.profile, engine, TUNE)
     if found is None:
         raise Unsupported(
             RazorAttention.name,
@@ -135,7 +135,7 @@ def whole_heads(options: RazorAttentionOptions, engine: Engine) -> list[Pair]:
         raise ConfigError(
             f"pilotfish.kv.profile: echo and induction are expected as {shape[0]} lists of {shape[1]} numbers"
         ) from None
-    return retrieval_heads.choose(echo, induction, options.keep, options.protect_layers)
+    return retrieval_heads.select_retrieval_heads(echo, induction, options.keep, options.protect_layers)
 
 
 @hookimpl

@@ -19,7 +19,7 @@ reads memory in the order it lies in.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..kvcache.selection import GROUP, Aggregate, Granularity, ReadPlan, Role, Rule
+from ..kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, ReadPlan, Role, SelectionRule
 from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
@@ -49,7 +49,7 @@ class TidalDecodeOptions:
     profile: str | None = None
     full_layers: tuple[int, ...] | None = None
     select_layers: tuple[int, ...] | None = None
-    aggregate: Aggregate = "max"
+    head_aggregation: HeadAggregation = "max"
     granularity: Granularity = "page"
     sinks: int = 4
     recent: int | None = None
@@ -70,19 +70,19 @@ class TidalDecodeOptions:
             raise ValueError("full_layers: given without select_layers")
         if self.select_layers is not None and self.profile is not None:
             raise ValueError("profile: given beside select_layers; leave one out")
-        if self.granularity == "page" and self.budget % GROUP:
-            raise ValueError(f"budget: expected a multiple of {GROUP} with granularity 'page', got {self.budget}")
-        if self.budget < (least := self.rule.least_budget):
+        if self.granularity == "page" and self.budget % PAGE_SIZE:
+            raise ValueError(f"budget: expected a multiple of {PAGE_SIZE} with granularity 'page', got {self.budget}")
+        if self.budget < (least := self.rule.min_budget):
             raise ValueError(
                 f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent positions "
                 f"and a choice, got {self.budget}"
             )
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> SelectionRule:
         """How positions are chosen."""
         recent = self.budget // 8 if self.recent is None else self.recent
-        return Rule(self.budget, self.sinks, recent, self.aggregate, self.granularity)
+        return SelectionRule(self.budget, self.sinks, recent, self.head_aggregation, self.granularity)
 
 
 class TidalDecode(KVPolicy):
@@ -94,7 +94,7 @@ class TidalDecode(KVPolicy):
     @classmethod
     def check(cls, options: TidalDecodeOptions, engine: Engine) -> None:
         """Refuse a profile or layers of another model, and a machine that cannot compile the kernels."""
-        for name, layers in zip(("full_layers", "select_layers"), layers_of(options, engine), strict=True):
+        for name, layers in zip(("full_layers", "select_layers"), resolve_layers(options, engine), strict=True):
             for layer in layers:
                 if engine.layers and layer >= engine.layers:
                     raise Unsupported(
@@ -104,14 +104,14 @@ class TidalDecode(KVPolicy):
                         engine.model,
                         str(layer),
                     )
-        compiler_check.check(cls.name, engine)
+        compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
         self.options, self.engine = options, engine
 
     def read_plan(self) -> ReadPlan:
         """Full, selecting and sparse layers, in the order of the model."""
-        full, select = map(set, layers_of(self.options, self.engine))
+        full, select = map(set, resolve_layers(self.options, self.engine))
         roles = tuple(
             Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
             for layer in range(self.engine.layers)
@@ -119,7 +119,7 @@ class TidalDecode(KVPolicy):
         return ReadPlan(roles, self.options.rule, self.options.correction_interval)
 
 
-def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Layers that read everything, and of these the ones that choose: given, from a profile, or spread evenly.
 
     Raises:
@@ -128,9 +128,9 @@ def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, .
     """
     if options.select_layers is not None:
         return options.full_layers or (), options.select_layers
-    found = profile_option.setting(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
+    found = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if found is None:
-        return spread(engine.layers)
+        return evenly_spaced_layers(engine.layers)
     full, select = (found.get(name, ()) for name in ("full_layers", "select_layers"))
     for layers in (full, select):
         if not isinstance(layers, list) or not all(isinstance(n, int) and n >= 0 for n in layers):
@@ -140,7 +140,7 @@ def layers_of(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, .
     return tuple(full), tuple(select)
 
 
-def spread(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def evenly_spaced_layers(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For models that were not tuned: two full layers, and ``choices`` selections at even distances behind them."""
     first = min(2, max(layers - 1, 0))
     step = max(1, -(-(layers - first) // choices))

@@ -31,7 +31,7 @@ import numpy as np
 from .config import ConfigError
 from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
 from .drafting import adjacency_table
-from .drafting.template import template
+from .drafting.template import static_tree
 from .hookspecs import Register, hookimpl
 
 FORMAT = 1  # of the state file
@@ -104,8 +104,8 @@ class TokenRecycling(Drafter):
         self._rows = adjacency
         self.options, self.engine = options, engine
         self.candidates, self.state_path = options.k, options.state_path
-        self.whole = options.shape == "template"
-        self._template = template() if self.whole else None
+        self.fixed_size = options.shape == "template"
+        self._template = static_tree() if self.fixed_size else None
         self._tables: OrderedDict[str, _Table] = OrderedDict()
         self._table_of: dict[str, str] = {}  # request -> key of its table
         if options.state_path is not None and Path(options.state_path).exists():
@@ -120,7 +120,7 @@ class TokenRecycling(Drafter):
         self._table_of[request] = key
         table = self._table(key)
         if self.options.prime:
-            self._rows.read_text(table.rows, self.options.order, np.ascontiguousarray(prompt, np.int32))
+            self._rows.prime_from_text(table.rows, self.options.order, np.ascontiguousarray(prompt, np.int32))
 
     def finish(self, request: str) -> None:
         """Forget the request, and its table if nobody else can use it."""
@@ -155,8 +155,8 @@ class TokenRecycling(Drafter):
         accepted = _accepted(c, tokens)
         if len(tokens):
             before = np.append(c.context, c.inputs[:1])
-            self._rows.calibrate(table.rows, table.acceptance, order, before, tokens)
-        self._rows.recycle(table.rows, order, c.context, c.inputs, c.parents, accepted, c.ids, c.probs)
+            self._rows.update_acceptance_rates(table.rows, table.acceptance, order, before, tokens)
+        self._rows.update_rows(table.rows, order, c.context, c.inputs, c.parents, accepted, c.ids, c.probs)
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
         """Grow a tree for each request, best first, to the budget; which of it is verified is the engine's choice."""
@@ -167,9 +167,9 @@ class TokenRecycling(Drafter):
             n, out = 0, (budget.nodes, depth, tokens, parents, scores)
             where = (table.rows, table.acceptance.rate, order, request.tokens[-order:])
             if depth > 0 and self._template is not None:
-                n = self._rows.fill(*where, *self._template, *out)
+                n = self._rows.fill_static_tree(*where, *self._template, *out)
             elif depth > 0:
-                n = self._rows.expand(*where, *out)
+                n = self._rows.grow_tree(*where, *out)
             trees.append(DraftTree(tokens[:n].copy(), parents[:n].copy(), scores[:n].copy()))
         return trees
 
@@ -233,7 +233,7 @@ class TokenRecycling(Drafter):
         sound = tokens.min() >= adjacency_table.NONE and tokens.max() < engine.vocab_size
         seen, right, rate = arrays["seen"], arrays["right"], arrays["rate"]
         sound = sound and bool(((seen > 0) & (right >= 0) & (right <= seen) & (rate >= 0) & (rate <= 1)).all())
-        if not sound or confidence.max() >= adjacency_table.CONFIDENCES:
+        if not sound or confidence.max() >= adjacency_table.NUM_CONFIDENCES:
             raise ConfigError(f"{where} is damaged: it holds values out of range")
         return arrays
 
@@ -252,8 +252,8 @@ class _Table:
     """Rows and their acceptance, as one group of requests shares them."""
 
     def __init__(self, options: TokenRecyclingOptions, vocab_size: int) -> None:
-        self.rows = adjacency_table.make_rows(vocab_size, options.k, options.order, options.bits)
-        self.acceptance = adjacency_table.make_acceptance(options.order, options.k)
+        self.rows = adjacency_table.make_adjacency_table(vocab_size, options.k, options.order, options.bits)
+        self.acceptance = adjacency_table.make_acceptance_rates(options.order, options.k)
 
 
 def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, Reading, Reason
+from .contracts import Arrays, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
 from .inverted_index_kind import SparseKind, shared_words
 
@@ -151,18 +151,18 @@ class VDR(SparseKind):
         number: int,
         settings: VDRSettings,
         allow: Any,
-    ) -> list[Reason]:
+    ) -> list[ScoreExplanation]:
         """The words that query and document share, and what each adds."""
         del text, allow
         mine = self.queries(encoder, [query], settings)
         return shared_words(searcher, mine, number, _able(encoder, "word"))
 
-    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> Reading | None:
+    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
         """The heaviest words of both; None where the encoder has no names for words."""
         if not hasattr(encoder, "word"):
             return None
         both = self.queries(encoder, [query], settings), encoder.encode_documents([text])
-        return Reading(*(_heaviest(words, encoder) for words in both))
+        return TermWeights(*(_heaviest(words, encoder) for words in both))
 
 
 def edited(query: "Words", factors: Mapping[str, float], encoder: "VocabularyEncoder") -> "Words":

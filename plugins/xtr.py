@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .contracts import Arrays, IndexKind, Reason
+from .contracts import Arrays, IndexKind, ScoreExplanation
 from .hookspecs import Register, hookimpl
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class XTR(IndexKind):
 
     def explain(
         self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: XTRSettings, allow: Any
-    ) -> list[Reason]:
+    ) -> list[ScoreExplanation]:
         """For each query token the product that counted, and the document's token that is nearest to it."""
         encoded, words = encoder.encode_queries([query]), encoder.words(query, query=True)
         mine, tokens = encoder.encode_documents([text]), encoder.words(text, query=False)
@@ -183,7 +183,7 @@ class XTR(IndexKind):
             imputed = bool(np.isnan(trace.scores[i]))
             score = float(trace.imputed[i] if imputed else trace.scores[i]) * share
             place = None if imputed or nearest is None else int(nearest[i])
-            reasons.append(Reason(word, None if place is None else tokens[place], score, imputed, place))
+            reasons.append(ScoreExplanation(word, None if place is None else tokens[place], score, imputed, place))
         return reasons
 
     def kernel(self, searcher: "Searcher", settings: XTRSettings) -> "token_search.Settings":

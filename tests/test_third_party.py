@@ -112,15 +112,17 @@ def test_dense_crops_keep_more(pruner_installed: str, monkeypatch: pytest.Monkey
     import token_correlation as example
     import torch
 
-    from pilotfish.plugins.contracts import ImageLayout, Picture
+    from pilotfish.plugins.contracts import ImageFeatures, ImageLayout
 
     layout = ImageLayout(6, (1, 2), (0, 6, 0, 12), (6, 12), row_newlines=True)
-    tokens = torch.randn(layout.tokens, 16, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(layout.num_tokens, 16, generator=torch.Generator().manual_seed(0))
     grid = tokens[36:].view(6, 13, 16)
     grid[:, :6] = 1.0  # the first crop shows one thing over and over
     pruner = example.TokenCorrelation(example.TokenCorrelationOptions(0.25))
     plan = pruner.plan(layout)
-    kept = pruner.select(layout, plan, Picture(tokens, torch.rand(3, 36, generator=torch.Generator().manual_seed(1))))
+    kept = pruner.select(
+        layout, plan, ImageFeatures(tokens, torch.rand(3, 36, generator=torch.Generator().manual_seed(1)))
+    )
     assert len(kept) == plan.tokens
     columns = [int(i - 36) % 13 for i in kept if i >= 36]
     assert sum(c < 6 for c in columns) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pilotfish.plugins import hookimpl
-from pilotfish.plugins.contracts import ImageLayout, Picture, PrunePlan, VisualPruner
+from pilotfish.plugins.contracts import ImageFeatures, ImageLayout, PrunePlan, VisualPruner
 from pilotfish.plugins.pruning import grids, token_budget
 
 
@@ -51,19 +51,19 @@ class TokenCorrelation(VisualPruner):
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
         """The same share of the thumbnail and of all crops together."""
-        return token_budget.plan(layout, self.options.retain)
+        return token_budget.plan_tokens(layout, self.options.retain)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> Tensor:
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """The patches of highest score, of each crop as many as its density earns."""
         assert picture.scores is not None
-        thumbnail = token_budget.best(picture.scores[0], plan.parts["thumbnail"]).sort().values
-        blocks = grids.blocks(layout, picture.tokens.device)[layout.frames :]
+        thumbnail = token_budget.top_indices(picture.scores[0], plan.parts["thumbnail"]).sort().values
+        blocks = grids.view_token_indices(layout, picture.tokens.device)[layout.frames :]
         earned = iter([self.density(picture.tokens[block]) for block in blocks])
-        weights = [n * next(earned) if n else 0.0 for n in layout.sizes]  # a crop of padding alone is no block
+        weights = [n * next(earned) if n else 0.0 for n in layout.crop_tokens]  # a crop of padding alone is no block
         wanted = [plan.parts["crops"] * w / (sum(weights) or 1.0) for w in weights]
-        counts = token_budget.allocate(layout.sizes, wanted, plan.parts["crops"])
-        keep = grids.best_of_crops(layout, grids.stitch(layout, picture.scores), counts)
-        return grids.places(layout, thumbnail, keep)
+        counts = token_budget.allocate_tokens(layout.crop_tokens, wanted, plan.parts["crops"])
+        keep = grids.top_patches_per_crop(layout, grids.stitch_crops(layout, picture.scores), counts)
+        return grids.token_indices(layout, thumbnail, keep)
 
     def density(self, tokens: Tensor) -> float:
         """Share of the tokens [n, width] that are not redundant."""

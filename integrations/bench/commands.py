@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ...plugins.cli import extend
+from ...plugins.cli import extend_group
 from ...plugins.hookspecs import hookimpl
 from ...retrieval.cli.options import refusals
 
@@ -19,7 +19,7 @@ ARMS = (
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the command."""
-    extend(cli, "bench", bench)
+    extend_group(cli, "bench", bench)
     cli.command("report")(report)
 
 

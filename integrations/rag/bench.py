@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ...plugins.config import ConfigError, parse_assignments, unknown
+from ...plugins.config import ConfigError, parse_assignments, unknown_key_message
 from ...plugins.manager import plugins
 from ...retrieval.index import Index
 from ..bench import record
@@ -76,7 +76,7 @@ def arguments(arm: str) -> list[str]:
     for kind, known in kinds.items():
         if chosen.name in known:
             return [f"--{kind}", arm.replace("@", ",")]
-    raise ConfigError(unknown(f"arm '{arm}'", chosen.name, [*kinds["drafter"], *kinds["kv"], UNCACHED]))
+    raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*kinds["drafter"], *kinds["kv"], UNCACHED]))
 
 
 def run(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import single
+from ...plugins.cli import single_line
 from ...plugins.config import ConfigError
 from ...retrieval.cli.options import Folder, refusals
 
@@ -70,7 +70,7 @@ class Setup:
             _ = index.encoder  # a wrong one is refused now
             server = self.server
             if self.start is not None:
-                chosen = {kind: single(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
+                chosen = {kind: single_line(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
                 plugins = [word for kind, name in chosen.items() if name for word in (f"--{kind}", name)]
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import extend, harmless
+from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...retrieval.cli.options import AsJson, Host, Token, Where, check_host, lines
@@ -20,7 +20,7 @@ from .cli_options import Setup, command, rag
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     cli.add_typer(rag, name="rag")
-    extend(cli, "bench", eval_command.bench)
+    extend_group(cli, "bench", eval_command.bench)
 
 
 @command("ask")
@@ -59,7 +59,7 @@ def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
                 async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
                     found, text = await _shown(events)
             except (ConfigError, RetrievalError) as error:  # the next question may fare better
-                typer.echo(harmless(f"\npilotfish: {error}"), err=True)
+                typer.echo(strip_control_characters(f"\npilotfish: {error}"), err=True)
                 continue
             history = prompt.continued(history, found, question, text)
         await answerer.close()
@@ -97,7 +97,7 @@ async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
             case Found():
                 passages = event.passages
             case Text():
-                typer.echo(harmless(event.text), nl=False)
+                typer.echo(strip_control_characters(event.text), nl=False)
             case Done():
                 text = event.text
                 typer.echo("")
@@ -112,7 +112,7 @@ def _grounds(done: Any, passages: Any) -> None:
         how = "" if done.cited else "  (by its words; the answer names none)"
         for p in passages:
             if p.number in named:
-                typer.echo(harmless(f"[{p.number}] {p.id}: {p.snippet}{how}"))
+                typer.echo(strip_control_characters(f"[{p.number}] {p.id}: {p.snippet}{how}"))
     elif done.known:
         typer.echo("\n(the answer names no passage, and its words are those of none: do not rely on it)")
     if done.ended == "length":

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from pilotfish._internal import cpp_build
 
 from ..head_window import HeadWindow
-from ..selection import GROUP
-from .paged_decode import TYPES, Cache, Head, Prompts, Rows
+from ..selection import PAGE_SIZE
+from .paged_decode import DTYPES, CacheView, DecodeBatch, HeadView, PromptSpans
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-FEW = 2  # query tokens of a request that are read one by one
+MAX_DECODE_TOKENS = 2  # query tokens of a request that are read one by one
 
 
 class _Window(Structure):
@@ -32,14 +32,14 @@ class _Window(Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load_head_cache_library() -> ctypes.CDLL:
     """The compiled kernels, with their signatures.
 
     Raises:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
     lib = cpp_build.load("head_cache", Path(__file__).parent)
-    cache, rows, window, where = POINTER(Cache), c_void_p, POINTER(_Window), (c_void_p, c_int64)
+    cache, rows, window, where = POINTER(CacheView), c_void_p, POINTER(_Window), (c_void_p, c_int64)
     lib.pilotfish_store.argtypes = (c_int, cache, c_void_p, c_int, *where, *where, c_int)
     lib.pilotfish_update_means.argtypes = (c_int, cache, c_int, c_void_p, c_void_p, c_int, c_int64, c_int)
     for attend in (lib.pilotfish_attend, lib.pilotfish_read_prompts):
@@ -74,23 +74,23 @@ class WindowedStep:
 
         spans = list(zip(begins, ends, strict=True))
         firsts = [0, *accumulate(e - b for b, e in spans)]
-        few = [r for r, (b, e) in enumerate(spans) if e - b <= FEW]
+        few = [r for r, (b, e) in enumerate(spans) if e - b <= MAX_DECODE_TOKENS]
         tokens = [(r, i) for r in few for i in range(ends[r] - begins[r])]
-        many = [r for r, (b, e) in enumerate(spans) if e - b > FEW]
+        many = [r for r, (b, e) in enumerate(spans) if e - b > MAX_DECODE_TOKENS]
         prompts = [many, [firsts[r] for r in many], [begins[r] + 1 for r in many], [ends[r] - begins[r] for r in many]]
         self.begins, self.ends = (torch.tensor(x, dtype=torch.int32) for x in (begins, ends))
         self.gaps = torch.tensor([left_out(r, n) for r, (b, e) in enumerate(spans) for n in range(b, e)])
-        self.gaps = (self.gaps // GROUP).int()
+        self.gaps = (self.gaps // PAGE_SIZE).int()
         self.rows = self.prompts = None
         if tokens:
             places, contexts = [firsts[r] + i for r, i in tokens], [begins[r] + i + 1 for r, i in tokens]
-            self.rows = Rows([r for r, _ in tokens], places, contexts, query_heads)
+            self.rows = DecodeBatch([r for r, _ in tokens], places, contexts, query_heads)
         if many:
             self._prompts = torch.tensor(prompts, dtype=torch.int32)
-            self.prompts = Prompts(len(many), query_heads, *(x.data_ptr() for x in self._prompts), None, None)
+            self.prompts = PromptSpans(len(many), query_heads, *(x.data_ptr() for x in self._prompts), None, None)
 
 
-class HeadCaches:
+class CPUHeadCaches:
     """The KV heads of one layer."""
 
     def __init__(self, caches: "Sequence[Tensor]", windowed: Sequence[bool], window: HeadWindow) -> None:
@@ -112,9 +112,9 @@ class HeadCaches:
         size, item = width // 2, first.element_size()
         room = block_size * width * item + means_bytes(size)
         for cache, leaves_out in zip(caches, windowed, strict=True):
-            if str(cache.dtype) not in TYPES or cache.dtype != first.dtype or cache.shape[1:] != first.shape[1:]:
+            if str(cache.dtype) not in DTYPES or cache.dtype != first.dtype or cache.shape[1:] != first.shape[1:]:
                 raise ValueError(f"caches {tuple(cache.shape)} {cache.dtype} and {tuple(first.shape)} {first.dtype}")
-            if heads != 1 or size % 16 or block_size % GROUP or cache.stride()[2:] != (width, 1):
+            if heads != 1 or size % 16 or block_size % PAGE_SIZE or cache.stride()[2:] != (width, 1):
                 raise ValueError(f"a cache of shape {tuple(cache.shape)}, strides {cache.stride()}")
             if leaves_out and cache.stride(0) * item < room:
                 raise ValueError(
@@ -122,11 +122,11 @@ class HeadCaches:
                 )
         self.window, self.block_size, self.size = window, block_size, size
         self.sink_blocks = window.sink_blocks(block_size)
-        self._type = TYPES[str(first.dtype)]
+        self._type = DTYPES[str(first.dtype)]
         self._means = block_size * width  # where they begin, in elements
         blocks = zip(caches, windowed, strict=True)
-        self._heads = (Head * len(caches))(*((c.data_ptr(), c.stride(0), None, 0, leaves) for c, leaves in blocks))
-        self._cache = Cache(self._heads, len(caches), block_size, size)
+        self._heads = (HeadView * len(caches))(*((c.data_ptr(), c.stride(0), None, 0, leaves) for c, leaves in blocks))
+        self._cache = CacheView(self._heads, len(caches), block_size, size)
         self._slots = (c_void_p * len(caches))()
         self._kept = list(caches)  # alive, while pointers to them are
         self._threads = torch.get_num_threads
@@ -142,9 +142,9 @@ class HeadCaches:
             self._heads[h].table, self._heads[h].table_stride = table.data_ptr(), table.stride(0)
             self._slots[h] = places.data_ptr()
 
-    def store(self, key: "Tensor", value: "Tensor") -> None:
+    def store_kv(self, key: "Tensor", value: "Tensor") -> None:
         """Write new keys and values, each [tokens, kv_heads, head_size]."""
-        library().pilotfish_store(
+        load_head_cache_library().pilotfish_store(
             self._type,
             byref(self._cache),
             self._slots,
@@ -158,7 +158,7 @@ class HeadCaches:
 
     def update_means(self, step: WindowedStep) -> None:
         """Compute the means of blocks that a step begins; call it when the step's keys and values are stored."""
-        library().pilotfish_update_means(
+        load_head_cache_library().pilotfish_update_means(
             self._type,
             byref(self._cache),
             len(step.begins),
@@ -179,10 +179,12 @@ class HeadCaches:
             step: Says what each token sees.
         """
         means = self._means if self.window.compensation else -1
-        window = _Window(self.sink_blocks * self.block_size // GROUP, step.gaps.data_ptr(), means)
+        window = _Window(self.sink_blocks * self.block_size // PAGE_SIZE, step.gaps.data_ptr(), means)
         where = (query.data_ptr(), query.stride(0), output.data_ptr(), output.stride(0))
         common = (byref(window), scale, *where, self._threads())
         if step.rows is not None:
-            library().pilotfish_attend(self._type, byref(self._cache), byref(step.rows.struct), *common)
+            load_head_cache_library().pilotfish_attend(self._type, byref(self._cache), byref(step.rows.struct), *common)
         if step.prompts is not None:
-            library().pilotfish_read_prompts(self._type, byref(self._cache), byref(step.prompts), *common)
+            load_head_cache_library().pilotfish_read_prompts(
+                self._type, byref(self._cache), byref(step.prompts), *common
+            )

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 64  # positions that a program looks at together
-LEAST_ROWS = 16  # of a matrix product on tensor cores
-ROWS = 64  # of a program that reads a prompt
-PROGRAMS = 256  # that keep a large GPU busy: fewer tiles are split along their contexts
-SPLITS = 16
+MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
+PROMPT_ROWS = 64  # of a program that reads a prompt
+TARGET_PROGRAMS = 256  # that keep a large GPU busy: fewer tiles are split along their contexts
+MAX_SPLITS = 16
 
 
 @dataclass(frozen=True)
-class Step:
+class TritonWindowedStep:
     """The requests of a step, as vLLM's metadata names them.
 
     Attributes:
@@ -46,7 +46,7 @@ class Step:
     max_seq_len: int
 
 
-class HeadCaches:
+class TritonHeadCaches:
     """The KV heads of one layer."""
 
     def __init__(self, caches: "Sequence[Tensor]", windowed: Sequence[bool], window: HeadWindow) -> None:
@@ -102,9 +102,9 @@ class HeadCaches:
             self._places[key] = torch.tensor(rows, dtype=torch.int64).to(self._caches[0].device)
         self._where = self._places[key]
 
-    def store(self, key: "Tensor", value: "Tensor") -> None:
+    def store_kv(self, key: "Tensor", value: "Tensor") -> None:
         """Write new keys and values, each [tokens, kv_heads, head_size]."""
-        kernels.store[(len(key), key.shape[1])](
+        kernels.store_kv_kernel[(len(key), key.shape[1])](
             key,
             value,
             self._where,
@@ -115,9 +115,9 @@ class HeadCaches:
             BLOCK=self.block_size,
         )
 
-    def update_means(self, step: Step) -> None:
+    def update_means(self, step: TritonWindowedStep) -> None:
         """Compute the means of blocks that a step begins; call it when the step's keys and values are stored."""
-        kernels.update_means[(len(step.seq_lens), len(self._caches), 2)](
+        kernels.update_means_kernel[(len(step.seq_lens), len(self._caches), 2)](
             self._caches[0],
             self._where,
             step.query_start_loc,
@@ -128,7 +128,7 @@ class HeadCaches:
             BLOCK=self.block_size,
         )
 
-    def attend(self, query: "Tensor", scale: float, output: "Tensor", step: Step) -> None:
+    def attend(self, query: "Tensor", scale: float, output: "Tensor", step: TritonWindowedStep) -> None:
         """Attention of the step's tokens.
 
         Args:
@@ -140,17 +140,19 @@ class HeadCaches:
         tokens, heads, size = query.shape
         kv_heads, requests = len(self._caches), len(step.seq_lens)
         share = heads // kv_heads
-        rows = max(LEAST_ROWS, triton.next_power_of_2(share))
+        rows = max(MIN_DOT_ROWS, triton.next_power_of_2(share))
         if step.max_query_len > 1:
-            rows = max(rows, ROWS)
+            rows = max(rows, PROMPT_ROWS)
         together = rows // share
         tiles = triton.cdiv(step.max_query_len, together)
         splits = min(
-            SPLITS, triton.cdiv(PROGRAMS, requests * tiles * kv_heads), triton.cdiv(step.max_seq_len, 4 * TILE)
+            MAX_SPLITS,
+            triton.cdiv(TARGET_PROGRAMS, requests * tiles * kv_heads),
+            triton.cdiv(step.max_seq_len, 4 * TILE),
         )
         parts = torch.empty(tokens, heads, splits, size, dtype=torch.float32, device=query.device)
         tops, totals = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=query.device)
-        kernels.attend[(requests * tiles, kv_heads, splits)](
+        kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
             query,
             self._where,
             step.query_start_loc,
@@ -176,6 +178,6 @@ class HeadCaches:
             EXACT=self.window.exact_prefill,
             COMPENSATION=self.window.compensation,
         )
-        kernels.merge[(tokens, heads)](
+        kernels.merge_splits_kernel[(tokens, heads)](
             parts, tops, totals, output, splits, output.stride(0), HEADS=heads, **self._sizes
         )

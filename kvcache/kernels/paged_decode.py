@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from pilotfish._internal import cpp_build
 
-from ..selection import GROUP, Rule
+from ..selection import PAGE_SIZE, SelectionRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
+DTYPES = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 AGGREGATES = {"head": 0, "kv_head": 0, "sum": 0, "max": 1, "union": 2}  # enum Aggregate
 
 
-class Head(Structure):
+class HeadView(Structure):
     """Where the keys and values of a KV head are; `attend.hpp`."""
 
     _fields_ = (
@@ -35,13 +35,13 @@ class Head(Structure):
     )
 
 
-class Cache(Structure):
+class CacheView(Structure):
     """The heads of a layer; `attend.hpp`."""
 
-    _fields_ = (("heads", POINTER(Head)), ("kv_heads", c_int32), ("block_size", c_int32), ("head_size", c_int32))
+    _fields_ = (("heads", POINTER(HeadView)), ("kv_heads", c_int32), ("block_size", c_int32), ("head_size", c_int32))
 
 
-class _Rows(Structure):
+class _DecodeBatch(Structure):
     _fields_ = (
         ("count", c_int32),
         ("query_heads", c_int32),
@@ -51,7 +51,7 @@ class _Rows(Structure):
     )
 
 
-class Prompts(Structure):
+class PromptSpans(Structure):
     """Stretches of consecutive query tokens; `prompt.hpp`."""
 
     _fields_ = (
@@ -66,7 +66,7 @@ class Prompts(Structure):
     )
 
 
-class _Choice(Structure):
+class _SelectedTokens(Structure):
     _fields_ = (
         ("sets", c_int32),
         ("capacity", c_int32),
@@ -76,19 +76,24 @@ class _Choice(Structure):
     )
 
 
-class _Rule(Structure):
+class _SelectionRule(Structure):
     _fields_ = tuple((name, c_int32) for name in ("sets", "aggregate", "budget", "sinks", "recent", "by_page"))
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load_paged_decode_library() -> ctypes.CDLL:
     """The compiled kernels, with their signatures.
 
     Raises:
         NoCompiler: they are not in the cache, and nothing can compile them.
     """
     lib = cpp_build.load("paged_decode", Path(__file__).parent)
-    cache, rows, choice, rule = POINTER(Cache), POINTER(_Rows), POINTER(_Choice), POINTER(_Rule)
+    cache, rows, choice, rule = (
+        POINTER(CacheView),
+        POINTER(_DecodeBatch),
+        POINTER(_SelectedTokens),
+        POINTER(_SelectionRule),
+    )
     where = (c_void_p, c_int64)
     lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *where, *where, *where, c_int)
     lib.pilotfish_decode.restype = c_int
@@ -99,7 +104,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-class Rows:
+class DecodeBatch:
     """The query tokens of a step that are decoded by these kernels."""
 
     def __init__(self, request: Sequence[int], token: Sequence[int], context: Sequence[int], query_heads: int) -> None:
@@ -118,16 +123,16 @@ class Rows:
         self.context, self.longest = list(context), max(context)
         self._numbers = torch.tensor([request, token, context], dtype=torch.int32)
         pointers = [row.data_ptr() for row in self._numbers]
-        self.struct = _Rows(self.count, query_heads, *pointers)
+        self.struct = _DecodeBatch(self.count, query_heads, *pointers)
 
     @property
     def padded(self) -> int:
         """Length of a row of scores: the longest context in whole groups."""
-        return -(-self.longest // GROUP) * GROUP
+        return -(-self.longest // PAGE_SIZE) * PAGE_SIZE
 
 
 @dataclass
-class Choice:
+class SelectedTokens:
     """Chosen positions, as groups of `GROUP` and a bit mask for each.
 
     Attributes:
@@ -136,22 +141,22 @@ class Choice:
         sizes: [rows, sets] int32, groups in use.
     """
 
-    groups: "Tensor"
+    pages: "Tensor"
     masks: "Tensor"
-    sizes: "Tensor"
+    num_pages: "Tensor"
 
     def positions(self, row: int, chosen: int = 0) -> list[int]:
         """The positions of one row and set, ascending; a last page may reach beyond the context."""
-        size = int(self.sizes[row, chosen])
-        pairs = zip(self.groups[row, chosen, :size].tolist(), self.masks[row, chosen, :size].tolist(), strict=True)
-        return [group * GROUP + bit for group, mask in pairs for bit in range(GROUP) if mask >> bit & 1]
+        size = int(self.num_pages[row, chosen])
+        pairs = zip(self.pages[row, chosen, :size].tolist(), self.masks[row, chosen, :size].tolist(), strict=True)
+        return [group * PAGE_SIZE + bit for group, mask in pairs for bit in range(PAGE_SIZE) if mask >> bit & 1]
 
-    def struct(self) -> _Choice:
-        pointers = (self.groups.data_ptr(), self.masks.data_ptr(), self.sizes.data_ptr())
-        return _Choice(self.groups.shape[1], self.groups.shape[2], *pointers)
+    def struct(self) -> _SelectedTokens:
+        pointers = (self.pages.data_ptr(), self.masks.data_ptr(), self.num_pages.data_ptr())
+        return _SelectedTokens(self.pages.shape[1], self.pages.shape[2], *pointers)
 
 
-def view(query: "Tensor", cache: "Tensor", block_table: "Tensor", output: "Tensor") -> Cache:
+def checked_cache_view(query: "Tensor", cache: "Tensor", block_table: "Tensor", output: "Tensor") -> CacheView:
     """The cache of a layer as the kernels read it; it must outlive what is returned.
 
     Args:
@@ -166,36 +171,36 @@ def view(query: "Tensor", cache: "Tensor", block_table: "Tensor", output: "Tenso
     import torch
 
     size = query.shape[-1]
-    if str(query.dtype) not in TYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
+    if str(query.dtype) not in DTYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
         raise ValueError(f"query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
-    if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % GROUP or query.shape[1] % cache.shape[1]:
+    if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % PAGE_SIZE or query.shape[1] % cache.shape[1]:
         raise ValueError(f"query {tuple(query.shape)}, cache {tuple(cache.shape)}")
     if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
         raise ValueError("a head is not contiguous")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         raise ValueError(f"block table of {block_table.dtype}")
-    return whole(cache, block_table.data_ptr(), block_table.stride(0))
+    return cache_view(cache, block_table.data_ptr(), block_table.stride(0))
 
 
-def whole(cache: "Tensor", table: "int | None" = None, table_stride: int = 0) -> Cache:
+def cache_view(cache: "Tensor", table: "int | None" = None, table_stride: int = 0) -> CacheView:
     """A cache as the kernels read it, unchecked; without a table of blocks for those that take slots."""
     blocks = (cache.stride(0), table, table_stride, 0)
     step = cache.stride(1) * cache.element_size()
-    heads = (Head * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
-    return Cache(heads, cache.shape[1], cache.shape[2], cache.shape[3] // 2)
+    heads = (HeadView * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
+    return CacheView(heads, cache.shape[1], cache.shape[2], cache.shape[3] // 2)
 
 
-_EVERYTHING = _Choice(0, 0, None, None, None)
+_ALL_TOKENS = _SelectedTokens(0, 0, None, None, None)
 
 
-def decode(
+def paged_decode_attention(
     query: "Tensor",
     cache: "Tensor",
     block_table: "Tensor",
-    rows: Rows,
+    rows: DecodeBatch,
     scale: float,
     output: "Tensor",
-    choice: Choice | None = None,
+    choice: SelectedTokens | None = None,
     logits: "Tensor | None" = None,
 ) -> None:
     """Attention of one query token per row; writes the rows' part of ``output``.
@@ -215,12 +220,12 @@ def decode(
     """
     import torch
 
-    paged = view(query, cache, block_table, output)
-    library().pilotfish_decode(
-        TYPES[str(query.dtype)],
+    paged = checked_cache_view(query, cache, block_table, output)
+    load_paged_decode_library().pilotfish_decode(
+        DTYPES[str(query.dtype)],
         byref(paged),
         byref(rows.struct),
-        byref(_EVERYTHING if choice is None else choice.struct()),
+        byref(_ALL_TOKENS if choice is None else choice.struct()),
         scale,
         query.data_ptr(),
         query.stride(0),
@@ -232,15 +237,15 @@ def decode(
     )
 
 
-def importance(rows: Rows, rule: Rule, kv_heads: int, logits: "Tensor") -> "Tensor":
+def token_scores(rows: DecodeBatch, rule: SelectionRule, kv_heads: int, logits: "Tensor") -> "Tensor":
     """How much each position matters to each set of heads: [rows, sets, padded] float32; ``logits`` are overwritten."""
     import torch
 
-    sets = rule.sets(rows.query_heads, kv_heads)
+    sets = rule.num_head_groups(rows.query_heads, kv_heads)
     result = torch.empty(rows.count, sets, logits.shape[2])
-    library().pilotfish_importance(
+    load_paged_decode_library().pilotfish_importance(
         byref(rows.struct),
-        byref(_rule(rule, sets)),
+        byref(_rule_struct(rule, sets)),
         logits.data_ptr(),
         result.data_ptr(),
         logits.shape[2],
@@ -249,21 +254,21 @@ def importance(rows: Rows, rule: Rule, kv_heads: int, logits: "Tensor") -> "Tens
     return result
 
 
-def choose(rows: Rows, rule: Rule, scores: "Tensor") -> Choice:
+def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> SelectedTokens:
     """The positions that ``rule`` keeps by the ``scores`` of `importance`."""
     import torch
 
     sets = scores.shape[1]
-    units = rule.budget if rule.granularity == "token" else rule.budget // GROUP
-    shape = (rows.count, sets, min(max(units, 1), rows.padded // GROUP))
-    choice = Choice(
+    units = rule.budget if rule.granularity == "token" else rule.budget // PAGE_SIZE
+    shape = (rows.count, sets, min(max(units, 1), rows.padded // PAGE_SIZE))
+    choice = SelectedTokens(
         torch.empty(shape, dtype=torch.int32),
         torch.empty(shape, dtype=torch.int32),
         torch.empty(shape[:2], dtype=torch.int32),
     )
-    library().pilotfish_choose(
+    load_paged_decode_library().pilotfish_choose(
         byref(rows.struct),
-        byref(_rule(rule, sets)),
+        byref(_rule_struct(rule, sets)),
         scores.data_ptr(),
         scores.shape[2],
         byref(choice.struct()),
@@ -272,6 +277,6 @@ def choose(rows: Rows, rule: Rule, scores: "Tensor") -> Choice:
     return choice
 
 
-def _rule(rule: Rule, sets: int) -> _Rule:
+def _rule_struct(rule: SelectionRule, sets: int) -> _SelectionRule:
     by_page = rule.granularity == "page"
-    return _Rule(sets, AGGREGATES[rule.aggregate], rule.budget, rule.sinks, rule.recent, by_page)
+    return _SelectionRule(sets, AGGREGATES[rule.head_aggregation], rule.budget, rule.sinks, rule.recent, by_page)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from ..selection import GROUP, Rule
+from ..selection import PAGE_SIZE, SelectionRule
 from . import programs_triton as kernels
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 TILE = 128  # positions that a program looks at together
 SPLIT = 1024  # positions of one program of `programs_triton.unit_scores`
-LEAST_ROWS = 16  # of a matrix product on tensor cores
+MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
 
 
 @dataclass(frozen=True)
-class Batch:
+class DeviceBatch:
     """The requests of a step, as vLLM's metadata names them.
 
     Attributes:
@@ -47,13 +47,13 @@ class Batch:
     block_table: "Tensor"
     max_seq_len: int
 
-    def is_sparse(self, rule: Rule) -> "Tensor":
+    def is_sparse(self, rule: SelectionRule) -> "Tensor":
         """[requests] bool: which requests decode one token beyond the budget."""
         one = self.query_start_loc[1:] - self.query_start_loc[:-1] == 1
         return one & (self.seq_lens > rule.budget)
 
 
-def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale: float) -> "Tensor":
+def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: SelectionRule, scale: float) -> "Tensor":
     """How much each unit (a page, or a position) matters to each set of heads.
 
     Args:
@@ -70,11 +70,11 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
     requests, (heads, size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
     by_page = rule.granularity == "page"
     # Sums over heads can be taken page by page, which needs a 32nd of the memory; other aggregates cannot.
-    unit = GROUP if by_page and rule.aggregate in ("head", "kv_head", "sum") else 1
-    units = -(-batch.max_seq_len // GROUP) * GROUP // unit
+    unit = PAGE_SIZE if by_page and rule.head_aggregation in ("head", "kv_head", "sum") else 1
+    units = -(-batch.max_seq_len // PAGE_SIZE) * PAGE_SIZE // unit
     scores = torch.full((requests, heads, units), float("-inf"), dtype=torch.float32, device=query.device)
     share = heads // kv_heads
-    kernels.unit_scores[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
+    kernels.unit_scores_kernel[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
         query,
         cache,
         batch.block_table,
@@ -89,7 +89,7 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
         batch.block_table.stride(0),
         HEADS=heads,
         SHARE=share,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(share)),
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(share)),
         SIZE=size,
         SIZE_PADDED=triton.next_power_of_2(size),
         BLOCK=cache.shape[2],
@@ -99,11 +99,11 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
     )
     totals = scores.logsumexp(-1)
     least = torch.full_like(totals, float("-inf"))
-    if rule.aggregate == "union":
+    if rule.head_aggregation == "union":
         least = scores.topk(min(rule.budget - rule.recent, units), sorted=False).values.amin(-1)
-    sets = rule.sets(heads, kv_heads)
+    sets = rule.num_head_groups(heads, kv_heads)
     result = torch.empty(requests, sets, units, dtype=torch.float32, device=query.device)
-    kernels.importance[(requests, sets, triton.cdiv(units, TILE))](
+    kernels.token_scores_kernel[(requests, sets, triton.cdiv(units, TILE))](
         scores,
         totals,
         least,
@@ -114,15 +114,15 @@ def importance(query: "Tensor", cache: "Tensor", batch: Batch, rule: Rule, scale
         units,
         HEADS=heads,
         SETS=sets,
-        TAKE_MAX=rule.aggregate == "max",
+        TAKE_MAX=rule.head_aggregation == "max",
         TILE=TILE,
     )
     if by_page and unit == 1:
-        result = result.view(requests, sets, units // GROUP, GROUP).sum(-1)
+        result = result.view(requests, sets, units // PAGE_SIZE, PAGE_SIZE).sum(-1)
     return result
 
 
-def choose(scores: "Tensor", batch: Batch, rule: Rule) -> "Tensor":
+def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
     """The units that ``rule`` keeps by the ``scores`` of `importance`.
 
     Sinks, recent positions and the current one are always among them.
@@ -130,7 +130,7 @@ def choose(scores: "Tensor", batch: Batch, rule: Rule) -> "Tensor":
     Returns:
         [requests, sets, budget in units] int32, ascending; what stands there for other requests means nothing.
     """
-    unit = GROUP if rule.granularity == "page" else 1
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
     units = scores.shape[-1]
     number = torch.arange(units, device=scores.device)
     context = batch.seq_lens[:, None, None]
@@ -141,13 +141,15 @@ def choose(scores: "Tensor", batch: Batch, rule: Rule) -> "Tensor":
     return kept.sort(-1).values.int()
 
 
-def can_shorten(rule: Rule, block_size: int) -> bool:
+def can_shorten_block_table(rule: SelectionRule, block_size: int) -> bool:
     """Whether a shortened block table can express what ``rule`` keeps: whole blocks that all heads share."""
-    shared = rule.aggregate in ("sum", "max", "union")
-    return shared and rule.granularity == "page" and GROUP % block_size == 0
+    shared = rule.head_aggregation in ("sum", "max", "union")
+    return shared and rule.granularity == "page" and PAGE_SIZE % block_size == 0
 
 
-def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int) -> tuple["Tensor", "Tensor"]:
+def shorten_block_table(
+    kept: "Tensor", batch: DeviceBatch, rule: SelectionRule, block_size: int
+) -> tuple["Tensor", "Tensor"]:
     """The batch's block table and lengths, of sparse requests with their kept pages only.
 
     Args:
@@ -162,7 +164,7 @@ def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int) -> tuple[
     requests = len(batch.seq_lens)
     blocks = -(-batch.max_seq_len // block_size)
     table, lens = torch.empty_like(batch.block_table), torch.empty_like(batch.seq_lens)
-    kernels.shorten[(requests, triton.cdiv(blocks, TILE))](
+    kernels.shorten_block_table_kernel[(requests, triton.cdiv(blocks, TILE))](
         batch.block_table,
         kept,
         batch.query_start_loc,
@@ -173,18 +175,18 @@ def shorten(kept: "Tensor", batch: Batch, rule: Rule, block_size: int) -> tuple[
         kept.shape[-1],
         batch.block_table.stride(0),
         table.stride(0),
-        PAGE_BLOCKS=GROUP // block_size,
-        PAGE=GROUP,
+        PAGE_BLOCKS=PAGE_SIZE // block_size,
+        PAGE=PAGE_SIZE,
         TILE=TILE,
     )
     return table, lens
 
 
-def decode(
+def paged_decode_attention(
     query: "Tensor",
     cache: "Tensor",
-    batch: Batch,
-    rule: Rule,
+    batch: DeviceBatch,
+    rule: SelectionRule,
     scale: float,
     output: "Tensor",
     kept: "Tensor",
@@ -202,7 +204,7 @@ def decode(
     """
     _check(query, cache, batch)
     requests, (heads, size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
-    unit = GROUP if rule.granularity == "page" else 1
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
     sets, units = kept.shape[1:]
     count = triton.cdiv(units * unit, TILE)
     together = 1 if sets == heads else heads // kv_heads
@@ -210,7 +212,7 @@ def decode(
     parts = torch.empty(requests, heads, count, size, **workspace)
     tops, totals = torch.empty(2, requests, heads, count, **workspace)
     sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
-    kernels.decode_part[(requests, heads // together, count)](
+    kernels.sparse_decode_kernel[(requests, heads // together, count)](
         query,
         cache,
         batch.block_table,
@@ -229,13 +231,13 @@ def decode(
         **sizes,
         SHARE=heads // kv_heads,
         TOGETHER=together,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(together)),
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(together)),
         SETS=sets,
         BLOCK=cache.shape[2],
         UNIT=unit,
         TILE=TILE,
     )
-    kernels.decode_merge[(requests, heads)](
+    kernels.merge_decode_splits_kernel[(requests, heads)](
         parts,
         tops,
         totals,
@@ -249,7 +251,7 @@ def decode(
     )
 
 
-def _check(query: "Tensor", cache: "Tensor", batch: Batch) -> None:
+def _check(query: "Tensor", cache: "Tensor", batch: DeviceBatch) -> None:
     """Refuse what the kernels would misread.
 
     Raises:

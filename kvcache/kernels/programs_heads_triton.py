@@ -9,13 +9,13 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_triton import go_on, merge_parts
+from .programs_triton import merge_splits, online_softmax_step
 
 jit = cast(Any, triton.jit)
 
 
 @jit
-def head_of(where, kv_head, like):
+def load_head(where, kv_head, like):
     """(cache, block table, row length, windowed) of a KV head; the cache's numbers are of ``like``'s type."""
     at = where + kv_head * 5
     cache = tl.load(at).to(tl.pointer_type(like.dtype.element_ty))
@@ -24,7 +24,7 @@ def head_of(where, kv_head, like):
 
 
 @jit
-def store(
+def store_kv_kernel(
     key,
     value,
     where,
@@ -37,7 +37,7 @@ def store(
 ):
     """Write one token's key and value to the block of one head."""
     token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    cache, _, _, _ = head_of(where, kv_head, key)
+    cache, _, _, _ = load_head(where, kv_head, key)
     slot = tl.load(tl.load(where + kv_head * 5 + 2).to(tl.pointer_type(tl.int64)) + token)
     if slot >= 0:
         d = tl.arange(0, SIZE_PADDED)
@@ -48,7 +48,7 @@ def store(
 
 
 @jit
-def update_means(
+def update_means_kernel(
     like,
     where,
     starts,
@@ -61,7 +61,7 @@ def update_means(
 ):
     """Means of K (or of V) for each block that takes its first token in this step, one after the other."""
     request, kv_head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cache, table, row, windowed = head_of(where, kv_head, like)
+    cache, table, row, windowed = load_head(where, kv_head, like)
     end = tl.load(seq_lens + request)
     begin = end - (tl.load(starts + request + 1) - tl.load(starts + request))
     if windowed & (begin < end):
@@ -81,7 +81,7 @@ def update_means(
 
 
 @jit
-def left_out(before, windowed, sinks, window, ratio, BLOCK: tl.constexpr):
+def num_evicted(before, windowed, sinks, window, ratio, BLOCK: tl.constexpr):
     """Positions behind the sinks that tokens with ``before`` positions before them do not see: whole blocks."""
     longest = window + before * 0
     if ratio > 0:
@@ -106,7 +106,7 @@ def compensation(q, cache, table, gap, sinks, scale, block_stride, SIZE: tl.cons
 
 
 @jit
-def attend(
+def windowed_attention_kernel(
     query,
     where,
     starts,
@@ -140,7 +140,7 @@ def attend(
     length = tl.load(starts + request + 1) - start
     first = tile * TOKENS
     if first < length:
-        cache, table, row, windowed = head_of(where, kv_head, query)
+        cache, table, row, windowed = load_head(where, kv_head, query)
         table += request * row
         i, d = tl.arange(0, ROWS), tl.arange(0, SIZE_PADDED)
         token = tl.minimum(first + i // SHARE, length - 1)  # rows behind the last repeat it, and are not stored
@@ -153,7 +153,7 @@ def attend(
             other=0.0,
         )
         before = context - length + token  # positions before each token
-        gap = left_out(before, windowed, sinks, window, ratio, BLOCK)
+        gap = num_evicted(before, windowed, sinks, window, ratio, BLOCK)
         if EXACT:
             gap = tl.where(tl.load(in_prompt + request) != 0, 0, gap)
         least = tl.min(gap, 0)
@@ -179,7 +179,7 @@ def attend(
             dropped = (position[None, :] >= edge) & (position[None, :] < edge + gap[:, None])
             x = tl.where((position[None, :] <= before[:, None]) & inside[None, :] & ~dropped, x, -float("inf"))
             v = tl.load(at[:, None] + SIZE + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            top, total, mixed = go_on(x, v, top, total, mixed)
+            top, total, mixed = online_softmax_step(x, v, top, total, mixed)
 
         to = ((start + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
         tl.store(parts + to[:, None] * SIZE + d[None, :], mixed, mask=mine[:, None] & there[None, :])
@@ -188,7 +188,7 @@ def attend(
 
 
 @jit
-def merge(
+def merge_splits_kernel(
     parts,
     tops,
     totals,
@@ -203,6 +203,6 @@ def merge(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, SIZE_PADDED)
     base = (token * HEADS + head) * count
-    merged = merge_parts(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
+    merged = merge_splits(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
     to = output + token * output_stride + head * SIZE + d
     tl.store(to, merged.to(output.dtype.element_ty), mask=d < SIZE)

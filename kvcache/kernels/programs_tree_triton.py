@@ -5,13 +5,13 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_triton import go_on, merge_parts
+from .programs_triton import merge_splits, online_softmax_step
 
 jit = cast(Any, triton.jit)
 
 
 @jit
-def attend(
+def tree_attention_kernel(
     query,
     cache,
     table,
@@ -75,7 +75,7 @@ def attend(
             seen = (position < before)[None, :] | (((word >> (node % 32)[None, :]) & 1) != 0)
             x = tl.where(seen & inside[None, :], x, -float("inf"))
             v = tl.load(at[:, None] + SIZE + d[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            top, total, mixed = go_on(x, v, top, total, mixed)
+            top, total, mixed = online_softmax_step(x, v, top, total, mixed)
 
         to = ((tl.load(at_tree + 5) + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
         tl.store(parts + to[:, None] * SIZE + d[None, :], mixed, mask=mine[:, None] & there[None, :])
@@ -84,7 +84,7 @@ def attend(
 
 
 @jit
-def merge(
+def merge_tree_splits_kernel(
     parts,
     tops,
     totals,
@@ -100,5 +100,5 @@ def merge(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(rows + row).to(tl.int64)
     d = tl.arange(0, SIZE_PADDED)
-    merged = merge_parts(parts, tops, totals, (row * HEADS + head) * count, count, d, SIZE, SIZE_PADDED)
+    merged = merge_splits(parts, tops, totals, (row * HEADS + head) * count, count, d, SIZE, SIZE_PADDED)
     tl.store(output + token * output_stride + head * SIZE + d, merged.to(output.dtype.element_ty), mask=d < SIZE)

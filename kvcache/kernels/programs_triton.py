@@ -17,7 +17,7 @@ def is_sparse(starts, seq_lens, request, budget):
 
 
 @jit
-def unit_scores(
+def unit_scores_kernel(
     query,
     cache,
     table,
@@ -76,7 +76,7 @@ def unit_scores(
 
 
 @jit
-def importance(
+def token_scores_kernel(
     scores,
     totals,
     least,
@@ -106,7 +106,7 @@ def importance(
 
 
 @jit
-def shorten(
+def shorten_block_table_kernel(
     table,
     kept,
     starts,
@@ -143,7 +143,7 @@ def shorten(
 
 
 @jit
-def decode_part(
+def sparse_decode_kernel(
     query,
     cache,
     table,
@@ -208,7 +208,7 @@ def decode_part(
 
 
 @jit
-def go_on(x, v, top, total, mixed):
+def online_softmax_step(x, v, top, total, mixed):
     """One more step of a softmax: scores [rows, positions], -inf where hidden, and values [positions, size]."""
     now = tl.maximum(top, tl.max(x, 1))
     some = tl.where(now == -float("inf"), 0.0, now)
@@ -219,7 +219,7 @@ def go_on(x, v, top, total, mixed):
 
 
 @jit
-def merge_parts(parts, tops, totals, base, count, d, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr):
+def merge_splits(parts, tops, totals, base, count, d, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr):
     """Attention of one head from its ``count`` parts, by log-sum-exp, in their order."""
     top = -float("inf")
     for i in range(count):
@@ -234,7 +234,7 @@ def merge_parts(parts, tops, totals, base, count, d, SIZE: tl.constexpr, SIZE_PA
 
 
 @jit
-def decode_merge(
+def merge_decode_splits_kernel(
     parts,
     tops,
     totals,
@@ -254,7 +254,7 @@ def decode_merge(
     if sparse:
         d = tl.arange(0, SIZE_PADDED)
         base = (request.to(tl.int64) * HEADS + head) * count
-        merged = merge_parts(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
+        merged = merge_splits(parts, tops, totals, base, count, d, SIZE, SIZE_PADDED)
         to = output + row.to(tl.int64) * output_stride + head * SIZE + d
         tl.store(to, merged.to(output.dtype.element_ty), mask=d < SIZE)
 

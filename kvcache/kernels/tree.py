@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from pilotfish._internal import cpp_build
 
-from ..selection import GROUP
-from .paged_decode import TYPES, Cache, Prompts, view, whole
+from ..selection import PAGE_SIZE
+from .paged_decode import DTYPES, CacheView, PromptSpans, cache_view, checked_cache_view
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load_tree_library() -> ctypes.CDLL:
     """The compiled kernels, with their signatures.
 
     Raises:
@@ -31,12 +31,20 @@ def library() -> ctypes.CDLL:
     """
     lib = cpp_build.load("tree", Path(__file__).parent)
     where = (c_void_p, c_int64)
-    lib.pilotfish_read_trees.argtypes = (c_int, POINTER(Cache), POINTER(Prompts), c_float, *where, *where, c_int)
-    lib.pilotfish_move.argtypes = (c_int, POINTER(Cache), c_int, c_void_p, c_void_p, c_int, c_int)
+    lib.pilotfish_read_trees.argtypes = (
+        c_int,
+        POINTER(CacheView),
+        POINTER(PromptSpans),
+        c_float,
+        *where,
+        *where,
+        c_int,
+    )
+    lib.pilotfish_move.argtypes = (c_int, POINTER(CacheView), c_int, c_void_p, c_void_p, c_int, c_int)
     return lib
 
 
-class Trees:
+class CPUTreeBatch:
     """The trees of a step."""
 
     def __init__(
@@ -58,25 +66,25 @@ class Trees:
         """
         import torch
 
-        bits = [words(mask) for mask in seen]
+        bits = [pack_mask(mask) for mask in seen]
         begins = np.cumsum([0, *(b.size for b in bits[:-1])])
         self._bits = torch.from_numpy(np.concatenate([b.ravel() for b in bits]).view(np.int32))
         self._begins = torch.from_numpy(begins.astype(np.int64))
         self._numbers = torch.tensor([request, token, context, [len(m) for m in seen]], dtype=torch.int32)
         pointers = (x.data_ptr() for x in (*self._numbers, self._bits, self._begins))
-        self.struct = Prompts(len(request), query_heads, *pointers)
+        self.struct = PromptSpans(len(request), query_heads, *pointers)
 
 
-def words(mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
+def pack_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
     """Which tokens of a tree each of them sees, [n, n], as bits, [n, words]."""
     n = len(mask)
-    padded = np.zeros((n, -(-n // GROUP) * GROUP), bool)
+    padded = np.zeros((n, -(-n // PAGE_SIZE) * PAGE_SIZE), bool)
     padded[:, :n] = mask
     return np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
 
 
-def read_trees(
-    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: Trees, scale: float, output: "Tensor"
+def tree_attention(
+    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: CPUTreeBatch, scale: float, output: "Tensor"
 ) -> None:
     """Attention of the trees' tokens, whose keys and values are in the cache; writes their rows of ``output``.
 
@@ -93,9 +101,9 @@ def read_trees(
     """
     import torch
 
-    paged = view(query, cache, block_table, output)
-    library().pilotfish_read_trees(
-        TYPES[str(query.dtype)],
+    paged = checked_cache_view(query, cache, block_table, output)
+    load_tree_library().pilotfish_read_trees(
+        DTYPES[str(query.dtype)],
         byref(paged),
         byref(trees.struct),
         scale,
@@ -107,13 +115,13 @@ def read_trees(
     )
 
 
-class Mover:
+class CPUKVMover:
     """Moves tokens within the caches of all layers."""
 
     def __init__(self, caches: "Sequence[Tensor]") -> None:
         """Look at ``caches``, each [blocks, kv_heads, block_size, 2 * head_size], all of one type."""
-        self._type, self._kept = TYPES[str(caches[0].dtype)], list(caches)
-        self._layers = (Cache * len(caches))(*map(whole, caches))
+        self._type, self._kept = DTYPES[str(caches[0].dtype)], list(caches)
+        self._layers = (CacheView * len(caches))(*map(cache_view, caches))
 
     def __call__(self, source: "Tensor", target: "Tensor") -> None:
         """Copy keys and values from slots to slots, [tokens] int64 each, one after the other.
@@ -123,7 +131,7 @@ class Mover:
         import torch
 
         source, target = source.contiguous(), target.contiguous()
-        library().pilotfish_move(
+        load_tree_library().pilotfish_move(
             self._type,
             self._layers,
             len(self._layers),

@@ -14,14 +14,14 @@ import triton
 from numpy.typing import NDArray
 
 from . import programs_tree_triton as kernels
-from .head_cache_triton import LEAST_ROWS, PROGRAMS, ROWS, SPLITS, TILE
-from .tree import words
+from .head_cache_triton import MAX_SPLITS, MIN_DOT_ROWS, PROMPT_ROWS, TARGET_PROGRAMS, TILE
+from .tree import pack_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Trees:
+class TritonTreeBatch:
     """The trees of a step, on the device; see `tree.Trees`."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Trees:
         seen: Sequence[NDArray[np.bool_]],
         device: torch.device,
     ) -> None:
-        bits = [words(mask) for mask in seen]
+        bits = [pack_mask(mask) for mask in seen]
         begins = np.cumsum([0, *(b.size for b in bits[:-1])])
         lengths = [len(mask) for mask in seen]
         firsts = np.cumsum([0, *lengths[:-1]])
@@ -45,8 +45,8 @@ class Trees:
         self.positions = max(c + n for c, n in zip(context, lengths, strict=True)) - 1
 
 
-def read_trees(
-    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: Trees, scale: float, output: "Tensor"
+def tree_attention(
+    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: TritonTreeBatch, scale: float, output: "Tensor"
 ) -> None:
     """Attention of the trees' tokens, see `tree.read_trees`.
 
@@ -58,15 +58,17 @@ def read_trees(
     if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride(3) != 1:
         raise ValueError(f"strides of query {query.stride()}, cache {cache.stride()}, output {output.stride()}")
     share = heads // kv_heads
-    rows = max(LEAST_ROWS, ROWS, triton.next_power_of_2(share))
+    rows = max(MIN_DOT_ROWS, PROMPT_ROWS, triton.next_power_of_2(share))
     together = rows // share
     tiles = triton.cdiv(trees.longest, together)
-    splits = min(SPLITS, triton.cdiv(PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE))
+    splits = min(
+        MAX_SPLITS, triton.cdiv(TARGET_PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE)
+    )
     shape = len(trees.rows), heads, splits
     parts = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
     tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
     sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
-    kernels.attend[(trees.count * tiles, kv_heads, splits)](
+    kernels.tree_attention_kernel[(trees.count * tiles, kv_heads, splits)](
         query,
         cache,
         block_table,
@@ -87,10 +89,12 @@ def read_trees(
         TILE=TILE,
         **sizes,
     )
-    kernels.merge[(len(trees.rows), heads)](parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes)
+    kernels.merge_tree_splits_kernel[(len(trees.rows), heads)](
+        parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes
+    )
 
 
-class Mover:
+class TritonKVMover:
     """Moves tokens within the caches of all layers, see `tree.Mover`."""
 
     def __init__(self, caches: "Sequence[Tensor]") -> None:

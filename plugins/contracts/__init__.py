@@ -6,13 +6,12 @@ Token ids are ``int32``, probabilities ``float32``. ``n`` is a number of tokens,
 from .base import Engine, NoOptions, Plugin, Unsupported
 from .drafting import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Float32, Int32
 from .kv import KVPolicy
-from .retrieval import Arrays, Encoder, IndexKind, Reading, Reason
-from .vision import Box, ImageLayout, LayerSchedule, Picture, PrunePlan, VisualPruner
+from .retrieval import Arrays, Encoder, IndexKind, ScoreExplanation, TermWeights
+from .vision import ImageFeatures, ImageLayout, LayerSchedule, PrunePlan, Region, VisualPruner
 
 __all__ = [
     "ROOT",
     "Arrays",
-    "Box",
     "Candidates",
     "DraftBudget",
     "DraftRequest",
@@ -21,17 +20,18 @@ __all__ = [
     "Encoder",
     "Engine",
     "Float32",
+    "ImageFeatures",
     "ImageLayout",
     "IndexKind",
     "Int32",
     "KVPolicy",
     "LayerSchedule",
     "NoOptions",
-    "Picture",
     "Plugin",
     "PrunePlan",
-    "Reading",
-    "Reason",
+    "Region",
+    "ScoreExplanation",
+    "TermWeights",
     "Unsupported",
     "VisualPruner",
 ]

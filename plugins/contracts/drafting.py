@@ -110,7 +110,7 @@ class Drafter(Plugin, ABC):
     default_nodes: ClassVar[int] = 64  # and, where trees are verified, most nodes
     candidates: int = 8  # how many of the model's next tokens `observe` is shown
     state_path: str | None = None  # where `save` and `load` keep the state between runs, if anywhere
-    whole: bool = False  # its trees have a size of their own: the engine verifies all of what it proposes
+    fixed_size: bool = False  # its trees have a size of their own: the engine verifies all of what it proposes
 
     @classmethod
     def needs_draft_model(cls, options: Any) -> bool:

@@ -39,7 +39,7 @@ class IndexKind(Plugin, ABC):
     def train(self, encoded: Any, expected: int) -> Arrays:
         """What all segments share, from the first of ``expected`` documents."""
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
+    def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """Whether so many documents are so many more than `train` saw that it should see them."""
         del shared, documents
         return False
@@ -94,19 +94,19 @@ class IndexKind(Plugin, ABC):
 
     def explain(
         self, searcher: Any, encoder: "Encoder", query: str, text: str, number: int, settings: Any, allow: Any
-    ) -> "list[Reason]":
+    ) -> "list[ScoreExplanation]":
         """Why a document has its score."""
         del searcher, encoder, query, text, number, settings, allow
         return []
 
-    def reading(self, encoder: "Encoder", query: str, text: str, settings: Any) -> "Reading | None":
+    def term_weights(self, encoder: "Encoder", query: str, text: str, settings: Any) -> "TermWeights | None":
         """A query and a document in words, where that is what they are made of."""
         del encoder, query, text, settings
         return None
 
 
 @dataclass(frozen=True)
-class Reading:
+class TermWeights:
     """Weighted words of a query and of a document, the heaviest first."""
 
     query: list[tuple[str, float]]
@@ -114,7 +114,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Reason:
+class ScoreExplanation:
     """A part of a score.
 
     Attributes:

@@ -12,7 +12,7 @@ from .base import Plugin
 if TYPE_CHECKING:
     from torch import Tensor
 
-Box = tuple[int, int, int, int]  # first row, row behind the last, first column, column behind the last
+Region = tuple[int, int, int, int]  # first row, row behind the last, first column, column behind the last
 
 
 @dataclass(frozen=True)
@@ -35,36 +35,36 @@ class ImageLayout:
 
     side: int
     crops: tuple[int, int] = (0, 0)
-    box: Box = (0, 0, 0, 0)
+    crop_region: Region = (0, 0, 0, 0)
     grid: tuple[int, int] = (0, 0)
     row_newlines: bool = False
     last_newlines: int = 0
     frames: int = 1
 
     @property
-    def first(self) -> int:
+    def base_tokens(self) -> int:
         """Tokens before the grid."""
         return self.frames * self.side * self.side
 
     @property
-    def cells(self) -> int:
+    def grid_tokens(self) -> int:
         """Tokens of the grid, without newlines."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def newlines(self) -> int:
+    def num_newlines(self) -> int:
         """Newline tokens."""
         return self.grid[0] * self.row_newlines + self.last_newlines
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """All tokens that the model takes of the picture when none is dropped."""
-        return self.first + self.cells + self.newlines
+        return self.base_tokens + self.grid_tokens + self.num_newlines
 
     @cached_property
-    def rectangles(self) -> tuple[Box, ...]:
+    def crop_regions(self) -> tuple[Region, ...]:
         """The part of the grid that each crop shows, crops row by row; empty for a crop of nothing but padding."""
-        (rows, columns), (top, bottom, left, right), (height, width) = self.crops, self.box, self.grid
+        (rows, columns), (top, bottom, left, right), (height, width) = self.crops, self.crop_region, self.grid
 
         def cut(parts: int, first: int, last: int, length: int) -> list[tuple[int, int]]:
             edges = [min(max(i * self.side, first), last) - first for i in range(parts + 1)]
@@ -75,9 +75,9 @@ class ImageLayout:
         return tuple((a, b, c, d) for a, b in cut(rows, top, bottom, height) for c, d in across)
 
     @property
-    def sizes(self) -> list[int]:
+    def crop_tokens(self) -> list[int]:
         """Tokens in each of `rectangles`."""
-        return [(bottom - top) * (right - left) for top, bottom, left, right in self.rectangles]
+        return [(bottom - top) * (right - left) for top, bottom, left, right in self.crop_regions]
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class PrunePlan:
         parts: The same by origin, as the pruner names it.
     """
 
-    tokens: int
+    num_tokens: int
     parts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFeatures:
     """What the tower made of a picture.
 
     Attributes:
@@ -110,8 +110,8 @@ class Picture:
 class VisualPruner(Plugin, ABC):
     """Drops or merges visual tokens. Which may depend on the picture, how many may not."""
 
-    scored: ClassVar[bool] = False  # whether it wants `Picture.scores`, which cost the tower something
-    videos: ClassVar[bool] = False  # whether it takes the frames of videos too; they stay whole otherwise
+    needs_scores: ClassVar[bool] = False  # whether it wants `Picture.scores`, which cost the tower something
+    prunes_videos: ClassVar[bool] = False  # whether it takes the frames of videos too; they stay whole otherwise
 
     @abstractmethod
     def __init__(self, options: Any) -> None: ...
@@ -121,10 +121,10 @@ class VisualPruner(Plugin, ABC):
         """How many tokens a picture of this layout gets."""
 
     @abstractmethod
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> "Tensor":
+    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
         """[plan.tokens] places in `Picture.tokens` of those that stay, in the order in which they are given."""
 
-    def apply(self, layout: ImageLayout, plan: PrunePlan, picture: Picture) -> "Tensor":
+    def apply(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
         """[plan.tokens, width] what the language model is given."""
         return picture.tokens[self.select(layout, plan, picture)]
 
@@ -149,6 +149,6 @@ class LayerSchedule:
     temperature: float
     iterations: int
 
-    def kept(self, layer: int) -> float:
+    def kept_share(self, layer: int) -> float:
         """Share of the visual tokens that is left after a layer."""
         return 1.0 if layer < self.first else max(0.0, 1 - (layer - self.first + 1) / (self.last - self.first))

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from pilotfish._internal.jit import jit
 
-from .adjacency_table import BIN_EDGES, FROM_TEXT, NONE, Acceptance, Rows
+from .adjacency_table import BIN_EDGES, FROM_TEXT, NONE, AcceptanceRates, AdjacencyTable
 
 
 @jit
-def _key(tail: NDArray[np.int32], length: int) -> np.uint64:
+def _context_hash(tail: NDArray[np.int32], length: int) -> np.uint64:
     """Hash of the last ``length`` tokens of ``tail``, never 0 (an empty slot)."""
     x = np.uint64(length) * np.uint64(0xC2B2AE3D27D4EB4F)  # contexts of different lengths must not begin alike
     for i in range(tail.shape[0] - length, tail.shape[0]):
@@ -36,12 +36,12 @@ def _row_of_token(token: int, vocab: int) -> "int | np.int64":
 
 
 @jit
-def find(rows: Rows, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int64, int]":
+def find_row(rows: AdjacencyTable, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int64, int]":
     """Row of the longest known context that ends ``tail`` ([t], at least one token), and that context's length."""
     slots = rows.keys.shape[0]
     vocab = rows.tokens.shape[0] - slots
     for length in range(min(order, tail.shape[0]), 1, -1):
-        key = _key(tail, length)
+        key = _context_hash(tail, length)
         slot = np.int64((key >> np.uint64(1)) & np.uint64(slots - 1))
         if rows.keys[slot] == key:
             return vocab + slot, length
@@ -49,12 +49,12 @@ def find(rows: Rows, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int
 
 
 @jit
-def _claim(rows: Rows, tail: NDArray[np.int32], length: int) -> "int | np.int64":
+def _claim_row(rows: AdjacencyTable, tail: NDArray[np.int32], length: int) -> "int | np.int64":
     """Row for the context of ``length`` tokens, emptied if another context had its place."""
     slots = rows.keys.shape[0]
     if length == 1:
         return _row_of_token(tail[-1], rows.tokens.shape[0] - slots)
-    key = _key(tail, length)
+    key = _context_hash(tail, length)
     slot = np.int64((key >> np.uint64(1)) & np.uint64(slots - 1))
     row = rows.tokens.shape[0] - slots + slot
     if rows.keys[slot] != key:
@@ -64,7 +64,7 @@ def _claim(rows: Rows, tail: NDArray[np.int32], length: int) -> "int | np.int64"
 
 
 @jit
-def _history(
+def _path_context(
     context: NDArray[np.int32], inputs: NDArray[np.int32], parents: NDArray[np.int32], node: int, out: NDArray[np.int32]
 ) -> NDArray[np.int32]:
     """The latest tokens up to and including ``node`` of a tree whose root follows ``context``, as a view of ``out``."""
@@ -83,7 +83,7 @@ def _history(
 
 
 @jit
-def confidence_of(prob: float) -> int:
+def confidence_bin(prob: float) -> int:
     """The bin of a probability."""
     for i in range(BIN_EDGES.shape[0]):
         if prob > BIN_EDGES[i]:
@@ -92,8 +92,8 @@ def confidence_of(prob: float) -> int:
 
 
 @jit
-def recycle(
-    rows: Rows,
+def update_rows(
+    rows: AdjacencyTable,
     order: int,
     context: NDArray[np.int32],
     inputs: NDArray[np.int32],
@@ -113,22 +113,22 @@ def recycle(
         node = n - 1 - step if step < n else step - n
         if accepted[node] != (step >= n) or ids[node, 0] < 0:
             continue
-        tail = _history(context, inputs, parents, node, buffer)
+        tail = _path_context(context, inputs, parents, node, buffer)
         for length in range(1, tail.shape[0] + 1):
-            row = _claim(rows, tail, length)
+            row = _claim_row(rows, tail, length)
             for rank in range(ids.shape[1]):
                 rows.tokens[row, rank] = ids[node, rank]
-                rows.confidence[row, rank] = confidence_of(probs[node, rank])
+                rows.confidence[row, rank] = confidence_bin(probs[node, rank])
 
 
 @jit
-def read_text(rows: Rows, order: int, text: NDArray[np.int32]) -> None:
+def prime_from_text(rows: AdjacencyTable, order: int, text: NDArray[np.int32]) -> None:
     """Put every bigram (and longer context) of a text ([t]) at the head of its row, moving the others back."""
     k = rows.tokens.shape[1]
     for i in range(text.shape[0] - 1):
         follower = text[i + 1]
         for length in range(1, min(order, i + 1) + 1):
-            row = _claim(rows, text[i + 1 - length : i + 1], length)
+            row = _claim_row(rows, text[i + 1 - length : i + 1], length)
             at = k - 1
             for rank in range(k):
                 if rows.tokens[row, rank] == follower or rows.tokens[row, rank] == NONE:
@@ -142,8 +142,8 @@ def read_text(rows: Rows, order: int, text: NDArray[np.int32]) -> None:
 
 
 @jit
-def calibrate(
-    rows: Rows, acceptance: Acceptance, order: int, context: NDArray[np.int32], tokens: NDArray[np.int32]
+def update_acceptance_rates(
+    rows: AdjacencyTable, acceptance: AcceptanceRates, order: int, context: NDArray[np.int32], tokens: NDArray[np.int32]
 ) -> None:
     """Count, for each of ``tokens`` [a] that followed ``context`` [m >= 1], which candidate of its row was right.
 
@@ -151,7 +151,7 @@ def calibrate(
     """
     text = np.concatenate((context, tokens))
     for i in range(context.shape[0], text.shape[0]):
-        row, length = find(rows, text[max(0, i - order) : i], order)
+        row, length = find_row(rows, text[max(0, i - order) : i], order)
         for rank in range(rows.tokens.shape[1]):
             token = rows.tokens[row, rank]
             if token == NONE:
@@ -167,8 +167,8 @@ def calibrate(
 
 
 @jit
-def expand(
-    rows: Rows,
+def grow_tree(
+    rows: AdjacencyTable,
     rate: NDArray[np.float32],
     order: int,
     context: NDArray[np.int32],
@@ -192,7 +192,7 @@ def expand(
     buffer = np.empty(order, np.int32)
     f, n = 0, 0
 
-    row, length = find(rows, context[max(0, context.shape[0] - order) :], order)
+    row, length = find_row(rows, context[max(0, context.shape[0] - order) :], order)
     parent, rank, base = NONE, 0, np.float32(1.0)
     while True:
         if rank < k and rows.tokens[row, rank] != NONE:  # open a place: the next candidate of (row, parent)
@@ -211,7 +211,7 @@ def expand(
         f_row[best], f_length[best], f_rank[best] = f_row[f], f_length[f], f_rank[f]
         f_parent[best], f_base[best], f_score[best] = f_parent[f], f_base[f], f_score[f]
         if depths[n] < max_depth:
-            child_row, child_length = find(rows, _history(context, tokens, parents, n, buffer), order)
+            child_row, child_length = find_row(rows, _path_context(context, tokens, parents, n, buffer), order)
             if rows.tokens[child_row, 0] != NONE:
                 f_row[f], f_length[f], f_rank[f], f_parent[f], f_base[f] = child_row, child_length, 0, n, score
                 f_score[f] = score * rate[child_length, 0, rows.confidence[child_row, 0]]
@@ -221,8 +221,8 @@ def expand(
 
 
 @jit
-def fill(
-    rows: Rows,
+def fill_static_tree(
+    rows: AdjacencyTable,
     rate: NDArray[np.float32],
     order: int,
     context: NDArray[np.int32],
@@ -268,7 +268,9 @@ def fill(
         depth = 1 if parent == NONE else depths[parent] + 1
         if depth > max_depth:
             break
-        row, length = find(rows, tail if parent == NONE else _history(context, tokens, parents, parent, buffer), order)
+        row, length = find_row(
+            rows, tail if parent == NONE else _path_context(context, tokens, parents, parent, buffer), order
+        )
         token = rows.tokens[row, ranks[node]] if ranks[node] < rows.tokens.shape[1] else NONE
         if token == NONE:
             continue

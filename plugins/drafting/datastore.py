@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pilotfish._internal.atomic_write import file_sha256, replace_folder, temporary_folder_beside
 
 from . import suffix_array
-from .suffix_array import BREAK, DEPTH, Match
+from .suffix_array import SUFFIX_DEPTH, TEXT_BREAK, SuffixMatch
 
 FORMAT = 2
 ABOUT, TOKENS, ORDER = "datastore.json", "tokens.npy", "order.npy"
@@ -29,7 +29,7 @@ class DatastoreError(ValueError):
 
 
 @dataclass(frozen=True)
-class About:
+class DatastoreInfo:
     """What a datastore holds.
 
     Attributes:
@@ -68,12 +68,12 @@ class Datastore:
         try:
             value = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             version = value.pop("format")
-            self.about = About(**value)
+            self.info = DatastoreInfo(**value)
         except OSError as error:
             raise DatastoreError(f"{folder}: not a datastore ({error.strerror})") from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DatastoreError(f"{folder}: {ABOUT} cannot be read") from None
-        if version != FORMAT or self.about.depth != DEPTH:
+        if version != FORMAT or self.info.depth != SUFFIX_DEPTH:
             raise DatastoreError(f"{folder}: of version {version}, expected {FORMAT}; build it anew")
         self.tokens, self.order = self._map(TOKENS, np.int32), self._map(ORDER, np.uint32)
         if verify:
@@ -84,7 +84,7 @@ class Datastore:
             array = np.load(self.folder / name, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise DatastoreError(f"{self.folder}: {name} cannot be read ({error})") from None
-        if array.dtype != dtype or array.shape != (self.about.tokens,):
+        if array.dtype != dtype or array.shape != (self.info.tokens,):
             raise DatastoreError(f"{self.folder}: {name} holds {array.dtype} {array.shape}")
         return np.asarray(array)
 
@@ -94,7 +94,7 @@ class Datastore:
         Raises:
             DatastoreError: a file is not what was written.
         """
-        for name, expected in self.about.digests.items():
+        for name, expected in self.info.digests.items():
             if file_sha256(self.folder / name) != expected:
                 raise DatastoreError(f"{self.folder}: {name} is damaged; build it anew")
 
@@ -104,16 +104,20 @@ class Datastore:
 
         return suffix_search
 
-    def find(self, tail: NDArray[np.int32], longest: int = DEPTH, shortest: int = 2) -> Match:
+    def find_longest_suffix(
+        self, tail: NDArray[np.int32], longest: int = SUFFIX_DEPTH, shortest: int = 2
+    ) -> SuffixMatch:
         """Where the longest possible end of ``tail`` [t] occurs, see `suffix_search.find`."""
-        return self._search.find(self.tokens, self.order, tail, longest, shortest)
+        return self._search.find_longest_suffix(self.tokens, self.order, tail, longest, shortest)
 
-    def followers(self, match: Match, width: int, most: int) -> NDArray[np.int32]:
+    def continuations(self, match: SuffixMatch, width: int, most: int) -> NDArray[np.int32]:
         """What followed there, [at most ``most``, width], see `suffix_search.followers`."""
-        return self._search.followers(self.tokens, self.order, match, width, most)
+        return self._search.continuations(self.tokens, self.order, match, width, most)
 
 
-def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint: str, most: int) -> About:
+def build_datastore(
+    folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint: str, most: int
+) -> DatastoreInfo:
     """Write a datastore, whole or not at all; an older one in its place is replaced.
 
     Args:
@@ -126,12 +130,12 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
     Raises:
         DatastoreError: there is no token, or the folder holds something else.
     """
-    check_place(folder)
+    check_datastore_path(folder)
     try:
         with temporary_folder_beside(folder) as partial:
             parts, count, room = [], 0, most
             for ids in filter(None, texts):
-                part = np.asarray([*ids[: room - 1], BREAK], np.int32)
+                part = np.asarray([*ids[: room - 1], TEXT_BREAK], np.int32)
                 if room < 2:
                     break
                 parts.append(part)
@@ -140,9 +144,9 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
                 raise DatastoreError("the texts contain no tokens")
             tokens = np.concatenate(parts)
             np.save(partial / TOKENS, tokens)
-            np.save(partial / ORDER, suffix_array.sort(tokens))
+            np.save(partial / ORDER, suffix_array.build_suffix_array(tokens))
             digests = {name: file_sha256(partial / name) for name in (TOKENS, ORDER)}
-            about = About(tokenizer, fingerprint, count, len(tokens), int(tokens.max()), DEPTH, digests)
+            about = DatastoreInfo(tokenizer, fingerprint, count, len(tokens), int(tokens.max()), SUFFIX_DEPTH, digests)
             text = json.dumps({"format": FORMAT, **asdict(about)}, indent=1) + "\n"
             (partial / ABOUT).write_text(text, encoding="utf-8")
             replace_folder(partial, folder)
@@ -151,24 +155,24 @@ def build(folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint:
     return about
 
 
-def fingerprint(vocabulary: Mapping[str, int]) -> str:
+def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
     """Hex digest of a tokenizer's vocabulary: ids mean the same where it is the same."""
     return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
-def check_place(folder: Path) -> None:
+def check_datastore_path(folder: Path) -> None:
     """Refuse a place that holds something else.
 
     Raises:
         DatastoreError: it does.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder / ABOUT).is_file() and any_inside(folder)):
+    if folder.is_symlink() or (folder.exists() and not (folder / ABOUT).is_file() and is_occupied(folder)):
         raise DatastoreError(f"{folder}: exists, and is no datastore")
     there = next(path for path in folder.absolute().parents if path.exists())
     if not there.is_dir():
         raise DatastoreError(f"{folder}: {there} is no folder")
 
 
-def any_inside(folder: Path) -> bool:
+def is_occupied(folder: Path) -> bool:
     """Whether a path is a file, or a folder that is not empty."""
     return not folder.is_dir() or any(folder.iterdir())

@@ -30,7 +30,7 @@ class _Cell:
     last: int  # the step that was seen last
 
 
-class StepCost:
+class StepCostModel:
     """Seconds of an engine step by its requests and its drafted tokens, learned from the steps themselves.
 
     Near any number of requests the cost is taken for a plane: a further request costs more than a further token of the
@@ -54,7 +54,7 @@ class StepCost:
     def __init__(self, slope: float = 0.05, memory: float = 400.0) -> None:
         self._prior, self._memory = slope, memory
         self._cells: dict[tuple[int, int], _Cell] = {}
-        self._planes: dict[int, tuple[float, float, float]] = {}
+        self._coefficients: dict[int, tuple[float, float, float]] = {}
         self._rows, self._units = np.array([0.0, 1.0]), np.array([0.0, 1.0])
         # In squared units: how much evidence it takes to move the believed slope. A measured shape deserves more trust:
         # small drafts, whose units hardly differ, must not say that large ones are dear.
@@ -62,7 +62,7 @@ class StepCost:
         self._slack = 1e12  # in squared tokens, as much for what a measured shape leaves out: nothing, there is none
         self.steps = 0
 
-    def shape(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
+    def set_latency_profile(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
         """Take over how long steps of so many rows, ascending and beginning with 1, took; their proportions count.
 
         Times rise with rows: where noise says otherwise, the middle of what comes before and behind is taken.
@@ -71,7 +71,7 @@ class StepCost:
         times = (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
         self._trust, self._slack = 1000.0, 100.0
         self._rows, self._units = np.asarray(rows, np.float64), (times / times[0] - 1) / self._prior
-        self._planes.clear()
+        self._coefficients.clear()
 
     def units(self, requests: "float | np.ndarray", drafted: "float | np.ndarray") -> "float | np.ndarray":
         """What drafted tokens cost, in tokens of the believed slope; without a measured shape, their number."""
@@ -85,26 +85,26 @@ class StepCost:
 
     def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
         """Estimated seconds of a step."""
-        without, per_unit, per_token = self.plane(requests)
+        without, per_unit, per_token = self.coefficients(requests)
         return without + per_unit * self.units(requests, drafted) + per_token * drafted
 
-    def plane(self, requests: int) -> tuple[float, float, float]:
+    def coefficients(self, requests: int) -> tuple[float, float, float]:
         """Seconds of a step of ``requests`` without drafts, of each unit, and of each drafted token beside its units.
 
         Without a measured shape units are tokens, and the last is 0.
         """
         if not self._cells:  # only their proportion matters
             return 1.0, self._prior, 0.0
-        if requests not in self._planes:
-            self._planes[requests] = self._fit(requests)
-        return self._planes[requests]
+        if requests not in self._coefficients:
+            self._coefficients[requests] = self._fit(requests)
+        return self._coefficients[requests]
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
         """Take in one step that verified drafts and did nothing else (no prompt)."""
         if requests < 1 or drafted < 0 or seconds <= 0:
             return
         self.steps += 1
-        key = _coarse(requests), _coarse(drafted)
+        key = _size_class(requests), _size_class(drafted)
         cell = self._cells.get(key)
         if cell is None:
             if len(self._cells) >= self.MAX_CELLS:
@@ -120,7 +120,7 @@ class StepCost:
             cell.seconds += min(max(seconds - cell.seconds, -bound), bound)
             cell.last = self.steps
         if self.steps % 8 == 0 or self.steps < 8:
-            self._planes.clear()
+            self._coefficients.clear()
 
     def _fade(self, cell: _Cell) -> float:
         return float(np.exp((cell.last - self.steps) / self._memory))
@@ -140,12 +140,12 @@ class StepCost:
         centred = x - mean_x
         gram = (centred * w[:, None]).T @ centred + np.diag(strength)
         target = (centred * w[:, None]).T @ (y - mean_y) + strength * believed
-        slopes = _not_negative(gram, target)
+        slopes = _solve_nonnegative(gram, target)
         without = mean_y + float(slopes @ ([requests, 0.0, 0.0] - mean_x))
         return max(without, 1e-3 * mean_y), float(slopes[1]), float(slopes[2])
 
 
-def _not_negative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+def _solve_nonnegative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     """What solves a normal equation with no coefficient below 0: those that would be leave, the others take over."""
     found, used = np.zeros(len(target)), np.ones(len(target), np.bool_)
     while used.any():
@@ -157,7 +157,7 @@ def _not_negative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDA
     return np.maximum(found, 0.0)
 
 
-class TrackRecord:
+class AcceptanceRecord:
     """How one request's drafts fare beside their scores, which are rates over all requests.
 
     One answer follows its sources closely, another hardly; what was accepted of the first drafts tells about the next.
@@ -188,13 +188,13 @@ class TrackRecord:
         return min(1.0, max(self.LOW, (self.PRIOR + self._accepted) / (self.PRIOR + self._expected)))
 
 
-def _coarse(count: int) -> int:
+def _size_class(count: int) -> int:
     """A count with its three leading bits: exact up to 7, then within a quarter."""
     shift = max(0, count.bit_length() - 3)
     return count >> shift << shift
 
 
-def allocate(scores: Sequence[Float32], cost: Callable[[int, Any], Any]) -> list[int]:
+def allocate_draft_tokens(scores: Sequence[Float32], cost: Callable[[int, Any], Any]) -> list[int]:
     """How many leading tokens of each request's draft to verify.
 
     Args:

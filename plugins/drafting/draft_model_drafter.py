@@ -15,7 +15,7 @@ PRIOR_RIGHT, PRIOR_SEEN = 1.2, 2.0  # before anything was counted
 FADE = 0.995  # of older counts, each time one is added: texts change
 
 
-class EngineDraft(Drafter):
+class DraftModelDrafter(Drafter):
     """The engine's own drafts, scored."""
 
     name: ClassVar[str] = "engine"

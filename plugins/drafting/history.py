@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pilotfish._internal.jit import jit
 
-from .suffix_array import BREAK
+from .suffix_array import TEXT_BREAK
 
 Int32, Int64 = NDArray[np.int32], NDArray[np.int64]
-TRIES = 128  # positions of a chain that are looked at
+MAX_CANDIDATES = 128  # positions of a chain that are looked at
 
 
 @jit
@@ -34,7 +34,7 @@ def _append(ring: Int32, earlier: Int64, heads: Int64, written: int, tokens: Int
     for token in tokens:
         at = written & mask
         ring[at], earlier[at] = token, -1
-        before = ring[(written - 1) & mask] if written else BREAK
+        before = ring[(written - 1) & mask] if written else TEXT_BREAK
         if token >= 0 and before >= 0:
             slot = _slot(int(before), int(token), heads.shape[0])
             earlier[at], heads[slot] = heads[slot], written
@@ -55,7 +55,7 @@ def _find(
     best, found = 0, 0
     places = np.empty(rows, np.int64)
     at = heads[_slot(int(tail[n - 2]), int(tail[n - 1]), heads.shape[0])]
-    for _ in range(TRIES):
+    for _ in range(MAX_CANDIDATES):
         if at < oldest:
             break
         length = 0
@@ -76,17 +76,17 @@ def _find(
         for i in range(width):
             follower = places[r] + 1 + i
             going = going and follower < written and ring[follower & mask] >= 0
-            out[r, i] = ring[follower & mask] if going else BREAK
+            out[r, i] = ring[follower & mask] if going else TEXT_BREAK
     return best, found
 
 
-class History:
+class TokenHistory:
     """The latest tokens of one text, or of many."""
 
     def __init__(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens, rounded up to a power of two; it takes 16 bytes for each."""
         size = 1 << max(4, (capacity - 1).bit_length())
-        self._ring = np.full(size, BREAK, np.int32)
+        self._ring = np.full(size, TEXT_BREAK, np.int32)
         self._earlier, self._heads = np.full(size, -1, np.int64), np.full(max(16, size // 2), -1, np.int64)
         self._written = 0
 
@@ -99,11 +99,11 @@ class History:
         """Memory."""
         return self._ring.nbytes + self._earlier.nbytes + self._heads.nbytes
 
-    def with_room(self, tokens: int) -> "History":
+    def with_capacity(self, tokens: int) -> "TokenHistory":
         """Itself if so many more tokens fit without dropping any, else a larger history of the same text."""
         if self._written + tokens <= len(self._ring):
             return self
-        larger = History(max(2 * len(self._ring), self._written + tokens))
+        larger = TokenHistory(max(2 * len(self._ring), self._written + tokens))
         held = np.arange(self._written - len(self), self._written) & (len(self._ring) - 1)
         larger.append(self._ring[held])
         return larger
@@ -112,11 +112,13 @@ class History:
         """Add tokens [t] to the text that is being written; ``ends``: the next ones belong to another."""
         pieces = [np.ascontiguousarray(tokens, np.int32)]
         if ends:
-            pieces.append(np.array([BREAK], np.int32))
+            pieces.append(np.array([TEXT_BREAK], np.int32))
         for piece in pieces:
             self._written = _append(self._ring, self._earlier, self._heads, self._written, piece)
 
-    def find(self, tail: Int32, width: int, most: int, longest: int, shortest: int = 2) -> tuple[int, Int32]:
+    def find_longest_suffix(
+        self, tail: Int32, width: int, most: int, longest: int, shortest: int = 2
+    ) -> tuple[int, Int32]:
         """Where the longest possible end of a text was seen, and what followed.
 
         Args:

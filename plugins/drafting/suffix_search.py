@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from pilotfish._internal.jit import jit
 
-from .suffix_array import DEPTH, Match
+from .suffix_array import SUFFIX_DEPTH, SuffixMatch
 
 Int32, UInt32 = NDArray[np.int32], NDArray[np.uint32]
 
@@ -52,7 +52,9 @@ def _find(tokens: Int32, order: UInt32, tail: Int32, longest: int, shortest: int
     return best
 
 
-def find(tokens: Int32, order: UInt32, tail: Int32, longest: int = DEPTH, shortest: int = 2) -> Match:
+def find_longest_suffix(
+    tokens: Int32, order: UInt32, tail: Int32, longest: int = SUFFIX_DEPTH, shortest: int = 2
+) -> SuffixMatch:
     """Where the longest possible end of ``tail`` occurs.
 
     Args:
@@ -62,7 +64,7 @@ def find(tokens: Int32, order: UInt32, tail: Int32, longest: int = DEPTH, shorte
         longest: Tokens that may match, at most `DEPTH`.
         shortest: Tokens that have to.
     """
-    return Match(*_find(tokens, order, tail, min(longest, DEPTH), max(shortest, 1)))
+    return SuffixMatch(*_find(tokens, order, tail, min(longest, SUFFIX_DEPTH), max(shortest, 1)))
 
 
 @jit
@@ -79,11 +81,11 @@ def _followers(tokens: Int32, order: UInt32, begin: int, end: int, skip: int, ou
     return taken
 
 
-def followers(tokens: Int32, order: UInt32, match: Match, width: int, most: int) -> Int32:
+def continuations(tokens: Int32, order: UInt32, match: SuffixMatch, width: int, most: int) -> Int32:
     """What followed the occurrences of a match, [at most ``most``, width]; -1 behind the end of a text.
 
     Of more occurrences some are taken at even distances of the order, so that frequent continuations stay frequent.
     """
-    out = np.empty((min(most, match.places), width), np.int32)
+    out = np.empty((min(most, match.occurrences), width), np.int32)
     _followers(tokens, order, match.begin, match.end, match.length, out)
     return out

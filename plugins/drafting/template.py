@@ -20,7 +20,7 @@ CHILDREN = (
 )
 
 
-def template() -> tuple[Int32, Int32]:
+def static_tree() -> tuple[Int32, Int32]:
     """Of each node its parent and its rank among the parent's candidates, [80] each, level by level."""
     parents: list[int] = []
     ranks: list[int] = []

@@ -16,7 +16,7 @@ def is_chain(parents: Int32) -> bool:
     return bool((parents == np.arange(ROOT, len(parents) - 1)).all())
 
 
-def depths(parents: Int32) -> Int32:
+def node_depths(parents: Int32) -> Int32:
     """How far each node is from the root, [n]; 1 for its children."""
     found = np.empty(len(parents), np.int32)
     for node, parent in enumerate(parents.tolist()):
@@ -24,7 +24,7 @@ def depths(parents: Int32) -> Int32:
     return found
 
 
-def ancestors(parents: Int32) -> NDArray[np.bool_]:
+def tree_attention_mask(parents: Int32) -> NDArray[np.bool_]:
     """What each row sees of the tree, [n + 1, n + 1]: the root, its ancestors and itself."""
     seen = np.eye(len(parents) + 1, dtype=bool)
     seen[0, 0] = True
@@ -33,7 +33,9 @@ def ancestors(parents: Int32) -> NDArray[np.bool_]:
     return seen
 
 
-def walk(tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]) -> tuple[list[int], list[int]]:
+def accept_sampled_path(
+    tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Follow the model's draws down the tree.
 
     At every row a token was drawn from the model's distribution there. Where it is a child of the row, that child is
@@ -60,7 +62,7 @@ def walk(tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]) ->
     return path, output
 
 
-def likeliest_first(tree: DraftTree) -> DraftTree:
+def sort_by_score(tree: DraftTree) -> DraftTree:
     """The same tree in the order of falling scores, in which every beginning is the best tree of its size.
 
     No score is above its parent's, and equal ones keep their order, so parents stay before their children.
@@ -73,7 +75,7 @@ def likeliest_first(tree: DraftTree) -> DraftTree:
     return DraftTree(tree.tokens[order], place[tree.parents[order]], tree.scores[order])
 
 
-def cut(tree: DraftTree, nodes: int) -> DraftTree:
+def truncate_tree(tree: DraftTree, nodes: int) -> DraftTree:
     """The first ``nodes`` of a tree; parents come before their children, so it is one too."""
     if nodes >= len(tree):
         return tree

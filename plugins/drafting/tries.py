@@ -24,7 +24,7 @@ SHAPE = (len(LENGTHS) + 1, len(SHARES) + 1, 4)
 FADE = 1000  # sightings after which a cell's evidence is halved
 
 
-def make_rates(sources: int) -> tuple[Float32, Float32]:
+def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
     """Counts of nodes seen and found right, each [sources, lengths, shares, opinions], with a weak prior."""
     by_length = np.array([0.3, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95], np.float32)
     by_share = np.array([1.0, 0.75, 0.5, 0.35, 0.2, 0.08], np.float32)
@@ -61,7 +61,7 @@ def _child(tokens: Int32, parents: Int32, n: int, parent: int, token: int) -> in
 
 
 @jit
-def grow(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths: Int32) -> int:
+def build_trie(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths: Int32) -> int:
     """The trie of continuations [rows, width], -1 behind an end, in arrays of at most so many nodes; returns how many.
 
     Where the nodes run out, those begun last are missing: rows come with the best first.
@@ -85,7 +85,7 @@ def grow(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths:
 
 
 @jit
-def judge(
+def match_base_tree(
     tokens: Int32,
     parents: Int32,
     base_tokens: Int32,
@@ -113,7 +113,7 @@ def judge(
 
 
 @jit
-def score(
+def score_trie(
     source: int,
     length: int,
     rows: int,
@@ -151,7 +151,9 @@ def score(
 
 
 @jit
-def learn(source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32, seen: Float32, right: Float32) -> None:
+def update_acceptance_counts(
+    source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32, seen: Float32, right: Float32
+) -> None:
     """Count which nodes of a trie were right, of those whose parent was: ``came`` [a] are the tokens that followed."""
     node = ROOT
     for token in came:
@@ -173,7 +175,7 @@ def learn(source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32,
 
 
 @jit
-def merge(
+def merge_tries(
     n: int,
     tokens: Int32,
     parents: Int32,
@@ -197,7 +199,7 @@ def merge(
 
 
 @jit
-def fuse(
+def fuse_trees(
     n: int,
     tokens: Int32,
     parents: Int32,
@@ -237,12 +239,14 @@ def fuse(
     return n
 
 
-def best_first(tokens: Int32, parents: Int32, scores: Float32, most: int) -> tuple[Int32, Int32, Float32]:
+def best_nodes(tokens: Int32, parents: Int32, scores: Float32, most: int) -> tuple[Int32, Int32, Float32]:
     """The likeliest nodes of a tree, at most ``most``, likeliest first; parents stay before their children."""
-    return keep(np.argsort(-scores, kind="stable")[:most], tokens, parents, scores)
+    return keep_nodes(np.argsort(-scores, kind="stable")[:most], tokens, parents, scores)
 
 
-def keep(nodes: NDArray[np.int64], tokens: Int32, parents: Int32, scores: Float32) -> tuple[Int32, Int32, Float32]:
+def keep_nodes(
+    nodes: NDArray[np.int64], tokens: Int32, parents: Int32, scores: Float32
+) -> tuple[Int32, Int32, Float32]:
     """Some ``nodes`` of a tree in their new order, each with its ancestors before it, numbered anew."""
     place = np.empty(len(tokens) + 1, np.int32)
     place[0] = ROOT  # of ROOT itself

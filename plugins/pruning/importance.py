@@ -35,7 +35,7 @@ def page_rank(query: Tensor, key: Tensor, scale: float, temperature: float, iter
     return (squares / heads).sqrt()
 
 
-def kept_visual(importance: Tensor, visual: Tensor, count: int) -> Tensor:
+def keep_visual_tokens(importance: Tensor, visual: Tensor, count: int) -> Tensor:
     """[n] bool: all text, and the ``count`` visual tokens that matter most; of equal ones the earlier."""
     keep = ~visual
     places = visual.nonzero().flatten()

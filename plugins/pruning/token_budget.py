@@ -10,8 +10,8 @@ from ..contracts import ImageLayout, PrunePlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST = 0.01  # share
-COLDEST = 1e-6  # temperature: divided by less, scores overflow
+MIN_RETAIN = 0.01  # share
+MIN_TEMPERATURE = 1e-6  # temperature: divided by less, scores overflow
 
 
 def check_temperature(temperature: float) -> None:
@@ -20,8 +20,8 @@ def check_temperature(temperature: float) -> None:
     Raises:
         ValueError: it is out of range.
     """
-    if not COLDEST <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number of {COLDEST} or more, got {temperature}")
+    if not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number of {MIN_TEMPERATURE} or more, got {temperature}")
 
 
 def check_retain(retain: float) -> None:
@@ -30,26 +30,26 @@ def check_retain(retain: float) -> None:
     Raises:
         ValueError: it is out of range.
     """
-    if not LEAST <= retain <= 1:
-        raise ValueError(f"retain: expected a share from {LEAST} to 1, got {retain}")
+    if not MIN_RETAIN <= retain <= 1:
+        raise ValueError(f"retain: expected a share from {MIN_RETAIN} to 1, got {retain}")
 
 
-def plan(layout: ImageLayout, retain: float) -> PrunePlan:
+def plan_tokens(layout: ImageLayout, retain: float) -> PrunePlan:
     """The same share of each view before the grid, of which one token stays at least, and of the grid; all newlines."""
     parts = {
         "thumbnail": layout.frames * max(1, int(layout.side * layout.side * retain)),
-        "crops": int(layout.cells * retain),
-        "newlines": layout.newlines,
+        "crops": int(layout.grid_tokens * retain),
+        "newlines": layout.num_newlines,
     }
     return PrunePlan(sum(parts.values()), parts)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
+def top_indices(scores: Tensor, count: int) -> Tensor:
     """Places of the ``count`` highest of [n] scores, the highest first; of equal ones the earlier."""
     return scores.sort(descending=True, stable=True).indices[:count]
 
 
-def allocate(sizes: Sequence[int], wanted: Sequence[float], total: int) -> list[int]:
+def allocate_tokens(sizes: Sequence[int], wanted: Sequence[float], total: int) -> list[int]:
     """Whole numbers that sum to ``total`` and lie close to what is wanted, none above its size (largest remainder).
 
     Args:

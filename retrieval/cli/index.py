@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import extend
+from ...plugins.cli import extend_group
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ..validation import CHUNK_TOKENS, OVERLAP
@@ -43,8 +43,8 @@ USUAL = "xtr"  # kind of index
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
-    extend(cli, "index", index)
-    extend(cli, "index", asking)
+    extend_group(cli, "index", index)
+    extend_group(cli, "index", asking)
 
 
 @index.command("build")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import harmless
+from ...plugins.cli import strip_control_characters
 from ...plugins.config import ConfigError
 from .options import (
     AsJson,
@@ -164,5 +164,10 @@ def _show(hits: list[Any]) -> None:
 
     table = Table("", "score", "id", "text")
     for place, hit in enumerate(hits, 1):
-        table.add_row(str(place), f"{hit.score:.4f}", Text(harmless(hit.id)), Text(harmless(hit.snippet)))
+        table.add_row(
+            str(place),
+            f"{hit.score:.4f}",
+            Text(strip_control_characters(hit.id)),
+            Text(strip_control_characters(hit.snippet)),
+        )
     Console().print(table if hits else "nothing found")

@@ -9,7 +9,7 @@ import typer
 
 from pilotfish import __version__
 
-from .plugins.cli import harmless
+from .plugins.cli import strip_control_characters
 from .plugins.config import ConfigError
 from .plugins.contracts import Unsupported
 from .plugins.manager import plugins
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _refuse(message: str) -> int:
     """One line on standard error, whatever the message holds."""
-    sys.stderr.write(f"pilotfish: {harmless(' '.join(message.split()))}\n")
+    sys.stderr.write(f"pilotfish: {strip_control_characters(' '.join(message.split()))}\n")
     return 2
 
 

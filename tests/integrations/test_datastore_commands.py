@@ -11,7 +11,7 @@ from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 from pilotfish.integrations.vllm.bench import corpora
 from pilotfish.integrations.vllm.cli import datastore as commands
 from pilotfish.plugins.config import ConfigError
-from pilotfish.plugins.drafting.datastore import Datastore, fingerprint
+from pilotfish.plugins.drafting.datastore import Datastore, vocabulary_fingerprint
 
 TOKENIZER = ("--tokenizer", "smollm2-135m-instruct")
 
@@ -34,14 +34,14 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert "passed over 1 files that are no UTF-8 text" in answer.stderr
     opened = Datastore(store, verify=True)
-    assert opened.about.texts == 2
+    assert opened.info.texts == 2
     tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
-    assert opened.about.fingerprint == fingerprint(tokenizer.get_vocab())
+    assert opened.info.fingerprint == vocabulary_fingerprint(tokenizer.get_vocab())
     tail = tokenizer("quick brown", add_special_tokens=False)["input_ids"][1:]
     tail = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
-    match = opened.find(np.array(tail, np.int32))
-    assert (match.length, match.places) == (len(tail), 30)
-    assert tokenizer.decode(opened.followers(match, 2, 1)[0]) == " fox jumps"
+    match = opened.find_longest_suffix(np.array(tail, np.int32))
+    assert (match.length, match.occurrences) == (len(tail), 30)
+    assert tokenizer.decode(opened.continuations(match, 2, 1)[0]) == " fox jumps"
     answer = cli("datastore", "info", str(store), "--verify")
     assert answer.returncode == 0, answer.stderr
     assert "checksums  right" in answer.stdout

@@ -66,7 +66,7 @@ class Played:
         end = begin + tokens
         assert not any(b.is_null for b in whole[: -(-end // BLOCK)])
         sinks = self.window.sink_blocks(BLOCK)
-        first = self.window.first_kept(begin, BLOCK, in_prompt=begin < request.num_prompt_tokens)
+        first = self.window.first_retained_block(begin, BLOCK, in_prompt=begin < request.num_prompt_tokens)
         for group in windowed:
             for j in (*range(sinks), *range(first, -(-end // BLOCK))):
                 if j * BLOCK < end:
@@ -172,7 +172,7 @@ class Engine:
 def test_capacity_counts_one_request_in_its_prompt_and_the_others_decoding() -> None:
     exact = HeadWindow(4, 300, 5, True, exact_prefill=True)
     whole = -(-LONGEST // BLOCK)
-    steady = whole + 2 * exact.decoding_blocks(LONGEST, 1, BLOCK)
+    steady = whole + 2 * exact.max_decode_blocks(LONGEST, 1, BLOCK)
     assert capacity(config(exact, 3 * whole + 2 * steady), Engine) == pytest.approx(3)
     assert capacity(config(exact, 3 * whole // 2), Engine) == pytest.approx(0.5, abs=0.01)
     plain = KVCacheConfig(100, [], [KVCacheGroupSpec(["whole"], FullAttentionSpec(**SHAPE))])

@@ -75,7 +75,7 @@ def test_what_cannot_be_pruned_is_refused(inside: Callable, pictures: Path, tmp_
 def test_eyes_of_all_models(name: str, pictures: Path) -> None:
     eye = Eye(base.fetch(registry.EMBEDDED[name]))
     layout, seen, features = eye.see(Image.open(pictures / "photo.png"))
-    assert seen.tokens.shape == (layout.tokens, 576)
+    assert seen.tokens.shape == (layout.num_tokens, 576)
     assert seen.scores is not None
     assert seen.scores.shape == features.shape[:2]
 

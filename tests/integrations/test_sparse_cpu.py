@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.selection import ReadPlan, Role, Rule
+from pilotfish.kvcache.selection import ReadPlan, Role, SelectionRule
 
 pytest.importorskip("vllm")
 
@@ -153,13 +153,13 @@ def batches(draw: st.DrawFn, longest: int) -> Batch:
 
 
 def plan_of(budget: int, *roles: Role, recent: int = 32) -> ReadPlan:
-    return ReadPlan(roles, Rule(budget, 4, recent, "sum", "page"))
+    return ReadPlan(roles, SelectionRule(budget, 4, recent, "sum", "page"))
 
 
 @settings(max_examples=40, deadline=None)
 @given(batches(longest=400))
 def test_a_budget_that_covers_every_context_changes_no_bit(batch: Batch) -> None:
-    stock = batch.attend(batch.metadata(ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))))
+    stock = batch.attend(batch.metadata(ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))))
     for role in Role:
         metadata = batch.metadata(plan_of(416, role))
         assert metadata.step is None
@@ -171,7 +171,7 @@ def test_a_budget_that_covers_every_context_changes_no_bit(batch: Batch) -> None
 def test_requests_within_the_budget_and_prompts_are_left_to_vllm(batch: Batch) -> None:
     """Whoever else is in the batch; the others attend to what was chosen for them."""
     plan = plan_of(256, Role.SELECT, Role.SPARSE)
-    stock = batch.attend(batch.metadata(ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))))
+    stock = batch.attend(batch.metadata(ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))))
     metadata = batch.metadata(plan)
     whole, chosen = batch.attend(metadata, 0), batch.attend(metadata, 1)
     sparse = [r for r, c in enumerate(batch.contexts) if c > 256 and batch.queries[r] == 1]

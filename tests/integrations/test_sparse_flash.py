@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.selection import ReadPlan, Role, Rule
+from pilotfish.kvcache.selection import ReadPlan, Role, SelectionRule
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a kernel on the CPU")
@@ -41,7 +41,7 @@ def flash(interpreted_triton: None) -> Any:
     return importlib.import_module("pilotfish.integrations.vllm.attention.sparse.flash_attn")
 
 
-def build(flash: Any, rule: Rule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """A layer's attention, a step's metadata, queries, and a filled cache."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
@@ -88,11 +88,11 @@ def build(flash: Any, rule: Rule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize(
     "rule",
-    [Rule(160, 4, 32, "sum", "page"), Rule(100, 4, 32, "kv_head", "token")],
+    [SelectionRule(160, 4, 32, "sum", "page"), SelectionRule(100, 4, 32, "kv_head", "token")],
     ids=["shortened tables", "our kernel"],
 )
 def test_sparse_requests_read_what_was_chosen_and_others_everything(
-    flash: Any, monkeypatch: pytest.MonkeyPatch, rule: Rule
+    flash: Any, monkeypatch: pytest.MonkeyPatch, rule: SelectionRule
 ) -> None:
     from vllm.v1.attention.backends import flash_attn
 
@@ -131,7 +131,7 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
 
 
 def test_another_group_s_blocks_get_a_step_of_their_own(flash: Any) -> None:
-    _, metadata, _, _ = build(flash, Rule(160, 4, 32, "sum", "page"))
+    _, metadata, _, _ = build(flash, SelectionRule(160, 4, 32, "sum", "page"))
     builder: Any = object.__new__(flash.SparseFlashBuilder)
     plan = metadata.step.plan
     vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)

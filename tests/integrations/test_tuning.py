@@ -9,9 +9,9 @@ from pilotfish.integrations.vllm.tuning.tidal.tidal import Plan, Tried, candidat
 
 from pilotfish.integrations.vllm.bench.kv_worker import Missed
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.kernels.paged_decode import Rows
-from pilotfish.kvcache.layer_choice import LayerChoice, best_choices
-from pilotfish.kvcache.selection import Rule
+from pilotfish.kvcache.kernels.paged_decode import DecodeBatch
+from pilotfish.kvcache.layer_choice import LayerChoice, best_layer_choices
+from pilotfish.kvcache.selection import SelectionRule
 
 PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
@@ -65,8 +65,8 @@ def test_tune_refuses_bad_input(cli, inside, tmp_path: Path) -> None:
 def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_one_place() -> None:
     rng = np.random.default_rng(0)
     heads, contexts, layers = 3, [300, 257], 2
-    rule = Rule(budget=160, sinks=4, recent=32, aggregate="max", granularity="page")
-    rows = Rows([1, 0], [0, 1], contexts, heads)
+    rule = SelectionRule(budget=160, sinks=4, recent=32, head_aggregation="max", granularity="page")
+    rows = DecodeBatch([1, 0], [0, 1], contexts, heads)
     scores = [torch.from_numpy(rng.normal(0, 3, (2, heads, rows.padded)).astype(np.float32)) for _ in range(layers)]
     for places in (None, {1: (40, 90), 0: (100, 130)}):
         observer = Missed(layers, rule, (places or {}).get)
@@ -81,7 +81,7 @@ def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_o
             weights = [reference.softmax(s) for s in seen]
             begin, end = places[rows.request[row]] if places else (0, context)
             for chooser in range(layers):
-                chosen = reference.choose(reference.importance(seen[chooser], rule, 1)[0], rule)
+                chosen = reference.select_tokens(reference.token_scores(seen[chooser], rule, 1)[0], rule)
                 lost = np.ones(context, bool)
                 lost[chosen] = False
                 lost[:begin] = lost[end:] = False
@@ -98,7 +98,7 @@ def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
     assert len(sets) == len(found)
     assert [c.reading for c in found] == sorted(c.reading for c in found)
     for losses in (of_text, of_needles):
-        assert {(c.full, c.select) for c in best_choices(losses, 4)} <= sets
+        assert {(c.full, c.select) for c in best_layer_choices(losses, 4)} <= sets
     assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"
 
 

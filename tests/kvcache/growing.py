@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.kernels.head_cache import HeadCaches, WindowedStep, means_bytes
+from pilotfish.kvcache.kernels.head_cache import CPUHeadCaches, WindowedStep, means_bytes
 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
@@ -16,7 +16,7 @@ class Text:
 
     def make_caches(self, caches, windowed, window):
         """The layer."""
-        return HeadCaches(caches, windowed, window)
+        return CPUHeadCaches(caches, windowed, window)
 
     def make_step(self, begins, ends, in_prompt):
         """What the kernels are told about a step."""
@@ -67,7 +67,7 @@ class Text:
         query = torch.randn(shape, generator=self.rng).to(self.dtype).to(self.device)
         output = torch.full_like(query, 7.0)
         self.caches.bind(self.tables, slots)
-        self.caches.store(key.to(self.device), value.to(self.device))
+        self.caches.store_kv(key.to(self.device), value.to(self.device))
         self.caches.update_means(step)
         self.caches.attend(query, self.size**-0.5, output, step)
         lengths = [e - b for b, e in zip(begins, ends, strict=True)]

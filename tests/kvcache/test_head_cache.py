@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache.head_window import HeadWindow
-from pilotfish.kvcache.kernels.head_cache import HeadCaches
+from pilotfish.kvcache.kernels.head_cache import CPUHeadCaches
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,5 +53,5 @@ def test_blocks_without_room_for_means_are_refused(room: int) -> None:
     memory = torch.zeros(4, 32 * 128 + room)
     cache = memory.as_strided((4, 1, 32, 128), (32 * 128 + room, 32 * 128, 128, 1))
     with pytest.raises(ValueError, match="no room for means"):
-        HeadCaches([cache], [True], HeadWindow(4, 64, 0, True, False))
-    HeadCaches([cache], [False], HeadWindow(4, 64, 0, True, False))
+        CPUHeadCaches([cache], [True], HeadWindow(4, 64, 0, True, False))
+    CPUHeadCaches([cache], [False], HeadWindow(4, 64, 0, True, False))

@@ -18,13 +18,13 @@ blocks = st.sampled_from([16, 32, 128])
 
 @given(windows, blocks, st.integers(0, 20000))
 def test_the_window_keeps_at_least_its_length_and_never_turns_back(window: HeadWindow, block: int, tokens: int) -> None:
-    first, after = window.first_kept(tokens, block), window.first_kept(tokens + 1, block)
+    first, after = window.first_retained_block(tokens, block), window.first_retained_block(tokens + 1, block)
     assert window.sink_blocks(block) * block >= window.sinks
     assert first <= after <= first + 1 or first == window.sink_blocks(block)
     assert first >= window.sink_blocks(block)
     if first > window.sink_blocks(block):
         kept = tokens - first * block
-        assert window.length(tokens) <= kept < window.length(tokens) + block, (
+        assert window.window_length(tokens) <= kept < window.window_length(tokens) + block, (
             "no more is kept than whole blocks ask for"
         )
 
@@ -35,17 +35,17 @@ def test_a_step_never_holds_more_blocks_than_admission_was_told(
 ) -> None:
     before = max(0, tokens - in_flight)
     held = -(-tokens // block)
-    held -= window.first_kept(before, block) - window.sink_blocks(block)
-    assert held <= window.decoding_blocks(tokens, in_flight, block)
-    assert window.decoding_blocks(tokens, in_flight, block) <= window.most_blocks(tokens, in_flight, block)
+    held -= window.first_retained_block(before, block) - window.sink_blocks(block)
+    assert held <= window.max_decode_blocks(tokens, in_flight, block)
+    assert window.max_decode_blocks(tokens, in_flight, block) <= window.max_blocks(tokens, in_flight, block)
 
 
 def test_a_prompt_is_whole_when_prefill_is_exact() -> None:
     exact, streaming = (HeadWindow(4, 512, 5, True, exact) for exact in (True, False))
-    assert exact.first_kept(8000, 32, in_prompt=True) == 1
-    assert exact.first_kept(8000, 32) == streaming.first_kept(8000, 32) == (8000 - 1600) // 32
-    assert exact.most_blocks(8000, 2048, 32) == 250
-    assert streaming.most_blocks(8000, 2048, 32) == 1 + (1600 + 2048) // 32 + 1
+    assert exact.first_retained_block(8000, 32, in_prompt=True) == 1
+    assert exact.first_retained_block(8000, 32) == streaming.first_retained_block(8000, 32) == (8000 - 1600) // 32
+    assert exact.max_blocks(8000, 2048, 32) == 250
+    assert streaming.max_blocks(8000, 2048, 32) == 1 + (1600 + 2048) // 32 + 1
 
 
 @given(
@@ -64,7 +64,7 @@ def test_ranks_keep_equally_many_heads_and_all_that_are_asked(
         ranks = heads
     plan = HeadPlan(tuple(whole), HeadWindow(4, 64, 0, True, True))
     each = max(1, heads // ranks)
-    parts = [plan.of_rank(rank, ranks, heads).whole for rank in range(ranks)]
+    parts = [plan.for_rank(rank, ranks, heads).retrieval_heads for rank in range(ranks)]
     counts = [sum(map(len, part)) for part in parts]
     assert len(set(counts)) == 1
     for layer, asked in enumerate(whole):
@@ -73,4 +73,4 @@ def test_ranks_keep_equally_many_heads_and_all_that_are_asked(
             assert head % each in parts[rank][layer]
     assert all(head < each for part in parts for kept in part for head in kept)
     if ranks == 1:
-        assert parts[0] == plan.whole
+        assert parts[0] == plan.retrieval_heads

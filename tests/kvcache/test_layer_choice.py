@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.kvcache.layer_choice import best_choices
+from pilotfish.kvcache.layer_choice import best_layer_choices
 
 
 def loss_of(missed: np.ndarray, select: tuple[int, ...]) -> float:
@@ -24,8 +24,8 @@ def loss_of(missed: np.ndarray, select: tuple[int, ...]) -> float:
 def test_no_other_set_of_layers_loses_less(layers: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     missed = rng.random((layers, layers))
-    found = best_choices(missed)
-    assert [c.reading for c in found] == list(range(1, layers + 1))
+    found = best_layer_choices(missed)
+    assert [c.num_full_layers for c in found] == list(range(1, layers + 1))
     for choice in found:
         assert choice.full == tuple(range(choice.select[0]))
         assert choice.loss == pytest.approx(loss_of(missed, choice.select))
@@ -33,12 +33,12 @@ def test_no_other_set_of_layers_loses_less(layers: int, seed: int) -> None:
             s
             for k in range(1, layers + 1)
             for s in combinations(range(layers), k)
-            if s[0] + len(s) == choice.reading  # the layers before the first choice read everything too
+            if s[0] + len(s) == choice.num_full_layers  # the layers before the first choice read everything too
         )
         assert choice.loss == pytest.approx(min(loss_of(missed, s) for s in others))
 
 
 def test_the_number_of_layers_can_be_bounded() -> None:
     missed = 1 - np.eye(12)
-    assert len(best_choices(missed, most=4)) == 4
-    assert best_choices(missed)[-1].loss == 0
+    assert len(best_layer_choices(missed, most=4)) == 4
+    assert best_layer_choices(missed)[-1].loss == 0

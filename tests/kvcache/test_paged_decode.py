@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels import paged_decode
-from pilotfish.kvcache.kernels.paged_decode import Choice, Rows
-from pilotfish.kvcache.selection import GROUP, Aggregate, Granularity, Rule
+from pilotfish.kvcache.kernels.paged_decode import DecodeBatch, SelectedTokens
+from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -26,7 +26,7 @@ class Case:
     values: list[torch.Tensor]
     cache: torch.Tensor
     table: torch.Tensor
-    rows: Rows
+    rows: DecodeBatch
     tokens: list[int]
     contexts: list[int]
 
@@ -54,7 +54,7 @@ def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int,
         values.append(v)
     tokens = torch.randperm(len(contexts) + 2, generator=rng)[: len(contexts)].tolist()
     query = torch.randn(len(contexts) + 2, kv_heads * share, size, generator=rng).to(dtype)
-    rows = Rows(list(range(len(contexts))), tokens, contexts, kv_heads * share)
+    rows = DecodeBatch(list(range(len(contexts))), tokens, contexts, kv_heads * share)
     return Case(query, keys, values, cache, table, rows, tokens, contexts)
 
 
@@ -85,7 +85,7 @@ def test_reading_everything_is_attention(shape: dict) -> None:
     scale = shape["size"] ** -0.5
     output = torch.full_like(case.query, 7.0)
     logits = torch.empty(len(case.contexts), case.rows.query_heads, case.rows.padded)
-    paged_decode.decode(case.query, case.cache, case.table, case.rows, scale, output, logits=logits)
+    paged_decode.paged_decode_attention(case.query, case.cache, case.table, case.rows, scale, output, logits=logits)
     tolerance = TOLERANCE[shape["dtype"]]
     for r, context in enumerate(case.contexts):
         for head in range(case.rows.query_heads):
@@ -103,8 +103,8 @@ def test_reading_chosen_positions_is_attention_over_them(shape: dict, sets_of: s
     heads = case.rows.query_heads
     sets = {"one": 1, "kv_head": shape["kv_heads"], "head": heads}[sets_of]
     rng = np.random.default_rng(shape["seed"])
-    groups_of = [-(-c // GROUP) for c in case.contexts]
-    choice = Choice(
+    groups_of = [-(-c // PAGE_SIZE) for c in case.contexts]
+    choice = SelectedTokens(
         torch.zeros(len(groups_of), sets, max(groups_of), dtype=torch.int32),
         torch.zeros(len(groups_of), sets, max(groups_of), dtype=torch.int32),
         torch.zeros(len(groups_of), sets, dtype=torch.int32),
@@ -115,12 +115,12 @@ def test_reading_chosen_positions_is_attention_over_them(shape: dict, sets_of: s
             masks = rng.integers(1, 1 << 32, len(chosen), dtype=np.uint32)
             masks[rng.random(len(chosen)) < 0.5] = 0xFFFFFFFF
             masks |= 1  # a last group may reach beyond the context, its first token does not
-            choice.sizes[r, s] = len(chosen)
-            choice.groups[r, s, : len(chosen)] = torch.from_numpy(chosen.astype(np.int32))
+            choice.num_pages[r, s] = len(chosen)
+            choice.pages[r, s, : len(chosen)] = torch.from_numpy(chosen.astype(np.int32))
             choice.masks[r, s, : len(chosen)] = torch.from_numpy(masks.view(np.int32))
     output = torch.empty_like(case.query)
     scale = shape["size"] ** -0.5
-    paged_decode.decode(case.query, case.cache, case.table, case.rows, scale, output, choice)
+    paged_decode.paged_decode_attention(case.query, case.cache, case.table, case.rows, scale, output, choice)
     for r, context in enumerate(case.contexts):
         for head in range(heads):
             s = 0 if sets == 1 else head * sets // heads
@@ -131,15 +131,15 @@ def test_reading_chosen_positions_is_attention_over_them(shape: dict, sets_of: s
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> Rule:
+def rules(draw: st.DrawFn) -> SelectionRule:
     granularities: tuple[Granularity, ...] = get_args(Granularity)
     granularity = draw(st.sampled_from(granularities))
     sinks, recent = draw(st.integers(0, 40)), draw(st.integers(0, 100))
-    rule = Rule(1, sinks, recent, draw(st.sampled_from(get_args(Aggregate))), granularity)
-    budget = rule.least_budget + draw(st.integers(0, 200))
+    rule = SelectionRule(1, sinks, recent, draw(st.sampled_from(get_args(HeadAggregation))), granularity)
+    budget = rule.min_budget + draw(st.integers(0, 200))
     if granularity == "page":
-        budget = -(-budget // GROUP) * GROUP
-    return Rule(budget, sinks, recent, rule.aggregate, granularity)
+        budget = -(-budget // PAGE_SIZE) * PAGE_SIZE
+    return SelectionRule(budget, sinks, recent, rule.head_aggregation, granularity)
 
 
 @settings(max_examples=80, deadline=None)
@@ -150,19 +150,21 @@ def rules(draw: st.DrawFn) -> Rule:
     st.integers(1, 4),
     st.integers(0, 99),
 )
-def test_choices_are_those_of_the_oracle(rule: Rule, contexts: list[int], kv_heads: int, share: int, seed: int) -> None:
+def test_choices_are_those_of_the_oracle(
+    rule: SelectionRule, contexts: list[int], kv_heads: int, share: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     heads = kv_heads * share
-    rows = Rows(list(range(len(contexts))), list(range(len(contexts))), contexts, heads)
+    rows = DecodeBatch(list(range(len(contexts))), list(range(len(contexts))), contexts, heads)
     scores = rng.normal(0, 3, (len(contexts), heads, rows.padded)).astype(np.float32)
-    found = paged_decode.importance(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
-    choice = paged_decode.choose(rows, rule, found)
+    found = paged_decode.token_scores(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
+    choice = paged_decode.select_tokens(rows, rule, found)
     for r, n in enumerate(contexts):
-        expected = reference.importance(scores[r, :, :n].astype(np.float64), rule, kv_heads)
+        expected = reference.token_scores(scores[r, :, :n].astype(np.float64), rule, kv_heads)
         np.testing.assert_allclose(found[r, :, :n].numpy(), expected, rtol=1e-4, atol=1e-8)
         for s in range(expected.shape[0]):
             positions = [p for p in choice.positions(r, s) if p < n]
-            assert positions == reference.choose(found[r, s, :n].numpy(), rule)
+            assert positions == reference.select_tokens(found[r, s, :n].numpy(), rule)
             assert len(positions) <= rule.budget
             if n <= rule.budget:
                 assert positions == list(range(n))
@@ -174,11 +176,11 @@ def test_what_the_kernel_cannot_read_is_refused() -> None:
     case = build([40], 1, 2, 32, 32, torch.float32, 0)
     output = torch.empty_like(case.query)
     with pytest.raises(ValueError, match=r"query torch\.float64"):
-        paged_decode.decode(case.query.double(), case.cache, case.table, case.rows, 1.0, output)
+        paged_decode.paged_decode_attention(case.query.double(), case.cache, case.table, case.rows, 1.0, output)
     with pytest.raises(ValueError, match="cache"):
-        paged_decode.decode(case.query, case.cache[:, :, :16], case.table, case.rows, 1.0, output)
+        paged_decode.paged_decode_attention(case.query, case.cache[:, :, :16], case.table, case.rows, 1.0, output)
     with pytest.raises(ValueError, match="block table"):
-        paged_decode.decode(case.query, case.cache, case.table.long(), case.rows, 1.0, output)
+        paged_decode.paged_decode_attention(case.query, case.cache, case.table.long(), case.rows, 1.0, output)
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -188,7 +190,7 @@ def test_results_do_not_depend_on_threads() -> None:
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         output = torch.zeros_like(case.query)
-        paged_decode.decode(case.query, case.cache, case.table, case.rows, 0.125, output)
+        paged_decode.paged_decode_attention(case.query, case.cache, case.table, case.rows, 0.125, output)
         outputs.append(output)
     torch.set_num_threads(threads)
     assert torch.equal(outputs[0], outputs[1])

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.selection import GROUP, Aggregate, Granularity, Rule
+from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -57,7 +57,7 @@ class Case:
             max(self.contexts) + 100,
         )
 
-    def sparse(self, rule: Rule) -> list[int]:
+    def sparse(self, rule: SelectionRule) -> list[int]:
         lengths = np.diff(self.starts)
         return [r for r, n in enumerate(self.contexts) if lengths[r] == 1 and n > rule.budget]
 
@@ -108,42 +108,42 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> Rule:
+def rules(draw: st.DrawFn) -> SelectionRule:
     granularity = draw(st.sampled_from(get_args(Granularity)))
     sinks, recent = draw(st.integers(0, 40)), draw(st.integers(0, 60))
-    least = Rule(1, sinks, recent, draw(st.sampled_from(get_args(Aggregate))), granularity)
-    budget = least.least_budget + draw(st.integers(0, 100))
+    least = SelectionRule(1, sinks, recent, draw(st.sampled_from(get_args(HeadAggregation))), granularity)
+    budget = least.min_budget + draw(st.integers(0, 100))
     if granularity == "page":
-        budget = -(-budget // GROUP) * GROUP
-    return Rule(budget, sinks, recent, least.aggregate, granularity)
+        budget = -(-budget // PAGE_SIZE) * PAGE_SIZE
+    return SelectionRule(budget, sinks, recent, least.head_aggregation, granularity)
 
 
 MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def chosen(kernels: ModuleType, case: Case, rule: Rule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     scores = kernels.importance(case.query, case.cache, case.batch(kernels), rule, scale)
     return scores, kernels.choose(scores, case.batch(kernels), rule)
 
 
 @MANY
 @given(cases(), rules())
-def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case: Case, rule: Rule) -> None:
+def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
     scale = case.query.shape[-1] ** -0.5
     scores, kept = chosen(kernels, case, rule, scale)
-    unit = GROUP if rule.granularity == "page" else 1
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
     for r in case.sparse(rule):
         n = case.contexts[r]
         raw, _ = case.attention(r, list(range(n)), scale)
-        expected = reference.importance(raw, rule, case.cache.shape[1])
+        expected = reference.token_scores(raw, rule, case.cache.shape[1])
         padded = np.zeros((len(expected), -(-n // unit) * unit))
         padded[:, :n] = expected
         expected_units = padded.reshape(len(expected), -1, unit).sum(-1)
         found = scores[r, :, : expected_units.shape[1]].cpu().numpy()
-        if rule.aggregate != "union":  # whose proposals differ where scores are equal but for rounding
+        if rule.head_aggregation != "union":  # whose proposals differ where scores are equal but for rounding
             np.testing.assert_allclose(found, expected_units, rtol=2e-2 if case.query.dtype != torch.float32 else 1e-3)
         for s in range(len(expected)):
-            positions = reference.positions(kept[r, s].tolist(), n, rule)
+            positions = reference.page_positions(kept[r, s].tolist(), n, rule)
             spread = np.repeat(found[s] / unit, unit)[:n] if unit > 1 else found[s]
             assert len(positions) <= rule.budget
             assert positions == sorted(set(positions))
@@ -157,7 +157,7 @@ def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case:
 
 @MANY
 @given(cases(), rules())
-def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, rule: Rule) -> None:
+def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
     scale = case.query.shape[-1] ** -0.5
     _, kept = chosen(kernels, case, rule, scale)
     output = torch.full_like(case.query, 7.0)
@@ -166,7 +166,7 @@ def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, 
     sparse = case.sparse(rule)
     for r in sparse:
         for head in range(heads):
-            positions = reference.positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
+            positions = reference.page_positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
             _, expected = case.attention(r, positions, scale)
             actual = output[case.starts[r], head].double().cpu().numpy()
             np.testing.assert_allclose(actual, expected[head], atol=TOLERANCE[case.query.dtype])
@@ -177,19 +177,19 @@ def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, 
 @MANY
 @given(cases(), rules(), st.sampled_from(["sum", "max", "union"]))
 def test_a_shortened_table_holds_what_is_kept(
-    kernels: ModuleType, case: Case, rule: Rule, aggregate: Aggregate
+    kernels: ModuleType, case: Case, rule: SelectionRule, aggregate: HeadAggregation
 ) -> None:
     block = case.cache.shape[2]
-    rule = Rule(-(-max(rule.budget, 224) // GROUP) * GROUP, rule.sinks, rule.recent, aggregate, "page")
+    rule = SelectionRule(-(-max(rule.budget, 224) // PAGE_SIZE) * PAGE_SIZE, rule.sinks, rule.recent, aggregate, "page")
     if not kernels.can_shorten(rule, block):
-        assert block > GROUP
+        assert block > PAGE_SIZE
         return
     _, kept = chosen(kernels, case, rule, 0.125)
     table, lens = kernels.shorten(kept, case.batch(kernels), rule, block)
     sparse = case.sparse(rule)
     for r, n in enumerate(case.contexts):
         whole = list(range(n))
-        positions = reference.positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
+        positions = reference.page_positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
         assert int(lens[r]) == len(positions)
         blocks = [int(table[r, i // block]) for i in range(len(positions))]
         assert blocks == [int(case.table[r, p // block]) for p in positions]
@@ -197,16 +197,16 @@ def test_a_shortened_table_holds_what_is_kept(
 
 
 def test_which_rules_a_shortened_table_can_express(kernels: ModuleType) -> None:
-    page, token = Rule(256, 4, 64, "sum", "page"), Rule(256, 4, 64, "sum", "token")
+    page, token = SelectionRule(256, 4, 64, "sum", "page"), SelectionRule(256, 4, 64, "sum", "token")
     assert kernels.can_shorten(page, 16) and kernels.can_shorten(page, 32)
     assert not kernels.can_shorten(page, 64), "half a block cannot be left out"
     assert not kernels.can_shorten(token, 16)
-    assert not kernels.can_shorten(Rule(256, 4, 64, "kv_head", "page"), 16)
+    assert not kernels.can_shorten(SelectionRule(256, 4, 64, "kv_head", "page"), 16)
 
 
 def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
     case = build([300], [1], 1, 2, 32, 16, torch.float32)
-    rule = Rule(128, 4, 32, "sum", "page")
+    rule = SelectionRule(128, 4, 32, "sum", "page")
     with pytest.raises(ValueError, match=r"query .* torch\.float64"):
         kernels.importance(case.query.double(), case.cache, case.batch(kernels), rule, 1.0)
     with pytest.raises(ValueError, match="int32"):
@@ -220,7 +220,7 @@ def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
 def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.dtype) -> None:
     """Capture with one batch, replay with others of the same shape: nothing was decided on the host."""
     case = build([700, 640, 90], [1, 1, 1], 2, 4, 128, 16, dtype)
-    rule = Rule(256, 4, 64, "sum", "page")
+    rule = SelectionRule(256, 4, 64, "sum", "page")
     batch, query = case.batch(kernels), case.query
     output, scale = torch.zeros_like(query), 128**-0.5
     stream = torch.cuda.Stream()
@@ -240,6 +240,6 @@ def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.d
         graph.replay()
         torch.cuda.synchronize()
         for r in case.sparse(rule):
-            positions = reference.positions(kept[r, 0].tolist(), lengths[r], rule)
+            positions = reference.page_positions(kept[r, 0].tolist(), lengths[r], rule)
             _, expected = case.attention(r, positions, scale)
             np.testing.assert_allclose(output[r].double().cpu().numpy(), expected, atol=TOLERANCE[dtype])

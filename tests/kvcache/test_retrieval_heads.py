@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference, retrieval_heads
-from pilotfish.kvcache.retrieval_heads import by_group, choose, even_count, scores, sequence
+from pilotfish.kvcache.retrieval_heads import (
+    head_scores,
+    max_over_query_heads,
+    repeated_random_tokens,
+    round_up_head_count,
+    select_retrieval_heads,
+)
 
 
 def plain(query: np.ndarray, key: np.ndarray, scale: float, period: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,13 +35,13 @@ def test_scores_are_those_of_whole_attention_matrices(period: int, heads: tuple[
     rng = np.random.default_rng(seed)
     n = 1 + 4 * period
     query, key = rng.normal(0, 1.5, (n, heads[0], 16)), rng.normal(0, 1.5, (n, heads[1], 16))
-    found = scores(torch.from_numpy(query), torch.from_numpy(key), 0.25, period)
+    found = head_scores(torch.from_numpy(query), torch.from_numpy(key), 0.25, period)
     for ours, expected in zip(found, plain(query, key, 0.25, period), strict=True):
         np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
 
 
 def test_a_head_that_copies_scores_one_and_one_that_looks_around_scores_little() -> None:
-    tokens, period = sequence(1000, 401, seed=0)
+    tokens, period = repeated_random_tokens(1000, 401, seed=0)
     assert period == 100
     assert len(tokens) == 401
     assert tokens[1:101] == tokens[101:201] == tokens[301:401]
@@ -45,21 +51,21 @@ def test_a_head_that_copies_scores_one_and_one_that_looks_around_scores_little()
     # head 0 looks for its own token, head 1 for what followed it, head 2 for nothing
     query = torch.stack([here, here, here * 0], 1)
     key = torch.stack([here, before, here], 1)
-    echo, induction = scores(query, key, 1.0, period)
+    echo, induction = head_scores(query, key, 1.0, period)
     assert induction[1] > 0.8, "but for tokens that a block holds twice"
     assert induction[2] < 0.1
     assert 0.3 < echo[0] < 0.9, "the token itself takes part of it"
 
 
 def test_scores_of_groups_are_the_greatest_of_their_heads() -> None:
-    assert by_group(np.array([[0.1, 0.9, 0.3, 0.2]]), 2).tolist() == [[0.9, 0.3]]
+    assert max_over_query_heads(np.array([[0.1, 0.9, 0.3, 0.2]]), 2).tolist() == [[0.9, 0.3]]
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.floats(0.01, 1), st.integers(0, 3), st.integers(0, 1 << 30))
 def test_the_best_heads_are_kept(layers: int, heads: int, share: float, protect: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     echo, induction = rng.random((layers, heads)), rng.random((layers, heads))
-    kept = choose(echo, induction, share, protect)
+    kept = select_retrieval_heads(echo, induction, share, protect)
     assert len(kept) == len(set(kept)) <= layers * heads
     assert {(layer, head) for layer in range(min(protect, layers)) for head in range(heads)} <= set(kept)
     score = np.maximum(echo, induction)
@@ -68,16 +74,16 @@ def test_the_best_heads_are_kept(layers: int, heads: int, share: float, protect:
 
 
 def test_counts_come_out_even() -> None:
-    assert even_count(90, 14) == 15
-    assert even_count(256, 38) == 38, "43 would be even, and take more memory"
+    assert round_up_head_count(90, 14) == 15
+    assert round_up_head_count(256, 38) == 38, "43 would be even, and take more memory"
     for total in range(1, 300, 7):
         for wanted in range(1, total + 1, 5):
-            count = even_count(total, wanted)
+            count = round_up_head_count(total, wanted)
             assert wanted <= count <= min(total, wanted + wanted // 3)
 
 
 def test_the_sequence_fits_the_model() -> None:
     for positions in (257, 2048, 8192, 100_000):
-        tokens, period = sequence(50, positions, 1)
+        tokens, period = repeated_random_tokens(50, positions, 1)
         assert len(tokens) == 1 + 4 * period <= positions
         assert period == min(retrieval_heads.BLOCK, (positions - 1) // 4)

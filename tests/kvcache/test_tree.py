@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.kernels.tree import Mover, Trees, read_trees
-from pilotfish.plugins.drafting.tree import ancestors
+from pilotfish.kvcache.kernels.tree import CPUKVMover, CPUTreeBatch, tree_attention
+from pilotfish.plugins.drafting.tree import tree_attention_mask
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -60,9 +60,9 @@ def test_each_node_attends_to_its_own_path(forest, kv_heads, share, size, block,
     firsts = np.cumsum([2, *stretches])  # two rows of others before them
     query = torch.randn(int(firsts[-1]), kv_heads * share, size, generator=random).to(dtype)
     output = torch.zeros_like(query)
-    masks = [ancestors(parents) for _, parents in forest]
-    trees = Trees(range(len(forest)), firsts[:-1].tolist(), [b + 1 for b, _ in forest], masks, kv_heads * share)
-    read_trees(query, cache, table, trees, size**-0.5, output)
+    masks = [tree_attention_mask(parents) for _, parents in forest]
+    trees = CPUTreeBatch(range(len(forest)), firsts[:-1].tolist(), [b + 1 for b, _ in forest], masks, kv_heads * share)
+    tree_attention(query, cache, table, trees, size**-0.5, output)
     assert not output[:2].any()
     for r, (before, _) in enumerate(forest):
         keys, values = (x.double().numpy() for x in texts[r])
@@ -95,6 +95,6 @@ def test_moved_tokens_lie_as_if_written_there(path, begin, layers, dtype, seed) 
         write(fresh, targets, keys[[begin + p for p in path]], values[[begin + p for p in path]])
         moved.append(cache)
         expected.append(fresh)
-    Mover(moved)(torch.tensor([slots[begin + p] for p in path]), torch.tensor(targets))
+    CPUKVMover(moved)(torch.tensor([slots[begin + p] for p in path]), torch.tensor(targets))
     for cache, fresh in zip(moved, expected, strict=True):
         assert torch.equal(cache, fresh)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
-from pilotfish.plugins.drafting.tree import ancestors
+from pilotfish.plugins.drafting.tree import tree_attention_mask
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -48,7 +48,7 @@ def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, d
     numbers, table = torch.randperm(len(cache), generator=random).int(), torch.zeros(len(forest), max(needed)).int()
     for r, n in enumerate(needed):
         table[r, :n] = numbers[sum(needed[:r]) : sum(needed[:r]) + n]
-    masks = [ancestors(parents) for _, parents in forest]
+    masks = [tree_attention_mask(parents) for _, parents in forest]
     firsts = np.cumsum([1, *map(len, masks)])
     query = torch.randn(int(firsts[-1]), kv_heads * share, size, generator=random).to(dtype)
     output = torch.zeros_like(query).to(DEVICE)

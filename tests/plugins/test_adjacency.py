@@ -36,7 +36,9 @@ class Oracle:
         self, context: Text, inputs: Text, accepted: list[bool], ids: list[Text], probs: list[list[float]]
     ) -> None:
         def write(node: int) -> None:
-            row = [(t, int(A.confidence_of(float(np.float32(p))))) for t, p in zip(ids[node], probs[node], strict=True)]
+            row = [
+                (t, int(A.confidence_bin(float(np.float32(p))))) for t, p in zip(ids[node], probs[node], strict=True)
+            ]
             for c in self.contexts(context + inputs[: node + 1]):
                 self.rows[c] = row
 
@@ -45,8 +47,8 @@ class Oracle:
             write(node)
 
 
-def row_of(rows: R.Rows, text: Text) -> tuple[int, list[tuple[int, int]]]:
-    row, length = A.find(rows, np.array(text, np.int32), ORDER)
+def row_of(rows: R.AdjacencyTable, text: Text) -> tuple[int, list[tuple[int, int]]]:
+    row, length = A.find_row(rows, np.array(text, np.int32), ORDER)
     pairs = zip(rows.tokens[row].tolist(), rows.confidence[row].tolist(), strict=True)
     return length, [(t, c) for t, c in pairs if t != R.NONE]
 
@@ -67,14 +69,14 @@ def steps(draw: st.DrawFn) -> tuple[Text, Text, list[bool], list[Text], list[lis
 @settings(max_examples=200, deadline=None)
 @given(st.lists(texts | steps(), max_size=5), st.lists(texts, min_size=1, max_size=5))
 def test_rows_equal_the_oracle(events: list, questions: list[Text]) -> None:
-    rows, oracle = R.make_rows(VOCAB, K, ORDER, BITS), Oracle()
+    rows, oracle = R.make_adjacency_table(VOCAB, K, ORDER, BITS), Oracle()
     for event in events:
         if isinstance(event, list):
-            A.read_text(rows, ORDER, np.array(event, np.int32))
+            A.prime_from_text(rows, ORDER, np.array(event, np.int32))
             oracle.read_text(event)
         else:
             context, inputs, accepted, ids, probs = event
-            A.recycle(
+            A.update_rows(
                 rows,
                 ORDER,
                 np.array(context, np.int32),
@@ -92,11 +94,11 @@ def test_rows_equal_the_oracle(events: list, questions: list[Text]) -> None:
 
 def test_a_row_written_twice_keeps_the_deepest_accepted_else_the_first() -> None:
     def write(accepted: list[bool]) -> int:
-        rows = R.make_rows(VOCAB, 1, 1, 4)
+        rows = R.make_adjacency_table(VOCAB, 1, 1, 4)
         same = np.array([7, 7, 7], np.int32)
         ids = np.array([[1], [2], [3]], np.int32)
         parents = np.array([-1, 0, 1], np.int32)
-        A.recycle(rows, 1, same[:0], same, parents, np.array(accepted), ids, np.ones((3, 1), np.float32))
+        A.update_rows(rows, 1, same[:0], same, parents, np.array(accepted), ids, np.ones((3, 1), np.float32))
         return int(rows.tokens[7, 0])
 
     assert write([True, True, False]) == 2
@@ -105,16 +107,20 @@ def test_a_row_written_twice_keeps_the_deepest_accepted_else_the_first() -> None
 
 
 def test_a_masked_row_writes_nothing() -> None:
-    rows = R.make_rows(VOCAB, K, ORDER, 4)
+    rows = R.make_adjacency_table(VOCAB, K, ORDER, 4)
     one = np.array([3], np.int32)
     nothing = np.full((1, K), -1, np.int32)
-    A.recycle(rows, ORDER, one, one, np.array([-1], np.int32), np.array([True]), nothing, np.ones((1, K), np.float32))
+    A.update_rows(
+        rows, ORDER, one, one, np.array([-1], np.int32), np.array([True]), nothing, np.ones((1, K), np.float32)
+    )
     assert (rows.tokens == R.NONE).all()
 
 
-def expand(rows: R.Rows, rate: np.ndarray, text: Text, nodes: int, depth: int) -> list[tuple[int, int, float]]:
+def expand(
+    rows: R.AdjacencyTable, rate: np.ndarray, text: Text, nodes: int, depth: int
+) -> list[tuple[int, int, float]]:
     out = np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.float32)
-    n = A.expand(rows, rate, ORDER, np.array(text, np.int32), nodes, depth, *out)
+    n = A.grow_tree(rows, rate, ORDER, np.array(text, np.int32), nodes, depth, *out)
     return list(zip(out[0][:n].tolist(), out[1][:n].tolist(), out[2][:n].tolist(), strict=True))
 
 
@@ -146,12 +152,12 @@ def naive_expand(oracle: Oracle, rate: np.ndarray, text: Text, nodes: int, depth
 @settings(max_examples=150, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=4), texts, st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_expansion_equals_the_oracle(read: list[Text], text: Text, nodes: int, depth: int, seed: int) -> None:
-    rows, oracle = R.make_rows(VOCAB, K, ORDER, BITS), Oracle()
+    rows, oracle = R.make_adjacency_table(VOCAB, K, ORDER, BITS), Oracle()
     for t in read:
-        A.read_text(rows, ORDER, np.array(t, np.int32))
+        A.prime_from_text(rows, ORDER, np.array(t, np.int32))
         oracle.read_text(t)
     # Random rates have no ties, so that there is one right order.
-    rate = np.random.default_rng(seed).uniform(0.05, 0.95, (ORDER + 1, K, R.CONFIDENCES)).astype(np.float32)
+    rate = np.random.default_rng(seed).uniform(0.05, 0.95, (ORDER + 1, K, R.NUM_CONFIDENCES)).astype(np.float32)
     got, expected = expand(rows, rate, text, nodes, depth), naive_expand(oracle, rate, text, nodes, depth)
     # Equal contexts may still give two places one score; then the totals agree and the order need not.
     assert len(got) == len(expected)
@@ -162,20 +168,20 @@ def test_expansion_equals_the_oracle(read: list[Text], text: Text, nodes: int, d
 
 
 def test_calibration_learns_which_rank_is_right() -> None:
-    rows, acceptance = R.make_rows(VOCAB, 2, 1, 4), R.make_acceptance(1, 2)
+    rows, acceptance = R.make_adjacency_table(VOCAB, 2, 1, 4), R.make_acceptance_rates(1, 2)
     rows.tokens[5] = [1, 2]
     rows.confidence[5] = [0, 4]
     for _ in range(300):
-        A.calibrate(rows, acceptance, 1, np.array([5], np.int32), np.array([2], np.int32))
+        A.update_acceptance_rates(rows, acceptance, 1, np.array([5], np.int32), np.array([2], np.int32))
     assert acceptance.rate[1, 0, 0] < 0.05
     assert acceptance.rate[1, 1, 4] > 0.95
 
 
 def test_old_evidence_fades() -> None:
-    rows, acceptance = R.make_rows(VOCAB, 1, 1, 4), R.make_acceptance(1, 1)
+    rows, acceptance = R.make_adjacency_table(VOCAB, 1, 1, 4), R.make_acceptance_rates(1, 1)
     rows.tokens[5], rows.confidence[5] = 1, 0
     for token, times in ((1, 5000), (2, 5000)):
         for _ in range(times):
-            A.calibrate(rows, acceptance, 1, np.array([5], np.int32), np.array([token], np.int32))
+            A.update_acceptance_rates(rows, acceptance, 1, np.array([5], np.int32), np.array([token], np.int32))
     assert acceptance.seen.max() < 2001
     assert acceptance.rate[1, 0, 0] < 0.2

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import LayerSchedule
-from pilotfish.plugins.pruning.importance import kept_visual, page_rank
+from pilotfish.plugins.pruning.importance import keep_visual_tokens, page_rank
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 2), st.integers(0, 50))
@@ -37,7 +37,7 @@ def test_page_rank_is_a_walk_along_attention(n: int, kv_heads: int, group: int, 
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 20), st.integers(0, 9))
 def test_text_stays_and_the_best_visual_tokens(visual: list[bool], count: int, seed: int) -> None:
     importance = torch.rand(len(visual), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    keep = kept_visual(importance, torch.tensor(visual), count)
+    keep = keep_visual_tokens(importance, torch.tensor(visual), count)
     assert all(k for k, v in zip(keep.tolist(), visual, strict=True) if not v)
     places = [i for i, v in enumerate(visual) if v]
     best = sorted(places, key=lambda i: -float(importance[i]))[:count]
@@ -46,4 +46,4 @@ def test_text_stays_and_the_best_visual_tokens(visual: list[bool], count: int, s
 
 def test_the_schedule_is_linear_and_ends_with_none() -> None:
     schedule = LayerSchedule(14, 22, 0.1, 5)
-    assert [schedule.kept(i) for i in (0, 13, 14, 17, 21, 25)] == [1, 1, 0.875, 0.5, 0, 0]
+    assert [schedule.kept_share(i) for i in (0, 13, 14, 17, 21, 25)] == [1, 1, 0.875, 0.5, 0, 0]

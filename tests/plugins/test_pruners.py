@@ -10,12 +10,19 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from pilotfish.integrations.vllm.vision import layouts
-from pilotfish.plugins.aim import AIM, AIMOptions, merge_once, merged_count
-from pilotfish.plugins.contracts import ImageLayout, Picture, VisualPruner
-from pilotfish.plugins.diversity import SKETCH, Diversity, DiversityOptions, determinantal, farthest, sketch
+from pilotfish.plugins.aim import AIM, AIMOptions, merge_step, merged_count
+from pilotfish.plugins.contracts import ImageFeatures, ImageLayout, VisualPruner
+from pilotfish.plugins.diversity import (
+    PROJECTION_DIM,
+    Diversity,
+    DiversityOptions,
+    random_projection,
+    select_determinantal,
+    select_farthest,
+)
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from pilotfish.plugins.pruning import grids
-from pilotfish.plugins.pruning.token_budget import allocate
+from pilotfish.plugins.pruning.token_budget import allocate_tokens
 
 WIDTH, PATCH = 8, 14
 
@@ -27,11 +34,11 @@ def config(side: int, most: int = 3) -> SimpleNamespace:
     return SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints)
 
 
-def picture(layout: ImageLayout, seed: int = 0) -> Picture:
+def picture(layout: ImageLayout, seed: int = 0) -> ImageFeatures:
     random = torch.Generator().manual_seed(seed)
     views = 1 + layout.crops[0] * layout.crops[1]
-    return Picture(
-        torch.randn(layout.tokens, WIDTH, generator=random),
+    return ImageFeatures(
+        torch.randn(layout.num_tokens, WIDTH, generator=random),
         torch.randn(views, layout.side**2, generator=random),
     )
 
@@ -59,10 +66,10 @@ def test_kept_is_what_was_announced(kind, size: tuple[int, int], retain: float, 
     seen = picture(layout, seed)
     pruner = pruners(retain)[which]
     plan = pruner.plan(layout)
-    assert plan.tokens == sum(plan.parts.values())
+    assert plan.num_tokens == sum(plan.parts.values())
     kept = pruner.select(layout, plan, seen)
-    assert len(kept) == plan.tokens == len(set(kept.tolist()))
-    assert pruner.apply(layout, plan, seen).shape == (plan.tokens, WIDTH)
+    assert len(kept) == plan.num_tokens == len(set(kept.tolist()))
+    assert pruner.apply(layout, plan, seen).shape == (plan.num_tokens, WIDTH)
     if retain == 1:
         assert torch.equal(pruner.apply(layout, plan, seen), seen.tokens)
 
@@ -75,13 +82,13 @@ def test_rectangles_tile_the_grid(kind, size: tuple[int, int]) -> None:
     for top, bottom, left, right in layout.rectangles:
         seen[top:bottom, left:right] += 1
     assert (seen == 1).all()
-    places = torch.cat(grids.blocks(layout, torch.device("cpu"))).tolist()
+    places = torch.cat(grids.view_token_indices(layout, torch.device("cpu"))).tolist()
     assert len(places) == len(set(places)) == layout.tokens - layout.newlines
 
 
 def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, tau: float) -> set[int]:
     """The card, in loops over tokens."""
-    side, (rows, columns), (top, _, left, _) = layout.side, layout.crops, layout.box
+    side, (rows, columns), (top, _, left, _) = layout.side, layout.crops, layout.crop_region
     s, (height, width) = scores.double().tolist(), layout.grid
     kept = set(sorted(range(side * side), key=lambda i: -s[0][i])[: int(side * side * retain)])
     sums = [0.0] * (rows * columns)
@@ -141,7 +148,7 @@ def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
     scores = torch.zeros(5, 36)
     scores[0].view(6, 6)[3:, 3:] = 3.0
     pruner = GlobalCom2(GlobalCom2Options(0.25))
-    counts = pruner.counts(layout, pruner.plan(layout), scores)
+    counts = pruner.crop_token_counts(layout, pruner.plan(layout), scores)
     assert counts[3] == max(counts) > min(counts)
     assert sum(counts) == 36
 
@@ -149,7 +156,7 @@ def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
 def test_thumbnail_in_order_of_scores_as_published() -> None:
     layout = layouts.single(config(4), 1, 1)
     seen = picture(layout)
-    pruner = GlobalCom2(GlobalCom2Options(0.5, thumbnail_order="score"))
+    pruner = GlobalCom2(GlobalCom2Options(0.5, base_view_order="score"))
     assert seen.scores is not None
     assert (
         pruner.select(layout, pruner.plan(layout), seen).tolist()
@@ -175,12 +182,12 @@ def naive_merge(tokens: torch.Tensor, count: int) -> dict[int, list[float]]:
 def test_merging_averages_into_the_best_destination(n: int, count: int, seed: int) -> None:
     tokens = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     count = min(count, n // 2)
-    merged, at = merge_once(tokens.float(), count, raster=True)
+    merged, at = merge_step(tokens.float(), count, raster=True)
     oracle = naive_merge(tokens, count)
     assert at.tolist() == sorted(oracle)
     expected = torch.tensor([oracle[i] for i in sorted(oracle)])
     torch.testing.assert_close(merged, expected.float(), atol=1e-5, rtol=1e-5)
-    scrambled, there = merge_once(tokens.float(), count, raster=False)
+    scrambled, there = merge_step(tokens.float(), count, raster=False)
     torch.testing.assert_close(scrambled[there.argsort()], merged)
 
 
@@ -196,9 +203,9 @@ def test_no_picture_is_left_without_tokens_nor_larger_than_the_largest(kind, siz
     some = config(7, 4)
     layout = kind(some, *size)
     for pruner in (GlobalCom2(GlobalCom2Options(retain)), Diversity(DiversityOptions(retain)), AIM(AIMOptions(steps))):
-        largest = max(pruner.plan(kind(some, *resolution)).tokens for resolution in some.image_grid_pinpoints)
-        assert 0 < pruner.plan(layout).tokens <= largest
-        long = [pruner.plan(layouts.frames(some, n)).tokens for n in (1, 10, 1000)]
+        largest = max(pruner.plan(kind(some, *resolution)).num_tokens for resolution in some.image_grid_pinpoints)
+        assert 0 < pruner.plan(layout).num_tokens <= largest
+        long = [pruner.plan(layouts.frames(some, n)).num_tokens for n in (1, 10, 1000)]
         assert long == sorted(set(long)), "frames always count"
 
 
@@ -209,7 +216,7 @@ def test_shares_are_numbers_at_any_temperature(temperature: float, seed: int) ->
     seen = picture(layout, seed)
     assert seen.scores is not None
     pruner = GlobalCom2(GlobalCom2Options(0.1, temperature))
-    assert all(0 <= s <= 1 for s in pruner.shares(layout, seen.scores * 1e4))
+    assert all(0 <= s <= 1 for s in pruner.crop_shares(layout, seen.scores * 1e4))
 
 
 def test_two_steps_keep_a_quarter() -> None:
@@ -225,15 +232,17 @@ def test_farthest_is_the_naive_greedy_choice() -> None:
     while len(chosen) < 10:
         rest = [i for i in range(30) if i not in chosen]
         chosen.append(min(rest, key=lambda i: max(float(unit[i] @ unit[j]) for j in chosen)))
-    assert farthest(tokens, 10).tolist() == sorted(chosen)
+    assert select_farthest(tokens, 10).tolist() == sorted(chosen)
 
 
 def test_a_sketch_keeps_angles_and_never_changes() -> None:
     tokens = torch.randn(40, 1024, generator=torch.Generator().manual_seed(5)) + 0.5
-    assert torch.equal(sketch(tokens), sketch(tokens))
-    cosines = [functional.normalize(t, dim=-1) @ functional.normalize(t, dim=-1).T for t in (tokens, sketch(tokens))]
-    assert float((cosines[0] - cosines[1]).abs().mean()) < 2 / SKETCH**0.5
-    assert torch.equal(sketch(tokens[:, :SKETCH]), tokens[:, :SKETCH])
+    assert torch.equal(random_projection(tokens), random_projection(tokens))
+    cosines = [
+        functional.normalize(t, dim=-1) @ functional.normalize(t, dim=-1).T for t in (tokens, random_projection(tokens))
+    ]
+    assert float((cosines[0] - cosines[1]).abs().mean()) < 2 / PROJECTION_DIM**0.5
+    assert torch.equal(random_projection(tokens[:, :PROJECTION_DIM]), tokens[:, :PROJECTION_DIM])
 
 
 def test_determinantal_is_the_naive_greedy_choice() -> None:
@@ -242,19 +251,19 @@ def test_determinantal_is_the_naive_greedy_choice() -> None:
     for _ in range(5):
         rest = [i for i in range(20) if i not in chosen]
         chosen.append(max(rest, key=lambda i: float(torch.det(similar[[*chosen, i]][:, [*chosen, i]]))))
-    assert determinantal(unit, 6).tolist() == sorted(chosen)
+    assert select_determinantal(unit, 6).tolist() == sorted(chosen)
 
 
 def test_tokens_that_repeat_are_no_trouble() -> None:
     same = torch.ones(12, WIDTH)
-    assert len(set(determinantal(same, 5).tolist())) == len(set(farthest(same, 5).tolist())) == 5
+    assert len(set(select_determinantal(same, 5).tolist())) == len(set(select_farthest(same, 5).tolist())) == 5
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.floats(0, 1), st.randoms())
 def test_shares_are_whole_and_sum_up(sizes: list[int], part: float, random) -> None:
     total = int(part * sum(sizes))
     wanted = [random.uniform(0, n * 1.5) for n in sizes]
-    counts = allocate(sizes, wanted, total)
+    counts = allocate_tokens(sizes, wanted, total)
     assert sum(counts) == total
     assert all(0 <= c <= n for c, n in zip(counts, sizes, strict=True))
 

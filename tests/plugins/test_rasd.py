@@ -10,7 +10,7 @@ import pytest
 from pilotfish.plugins.config import ConfigError, Selection
 from pilotfish.plugins.contracts import Candidates, DraftBudget, DraftRequest, DraftTree, Engine
 from pilotfish.plugins.drafting import datastore
-from pilotfish.plugins.drafting.draft_model_drafter import EngineDraft
+from pilotfish.plugins.drafting.draft_model_drafter import DraftModelDrafter
 from pilotfish.plugins.manager import plugins
 from pilotfish.plugins.rasd import RASD, RASDOptions
 
@@ -77,8 +77,8 @@ def test_a_prompt_that_is_copied_takes_few_steps() -> None:
 def test_a_datastore_is_retrieved_from(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 1000, 200).tolist() for _ in range(20)]
-    datastore.build(tmp_path / "store", texts, "tokens", "0", 1 << 20)
-    options = RASDOptions(base="none", own=False, outputs=0, datastore=str(tmp_path / "store"))
+    datastore.build_datastore(tmp_path / "store", texts, "tokens", "0", 1 << 20)
+    options = RASDOptions(base="none", request=False, outputs=0, datastore=str(tmp_path / "store"))
     RASD.check(options, ENGINE)
     drafter = RASD(options, ENGINE)
     assert play(drafter, "a", [5], texts[3]) < 60
@@ -88,7 +88,7 @@ def test_a_datastore_is_retrieved_from(tmp_path: Path) -> None:
 
 def test_without_fusion_the_base_speaks_only_where_nothing_is_retrieved() -> None:
     text = [1, 2, 3, 4, 5, 1, 9, 1, 2]
-    plain: dict[str, Any] = {"outputs": 0, "opinion": False, "prune": 0.0}
+    plain: dict[str, Any] = {"outputs": 0, "base_feedback": False, "prune": 0.0}
     trees = {}
     arms: dict[str, dict[str, Any]] = {"fused": {}, "apart": {"fuse": False}, "alone": {"base": "none"}}
     for name, options in arms.items():
@@ -118,9 +118,9 @@ def test_the_budget_and_the_limit_hold() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shortest": 30}, "shortest: expected 2 to 24, got 30"),
+        ({"min_match": 30}, "min_match: expected 2 to 24, got 30"),
         ({"base": "rasd"}, "base: rasd cannot be its own base"),
-        ({"own": False, "outputs": 0}, "nothing to retrieve from"),
+        ({"request": False, "outputs": 0}, "nothing to retrieve from"),
         ({"prune": 2.0}, "prune: expected 0 to 1"),
         ({"outputz": 1}, "did you mean 'outputs'"),
     ],
@@ -141,7 +141,7 @@ def test_wrong_surroundings_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_draft_model_proposed_is_scored_by_how_far_it_held() -> None:
-    base = EngineDraft(None, ENGINE)
+    base = DraftModelDrafter(None, ENGINE)
     text = np.arange(10, dtype=np.int32)
     request = DraftRequest("a", text, 24, np.array([5, 6, 7], np.int32))
     for _ in range(200):  # the first token is right, the second never

@@ -8,7 +8,7 @@ from pilotfish.kvcache import profiles
 from pilotfish.kvcache.profiles import Profile
 from pilotfish.plugins.config import ConfigError, build_options
 from pilotfish.plugins.contracts import Engine, Unsupported
-from pilotfish.plugins.razor_attention import RazorAttention, RazorAttentionOptions, whole_heads
+from pilotfish.plugins.razor_attention import RazorAttention, RazorAttentionOptions, resolve_retrieval_heads
 
 ENGINE = Engine("m", 1000, 8192, 8, layers=4, kv_heads=2, fingerprint="f")
 SCORES = {"echo": [[0.0, 0.0]] * 3 + [[0.9, 0.0]], "induction": [[0.1, 0.2], [0.8, 0.0], [0.3, 0.7], [0.0, 0.0]]}
@@ -42,18 +42,22 @@ def test_options_out_of_range_are_refused(values: dict, message: str) -> None:
 
 def test_heads_are_named_or_come_from_scores(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    profiles.write(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
-    assert whole_heads(options(keep=[[1, 1], [3, 0]]), ENGINE) == [(1, 1), (3, 0)]
-    assert whole_heads(options(keep=0.25, profile=str(path)), ENGINE)[:2] == [(3, 0), (1, 0)]
-    assert set(whole_heads(options(keep=0.25, profile=str(path), protect_layers=1), ENGINE)) >= {(0, 0), (0, 1), (1, 0)}
+    profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
+    assert resolve_retrieval_heads(options(keep=[[1, 1], [3, 0]]), ENGINE) == [(1, 1), (3, 0)]
+    assert resolve_retrieval_heads(options(keep=0.25, profile=str(path)), ENGINE)[:2] == [(3, 0), (1, 0)]
+    assert set(resolve_retrieval_heads(options(keep=0.25, profile=str(path), protect_layers=1), ENGINE)) >= {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+    }
     plan = RazorAttention(options(keep=[[1, 1], [3, 0]], window=64), ENGINE).head_plan()
-    assert plan.whole == (frozenset(), frozenset({1}), frozenset(), frozenset({0}))
+    assert plan.retrieval_heads == (frozenset(), frozenset({1}), frozenset(), frozenset({0}))
     assert plan.window.window == 64
 
 
 def test_what_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    profiles.write(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
+    profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
     other = Engine("other", 1000, 8192, 8, layers=4, kv_heads=2, fingerprint="g")
     with pytest.raises(Unsupported, match="is of the model m; run `pilotfish tune razor`"):
         RazorAttention.check(options(profile=str(path)), other)
@@ -65,9 +69,9 @@ def test_what_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_shipped_profile_is_of_the_embedded_model() -> None:
     (path,) = profiles.SHIPPED.glob("razor_attention-smollm2*.json")
-    scores = profiles.read(path).settings["default"]
+    scores = profiles.read_profile(path).settings["default"]
     assert (len(scores["echo"]), len(scores["echo"][0])) == (30, 3)
-    kept = whole_heads(options(profile=str(path)), Engine("m", 1, 1, 1, layers=30, kv_heads=3))
+    kept = resolve_retrieval_heads(options(profile=str(path)), Engine("m", 1, 1, 1, layers=30, kv_heads=3))
     assert len(kept) == 15
     assert kept[0] == (18, 2)
 
@@ -83,6 +87,6 @@ def test_the_shipped_profile_is_of_the_embedded_model() -> None:
 )
 def test_scores_of_another_shape_are_refused(tmp_path: Path, scores: dict) -> None:
     path = tmp_path / "p.json"
-    profiles.write(path, Profile("razor_attention", "m", "f", {"default": scores}))
+    profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": scores}))
     with pytest.raises(ConfigError, match="expected as 4 lists of 2 numbers"):
-        whole_heads(options(profile=str(path)), ENGINE)
+        resolve_retrieval_heads(options(profile=str(path)), ENGINE)

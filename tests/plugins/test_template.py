@@ -5,20 +5,20 @@ import pytest
 
 from pilotfish.plugins.contracts import ROOT, DraftBudget, DraftRequest, Engine
 from pilotfish.plugins.drafting import adjacency
-from pilotfish.plugins.drafting.template import template
-from pilotfish.plugins.drafting.tree import depths
+from pilotfish.plugins.drafting.template import static_tree
+from pilotfish.plugins.drafting.tree import node_depths
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
 
 ENGINE = Engine("m", vocab_size=50, max_model_len=512, max_num_seqs=4, num_speculative_tokens=80)
 
 
 def test_the_papers_counts() -> None:
-    parents, ranks = template()
+    parents, ranks = static_tree()
     below = np.ones(80, int)
     for node in range(79, -1, -1):
         if parents[node] != ROOT:
             below[parents[node]] += below[node]
-    assert np.bincount(depths(parents)).tolist() == [0, 8, 21, 25, 15, 8, 3]
+    assert np.bincount(node_depths(parents)).tolist() == [0, 8, 21, 25, 15, 8, 3]
     assert below[:8].tolist() == [49, 10, 6, 5, 3, 3, 2, 2]
     assert len(set(range(80)) - set(parents.tolist())) == 40
     for node in range(80):
@@ -35,7 +35,7 @@ def test_nodes_are_the_candidates_of_their_parents_rows(nodes: int) -> None:
     for token in range(40):  # the others have no candidates
         rows.tokens[token] = rng.permutation(50)[:8]
     tree = drafter.propose([DraftRequest("a", np.array([3], np.int32), 80)], DraftBudget(nodes, 6))[0]
-    parents, ranks = template()
+    parents, ranks = static_tree()
     place: dict[int, int] = {ROOT: ROOT}
     expected: list[tuple[int, int]] = []
     for node in range(80):
@@ -47,5 +47,5 @@ def test_nodes_are_the_candidates_of_their_parents_rows(nodes: int) -> None:
             place[node] = len(expected)
             expected.append((token, parent))
     assert list(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)) == expected
-    assert drafter.whole
-    assert not TokenRecycling(TokenRecyclingOptions(), ENGINE).whole
+    assert drafter.fixed_size
+    assert not TokenRecycling(TokenRecyclingOptions(), ENGINE).fixed_size

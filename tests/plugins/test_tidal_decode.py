@@ -9,7 +9,7 @@ from pilotfish.kvcache.profiles import Profile
 from pilotfish.kvcache.selection import Role
 from pilotfish.plugins.config import ConfigError, build_options
 from pilotfish.plugins.contracts import Engine, Unsupported
-from pilotfish.plugins.tidal_decode import TidalDecode, TidalDecodeOptions, layers_of, spread
+from pilotfish.plugins.tidal_decode import TidalDecode, TidalDecodeOptions, evenly_spaced_layers, resolve_layers
 
 ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
 
@@ -26,7 +26,7 @@ ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
         ({"select_layers": []}, "select_layers: at least one"),
         ({"full_layers": [0]}, "full_layers: given without select_layers"),
         ({"select_layers": [2], "profile": "fast"}, "profile: given beside select_layers"),
-        ({"aggregate": "mean"}, "aggregate: expected one of"),
+        ({"head_aggregation": "mean"}, "head_aggregation: expected one of"),
         ({"correction_interval": -1}, "correction_interval: expected 0 to"),
     ],
 )
@@ -44,9 +44,9 @@ def test_roles_follow_the_layers() -> None:
 
 
 def test_a_model_that_was_not_tuned_gets_layers_at_even_distances() -> None:
-    assert layers_of(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
+    assert resolve_layers(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
     for layers in range(1, 100):
-        full, select = spread(layers)
+        full, select = evenly_spaced_layers(layers)
         assert select
         assert max(full + select) < layers
 
@@ -57,11 +57,11 @@ def test_layers_come_from_a_profile(tmp_path: Path) -> None:
         "default": {"full_layers": [0], "select_layers": [1, 5]},
         "fast": {"full_layers": [], "select_layers": [0]},
     }
-    profiles.write(path, Profile("tidal_decode", "m", "f", settings))
-    assert layers_of(TidalDecodeOptions(profile=str(path)), ENGINE) == ((0,), (1, 5))
-    assert layers_of(TidalDecodeOptions(profile=f"{path}#fast"), ENGINE) == ((), (0,))
+    profiles.write_profile(path, Profile("tidal_decode", "m", "f", settings))
+    assert resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE) == ((0,), (1, 5))
+    assert resolve_layers(TidalDecodeOptions(profile=f"{path}#fast"), ENGINE) == ((), (0,))
     with pytest.raises(ConfigError, match="did you mean 'fast'"):
-        layers_of(TidalDecodeOptions(profile=f"{path}#fats"), ENGINE)
+        resolve_layers(TidalDecodeOptions(profile=f"{path}#fats"), ENGINE)
     other = Engine("other", 1000, 8192, 8, layers=12, fingerprint="g")
     with pytest.raises(Unsupported, match="is of the model m; run `pilotfish tune tidal`"):
         TidalDecode.check(TidalDecodeOptions(profile=str(path)), other)
@@ -74,17 +74,17 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"pilotfish\.kv\.profile: .*not a profile"):
-        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)
+        resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)
     with pytest.raises(ConfigError, match="No such file"):
-        layers_of(TidalDecodeOptions(profile=str(tmp_path / "none.json")), ENGINE)
+        resolve_layers(TidalDecodeOptions(profile=str(tmp_path / "none.json")), ENGINE)
 
 
 def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    profiles.write(path, Profile("tidal_decode", "m", "f", {}))
+    profiles.write_profile(path, Profile("tidal_decode", "m", "f", {}))
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ConfigError, match="of version 2, expected 1"):
-        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)
+        resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)
 
 
 def test_layers_that_the_model_does_not_have_are_named() -> None:
@@ -107,6 +107,6 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 )
 def test_settings_without_layers_are_refused(tmp_path: Path, setting: dict) -> None:
     path = tmp_path / "p.json"
-    profiles.write(path, Profile("tidal_decode", "m", "f", {"default": setting}))
+    profiles.write_profile(path, Profile("tidal_decode", "m", "f", {"default": setting}))
     with pytest.raises(ConfigError, match="select_layers"):
-        layers_of(TidalDecodeOptions(profile=str(path)), ENGINE)
+        resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.config import ConfigError
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine, Unsupported
-from pilotfish.plugins.drafting.draft_length import StepCost, allocate
+from pilotfish.plugins.drafting.draft_length import StepCostModel, allocate_draft_tokens
 from pilotfish.plugins.token_recycling import TokenRecycling
 from pilotfish.plugins.token_recycling import TokenRecyclingOptions as Options
 
@@ -37,7 +37,7 @@ def decode(
     drafter: TokenRecycling, says: Model, prompt: list[int], length: int, request: str = "r"
 ) -> tuple[list[int], int]:
     """Greedy decoding with verification of a chain, as the engine does it: the text, and the steps it took."""
-    cost, text, steps = StepCost(0.01), list(prompt), 0
+    cost, text, steps = StepCostModel(0.01), list(prompt), 0
     probs = np.tile(np.array([0.7, 0.2, 0.07, 0.03], np.float32), (32, 1))
     draft: list[int] = []
     drafter.start(request, np.array(prompt, np.int32))
@@ -60,7 +60,7 @@ def decode(
         assert len(tree) <= 24
         path = tree.best_path()
         assert len(path) <= max(0, min(6, left))
-        draft = tree.tokens[path[: allocate([tree.scores[path]], cost)[0]]].tolist()
+        draft = tree.tokens[path[: allocate_draft_tokens([tree.scores[path]], cost)[0]]].tolist()
     drafter.finish(request)
     return text, steps
 
@@ -86,7 +86,7 @@ def test_a_model_that_repeats_itself_is_drafted_well() -> None:
 
 def test_where_drafts_fail_little_is_lost() -> None:
     """A text of pure chance: after a short while so little is drafted that decoding costs hardly more."""
-    rng, drafter, cost = np.random.default_rng(0), TokenRecycling(options(), ENGINE), StepCost(0.03)
+    rng, drafter, cost = np.random.default_rng(0), TokenRecycling(options(), ENGINE), StepCostModel(0.03)
     text = rng.integers(0, VOCAB, 5).tolist()
     drafter.start("r", np.array(text, np.int32))
     spent, emitted, draft = 0.0, 0, []
@@ -107,7 +107,7 @@ def test_where_drafts_fail_little_is_lost() -> None:
             spent, emitted = spent + float(cost(1, len(inputs) - 1)), emitted + right + 1
         tree = drafter.propose([DraftRequest("r", np.array(text, np.int32), 6)], DraftBudget(24, 6))[0]
         path = tree.best_path()
-        draft = tree.tokens[path[: allocate([tree.scores[path]], cost)[0]]].tolist()
+        draft = tree.tokens[path[: allocate_draft_tokens([tree.scores[path]], cost)[0]]].tolist()
     assert spent / emitted < 1.03 * float(cost(1, 0))
 
 

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import ROOT, DraftTree
-from pilotfish.plugins.drafting.tree import ancestors, cut, depths, is_chain, likeliest_first, walk
+from pilotfish.plugins.drafting.tree import (
+    accept_sampled_path,
+    is_chain,
+    node_depths,
+    sort_by_score,
+    tree_attention_mask,
+    truncate_tree,
+)
 
 PARENTS = st.integers(0, 40).flatmap(
     lambda n: st.tuples(*(st.integers(ROOT, i - 1) for i in range(n))).map(lambda p: np.array(p, np.int32))
@@ -23,7 +30,7 @@ def path_to(parents: np.ndarray, node: int) -> list[int]:
 
 @given(PARENTS)
 def test_a_row_sees_the_root_its_ancestors_and_itself(parents: np.ndarray) -> None:
-    seen, depth = ancestors(parents), depths(parents)
+    seen, depth = tree_attention_mask(parents), node_depths(parents)
     assert np.flatnonzero(seen[0]).tolist() == [0]
     for node in range(len(parents)):
         path = path_to(parents, node)
@@ -35,7 +42,7 @@ def test_a_row_sees_the_root_its_ancestors_and_itself(parents: np.ndarray) -> No
 def test_the_walk_is_the_longest_path_that_agrees_with_the_draws(parents: np.ndarray, data: st.DataObject) -> None:
     tokens = [data.draw(st.integers(0, 2)) for _ in parents]
     drawn = [data.draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
-    path, output = walk(tokens, parents.tolist(), drawn)
+    path, output = accept_sampled_path(tokens, parents.tolist(), drawn)
     assert [tokens[node] for node in path] == output[:-1]
     assert output == [drawn[0], *(drawn[node + 1] for node in path)]
     assert not path or path == path_to(parents, path[-1])
@@ -47,9 +54,9 @@ def test_any_order_of_nodes_is_mended() -> None:
     tree = DraftTree(
         np.array([5, 6, 7], np.int32), np.array([-1, -1, 0], np.int32), np.array([0.5, 0.1, 0.45], np.float32)
     )
-    found = likeliest_first(tree)
+    found = sort_by_score(tree)
     assert (found.tokens.tolist(), found.parents.tolist()) == ([5, 7, 6], [-1, 0, -1])
-    assert likeliest_first(found) is found
+    assert sort_by_score(found) is found
 
 
 @given(st.integers(0, 5))
@@ -62,4 +69,4 @@ def test_a_chain_is_a_tree_with_one_leaf(n: int) -> None:
 def test_the_first_nodes_of_a_tree_are_one(parents: np.ndarray, nodes: int) -> None:
     n = len(parents)
     tree = DraftTree(np.arange(n, dtype=np.int32), parents, np.ones(n, np.float32))
-    assert len(cut(tree, nodes)) == min(n, nodes)
+    assert len(truncate_tree(tree, nodes)) == min(n, nodes)

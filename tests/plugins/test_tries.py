@@ -14,7 +14,7 @@ def grown(continuations: list[list[int]], room: int = 200) -> tuple[np.ndarray, 
     width = max(map(len, continuations))
     followers = np.array([[*c, *[-1] * (width - len(c))] for c in continuations], np.int32)
     arrays = tuple(np.empty(room, np.int32) for _ in range(4))
-    n = tries.grow(followers, *arrays)
+    n = tries.build_trie(followers, *arrays)
     return tuple(a[:n] for a in arrays)
 
 
@@ -51,7 +51,7 @@ def test_the_drafters_tree_is_asked_about_the_same_path(a, b, data: st.DataObjec
     base_tokens, base_parents, *_ = grown(b)
     scores = scored(base_parents, data)
     opinions = np.empty(len(tokens), np.int32)
-    tries.judge(tokens, parents, base_tokens, base_parents, scores, opinions)
+    tries.match_base_tree(tokens, parents, base_tokens, base_parents, scores, opinions)
     base = dict(zip(paths(base_tokens, base_parents), scores.tolist(), strict=True))
     for path, opinion in zip(paths(tokens, parents), opinions.tolist(), strict=True):
         siblings = {p: s for p, s in base.items() if len(p) == len(path) and p[:-1] == path[:-1]}
@@ -72,19 +72,19 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
         parts.append((tokens, parents, scored(parents, data)))
     room = sum(len(p[0]) for p in parts)
     tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
-    n = tries.merge(0, tokens, parents, scores, *parts[0])
-    n = tries.merge(n, tokens, parents, scores, *parts[1])
+    n = tries.merge_tries(0, tokens, parents, scores, *parts[0])
+    n = tries.merge_tries(n, tokens, parents, scores, *parts[1])
     retrieved = dict(zip(paths(tokens[:n], parents[:n]), scores[:n].tolist(), strict=True))
     for part in parts[:2]:
         for path, score in zip(paths(*part[:2]), part[2].tolist(), strict=True):
             assert retrieved[path] >= score
-    n = tries.fuse(n, tokens, parents, scores, *parts[2])
+    n = tries.fuse_trees(n, tokens, parents, scores, *parts[2])
     found = paths(tokens[:n], parents[:n])
     assert len(set(found)) == len(found)
     assert set(found) == {p for part in parts for p in paths(*part[:2])}
     assert all(scores[i] <= scores[parents[i]] for i in range(n) if parents[i] != ROOT)
     assert scores[:n].max() <= 1
-    tree = DraftTree(*tries.best_first(tokens[:n], parents[:n], scores[:n], most))  # checks that parents come first
+    tree = DraftTree(*tries.best_nodes(tokens[:n], parents[:n], scores[:n], most))  # checks that parents come first
     assert len(tree) == min(n, most)
     assert (np.diff(tree.scores) <= 0).all()
     kept = dict(zip(paths(tree.tokens, tree.parents), tree.scores.tolist(), strict=True))
@@ -92,16 +92,16 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
 
 
 def test_scores_become_the_share_that_came() -> None:
-    seen, right = tries.make_rates(2)
+    seen, right = tries.make_acceptance_counts(2)
     tokens, parents, counts, depths = grown([[1, 2], [1, 3], [1, 2], [5, 5]])
     opinions = np.full(len(tokens), tries.UNKNOWN, np.int32)
     scores, cells = np.empty(len(tokens), np.float32), np.empty((len(tokens), 3), np.int32)
     rng = np.random.default_rng(0)
     for _ in range(4000):
-        tries.score(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+        tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
         came = np.array([1, 2 if rng.random() < 0.9 else 3] if rng.random() < 0.7 else [9], np.int32)
-        tries.learn(1, tokens, parents, cells, came, seen, right)
-    tries.score(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+        tries.update_acceptance_counts(1, tokens, parents, cells, came, seen, right)
+    tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
     by_path = dict(zip(paths(tokens, parents), scores.tolist(), strict=True))
     assert abs(by_path[1,] - 0.7) < 0.05
     assert abs(by_path[1, 2] - 0.63) < 0.06

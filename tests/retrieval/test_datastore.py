@@ -9,76 +9,76 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.plugins.drafting import suffix_array, suffix_search
-from pilotfish.plugins.drafting.datastore import Datastore, DatastoreError, build
-from pilotfish.plugins.drafting.suffix_array import BREAK, DEPTH
+from pilotfish.plugins.drafting.datastore import Datastore, DatastoreError, build_datastore
+from pilotfish.plugins.drafting.suffix_array import SUFFIX_DEPTH, TEXT_BREAK
 
 texts = st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=5)
 
 
 def joined(parts: list[list[int]]) -> np.ndarray:
-    return np.array([t for part in parts for t in [*part, BREAK]], np.int32)
+    return np.array([t for part in parts for t in [*part, TEXT_BREAK]], np.int32)
 
 
 @given(texts)
 def test_suffixes_are_in_the_order_of_their_first_tokens(parts: list[list[int]]) -> None:
     tokens = joined(parts)
-    expected = sorted(range(len(tokens)), key=lambda i: (tokens[i : i + DEPTH].tolist(), i))
-    assert suffix_array.sort(tokens).tolist() == expected
+    expected = sorted(range(len(tokens)), key=lambda i: (tokens[i : i + SUFFIX_DEPTH].tolist(), i))
+    assert suffix_array.build_suffix_array(tokens).tolist() == expected
 
 
 @settings(max_examples=200, deadline=None)  # compiles
-@given(texts, st.lists(st.integers(0, 3), max_size=30), st.integers(1, DEPTH), st.integers(1, 4))
+@given(texts, st.lists(st.integers(0, 3), max_size=30), st.integers(1, SUFFIX_DEPTH), st.integers(1, 4))
 def test_the_longest_suffix_and_all_its_places_are_found(
     parts: list[list[int]], tail: list[int], longest: int, shortest: int
 ) -> None:
     tokens = joined(parts)
-    order = suffix_array.sort(tokens)
-    match = suffix_search.find(tokens, order, np.array(tail, np.int32), longest, shortest)
+    order = suffix_array.build_suffix_array(tokens)
+    match = suffix_search.find_longest_suffix(tokens, order, np.array(tail, np.int32), longest, shortest)
     expected: tuple[int, list[int]] = (0, [])
     for length in range(shortest, min(longest, len(tail)) + 1):
         places = [i for i in range(len(tokens)) if tokens[i : i + length].tolist() == tail[-length:]]
         if places:
             expected = length, places
     assert (match.length, sorted(order[match.begin : match.end].tolist())) == expected
-    followers = suffix_search.followers(tokens, order, match, 5, 1000)
-    assert len(followers) == match.places
+    followers = suffix_search.continuations(tokens, order, match, 5, 1000)
+    assert len(followers) == match.occurrences
     for row, place in zip(followers.tolist(), order[match.begin : match.end].tolist(), strict=True):
         after = tokens[place + match.length :].tolist()
-        after = after[: after.index(BREAK)][:5]
+        after = after[: after.index(TEXT_BREAK)][:5]
         assert row == [*after, *[-1] * (5 - len(after))]
 
 
 def test_of_many_occurrences_a_spread_is_taken() -> None:
     tokens = joined([[1, 2, i] for i in range(10)] + [[1, 2, 7]] * 90)
-    order = suffix_array.sort(tokens)
-    match = suffix_search.find(tokens, order, np.array([1, 2], np.int32))
-    assert (match.length, match.places) == (2, 100)
-    some = suffix_search.followers(tokens, order, match, 1, 20)[:, 0].tolist()
+    order = suffix_array.build_suffix_array(tokens)
+    match = suffix_search.find_longest_suffix(tokens, order, np.array([1, 2], np.int32))
+    assert (match.length, match.occurrences) == (2, 100)
+    some = suffix_search.continuations(tokens, order, match, 1, 20)[:, 0].tolist()
     assert len(some) == 20
     assert some.count(7) >= 17
 
 
 def test_a_datastore_is_what_was_written(tmp_path: Path) -> None:
-    about = build(tmp_path / "store", [[5, 6, 7], [], [5, 6, 9]], "name", "print", 100)
+    about = build_datastore(tmp_path / "store", [[5, 6, 7], [], [5, 6, 9]], "name", "print", 100)
     assert (about.texts, about.tokens) == (2, 8), "an empty text is none"
     store = Datastore(tmp_path / "store", verify=True)
-    assert store.about == about
-    match = store.find(np.array([4, 5, 6], np.int32))
-    assert (match.length, match.places) == (2, 2)
-    assert sorted(store.followers(match, 1, 10)[:, 0].tolist()) == [7, 9]
+    assert store.info == about
+    match = store.find_longest_suffix(np.array([4, 5, 6], np.int32))
+    assert (match.length, match.occurrences) == (2, 2)
+    assert sorted(store.continuations(match, 1, 10)[:, 0].tolist()) == [7, 9]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"], "nothing is left beside it"
 
 
 def test_tokens_are_bounded(tmp_path: Path) -> None:
-    assert build(tmp_path / "store", [[1] * 50] * 10, "name", "print", 60).tokens == 60
+    assert build_datastore(tmp_path / "store", [[1] * 50] * 10, "name", "print", 60).tokens == 60
 
 
 def test_an_older_one_is_replaced_and_stays_readable_where_it_is_open(tmp_path: Path) -> None:
-    build(tmp_path / "store", [[1, 2, 3]], "name", "print", 100)
+    build_datastore(tmp_path / "store", [[1, 2, 3]], "name", "print", 100)
     old = Datastore(tmp_path / "store")
-    build(tmp_path / "store", [[4, 5, 6, 7]], "name", "print", 100)
-    assert old.tokens.tolist() == [1, 2, 3, BREAK]
-    assert Datastore(tmp_path / "store").tokens.tolist() == [4, 5, 6, 7, BREAK]
+    build_datastore(tmp_path / "store", [[4, 5, 6, 7]], "name", "print", 100)
+    assert old.tokens.tolist() == [1, 2, 3, TEXT_BREAK]
+    assert Datastore(tmp_path / "store").tokens.tolist() == [4, 5, 6, 7, TEXT_BREAK]
 
 
 def test_nothing_is_written_when_it_fails(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_nothing_is_written_when_it_fails(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "store", breaks(), "name", "print", 100)
+        build_datastore(tmp_path / "store", breaks(), "name", "print", 100)
     with pytest.raises(DatastoreError, match="hold no tokens"):
-        build(tmp_path / "store", [], "name", "print", 100)
+        build_datastore(tmp_path / "store", [], "name", "print", 100)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,13 +97,13 @@ def test_other_things_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(DatastoreError, match="exists, and is no datastore"):
-            build(place, [[1, 2]], "name", "print", 100)
+            build_datastore(place, [[1, 2]], "name", "print", 100)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    build(store, [[1, 2, 3]], "name", "print", 100)
+    build_datastore(store, [[1, 2, 3]], "name", "print", 100)
     whole = (store / "order.npy").read_bytes()
     (store / "order.npy").write_bytes(whole[:-1] + b"\7")
     Datastore(store)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.plugins.drafting.history import History
+from pilotfish.plugins.drafting.history import TokenHistory
 
 pieces = st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=30), st.booleans()), min_size=1, max_size=8)
 
@@ -33,10 +33,10 @@ def look_up(text: list[int], tail: list[int], width: int, longest: int, shortest
 @settings(max_examples=300, deadline=None)  # compiles
 @given(pieces, st.lists(st.integers(0, 3), max_size=20), st.integers(2, 12), st.integers(2, 4), st.integers(1, 6))
 def test_the_longest_end_and_what_followed_are_found(parts, tail, longest, shortest, width) -> None:
-    history = History(1024)
+    history = TokenHistory(1024)
     for part, ends in parts:
         history.append(np.array(part, np.int32), ends)
-    length, rows = history.find(np.array(tail, np.int32), width, 10_000, longest, shortest)
+    length, rows = history.find_longest_suffix(np.array(tail, np.int32), width, 10_000, longest, shortest)
     expected, followers = look_up(joined(parts), tail, width, longest, shortest)
     if sum(len(p) for p, _ in parts) <= 100:  # a chain has no more positions than are looked at
         assert (length, rows.tolist()) == (expected, followers)
@@ -47,34 +47,34 @@ def test_the_longest_end_and_what_followed_are_found(parts, tail, longest, short
 @given(st.integers(0, 1 << 30), st.integers(20, 400))
 def test_what_the_ring_dropped_is_not_found(seed: int, count: int) -> None:
     text = np.random.default_rng(seed).integers(0, 3, count).astype(np.int32)
-    history = History(64)
+    history = TokenHistory(64)
     for begin in range(0, count, 17):
         history.append(text[begin : begin + 17])
-    length, rows = history.find(text[-8:], 4, 1000, 8)
+    length, rows = history.find_longest_suffix(text[-8:], 4, 1000, 8)
     assert (length, rows.tolist()) == look_up(text[-64:].tolist(), text[-8:].tolist(), 4, 8, 2)
     assert len(history) == min(count, 64)
 
 
 def test_a_text_of_unknown_length_makes_room() -> None:
     text = np.random.default_rng(0).integers(0, 30, 500).astype(np.int32)
-    history, whole = History(16), History(512)
+    history, whole = TokenHistory(16), TokenHistory(512)
     whole.append(text)
     for begin in range(0, 500, 7):
-        history = history.with_room(len(text[begin : begin + 7]))
+        history = history.with_capacity(len(text[begin : begin + 7]))
         history.append(text[begin : begin + 7])
     assert len(history) == 500
     for end in range(20, 500, 31):
-        found, expected = (h.find(text[:end], 5, 8, 12) for h in (history, whole))
+        found, expected = (h.find_longest_suffix(text[:end], 5, 8, 12) for h in (history, whole))
         assert found[0] == expected[0]
         assert found[1].tolist() == expected[1].tolist()
 
 
 def test_repeated_output_is_found_from_the_prompts_end() -> None:
-    history, rng = History(1 << 14), np.random.default_rng(0)
+    history, rng = TokenHistory(1 << 14), np.random.default_rng(0)
     outputs = [rng.integers(0, 500, 200).astype(np.int32) for _ in range(20)]
     for output in outputs:
         history.append(output, ends=True)
     for output in outputs:
-        length, rows = history.find(output[:9], 24, 8, 24)
+        length, rows = history.find_longest_suffix(output[:9], 24, 8, 24)
         assert length == 9
         assert rows[0].tolist() == output[9:33].tolist()

@@ -89,7 +89,7 @@ def test_what_cannot_be_served_is_refused(tiny_model: str, change: dict, options
 def test_a_datastore_of_another_vocabulary_is_refused(tiny_model: str, tmp_path) -> None:
     from pilotfish.plugins.drafting import datastore
 
-    datastore.build(tmp_path / "store", [[1, 2, 3]], "other", "0", 1000)
+    datastore.build_datastore(tmp_path / "store", [[1, 2, 3]], "other", "0", 1000)
     config = over(tiny_model, datastore=str(tmp_path / "store"))
     done = configure(tiny_model, config)
     assert done.returncode != 0

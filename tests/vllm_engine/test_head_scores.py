@@ -67,7 +67,7 @@ if __name__ == '__main__':
 
 
 def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
-    tokens, period = retrieval_heads.sequence(512, 1 + 4 * PERIOD, seed=0)
+    tokens, period = retrieval_heads.repeated_random_tokens(512, 1 + 4 * PERIOD, seed=0)
     assert period == PERIOD
     config = {
         "dtype": "float32",

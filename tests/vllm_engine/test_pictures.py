@@ -14,7 +14,7 @@ import pytest
 from pilotfish.integrations.vllm.vision import layouts
 from pilotfish.plugins.contracts import LayerSchedule
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
-from pilotfish.plugins.pruning.importance import kept_visual, page_rank
+from pilotfish.plugins.pruning.importance import keep_visual_tokens, page_rank
 
 pytestmark = pytest.mark.engine
 
@@ -137,7 +137,7 @@ def test_pruned_answers(
         for path in request.get("pictures", ()):
             width, height = SIZES[pictures.index(path)]
             layout = layouts.anyres(_config(), height, width)
-            saved += layout.tokens - pruner.plan(layout).tokens
+            saved += layout.num_tokens - pruner.plan(layout).num_tokens
         assert before - after == saved
     alone = [ours.ask(do="look", requests=[r]) for r in quarter]
     assert [a["tokens"][0] for a in alone] == together["tokens"]
@@ -252,7 +252,7 @@ def with_masks(
                 schedule.temperature,
                 schedule.iterations,
             )
-            stays = kept_visual(rank, torch.tensor(visual)[rows], int(sum(visual) * schedule.kept(i)))
+            stays = keep_visual_tokens(rank, torch.tensor(visual)[rows], int(sum(visual) * schedule.kept_share(i)))
             here[rows[~stays]] = False
             kept.append(here.nonzero().flatten().tolist())
         return kept, int(model.lm_head(inside.norm(hidden))[0, -1].argmax())

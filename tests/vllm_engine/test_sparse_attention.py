@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from pilotfish.kvcache.profiles import SHIPPED, read
+from pilotfish.kvcache.profiles import SHIPPED, read_profile
 
 pytestmark = pytest.mark.engine
 
 LAYERS = 30
 GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
-PAGE = {"budget": 192, "sinks": 4, "recent": 32, "aggregate": "sum", "granularity": "page"}
+PAGE = {"budget": 192, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
 
 
 def kv(**options) -> dict:
@@ -51,7 +51,7 @@ def sparse(start, model, stock):
 
 def test_the_backend_is_ours_and_the_layers_are_the_shipped_profile_s(sparse) -> None:
     (path,) = SHIPPED.glob("tidal_decode-smollm2*.json")
-    layers = read(path).settings["default"]["select_layers"]
+    layers = read_profile(path).settings["default"]["select_layers"]
     assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"], "select": layers}
 
 
@@ -68,13 +68,13 @@ def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "granularity"),
+    ("head_aggregation", "granularity"),
     [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
 )
 @pytest.mark.shows("tidal_decode", "batches of mixed requests", "chunked prefill")
 def test_a_request_is_answered_alike_in_any_batch(sparse, aggregate: str, granularity: str) -> None:
     """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
-    rule = {**PAGE, "aggregate": aggregate, "granularity": granularity}
+    rule = {**PAGE, "head_aggregation": aggregate, "granularity": granularity}
     roles = ["FULL", "FULL"] + ["SELECT" if i in (2, 13) else "SPARSE" for i in range(2, LAYERS)]
     sparse.ask(do="attention", plan={"roles": roles, "rule": rule})
     together = sparse.ask(**ASK)["tokens"]

@@ -13,8 +13,8 @@ from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
-PAGE = {"budget": 160, "sinks": 4, "recent": 32, "aggregate": "sum", "granularity": "page"}
-TOKEN = {**PAGE, "budget": 100, "aggregate": "kv_head", "granularity": "token"}
+PAGE = {"budget": 160, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
+TOKEN = {**PAGE, "budget": 100, "head_aggregation": "kv_head", "granularity": "token"}
 ROLES = {"sparse": ["SELECT", "SPARSE"], "all choose": ["SELECT", "SELECT"]}
 GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
 PROMPTS = [

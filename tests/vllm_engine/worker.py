@@ -104,12 +104,12 @@ class TestWorker(Worker):
         """The attention classes of all layers; with ``plan``, change what the KV policy's layers read."""
         layers = self.runner.compilation_config.static_forward_context.values()
         if plan is not None:
-            from pilotfish.kvcache.selection import ReadPlan, Role, Rule
+            from pilotfish.kvcache.selection import ReadPlan, Role, SelectionRule
 
             roles = tuple(Role[name] for name in plan["roles"])
             for groups in self.runner.attn_groups:
                 for group in groups:
-                    group.get_metadata_builder().plan = ReadPlan(roles, Rule(**plan["rule"]))
+                    group.get_metadata_builder().plan = ReadPlan(roles, SelectionRule(**plan["rule"]))
         current = self.runner.attn_groups[0][0].get_metadata_builder().plan
         return {
             "impl": sorted({type(layer.impl).__name__ for layer in layers}),

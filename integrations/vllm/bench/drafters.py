@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown
+from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown_key_message
 from ....plugins.manager import plugins
 from ...bench import record
 from ...bench.record import Record
@@ -99,7 +99,7 @@ def speculation(arm: str) -> dict[str, Any]:
     drafters = plugins().classes("drafter")
     chosen = parse_assignments(arm.replace("@", ","))
     if chosen.name not in drafters:
-        raise ConfigError(unknown(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
+        raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
     key = {"drafter": {"name": chosen.name, **chosen.options}}
     config = selection.read({ROOT: key})
     return {

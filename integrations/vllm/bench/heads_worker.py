@@ -38,7 +38,7 @@ class HeadsWorker(Worker):
             def forward(layer: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if len(query) >= len(tokens):
                     q, k = query[: len(tokens)], key[: len(tokens)]
-                    echo, induction = retrieval_heads.scores(q, k, impl.scale, period)
+                    echo, induction = retrieval_heads.head_scores(q, k, impl.scale, period)
                     found[extract_layer_index(name)] = echo.tolist(), induction.tolist()
                     self.progress(len(found) / len(watched))
                 return original(layer, query, key, *args, **kwargs)

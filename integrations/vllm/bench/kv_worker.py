@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ....kvcache.kernels import paged_decode
-from ....kvcache.selection import ReadPlan, Role, Rule
+from ....kvcache.selection import ReadPlan, Role, SelectionRule
 from ....plugins.config import build_options
 from ..attention.sparse import kv_correction
 from ..engine.selection import attach
 from .engine import main
 from .teacher_forcing import ForcedWorker
 
-STOCK = ReadPlan((), Rule(1 << 30, 0, 0, "sum", "page"))
+STOCK = ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))
 
 
 class KVWorker(ForcedWorker):
@@ -69,7 +69,9 @@ class KVWorker(ForcedWorker):
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         place_of: dict[str | None, Any] = dict(zip(self._force, places or [None] * len(texts), strict=True))
-        observer = Missed(self._attachment.engine.layers, Rule(**rule), lambda row: place_of.get(self._name(row)))
+        observer = Missed(
+            self._attachment.engine.layers, SelectionRule(**rule), lambda row: place_of.get(self._name(row))
+        )
         for builder in self._builders:
             builder.plan = ReadPlan((Role.SELECT,) * observer.layers, observer.rule)
             builder.observe = observer
@@ -85,7 +87,7 @@ class KVWorker(ForcedWorker):
 class Missed:
     """Observes every layer of every step, and sums what layers miss by reading each other's choice."""
 
-    def __init__(self, layers: int, rule: Rule, place_of: Callable[[int], tuple[int, int] | None]) -> None:
+    def __init__(self, layers: int, rule: SelectionRule, place_of: Callable[[int], tuple[int, int] | None]) -> None:
         """Observe ``layers`` layers; ``place_of`` tells the positions that count in a row of the batch."""
         self.layers, self.rule, self.steps = layers, rule, 0
         self._place_of = place_of
@@ -98,10 +100,10 @@ class Missed:
         """[layers, layers], over the steps seen."""
         return self._total / max(self.steps, 1)
 
-    def __call__(self, rows: paged_decode.Rows, logits: torch.Tensor) -> None:
+    def __call__(self, rows: paged_decode.DecodeBatch, logits: torch.Tensor) -> None:
         """One layer's scores, [rows, query_heads, padded]; the last layer's end a step."""
         scores = logits.clone()
-        choice = paged_decode.choose(rows, self.rule, paged_decode.importance(rows, self.rule, 1, scores))
+        choice = paged_decode.select_tokens(rows, self.rule, paged_decode.token_scores(rows, self.rule, 1, scores))
         weights, mask = torch.zeros_like(logits), torch.zeros(rows.count, rows.padded)
         for r, n in enumerate(rows.context):
             weights[r, :, :n] = logits[r, :, :n].softmax(-1)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ....plugins.contracts import ImageLayout, Picture, VisualPruner
+from ....plugins.contracts import ImageFeatures, ImageLayout, VisualPruner
 from ....plugins.diversity import Diversity, DiversityOptions
 from ....plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 from ....plugins.pruning import grids
-from ....plugins.pruning.token_budget import allocate, best
+from ....plugins.pruning.token_budget import allocate_tokens, top_indices
 from ...bench.record import Record
 from ..models import vision_test_models
 from ..serving.progress import counting_bar
@@ -48,9 +48,9 @@ def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
             image.paste(needle.resize((size, size)), (left, top))
             layout, picture, features = eye.see(image)
             inside = _cells((left, top, left + size, top + size), image.size, layout.grid)
-            if not layout.cells or not inside.any():
+            if not layout.grid_tokens or not inside.any():
                 continue
-            unit = functional.normalize(grids.stitch(layout, features).flatten(0, 1), dim=-1)
+            unit = functional.normalize(grids.stitch_crops(layout, features).flatten(0, 1), dim=-1)
             stands_out = saliency.of(image, layout.grid).flatten()
             for retain in RETAINS:
                 for name, choose in ways(retain).items():
@@ -77,33 +77,35 @@ def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
     ]
 
 
-def ways(retain: float) -> dict[str, Callable[[ImageLayout, Picture], Tensor]]:
+def ways(retain: float) -> dict[str, Callable[[ImageLayout, ImageFeatures], Tensor]]:
     """Ways to choose cells of the grid, all as many: [rows, columns] bool of a layout and a picture."""
 
-    def by_plugin(pruner: VisualPruner) -> Callable[[ImageLayout, Picture], Tensor]:
-        def choose(layout: ImageLayout, picture: Picture) -> Tensor:
-            kept = torch.zeros(layout.tokens, dtype=torch.bool)
+    def by_plugin(pruner: VisualPruner) -> Callable[[ImageLayout, ImageFeatures], Tensor]:
+        def choose(layout: ImageLayout, picture: ImageFeatures) -> Tensor:
+            kept = torch.zeros(layout.num_tokens, dtype=torch.bool)
             kept[pruner.select(layout, pruner.plan(layout), picture)] = True
-            return grids.cells(layout, kept)
+            return grids.grid_values(layout, kept)
 
         return choose
 
-    def at_random(layout: ImageLayout, picture: Picture) -> Tensor:
-        values = torch.rand(layout.cells, generator=torch.Generator().manual_seed(layout.cells))
-        kept = torch.zeros(layout.cells, dtype=torch.bool)
-        kept[best(values, int(layout.cells * retain))] = True
+    def at_random(layout: ImageLayout, picture: ImageFeatures) -> Tensor:
+        values = torch.rand(layout.grid_tokens, generator=torch.Generator().manual_seed(layout.grid_tokens))
+        kept = torch.zeros(layout.grid_tokens, dtype=torch.bool)
+        kept[top_indices(values, int(layout.grid_tokens * retain))] = True
         return kept.view(layout.grid)
 
-    def uniform(layout: ImageLayout, picture: Picture) -> Tensor:
-        count = int(layout.cells * retain)
-        kept = torch.zeros(layout.cells, dtype=torch.bool)
-        kept[(torch.arange(count) * layout.cells / count).long()] = True
+    def uniform(layout: ImageLayout, picture: ImageFeatures) -> Tensor:
+        count = int(layout.grid_tokens * retain)
+        kept = torch.zeros(layout.grid_tokens, dtype=torch.bool)
+        kept[(torch.arange(count) * layout.grid_tokens / count).long()] = True
         return kept.view(layout.grid)
 
-    def per_crop(layout: ImageLayout, picture: Picture) -> Tensor:
+    def per_crop(layout: ImageLayout, picture: ImageFeatures) -> Tensor:
         assert picture.scores is not None
-        counts = allocate(layout.sizes, [n * retain for n in layout.sizes], int(layout.cells * retain))
-        return grids.best_of_crops(layout, grids.stitch(layout, picture.scores), counts)
+        counts = allocate_tokens(
+            layout.crop_tokens, [n * retain for n in layout.crop_tokens], int(layout.grid_tokens * retain)
+        )
+        return grids.top_patches_per_crop(layout, grids.stitch_crops(layout, picture.scores), counts)
 
     return {
         "random": at_random,
@@ -139,4 +141,4 @@ class Saliency:
             np.array(v, np.float32)[:, None, None] for v in (vision_test_models.MEAN, vision_test_models.DEVIATION)
         )
         (seen,) = self._session.run(["output_importance"], {"input_image": ((pixels - mean) / deviation)[None]})
-        return grids.resize(torch.from_numpy(seen).reshape(seen.shape[-2:]), grid)
+        return grids.resize_grid(torch.from_numpy(seen).reshape(seen.shape[-2:]), grid)

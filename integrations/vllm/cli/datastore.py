@@ -41,7 +41,7 @@ def build(
     from ..serving.progress import console, counting_bar
 
     try:
-        store.check_place(out)
+        store.check_datastore_path(out)
     except store.DatastoreError as error:
         raise ConfigError(f"--out {error}") from None
     check_model(tokenizer)
@@ -63,7 +63,9 @@ def build(
             bar.update(task, description="sorting")
 
         try:
-            about = store.build(out, read(), tokenizer, store.fingerprint(found.get_vocab()), max_tokens)
+            about = store.build_datastore(
+                out, read(), tokenizer, store.vocabulary_fingerprint(found.get_vocab()), max_tokens
+            )
         except store.DatastoreError as error:
             raise ConfigError(str(error)) from None
     if passed:
@@ -82,7 +84,7 @@ def info(
     from ....plugins.drafting.datastore import Datastore, DatastoreError
 
     try:
-        about = Datastore(folder, verify).about
+        about = Datastore(folder, verify).info
     except DatastoreError as error:
         raise ConfigError(str(error)) from None
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ....plugins.cli import extend, single
+from ....plugins.cli import extend_group, single_line
 from ....plugins.hookspecs import hookimpl
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
@@ -33,7 +33,7 @@ def register_commands(cli: typer.Typer) -> None:
     cli.command("serve", context_settings=passes_on)(serve)
     cli.command("doctor")(doctor)
     cli.command("models")(models)
-    extend(cli, "bench", bench)
+    extend_group(cli, "bench", bench)
     cli.add_typer(tune, name="tune")
 
 
@@ -54,7 +54,7 @@ def serve(
 
     plan = command.compose(
         model,
-        {kind: single(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
+        {kind: single_line(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
         list(context.args),
         num_speculative_tokens=num_speculative_tokens,
         allow_untested_vllm=allow_untested_vllm,
@@ -83,7 +83,7 @@ def models(
     list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
 ) -> None:
     """Fetch an embedded model into the user's cache, and print its folder."""
-    from ....plugins.config import ConfigError, unknown
+    from ....plugins.config import ConfigError, unknown_key_message
     from ..models import registry as store
     from ..serving.progress import fetch_with_bar
 
@@ -96,7 +96,7 @@ def models(
         return
     name = name or next(iter(store.EMBEDDED))
     if name not in store.EMBEDDED:
-        raise ConfigError(unknown(f"model '{name}'", name, store.EMBEDDED))
+        raise ConfigError(unknown_key_message(f"model '{name}'", name, store.EMBEDDED))
     folder = fetch_with_bar(store.EMBEDDED[name])
     if verify and not store.EMBEDDED[name].verify():
         raise ConfigError(f"{folder}: the weights are damaged (checksum); delete the folder and fetch again")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ....plugins.cli import extend
+from ....plugins.cli import extend_group
 from ....plugins.hookspecs import hookimpl
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
@@ -22,7 +22,7 @@ ARMS = (
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     cli.command("prune")(prune)
-    extend(cli, "bench", bench)
+    extend_group(cli, "bench", bench)
 
 
 def prune(

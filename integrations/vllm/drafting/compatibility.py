@@ -85,10 +85,10 @@ def _check_tokenizer(cls: Any, options: Any, model_config: Any) -> None:
         return
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
-    from ....plugins.drafting.datastore import fingerprint
+    from ....plugins.drafting.datastore import vocabulary_fingerprint
 
     found = cached_tokenizer_from_config(model_config)
-    if found is not None and fingerprint(found.get_vocab()) != wanted[0]:
+    if found is not None and vocabulary_fingerprint(found.get_vocab()) != wanted[0]:
         raise Unsupported(
             cls.name,
             f"its token ids are those of another tokenizer ({wanted[1]})",

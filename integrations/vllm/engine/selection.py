@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ....kvcache.profiles import fingerprint
+from ....kvcache.profiles import model_fingerprint
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, parse_config
 from ....plugins.contracts import Engine, KVPolicy, Unsupported
 from ....plugins.manager import disabled, plugins
@@ -118,7 +118,7 @@ def describe(vllm_config: Any) -> Engine:
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         layers=model.get_total_num_hidden_layers(),
         kv_heads=model.get_total_num_kv_heads(),
-        fingerprint=fingerprint(model.hf_text_config.to_dict()),
+        fingerprint=model_fingerprint(model.hf_text_config.to_dict()),
     )
 
 

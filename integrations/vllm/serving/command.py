@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....kvcache.profiles import SHAPE, fingerprint
+from ....kvcache.profiles import SHAPE, model_fingerprint
 from ....plugins.config import ROOT, ConfigError, parse_assignments
 from ....plugins.contracts import Engine, Unsupported
 from ....plugins.manager import disabled, plugins
@@ -196,7 +196,7 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
             layers=int(text.get("num_hidden_layers", 0)),
             # Where the file leaves it to a model's class to say, these are known when the engine is configured.
             kv_heads=int(text.get("num_key_value_heads") or 0),
-            fingerprint=fingerprint(text) if all(name in text for name in SHAPE) else "",
+            fingerprint=model_fingerprint(text) if all(name in text for name in SHAPE) else "",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or a configuration in another form: the door-keeper in vLLM checks it

@@ -68,7 +68,7 @@ def run(plan: Plan) -> Profile:
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
             facts, rows, period = engine.ask(do="facts"), [], 0
             for seed in range(plan.sequences):
-                tokens, period = retrieval_heads.sequence(facts["vocab_size"], room, seed)
+                tokens, period = retrieval_heads.repeated_random_tokens(facts["vocab_size"], room, seed)
                 bar.update(task, description=f"looking at heads, {retrieval_heads.COPIES} x {period} tokens")
                 rows.append(
                     engine.ask(
@@ -79,7 +79,7 @@ def run(plan: Plan) -> Profile:
                     )
                 )
     echo, induction = (
-        retrieval_heads.by_group(np.mean([row[name] for row in rows], axis=0), rows[0]["kv_heads"])
+        retrieval_heads.max_over_query_heads(np.mean([row[name] for row in rows], axis=0), rows[0]["kv_heads"])
         for name in ("echo", "induction")
     )
     profile = Profile(
@@ -94,7 +94,7 @@ def run(plan: Plan) -> Profile:
             "dtype": plan.dtype,
         },
     )
-    profiles.write(plan.out, profile)
+    profiles.write_profile(plan.out, profile)
     show(echo, induction)
     if plan.plot is not None:
         draw(plan.plot, plan.model, echo, induction)
@@ -103,10 +103,10 @@ def run(plan: Plan) -> Profile:
     return profile
 
 
-def chosen(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.Pair]:
+def chosen(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.LayerHead]:
     """The heads that keep everything by default."""
     share: Any = RazorAttentionOptions().keep
-    return retrieval_heads.choose(echo, induction, share)
+    return retrieval_heads.select_retrieval_heads(echo, induction, share)
 
 
 def show(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:

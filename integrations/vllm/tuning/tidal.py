@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ....kvcache import profiles
-from ....kvcache.layer_choice import LayerChoice, best_choices
+from ....kvcache.layer_choice import LayerChoice, best_layer_choices
 from ....kvcache.profiles import Profile
 from ....plugins.config import ConfigError, build_options
 from ....plugins.tidal_decode import TidalDecode, TidalDecodeOptions
@@ -97,7 +97,7 @@ def run(plan: Plan) -> Profile:
             full, tried = _try(plan, engine, cut, groups, bar, task)
     show(full, tried)
     profile = to_profile(plan, fingerprint, full, tried)
-    profiles.write(plan.out, profile)
+    profiles.write_profile(plan.out, profile)
     status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
     return profile
 
@@ -165,12 +165,12 @@ def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], 
     Returns:
         Sets that differ; their losses cannot be compared with each other.
     """
-    losses = [m / max(best_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
+    losses = [m / max(best_layer_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
     for weights in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
-        for choice in best_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
+        for choice in best_layer_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
             found.setdefault((choice.full, choice.select), choice)
-    return sorted(found.values(), key=lambda c: c.reading)
+    return sorted(found.values(), key=lambda c: c.num_full_layers)
 
 
 def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:
@@ -184,7 +184,7 @@ def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) ->
         full: Share of needles that full attention finds.
         tried: The sets.
     """
-    tried = sorted(tried, key=lambda t: (t.choice.reading, t.kl))
+    tried = sorted(tried, key=lambda t: (t.choice.num_full_layers, t.kl))
     closest = min(tried, key=lambda t: t.kl)
     settings = {}
     for name, target, needles in (
@@ -233,6 +233,6 @@ def show(full: float, tried: list[Tried]) -> None:
     table.add_row("all", "", "", "0", "", f"{full:.0%}")
     for t in tried:
         layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
-        row = (str(t.choice.reading), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
+        row = (str(t.choice.num_full_layers), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
         table.add_row(*row)
     Console().print(table)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ....plugins.config import ConfigError
-from ....plugins.contracts import ImageLayout, Picture
+from ....plugins.contracts import ImageFeatures, ImageLayout
 from ....plugins.pruning import grids
 from . import layouts
 from .patch_scores import unlike_the_mean
@@ -63,7 +63,7 @@ class Eye:
         return layouts.BY_MODEL[self.config.model_type](self.config, height, width)
 
     @torch.inference_mode()
-    def see(self, image: Any) -> tuple[ImageLayout, Picture, Tensor]:
+    def see(self, image: Any) -> tuple[ImageLayout, ImageFeatures, Tensor]:
         """A PIL picture's layout, its tokens with scores, and the tower's features [views, side * side, width]."""
         layout = self.layout(image.height, image.width)
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
@@ -76,7 +76,7 @@ class Eye:
         else:
             scores = unlike_the_mean(features)
         embedded = self.projector(features)
-        return layout, Picture(self._assemble(layout, embedded), scores), features
+        return layout, ImageFeatures(self._assemble(layout, embedded), scores), features
 
     def _cls(self, hidden: tuple[Tensor, ...], at: int) -> Tensor:
         """As `scores.cls_logits`, on the layers of transformers."""
@@ -92,7 +92,7 @@ class Eye:
         first = embedded[: layout.frames].flatten(0, 1)
         if not layout.crops[0]:
             return first
-        grid = grids.stitch(layout, embedded)
+        grid = grids.stitch_crops(layout, embedded)
         if layout.row_newlines:
             assert self.newline is not None
             grid = torch.cat([grid, self.newline.expand(len(grid), 1, -1)], 1)

@@ -16,7 +16,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ....plugins.contracts import LayerSchedule
-from ....plugins.pruning.importance import kept_visual, page_rank
+from ....plugins.pruning.importance import keep_visual_tokens, page_rank
 
 
 @dataclass
@@ -120,7 +120,7 @@ class LayerPruning:
             counts = torch.bincount(request, minlength=requests).tolist()
             self._place(context, i, batch, counts, self._lacking(batch, i))
             hidden, residual = layer(positions, hidden, residual)
-            share = self._schedule.kept(i)
+            share = self._schedule.kept_share(i)
             if share == 1.0 or not bool(visual.any()):
                 continue
             keep = torch.ones_like(visual)
@@ -145,7 +145,7 @@ class LayerPruning:
         query, key = query.view(len(mine), attention.num_heads, -1), key.view(len(mine), attention.num_kv_heads, -1)
         schedule = self._schedule
         rank = page_rank(query, key, attention.scaling, schedule.temperature, schedule.iterations)
-        return kept_visual(rank, visual, count)
+        return keep_visual_tokens(rank, visual, count)
 
     def _place(self, context: Any, layer: int, batch: Batch, counts: list[int], lacking: list[int]) -> None:
         """Tell a layer's attention which rows there are, and where keys and values go."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from ....plugins.contracts import Box, ImageLayout
+from ....plugins.contracts import ImageLayout, Region
 
 MOST_CROPS = 9  # of LLaVA-OneVision: grids of more tokens than so many views have are pooled
 
@@ -30,11 +30,11 @@ def anyres(config: Any, height: int, width: int) -> ImageLayout:
 def pooled(config: Any, height: int, width: int) -> ImageLayout:
     """LLaVA-OneVision: the same, with large grids pooled."""
     whole = anyres(config, height, width)
-    ratio = math.sqrt(whole.cells / (MOST_CROPS * whole.side**2))
+    ratio = math.sqrt(whole.grid_tokens / (MOST_CROPS * whole.side**2))
     if ratio <= 1.1:
         return whole
     grid = (int(whole.grid[0] // ratio), int(whole.grid[1] // ratio))
-    return ImageLayout(whole.side, whole.crops, whole.box, grid, row_newlines=True)
+    return ImageLayout(whole.side, whole.crops, whole.crop_region, grid, row_newlines=True)
 
 
 def frames(config: Any, count: int) -> ImageLayout:
@@ -50,7 +50,7 @@ def _side(config: Any) -> int:
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
-def _unpadded(height: int, width: int, rows: int, columns: int) -> Box:
+def _unpadded(height: int, width: int, rows: int, columns: int) -> Region:
     """What of a grid shows a picture that was resized into it with its own proportions, in the middle.
 
     Rounding is that of transformers' ``unpad_image``, which vLLM announces too.

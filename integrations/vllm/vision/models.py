@@ -18,7 +18,7 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ....plugins.contracts import ImageLayout, Picture
+from ....plugins.contracts import ImageFeatures, ImageLayout
 from ..engine import log
 from . import layouts, processing, request_pruner
 from .patch_scores import ClsScorer, unlike_the_mean
@@ -91,9 +91,9 @@ class PrunedModel:
             height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
             layout = layouts.BY_MODEL[self.model](self.config, height, width)
             pruner, plan = request_pruner.settle(self._engine, self._wanted["image"][i], layout, "image")
-            features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.scored)
+            features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.needs_scores)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
-            made.append(pruned(pruner, layout, plan, Picture(tokens, scores)))
+            made.append(pruned(pruner, layout, plan, ImageFeatures(tokens, scores)))
         return made
 
     def _see(self, pixels: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
@@ -112,14 +112,14 @@ class PrunedModel:
         raise NotImplementedError(f"{type(self).__name__} does not say how its tokens are put together")
 
 
-def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: Picture) -> Tensor:
+def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) -> Tensor:
     """What the language model gets of a picture.
 
     Raises:
         RuntimeError: the pruner breaks its word, or vLLM put tokens together in an unknown way.
     """
-    if len(picture.tokens) != layout.tokens:
-        raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.tokens}")
+    if len(picture.tokens) != layout.num_tokens:
+        raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.num_tokens}")
     kept = pruner.apply(layout, plan, picture)
     if len(kept) != plan.tokens:
         raise RuntimeError(f"pilotfish: {pruner.name} announced {plan.tokens} tokens and kept {len(kept)}")
@@ -139,7 +139,7 @@ class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
         """What tower and projector see of a picture: all of it."""
-        tokens = layouts.single(self.config, 0, 0).tokens
+        tokens = layouts.single(self.config, 0, 0).num_tokens
         return tokens, tokens
 
 
@@ -181,6 +181,6 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
             layout = layouts.frames(self.config, len(video))
             pruner, plan = request_pruner.settle(self._engine, wanted, layout, "video")
-            whole = plan.tokens == layout.tokens
-            made.append(tokens if whole else pruned(pruner, layout, plan, Picture(tokens)))
+            whole = plan.num_tokens == layout.num_tokens
+            made.append(tokens if whole else pruned(pruner, layout, plan, ImageFeatures(tokens)))
         return made

@@ -50,18 +50,18 @@ class PrunedInfo:
         """
         layout = layouts.BY_MODEL[self.model](self.get_hf_config(), height, width)
         stock = super().get_num_image_tokens(image_width=width, image_height=height)  # type: ignore[misc]
-        if stock != layout.tokens:
-            raise RuntimeError(f"pilotfish: {layout.tokens} tokens for {width} x {height}, where vLLM has {stock}")
+        if stock != layout.num_tokens:
+            raise RuntimeError(f"pilotfish: {layout.num_tokens} tokens for {width} x {height}, where vLLM has {stock}")
         return layout
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """After pruning."""
-        return request_pruner.plan(self.selection, self.image_layout(image_height, image_width), "image").tokens
+        return request_pruner.plan(self.selection, self.image_layout(image_height, image_width), "image").num_tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
         """After pruning, where the pruner takes videos."""
         del image_width, image_height
-        return request_pruner.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").tokens
+        return request_pruner.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").num_tokens
 
 
 class PrunedProcessor:
@@ -110,7 +110,7 @@ class PrunedProcessor:
             if isinstance(items, EMBEDDED):
                 return stock(index)
             layout = self.info.layout(modality, items, index)
-            return [token] * request_pruner.settle(self.info.selection, wanted, layout, modality)[1].tokens
+            return [token] * request_pruner.settle(self.info.selection, wanted, layout, modality)[1].num_tokens
 
         return replace
 

@@ -73,7 +73,7 @@ def asked(engine: str, kwargs: Mapping[str, object]) -> str:
 def plan(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
     """What a pruner makes of a picture or a video; a video stays whole where it takes none."""
     chosen = pruner(selection)
-    return chosen.plan(layout) if modality == "image" or chosen.videos else PrunePlan(layout.tokens)
+    return chosen.plan(layout) if modality == "image" or chosen.prunes_videos else PrunePlan(layout.num_tokens)
 
 
 def settle(engine: str, wanted: str, layout: ImageLayout, modality: str) -> tuple[VisualPruner, PrunePlan]:
@@ -82,7 +82,7 @@ def settle(engine: str, wanted: str, layout: ImageLayout, modality: str) -> tupl
     The engine's memory was measured with its own pruner.
     """
     most, own = plan(engine, layout, modality), plan(wanted, layout, modality)
-    return (pruner(wanted), own) if own.tokens <= most.tokens else (pruner(engine), most)
+    return (pruner(wanted), own) if own.num_tokens <= most.num_tokens else (pruner(engine), most)
 
 
 def fingerprint(engine: str, wanted: str) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ....plugins.config import ConfigError, parse_assignments
-from ....plugins.contracts import Box, ImageLayout, VisualPruner
+from ....plugins.contracts import ImageLayout, Region, VisualPruner
 from ....plugins.manager import plugins
 from ....plugins.pruning import grids
 from ..models import registry
@@ -40,14 +40,14 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
         layout, seen, _ = eye.see(image)
         for text, pruner in pruners.items():
             plan = pruner.plan(layout)
-            kept = torch.zeros(layout.tokens, dtype=torch.bool)
+            kept = torch.zeros(layout.num_tokens, dtype=torch.bool)
             kept[pruner.select(layout, plan, seen)] = True
             drawing = None
             if out is not None:
                 drawing = out / f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in text)}.png"
                 draw(image, layout, kept).save(drawing)
-            size, share = f"{image.width} x {image.height}", f"{plan.tokens / layout.tokens:.1%}"
-            row = (path.name, size, text, str(layout.tokens), str(plan.tokens), share, str(drawing or ""))
+            size, share = f"{image.width} x {image.height}", f"{plan.num_tokens / layout.num_tokens:.1%}"
+            row = (path.name, size, text, str(layout.num_tokens), str(plan.num_tokens), share, str(drawing or ""))
             table.add_row(*row)
     Console().print(table)
 
@@ -59,13 +59,13 @@ def draw(image: Any, layout: ImageLayout, kept: Any) -> Any:
     side = layout.side
     small = max(round(image.height * THUMBNAIL), side)
     thumbnail = _dimmed(image.resize((small, small)), kept[: side * side].view(side, side))
-    if not layout.cells:
+    if not layout.grid_tokens:
         return thumbnail
     height, width = layout.grid
-    grid = grids.cells(layout, kept)
+    grid = grids.grid_values(layout, kept)
     whole = _dimmed(image, grid)
     pen = ImageDraw.Draw(whole)
-    for box in layout.rectangles:
+    for box in layout.crop_regions:
         _label(pen, box, grid, image.width / width, image.height / height)
     canvas = Image.new("RGB", (whole.width + thumbnail.width + 8, max(whole.height, thumbnail.height)), "white")
     canvas.paste(thumbnail, (0, 0))
@@ -81,7 +81,7 @@ def _dimmed(image: Any, kept: Any) -> Any:
     return Image.composite(image, ImageEnhance.Brightness(image).enhance(DIM), mask)
 
 
-def _label(pen: Any, box: Box, kept: Any, across: float, down: float) -> None:
+def _label(pen: Any, box: Region, kept: Any, across: float, down: float) -> None:
     top, bottom, left, right = box
     if bottom > top and right > left:
         share = float(kept[top:bottom, left:right].float().mean())

@@ -8,7 +8,7 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .....kvcache.selection import ReadPlan, Role, Rule
+from .....kvcache.selection import ReadPlan, Role, SelectionRule
 from .....plugins.contracts import KVPolicy, Unsupported
 from ...engine import log
 from ...engine.selection import attach
@@ -74,7 +74,7 @@ def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: li
             )
 
 
-def reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:
+def reduce_over_ranks(scores: torch.Tensor, rule: SelectionRule) -> None:
     """A choice that all heads share is shared by the heads of other tensor-parallel ranks too; in place.
 
     Args:
@@ -83,6 +83,6 @@ def reduce_over_ranks(scores: torch.Tensor, rule: Rule) -> None:
     """
     group = get_tp_group()
     if group.world_size > 1 and scores.shape[1] == 1:
-        op = torch.distributed.ReduceOp.MAX if rule.aggregate == "max" else torch.distributed.ReduceOp.SUM
+        op = torch.distributed.ReduceOp.MAX if rule.head_aggregation == "max" else torch.distributed.ReduceOp.SUM
         on_cpu = scores.device.type == "cpu"
         torch.distributed.all_reduce(scores, op=op, group=group.cpu_group if on_cpu else group.device_group)

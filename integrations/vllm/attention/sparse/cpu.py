@@ -21,14 +21,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from .....kvcache import reference
 from .....kvcache.kernels import paged_decode
-from .....kvcache.kernels.paged_decode import Choice, Rows
+from .....kvcache.kernels.paged_decode import DecodeBatch, SelectedTokens
 from .....kvcache.selection import ReadPlan, Role
 from .. import compatibility
 from ..cpu_split import SplitBuilder
 from .common import HasRole, plan_for, reduce_over_ranks
 
 # Given the rows and their scaled scores [rows, query_heads, padded], which it must leave as they are.
-Observer = Callable[[Rows, torch.Tensor], None]
+Observer = Callable[[DecodeBatch, torch.Tensor], None]
 
 
 @dataclass
@@ -44,9 +44,9 @@ class SparseStep:
     """
 
     plan: ReadPlan
-    rows: Rows
+    rows: DecodeBatch
     others: CPUAttentionMetadata | None
-    choice: Choice | None = None
+    choice: SelectedTokens | None = None
     observe: "Observer | None" = None
 
 
@@ -103,7 +103,7 @@ class SparseBuilder(SplitBuilder):
         if not requests:
             return None
         self.announce(stock.max_seq_len)
-        rows = Rows(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
+        rows = DecodeBatch(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
         others = None if len(requests) == common.num_reqs else self.without(stock, requests)
         return SparseStep(self.plan, rows, others, observe=self.observe)
 
@@ -145,17 +145,17 @@ class SparseImpl(HasRole, CPUAttentionBackendImpl):
     ) -> None:
         rows, rule = step.rows, step.plan.rule
         if role is Role.SPARSE:  # before the first choice there is none, and everything is read
-            paged_decode.decode(query, cache, table, rows, self.scale, output, step.choice)
+            paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.choice)
         elif role is Role.FULL:
-            paged_decode.decode(query, cache, table, rows, self.scale, output)
+            paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
         else:
             logits = torch.empty(rows.count, rows.query_heads, rows.padded)
-            paged_decode.decode(query, cache, table, rows, self.scale, output, logits=logits)
+            paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, logits=logits)
             if step.observe is not None:
                 step.observe(rows, logits)
-            scores = paged_decode.importance(rows, rule, self.num_kv_heads, logits)
+            scores = paged_decode.token_scores(rows, rule, self.num_kv_heads, logits)
             reduce_over_ranks(scores, rule)
-            step.choice = paged_decode.choose(rows, rule, scores)
+            step.choice = paged_decode.select_tokens(rows, rule, scores)
 
 
 @functools.cache
@@ -180,7 +180,9 @@ def kernel_error(
     keys, values = cache.view(3, kv_heads, 2 * block_size, head_size).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, isa)
     output = torch.empty_like(query)
-    paged_decode.decode(query, cache, table, Rows([0], [0], [context], query_heads), head_size**-0.5, output)
+    paged_decode.paged_decode_attention(
+        query, cache, table, DecodeBatch([0], [0], [context], query_heads), head_size**-0.5, output
+    )
 
     q, k, v = (x.double().numpy() for x in (query[0], key, value))
     _, expected = reference.attention(q, k, v, head_size**-0.5)

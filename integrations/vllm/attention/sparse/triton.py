@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.triton_attn import (
 
 from .....kvcache import reference
 from .....kvcache.kernels import paged_triton
-from .....kvcache.kernels.paged_triton import Batch
-from .....kvcache.selection import ReadPlan, Role, Rule
+from .....kvcache.kernels.paged_triton import DeviceBatch
+from .....kvcache.selection import ReadPlan, Role, SelectionRule
 from .. import compatibility
 from . import common
 
@@ -41,7 +41,7 @@ class SparseStep:
     """
 
     plan: ReadPlan
-    batch: Batch
+    batch: DeviceBatch
     stock: Any
     rest: Any = None
     kept: torch.Tensor | None = None
@@ -49,12 +49,12 @@ class SparseStep:
     def choose(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
         """Choose positions by the attention of one layer."""
         rule, block_size = self.plan.rule, cache.shape[2]
-        scores = paged_triton.importance(query, cache, self.batch, rule, scale)
+        scores = paged_triton.token_scores(query, cache, self.batch, rule, scale)
         common.reduce_over_ranks(scores, rule)
-        kept = paged_triton.choose(scores, self.batch, rule)
+        kept = paged_triton.select_tokens(scores, self.batch, rule)
         rest = copy.copy(self.stock)
-        if paged_triton.can_shorten(rule, block_size):
-            rest.block_table, rest.seq_lens = paged_triton.shorten(kept, self.batch, rule, block_size)
+        if paged_triton.can_shorten_block_table(rule, block_size):
+            rest.block_table, rest.seq_lens = paged_triton.shorten_block_table(kept, self.batch, rule, block_size)
         else:  # vLLM's kernel spends next to nothing on these requests, and ours overwrites its output
             self.kept = kept
             rest.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
@@ -93,7 +93,7 @@ class SparseBuilder:
             longest = self._longest if self._captured else stock.max_seq_len
             if stock.max_seq_len > self.plan.rule.budget:
                 self.announce(stock.max_seq_len)
-            batch = Batch(stock.query_start_loc, stock.seq_lens, table, longest)
+            batch = DeviceBatch(stock.query_start_loc, stock.seq_lens, table, longest)
             stock.step = SparseStep(self.plan, batch, copy.copy(stock))
         return stock
 
@@ -128,7 +128,9 @@ class SparseImpl(common.HasRole):
         if role is Role.SPARSE and step.rest is not None:  # before the first choice everything is read
             stock(layer, query, key, value, kv_cache, step.rest, output, *scales)
             if step.kept is not None:
-                paged_triton.decode(query, kv_cache, step.batch, step.plan.rule, scale, output, step.kept)
+                paged_triton.paged_decode_attention(
+                    query, kv_cache, step.batch, step.plan.rule, scale, output, step.kept
+                )
             return output
         stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if role is Role.SELECT:
@@ -163,17 +165,17 @@ class SparseTritonBackend(TritonAttentionBackend):
 def kernel_error(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Self-test: choose and read positions of a small cache, against attention computed plainly."""
     generator = torch.Generator().manual_seed(0)
-    rule, context = Rule(128, 4, 32, "kv_head", "token"), 300
+    rule, context = SelectionRule(128, 4, 32, "kv_head", "token"), 300
     query, cache = (
         torch.randn(shape, generator=generator).to(dtype).to(device)
         for shape in ((1, 4, head_size), (20, 2, 16, 2 * head_size))
     )
     numbers = {"dtype": torch.int32, "device": device}
     blocks = torch.randperm(20, generator=generator)[:19].to(**numbers)
-    batch = Batch(torch.tensor([0, 1], **numbers), torch.tensor([context], **numbers), blocks[None], context)
+    batch = DeviceBatch(torch.tensor([0, 1], **numbers), torch.tensor([context], **numbers), blocks[None], context)
     output, scale = torch.zeros_like(query), head_size**-0.5
-    kept = paged_triton.choose(paged_triton.importance(query, cache, batch, rule, scale), batch, rule)
-    paged_triton.decode(query, cache, batch, rule, scale, output, kept)
+    kept = paged_triton.select_tokens(paged_triton.token_scores(query, cache, batch, rule, scale), batch, rule)
+    paged_triton.paged_decode_attention(query, cache, batch, rule, scale, output, kept)
 
     text = cache[blocks.long()].transpose(1, 2).reshape(-1, 2, 2 * head_size)[:context].double().cpu().numpy()
     worst = 0.0

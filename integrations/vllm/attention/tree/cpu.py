@@ -14,8 +14,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from .....kvcache.kernels.tree import Mover, Trees, read_trees
-from .....plugins.drafting.tree import ancestors
+from .....kvcache.kernels.tree import CPUKVMover, CPUTreeBatch, tree_attention
+from .....plugins.drafting.tree import tree_attention_mask
 from ..cpu_split import SplitBuilder
 from . import common
 
@@ -29,7 +29,7 @@ class TreeMetadata(CPUAttentionMetadata):
         others: Metadata for vLLM's kernel with those requests cut to their query; None when there are no others.
     """
 
-    trees: Trees | None = None
+    trees: CPUTreeBatch | None = None
     others: CPUAttentionMetadata | None = None
 
 
@@ -50,7 +50,7 @@ class TreeCPUBackend(CPUAttentionBackend):
 class TreeCPUBuilder(common.TreeBuilder, SplitBuilder):
     """Finds the trees of a step, and moves what was accepted of them."""
 
-    mover: ClassVar[type] = Mover
+    mover: ClassVar[type] = CPUKVMover
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -66,7 +66,7 @@ class TreeCPUBuilder(common.TreeBuilder, SplitBuilder):
         others = None
         if len(self.placed) < common_attn_metadata.num_reqs:
             others = self.without(stock, placed[0])
-        return TreeMetadata(**vars(stock), trees=Trees(*placed, self.num_heads), others=others)
+        return TreeMetadata(**vars(stock), trees=CPUTreeBatch(*placed, self.num_heads), others=others)
 
 
 class TreeCPUImpl(CPUAttentionBackendImpl):
@@ -90,7 +90,7 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
         if step is None or others is not None:
             super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)
         if step is not None:
-            read_trees(query, kv_cache, attn_metadata.block_table, step, self.scale, output)  # type: ignore[union-attr]
+            tree_attention(query, kv_cache, attn_metadata.block_table, step, self.scale, output)  # type: ignore[union-attr]
         return output
 
 
@@ -117,10 +117,10 @@ def kernel_error(
         ops.cpu_attn_reshape_and_cache(k, v, *halves, where, isa)
 
     store(cache, keys, values, slots[: len(keys)])
-    output, seen = torch.empty_like(query), ancestors(parents)
+    output, seen = torch.empty_like(query), tree_attention_mask(parents)
     try:
-        step = Trees([0], [0], [before + 1], [seen], query_heads)
-        read_trees(query, cache, table, step, head_size**-0.5, output)
+        step = CPUTreeBatch([0], [0], [before + 1], [seen], query_heads)
+        tree_attention(query, cache, table, step, head_size**-0.5, output)
     except Exception as error:  # no compiler, a layout that is not read
         return str(error)
     worst = common.off_by(query, output, keys.double().numpy(), values.double().numpy(), before, seen)
@@ -129,6 +129,6 @@ def kernel_error(
     path = [before + 1 + node for node in (2, 3, 4, 6)]
     targets = slots[before + 1 : before + 5]
     fresh = cache.clone()
-    Mover([cache])(slots[path], targets)
+    CPUKVMover([cache])(slots[path], targets)
     store(fresh, keys[path], values[path], targets)
     return None if torch.equal(cache, fresh) else f"moved tokens do not lie as '{isa}' would have written them"

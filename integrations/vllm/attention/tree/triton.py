@@ -16,8 +16,8 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from .....kvcache.kernels.tree_triton import Mover, Trees, read_trees
-from .....plugins.drafting.tree import ancestors
+from .....kvcache.kernels.tree_triton import TritonKVMover, TritonTreeBatch, tree_attention
+from .....plugins.drafting.tree import tree_attention_mask
 from . import common
 
 
@@ -39,7 +39,7 @@ class TreeTritonBuilder(common.TreeBuilder, TritonAttentionMetadataBuilder):
     """Finds the trees of a step, and moves what was accepted of them."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
-    mover: ClassVar[type] = Mover
+    mover: ClassVar[type] = TritonKVMover
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -51,7 +51,7 @@ class TreeTritonBuilder(common.TreeBuilder, TritonAttentionMetadataBuilder):
         stock.trees = stock.others = None
         if self.placed:
             placed = self.place(stock.slot_mapping)
-            stock.trees = Trees(*placed, stock.seq_lens.device)
+            stock.trees = TritonTreeBatch(*placed, stock.seq_lens.device)
             if len(self.placed) < common_attn_metadata.num_reqs:
                 # vLLM's kernel spends little on these requests, and ours overwrites its output.
                 stock.others = copy.copy(stock)
@@ -86,7 +86,7 @@ class TreeTritonImpl(TritonAttentionImpl):
         if step is None or others is not None:
             super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)
         if step is not None:
-            read_trees(query, kv_cache, attn_metadata.block_table, step, self.scale, output)
+            tree_attention(query, kv_cache, attn_metadata.block_table, step, self.scale, output)
         return output
 
 
@@ -95,7 +95,7 @@ def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: to
     """Self-test: a tree over a small cache, against attention computed plainly."""
     generator = torch.Generator().manual_seed(0)
     parents = np.array([-1, 0, -1, 2, 3, 1, 4], np.int32)
-    rows, before, seen = len(parents) + 1, block_size - 3, ancestors(parents)
+    rows, before, seen = len(parents) + 1, block_size - 3, tree_attention_mask(parents)
     query, cache = (
         torch.randn(shape, generator=generator).to(dtype).to(device)
         for shape in ((rows, 4, head_size), (3, 2, block_size, 2 * head_size))
@@ -103,7 +103,7 @@ def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: to
     cache = cache.transpose(1, 2).contiguous().transpose(1, 2)  # positions first, as vLLM lays it out by default
     table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
     output, scale = torch.zeros_like(query), head_size**-0.5
-    read_trees(query, cache, table, Trees([0], [0], [before + 1], [seen], device), scale, output)
+    tree_attention(query, cache, table, TritonTreeBatch([0], [0], [before + 1], [seen], device), scale, output)
     text = cache[table[0].long()].transpose(1, 2).reshape(-1, 2, 2 * head_size).double().cpu().numpy()
     worst = common.off_by(query, output, text[..., :head_size], text[..., head_size:], before, seen)
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

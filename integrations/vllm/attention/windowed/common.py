@@ -125,10 +125,10 @@ def split_layers(vllm_config: Any) -> None:
         for layer in layers.values()
         if isinstance(getattr(layer, "impl", None), WindowedImpl) and not isinstance(layer, kv_cache_spec.HeadLayer)
     ]
-    kept, total = sum(map(len, plan.whole)), len(plan.whole) * attachment.engine.kv_heads
+    kept, total = sum(map(len, plan.retrieval_heads)), len(plan.retrieval_heads) * attachment.engine.kv_heads
     group = get_tp_group()
-    plan = plan.of_rank(group.rank_in_group, group.world_size, attachment.engine.kv_heads)
-    whole = [plan.whole[extract_layer_index(layer.layer_name)] for layer in ours]
+    plan = plan.for_rank(group.rank_in_group, group.world_size, attachment.engine.kv_heads)
+    whole = [plan.retrieval_heads[extract_layer_index(layer.layer_name)] for layer in ours]
     for layer in ours:
         layer.impl.policy = policy.name
         _check_layer(layer, vllm_config.model_config.model)
@@ -203,7 +203,7 @@ def kernel_error(
         caches.store(key[begin:end], value[begin:end])
         caches.update_means(step)
         caches.attend(query[begin:end], scale, output[begin:end], step)
-        stretch = (block_size, block_size + window.left_out(end - 1, block_size))
+        stretch = (block_size, block_size + window.num_evicted(end - 1, block_size))
         expected = reference.windowed_attention(q[end - 1], k[:end], v[:end], scale, stretch, compensation=True)
         worst = max(worst, abs(output[end - 1].double().cpu().numpy() - expected).max())
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .....kvcache.head_window import HeadWindow
-from .....kvcache.kernels.head_cache import HeadCaches, WindowedStep
+from .....kvcache.kernels.head_cache import CPUHeadCaches, WindowedStep
 from . import common
 
 
@@ -34,7 +34,7 @@ class WindowedCPUImpl(common.WindowedImpl, CPUAttentionBackendImpl):
     """The attention of one layer."""
 
     over: ClassVar[str] = "CPU_ATTN"
-    head_caches: ClassVar[type] = HeadCaches
+    head_caches: ClassVar[type] = CPUHeadCaches
 
 
 class WindowedCPUBackend(CPUAttentionBackend):
@@ -73,7 +73,7 @@ class WindowedCPUBuilder(CPUAttentionMetadataBuilder):
         begins = [end - length for end, length in zip(ends, lengths, strict=True)]
 
         def left_out(request: int, position: int) -> int:
-            return self.window.left_out(position, self.block_size, in_prompt[request])
+            return self.window.num_evicted(position, self.block_size, in_prompt[request])
 
         step = WindowedStep(begins, ends, left_out, self.query_heads)
         return WindowedMetadata(**vars(stock), step=step, windowed=stock.max_seq_len if step.gaps.any() else 0)
@@ -90,6 +90,6 @@ def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int
     """What the self-test of the kernels finds."""
 
     def make_step(begin: int, end: int, window: HeadWindow) -> WindowedStep:
-        return WindowedStep([begin], [end], lambda _, n: window.left_out(n, block_size), share)
+        return WindowedStep([begin], [end], lambda _, n: window.num_evicted(n, block_size), share)
 
-    return common.kernel_error(HeadCaches, make_step, dtype, share, head_size, block_size, "cpu")
+    return common.kernel_error(CPUHeadCaches, make_step, dtype, share, head_size, block_size, "cpu")

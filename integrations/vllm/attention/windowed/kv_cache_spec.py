@@ -47,12 +47,12 @@ class WindowedHeadSpec(AttentionSpec):
     @property
     def most_blocks(self) -> int:
         """The most blocks that a request holds at any time."""
-        return self.window.most_blocks(self.longest, self.in_flight, self.block_size)
+        return self.window.max_blocks(self.longest, self.in_flight, self.block_size)
 
     @property
     def decoding_blocks(self) -> int:
         """The most blocks that a request holds behind its prompt, where it adds a token at a time."""
-        return self.window.decoding_blocks(self.longest, 1, self.block_size)
+        return self.window.max_decode_blocks(self.longest, 1, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one request, in bytes."""
@@ -80,7 +80,7 @@ class WindowedHeadManager(SingleTypeKVCacheManager):
         """Free the blocks between the sinks and what a step behind ``processed_computed_tokens`` reads."""
         window = self.kv_cache_spec.window
         in_prompt = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
-        first = window.first_kept(processed_computed_tokens, self.block_size, in_prompt)
+        first = window.first_retained_block(processed_computed_tokens, self.block_size, in_prompt)
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, window.sink_blocks(self.block_size), first)
         self.freed += self.block_pool.get_num_free_blocks() - free

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from .....kvcache.head_window import HeadWindow
-from .....kvcache.kernels.head_cache_triton import HeadCaches, Step
+from .....kvcache.kernels.head_cache_triton import TritonHeadCaches, TritonWindowedStep
 from . import common
 
 
@@ -20,7 +20,7 @@ class WindowedTritonImpl(common.WindowedImpl, TritonAttentionImpl):
     """The attention of one layer."""
 
     over: ClassVar[str] = "TRITON_ATTN"
-    head_caches: ClassVar[type] = HeadCaches
+    head_caches: ClassVar[type] = TritonHeadCaches
 
 
 class WindowedTritonBackend(TritonAttentionBackend):
@@ -60,9 +60,11 @@ class WindowedTritonBuilder(TritonAttentionMetadataBuilder):
             in_prompt.zero_()
         else:
             in_prompt.copy_(known[:requests], non_blocking=True)
-        stock.step = Step(stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len)
+        stock.step = TritonWindowedStep(
+            stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len
+        )
         longest = stock.max_seq_len
-        stock.windowed = longest if known is not None and self.window.left_out(longest - 1, self.block_size) else 0
+        stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
         return stock
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
@@ -82,11 +84,11 @@ def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
 def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device) -> str | None:
     """What the self-test of the kernels finds."""
 
-    def make_step(begin: int, end: int, window: HeadWindow) -> Step:
+    def make_step(begin: int, end: int, window: HeadWindow) -> TritonWindowedStep:
         del window  # the kernels know it
         starts, lens, in_prompt = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - begin], [end], [0])
         )
-        return Step(starts, lens, in_prompt, end - begin, end)
+        return TritonWindowedStep(starts, lens, in_prompt, end - begin, end)
 
-    return common.kernel_error(HeadCaches, make_step, dtype, share, head_size, block_size, device)
+    return common.kernel_error(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)

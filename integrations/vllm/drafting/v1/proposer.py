@@ -15,8 +15,8 @@ from vllm.distributed import get_tp_group
 from .....plugins.config import ConfigError
 from .....plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, DraftTree
 from .....plugins.contracts import Drafter as DrafterPlugin
-from .....plugins.drafting.draft_length import StepCost, TrackRecord, allocate
-from .....plugins.drafting.tree import cut, likeliest_first
+from .....plugins.drafting.draft_length import AcceptanceRecord, StepCostModel, allocate_draft_tokens
+from .....plugins.drafting.tree import sort_by_score, truncate_tree
 from .....plugins.manager import disabled
 from ...engine import log
 from ...engine.selection import attach
@@ -35,7 +35,7 @@ class _Live:
     """A live request."""
 
     wanted: bool  # whether it wants drafts
-    record: TrackRecord = field(default_factory=TrackRecord)
+    record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
     draft: DraftTree | None = None  # the last
     length: int = -1  # of its text when it was seen last; not yet, if negative
 
@@ -44,7 +44,7 @@ class _Live:
         self.length = len(verified.text)
         if self.draft is None or not len(verified.tokens):
             return
-        draft = cut(self.draft, len(verified.candidates.inputs) - 1)
+        draft = truncate_tree(self.draft, len(verified.candidates.inputs) - 1)
         self.draft = None
         same = np.array_equal(draft.tokens, verified.candidates.inputs[1:])
         if same and np.array_equal(draft.parents, verified.candidates.parents[1:] - 1):
@@ -65,7 +65,7 @@ class Drafter:
         self.trees: TreeVerifier | None = None
         self._drafting = drafting
         self.plugin: DrafterPlugin | None = None
-        self.cost = StepCost()
+        self.cost = StepCostModel()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
         self._requests: dict[str, _Live] = {}
         self._step_ended: float | None = None
@@ -130,7 +130,7 @@ class Drafter:
     def _shape(self, times: step_times.Times) -> None:
         """Step times were measured; one size alone tells nothing."""
         if len(times) > 1:
-            self.cost.shape(list(times), list(times.values()))
+            self.cost.set_latency_profile(list(times), list(times.values()))
 
     @staticmethod
     def _warm_up(plugin: DrafterPlugin) -> None:
@@ -207,7 +207,7 @@ class Drafter:
             live = [self._requests[r.id] for _, r in wanting]
             sizes = self._allocate(trees, live)
             for (i, request), tree, size, one in zip(wanting, trees, sizes, live, strict=True):
-                kept[request.id] = one.draft = cut(tree, size)
+                kept[request.id] = one.draft = truncate_tree(tree, size)
                 drafts[i] = kept[request.id].tokens.tolist()
             total = sum(map(len, drafts))
             self.counts["proposals"] += sum(map(bool, drafts))
@@ -225,16 +225,18 @@ class Drafter:
             path = tree.best_path()
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
         else:
-            tree = likeliest_first(tree)
-        return cut(tree, max(request.limit, 0))
+            tree = sort_by_score(tree)
+        return truncate_tree(tree, max(request.limit, 0))
 
     def _allocate(self, trees: list[DraftTree], live: "list[_Live]") -> list[int]:
         """How many nodes of each request's tree to verify."""
         if self._verification.nodes is not None:
             return [min(len(tree), self._verification.nodes) for tree in trees]
-        if self.plugin is not None and self.plugin.whole:
+        if self.plugin is not None and self.plugin.fixed_size:
             return [len(tree) for tree in trees]
-        return allocate([one.record.factor * t.scores for t, one in zip(trees, live, strict=True)], self.cost)
+        return allocate_draft_tokens(
+            [one.record.factor * t.scores for t, one in zip(trees, live, strict=True)], self.cost
+        )
 
     def _time_step(self, verified: list[Verified], now: float) -> None:
         """Learn the cost of a step from the time since the last one, when both did nothing but decode."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .....plugins.contracts import ROOT, DraftTree
-from .....plugins.drafting.tree import ancestors, cut, depths, is_chain, walk
+from .....plugins.drafting.tree import accept_sampled_path, is_chain, node_depths, tree_attention_mask, truncate_tree
 from ...attention.tree.common import Placed
 from ...engine import log
 
@@ -110,15 +110,15 @@ class TreeVerifier:
             tree = self._trees.pop(request, None)
             if tree is None or len(tokens) > len(tree) or tree.tokens[: len(tokens)].tolist() != list(tokens):
                 continue
-            tree = cut(tree, len(tokens))  # the scheduler may have had no room for all of it
+            tree = truncate_tree(tree, len(tokens))  # the scheduler may have had no room for all of it
             if is_chain(tree.parents):
                 continue
             index = runner.input_batch.req_id_to_index[request]
             first = int(starts[index + 1]) - len(tree) - 1
             position = int(runner.positions[first])
-            below = torch.from_numpy(depths(tree.parents).astype(np.int64))
+            below = torch.from_numpy(node_depths(tree.parents).astype(np.int64))
             runner.positions[first + 1 : first + 1 + len(tree)] = (position + below).to(runner.positions.device)
-            self._placed[index] = Placed(index, first, position, tree, ancestors(tree.parents))
+            self._placed[index] = Placed(index, first, position, tree, tree_attention_mask(tree.parents))
         for builder in self.builders:
             builder.placed = list(self._placed.values())
         if self._placed and not self._announced:
@@ -157,7 +157,7 @@ class TreeVerifier:
             if i not in others:
                 placed = self._placed.get(i)
                 parents = list(range(ROOT, d - 1)) if placed is None else placed.tree.parents.tolist()
-                path, tokens = walk(drafts[draft : draft + d], parents, drawn[row : row + d + 1])
+                path, tokens = accept_sampled_path(drafts[draft : draft + d], parents, drawn[row : row + d + 1])
                 output[i] = -1
                 output[i, : len(tokens)] = torch.tensor(tokens, dtype=output.dtype, device=output.device)
                 if placed is not None:
