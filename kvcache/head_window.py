@@ -71,7 +71,7 @@ class HeadPlan:
     """Which KV heads of a model keep everything; all others are windowed.
 
     Attributes:
-        whole: For each layer the KV heads that keep everything.
+        retrieval_heads: For each layer the KV heads that keep everything.
         window: Of the others.
     """
 

@@ -29,7 +29,7 @@ class SelectionRule:
         budget: Positions that are kept, all told.
         sinks: First positions of the text, always kept.
         recent: Positions before the current one that are always kept, besides the current one.
-        aggregate: Who shares a choice. ``head``: every query head its own. ``kv_head``: the query heads of a KV head,
+        head_aggregation: Who shares a choice. ``head``: every query head its own. ``kv_head``: the query heads of a KV head,
             by the sum of their attention. Else all heads: by the ``sum`` of attention, its ``max``, or ``union``: every
             head proposes ``budget - recent`` positions, and the proposals are ranked by the sum of attention.
         granularity: Single positions (the paper), or pages of `GROUP` positions ranked by their sum.

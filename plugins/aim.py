@@ -54,7 +54,7 @@ class AIM(VisualPruner):
 
     name: ClassVar[str] = "aim"
     Options: ClassVar[type] = AIMOptions
-    videos: ClassVar[bool] = True
+    prunes_videos: ClassVar[bool] = True
 
     def __init__(self, options: AIMOptions) -> None:
         self.options = options

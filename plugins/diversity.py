@@ -47,7 +47,7 @@ class Diversity(VisualPruner):
 
     name: ClassVar[str] = "diversity"
     Options: ClassVar[type] = DiversityOptions
-    videos: ClassVar[bool] = True
+    prunes_videos: ClassVar[bool] = True
 
     def __init__(self, options: DiversityOptions) -> None:
         self.options = options

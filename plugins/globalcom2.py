@@ -27,7 +27,7 @@ class GlobalCom2Options:
     Attributes:
         retain: Share of the visual tokens that is kept, R in the paper; newline tokens stay besides.
         temperature: Of the softmax over crops, tau in the paper: the lower, the more unlike are their shares.
-        thumbnail_order: Order of the thumbnail's tokens: by place, or, as in the published code, by score.
+        base_view_order: Order of the thumbnail's tokens: by place, or, as in the published code, by score.
     """
 
     retain: float = 0.25
@@ -44,7 +44,7 @@ class GlobalCom2(VisualPruner):
 
     name: ClassVar[str] = "globalcom2"
     Options: ClassVar[type] = GlobalCom2Options
-    scored: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = True
 
     def __init__(self, options: GlobalCom2Options) -> None:
         self.options = options

@@ -113,9 +113,9 @@ class Hybrid(IndexKind):
         """What each learns."""
         return _joined({m: kind.train(encoded.parts[m], expected) for m, kind in self.members.items()})
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
+    def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """When one of them is."""
-        return any(kind.outgrown(_of(m, shared), documents) for m, kind in self.members.items())
+        return any(kind.needs_retraining(_of(m, shared), documents) for m, kind in self.members.items())
 
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Postings of each."""
@@ -174,10 +174,10 @@ class Hybrid(IndexKind):
                 reasons.append(ScoreExplanation(member, None, 0.0, imputed=True))
         return reasons
 
-    def reading(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> TermWeights | None:
+    def term_weights(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> TermWeights | None:
         """That of the first member that reads words."""
         asked = self._asked(settings).items()
-        readings = (kind.reading(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)
+        readings = (kind.term_weights(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)
         return next((found for found in readings if found is not None), None)
 
     def _asked(self, settings: HybridSettings) -> dict[str, tuple[Any, Any, float]]:

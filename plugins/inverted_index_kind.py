@@ -19,7 +19,7 @@ MANY = 1000  # documents that a kind has learned from
 class SparseKind(IndexKind):
     """Merging lists, looking at them, and when and why."""
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
+    def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """While they are few, when they double."""
         trained = int(shared["trained"][0])
         return trained < MANY and documents >= 2 * trained

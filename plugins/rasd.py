@@ -42,14 +42,14 @@ class RASDOptions:
     Attributes:
         base: The drafter whose tree is fused with what is retrieved, with its default options; `engine` for a
             draft model that the engine runs; `none` for none.
-        own: Retrieve from the request's own prompt and output.
+        request: Retrieve from the request's own prompt and output.
         outputs: Tokens of earlier outputs that are kept and retrieved from, at 16 bytes each; 0 for none.
         datastore: Folder that `pilotfish datastore build` wrote.
-        longest: Tokens that are compared, at most.
-        shortest: Tokens that have to agree.
-        matches: Occurrences that are looked at.
+        max_match: Tokens that are compared, at most.
+        min_match: Tokens that have to agree.
+        max_occurrences: Occurrences that are looked at.
         prune: Retrieved tokens with a lower estimated probability are dropped.
-        opinion: Let what the base drafter thinks of a retrieved token count.
+        base_feedback: Let what the base drafter thinks of a retrieved token count.
         fuse: Join both trees; without, the retrieved one is taken where there is one.
     """
 
@@ -65,7 +65,12 @@ class RASDOptions:
     fuse: bool = True
 
     def __post_init__(self) -> None:
-        bounds = (("outputs", 0, 1 << 28), ("max_match", 2, 64), ("min_match", 2, self.max_match), ("max_occurrences", 1, 512))
+        bounds = (
+            ("outputs", 0, 1 << 28),
+            ("max_match", 2, 64),
+            ("min_match", 2, self.max_match),
+            ("max_occurrences", 1, 512),
+        )
         for name, low, high in (*bounds, ("prune", 0, 1)):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
@@ -159,7 +164,7 @@ class RASD(Drafter):
             self.base.observe(request, tokens, candidates)
         live = self._requests[request]
         for source, *trie in live.tries:
-            self._tries.learn(source, *trie, tokens, self._seen, self._right)
+            self._tries.update_acceptance_counts(source, *trie, tokens, self._seen, self._right)
         live.tries.clear()
         if len(tokens):
             live.kept.append(np.array(tokens, np.int32))
@@ -191,12 +196,12 @@ class RASD(Drafter):
         n = 0
         for source, length, followers in self._retrieve(request, depth):
             trie = self._trie(request.id, source, length, followers, base)
-            n = self._tries.merge(n, tokens, parents, scores, *trie)
+            n = self._tries.merge_tries(n, tokens, parents, scores, *trie)
         if n == 0:
             return base
         if self.options.fuse:
-            n = self._tries.fuse(n, tokens, parents, scores, base.tokens, base.parents, base.scores)
-        return DraftTree(*self._tries.best_first(tokens[:n], parents[:n], scores[:n], budget.nodes))
+            n = self._tries.fuse_trees(n, tokens, parents, scores, base.tokens, base.parents, base.scores)
+        return DraftTree(*self._tries.best_nodes(tokens[:n], parents[:n], scores[:n], budget.nodes))
 
     def _retrieve(self, request: DraftRequest, depth: int) -> list[tuple[int, int, Int32]]:
         """For each source that knows the text's end: which it is, how many tokens agree, what followed."""
@@ -218,17 +223,19 @@ class RASD(Drafter):
     ) -> tuple[Int32, Int32, np.ndarray]:
         """What followed as a trie with scores, pruned; remembered until it is seen what came."""
         tokens, parents, counts, depths = (np.empty(NODES, np.int32) for _ in range(4))
-        n = self._tries.grow(followers, tokens, parents, counts, depths)
+        n = self._tries.build_trie(followers, tokens, parents, counts, depths)
         tokens, parents = tokens[:n], parents[:n]
         opinions = np.full(n, self._tries.UNKNOWN, np.int32)
         if self.options.base_feedback:
-            self._tries.judge(tokens, parents, base.tokens, base.parents, base.scores, opinions)
+            self._tries.match_base_tree(tokens, parents, base.tokens, base.parents, base.scores, opinions)
         scores, cells = np.empty(n, np.float32), np.empty((n, 3), np.int32)
         learned = (self._seen, self._right)
-        self._tries.score(source, length, len(followers), parents, counts, depths, opinions, *learned, scores, cells)
+        self._tries.score_trie(
+            source, length, len(followers), parents, counts, depths, opinions, *learned, scores, cells
+        )
         self._requests[request].tries.append((source, tokens, parents, cells))
         kept = np.flatnonzero(scores >= self.options.prune)  # with a node its ancestors, whose scores are no lower
-        return self._tries.keep(kept, tokens, parents, scores)
+        return self._tries.keep_nodes(kept, tokens, parents, scores)
 
     # ------------------------------------------------------------------------------------------------------- state
 

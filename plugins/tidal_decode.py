@@ -37,7 +37,7 @@ class TidalDecodeOptions:
             `pilotfish tune tidal`.
         full_layers: Layers that always attend to everything.
         select_layers: Layers that attend to everything and choose positions for those after them.
-        aggregate: Who shares a choice, see `kvcache.selection.Rule`.
+        head_aggregation: Who shares a choice, see `kvcache.selection.Rule`.
         granularity: Choose single positions (``token``, the paper) or pages of 32 (``page``).
         sinks: First positions, always kept.
         recent: Latest positions, always kept; an eighth of the budget if not given.

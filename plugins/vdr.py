@@ -102,9 +102,9 @@ class VDR(SparseKind):
         weights = np.ones(1, np.float32) if self.options.documents == "words" else encoded.weights
         return {**sparse_index.train(weights, self.options.bits), "trained": trained}
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
+    def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """While they are few, when they double: greater weights than the first ones had would be cut."""
-        return self.options.documents == "weights" and super().outgrown(shared, documents)
+        return self.options.documents == "weights" and super().needs_retraining(shared, documents)
 
     def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists."""
@@ -157,7 +157,7 @@ class VDR(SparseKind):
         mine = self.queries(encoder, [query], settings)
         return shared_words(searcher, mine, number, _able(encoder, "word"))
 
-    def reading(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
+    def term_weights(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
         """The heaviest words of both; None where the encoder has no names for words."""
         if not hasattr(encoder, "word"):
             return None

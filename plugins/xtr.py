@@ -121,7 +121,7 @@ class XTR(IndexKind):
 
         return index.train(encoded, self.layout, expected)
 
-    def outgrown(self, shared: Arrays, documents: int) -> bool:
+    def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """With few documents at once, with some when they double, with many when somebody asks for it."""
         trained = int(shared["trained"][0])
         return documents > trained if trained < FEW else trained < MANY and documents >= 2 * trained

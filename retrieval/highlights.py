@@ -69,7 +69,7 @@ def similarity(index: Index, query: str, text: str) -> float | None:
 
 def words(index: Index, query: str, text: str, most: int = 12) -> list[tuple[str, float]]:
     """Words of the vocabulary that query and text share, and what each adds; of indexes with VDR."""
-    reading = index.kind.reading(index.encoder, query, text, index.settings())
+    reading = index.kind.term_weights(index.encoder, query, text, index.settings())
     if reading is None:
         return []
     theirs = dict(reading.document)

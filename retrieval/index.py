@@ -314,7 +314,7 @@ class Index:
             self._searching.searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
         )
 
-    def reading(self, query: str, name: str, **settings: Any) -> Any:
+    def term_weights(self, query: str, name: str, **settings: Any) -> Any:
         """A query and a document in weighted words: a `plugins.contracts.Reading`; None of a kind that has none.
 
         Raises:
@@ -323,7 +323,7 @@ class Index:
         document = self.get(name)
         if document is None:
             raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
-        return self.kind.reading(self.encoder, query, document.text, self.settings(**settings))
+        return self.kind.term_weights(self.encoder, query, document.text, self.settings(**settings))
 
     def settings(self, **changes: Any) -> Any:
         """How the index is searched, with these changes.

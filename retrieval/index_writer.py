@@ -71,7 +71,7 @@ class Changes:
         snapshot = self._store.snapshot
         first, shared = snapshot.manifest.next_document, snapshot.shared
         numbers, texts, replaced = np.arange(first, first + len(batch)), [d.text for d in batch], []
-        if learn and shared and self._kind.outgrown(shared, snapshot.manifest.count + len(batch)):
+        if learn and shared and self._kind.needs_retraining(shared, snapshot.manifest.count + len(batch)):
             shared, replaced = {}, [s.about.number for s in snapshot.segments]
             staying = snapshot.live.copy()
             staying[dead] = False

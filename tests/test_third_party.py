@@ -123,7 +123,7 @@ def test_dense_crops_keep_more(pruner_installed: str, monkeypatch: pytest.Monkey
     kept = pruner.select(
         layout, plan, ImageFeatures(tokens, torch.rand(3, 36, generator=torch.Generator().manual_seed(1)))
     )
-    assert len(kept) == plan.tokens
+    assert len(kept) == plan.num_tokens
     columns = [int(i - 36) % 13 for i in kept if i >= 36]
     assert sum(c < 6 for c in columns) == 0
     assert sum(6 <= c < 12 for c in columns) == 18

@@ -44,7 +44,7 @@ class TokenCorrelation(VisualPruner):
 
     name: ClassVar[str] = "token_correlation"
     Options: ClassVar[type] = TokenCorrelationOptions
-    scored: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = True
 
     def __init__(self, options: TokenCorrelationOptions) -> None:
         self.options = options

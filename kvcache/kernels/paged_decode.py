@@ -136,9 +136,9 @@ class SelectedTokens:
     """Chosen positions, as groups of `GROUP` and a bit mask for each.
 
     Attributes:
-        groups: [rows, sets, capacity] int32, group numbers in ascending order.
+        pages: [rows, sets, capacity] int32, group numbers in ascending order.
         masks: [rows, sets, capacity] int32 (its 32 bits), bit t for the group's token t.
-        sizes: [rows, sets] int32, groups in use.
+        num_pages: [rows, sets] int32, groups in use.
     """
 
     pages: "Tensor"

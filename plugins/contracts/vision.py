@@ -26,7 +26,7 @@ class ImageLayout:
     Attributes:
         side: Tokens along each side of a view.
         crops: Rows and columns of crops; (0, 0) where there are none.
-        box: What of the crops' grid shows the picture, in tokens; the rest is padding, of which the model gets nothing.
+        crop_region: What of the crops' grid shows the picture, in tokens; the rest is padding, of which the model gets nothing.
         grid: Rows and columns of tokens to which the model pools that box; those of the box where it does not.
         row_newlines: Whether a newline token ends each row of the grid.
         last_newlines: Newline tokens behind all others.
@@ -85,7 +85,7 @@ class PrunePlan:
     """How many tokens a picture gets: the engine makes room for exactly so many.
 
     Attributes:
-        tokens: All of them.
+        num_tokens: All of them.
         parts: The same by origin, as the pruner names it.
     """
 
@@ -98,7 +98,7 @@ class ImageFeatures:
     """What the tower made of a picture.
 
     Attributes:
-        tokens: [layout.tokens, width] what the language model would be given.
+        tokens: [layout.num_tokens, width] what the language model would be given.
         scores: [views, side * side] how much each patch matters to its view, the thumbnail first; None for a pruner
             that is not `scored`.
     """
@@ -122,10 +122,10 @@ class VisualPruner(Plugin, ABC):
 
     @abstractmethod
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
-        """[plan.tokens] places in `Picture.tokens` of those that stay, in the order in which they are given."""
+        """[plan.num_tokens] places in `Picture.tokens` of those that stay, in the order in which they are given."""
 
     def apply(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
-        """[plan.tokens, width] what the language model is given."""
+        """[plan.num_tokens, width] what the language model is given."""
         return picture.tokens[self.select(layout, plan, picture)]
 
     def layer_schedule(self) -> "LayerSchedule | None":

@@ -68,7 +68,7 @@ def explain(
     """Show why a document has its score: what of the query met what of it."""
     with refusals(), open_whole(folder, encoder) as opened:
         given = _settings(settings) | _edits(word)
-        reasons, reading = opened.explain(query, document, **given), opened.reading(query, document, **given)
+        reasons, reading = opened.explain(query, document, **given), opened.term_weights(query, document, **given)
         found = opened.get(document)
     from .. import explain_html
 

@@ -127,7 +127,10 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--kv", "tidal_decode,budget=64"), ("pilotfish.kv.budget: expected at least",)),
         (("--kv", "tidal_decode,select_layers=[13,2]"), ("pilotfish.kv.select_layers: expected layer numbers",)),
         (("--kv", "tidal_decode,select_layers=[]"), ("at least one layer has to choose",)),
-        (("--kv", "tidal_decode,head_aggregation=mean"), ("pilotfish.kv.head_aggregation: expected one of 'head', 'kv_head'",)),
+        (
+            ("--kv", "tidal_decode,head_aggregation=mean"),
+            ("pilotfish.kv.head_aggregation: expected one of 'head', 'kv_head'",),
+        ),
         (
             ("--kv", "tidal_decode,select_layers=[2,40]"),
             ("tidal_decode does not support model", "layer 40", "layers 0 to 29", "choose select_layers"),

@@ -96,7 +96,7 @@ def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
     found = candidates(of_text, 1000 * of_needles, most=4)
     sets = {(c.full, c.select) for c in found}
     assert len(sets) == len(found)
-    assert [c.reading for c in found] == sorted(c.reading for c in found)
+    assert [c.num_full_layers for c in found] == sorted(c.num_full_layers for c in found)
     for losses in (of_text, of_needles):
         assert {(c.full, c.select) for c in best_layer_choices(losses, 4)} <= sets
     assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"

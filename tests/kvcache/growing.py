@@ -21,7 +21,7 @@ class Text:
     def make_step(self, begins, ends, in_prompt):
         """What the kernels are told about a step."""
         heads = len(self.windowed) * self.share
-        return WindowedStep(begins, ends, lambda _, n: self.window.left_out(n, self.block, in_prompt), heads)
+        return WindowedStep(begins, ends, lambda _, n: self.window.num_evicted(n, self.block, in_prompt), heads)
 
     def __init__(self, lengths, windowed, share, size, block, dtype, window, seed) -> None:
         self.rng = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ class Text:
         query, output = self.step(begins, ends, in_prompt)
         for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             for n in {*range(begin, end, 37), *range(begin, end)[-1:]}:
-                gap = self.window.left_out(n, self.block, in_prompt)
+                gap = self.window.num_evicted(n, self.block, in_prompt)
                 np.testing.assert_allclose(
                     output[r][n - begin].double().numpy(),
                     self.expected(query[r][n - begin], r, n + 1, gap),

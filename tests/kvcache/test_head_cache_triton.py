@@ -37,11 +37,11 @@ class OnGPU(Text):
         super().__init__(*args)
 
     def make_caches(self, caches, windowed, window):
-        return self.kernels.HeadCaches(caches, windowed, window)
+        return self.kernels.TritonHeadCaches(caches, windowed, window)
 
     def make_step(self, begins, ends, in_prompt):
         lengths = [e - b for b, e in zip(begins, ends, strict=True)]
-        return self.kernels.Step(
+        return self.kernels.TritonWindowedStep(
             torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device),
             torch.tensor(ends, dtype=torch.int32, device=self.device),
             torch.full((len(ends),), int(in_prompt), dtype=torch.int32, device=self.device),
@@ -90,5 +90,5 @@ def test_blocks_without_room_for_means_are_refused(kernels, room: int) -> None:
     memory = torch.zeros(4, 32 * 128 + room)
     cache = memory.as_strided((4, 1, 32, 128), (32 * 128 + room, 32 * 128, 128, 1))
     with pytest.raises(ValueError, match="no room for means"):
-        kernels.HeadCaches([cache], [True], HeadWindow(4, 64, 0, True, False))
-    kernels.HeadCaches([cache], [False], HeadWindow(4, 64, 0, True, False))
+        kernels.TritonHeadCaches([cache], [True], HeadWindow(4, 64, 0, True, False))
+    kernels.TritonHeadCaches([cache], [False], HeadWindow(4, 64, 0, True, False))

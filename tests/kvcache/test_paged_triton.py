@@ -50,7 +50,7 @@ class Case:
         return f"Case(starts={self.starts}, contexts={self.contexts}, query and cache {shapes})"
 
     def batch(self, kernels: ModuleType) -> Any:
-        return kernels.Batch(
+        return kernels.DeviceBatch(
             torch.tensor(self.starts, dtype=torch.int32, device=DEVICE),
             torch.tensor(self.contexts, dtype=torch.int32, device=DEVICE),
             self.table.to(DEVICE),
@@ -122,8 +122,8 @@ MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 
 
 def chosen(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = kernels.importance(case.query, case.cache, case.batch(kernels), rule, scale)
-    return scores, kernels.choose(scores, case.batch(kernels), rule)
+    scores = kernels.token_scores(case.query, case.cache, case.batch(kernels), rule, scale)
+    return scores, kernels.select_tokens(scores, case.batch(kernels), rule)
 
 
 @MANY
@@ -161,7 +161,7 @@ def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, 
     scale = case.query.shape[-1] ** -0.5
     _, kept = chosen(kernels, case, rule, scale)
     output = torch.full_like(case.query, 7.0)
-    kernels.decode(case.query, case.cache, case.batch(kernels), rule, scale, output, kept)
+    kernels.paged_decode_attention(case.query, case.cache, case.batch(kernels), rule, scale, output, kept)
     heads, sets = case.query.shape[1], kept.shape[1]
     sparse = case.sparse(rule)
     for r in sparse:
@@ -181,11 +181,11 @@ def test_a_shortened_table_holds_what_is_kept(
 ) -> None:
     block = case.cache.shape[2]
     rule = SelectionRule(-(-max(rule.budget, 224) // PAGE_SIZE) * PAGE_SIZE, rule.sinks, rule.recent, aggregate, "page")
-    if not kernels.can_shorten(rule, block):
+    if not kernels.can_shorten_block_table(rule, block):
         assert block > PAGE_SIZE
         return
     _, kept = chosen(kernels, case, rule, 0.125)
-    table, lens = kernels.shorten(kept, case.batch(kernels), rule, block)
+    table, lens = kernels.shorten_block_table(kept, case.batch(kernels), rule, block)
     sparse = case.sparse(rule)
     for r, n in enumerate(case.contexts):
         whole = list(range(n))
@@ -198,20 +198,20 @@ def test_a_shortened_table_holds_what_is_kept(
 
 def test_which_rules_a_shortened_table_can_express(kernels: ModuleType) -> None:
     page, token = SelectionRule(256, 4, 64, "sum", "page"), SelectionRule(256, 4, 64, "sum", "token")
-    assert kernels.can_shorten(page, 16) and kernels.can_shorten(page, 32)
-    assert not kernels.can_shorten(page, 64), "half a block cannot be left out"
-    assert not kernels.can_shorten(token, 16)
-    assert not kernels.can_shorten(SelectionRule(256, 4, 64, "kv_head", "page"), 16)
+    assert kernels.can_shorten_block_table(page, 16) and kernels.can_shorten_block_table(page, 32)
+    assert not kernels.can_shorten_block_table(page, 64), "half a block cannot be left out"
+    assert not kernels.can_shorten_block_table(token, 16)
+    assert not kernels.can_shorten_block_table(SelectionRule(256, 4, 64, "kv_head", "page"), 16)
 
 
 def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
     case = build([300], [1], 1, 2, 32, 16, torch.float32)
     rule = SelectionRule(128, 4, 32, "sum", "page")
     with pytest.raises(ValueError, match=r"query .* torch\.float64"):
-        kernels.importance(case.query.double(), case.cache, case.batch(kernels), rule, 1.0)
+        kernels.token_scores(case.query.double(), case.cache, case.batch(kernels), rule, 1.0)
     with pytest.raises(ValueError, match="int32"):
         case.table = case.table.long()
-        kernels.importance(case.query, case.cache, case.batch(kernels), rule, 1.0)
+        kernels.token_scores(case.query, case.cache, case.batch(kernels), rule, 1.0)
 
 
 @pytest.mark.gpu
@@ -225,13 +225,13 @@ def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.d
     output, scale = torch.zeros_like(query), 128**-0.5
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        kept = kernels.choose(kernels.importance(query, case.cache, batch, rule, scale), batch, rule)
-        kernels.decode(query, case.cache, batch, rule, scale, output, kept)
+        kept = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, kept)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = kernels.choose(kernels.importance(query, case.cache, batch, rule, scale), batch, rule)
-        kernels.decode(query, case.cache, batch, rule, scale, output, kept)
+        kept = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, kept)
     for lengths in ([700, 640, 90], [500, 90, 300]):
         case.contexts = lengths
         batch.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))

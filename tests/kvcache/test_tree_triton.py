@@ -53,8 +53,8 @@ def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, d
     query = torch.randn(int(firsts[-1]), kv_heads * share, size, generator=random).to(dtype)
     output = torch.zeros_like(query).to(DEVICE)
     contexts = [before + 1 for before, _ in forest]
-    trees = kernels.Trees(range(len(forest)), firsts[:-1].tolist(), contexts, masks, DEVICE)
-    kernels.read_trees(query.to(DEVICE), cache.to(DEVICE), table.to(DEVICE), trees, size**-0.5, output)
+    trees = kernels.TritonTreeBatch(range(len(forest)), firsts[:-1].tolist(), contexts, masks, DEVICE)
+    kernels.tree_attention(query.to(DEVICE), cache.to(DEVICE), table.to(DEVICE), trees, size**-0.5, output)
     assert not output[0].any()
     for r, (before, _) in enumerate(forest):
         text = cache[table[r].long()].transpose(1, 2).reshape(-1, kv_heads, 2 * size).double().numpy()
@@ -69,7 +69,7 @@ def test_moved_tokens(kernels) -> None:
     cache = torch.arange(4 * 2 * 16 * 8).reshape(4, 2, 16, 8).float()
     before = cache.clone()
     source, target = torch.tensor([20, 33, 34]), torch.tensor([18, 19, 33])
-    kernels.Mover([cache])(source, target)
+    kernels.TritonKVMover([cache])(source, target)
     flat = before.transpose(1, 2).reshape(64, 2, 8)
     expected = flat.clone()
     expected[target] = flat[source]

@@ -79,11 +79,11 @@ def test_kept_is_what_was_announced(kind, size: tuple[int, int], retain: float, 
 def test_rectangles_tile_the_grid(kind, size: tuple[int, int]) -> None:
     layout = kind(config(5, 4), *size)
     seen = torch.zeros(layout.grid, dtype=torch.int)
-    for top, bottom, left, right in layout.rectangles:
+    for top, bottom, left, right in layout.crop_regions:
         seen[top:bottom, left:right] += 1
     assert (seen == 1).all()
     places = torch.cat(grids.view_token_indices(layout, torch.device("cpu"))).tolist()
-    assert len(places) == len(set(places)) == layout.tokens - layout.newlines
+    assert len(places) == len(set(places)) == layout.num_tokens - layout.num_newlines
 
 
 def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, tau: float) -> set[int]:

@@ -23,7 +23,7 @@ def test_words_of_both_are_told(words_index: Index) -> None:
     assert {"fish", "sharks"} <= {word for word, _ in both}
     assert [weight for _, weight in both] == sorted((weight for _, weight in both), reverse=True)
     assert highlights.words(words_index, "which fish travel with sharks", TEXT, most=1) == both[:1]
-    reading = words_index.reading("which fish travel with sharks", "a")
+    reading = words_index.term_weights("which fish travel with sharks", "a")
     assert reading is not None and "sharks" in dict(reading.document), "`explain` of a hybrid shows words, too"
 
 

@@ -202,7 +202,7 @@ def test_the_only_hit_of_a_member_counts_whole(tmp_path, fusion: str) -> None:
 def test_an_encoder_of_somebody_else_may_lack_names(create) -> None:
     index = create(kind="vdr")
     index.add([{"id": "a", "text": "shark fish"}])
-    assert index.reading("shark", "a") is None
+    assert index.term_weights("shark", "a") is None
     for call in (
         lambda: index.explain("shark", "a"),
         lambda: index.search("shark", words={"shark": 2}),

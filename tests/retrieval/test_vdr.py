@@ -199,9 +199,9 @@ def test_an_explanation_adds_up_and_can_be_read(tmp_path: Path, options: dict) -
         reasons = index.explain(QUERY, hit.id)
         assert sum(r.score for r in reasons) == pytest.approx(hit.score, rel=1e-4)
         assert [r.score for r in reasons] == sorted((r.score for r in reasons), reverse=True)
-        reading = index.reading(QUERY, hit.id)
+        reading = index.term_weights(QUERY, hit.id)
         assert reading is not None
         assert "sharks" in [w for w, _ in reading.query][:5]
         assert "fish" in [w for w, _ in reading.document]
         with pytest.raises(RetrievalError, match="no document 'zz'"):
-            index.reading(QUERY, "zz")
+            index.term_weights(QUERY, "zz")

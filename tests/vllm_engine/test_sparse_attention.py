@@ -68,13 +68,13 @@ def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("head_aggregation", "granularity"),
+    ("aggregation", "granularity"),
     [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
 )
 @pytest.mark.shows("tidal_decode", "batches of mixed requests", "chunked prefill")
-def test_a_request_is_answered_alike_in_any_batch(sparse, aggregate: str, granularity: str) -> None:
+def test_a_request_is_answered_alike_in_any_batch(sparse, aggregation: str, granularity: str) -> None:
     """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
-    rule = {**PAGE, "head_aggregation": aggregate, "granularity": granularity}
+    rule = {**PAGE, "head_aggregation": aggregation, "granularity": granularity}
     roles = ["FULL", "FULL"] + ["SELECT" if i in (2, 13) else "SPARSE" for i in range(2, LAYERS)]
     sparse.ask(do="attention", plan={"roles": roles, "rule": rule})
     together = sparse.ask(**ASK)["tokens"]

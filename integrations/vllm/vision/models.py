@@ -121,8 +121,8 @@ def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) 
     if len(picture.tokens) != layout.num_tokens:
         raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.num_tokens}")
     kept = pruner.apply(layout, plan, picture)
-    if len(kept) != plan.tokens:
-        raise RuntimeError(f"pilotfish: {pruner.name} announced {plan.tokens} tokens and kept {len(kept)}")
+    if len(kept) != plan.num_tokens:
+        raise RuntimeError(f"pilotfish: {pruner.name} announced {plan.num_tokens} tokens and kept {len(kept)}")
     return kept
 
 

@@ -53,7 +53,7 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
 
 
 def draw(image: Any, layout: ImageLayout, kept: Any) -> Any:
-    """A drawing of a PIL picture; ``kept`` is [layout.tokens] bool."""
+    """A drawing of a PIL picture; ``kept`` is [layout.num_tokens] bool."""
     from PIL import Image, ImageDraw
 
     side = layout.side

@@ -73,7 +73,7 @@ class WindowedImpl:
         mine = [metadata[head.layer_name] for head in self._heads]
         slots = [context.slot_mapping[head.layer_name] for head in self._heads]
         caches.bind([m.block_table for m in mine], slots)
-        caches.store(key[: len(slots[0])], value[: len(slots[0])])
+        caches.store_kv(key[: len(slots[0])], value[: len(slots[0])])
         caches.update_means(mine[0].step)
 
     def forward(
@@ -200,7 +200,7 @@ def kernel_error(
     for begin, end in ((0, prompt), (prompt, prompt + 1)):
         caches.bind([table], [slots[begin:end]])
         step = make_step(begin, end, window)
-        caches.store(key[begin:end], value[begin:end])
+        caches.store_kv(key[begin:end], value[begin:end])
         caches.update_means(step)
         caches.attend(query[begin:end], scale, output[begin:end], step)
         stretch = (block_size, block_size + window.num_evicted(end - 1, block_size))
