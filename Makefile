@@ -77,10 +77,10 @@ $(PEERS)/.ready:
 	$(PEERS)/bin/pip install -q fast-plaid==1.7.0.2110 xtr-warp-rs==2.1.0.2110
 	touch $@
 
-XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32
+XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@nprobe=8,xtr,xtr@nprobe=32
 XTR_PARTS := xtr@codec=sq8,xtr@codec=pq,xtr@codec=rabitq,xtr@cluster=kmeans
-WORDS := bm25,vdr,vdr@exhaustive=true,vdr@activation=elu1p,vdr@form=words,vdr@documents=words
-WORDS_MORE := vdr@documents=words@rerank=100
+WORDS := bm25,vdr,vdr@exhaustive=true,vdr@activation=elu1p,vdr@query_encoding=bag_of_words,vdr@document_encoding=bag_of_words
+WORDS_MORE := vdr@document_encoding=bag_of_words@rerank=100
 HYBRIDS := dense,hybrid@members=xtr+vdr+bm25,hybrid@members=xtr+vdr+bm25@fusion=rrf,hybrid@members=xtr+bm25,hybrid@members=xtr+vdr,hybrid
 OTHERS := fast_plaid@n_full_scores=512,xtr_warp
 ARMS := $(XTR),$(XTR_PARTS),$(WORDS),$(WORDS_MORE),$(HYBRIDS),$(OTHERS)
@@ -102,7 +102,7 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; D
 
 # Encoders trained from MiniLM on scifact's training queries and on essays, measured on what they were not trained on.
 TAUGHT := --judged $(DATA)/retrieval/scifact --text $(DATA)/pg_essays --steps 200 --batch 16
-TRAINED := bm25s,maxsim,xtr,vdr,vdr@encoder=out/vdr,vdr@encoder=out/vdr@form=words,xtr@encoder=out/xtr
+TRAINED := bm25s,maxsim,xtr,vdr,vdr@encoder=out/vdr,vdr@encoder=out/vdr@query_encoding=bag_of_words,xtr@encoder=out/xtr
 
 bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-retrieval
 	$(BIN)/pip install -q bm25s PyStemmer

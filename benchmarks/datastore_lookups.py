@@ -17,7 +17,7 @@ from common import RESULTS
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.integrations.vllm.bench import corpora
-from pilotfish.integrations.vllm.cli.datastore import encode, find
+from pilotfish.integrations.vllm.cli.datastore import encode_texts, find
 from pilotfish.integrations.vllm.models.embedded import embedded, registry
 from pilotfish.plugins.drafting.datastore import Datastore, build_datastore
 from pilotfish.plugins.drafting.history import TokenHistory
@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000_000)
     arguments = parser.parse_args()
-    tokenizer = corpora.tokenizer_of(registry.resolve(embedded.SMOLLM2.name))
+    tokenizer = corpora.tokenizer_of(registry.resolve_model(embedded.SMOLLM2.name))
     rng = random.Random(0)
     paragraphs = [
         ids
         for path in find(arguments.folders, (".txt",))
         for part in path.read_text(encoding="utf-8").split("\n\n")
-        if len(ids := encode(tokenizer, part)) > 20
+        if len(ids := encode_texts(tokenizer, part)) > 20
     ]
     drawn: list[list[int]] = []
     count = 0
@@ -58,7 +58,7 @@ def main() -> None:
         rows += timed(
             "history", len(history), paragraphs, lambda tail: history.find_longest_suffix(tail, WIDTH, MOST, WIDTH, 2)
         )
-    record.write(RESULTS / "datastore.json", rows)
+    record.write_records(RESULTS / "datastore.json", rows)
 
 
 def lookup(store: Datastore, tail: np.ndarray) -> None:

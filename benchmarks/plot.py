@@ -90,7 +90,16 @@ def quality(found: list[dict[str, Any]], path: Path) -> None:
     values: dict[tuple[str, str], dict[str, float]] = {}
     for r in found:
         values.setdefault((r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
-    parts = ("codec", "cluster", "until", "activation", "members", "exhaustive", "documents", "form")
+    parts = (
+        "codec",
+        "cluster",
+        "t_prime",
+        "activation",
+        "members",
+        "exhaustive",
+        "document_encoding",
+        "query_encoding",
+    )
     points = {
         key: v for key, v in values.items() if "ndcg@10" in v and not any(f"@{part}=" in key[1] for part in parts)
     }

@@ -103,18 +103,20 @@ def main() -> int:
     parser.add_argument("--drafter", default="rasd", help="of the engine; empty for none")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    record.check(given.out)
-    collection = questions.read(given.data / "xquad")
+    record.check_output_path(given.out)
+    collection = questions.read_questions(given.data / "xquad")
     drafting = ["--drafter", given.drafter] if given.drafter else []
     texts = [d["text"] for d in collection.documents.values()]
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine.running(["serve", MODEL], [*drafting, "--max-model-len", "4096", "--max-num-seqs", "16"]) as server,
+        engine.running_server(
+            ["serve", MODEL], [*drafting, "--max-model-len", "4096", "--max-num-seqs", "16"]
+        ) as server,
     ):
         with Index.create(Path(folder) / "index") as index:
             index.add(collection.documents.values())
         serve, options = ["rag", "serve", f"{folder}/index"], ["--server", f"{server.url}/v1", "--max-tokens", "64"]
-        with engine.running(serve, options) as page:
+        with engine.running_server(serve, options) as page:
             pids = {"index and page": page.pid, "engine": server.pid}
             asked = [c.question for c in collection.cases]
             found = load(page.url, asked, texts, given.seconds, given.people, pids)
@@ -126,7 +128,7 @@ def main() -> int:
     errors = [a["error"] for a in answers if "error" in a]
     good = [a for a in answers if "error" not in a]
     records = figures(good, errors, changes, memory, health, given)
-    record.write(given.out, records, {"answers": answers, "memory": memory})
+    record.write_records(given.out, records, {"answers": answers, "memory": memory})
     for r in records:
         sys.stdout.write(f"{r.arm:18} {r.metric:24} {r.value:10.3f} {r.unit}\n")
     for error in dict.fromkeys(errors):

@@ -27,7 +27,7 @@ ARMS = {
     "ngram": "vLLM `ngram`",
     "suffix": "vLLM `suffix`",
     "token_recycling@cold": "**Token Recycling**, cold",
-    "token_recycling@hot": "**Token Recycling**, hot",
+    "token_recycling@warm": "**Token Recycling**, hot",
 }
 
 

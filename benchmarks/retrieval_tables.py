@@ -101,7 +101,7 @@ def training() -> str:
     result = load("training")
     names = {
         "vdr@encoder=out/vdr": "VDR trained",
-        "vdr@encoder=out/vdr@form=words": "VDR trained, `form=words`",
+        "vdr@encoder=out/vdr@query_encoding=bag_of_words": "VDR trained, `query_encoding=bag_of_words`",
         "xtr@encoder=out/xtr": "XTR trained",
     }
     rows = [

@@ -41,7 +41,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, text in DOCUMENTS.items():
             (Path(folder) / name).write_text(text)
-        with engine.running(["rag", "serve", f"{folder}/index"], OPTIONS) as server, sync_playwright() as playwright:
+        with (
+            engine.running_server(["rag", "serve", f"{folder}/index"], OPTIONS) as server,
+            sync_playwright() as playwright,
+        ):
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 900, "height": 760}, device_scale_factor=2)
             page.goto(server.url)

@@ -15,7 +15,7 @@ from scipy import sparse
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.retrieval import sparse_index
-from pilotfish.retrieval.sparse_vectors import Words
+from pilotfish.retrieval.sparse_vectors import SparseVectors
 
 VOCABULARY, WORDS, ASKED, QUERIES, EXPONENT = 30_000, 100, 20, 40, 0.8
 
@@ -31,13 +31,13 @@ def main() -> None:
     rarity = np.log1p(1 / odds).astype(np.float32) / 10
     words = drawn(rng, count, odds, rarity)
     started = time.perf_counter()
-    shared = sparse_index.train(words.weights, 8)
-    arrays = sparse_index.segment(words, np.arange(count), shared, 8)
+    shared = sparse_index.train_impacts(words.values, 8)
+    arrays = sparse_index.build_sparse_segment(words, np.arange(count), shared, 8)
     build = time.perf_counter() - started
-    searcher = sparse_index.Searcher(shared, [arrays], count)
+    searcher = sparse_index.InvertedIndexSearcher(shared, [arrays], count)
     step = shared["step"][0]
-    kept = np.minimum(np.rint(words.weights / step), 255).astype(np.float32) * step
-    rows = sparse.csr_matrix((kept, words.ids, np.append(0, np.cumsum(words.counts))), (count, VOCABULARY))
+    kept = np.minimum(np.rint(words.values / step), 255).astype(np.float32) * step
+    rows = sparse.csr_matrix((kept, words.indices, np.append(0, np.cumsum(words.counts))), (count, VOCABULARY))
     lists = rows.T.tocsr()
     records = [
         Record("sparse_scale", f"documents_{count}", "blocks", "build_s", round(build, 2), "s"),
@@ -46,7 +46,7 @@ def main() -> None:
             f"documents_{count}",
             "blocks",
             "bytes_per_posting",
-            round(sum(a.nbytes for a in arrays.values()) / len(words.ids), 2),
+            round(sum(a.nbytes for a in arrays.values()) / len(words.indices), 2),
             "bytes",
         ),
     ]
@@ -66,16 +66,16 @@ def main() -> None:
                     size,
                 )
             )
-    record.write(RESULTS / "sparse_scale.json", records)
+    record.write_records(RESULTS / "sparse_scale.json", records)
 
 
-def drawn(rng: np.random.Generator, count: int, odds: np.ndarray, rarity: np.ndarray) -> Words:
+def drawn(rng: np.random.Generator, count: int, odds: np.ndarray, rarity: np.ndarray) -> SparseVectors:
     """Random documents."""
     ids = np.sort(rng.choice(VOCABULARY, (count, WORDS), p=odds), axis=1)
     first = np.ones(ids.shape, np.bool_)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     weights = (rng.gamma(2.0, 0.5, ids.shape).astype(np.float32) + 0.05) * rarity[ids]
-    return Words(ids[first].astype(np.int32), weights[first], np.ones(int(first.sum()), np.bool_), first.sum(1))
+    return SparseVectors(ids[first].astype(np.int32), weights[first], np.ones(int(first.sum()), np.bool_), first.sum(1))
 
 
 def asked(
@@ -83,7 +83,7 @@ def asked(
     k: int,
     odds: np.ndarray,
     rarity: np.ndarray,
-    searcher: sparse_index.Searcher,
+    searcher: sparse_index.InvertedIndexSearcher,
     rows: sparse.csr_matrix,
     lists: sparse.csr_matrix,
 ) -> dict[str, list[float]]:
@@ -96,7 +96,7 @@ def asked(
     for number in range(QUERIES + 1):
         ids = np.unique(rng.choice(VOCABULARY, ASKED, p=odds)).astype(np.int32)
         weights = (rng.gamma(2.0, 0.5, len(ids)) * rarity[ids]).astype(np.float32)
-        query = Words(ids, weights, np.ones(len(ids), np.bool_), np.array([len(ids)]))
+        query = SparseVectors(ids, weights, np.ones(len(ids), np.bool_), np.array([len(ids)]))
         row = sparse.csr_matrix((weights, ids, [0, len(ids)]), (1, VOCABULARY))
         dense = np.zeros(VOCABULARY, np.float32)
         dense[ids] = weights

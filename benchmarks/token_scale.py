@@ -51,7 +51,7 @@ def main() -> None:
                 )
                 for name, value in found.items()
             ]
-    record.write(RESULTS / "token_scale.json", rows)
+    record.write_records(RESULTS / "token_scale.json", rows)
 
 
 def unit(metric: str) -> str:
@@ -62,17 +62,19 @@ def unit(metric: str) -> str:
 def prepare(data: Path, folder: Path) -> np.ndarray:
     """Encode documents into files; returns queries, [60, 16, width]."""
     from pilotfish.retrieval import evaluation
-    from pilotfish.retrieval.encoders import load
-    from pilotfish.retrieval.loaders import Source
-    from pilotfish.retrieval.token_embeddings import Tokens
+    from pilotfish.retrieval.encoders import load_multi_vector_encoder
+    from pilotfish.retrieval.loaders import DocumentSource
+    from pilotfish.retrieval.token_embeddings import TokenEmbeddings
 
-    encoder, parts, asked = load(), [], []
+    encoder, parts, asked = load_multi_vector_encoder(), [], []
     for name in ("vaswani", "cranfield"):
-        collection = evaluation.read(data / "retrieval" / name)
-        parts.append(encoder.encode_documents([d.text for d in Source([collection.corpus], lambda text: [text])]))
+        collection = evaluation.read_collection(data / "retrieval" / name)
+        parts.append(
+            encoder.encode_documents([d.text for d in DocumentSource([collection.corpus], lambda text: [text])])
+        )
         asked += list(collection.queries.values())[: QUERIES // 2]
-    tokens = Tokens.join(parts)
-    np.savez(folder / "tokens.npz", vectors=tokens.vectors, ids=tokens.ids, counts=tokens.counts)
+    tokens = TokenEmbeddings.concatenate(parts)
+    np.savez(folder / "tokens.npz", vectors=tokens.vectors, ids=tokens.token_ids, counts=tokens.counts)
     found = [encoder.encode_queries([q]).vectors for q in asked]
     return np.stack([np.resize(q, (16, q.shape[1])) for q in found])
 
@@ -82,7 +84,7 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
     from pilotfish.plugins.xtr import XTR, XTROptions
     from pilotfish.retrieval.store import Change, Store
     from pilotfish.retrieval.store.documents import Document
-    from pilotfish.retrieval.token_embeddings import Tokens
+    from pilotfish.retrieval.token_embeddings import TokenEmbeddings
 
     loaded = np.load(folder / "tokens.npz")
     vectors, ids, counts = loaded["vectors"], loaded["ids"], loaded["counts"]
@@ -94,7 +96,7 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
         rows = np.concatenate([np.arange(int(starts[d]), int(starts[d + 1])) for d in chosen])
         noisy = vectors[rows].astype(np.float32)
         noisy += rng.normal(0, NOISE, noisy.shape).astype(np.float32)
-        tokens = Tokens(noisy, ids[rows], counts[chosen])
+        tokens = TokenEmbeddings(noisy, ids[rows], counts[chosen])
         started = time.perf_counter()
         first = store.snapshot.manifest.next_document
         shared = store.snapshot.shared or kind.train(tokens, round(len(chosen) * count / len(rows)))
@@ -122,7 +124,7 @@ def search(place: Path) -> dict[str, float]:
     from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
     from pilotfish.retrieval.store import Change, Store
     from pilotfish.retrieval.store.documents import Document
-    from pilotfish.retrieval.token_embeddings import Tokens
+    from pilotfish.retrieval.token_embeddings import TokenEmbeddings
 
     queries = np.load(place / "queries.npy")
     before = _memory()
@@ -136,15 +138,15 @@ def search(place: Path) -> dict[str, float]:
             taken = []
             for turn in range(3):
                 for query in queries:
-                    tokens = Tokens(query, np.zeros(len(query), np.int32), np.array([len(query)]))
+                    tokens = TokenEmbeddings(query, np.zeros(len(query), np.int32), np.array([len(query)]))
                     started = time.perf_counter()
-                    kind.search(searcher, tokens, 100, XTRSettings(probes=probes), None)
+                    kind.search(searcher, tokens, 100, XTRSettings(nprobe=probes), None)
                     if turn:
                         taken.append(1e3 * (time.perf_counter() - started))
             found[f"query_ms_median_{probes}"] = statistics.median(taken)
         found["resident_mib"] = _memory() - before
         found["peak_mib"] = _memory("VmHWM")
-        new = Tokens(
+        new = TokenEmbeddings(
             np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000],
             np.arange(6000, dtype=np.int32) % 900,
             np.full(100, 60),
@@ -156,7 +158,9 @@ def search(place: Path) -> dict[str, float]:
             writer.commit(Change([Document(f"n{i}", "", {}) for i in range(100)], segments=[(100, n, arrays)]))
         snapshot = store.refresh()
         searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(snapshot.live))
-        kind.search(searcher, Tokens(queries[0], np.zeros(16, np.int32), np.array([16])), 10, XTRSettings(), None)
+        kind.search(
+            searcher, TokenEmbeddings(queries[0], np.zeros(16, np.int32), np.array([16])), 10, XTRSettings(), None
+        )
         found["add_100_documents_s"] = time.perf_counter() - started
     found["files_mib"] = sum(p.stat().st_size for p in place.glob("s*-*.npy")) / 2**20
     return found

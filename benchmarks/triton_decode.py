@@ -145,7 +145,9 @@ def main() -> None:
     records = []
     for context in map(int, arguments.contexts.split(",")):
         records += measure(context, arguments.batch, rule, getattr(torch, arguments.dtype), bandwidth)
-    record.write(arguments.out, records, {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth})
+    record.write_records(
+        arguments.out, records, {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth}
+    )
     for r in records:
         print(f"{r.dataset:16}{r.arm:12}{r.metric:18}{r.value:10.3f} {r.unit}")  # noqa: T201
 

@@ -11,7 +11,7 @@ from pilotfish.integrations.vllm.serving.command.progress import fetch_with_bar
 from rich.console import Console
 from rich.table import Table
 
-from pilotfish.integrations.vllm.bench.drafters import STOCK, Plan, Run, run
+from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterBenchmark, DrafterRun, run_drafter_benchmark
 
 HERE = Path(__file__).parent
 
@@ -26,8 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     fetch_with_bar(SMOLLM2)
-    runs = run(
-        Plan(
+    runs = run_drafter_benchmark(
+        DrafterBenchmark(
             prompts=(arguments.prompts,),
             model=SMOLLM2.name,
             arms=(arguments.drafter,),
@@ -48,17 +48,17 @@ def main() -> None:
     Console().print(f"plot: {arguments.out / 'demo.png'}")
 
 
-def speed(runs: list[Run]) -> float:
+def speed(runs: list[DrafterRun]) -> float:
     """Tokens per second over several runs."""
     return sum(r.tokens for r in runs) / sum(r.answer["seconds"] for r in runs)
 
 
-def accepted(runs: list[Run]) -> float:
+def accepted(runs: list[DrafterRun]) -> float:
     """Tokens that one step yields for a request, on average."""
     return sum(r.answer["emitted"] for r in runs) / max(1, sum(r.answer["request_steps"] for r in runs))
 
 
-def show(pairs: list[tuple[Run, Run]], drafter: str) -> None:
+def show(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str) -> None:
     table = Table(
         "prompts",
         "stock tokens/s",
@@ -81,7 +81,7 @@ def show(pairs: list[tuple[Run, Run]], drafter: str) -> None:
     Console().print(table)
 
 
-def plot(pairs: list[tuple[Run, Run]], drafter: str, path: Path) -> None:
+def plot(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, NoOptions, ScoreExplanation
 from .hookspecs import Register, hookimpl
-from .inverted_index_kind import SparseKind, shared_words
+from .inverted_index_kind import InvertedIndexKind, explain_shared_terms
 
 if TYPE_CHECKING:
-    from ..retrieval.sparse_index import Searcher
-    from ..retrieval.sparse_vectors import Words
+    from ..retrieval.sparse_index import InvertedIndexSearcher
+    from ..retrieval.sparse_vectors import SparseVectors
 
 BITS = 8
 
@@ -45,7 +45,7 @@ class BM25Options:
             raise ValueError(f"b: expected 0 to 1, got {self.b}")
 
 
-class BM25(SparseKind):
+class BM25(InvertedIndexKind):
     """Shared words; see the module."""
 
     name: ClassVar[str] = "bm25"
@@ -65,12 +65,12 @@ class BM25(SparseKind):
             raise RetrievalError("bm25 runs no model: --device and --precision are not for it")
         if name != stems.STEMS:
             raise RetrievalError(f"encoder {name}: bm25 has {stems.STEMS} alone")
-        return stems.load(self.options.language)
+        return stems.load_stem_encoder(self.options.language)
 
-    def train(self, encoded: "Words", expected: int) -> Arrays:
+    def train(self, encoded: "SparseVectors", expected: int) -> Arrays:
         """The mean length of a document."""
         del expected
-        mean = float(encoded.weights.sum()) / max(len(encoded), 1)
+        mean = float(encoded.values.sum()) / max(len(encoded), 1)
         step = np.array([1 / ((1 << BITS) - 1)], np.float32)
         return {
             "step": step,
@@ -78,39 +78,53 @@ class BM25(SparseKind):
             "trained": np.array([len(encoded)], np.int64),
         }
 
-    def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+    def segment(self, encoded: "SparseVectors", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists of tf parts."""
         from ..retrieval import sparse_index
 
-        o, tf = self.options, encoded.weights
-        lengths = np.bincount(encoded.texts, tf).astype(np.float32)[encoded.texts]
+        o, tf = self.options, encoded.values
+        lengths = np.bincount(encoded.text_ids, tf).astype(np.float32)[encoded.text_ids]
         parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
-        made = sparse_index.segment(replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS)
+        made = sparse_index.build_sparse_segment(
+            replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS
+        )
         return len(made["places"]), made
 
     def search(
-        self, searcher: "Searcher", query: "Words", k: int, settings: NoOptions, allow: NDArray[np.uint8] | None
+        self,
+        searcher: "InvertedIndexSearcher",
+        query: "SparseVectors",
+        k: int,
+        settings: NoOptions,
+        allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The greatest sums."""
         del settings
         return searcher.search(self.weighted(searcher, query), k, allow)
 
-    def weighted(self, searcher: "Searcher", query: "Words") -> "Words":
+    def weighted(self, searcher: "InvertedIndexSearcher", query: "SparseVectors") -> "SparseVectors":
         """A query's stems with their idf, as often as it has them."""
-        df = searcher.frequencies(query.ids)
+        df = searcher.frequencies(query.indices)
         idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
-        return replace(query, weights=(query.weights * idf).astype(np.float32))
+        return replace(query, weights=(query.values * idf).astype(np.float32))
 
     def explain(
-        self, searcher: "Searcher", encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
+        self,
+        searcher: "InvertedIndexSearcher",
+        encoder: Any,
+        query: str,
+        text: str,
+        number: int,
+        settings: Any,
+        allow: Any,
     ) -> list[ScoreExplanation]:
         """The stems that query and document share, and what each adds."""
         from ..retrieval.encoders import stems
 
         del text, settings, allow
-        names = {stems.number(s): s for s in encoder.words(query)}
+        names = {stems.stem_id(s): s for s in encoder.stems(query)}
         mine = self.weighted(searcher, encoder.encode_queries([query])[0])
-        return shared_words(searcher, mine, number, names.__getitem__)
+        return explain_shared_terms(searcher, mine, number, names.__getitem__)
 
 
 @hookimpl

@@ -22,19 +22,19 @@ class Dense(IndexKind):
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
         """``minilm``, or the folder of a checkpoint; the same as XTR's, which makes these vectors by the way."""
-        from ..retrieval.encoders import load
+        from ..retrieval.encoders import load_multi_vector_encoder
 
-        return load(name, device, precision)
+        return load_multi_vector_encoder(name, device, precision)
 
     def train(self, encoded: Any, expected: int) -> Arrays:
         """Nothing but the width."""
         del expected
-        return {"width": np.array([vectors_of(encoded).shape[1]], np.int64)}
+        return {"width": np.array([document_vectors(encoded).shape[1]], np.int64)}
 
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """The vectors."""
         del shared
-        return len(encoded), {"documents": numbers.astype(np.int32), "vectors": vectors_of(encoded)}
+        return len(encoded), {"documents": numbers.astype(np.int32), "vectors": document_vectors(encoded)}
 
     def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
         """Vectors behind each other."""
@@ -59,19 +59,19 @@ class Dense(IndexKind):
         self, searcher: Any, query: Any, k: int, settings: NoOptions, allow: NDArray[np.uint8] | None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The greatest products."""
-        from ..retrieval.ranking import allowed, best
+        from ..retrieval.ranking import is_allowed, top_documents
 
         del settings
-        vector = vectors_of(query)[0]
+        vector = document_vectors(query)[0]
         documents, scores = np.empty(0, np.int32), np.empty(0, np.float32)
         for numbers, vectors in searcher:
-            kept = allowed(allow, numbers)
+            kept = is_allowed(allow, numbers)
             more = vectors @ vector
-            documents, scores = best(np.append(documents, numbers[kept]), np.append(scores, more[kept]), k)
+            documents, scores = top_documents(np.append(documents, numbers[kept]), np.append(scores, more[kept]), k)
         return documents, scores
 
 
-def vectors_of(encoded: Any) -> NDArray[np.float32]:
+def document_vectors(encoded: Any) -> NDArray[np.float32]:
     """One vector for each text, [texts, width]: the encoder's own, or the mean of its tokens'."""
     if encoded.pooled is not None:
         return encoded.pooled

@@ -18,7 +18,7 @@ from .contracts import Arrays, IndexKind, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
-MOST = 1e6  # of a weight
+MAX_CANDIDATES = 1e6  # of a weight
 BETWEEN = "."  # a member's name and that of its array
 
 
@@ -66,8 +66,8 @@ class HybridSettings:
         for name, low, high in (("constant", 1, 10_000), ("depth", 1, 10_000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
-        if any(not 0 <= w <= MOST for w in self.weights.values()):
-            raise ValueError(f"weights: expected 0 to {MOST:g}, got {dict(self.weights)}")
+        if any(not 0 <= w <= MAX_CANDIDATES for w in self.weights.values()):
+            raise ValueError(f"weights: expected 0 to {MAX_CANDIDATES:g}, got {dict(self.weights)}")
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Hybrid(IndexKind):
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
         """``default``, or an encoder for some members: ``xtr=FOLDER,vdr=FOLDER``."""
-        from ..retrieval.encoders.multi_encoder import Together
+        from ..retrieval.encoders.multi_encoder import MultiEncoder
         from ..retrieval.errors import RetrievalError
-        from ..retrieval.registry import encoder_of
+        from ..retrieval.registry import resolve_encoder
 
         chosen = {m: kind.default_encoder for m, kind in self.members.items()}
         if name != self.default_encoder:
@@ -106,8 +106,8 @@ class Hybrid(IndexKind):
                 if member not in chosen or not encoder:
                     raise RetrievalError(f"encoder {part}: expected MEMBER=ENCODER of {', '.join(chosen)}")
                 chosen[member] = encoder
-        made = {m: encoder_of(self.members[m], encoder, device, precision) for m, encoder in chosen.items()}
-        return Together(made)
+        made = {m: resolve_encoder(self.members[m], encoder, device, precision) for m, encoder in chosen.items()}
+        return MultiEncoder(made)
 
     def train(self, encoded: Any, expected: int) -> Arrays:
         """What each learns."""
@@ -137,9 +137,9 @@ class Hybrid(IndexKind):
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: HybridSettings) -> Any:
         """What each member takes."""
-        from ..retrieval.encoders.multi_encoder import Encoded
+        from ..retrieval.encoders.multi_encoder import MultiEncoded
 
-        return Encoded(
+        return MultiEncoded(
             {m: kind.queries(encoder.encoders[m], texts, own) for m, (kind, own, _) in self._asked(settings).items()}
         )
 
@@ -152,12 +152,12 @@ class Hybrid(IndexKind):
         allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The best of what all found."""
-        from ..retrieval.ranking import best
+        from ..retrieval.ranking import top_documents
 
         found = self._found(searcher, query, k, settings, allow)
         documents, place = np.unique(np.concatenate([d for d, _ in found.values()]), return_inverse=True)
         shares = np.concatenate([s for _, s in found.values()])
-        return best(documents, np.bincount(place, shares, len(documents)).astype(np.float32), k)
+        return top_documents(documents, np.bincount(place, shares, len(documents)).astype(np.float32), k)
 
     def explain(
         self, searcher: HybridSearcher, encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
@@ -209,13 +209,13 @@ class Hybrid(IndexKind):
         self, searcher: HybridSearcher, query: Any, k: int, settings: HybridSettings, allow: NDArray[np.uint8] | None
     ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]]:
         """Documents that each member found, best first, and what each adds to their scores."""
-        from ..retrieval.ranking import found_by
+        from ..retrieval.ranking import search_until_found
 
         depth = max(k, settings.depth)
         possible = min(depth, searcher.documents if allow is None else int(np.unpackbits(allow).sum()))
         found = {}
         for m, (kind, own, weight) in self._asked(settings).items():
-            documents, scores = found_by(kind, searcher.parts[m], query.parts[m], depth, own, possible, allow)
+            documents, scores = search_until_found(kind, searcher.parts[m], query.parts[m], depth, own, possible, allow)
             if settings.fusion == "rrf":
                 shares = 1 / (settings.constant + 1 + np.arange(len(documents), dtype=np.float32))
             else:

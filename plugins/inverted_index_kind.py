@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from .contracts import Arrays, IndexKind, ScoreExplanation
 
 if TYPE_CHECKING:
-    from ..retrieval.sparse_index import Searcher
-    from ..retrieval.sparse_vectors import Words
+    from ..retrieval.sparse_index import InvertedIndexSearcher
+    from ..retrieval.sparse_vectors import SparseVectors
 
 
 MANY = 1000  # documents that a kind has learned from
 
 
-class SparseKind(IndexKind):
+class InvertedIndexKind(IndexKind):
     """Merging lists, looking at them, and when and why."""
 
     def needs_retraining(self, shared: Arrays, documents: int) -> bool:
@@ -28,18 +28,18 @@ class SparseKind(IndexKind):
         """Inverted lists of several segments in one."""
         from ..retrieval import sparse_index
 
-        made = sparse_index.merge(segments, live)
+        made = sparse_index.merge_sparse_segments(segments, live)
         return len(made["places"]), made
 
-    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "Searcher":
+    def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> "InvertedIndexSearcher":
         """A view of a snapshot's lists."""
-        from ..retrieval.sparse_index import Searcher
+        from ..retrieval.sparse_index import InvertedIndexSearcher
 
-        return Searcher(shared, segments, documents)
+        return InvertedIndexSearcher(shared, segments, documents)
 
 
-def shared_words(
-    searcher: "Searcher", query: "Words", number: int, name: Callable[[int], str]
+def explain_shared_terms(
+    searcher: "InvertedIndexSearcher", query: "SparseVectors", number: int, name: Callable[[int], str]
 ) -> list[ScoreExplanation]:
     """The words that a query and a document share, and what each adds, the most first.
 
@@ -49,6 +49,6 @@ def shared_words(
         number: The document.
         name: Of a word, by its number.
     """
-    products = query.weights * searcher.weights(number, query.ids)
+    products = query.values * searcher.weights(number, query.indices)
     order = [i for i in np.argsort(-products, kind="stable").tolist() if products[i] > 0]
-    return [ScoreExplanation(w, w, float(products[i])) for i in order if (w := name(int(query.ids[i])))]
+    return [ScoreExplanation(w, w, float(products[i])) for i in order if (w := name(int(query.indices[i])))]

@@ -2,8 +2,8 @@
 
     score(query, document) = the inner product of their weights
 
-The three forms of the paper's code: both sides weighted (the default); ``form=words``, a query's own words against
-weighted documents; and an index of ``documents=words``, weighted queries against documents' own words, which needs no
+The three forms of the paper's code: both sides weighted (the default); ``query_encoding=bag_of_words``, a query's own words against
+weighted documents; and an index of ``document_encoding=bag_of_words``, weighted queries against documents' own words, which needs no
 model to be built, and whose best hundred can be scored once more with weights (``rerank=100``). Weights are made by
 `retrieval.encoders.vdr`; the arrays and their search are in `retrieval.sparse_index`.
 """
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from .contracts import Arrays, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
-from .inverted_index_kind import SparseKind, shared_words
+from .inverted_index_kind import InvertedIndexKind, explain_shared_terms
 
 if TYPE_CHECKING:
     from ..retrieval.encoders.vdr import VocabularyEncoder
-    from ..retrieval.sparse_index import Searcher
-    from ..retrieval.sparse_vectors import Words
+    from ..retrieval.sparse_index import InvertedIndexSearcher
+    from ..retrieval.sparse_vectors import SparseVectors
 
 SHOWN = 30  # words of a text that people are shown
 
@@ -32,13 +32,13 @@ class VDROptions:
     """Options of VDR, fixed when an index is made.
 
     Attributes:
-        documents: `weights` of an encoder, or their own `words` alone, for which no model runs.
+        document_encoding: `weights` of an encoder, or their own `words` alone, for which no model runs.
         activation: `elu1p` (VDR), `splade`, or `auto` for what the checkpoint was trained with.
         top: Weights kept of a text beside those of its own words; 0 for all.
         bits: Of an impact: 8 or 16.
     """
 
-    documents: Literal["weights", "words"] = "weights"
+    document_encoding: Literal["weights", "bag_of_words"] = "weights"
     activation: Literal["auto", "elu1p", "splade"] = "auto"
     top: int = 768
     bits: Literal[8, 16] = 8
@@ -53,29 +53,29 @@ class VDRSettings:
     """How a VDR index is searched.
 
     Attributes:
-        form: Of the query: `weights` of the encoder, or its own `words` with weight one, for which no model runs.
-        rerank: So many of the best are encoded and scored anew; of use with `documents=words`.
+        query_encoding: Of the query: `weights` of the encoder, or its own `words` with weight one, for which no model runs.
+        rerank: So many of the best are encoded and scored anew; of use with `document_encoding=bag_of_words`.
         exhaustive: Skip no block of documents; the answer is the same.
-        words: Words and factors: their weights times that, 0 to ban one. A word that the query lacks is added with the
+        term_boosts: Words and factors: their weights times that, 0 to ban one. A word that the query lacks is added with the
             factor times the mean weight of the query's own words.
     """
 
-    form: Literal["weights", "words"] = "weights"
+    query_encoding: Literal["weights", "bag_of_words"] = "weights"
     rerank: int = 0
     exhaustive: bool = False
-    words: Mapping[str, float] = field(default_factory=dict)
+    term_boosts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rerank <= 10_000:
             raise ValueError(f"rerank: expected 0 to 10000, got {self.rerank}")
-        if not isinstance(self.words, Mapping):
-            raise ValueError('words: expected words and factors, {"shark": 2, "sea": 0}')
-        for word, factor in self.words.items():
+        if not isinstance(self.term_boosts, Mapping):
+            raise ValueError('term_boosts: expected words and factors, {"shark": 2, "sea": 0}')
+        for word, factor in self.term_boosts.items():
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1e6:
-                raise ValueError(f"words: expected a factor from 0 on for {word!r}, got {factor!r}")
+                raise ValueError(f"term_boosts: expected a factor from 0 on for {word!r}, got {factor!r}")
 
 
-class VDR(SparseKind):
+class VDR(InvertedIndexKind):
     """Words of a vocabulary; see the module."""
 
     name: ClassVar[str] = "vdr"
@@ -91,44 +91,53 @@ class VDR(SparseKind):
         from ..retrieval.encoders import vdr
 
         o = self.options
-        return vdr.load(name, device, precision, o.activation, o.top, o.documents == "words")
+        return vdr.load_vocabulary_encoder(
+            name, device, precision, o.activation, o.top, o.document_encoding == "bag_of_words"
+        )
 
-    def train(self, encoded: "Words", expected: int) -> Arrays:
+    def train(self, encoded: "SparseVectors", expected: int) -> Arrays:
         """What an impact is worth."""
         from ..retrieval import sparse_index
 
         del expected
         trained = np.array([len(encoded)], np.int64)
-        weights = np.ones(1, np.float32) if self.options.documents == "words" else encoded.weights
-        return {**sparse_index.train(weights, self.options.bits), "trained": trained}
+        weights = np.ones(1, np.float32) if self.options.document_encoding == "bag_of_words" else encoded.values
+        return {**sparse_index.train_impacts(weights, self.options.bits), "trained": trained}
 
     def needs_retraining(self, shared: Arrays, documents: int) -> bool:
         """While they are few, when they double: greater weights than the first ones had would be cut."""
-        return self.options.documents == "weights" and super().needs_retraining(shared, documents)
+        return self.options.document_encoding == "weights" and super().needs_retraining(shared, documents)
 
-    def segment(self, encoded: "Words", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
+    def segment(self, encoded: "SparseVectors", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
         """Inverted lists."""
         from ..retrieval import sparse_index
 
-        made = sparse_index.segment(encoded, numbers, shared, self.options.bits)
+        made = sparse_index.build_sparse_segment(encoded, numbers, shared, self.options.bits)
         return len(made["places"]), made
 
-    def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "Words":
+    def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "SparseVectors":
         """Weighted words, edited."""
-        from ..retrieval.sparse_vectors import Words
+        from ..retrieval.sparse_vectors import SparseVectors
 
-        if settings.form == "weights":
+        if settings.query_encoding == "weights":
             found = encoder.encode_queries(texts)
         elif hasattr(encoder, "bags"):
             found = encoder.bags(texts)
         else:  # somebody else's, with weights alone
             found = encoder.encode_queries(texts).bag()
-        if not settings.words:
+        if not settings.term_boosts:
             return found
-        return Words.join([edited(found[i], settings.words, encoder) for i in range(len(found))])
+        return SparseVectors.concatenate(
+            [apply_term_edits(found[i], settings.term_boosts, encoder) for i in range(len(found))]
+        )
 
     def search(
-        self, searcher: "Searcher", query: "Words", k: int, settings: VDRSettings, allow: NDArray[np.uint8] | None
+        self,
+        searcher: "InvertedIndexSearcher",
+        query: "SparseVectors",
+        k: int,
+        settings: VDRSettings,
+        allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The greatest inner products."""
         return searcher.search(query, k, allow, settings.exhaustive)
@@ -137,14 +146,16 @@ class VDR(SparseKind):
         """``rerank``."""
         return settings.rerank
 
-    def rescore(self, encoder: Any, query: "Words", texts: Sequence[str], settings: VDRSettings) -> NDArray[np.float32]:
+    def rescore(
+        self, encoder: Any, query: "SparseVectors", texts: Sequence[str], settings: VDRSettings
+    ) -> NDArray[np.float32]:
         """Inner products with weights that are made now."""
         del settings
         return _able(encoder, "score")(query, texts)
 
     def explain(
         self,
-        searcher: "Searcher",
+        searcher: "InvertedIndexSearcher",
         encoder: Any,
         query: str,
         text: str,
@@ -155,7 +166,7 @@ class VDR(SparseKind):
         """The words that query and document share, and what each adds."""
         del text, allow
         mine = self.queries(encoder, [query], settings)
-        return shared_words(searcher, mine, number, _able(encoder, "word"))
+        return explain_shared_terms(searcher, mine, number, _able(encoder, "word"))
 
     def term_weights(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
         """The heaviest words of both; None where the encoder has no names for words."""
@@ -165,25 +176,27 @@ class VDR(SparseKind):
         return TermWeights(*(_heaviest(words, encoder) for words in both))
 
 
-def edited(query: "Words", factors: Mapping[str, float], encoder: "VocabularyEncoder") -> "Words":
-    """A query with the weights of some words changed; see `VDRSettings.words`.
+def apply_term_edits(
+    query: "SparseVectors", factors: Mapping[str, float], encoder: "VocabularyEncoder"
+) -> "SparseVectors":
+    """A query with the weights of some words changed; see `VDRSettings.term_boosts`.
 
     Raises:
         RetrievalError: the vocabulary has no such word.
     """
     from ..retrieval.errors import RetrievalError
-    from ..retrieval.sparse_vectors import Words
+    from ..retrieval.sparse_vectors import SparseVectors
 
-    weights = dict(zip(query.ids.tolist(), query.weights.tolist(), strict=True))
-    own = query.weights[query.own]
+    weights = dict(zip(query.indices.tolist(), query.values.tolist(), strict=True))
+    own = query.values[query.in_text]
     usual = float(own.mean()) if len(own) else 1.0
     for word, factor in factors.items():
         numbers = _able(encoder, "numbers")(word)
         if not numbers:
-            raise RetrievalError(f"words: {word!r} is not in the encoder's vocabulary")
+            raise RetrievalError(f"term_boosts: {word!r} is not in the encoder's vocabulary")
         for number in numbers:
             weights[number] = weights.get(number, usual) * factor
-    return Words.of([{i: w for i, w in weights.items() if w > 0}])
+    return SparseVectors.from_dicts([{i: w for i, w in weights.items() if w > 0}])
 
 
 def _able(encoder: Any, method: str) -> Any:
@@ -199,9 +212,9 @@ def _able(encoder: Any, method: str) -> Any:
     return found
 
 
-def _heaviest(words: "Words", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:
-    order = np.argsort(-words.weights, kind="stable")[:SHOWN].tolist()
-    return [(encoder.word(int(words.ids[i])), float(words.weights[i])) for i in order]
+def _heaviest(words: "SparseVectors", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:
+    order = np.argsort(-words.values, kind="stable")[:SHOWN].tolist()
+    return [(encoder.term(int(words.indices[i])), float(words.values[i])) for i in order]
 
 
 @hookimpl

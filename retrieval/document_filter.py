@@ -17,7 +17,7 @@ FILTERS = 64  # filters whose documents are remembered
 Filter = str | filters.Filter
 
 
-class Selection:
+class DocumentFilter:
     """Documents of one index by what is asked of them."""
 
     def __init__(self, store: Store) -> None:
@@ -36,9 +36,9 @@ class Selection:
         """A bit for each document that may be found; None for all."""
         if where is None:
             return None if snapshot.manifest.count == len(snapshot.live) else snapshot.bits
-        return np.packbits(self.passing(snapshot, where), bitorder="little")
+        return np.packbits(self.matching(snapshot, where), bitorder="little")
 
-    def passing(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
+    def matching(self, snapshot: Snapshot, where: Filter) -> NDArray[np.bool_]:
         """[documents] which pass a filter and are live."""
         condition = filters.parse(where) if isinstance(where, str) else where
         if not isinstance(condition, filters.Filter):

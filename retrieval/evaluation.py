@@ -30,7 +30,7 @@ class Collection:
     judged: dict[str, dict[str, int]]
 
 
-def read(folder: Path, split: str = "test") -> Collection:
+def read_collection(folder: Path, split: str = "test") -> Collection:
     """Open a collection; of several ``qrels/*.tsv`` that of a split, or, where that is not there, the first.
 
     Raises:
@@ -67,7 +67,7 @@ def _either(folder: Path, name: str) -> Path:
     return found
 
 
-def measure(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict[str, float]:
+def compute_metrics(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict[str, float]:
     """`METRICS`, means over the queries that were judged."""
     import ir_measures
 
@@ -78,6 +78,6 @@ def measure(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict
     return {wanted[str(m)]: float(v) for m, v in found.items()}
 
 
-def ranking(ids: Sequence[str]) -> dict[str, float]:
+def ranked_ids(ids: Sequence[str]) -> dict[str, float]:
     """A ranking as `measure` wants it: equal scores would be broken by names, so places count, not scores."""
     return {name: float(len(ids) - place) for place, name in enumerate(ids)}

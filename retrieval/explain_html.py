@@ -19,7 +19,7 @@ blockquote { border-left: 3px solid #d5dbe3; margin: 0; padding-left: 1rem; whit
 """
 
 
-def explanation(query: str, name: str, text: str, reasons: Sequence[Any], reading: Any | None) -> str:
+def explanation_html(query: str, name: str, text: str, reasons: Sequence[Any], reading: Any | None) -> str:
     """The page.
 
     Args:
@@ -62,7 +62,7 @@ def _column(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
     return f"<section><h2>{title}</h2><table>{body or '<tr><td>nothing</td></tr>'}</table></section>"
 
 
-def show(reasons: Sequence[Any], reading: Any | None) -> None:
+def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
     """The same in a terminal."""
     from rich.columns import Columns
     from rich.console import Console

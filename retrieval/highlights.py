@@ -31,7 +31,7 @@ class Mark:
     query: str
 
 
-def marks(index: Index, query: str, text: str) -> list[Mark]:
+def highlight_marks(index: Index, query: str, text: str) -> list[Mark]:
     """Places in a text, in its order: by the index's tokens where it has such, or where words begin alike."""
     encoder = _tokens(index.encoder)
     if encoder is None:
@@ -67,7 +67,7 @@ def similarity(index: Index, query: str, text: str) -> float | None:
     return float(products.max(1).mean()) if products.size else None
 
 
-def words(index: Index, query: str, text: str, most: int = 12) -> list[tuple[str, float]]:
+def shared_terms(index: Index, query: str, text: str, most: int = 12) -> list[tuple[str, float]]:
     """Words of the vocabulary that query and text share, and what each adds; of indexes with VDR."""
     reading = index.kind.term_weights(index.encoder, query, text, index.settings())
     if reading is None:

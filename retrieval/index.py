@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import snippets
-from .document_filter import Filter, Selection
+from .document_filter import DocumentFilter, Filter
 from .errors import RetrievalError
-from .index_searcher import Ranked, Searching
-from .index_writer import Changes, Progress
-from .registry import LazyEncoder, encoder_of, from_anywhere, kind_of
+from .index_searcher import IndexSearcher, Ranked
+from .index_writer import IndexWriter, Progress
+from .registry import LazyEncoder, absolute_encoder_name, resolve_encoder, resolve_index_kind
 from .store import Change, Snapshot, Store
 from .store.documents import Document
 from .store.manifest import CURRENT
@@ -53,9 +53,9 @@ class Index:
     def __init__(self, store: Store, kind: Any, load: Callable[[], Any]) -> None:
         """Not for users: see `create` and `open`."""
         self._store, self.kind, self._encoder = store, kind, LazyEncoder(load)
-        self._selection = Selection(store)
+        self._selection = DocumentFilter(store)
         parts = store, kind, self._encoder, self._selection
-        self._changes, self._searching = Changes(*parts), Searching(*parts)
+        self._changes, self._searching = IndexWriter(*parts), IndexSearcher(*parts)
 
     # ------------------------------------------------------------------------------------------------ making one
 
@@ -83,9 +83,9 @@ class Index:
             RetrievalError: the folder holds something, or there is no such kind, option or encoder.
             OSError: the folder cannot be written.
         """
-        made, parsed = kind_of(kind, options or {})
-        name = from_anywhere(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
-        loaded = encoder_of(made, name, device, precision)
+        made, parsed = resolve_index_kind(kind, options or {})
+        name = absolute_encoder_name(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
+        loaded = resolve_encoder(made, name, device, precision)
         about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
         return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, lambda: loaded)
 
@@ -108,11 +108,11 @@ class Index:
         """
         store = Store(Path(folder))
         about = store.snapshot.manifest
-        made, _ = kind_of(about.kind, about.options)
+        made, _ = resolve_index_kind(about.kind, about.options)
         name = encoder or about.encoder["name"]
 
         def load() -> Any:
-            loaded = encoder_of(made, name, device, precision)
+            loaded = resolve_encoder(made, name, device, precision)
             if loaded.fingerprint != about.encoder["fingerprint"]:
                 raise RetrievalError(
                     f"{folder}: was made with another encoder than {name} (fingerprint "
@@ -209,7 +209,7 @@ class Index:
     def select(self, where: Filter | None = None) -> Iterator[Document]:
         """Documents that pass a filter, all without one, in the order they were added."""
         snapshot = self._store.refresh()
-        numbers = np.flatnonzero(snapshot.live if where is None else self._selection.passing(snapshot, where))
+        numbers = np.flatnonzero(snapshot.live if where is None else self._selection.matching(snapshot, where))
         for begin in range(0, len(numbers), BATCH):
             part = numbers[begin : begin + BATCH].tolist()
             found = self._store.documents.get(part)
@@ -339,7 +339,7 @@ class Index:
 
     def count(self, where: Filter | None) -> int:
         """Documents that pass a filter; None for all."""
-        return len(self) if where is None else int(self._selection.passing(self._store.refresh(), where).sum())
+        return len(self) if where is None else int(self._selection.matching(self._store.refresh(), where).sum())
 
     def search_encoded(self, query: Any, text: str, k: int, where: Filter | None, settings: Any) -> list[Hit]:
         """The best documents for a query that is encoded already, by these settings and no wider ones."""
@@ -386,7 +386,7 @@ def _hits(
 ) -> list[Hit]:
     """Hits of the documents that are still there."""
     return [
-        Hit(d.id, float(score), d.text, d.metadata, snippets.best(d.text, query))
+        Hit(d.id, float(score), d.text, d.metadata, snippets.best_snippet(d.text, query))
         for n, score in zip(numbers.tolist(), scores, strict=True)
         if (d := documents.get(n)) is not None
     ]

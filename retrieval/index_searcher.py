@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .document_filter import Filter, Selection
+from .document_filter import DocumentFilter, Filter
 from .errors import DamagedIndex, RetrievalError
-from .ranking import found_by
+from .ranking import search_until_found
 from .registry import LazyEncoder, build_settings
 from .store import Snapshot, Store
 from .validation import check_text
@@ -17,10 +17,10 @@ from .validation import check_text
 Ranked = tuple[NDArray[np.int32], NDArray[np.float32]]  # internal numbers and scores, best first
 
 
-class Searching:
+class IndexSearcher:
     """All that searches one index; in any number of threads."""
 
-    def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: Selection) -> None:
+    def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: DocumentFilter) -> None:
         self._store, self._kind, self._encoder, self._selection = store, kind, encoder, selection
         self._mutex = threading.Lock()
         self._ready: tuple[int, Any] | None = None
@@ -57,7 +57,7 @@ class Searching:
         again = self._kind.rescored(chosen)
         possible = min(max(k, again), possible) if again else possible
         found = [
-            found_by(self._kind, searcher, encoded[i], max(k, again), chosen, possible, allow)
+            search_until_found(self._kind, searcher, encoded[i], max(k, again), chosen, possible, allow)
             for i in range(len(queries))
         ]
         if again:

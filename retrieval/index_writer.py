@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from .document_filter import Filter, Selection
+from .document_filter import DocumentFilter, Filter
 from .errors import RetrievalError
 from .registry import LazyEncoder
 from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
-from .validation import BATCH, as_document, batches, check_names
+from .validation import BATCH, as_document, check_names, document_batches
 
-DEAD = 0.2  # of a segment's documents: it is written anew
-SMALL, SMALLEST = 8, 50_000  # so many segments with fewer documents are merged
+MAX_DELETED_SHARE = 0.2  # of a segment's documents: it is written anew
+MAX_SMALL_SEGMENTS, SMALL_SEGMENT = 8, 50_000  # so many segments with fewer documents are merged
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
 
 
-class Changes:
+class IndexWriter:
     """All that writes to one index; one at a time, as the store's lock has it."""
 
-    def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: Selection) -> None:
+    def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: DocumentFilter) -> None:
         self._store, self._kind, self._encoder, self._selection = store, kind, encoder, selection
 
     def put(
@@ -46,7 +46,7 @@ class Changes:
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
         with self._store.writer() as writer:
-            for given in batches(map(as_document, documents), unique=not (replace or skip)):
+            for given in document_batches(map(as_document, documents), unique=not (replace or skip)):
                 there = self._selection.numbers([d.id for d in given])
                 if there and not (replace or skip):
                     raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
@@ -97,7 +97,7 @@ class Changes:
         with self._store.writer() as writer:
             dead = set(self._selection.numbers(check_names(ids)).values())
             if where is not None:
-                dead |= set(np.flatnonzero(self._selection.passing(self._store.snapshot, where)).tolist())
+                dead |= set(np.flatnonzero(self._selection.matching(self._store.snapshot, where)).tolist())
             if dead:
                 writer.commit(Change(dead=sorted(dead)))
                 self._merge(writer)
@@ -134,9 +134,13 @@ class Changes:
         snapshot = self._store.snapshot
         dead = {s.about.number: self._dead(s, snapshot) for s in snapshot.segments}
         if chosen is None:
-            chosen = [s.about.number for s in snapshot.segments if dead[s.about.number] > DEAD * s.about.documents]
-            small = [s.about.number for s in snapshot.segments if s.about.documents < SMALLEST]
-            if len(small) > SMALL:
+            chosen = [
+                s.about.number
+                for s in snapshot.segments
+                if dead[s.about.number] > MAX_DELETED_SHARE * s.about.documents
+            ]
+            small = [s.about.number for s in snapshot.segments if s.about.documents < SMALL_SEGMENT]
+            if len(small) > MAX_SMALL_SEGMENTS:
                 chosen = sorted({*chosen, *small})
         segments = [s for s in snapshot.segments if s.about.number in set(chosen)]
         if not segments:

@@ -36,7 +36,7 @@ LONGEST_FIELD = 1 << 27  # characters of a table's field
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
-class Source:
+class DocumentSource:
     """Files with documents, in a fixed order."""
 
     def __init__(self, paths: Iterable[str | Path], chunk: Chunk, number_ids: bool = False) -> None:
@@ -55,7 +55,7 @@ class Source:
         self.files = _find([str(p) for p in paths])
 
     @classmethod
-    def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "Source":
+    def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "DocumentSource":
         """One file, under another name than it lies in the file system.
 
         Raises:

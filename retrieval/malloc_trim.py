@@ -13,7 +13,7 @@ def _trim() -> Callable[[int], int] | None:
         return None
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Let the C library return what it keeps: arrays of commits and merges leave gaps that it holds on to for good.
 
     Without it a server whose documents change all the time seems to grow by hundreds of megabytes. Takes milliseconds;

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def best(
+def top_documents(
     documents: NDArray[np.int32], scores: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The k best, best first; equal ones by number."""
@@ -17,14 +17,14 @@ def best(
     return documents[order], scores[order]
 
 
-def allowed(allow: NDArray[np.uint8] | None, documents: NDArray[np.int32]) -> NDArray[np.bool_]:
+def is_allowed(allow: NDArray[np.uint8] | None, documents: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Which documents have their bit set in ``allow``, packed, the lowest first; all where it is None."""
     if allow is None:
         return np.ones(len(documents), np.bool_)
     return (allow[documents >> 3] >> (documents & 7).astype(np.uint8)) & 1 == 1
 
 
-def found_by(
+def search_until_found(
     kind: Any, searcher: Any, query: Any, k: int, settings: Any, possible: int, allow: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Hits of a kind; where the index or a filter has few documents, it looks further until ``possible`` are found."""

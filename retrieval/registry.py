@@ -12,7 +12,7 @@ from typing import Any
 from .errors import RetrievalError
 
 
-def kind_of(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+def resolve_index_kind(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """A registered kind of index, and its options.
 
     Raises:
@@ -42,7 +42,7 @@ def build_settings(kind: Any, values: Mapping[str, Any]) -> Any:
         raise RetrievalError(str(error)) from None
 
 
-def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
+def check_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Settings, but none that is an argument of the index's methods itself.
 
     Raises:
@@ -54,7 +54,7 @@ def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def from_anywhere(encoder: str) -> str:
+def absolute_encoder_name(encoder: str) -> str:
     """An encoder's name with folders in full, alone or as ``MEMBER=FOLDER`` of a hybrid."""
     if Path(encoder).is_dir():
         return str(Path(encoder).absolute())
@@ -62,7 +62,7 @@ def from_anywhere(encoder: str) -> str:
     return ",".join(f"{m}{e}{Path(p).absolute() if e and Path(p).is_dir() else p}" for m, e, p in parts)
 
 
-def encoder_of(kind: Any, name: str, device: str, precision: str) -> Any:
+def resolve_encoder(kind: Any, name: str, device: str, precision: str) -> Any:
     """A registered encoder, or the kind's own of that name.
 
     Raises:

@@ -18,7 +18,7 @@ LARGEST_BODY = 16 << 20  # bytes
 _BEARER = HTTPBearer(auto_error=False)
 
 
-class Guard:
+class RequestAuth:
     """What one server asks of its clients.
 
     Args:

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
 from .index import Index
-from .malloc_trim import give_back
-from .registry import checked_settings
-from .request_auth import Guard
+from .malloc_trim import release_memory
+from .registry import check_settings
+from .request_auth import RequestAuth
 from .shards import ShardedIndex
-from .write_queue import OneByOne
+from .write_queue import SerialExecutor
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year >= 2020 AND lang in (en, de)")]
@@ -34,7 +34,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Question(Model):
+class SearchRequest(Model):
     """What to look for."""
 
     query: Annotated[str, Field(max_length=20_000)]
@@ -43,7 +43,7 @@ class Question(Model):
     settings: Annotated[dict[str, JsonValue], Field(description="In place of the index's own")] = {}
 
 
-class Found(Model):
+class SearchHit(Model):
     """A hit."""
 
     id: str
@@ -53,10 +53,10 @@ class Found(Model):
     metadata: dict[str, JsonValue]
 
 
-class Answer(Model):
+class SearchResponse(Model):
     """Hits, best first, and how long it took."""
 
-    hits: list[Found]
+    hits: list[SearchHit]
     milliseconds: float
 
 
@@ -68,14 +68,14 @@ class NewDocument(Model):
     metadata: dict[str, JsonValue] = {}
 
 
-class Addition(Model):
+class AddRequest(Model):
     """Documents to be added."""
 
     documents: Annotated[list[NewDocument], Field(min_length=1, max_length=1000)]
     upsert: Annotated[bool, Field(description="Replace documents whose ids are there already")] = False
 
 
-class Deletion(Model):
+class DeleteRequest(Model):
     """Documents to be deleted."""
 
     ids: Annotated[list[Name], Field(max_length=10_000)] = []
@@ -95,7 +95,7 @@ class Problem(BaseModel):
     detail: str
 
 
-def create_app(index: Index | ShardedIndex, token: str | None = None, read_only: bool = False) -> FastAPI:
+def create_index_app(index: Index | ShardedIndex, token: str | None = None, read_only: bool = False) -> FastAPI:
     """The application.
 
     Args:
@@ -128,8 +128,8 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
     failed = Counter("pilotfish_index_failures", "Requests that failed", ["route", "status"], registry=registry)
     documents = Gauge("pilotfish_index_documents", "Documents that can be found", registry=registry)
     documents.set_function(lambda: len(index))
-    writes = OneByOne()
-    guard = Guard(token)
+    writes = SerialExecutor()
+    guard = RequestAuth(token)
 
     @app.middleware("http")
     async def measured(request: Request, call_next: Any) -> Any:
@@ -161,11 +161,13 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
         return generate_latest(registry).decode()
 
     @app.post("/search", dependencies=[Depends(guard.known)], summary="Find documents")
-    def search(question: Question) -> Answer:
+    def search(question: SearchRequest) -> SearchResponse:
         started = time.perf_counter()
-        hits = index.search(question.query, question.k, question.where, **checked_settings(question.settings))
-        found = [Found(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits]
-        return Answer(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
+        hits = index.search(question.query, question.k, question.where, **check_settings(question.settings))
+        found = [
+            SearchHit(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits
+        ]
+        return SearchResponse(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
 
     @app.get(
         "/documents/{name:path}",
@@ -185,16 +187,16 @@ def create_app(index: Index | ShardedIndex, token: str | None = None, read_only:
 
         async def changed(change: Callable[..., int], *args: Any) -> Count:
             count = await writes(change, *args)
-            give_back()
+            release_memory()
             return Count(changed=count, documents=len(index))
 
         @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
-        async def add(addition: Addition) -> Count:
+        async def add(addition: AddRequest) -> Count:
             given = [d.model_dump() for d in addition.documents]
             return await changed(index.upsert if addition.upsert else index.add, given)
 
         @app.post("/delete", dependencies=[Depends(guard.known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
-        async def delete(deletion: Deletion) -> Count:
+        async def delete(deletion: DeleteRequest) -> Count:
             if not deletion.ids and deletion.where is None:
                 raise HTTPException(400, "name ids, or give a filter in where")
             return await changed(index.delete, deletion.ids, deletion.where)
@@ -231,7 +233,7 @@ def answer_errors(app: FastAPI) -> None:
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
-def run(app: FastAPI, host: str, port: int) -> None:
+def run_server(app: FastAPI, host: str, port: int) -> None:
     """Serve until told to stop.
 
     Raises:

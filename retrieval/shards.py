@@ -26,7 +26,7 @@ from .document_filter import Filter
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
 from .index import Hit, Index
 from .index_writer import Progress
-from .registry import kind_of
+from .registry import resolve_index_kind
 from .store import Change, Store
 from .store.documents import Document
 from .store.manifest import SHARDS as NAME
@@ -80,7 +80,7 @@ class Handle(Protocol):
         ...
 
 
-class Local:
+class LocalHandle:
     """A shard in this process, asked by a thread."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +91,7 @@ class Local:
         return self._pool.submit(getattr(self._shard, method), *arguments).result
 
 
-class OnRay:
+class RayHandle:
     """A shard in an actor of a Ray cluster."""
 
     def __init__(self, folder: Path) -> None:
@@ -121,10 +121,10 @@ class ShardedIndex:
             RetrievalError: there is none, it is damaged, or Ray is not there.
         """
         self.folder = Path(folder)
-        names = read(self.folder)
+        names = read_shards(self.folder)
         if ray_address is not None:
-            connect(ray_address)
-        make: Any = Local if ray_address is None else OnRay
+            connect_shards(ray_address)
+        make: Any = LocalHandle if ray_address is None else RayHandle
         self._first = Index.open(self.folder / names[0])
         self._shards: list[Handle] = [make(self.folder.absolute() / name) for name in names]
         total = np.sum(self._all("sizes"), axis=0)
@@ -179,12 +179,12 @@ class ShardedIndex:
         self.close()
 
 
-def there(folder: Path) -> bool:
+def is_sharded(folder: Path) -> bool:
     """Whether a folder has shards in it."""
     return (folder / NAME).exists()
 
 
-def read(folder: Path) -> list[str]:
+def read_shards(folder: Path) -> list[str]:
     """Names of the shards in a folder.
 
     Raises:
@@ -202,7 +202,7 @@ def read(folder: Path) -> list[str]:
     return names
 
 
-def connect(address: str) -> None:
+def connect_shards(address: str) -> None:
     """Join a Ray cluster.
 
     Raises:
@@ -222,7 +222,7 @@ def connect(address: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ building
 
 
-def build(
+def build_shards(
     folder: Path,
     documents: Iterable[Any],
     count: int,
@@ -245,7 +245,7 @@ def build(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RetrievalError(f"{folder}: exists, and is not empty; shards are built into a folder of their own")
     every = _distinct(documents)
-    if not kind_of(kind, options or {})[0].divisible:
+    if not resolve_index_kind(kind, options or {})[0].divisible:
         raise RetrievalError(f"{kind} cannot be in shards: what a document scores there depends on all others")
     with Index.create(folder / "shard-0", kind, encoder, options) as first:
         about = first.snapshot.manifest
@@ -284,7 +284,7 @@ def _distinct(documents: Iterable[Any]) -> list[Document]:
     return every
 
 
-def fill(folder: str, documents: Sequence[Mapping[str, Any]]) -> int:
+def fill_shard(folder: str, documents: Sequence[Mapping[str, Any]]) -> int:
     """Put documents into a shard."""
     with Index.open(folder) as index:
         return index.add(documents, learn=False)
@@ -292,10 +292,10 @@ def fill(folder: str, documents: Sequence[Mapping[str, Any]]) -> int:
 
 def _filled(places: list[str], parts: list[list[dict[str, Any]]], ray_address: str | None) -> Iterable[int]:
     if ray_address is None:
-        return (fill(place, part) for place, part in zip(places, parts, strict=True))
-    connect(ray_address)
+        return (fill_shard(place, part) for place, part in zip(places, parts, strict=True))
+    connect_shards(ray_address)
     import ray
 
-    task = ray.remote(fill)
+    task = ray.remote(fill_shard)
     waiting = [task.remote(place, part) for place, part in zip(places, parts, strict=True)]
     return (ray.get(answer) for answer in waiting)

@@ -8,7 +8,7 @@ MARGIN = 30  # of them before the first word, and at least so many behind the la
 _WORD = re.compile(r"\w+")
 
 
-def best(text: str, query: str, length: int = LENGTH) -> str:
+def best_snippet(text: str, query: str, length: int = LENGTH) -> str:
     """The stretch of ``text`` with most different words of the query, cut at words; white space becomes one blank."""
     flat = " ".join(text.split())
     if len(flat) <= length:

@@ -18,21 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .kernels import sparse_search
-from .ranking import allowed, best
-from .sparse_vectors import Words
+from .ranking import is_allowed, top_documents
+from .sparse_vectors import SparseVectors
 
 Arrays = Mapping[str, NDArray]
 ROOM = 1.25  # documents to come may have greater weights than the first ones
 FIRST, MORE = 16, 8  # blocks that are scored to learn what the k-th best score is at least; times as many next
 
 
-def train(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]:
+def train_impacts(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]:
     """The step, from the weights of the first documents."""
     levels = (1 << bits) - 1
     return {"step": np.array([ROOM * float(weights.max(initial=1e-6)) / levels], np.float32)}
 
 
-def segment(words: Words, numbers: NDArray[np.int64], shared: Arrays, bits: int) -> dict[str, NDArray]:
+def build_sparse_segment(
+    words: SparseVectors, numbers: NDArray[np.int64], shared: Arrays, bits: int
+) -> dict[str, NDArray]:
     """Inverted lists of some documents.
 
     Args:
@@ -42,13 +44,13 @@ def segment(words: Words, numbers: NDArray[np.int64], shared: Arrays, bits: int)
         bits: 8 or 16.
     """
     kind = np.uint8 if bits == 8 else np.uint16
-    impacts = np.clip(np.rint(words.weights / shared["step"][0]), 0, np.iinfo(kind).max).astype(kind)
+    impacts = np.clip(np.rint(words.values / shared["step"][0]), 0, np.iinfo(kind).max).astype(kind)
     documents = np.repeat(numbers.astype(np.int32), words.counts)
     some = impacts > 0
-    return _lists(words.ids[some], documents[some], impacts[some], numbers.astype(np.int32))
+    return _lists(words.indices[some], documents[some], impacts[some], numbers.astype(np.int32))
 
 
-def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
+def merge_sparse_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
     """One segment of several, without the documents that are not ``live``."""
     parts = []
     for s in segments:
@@ -82,7 +84,7 @@ def _lists(terms: NDArray, documents: NDArray, impacts: NDArray, numbers: NDArra
     }
 
 
-class Part:
+class SegmentSearcher:
     """One segment, ready to be searched."""
 
     def __init__(self, arrays: Arrays, documents: int) -> None:
@@ -148,7 +150,9 @@ class Part:
         at, there = self.at(ids)
         there &= weights > 0
         terms, weights = at[there], weights[there]
-        bounds = sparse_search.bounds(self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count)
+        bounds = sparse_search.block_bounds(
+            self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count
+        )
         if allow is not None:
             bounds[~_any_allowed(allow, self.first, self.count)] = 0
         some = np.flatnonzero((bounds > 0) & (bounds >= least))
@@ -174,14 +178,14 @@ class Part:
         """The best documents of some blocks."""
         blocks = (chosen + self.first).astype(np.int32)
         lists = self.term_starts, self.blocks, self.sizes, self.skips, self.places, self.impacts
-        scores = sparse_search.scores(*lists, terms, weights, self.first, self.count, blocks)
+        scores = sparse_search.score_blocks(*lists, terms, weights, self.first, self.count, blocks)
         places = np.flatnonzero((scores > 0) & (scores >= least))
         documents = blocks[places // sparse_search.BLOCK] * sparse_search.BLOCK + places % sparse_search.BLOCK
-        passing = allowed(allow, documents)
-        return best(documents[passing].astype(np.int32), scores[places[passing]], k)
+        passing = is_allowed(allow, documents)
+        return top_documents(documents[passing].astype(np.int32), scores[places[passing]], k)
 
 
-class Searcher:
+class InvertedIndexSearcher:
     """The segments of one snapshot, ready to be searched."""
 
     def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> None:
@@ -191,7 +195,7 @@ class Searcher:
             ValueError: they do not fit each other.
         """
         self.step = float(shared["step"][0])
-        self.parts = [Part(s, documents) for s in segments if len(s["blocks"])]
+        self.parts = [SegmentSearcher(s, documents) for s in segments if len(s["blocks"])]
         self.count = sum(len(s["documents"]) for s in segments)
 
     def frequencies(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -212,7 +216,7 @@ class Searcher:
         return found
 
     def search(
-        self, query: Words, k: int, allow: NDArray[np.uint8] | None = None, exhaustive: bool = False
+        self, query: SparseVectors, k: int, allow: NDArray[np.uint8] | None = None, exhaustive: bool = False
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The best documents and their inner products with one query, best first; equal ones by number.
 
@@ -222,12 +226,12 @@ class Searcher:
             allow: A bit for each document, packed, the lowest first; None for all.
             exhaustive: Score every document that has a word of the query; the answer is the same.
         """
-        weights = query.weights * np.float32(self.step)
+        weights = query.values * np.float32(self.step)
         documents, scores = np.empty(0, np.int32), np.empty(0, np.float32)
         for part in self.parts:
             least = float(scores[k - 1]) if len(scores) >= k else 0.0
-            more = part.search(query.ids, weights, k, least, allow, exhaustive)
-            documents, scores = best(np.append(documents, more[0]), np.append(scores, more[1]), k)
+            more = part.search(query.indices, weights, k, least, allow, exhaustive)
+            documents, scores = top_documents(np.append(documents, more[0]), np.append(scores, more[1]), k)
         return documents, scores
 
 

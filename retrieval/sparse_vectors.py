@@ -8,42 +8,42 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Words:
+class SparseVectors:
     """Weighted words of some texts, one text behind the other; those of a text ascend by number.
 
     Attributes:
-        ids: [entries] int32 numbers of words.
-        weights: [entries] float32, above zero.
-        own: [entries] whether the text itself has the word, or was only taken to mean it.
+        indices: [entries] int32 numbers of words.
+        values: [entries] float32, above zero.
+        in_text: [entries] whether the text itself has the word, or was only taken to mean it.
         counts: [texts] entries of each text.
     """
 
-    ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    own: NDArray[np.bool_]
+    indices: NDArray[np.int32]
+    values: NDArray[np.float32]
+    in_text: NDArray[np.bool_]
     counts: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        sizes = {len(self.ids), len(self.weights), len(self.own), int(self.counts.sum())}
+        sizes = {len(self.indices), len(self.values), len(self.in_text), int(self.counts.sum())}
         if len(sizes) > 1:
-            raise ValueError(f"{len(self.ids)} ids, {len(self.weights)} weights, {int(self.counts.sum())} counted")
+            raise ValueError(f"{len(self.indices)} ids, {len(self.values)} weights, {int(self.counts.sum())} counted")
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getitem__(self, text: int) -> "Words":
+    def __getitem__(self, text: int) -> "SparseVectors":
         """Those of one text."""
         end = int(self.counts[: text + 1].sum())
         part = slice(end - int(self.counts[text]), end)
-        return Words(self.ids[part], self.weights[part], self.own[part], self.counts[text : text + 1])
+        return SparseVectors(self.indices[part], self.values[part], self.in_text[part], self.counts[text : text + 1])
 
     @property
-    def texts(self) -> NDArray[np.int64]:
+    def text_ids(self) -> NDArray[np.int64]:
         """[entries] which text each entry belongs to."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @classmethod
-    def of(cls, rows: Sequence[dict[int, float]], own: bool = True) -> "Words":
+    def from_dicts(cls, rows: Sequence[dict[int, float]], own: bool = True) -> "SparseVectors":
         """From a mapping of words to weights for each text."""
         entries = [(i, w) for row in rows for i, w in sorted(row.items())]
         return cls(
@@ -54,34 +54,36 @@ class Words:
         )
 
     @classmethod
-    def join(cls, parts: "Sequence[Words]") -> "Words":
+    def concatenate(cls, parts: "Sequence[SparseVectors]") -> "SparseVectors":
         """Some behind each other."""
         if not parts:
-            return cls.of([])
+            return cls.from_dicts([])
         return cls(
-            np.concatenate([p.ids for p in parts]),
-            np.concatenate([p.weights for p in parts]),
-            np.concatenate([p.own for p in parts]),
+            np.concatenate([p.indices for p in parts]),
+            np.concatenate([p.values for p in parts]),
+            np.concatenate([p.in_text for p in parts]),
             np.concatenate([p.counts for p in parts]),
         )
 
-    def take(self, texts: Sequence[int]) -> "Words":
+    def take(self, texts: Sequence[int]) -> "SparseVectors":
         """Those of some texts."""
         ends = np.cumsum(self.counts)
         spans = [np.arange(ends[t] - self.counts[t], ends[t]) for t in texts]
         rows = np.concatenate([*spans, np.empty(0, np.int64)]).astype(np.int64)
-        return Words(self.ids[rows], self.weights[rows], self.own[rows], self.counts[np.asarray(texts, np.int64)])
+        return SparseVectors(
+            self.indices[rows], self.values[rows], self.in_text[rows], self.counts[np.asarray(texts, np.int64)]
+        )
 
-    def products(self, query: "Words") -> NDArray[np.float32]:
+    def dot(self, query: "SparseVectors") -> NDArray[np.float32]:
         """Inner products of all texts with one other, [texts]."""
-        if not len(query.ids):
+        if not len(query.indices):
             return np.zeros(len(self), np.float32)
-        at = np.minimum(np.searchsorted(query.ids, self.ids), len(query.ids) - 1)
-        each = np.where(query.ids[at] == self.ids, self.weights * query.weights[at], 0)
-        return np.bincount(self.texts, each, len(self)).astype(np.float32)
+        at = np.minimum(np.searchsorted(query.indices, self.indices), len(query.indices) - 1)
+        each = np.where(query.indices[at] == self.indices, self.values * query.values[at], 0)
+        return np.bincount(self.text_ids, each, len(self)).astype(np.float32)
 
-    def bag(self) -> "Words":
+    def bag_of_words(self) -> "SparseVectors":
         """The texts' own words alone, each with weight one."""
-        counts = np.bincount(self.texts[self.own], minlength=len(self))
-        ids = self.ids[self.own]
-        return Words(ids, np.ones(len(ids), np.float32), np.ones(len(ids), np.bool_), counts)
+        counts = np.bincount(self.text_ids[self.in_text], minlength=len(self))
+        ids = self.indices[self.in_text]
+        return SparseVectors(ids, np.ones(len(ids), np.float32), np.ones(len(ids), np.bool_), counts)

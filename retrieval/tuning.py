@@ -12,21 +12,21 @@ from .evaluation import Collection
 from .index import Index
 
 DEPTH = 100  # hits of a query
-PROBES = (4, 8, 16, 32)
-UNTIL = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+NPROBES = (4, 8, 16, 32)
+T_PRIMES = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 
 
 @dataclass(frozen=True)
 class Trial:
     """What settings gave: nDCG@10, and milliseconds of a search whose query was encoded before."""
 
-    probes: int
-    until: int
+    nprobe: int
+    t_prime: int
     ndcg: float
     ms: float
 
 
-def evaluate(index: Index, collection: Collection, settings: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate_index(index: Index, collection: Collection, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics and times on a collection; queries are encoded before the clock runs.
 
     Raises:
@@ -41,34 +41,34 @@ def evaluate(index: Index, collection: Collection, settings: Mapping[str, Any]) 
         started = time.perf_counter()
         numbers, _ = index.search_numbers([text], DEPTH, **settings)[0]
         taken.append(1e3 * (time.perf_counter() - started))
-        rankings[name] = evaluation.ranking(index.names(numbers.tolist()))
-    found: dict[str, Any] = dict(evaluation.measure(collection.judged, rankings))
+        rankings[name] = evaluation.ranked_ids(index.names(numbers.tolist()))
+    found: dict[str, Any] = dict(evaluation.compute_metrics(collection.judged, rankings))
     found["queries"] = len(taken)
     found["query_ms_median"] = statistics.median(taken)
     found["query_ms_p95"] = statistics.quantiles(taken, n=20)[-1] if len(taken) > 1 else taken[0]
     return found
 
 
-def tune(index: Index, collection: Collection) -> list[Trial]:
+def tune_settings(index: Index, collection: Collection) -> list[Trial]:
     """Every number of lists with every number of tokens behind which the imputed centroid stands.
 
     Raises:
         RetrievalError: the index has no lists of tokens.
     """
-    if not hasattr(index.kind.Settings, "probes"):
+    if not hasattr(index.kind.Settings, "nprobe"):
         raise RetrievalError(f"{index.kind.name}: only an XTR index has something to tune")
     tokens = index.stats()["postings"]
     trials = []
-    for probes in PROBES:
-        for until in (u for u in UNTIL if u <= max(tokens // 4, UNTIL[0])):
-            found = evaluate(index, collection, {"probes": probes, "until": until})
-            trials.append(Trial(probes, until, found["ndcg@10"], found["query_ms_median"]))
+    for nprobe in NPROBES:
+        for t_prime in (u for u in T_PRIMES if u <= max(tokens // 4, T_PRIMES[0])):
+            found = evaluate_index(index, collection, {"nprobe": nprobe, "t_prime": t_prime})
+            trials.append(Trial(nprobe, t_prime, found["ndcg@10"], found["query_ms_median"]))
     return trials
 
 
-def choose(trials: list[Trial], loss: float) -> Trial:
+def fastest_trial(trials: list[Trial], loss: float) -> Trial:
     """The fewest lists that lose at most ``loss`` against the best; among equals the best."""
     best = max(t.ndcg for t in trials)
     fine = [t for t in trials if t.ndcg >= best - loss]
-    fewest = min(t.probes for t in fine)
-    return max((t for t in fine if t.probes == fewest), key=lambda t: t.ndcg)
+    fewest = min(t.nprobe for t in fine)
+    return max((t for t in fine if t.nprobe == fewest), key=lambda t: t.ndcg)

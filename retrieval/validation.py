@@ -87,7 +87,7 @@ def _writable(value: Any) -> bool:
     return True
 
 
-def batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
+def document_batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
     """Documents in batches, the last of each id within one.
 
     Raises:

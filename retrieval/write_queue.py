@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class OneByOne:
+class SerialExecutor:
     """Work that is done in the order it came, by a thread of its own.
 
     Writers exclude each other, and those that waited for their turn in the threads that serve readers would leave none.

@@ -102,7 +102,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is not None:
         from pilotfish.integrations.bench import record
 
-        record.write(
+        record.write_records(
             path,
             [
                 record.Record("compatibility", feature, plugin, "works", float(passed), "", [], {"test": test})

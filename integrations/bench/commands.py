@@ -11,8 +11,8 @@ from ...retrieval.cli.options import refusals
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = (
-    "bm25s,faiss_flat,maxsim,xtr@exact,xtr@probes=8,xtr,xtr@probes=32,bm25,dense,"
-    "vdr,vdr@form=words,vdr@documents=words,vdr@documents=words@rerank=100,hybrid"
+    "bm25s,faiss_flat,maxsim,xtr@exact,xtr@nprobe=8,xtr,xtr@nprobe=32,bm25,dense,"
+    "vdr,vdr@query_encoding=bag_of_words,vdr@document_encoding=bag_of_words,vdr@document_encoding=bag_of_words@rerank=100,hybrid"
 )
 
 
@@ -34,10 +34,10 @@ def report(
     from . import record
     from . import report as page
 
-    record.check(out)
-    found = page.read(results or [Path("benchmarks/results")])
+    record.check_output_path(out)
+    found = page.read_results(results or [Path("benchmarks/results")])
     with refusals():
-        page.write(
+        page.write_report(
             found, [name for kind in ("drafter", "kv", "pruner", "index") for name in plugins().classes(kind)], out
         )
     typer.echo(f"written to {out}")
@@ -62,6 +62,8 @@ def bench_retrieval(
     from . import retrieval
 
     with refusals():
-        retrieval.run(
-            retrieval.Plan(tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out, peers)
+        retrieval.run_retrieval_benchmark(
+            retrieval.RetrievalBenchmark(
+                tuple(data), tuple(arms.split(",")), queries, union, threads, repeats, encoder, out, peers
+            )
         )

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...retrieval.encoders.multi_encoder import Encoded, Together
+from ...retrieval.encoders.multi_encoder import MultiEncoded, MultiEncoder
 from ...retrieval.evaluation import Collection
-from ...retrieval.loaders import Source
-from ...retrieval.token_embeddings import Tokens
+from ...retrieval.loaders import DocumentSource
+from ...retrieval.token_embeddings import TokenEmbeddings
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Corpus:
     asked: list[str]  # ids of queries
     queries: list[str]
     judged: dict[str, dict[str, int]]
-    tokens: Tokens
-    query_tokens: list[Tokens]
+    tokens: TokenEmbeddings
+    query_tokens: list[TokenEmbeddings]
     seconds: dict[str, float]
     encoder: str  # of tokens
     parts: "tuple[Corpus, ...]" = ()  # of a union
@@ -30,8 +30,8 @@ class Corpus:
 
     def by(self, encoder: Any) -> Any:
         """All documents as an encoder makes them, once for all arms."""
-        if isinstance(encoder, Together):
-            return Encoded({name: self.by(part) for name, part in encoder.encoders.items()})
+        if isinstance(encoder, MultiEncoder):
+            return MultiEncoded({name: self.by(part) for name, part in encoder.encoders.items()})
         if id(encoder) not in self.made:
             if self.parts:
                 pieces = [p.by(encoder) for p in self.parts]
@@ -42,12 +42,14 @@ class Corpus:
         return self.made[id(encoder)][1]
 
 
-def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> Corpus:
+def encode_collection(collection: Collection, encoder_name: str | None, at_most: int) -> Corpus:
     """Encode documents, and ``at_most`` queries."""
-    from ...retrieval.encoders import MINILM, load
+    from ...retrieval.encoders import MINILM, load_multi_vector_encoder
 
-    encoder = load(encoder_name or MINILM, "auto", "float32")  # as kinds of index load it: then it is the same one
-    documents = list(Source([collection.corpus], lambda text: [text]))
+    encoder = load_multi_vector_encoder(
+        encoder_name or MINILM, "auto", "float32"
+    )  # as kinds of index load it: then it is the same one
+    documents = list(DocumentSource([collection.corpus], lambda text: [text]))
     asked = list(collection.queries)[:at_most]
     queries = [collection.queries[q] for q in asked]
     started = time.perf_counter()
@@ -74,7 +76,7 @@ def encoded(collection: Collection, encoder_name: str | None, at_most: int) -> C
     )
 
 
-def union(parts: list[Corpus]) -> Corpus:
+def union_of_collections(parts: list[Corpus]) -> Corpus:
     """All collections in one; queries of all, judged on their own."""
     return Corpus(
         "union",
@@ -83,7 +85,7 @@ def union(parts: list[Corpus]) -> Corpus:
         [f"{p.name}:{q}" for p in parts for q in p.asked],
         [q for p in parts for q in p.queries],
         {f"{p.name}:{q}": {f"{p.name}:{d}": g for d, g in j.items()} for p in parts for q, j in p.judged.items()},
-        Tokens.join([p.tokens for p in parts]),
+        TokenEmbeddings.concatenate([p.tokens for p in parts]),
         [t for p in parts for t in p.query_tokens],
         {"encode_s": sum(p.seconds["encode_s"] for p in parts)},
         parts[0].encoder,

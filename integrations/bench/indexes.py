@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from ...plugins.config import ConfigError, Selection, build_options, parse_assignments
-from ...plugins.dense import vectors_of
+from ...plugins.dense import document_vectors
 from ...plugins.manager import plugins
 from ...retrieval.encoders import MINILM, vdr
-from ...retrieval.token_embeddings import Tokens
+from ...retrieval.token_embeddings import TokenEmbeddings
 from . import baselines
 from .corpus import Corpus
-from .memory import Peak
+from .memory import PeakMemory
 
 DEPTH = 100
-EXACT = {"probes": 1 << 20, "impute": "kprime", "kprime": 1000}
+EXACT = {"nprobe": 1 << 20, "impute": "kprime", "kprime": 1000}
 Search = Callable[[int], Sequence[int]]  # number of a query -> numbers of documents, best first
 Timed = Callable[[int], tuple[float, Sequence[int]]]  # the same, and milliseconds
 
 
 @dataclass(frozen=True)
-class Arm:
+class RetrievalArm:
     """Something that answers queries."""
 
     name: str
@@ -51,7 +51,7 @@ def _timed(search: Search) -> Timed:
     return timed
 
 
-def parsed(arm: str) -> Selection:
+def parse_arm(arm: str) -> Selection:
     """An arm's name and options.
 
     Raises:
@@ -73,36 +73,36 @@ def _split(cls: Any, options: Any) -> tuple[Any, dict[str, Any]]:
     return build_options(cls.Options, making, cls.name), asdict(build_options(cls.Settings, searching, cls.name))
 
 
-def make(name: str, corpus: Corpus, threads: int, python: Path | None) -> Arm:
+def make_arm(name: str, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
     """An arm over a collection; ``python`` has other packages, for those arms that are other packages.
 
     Raises:
         ConfigError: what it needs is not there.
     """
-    chosen = parsed(name)
+    chosen = parse_arm(name)
     started = time.perf_counter()
     if chosen.name in OTHERS:
         package, other = OTHERS[chosen.name]
         if find_spec(package) is None:
             raise ConfigError(f"arm {chosen.name} needs {package}; pip install pilotfish[bench]")
-        with Peak() as peak:
+        with PeakMemory() as peak:
             search, size = other(corpus)
     elif chosen.name in baselines.NAMES:
         return _peer(name, chosen, corpus, threads, python)
     else:
         return _index(name, chosen, corpus)
-    return Arm(name, _timed(search), time.perf_counter() - started, size, peak_mib=peak.mib)
+    return RetrievalArm(name, _timed(search), time.perf_counter() - started, size, peak_mib=peak.mib)
 
 
-def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> Arm:
+def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
     """Another package, in a process of its own that ends with the arm; it gets the vectors that our index has."""
     from ...retrieval.xtr import index
 
     if python is None:
         raise ConfigError(f"arm {name} needs --peers PYTHON, an interpreter of an environment that has it")
     folder = Path(tempfile.mkdtemp())
-    projection = index.projection_of(corpus.tokens.vectors, index.Layout(), 0)
-    for what, tokens in (("documents", corpus.tokens), ("queries", Tokens.join(corpus.query_tokens))):
+    projection = index.make_projection(corpus.tokens.vectors, index.TokenIndexLayout(), 0)
+    for what, tokens in (("documents", corpus.tokens), ("queries", TokenEmbeddings.concatenate(corpus.query_tokens))):
         np.save(folder / f"{what}.npy", index.project(tokens.vectors, projection).astype(np.float16))
         np.save(folder / f"{what}-counts.npy", tokens.counts)
     log = folder / "log"
@@ -133,7 +133,7 @@ def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Pa
         answer = heard()
         return answer["ms"], answer["documents"]
 
-    return Arm(name, search, about["build_s"], about["bytes"])
+    return RetrievalArm(name, search, about["build_s"], about["bytes"])
 
 
 def _bm25(corpus: Corpus) -> tuple[Search, int]:
@@ -155,10 +155,10 @@ def _bm25(corpus: Corpus) -> tuple[Search, int]:
 def _faiss(corpus: Corpus) -> tuple[Search, int]:
     import faiss
 
-    vectors = vectors_of(corpus.tokens)
+    vectors = document_vectors(corpus.tokens)
     made = faiss.IndexFlatIP(vectors.shape[1])
     made.add(vectors)
-    queries = [vectors_of(q) for q in corpus.query_tokens]
+    queries = [document_vectors(q) for q in corpus.query_tokens]
     return lambda number: made.search(queries[number], DEPTH)[1][0].tolist(), vectors.nbytes
 
 
@@ -168,8 +168,10 @@ def _sparse_encoder(corpus: Corpus) -> tuple[Search, int]:
     from sentence_transformers import SparseEncoder, util
     from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
-    words = vdr.read(vdr.embedded(), embedded=True).lengths[1]
-    model = SparseEncoder(modules=[MLMTransformer(str(vdr.embedded()), max_seq_length=words), SpladePooling("max")])
+    words = vdr.read_form(vdr.find_packaged_masked_lm(), embedded=True).lengths[1]
+    model = SparseEncoder(
+        modules=[MLMTransformer(str(vdr.find_packaged_masked_lm()), max_seq_length=words), SpladePooling("max")]
+    )
     documents: Any = model.encode_document(corpus.texts, show_progress_bar=False)
     queries: Any = model.encode_query(corpus.queries, show_progress_bar=False)
     kept = documents.coalesce()
@@ -193,7 +195,7 @@ def _maxsim(corpus: Corpus) -> tuple[Search, int]:
     return search, vectors.nbytes
 
 
-def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
+def _index(name: str, chosen: Selection, corpus: Corpus) -> RetrievalArm:
     """An index of ours, in its store, opened as readers open it."""
     from ...retrieval.store import Change, Store
     from ...retrieval.store.documents import Document
@@ -209,7 +211,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
         store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
         documents = [Document(i, t, {}) for i, t in zip(corpus.ids, corpus.texts, strict=True)]
         started = time.perf_counter()
-        with Peak() as peak:
+        with PeakMemory() as peak:
             shared = kind.train(encoded, len(corpus.ids))
             rows, arrays = kind.segment(encoded, np.arange(len(corpus.ids)), shared)
             with store.writer() as writer:
@@ -229,7 +231,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> Arm:
         found = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
         return again(number, found).tolist()
 
-    return Arm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak.mib)
+    return RetrievalArm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak.mib)
 
 
 def _usual(kind: Any, tokens: str) -> str:
@@ -243,10 +245,10 @@ def _rescoring(encoder: Any, corpus: Corpus, queries: Sequence[Any], count: int)
     """What orders the best ``count`` anew by weights; those of documents are made before, as all encoding is."""
     if not count:
         return lambda number, found: found
-    weighted = corpus.by(vdr.load(encoder.name, "auto", "float32", encoder.activation, encoder.top))
+    weighted = corpus.by(vdr.load_vocabulary_encoder(encoder.name, "auto", "float32", encoder.activation, encoder.top))
 
     def again(number: int, found: Any) -> Any:
-        scores = weighted.take(found[:count]).products(queries[number])
+        scores = weighted.take(found[:count]).dot(queries[number])
         return np.concatenate([found[:count][np.argsort(-scores, kind="stable")], found[count:]])
 
     return again

@@ -30,7 +30,7 @@ def of_all(process: int) -> float:
     return (status("VmRSS", process) or 0.0) + sum(of_all(child) for child in children)
 
 
-class Peak:
+class PeakMemory:
     """Looks while a block runs: ``mib`` is then the most that was resident, beyond what was before it.
 
     Memory that the process had free already is not counted; so it is a lower bound where much was done before.
@@ -38,7 +38,7 @@ class Peak:
 
     mib = 0.0
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakMemory":
         self._before, self._ended = resident(), threading.Event()
         self._looking = threading.Thread(target=self._look, daemon=True)
         self._looking.start()

@@ -36,11 +36,13 @@ class Record:
     params: dict[str, Any] = field(default_factory=dict)
 
 
-def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None, command: str | None = None) -> None:
+def write_records(
+    path: Path, records: list[Record], raw: dict[str, Any] | None = None, command: str | None = None
+) -> None:
     """Write a result file, whole or not at all; ``command`` repeats it, that of this process where nothing is said."""
     result = {
         "machine": machine(),
-        "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := version(name)) is not None},
+        "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := package_version(name)) is not None},
         "command": command or shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "records": [asdict(r) for r in records],
@@ -50,7 +52,7 @@ def write(path: Path, records: list[Record], raw: dict[str, Any] | None = None, 
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 
-def version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     """Installed version of a distribution."""
     try:
         return metadata.version(package)
@@ -58,7 +60,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def check(path: Path, flag: str = "--out") -> None:
+def check_output_path(path: Path, flag: str = "--out") -> None:
     """Refuse a place that cannot be written before an hour is spent on measuring.
 
     Raises:
@@ -104,7 +106,7 @@ def _short(argument: str) -> str:
     return argument
 
 
-def figures(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
+def figures_by_arm(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
     """``(dataset, arm) -> metric -> value``."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for r in records:

@@ -81,7 +81,7 @@ JUDGED = ("ndcg@10", "needle_recall", "contains", "f1", "exact_match")  # what q
 NOISE = 0.02  # of a ratio: less is none
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Results of files, and of those in folders; each is a `record.write` file, with ``name``.
 
     Raises:
@@ -115,7 +115,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def write(results: Sequence[dict[str, Any]], plugins: Iterable[str], out: Path) -> None:
+def write_report(results: Sequence[dict[str, Any]], plugins: Iterable[str], out: Path) -> None:
     """Write the page.
 
     Args:

@@ -19,7 +19,7 @@ from .record import Record
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetrievalBenchmark:
     """What to measure; see `pilotfish bench retrieval --help`."""
 
     data: tuple[Path, ...]
@@ -33,31 +33,31 @@ class Plan:
     peers: Path | None = None  # an interpreter that has other packages
 
 
-def run(plan: Plan) -> list[Record]:
+def run_retrieval_benchmark(plan: RetrievalBenchmark) -> list[Record]:
     """Measure, write the JSON, print a table."""
-    record.check(plan.out)
-    collections = [evaluation.read(folder) for folder in plan.data]
+    record.check_output_path(plan.out)
+    collections = [evaluation.read_collection(folder) for folder in plan.data]
     for arm in plan.arms:
-        indexes.parsed(arm)
+        indexes.parse_arm(arm)
     records: list[Record] = []
     raw: dict[str, Any] = {}
     parts = []
     for collection in collections:
-        parts.append(corpus.encoded(collection, plan.encoder, plan.queries))
+        parts.append(corpus.encode_collection(collection, plan.encoder, plan.queries))
         records += _measured(parts[-1], plan, raw)
-        record.write(plan.out, records, raw)
+        record.write_records(plan.out, records, raw)
     if plan.union and len(parts) > 1:
         # For times. These would take most of them, and are known from the parts.
         quick = tuple(arm for arm in plan.arms if not arm.startswith(("maxsim", "sparse_encoder", "fast_plaid")))
-        records += _measured(corpus.union(parts), replace(plan, arms=quick), raw)
-        record.write(plan.out, records, raw)
+        records += _measured(corpus.union_of_collections(parts), replace(plan, arms=quick), raw)
+        record.write_records(plan.out, records, raw)
     _show(records)
     return records
 
 
-def _measured(c: Corpus, plan: Plan, raw: dict[str, Any]) -> list[Record]:
+def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[Record]:
     """All arms on one collection."""
-    arms = [indexes.make(name, c, plan.threads, plan.peers) for name in plan.arms]
+    arms = [indexes.make_arm(name, c, plan.threads, plan.peers) for name in plan.arms]
     rankings: dict[str, dict[str, dict[str, float]]] = {a.name: {} for a in arms}
     taken: dict[str, list[float]] = {a.name: [] for a in arms}
     with _threads(plan.threads):
@@ -68,16 +68,16 @@ def _measured(c: Corpus, plan: Plan, raw: dict[str, Any]) -> list[Record]:
                 for arm in arms[begin:] + arms[:begin]:
                     ms, found = arm.search(number)
                     times[arm.name].append(ms)
-                    rankings[arm.name][query] = evaluation.ranking([c.ids[d] for d in found])
+                    rankings[arm.name][query] = evaluation.ranked_ids([c.ids[d] for d in found])
             for name, values in times.items():
                 taken[name].append(statistics.median(values))
     judged = {q: c.judged[q] for q in c.asked}
     records = []
-    count = len(c.tokens.ids)
+    count = len(c.tokens.token_ids)
     for arm in arms:
         times_of = taken[arm.name]
         figures: list[tuple[str, float, str]] = [
-            *((m, v, "") for m, v in evaluation.measure(judged, rankings[arm.name]).items()),
+            *((m, v, "") for m, v in evaluation.compute_metrics(judged, rankings[arm.name]).items()),
             ("query_ms_median", statistics.median(times_of), "ms"),
             ("query_ms_p95", float(np.percentile(times_of, 95)), "ms"),
             ("build_s", arm.build_seconds, "s"),
@@ -119,7 +119,7 @@ def _show(records: Sequence[Record]) -> None:
 
     metrics = ("ndcg@10", "recall@100", "query_ms_median", "query_ms_p95", "build_s", "index_mib")
     table = Table("collection", "arm", *metrics)
-    for (dataset, arm), values in record.figures(records).items():
+    for (dataset, arm), values in record.figures_by_arm(records).items():
         if "ndcg@10" in values:
             table.add_row(dataset, arm, *(f"{values[m]:.4g}" for m in metrics))
     Console().print(table)

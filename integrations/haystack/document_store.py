@@ -13,7 +13,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from ...retrieval.filters import EVERYTHING
 from ...retrieval.index import Index
 from ...retrieval.store.documents import Document as Stored
-from .filters import translate
+from .filters import to_pilotfish_filter
 
 REST = "_haystack"  # in metadata: what Haystack's documents have besides text and meta
 
@@ -60,7 +60,7 @@ class PilotfishDocumentStore:
         Raises:
             FilterError: it is none.
         """
-        return [from_stored(d) for d in self.index.select(translate(filters))]
+        return [from_stored_document(d) for d in self.index.select(to_pilotfish_filter(filters))]
 
     def write_documents(self, documents: list[Document], policy: DuplicatePolicy = DuplicatePolicy.NONE) -> int:
         """Write documents; returns how many.
@@ -75,7 +75,7 @@ class PilotfishDocumentStore:
         """
         if not isinstance(documents, list) or not all(isinstance(d, Document) for d in documents):
             raise ValueError("documents: expected a list of Haystack's documents")
-        given = [as_stored(d) for d in documents]
+        given = [to_stored_document(d) for d in documents]
         if policy == DuplicatePolicy.OVERWRITE:
             return self.index.upsert(given)
         known = self.index.has([d.id for d in documents])
@@ -97,17 +97,17 @@ class PilotfishDocumentStore:
 
     def delete_by_filter(self, filters: dict[str, Any]) -> int:
         """Delete those that pass a filter; returns how many."""
-        return self.index.delete(where=translate(filters) or EVERYTHING)
+        return self.index.delete(where=to_pilotfish_filter(filters) or EVERYTHING)
 
     def update_by_filter(self, filters: dict[str, Any], meta: dict[str, Any]) -> int:
         """Change metadata of those that pass a filter; returns how many."""
-        found = list(self.index.select(translate(filters)))
+        found = list(self.index.select(to_pilotfish_filter(filters)))
         self.index.upsert({"id": d.id, "text": d.text, "metadata": {**d.metadata, **meta}} for d in found)
         return len(found)
 
     def count_documents_by_filter(self, filters: dict[str, Any]) -> int:
         """How many pass a filter."""
-        return self.index.count(translate(filters))
+        return self.index.count(to_pilotfish_filter(filters))
 
     async def count_documents_async(self) -> int:
         """See `count_documents`."""
@@ -144,7 +144,7 @@ class PilotfishDocumentStore:
         return await asyncio.to_thread(self.count_documents_by_filter, filters)
 
 
-def as_stored(document: Document) -> dict[str, Any]:
+def to_stored_document(document: Document) -> dict[str, Any]:
     """A document as the index takes it: metadata at the top, all that we know nothing of beside them.
 
     Raises:
@@ -160,7 +160,7 @@ def as_stored(document: Document) -> dict[str, Any]:
     return {"id": document.id, "text": document.content or "", "metadata": metadata}
 
 
-def from_stored(stored: Stored, score: float | None = None) -> Document:
+def from_stored_document(stored: Stored, score: float | None = None) -> Document:
     """What `as_stored` made, or a document that came into the index in another way."""
     meta: Mapping[str, Any] = {k: v for k, v in stored.metadata.items() if k != REST}
     given = stored.metadata.get(REST)

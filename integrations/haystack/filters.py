@@ -12,7 +12,7 @@ from .. import filtering
 OPERATORS = {"==": "=", **{name: name for name in ("!=", "<", "<=", ">", ">=", "in", "not in")}}
 
 
-def translate(given: Mapping[str, Any] | None) -> Filter | None:
+def to_pilotfish_filter(given: Mapping[str, Any] | None) -> Filter | None:
     """A filter over metadata.
 
     Raises:

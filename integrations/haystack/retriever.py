@@ -7,8 +7,8 @@ from haystack.core.component import component
 from haystack.core.serialization import default_from_dict, default_to_dict
 from haystack.dataclasses import Document
 
-from .document_store import PilotfishDocumentStore, from_stored
-from .filters import translate
+from .document_store import PilotfishDocumentStore, from_stored_document
+from .filters import to_pilotfish_filter
 
 
 @component
@@ -55,9 +55,9 @@ class PilotfishRetriever:
         Raises:
             FilterError: the filter is none.
         """
-        index, where = self.document_store.index, translate(filters or self.filters)
+        index, where = self.document_store.index, to_pilotfish_filter(filters or self.filters)
         hits = index.search(query, top_k or self.top_k, where, **self.settings)
-        return {"documents": [from_stored(hit, hit.score) for hit in hits]}  # type: ignore[arg-type] -- has all of it
+        return {"documents": [from_stored_document(hit, hit.score) for hit in hits]}  # type: ignore[arg-type] -- has all of it
 
     @component.output_types(documents=list[Document])
     async def run_async(

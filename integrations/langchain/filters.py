@@ -19,7 +19,7 @@ OPERATORS = {
 }
 
 
-def translate(given: str | Filter | Mapping[str, Any] | None) -> str | Filter | None:
+def to_pilotfish_filter(given: str | Filter | Mapping[str, Any] | None) -> str | Filter | None:
     """A filter of ours, of a mapping with ``$`` operators; ours and None as they are.
 
     Fields are joined by dots. Operators are $eq, $ne, $lt, $lte, $gt, $gte, $in, $nin, $exists, $contains, and $and,

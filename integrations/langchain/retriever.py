@@ -11,8 +11,8 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, PrivateAttr
 
 from ...retrieval.index import Index
-from .filters import translate
-from .vectorstore import as_document
+from .filters import to_pilotfish_filter
+from .vectorstore import to_langchain_document
 
 
 class PilotfishRetriever(BaseRetriever):
@@ -47,8 +47,8 @@ class PilotfishRetriever(BaseRetriever):
     ) -> list[Document]:
         """The best documents; ``k`` and ``filter`` in place of the retriever's, others are settings."""
         k, where = kwargs.pop("k", self.k), kwargs.pop("filter", self.filter)
-        hits = self._index.search(query, k, translate(where), **{**self.settings, **kwargs})
-        return [as_document(hit) for hit in hits]
+        hits = self._index.search(query, k, to_pilotfish_filter(where), **{**self.settings, **kwargs})
+        return [to_langchain_document(hit) for hit in hits]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any

@@ -12,7 +12,7 @@ from langchain_core.vectorstores import VectorStore
 from ...retrieval.errors import RetrievalError
 from ...retrieval.filters import EVERYTHING, Filter
 from ...retrieval.index import Hit, Index
-from .filters import translate
+from .filters import to_pilotfish_filter
 
 AnyFilter = str | Filter | Mapping[str, Any]
 
@@ -105,7 +105,7 @@ class PilotfishVectorStore(VectorStore):
         if kwargs:
             raise RetrievalError(f"delete: unknown argument {next(iter(kwargs))!r}")
         everything = ids is None and where is None
-        self.index.delete(ids or [], EVERYTHING if everything else translate(where))
+        self.index.delete(ids or [], EVERYTHING if everything else to_pilotfish_filter(where))
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
@@ -123,13 +123,13 @@ class PilotfishVectorStore(VectorStore):
         self, query: str, k: int = 4, filter: AnyFilter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """The same with scores: higher is better, comparable within one search."""
-        hits = self.index.search(query, k, translate(filter), **{**self._search_settings, **kwargs})
-        return [(as_document(hit), hit.score) for hit in hits]
+        hits = self.index.search(query, k, to_pilotfish_filter(filter), **{**self._search_settings, **kwargs})
+        return [(to_langchain_document(hit), hit.score) for hit in hits]
 
     def _select_relevance_score_fn(self) -> Any:
         raise NotImplementedError("scores can be compared within one search only, so there is no relevance from 0 to 1")
 
 
-def as_document(hit: Hit) -> Document:
+def to_langchain_document(hit: Hit) -> Document:
     """A hit as LangChain has documents."""
     return Document(id=hit.id, page_content=hit.text, metadata=dict(hit.metadata))

@@ -16,7 +16,7 @@ OPERATORS = {
 }
 
 
-def translate(given: MetadataFilters | str | None) -> Filter | str | None:
+def to_pilotfish_filter(given: MetadataFilters | str | None) -> Filter | str | None:
     """A filter of ours; ours and None as they are.
 
     Raises:
@@ -24,7 +24,7 @@ def translate(given: MetadataFilters | str | None) -> Filter | str | None:
     """
     if given is None or isinstance(given, str):
         return given
-    parts = [_comparison(f) if isinstance(f, MetadataFilter) else translate(f) for f in given.filters]
+    parts = [_comparison(f) if isinstance(f, MetadataFilter) else to_pilotfish_filter(f) for f in given.filters]
     found = [part for part in parts if part is not None and not isinstance(part, str)]
     if not found:
         return None

@@ -8,7 +8,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from ...retrieval.errors import RetrievalError
-from ...retrieval.registry import encoder_of, kind_of
+from ...retrieval.registry import resolve_encoder, resolve_index_kind
 
 
 class PilotfishRerank(BaseNodePostprocessor):
@@ -34,7 +34,7 @@ class PilotfishRerank(BaseNodePostprocessor):
         super().model_post_init(context)
         if self.top_n < 1:
             raise RetrievalError(f"top_n: expected 1 or more, got {self.top_n}")
-        self._encoder = encoder_of(kind_of("xtr", {})[0], self.encoder, self.device, "float32")
+        self._encoder = resolve_encoder(resolve_index_kind("xtr", {})[0], self.encoder, self.device, "float32")
 
     @classmethod
     def class_name(cls) -> str:

@@ -11,7 +11,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from ...retrieval.errors import RetrievalError
 from ...retrieval.index import Hit, Index
-from .filters import translate
+from .filters import to_pilotfish_filter
 
 REST = "_llama_index"  # in metadata: what LlamaIndex's nodes have besides text and metadata
 KEPT = {
@@ -66,7 +66,7 @@ class PilotfishRetriever(BaseRetriever):
         Raises:
             RetrievalError: one cannot be written, or its metadata use the key that is ours.
         """
-        self.index.upsert(map(as_stored, nodes))
+        self.index.upsert(map(to_stored_node, nodes))
         return [node.node_id for node in nodes]
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -74,14 +74,14 @@ class PilotfishRetriever(BaseRetriever):
         self.index.delete(ids)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        hits = self.index.search(query_bundle.query_str, self.top_k, translate(self.filters), **self.settings)
-        return [NodeWithScore(node=from_stored(h), score=h.score) for h in hits]
+        hits = self.index.search(query_bundle.query_str, self.top_k, to_pilotfish_filter(self.filters), **self.settings)
+        return [NodeWithScore(node=from_stored_node(h), score=h.score) for h in hits]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
 
-def as_stored(node: BaseNode) -> dict[str, Any]:
+def to_stored_node(node: BaseNode) -> dict[str, Any]:
     """A node as the index takes it: metadata at the top, relationships and the like beside them.
 
     Raises:
@@ -94,7 +94,7 @@ def as_stored(node: BaseNode) -> dict[str, Any]:
     return {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": metadata}
 
 
-def from_stored(hit: Hit) -> TextNode:
+def from_stored_node(hit: Hit) -> TextNode:
     """What `as_stored` made, or a document that came into the index in another way."""
     metadata, rest = {k: v for k, v in hit.metadata.items() if k != REST}, hit.metadata.get(REST)
     known = {k: v for k, v in rest.items() if k in KEPT} if isinstance(rest, Mapping) else {}

@@ -12,10 +12,10 @@ from ...retrieval.errors import RetrievalError
 
 NAME = "rag.json"
 WRONG = 0.1  # of questions that can be answered: more may not be refused, or nobody would ask again
-FEWEST = 5  # questions of each kind that a threshold is kept for
+MIN_QUESTIONS = 5  # questions of each kind that a threshold is kept for
 
 
-def read(folder: Path) -> float:
+def read_threshold(folder: Path) -> float:
     """The threshold of an index; 0 where none was calibrated.
 
     Raises:
@@ -34,7 +34,7 @@ def read(folder: Path) -> float:
         ) from None
 
 
-def write(folder: Path, threshold: float, told: dict[str, float]) -> None:
+def write_threshold(folder: Path, threshold: float, told: dict[str, float]) -> None:
     """Keep a threshold, with what it was found by.
 
     Raises:
@@ -43,7 +43,7 @@ def write(folder: Path, threshold: float, told: dict[str, float]) -> None:
     atomic_write.write_bytes(folder / NAME, json.dumps({"threshold": round(threshold, 4), **told}, indent=1).encode())
 
 
-def calibrate(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
+def calibrate_threshold(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
     """The threshold that tells best, and how well: the mean share of both kinds on their right side of it.
 
     At most a tenth of the questions that can be answered fall below it. None where one kind is missing.

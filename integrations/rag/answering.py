@@ -12,7 +12,7 @@ from ...retrieval.index import Index
 from . import abstention as thresholds
 from . import citations, engine_metrics, prompt
 from .citations import Citation
-from .connection import Clients, ServerError, address, named, understood
+from .connection import Clients, ServerError, named, parse_address, translate_errors
 
 SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
 NOTHING = "I do not know: nothing in the documents comes near the question."
@@ -24,7 +24,7 @@ _REFUSAL = re.compile(  # and not: ..., but; ..., see [1]; ... But
 
 
 @dataclass(frozen=True)
-class Passage:
+class RetrievedPassage:
     """A hit as an answer cites it."""
 
     number: int
@@ -36,7 +36,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Found:
+class PassagesFound:
     """Passages were found.
 
     Attributes:
@@ -45,20 +45,20 @@ class Found:
         milliseconds: Of the search.
     """
 
-    passages: Sequence[Passage]
+    passages: Sequence[RetrievedPassage]
     similarity: float | None
     milliseconds: float
 
 
 @dataclass(frozen=True)
-class Text:
+class AnswerText:
     """More of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Done:
+class AnswerDone:
     """The answer is whole.
 
     Attributes:
@@ -92,7 +92,7 @@ class Done:
         return {**asdict(self), "cited": self.cited}
 
 
-Event = Found | Text | Done
+Event = PassagesFound | AnswerText | AnswerDone
 
 
 class Answerer:
@@ -125,8 +125,8 @@ class Answerer:
         max_tokens: int = 256,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.index, self.url, self.model, self.k = index, address(url), model, k
-        self.threshold = thresholds.read(index.folder) if threshold is None else threshold
+        self.index, self.url, self.model, self.k = index, parse_address(url), model, k
+        self.threshold = thresholds.read_threshold(index.folder) if threshold is None else threshold
         self.max_tokens, self.options = max_tokens, {"temperature": 0.0, **(options or {})}
         self._key = key
         self._connected: tuple[asyncio.AbstractEventLoop, Clients] | None = None
@@ -145,19 +145,19 @@ class Answerer:
             await self._connected[1].close()
         self._connected = None
 
-    async def counters(self) -> engine_metrics.Counters | None:
+    async def counters(self) -> engine_metrics.EngineCounters | None:
         """Of the server; see `savings`."""
-        found = await engine_metrics.read(self._clients().plain, self.url)
+        found = await engine_metrics.read_counters(self._clients().plain, self.url)
         self._silent_until = time.monotonic() + SILENCE if found is None else 0.0
         return found
 
-    def retrieve(self, question: str, where: str | None = None) -> Found:
+    def retrieve(self, question: str, where: str | None = None) -> PassagesFound:
         """Passages for a question.
 
         Raises:
             RetrievalError: the filter is wrong, or the index cannot be read.
         """
-        found = retrieve(self.index, question, self.k, where)
+        found = retrieve_passages(self.index, question, self.k, where)
         near = found.similarity is not None and found.similarity >= self.threshold
         return found if near else replace(found, passages=())
 
@@ -176,19 +176,19 @@ class Answerer:
         found, before = await asyncio.gather(search, self.counters()) if counts else (await search, None)
         yield found
         if not found.passages:
-            yield Text(NOTHING)
+            yield AnswerText(NOTHING)
             took = {"retrieval": found.milliseconds, "total": _since(begun)}
-            yield Done(NOTHING, False, (), (), took)
+            yield AnswerDone(NOTHING, False, (), (), took)
             return
         self.model = self.model or await named(self.url, None, self._key)
         parts: list[str] = []
         tokens: dict[str, int] = {}
         ended: str | None = None
         first = 0.0
-        with understood(self.url):
+        with translate_errors(self.url):
             asked = self._clients().openai.chat.completions.create(
                 model=self.model,
-                messages=prompt.messages(found.passages, question, history),  # type: ignore[arg-type]
+                messages=prompt.chat_messages(found.passages, question, history),  # type: ignore[arg-type]
                 max_tokens=self.max_tokens,
                 stream=True,
                 stream_options={"include_usage": True},
@@ -207,7 +207,7 @@ class Answerer:
                             text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
                             first = first or _since(begun)
                             parts.append(text)
-                            yield Text(text)
+                            yield AnswerText(text)
         if not parts and not tokens:
             raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
         if ended is None and not tokens:
@@ -218,23 +218,23 @@ class Answerer:
         text = "".join(parts).strip()
         thought = _THOUGHT.match(text)
         said = text[thought.end() :] if thought else text
-        cited = [c for c in citations.find(text, found.passages) if c.begin >= len(text) - len(said)]
-        known = not refused(said)
-        guessed = citations.attributed(said, found.passages) if known and not cited else []
-        yield Done(text, known, cited, guessed, took, tokens, saved, ended)
+        cited = [c for c in citations.find_citations(text, found.passages) if c.begin >= len(text) - len(said)]
+        known = not is_abstention(said)
+        guessed = citations.attribute_sentences(said, found.passages) if known and not cited else []
+        yield AnswerDone(text, known, cited, guessed, took, tokens, saved, ended)
 
 
-def retrieve(index: Index, question: str, k: int, where: str | None = None) -> Found:
+def retrieve_passages(index: Index, question: str, k: int, where: str | None = None) -> PassagesFound:
     """The ``k`` passages that an index finds, however far they are; see `Answerer.retrieve`."""
     started = time.perf_counter()
     hits = index.search(question, k, where)
     nearest = highlights.similarity(index, question, hits[0].text) if hits else None
     score = nearest if nearest is not None else hits[0].score if hits else None
-    passages = [Passage(i, h.id, h.text, h.snippet, h.score, h.metadata) for i, h in enumerate(hits, 1)]
-    return Found(passages, score, _since(started))
+    passages = [RetrievedPassage(i, h.id, h.text, h.snippet, h.score, h.metadata) for i, h in enumerate(hits, 1)]
+    return PassagesFound(passages, score, _since(started))
 
 
-def refused(text: str) -> bool:
+def is_abstention(text: str) -> bool:
     """Whether a model says that it does not know, and no more of the question than that."""
     plain = text.lower().replace("’", "'").replace("don't", "do not")
     return not plain.strip() or _REFUSAL.match(plain) is not None

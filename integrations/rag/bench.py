@@ -25,7 +25,7 @@ from ..bench.record import Record
 from . import engine, evaluation, prompt, questions
 from .answering import Answerer
 from .evaluation import Outcome
-from .questions import Case, Collection
+from .questions import Case, QuestionSet
 
 STOCK = "none"
 UNCACHED = "no_prefix_caching"
@@ -33,7 +33,7 @@ SURVEYED = 300  # questions of a dataset whose retrieval is looked at, and by wh
 
 
 @dataclass(frozen=True)
-class Plan:
+class RagBenchmark:
     """What to measure; see `pilotfish bench rag --help`."""
 
     data: tuple[Path, ...]
@@ -52,7 +52,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedCollection:
     """A dataset whose passages are in an index."""
 
     name: str
@@ -60,7 +60,7 @@ class Ready:
     threshold: float
     cases: Sequence[Case]
     conversations: Sequence[Sequence[Case]]
-    survey: evaluation.Figures
+    survey: evaluation.Metrics
 
 
 def arguments(arm: str) -> list[str]:
@@ -79,48 +79,51 @@ def arguments(arm: str) -> list[str]:
     raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*kinds["drafter"], *kinds["kv"], UNCACHED]))
 
 
-def run(plan: Plan) -> None:
+def run_rag_benchmark(plan: RagBenchmark) -> None:
     """Measure, write the JSON anew after every arm, print the table."""
-    record.check(plan.out)
+    record.check_output_path(plan.out)
     for arm in plan.arms:
         arguments(arm)
-    collections = [questions.read(path) for path in plan.data]
+    collections = [questions.read_questions(path) for path in plan.data]
     for collection in collections:
         if not collection.documents:
             raise ConfigError(f"--data {collection.name}: has questions, but no passages for an index")
     console = Console(stderr=True)
     with ExitStack() as stack:
         bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal))
-        ready = [prepared(plan, c, stack, bar) for c in collections]
+        ready = [prepare_collection(plan, c, stack, bar) for c in collections]
         records = [
             Record("rag", r.name, "retrieval", m, v, "", [], {"k": plan.k}) for r in ready for m, v in r.survey.items()
         ]
         kept: list[dict[str, Any]] = []
         for arm in plan.arms:
-            runs = measured(plan, arm, ready, bar)
-            records += list(summarised(arm, runs, plan))
+            runs = measure_arm(plan, arm, ready, bar)
+            records += list(summarize_outcomes(arm, runs, plan))
             kept += [
-                {"arm": f"{STOCK}|{arm}" if a == STOCK else a, "dataset": d, **evaluation.raw(o)} for a, d, o in runs
+                {"arm": f"{STOCK}|{arm}" if a == STOCK else a, "dataset": d, **evaluation.raw_values(o)}
+                for a, d, o in runs
             ]
-            record.write(plan.out, records, {"runs": kept})
-    show(records)
+            record.write_records(plan.out, records, {"runs": kept})
+    print_rag_table(records)
     console.print(f"written to {plan.out}", markup=False)
 
 
-def prepared(plan: Plan, collection: Collection, stack: ExitStack, bar: Progress) -> Ready:
+def prepare_collection(
+    plan: RagBenchmark, collection: QuestionSet, stack: ExitStack, bar: Progress
+) -> PreparedCollection:
     """Put a dataset's passages into an index, but those held out; find its threshold by questions not asked later."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index"
     task = bar.add_task(f"{collection.name}: indexing", total=None)
     index = stack.enter_context(Index.create(folder, plan.index))
-    index.add(collection.kept(plan.hold_out, plan.seed))
-    drawn, others = questions.split(collection.cases, plan.sample, SURVEYED, plan.seed)
-    found = evaluation.survey(index, others, plan.k)
+    index.add(collection.indexed_documents(plan.hold_out, plan.seed))
+    drawn, others = questions.split_cases(collection.cases, plan.sample, SURVEYED, plan.seed)
+    found = evaluation.ask_for_passages(index, others, plan.k)
     bar.remove_task(task)
     least = found.get("threshold", 0.0)
-    return Ready(collection.name, index, least, drawn, list(conversations(plan, collection, index)), found)
+    return PreparedCollection(collection.name, index, least, drawn, list(conversations(plan, collection, index)), found)
 
 
-def conversations(plan: Plan, collection: Collection, index: Index) -> Iterator[Sequence[Case]]:
+def conversations(plan: RagBenchmark, collection: QuestionSet, index: Index) -> Iterator[Sequence[Case]]:
     """Questions that are asked one after the other, on one document where there are enough."""
     by_document: dict[tuple[str, ...], list[Case]] = {}
     for case in collection.cases:
@@ -130,14 +133,16 @@ def conversations(plan: Plan, collection: Collection, index: Index) -> Iterator[
     yield from long[: plan.conversations]
 
 
-def measured(plan: Plan, arm: str, ready: Sequence[Ready], bar: Progress) -> list[tuple[str, str, Outcome]]:
+def measure_arm(
+    plan: RagBenchmark, arm: str, ready: Sequence[PreparedCollection], bar: Progress
+) -> list[tuple[str, str, Outcome]]:
     """Outcomes by arm and dataset."""
     total = 2 * sum(len(r.cases) + sum(map(len, r.conversations)) for r in ready)
     task = bar.add_task(f"{arm}: starting servers", total=total)
     runs: list[tuple[str, str, Outcome]] = []
     with ExitStack() as stack:
         urls = {
-            a: stack.enter_context(engine.started(plan.model, [*more, *plan.server]))
+            a: stack.enter_context(engine.started_server(plan.model, [*more, *plan.server]))
             for a, more in ((STOCK, []), (arm, arguments(arm)))
         }
         bar.update(task, description=arm)
@@ -159,7 +164,7 @@ def measured(plan: Plan, arm: str, ready: Sequence[Ready], bar: Progress) -> lis
                         for a in list(urls)[:: 1 if turn % 2 else -1]:
                             outcome = await evaluation.ask(answerers[a], case, histories[a])
                             runs.append((a, dataset, outcome))
-                            histories[a] = prompt.continued(
+                            histories[a] = prompt.follow_up_question(
                                 histories[a], outcome.found.passages, case.question, outcome.done.text
                             )
                             bar.advance(task)
@@ -171,14 +176,14 @@ def measured(plan: Plan, arm: str, ready: Sequence[Ready], bar: Progress) -> lis
     return runs
 
 
-def summarised(arm: str, runs: Sequence[tuple[str, str, Outcome]], plan: Plan) -> Iterator[Record]:
+def summarize_outcomes(arm: str, runs: Sequence[tuple[str, str, Outcome]], plan: RagBenchmark) -> Iterator[Record]:
     """Figures of both arms, and of one against the other."""
     params = {"k": plan.k, "max_tokens": plan.max_tokens}
     for dataset in dict.fromkeys(d for _, d, _ in runs):
         by_arm = {a: [o for b, d, o in runs if (b, d) == (a, dataset)] for a in (STOCK, arm)}
         for a, outcomes in by_arm.items():
             label = f"{STOCK}|{arm}" if a == STOCK else a
-            for metric, value in evaluation.figures(outcomes).items():
+            for metric, value in evaluation.compute_metrics(outcomes).items():
                 yield Record("rag", dataset, label, metric, value, "", [], params)
         pairs = [
             (mine.done, stock.done)
@@ -217,10 +222,10 @@ SHOWN = {
 }
 
 
-def show(records: Sequence[Record]) -> None:
+def print_rag_table(records: Sequence[Record]) -> None:
     """The main figures as a table."""
     table = Table("dataset", "arm", *SHOWN.values())
-    for (dataset, arm), found in record.figures(records).items():
+    for (dataset, arm), found in record.figures_by_arm(records).items():
         if arm != "retrieval":
             table.add_row(dataset, arm, *(f"{found[m]:.2f}" if m in found else "" for m in SHOWN))
     Console().print(table)

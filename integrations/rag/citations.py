@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import regex
 
-from .prompt import CITATION, Passage
+from .prompt import CITATION, PromptPassage
 
 SHARE = 0.6  # of a sentence's words that a passage must have to be named for it
 MOST = 100  # passages that one citation can stand for
@@ -30,7 +30,7 @@ class Citation:
     numbers: Sequence[int]
 
 
-def find(answer: str, passages: Sequence[Passage]) -> list[Citation]:
+def find_citations(answer: str, passages: Sequence[PromptPassage]) -> list[Citation]:
     """All citations of an answer, as ``[1]``, ``[2, 3]``, ``[Passage 1]``, ``[1-3]``.
 
     Numbers of passages that are none are left out, and citations of none such.
@@ -47,7 +47,7 @@ def find(answer: str, passages: Sequence[Passage]) -> list[Citation]:
     return found
 
 
-def attributed(answer: str, passages: Sequence[Passage]) -> list[int]:
+def attribute_sentences(answer: str, passages: Sequence[PromptPassage]) -> list[int]:
     """For an answer that names none: for each sentence the passage that has most of its words, if that is most of them.
 
     A guess from words, and shown as one.

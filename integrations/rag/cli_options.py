@@ -22,7 +22,7 @@ rag = typer.Typer(help="Answer questions from documents.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
-class Setup:
+class RagOptions:
     """What every command asks for: an index, and the server of a language model."""
 
     folder: Folder
@@ -65,7 +65,7 @@ class Setup:
             from ...retrieval.index import Index
             from . import answering, connection, engine
 
-            opened = stack.enter_context(made(self.folder)) if make else Index.open(self.folder)
+            opened = stack.enter_context(new_index_folder(self.folder)) if make else Index.open(self.folder)
             index = stack.enter_context(opened)
             _ = index.encoder  # a wrong one is refused now
             server = self.server
@@ -74,13 +74,13 @@ class Setup:
                 plugins = [word for kind, name in chosen.items() if name for word in (f"--{kind}", name)]
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)
-                server = stack.enter_context(engine.started(self.start, [*plugins, *arguments]))
+                server = stack.enter_context(engine.started_server(self.start, [*plugins, *arguments]))
             model = asyncio.run(connection.named(server, self.model, self.key))
             yield answering.Answerer(index, server, model, self.key, self.k, self.threshold, self.max_tokens)
 
 
 @contextlib.contextmanager
-def made(folder: Path, whole: bool = False) -> Iterator[Any]:
+def new_index_folder(folder: Path, whole: bool = False) -> Iterator[Any]:
     """An index, made where there is none; one that was made goes again where what it was made for fails.
 
     Args:
@@ -104,23 +104,23 @@ def made(folder: Path, whole: bool = False) -> Iterator[Any]:
         raise
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def rag_command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command to `rag` that has the options of `Setup` before its own.
 
     It is called with the set-up and with the arguments that are left, for a server that it starts.
     """
-    shared = [f.name for f in fields(Setup)]
+    shared = [f.name for f in fields(RagOptions)]
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         _, _, *own = inspect.signature(function).parameters.values()
 
         @functools.wraps(function)
         def run(context: typer.Context, **given: Any) -> None:
-            setup = Setup(**{option: given.pop(option) for option in shared})
+            setup = RagOptions(**{option: given.pop(option) for option in shared})
             function(setup, context.args, **given)
 
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        asked = [context, *inspect.signature(Setup).parameters.values(), *own]
+        asked = [context, *inspect.signature(RagOptions).parameters.values(), *own]
         each = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked]
         run.__signature__ = inspect.Signature(each)  # type: ignore[attr-defined] -- which typer reads
         run.__annotations__ = {p.name: p.annotation for p in each}

@@ -13,7 +13,7 @@ from ...plugins.hookspecs import hookimpl
 from ...retrieval.cli.options import AsJson, Host, Token, Where, check_host, lines
 from ...retrieval.errors import RetrievalError
 from . import eval_command
-from .cli_options import Setup, command, rag
+from .cli_options import RagOptions, rag, rag_command
 
 
 @hookimpl
@@ -23,9 +23,9 @@ def register_commands(cli: typer.Typer) -> None:
     extend_group(cli, "bench", eval_command.bench)
 
 
-@command("ask")
+@rag_command("ask")
 def ask(
-    setup: Setup,
+    setup: RagOptions,
     arguments: list[str],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     where: Where = None,
@@ -47,8 +47,8 @@ def ask(
         asyncio.run(work())
 
 
-@command("chat")
-def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
+@rag_command("chat")
+def chat(setup: RagOptions, arguments: list[str], where: Where = None) -> None:
     """Ask again and again, each question read from a line; what was said before is remembered."""
     from . import prompt
 
@@ -61,16 +61,16 @@ def chat(setup: Setup, arguments: list[str], where: Where = None) -> None:
             except (ConfigError, RetrievalError) as error:  # the next question may fare better
                 typer.echo(strip_control_characters(f"\npilotfish: {error}"), err=True)
                 continue
-            history = prompt.continued(history, found, question, text)
+            history = prompt.follow_up_question(history, found, question, text)
         await answerer.close()
 
     with setup.ready(arguments) as answerer:
         asyncio.run(work())
 
 
-@command("serve")
+@rag_command("serve")
 def serve(
-    setup: Setup,
+    setup: RagOptions,
     arguments: list[str],
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8090,
@@ -81,24 +81,24 @@ def serve(
     check_host(host, token, "others could read and add documents")
     with setup.ready(arguments, make=not read_only) as answerer:
         from ...retrieval import server as serving
-        from .server import create_app
+        from .server import create_rag_app
 
-        serving.run(create_app(answerer.index, answerer, token, read_only), host, port)
+        serving.run_server(create_rag_app(answerer.index, answerer, token, read_only), host, port)
 
 
 async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
     """Print an answer as it comes, then what it stands on; returns passages and text."""
-    from .answering import Done, Found, Text
+    from .answering import AnswerDone, AnswerText, PassagesFound
 
     passages: Any = ()
     text = ""
     async for event in events:
         match event:
-            case Found():
+            case PassagesFound():
                 passages = event.passages
-            case Text():
+            case AnswerText():
                 typer.echo(strip_control_characters(event.text), nl=False)
-            case Done():
+            case AnswerDone():
                 text = event.text
                 typer.echo("")
                 _grounds(event, passages)
@@ -134,12 +134,12 @@ async def _as_json(question: str, events: AsyncIterator[Any]) -> None:
     import json
     from dataclasses import asdict
 
-    from .answering import Done, Found
+    from .answering import AnswerDone, PassagesFound
 
     told: dict[str, Any] = {"question": question}
     async for event in events:
-        if isinstance(event, Found):
+        if isinstance(event, PassagesFound):
             told |= {"passages": [asdict(p) for p in event.passages], "similarity": event.similarity}
-        elif isinstance(event, Done):
+        elif isinstance(event, AnswerDone):
             told |= event.as_dict()
     typer.echo(json.dumps(told, ensure_ascii=False))

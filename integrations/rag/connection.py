@@ -34,15 +34,17 @@ async def named(url: str, model: str | None, key: str) -> str:
     Raises:
         ServerError: there is no server, or it has no such model.
     """
-    with understood(url):
-        async with openai.AsyncOpenAI(base_url=address(url), api_key=key, max_retries=1, timeout=PATIENCE) as client:
+    with translate_errors(url):
+        async with openai.AsyncOpenAI(
+            base_url=parse_address(url), api_key=key, max_retries=1, timeout=PATIENCE
+        ) as client:
             names = [m.id async for m in client.models.list()]
     if not names or model not in (None, *names):
         raise ServerError(f"{url}: has no model {model or 'at all'}; it has {', '.join(names) or 'none'}")
     return model or names[0]
 
 
-def address(url: str) -> str:
+def parse_address(url: str) -> str:
     """A server's URL, if it is one.
 
     Raises:
@@ -58,7 +60,7 @@ def address(url: str) -> str:
 
 
 @contextlib.contextmanager
-def understood(url: str) -> Iterator[None]:
+def translate_errors(url: str) -> Iterator[None]:
     """What goes wrong between us and a server becomes one line.
 
     Raises:

@@ -38,7 +38,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(words: Sequence[str], arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[Server]:
+def running_server(words: Sequence[str], arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[Server]:
     """Run a command of `pilotfish` that serves, on a free port of this machine; it is there once it answers.
 
     It is ended with all its processes.
@@ -69,7 +69,7 @@ def running(words: Sequence[str], arguments: Sequence[str] = (), log: Path | Non
 
 
 @contextlib.contextmanager
-def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[str]:
+def started_server(model: str, arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[str]:
     """Run `pilotfish serve`; gives the URL of its API.
 
     Args:
@@ -81,7 +81,7 @@ def started(model: str, arguments: Sequence[str] = (), log: Path | None = None) 
         ConfigError: see `running`.
     """
     # How many of a prompt's tokens were cached, in each answer.
-    with running(["serve", model], ["--enable-prompt-tokens-details", *arguments], log) as server:
+    with running_server(["serve", model], ["--enable-prompt-tokens-details", *arguments], log) as server:
         yield f"{server.url}/v1"
 
 

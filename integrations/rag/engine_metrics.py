@@ -14,7 +14,7 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
-class Counters:
+class EngineCounters:
     """Of an engine at one moment.
 
     Attributes:
@@ -25,13 +25,13 @@ class Counters:
     values: Mapping[str, float]
     plugins: tuple[str, ...]
 
-    def since(self, before: "Counters") -> dict[str, int]:
+    def since(self, before: "EngineCounters") -> dict[str, int]:
         """What was counted in between, of all requests that ran meanwhile."""
         grown = {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
         return {name: round(n) for name, n in grown.items() if n > 0 and name != "kv_cache_usage_perc"}
 
 
-async def read(client: httpx.AsyncClient, url: str) -> Counters | None:
+async def read_counters(client: httpx.AsyncClient, url: str) -> EngineCounters | None:
     """Counters of a vLLM server; None of servers that have none.
 
     Args:
@@ -56,4 +56,4 @@ async def read(client: httpx.AsyncClient, url: str) -> Counters | None:
             continue
         if plugin := dict(_LABEL.findall(labels)).get("plugin"):
             plugins[plugin] = True
-    return Counters(values, tuple(plugins))
+    return EngineCounters(values, tuple(plugins))

@@ -13,15 +13,15 @@ import typer
 from ...plugins.config import ConfigError
 from ...retrieval.cli.options import AsJson, refusals, with_bar
 from ...retrieval.errors import RetrievalError
-from .cli_options import Setup, command, made
+from .cli_options import RagOptions, new_index_folder, rag_command
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
 ARMS = "token_recycling,rasd,tidal_decode@budget=8192,no_prefix_caching"
 
 
-@command("eval")
+@rag_command("eval")
 def evaluate(
-    setup: Setup,
+    setup: RagOptions,
     arguments: list[str],
     questions: Annotated[
         Path,
@@ -49,27 +49,29 @@ def evaluate(
     from . import questions as files
 
     with refusals():
-        collection = files.read(questions)
-        drawn, rest = files.split(collection.cases, sample, survey, seed)
+        collection = files.read_questions(questions)
+        drawn, rest = files.split_cases(collection.cases, sample, survey, seed)
         if drawn and setup.start is None:  # before the index takes its time
             asyncio.run(connection.named(setup.server, setup.model, setup.key))
         with _opened(setup.folder, collection, hold_out, seed) as index:
-            told = with_bar(lambda bar: evaluation.survey(index, rest, setup.k, _counted(bar, "searching", len(rest))))
+            told = with_bar(
+                lambda bar: evaluation.ask_for_passages(index, rest, setup.k, _counted(bar, "searching", len(rest)))
+            )
         if save:
             kinds = {"with": told["with_answer"], "without": told["without_answer"]}
-            if few := next((kind for kind, count in kinds.items() if count < abstention.FEWEST), None):
+            if few := next((kind for kind, count in kinds.items() if count < abstention.MIN_QUESTIONS), None):
                 raise ConfigError(
                     f"--save: {kinds[few]:.0f} of the questions that were searched for are {few} an answer in the "
-                    f"index, a threshold wants {abstention.FEWEST} of each kind; --sample 0 searches for all"
+                    f"index, a threshold wants {abstention.MIN_QUESTIONS} of each kind; --sample 0 searches for all"
                 )
-            abstention.write(
+            abstention.write_threshold(
                 setup.folder, told["threshold"], {"balance": told["threshold_balance"], "questions": len(rest)}
             )
     if drawn:
         chosen = setup if setup.threshold is not None else replace(setup, threshold=told.get("threshold"))
         with chosen.ready(arguments) as answerer:
             outcomes = with_bar(lambda bar: evaluation.ask_all(answerer, drawn, _counted(bar, "asking", len(drawn))))
-        told |= evaluation.figures(outcomes)
+        told |= evaluation.compute_metrics(outcomes)
     if as_json:
         typer.echo(json.dumps(told))
     else:
@@ -107,8 +109,8 @@ def bench_rag(
     from . import bench as measuring
 
     with refusals():
-        measuring.run(
-            measuring.Plan(
+        measuring.run_rag_benchmark(
+            measuring.RagBenchmark(
                 tuple(data),
                 tuple(arms.split(",")),
                 model,
@@ -139,7 +141,7 @@ def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
     if (folder / CURRENT).exists() or not collection.documents:
         index = Index.open(folder)
     else:
-        with made(folder, whole=True) as index:
+        with new_index_folder(folder, whole=True) as index:
             with_bar(lambda bar: index.add(collection.kept(hold_out, seed), bar))
     if not any(evaluation.answerable(index, case) for case in collection.cases):
         index.close()

@@ -9,10 +9,10 @@ from typing import Any
 
 from ...retrieval.index import Index
 from . import abstention, prompt, scoring
-from .answering import Answerer, Done, Found, retrieve
+from .answering import AnswerDone, Answerer, PassagesFound, retrieve_passages
 from .questions import Case
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Outcome:
 
     case: Case
     answerable: bool
-    found: Found
-    done: Done
+    found: PassagesFound
+    done: AnswerDone
 
 
 def answerable(index: Index, case: Case) -> bool:
@@ -40,9 +40,9 @@ async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] 
     found, done = None, None
     async for event in answerer.answer(case.question, history):
         match event:
-            case Found():
+            case PassagesFound():
                 found = event
-            case Done():
+            case AnswerDone():
                 done = event
     assert found is not None and done is not None
     return Outcome(case, answerable(answerer.index, case), found, done)
@@ -62,7 +62,7 @@ def ask_all(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None])
     return asyncio.run(work())
 
 
-def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None) -> Figures:
+def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None) -> Metrics:
     """What the index alone does with questions, and the threshold that tells best between those it answers and others.
 
     Returns:
@@ -78,7 +78,7 @@ def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None]
     recalls, held, milliseconds = [], [], []
     sides: dict[bool, list[float]] = {True: [], False: []}
     for case in cases:
-        found = retrieve(index, case.question, k)
+        found = retrieve_passages(index, case.question, k)
         can = answerable(index, case)
         sides[can].append(found.similarity or 0.0)
         milliseconds.append(found.milliseconds)
@@ -89,7 +89,7 @@ def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None]
             if hit:
                 recalls.append(statistics.fmean(hit) if case.together else float(any(hit)))
         told()
-    least, balance = abstention.calibrate(sides[True], sides[False]) or (None, None)
+    least, balance = abstention.calibrate_threshold(sides[True], sides[False]) or (None, None)
     figures = {
         f"recall@{k}": _mean(recalls),
         "answer_in_passages": _mean(held),
@@ -102,7 +102,7 @@ def survey(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None]
     return _known(figures)
 
 
-def figures(outcomes: Sequence[Outcome]) -> Figures:
+def compute_metrics(outcomes: Sequence[Outcome]) -> Metrics:
     """Shares and times over questions; what cannot be told of these is left out.
 
     - ``exact_match``, ``f1`` as SQuAD has them, ``contains``: answers that hold a known one word by word. Of questions
@@ -135,7 +135,7 @@ def figures(outcomes: Sequence[Outcome]) -> Figures:
     return _known(told)
 
 
-def raw(outcome: Outcome) -> dict[str, Any]:
+def raw_values(outcome: Outcome) -> dict[str, Any]:
     """What is kept of one question."""
     done = outcome.done
     return {
@@ -152,7 +152,7 @@ def raw(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _known(figures: Mapping[str, float | None]) -> Figures:
+def _known(figures: Mapping[str, float | None]) -> Metrics:
     return {name: round(value, 4) for name, value in figures.items() if value is not None}
 
 

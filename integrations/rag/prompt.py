@@ -35,7 +35,7 @@ CUT = 100  # characters within which a passage is cut at a space
 LONGEST = 6_000  # characters of all passages together
 
 
-class Passage(Protocol):
+class PromptPassage(Protocol):
     """What a prompt shows of a hit."""
 
     @property
@@ -49,20 +49,20 @@ class Passage(Protocol):
         ...
 
 
-def question(passages: Sequence[Passage], asked: str, longest: int = LONGEST) -> Message:
+def question_text(passages: Sequence[PromptPassage], asked: str, longest: int = LONGEST) -> Message:
     """The turn of a person with a question; each passage is cut to its share of ``longest`` characters."""
     share = longest // max(len(passages), 1)
-    parts = [f"Passage [{p.number}]\n{quoted(p.text, share)}\n" for p in passages]
+    parts = [f"Passage [{p.number}]\n{quote_passage(p.text, share)}\n" for p in passages]
     return {"role": "user", "content": "\n".join([*parts, f"Question: {asked}"])}
 
 
-def messages(passages: Sequence[Passage], asked: str, history: Sequence[Message] = ()) -> list[Message]:
+def chat_messages(passages: Sequence[PromptPassage], asked: str, history: Sequence[Message] = ()) -> list[Message]:
     """All turns: instructions, those before, the question."""
-    return [{"role": "system", "content": INSTRUCTIONS}, *history, question(passages, asked)]
+    return [{"role": "system", "content": INSTRUCTIONS}, *history, question_text(passages, asked)]
 
 
-def continued(
-    history: Sequence[Message], passages: Sequence[Passage], asked: str, answer: str, longest: int = 4 * LONGEST
+def follow_up_question(
+    history: Sequence[Message], passages: Sequence[PromptPassage], asked: str, answer: str, longest: int = 4 * LONGEST
 ) -> list[Message]:
     """A conversation with one more turn, without its oldest ones where all have more than ``longest`` characters.
 
@@ -70,13 +70,13 @@ def continued(
     """
     if not passages:
         return list(history)
-    kept = [*history, question(passages, asked), {"role": "assistant", "content": answer}]
+    kept = [*history, question_text(passages, asked), {"role": "assistant", "content": answer}]
     while len(kept) > 2 and sum(len(turn["content"]) for turn in kept) > longest:
         kept = kept[2:]
     return kept
 
 
-def quoted(text: str, longest: int) -> str:
+def quote_passage(text: str, longest: int) -> str:
     """A passage's text without what cannot be seen, rewritten as said above, cut to ``longest``, each line quoted."""
     seen = _UNSEEN.sub("", text[: 4 * longest])  # what is left out counts for nothing, but has an end
     plain = CITATION.sub(r"(\g<numbers>)", _TURN.sub(r"(\1)", seen.replace("<", "&lt;")))

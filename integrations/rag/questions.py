@@ -33,7 +33,7 @@ class Case:
 
 
 @dataclass
-class Collection:
+class QuestionSet:
     """Questions of one dataset, and its passages: ``{"id", "text", "metadata"}`` each."""
 
     name: str
@@ -48,13 +48,13 @@ class Collection:
         needed = sorted({d for case in self.cases for d in case.documents})
         return set(random.Random(seed).sample(needed, round(share * len(needed))))
 
-    def kept(self, share: float, seed: int = 0) -> list[dict[str, Any]]:
+    def indexed_documents(self, share: float, seed: int = 0) -> list[dict[str, Any]]:
         """Passages for an index, without those that `held_out` names."""
         away = self.held_out(share, seed)
         return [document for id, document in self.documents.items() if id not in away]
 
 
-def read(path: Path) -> Collection:
+def read_questions(path: Path) -> QuestionSet:
     """Questions of a file, or of those in a folder, in one of these forms.
 
     - SQuAD: articles of paragraphs of questions (``data``, ``paragraphs``, ``qas``); those marked ``is_impossible``
@@ -71,7 +71,7 @@ def read(path: Path) -> Collection:
         ConfigError: a file cannot be read, or none holds questions.
     """
     files = [f for f in sorted(path.iterdir()) if f.name.endswith(ENDINGS)] if path.is_dir() else [path]
-    collection = Collection(path.name if path.is_dir() else path.name.partition(".")[0])
+    collection = QuestionSet(path.name if path.is_dir() else path.name.partition(".")[0])
     try:
         for file in files:
             for item in _items(file):
@@ -85,14 +85,14 @@ def read(path: Path) -> Collection:
     return collection
 
 
-def sample(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
+def sample_cases(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
     """``count`` of them, drawn by a seed."""
     return random.Random(seed).sample(list(cases), min(count, len(cases)))
 
 
-def split(cases: Sequence[Case], count: int, more: int, seed: int = 0) -> tuple[list[Case], list[Case]]:
+def split_cases(cases: Sequence[Case], count: int, more: int, seed: int = 0) -> tuple[list[Case], list[Case]]:
     """``count`` of them, but at most half, and ``more`` of the others; of a single one both."""
-    mixed = sample(cases, len(cases), seed)
+    mixed = sample_cases(cases, len(cases), seed)
     count = min(count, len(mixed) // 2 if len(mixed) > 1 else 1)
     return mixed[:count], mixed[count:][:more] or mixed[:more]
 
@@ -112,7 +112,7 @@ def _items(file: Path) -> Iterator[Any]:
         yield from whole  # other files of such a folder, as a corpus, are no lists
 
 
-def _take(item: Any, to: Collection) -> None:
+def _take(item: Any, to: QuestionSet) -> None:
     """Put what an item holds into a collection."""
     if not isinstance(item, dict):
         raise ValueError("an item is no object")
@@ -155,7 +155,7 @@ def _case(question: Any, answers: Any, documents: Any, together: bool = False) -
     return Case(question, tuple(map(str, answers)), tuple(dict.fromkeys(map(str, documents))), together)
 
 
-def _document(to: Collection, name: str, text: str, title: str) -> str:
+def _document(to: QuestionSet, name: str, text: str, title: str) -> str:
     """The id of a passage, by its name where that is free; the same text twice is one."""
     if not isinstance(name, str) or not isinstance(text, str):
         raise ValueError(f"a passage has a title and a text, not {name!r} and {type(text).__name__}")

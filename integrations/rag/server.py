@@ -18,11 +18,11 @@ from ...retrieval import highlights
 from ...retrieval.errors import RetrievalError
 from ...retrieval.index import Index
 from ...retrieval.loaders import RECORDS, TEXTS
-from ...retrieval.request_auth import Guard
+from ...retrieval.request_auth import RequestAuth
 from ...retrieval.server import Filter, Model, answer_errors
-from ...retrieval.write_queue import OneByOne
+from ...retrieval.write_queue import SerialExecutor
 from . import uploads
-from .answering import Answerer, Done, Found, Text
+from .answering import AnswerDone, Answerer, AnswerText, PassagesFound
 
 logger = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page"
@@ -34,14 +34,14 @@ HEADERS = {
 }
 
 
-class Question(Model):
+class QuestionBody(Model):
     """What is asked."""
 
     question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4_000)]
     where: Filter | None = None
 
 
-def create_app(index: Index, answerer: Answerer, token: str | None = None, read_only: bool = False) -> FastAPI:
+def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, read_only: bool = False) -> FastAPI:
     """The application.
 
     Args:
@@ -58,7 +58,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
 
     app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=connected)
     answer_errors(app)
-    guard, writes, count = Guard(token), OneByOne(), _Counters(index)
+    guard, writes, count = RequestAuth(token), SerialExecutor(), _Counters(index)
 
     @app.exception_handler(ConfigError)
     async def refused(_: Request, error: ConfigError) -> JSONResponse:
@@ -109,7 +109,7 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
         }
 
     @app.post("/ask", dependencies=[Depends(guard.known)], summary="An answer, as lines of JSON while it comes")
-    async def ask(question: Question) -> StreamingResponse:
+    async def ask(question: QuestionBody) -> StreamingResponse:
         if question.where is not None:
             index.count(question.where)  # a wrong filter is refused before anything is streamed
 
@@ -140,27 +140,27 @@ def create_app(index: Index, answerer: Answerer, token: str | None = None, read_
             "id": document.id,
             "text": document.text,
             "metadata": dict(document.metadata),
-            "marks": [asdict(m) for m in highlights.marks(index, question, document.text)],
-            "words": highlights.words(index, question, document.text),
+            "marks": [asdict(m) for m in highlights.highlight_marks(index, question, document.text)],
+            "words": highlights.shared_terms(index, question, document.text),
         }
 
     if not read_only:
 
         @app.post("/documents", dependencies=[Depends(guard.known)], summary="Add a file, which is the body")
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
-            return await writes(uploads.add, index, Path(name).name, await request.body())
+            return await writes(uploads.add_upload, index, Path(name).name, await request.body())
 
     return app
 
 
-def _line(event: Found | Text | Done, count: "_Counters") -> str:
+def _line(event: PassagesFound | AnswerText | AnswerDone, count: "_Counters") -> str:
     match event:
-        case Found(passages, similarity, milliseconds):
+        case PassagesFound(passages, similarity, milliseconds):
             shown = [{k: v for k, v in asdict(p).items() if k != "text"} for p in passages]
             told = {"passages": shown, "similarity": similarity, "milliseconds": milliseconds}
-        case Text(text):
+        case AnswerText(text):
             told = {"text": text}
-        case Done():
+        case AnswerDone():
             count.done(event)
             told = {"done": event.as_dict()}
     return json.dumps(told, ensure_ascii=False) + "\n"
@@ -185,7 +185,7 @@ class _Counters:
         """For as long as a question is answered."""
         return self._running.track_inprogress()
 
-    def done(self, event: Done) -> None:
+    def done(self, event: AnswerDone) -> None:
         """An answer is whole."""
         self._answers.labels(str(event.known).lower()).inc()
         for until, milliseconds in event.milliseconds.items():

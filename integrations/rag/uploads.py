@@ -11,15 +11,15 @@ from pathlib import Path
 from ...retrieval.errors import RetrievalError, first_line
 from ...retrieval.filters import Compare
 from ...retrieval.index import Index
-from ...retrieval.loaders import Source
-from ...retrieval.malloc_trim import give_back
+from ...retrieval.loaders import DocumentSource
+from ...retrieval.malloc_trim import release_memory
 from ...retrieval.validation import CHUNK_TOKENS, OVERLAP
 
 UPLOAD = "_upload"  # metadata of documents that came by the page: their file
 LARGEST_FILE = 128 << 20  # bytes, when it is no longer compressed
 
 
-def add(index: Index, name: str, content: bytes) -> dict[str, int]:
+def add_upload(index: Index, name: str, content: bytes) -> dict[str, int]:
     """Put a file's documents into the index, in the place of those of an earlier upload of that name.
 
     One at a time: nobody else may write meanwhile.
@@ -37,7 +37,9 @@ def add(index: Index, name: str, content: bytes) -> dict[str, int]:
         path = Path(folder) / "upload"
         path.write_bytes(content)
         _check_packed(name, path)
-        source = Source.of(path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True)
+        source = DocumentSource.of(
+            path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True
+        )
         given, size = [], 0
         for document in source:
             given.append(replace(document, metadata={**document.metadata, UPLOAD: name}))
@@ -52,7 +54,7 @@ def add(index: Index, name: str, content: bytes) -> dict[str, int]:
         raise RetrievalError(f"{name}: document {others[0]!r} is in the index already, not by an upload of that name")
     added = index.upsert(given)
     index.delete(list(old - new))
-    give_back()
+    release_memory()
     return {"added": added, "documents": len(index)}
 
 

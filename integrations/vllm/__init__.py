@@ -2,13 +2,13 @@
 
 from typing import Any
 
-__all__ = ["Drafter"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["PilotfishProposer"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM resolves "pilotfish.integrations.vllm.Drafter" by name, inside its worker; only there torch is welcome.
-    if name == "Drafter":
-        from .drafting.v1.proposer import Drafter
+    # vLLM resolves "pilotfish.integrations.vllm.PilotfishProposer" by name, inside its worker; only there torch is welcome.
+    if name == "PilotfishProposer":
+        from .drafting.v1.proposer import PilotfishProposer
 
-        return Drafter
+        return PilotfishProposer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

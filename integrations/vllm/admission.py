@@ -6,7 +6,7 @@ from ...plugins.manager import disabled, plugins
 from .attention import compatibility as attention
 from .drafting import compatibility as drafting
 from .engine.log import logger
-from .engine.selection import Attachment, attach, kv_policy, read
+from .engine.selection import Attachment, attach, kv_policy, read_config
 from .vision import compatibility as vision
 
 CHECKS = {"kv": attention.check, "drafter": drafting.check, "pruner": vision.check}
@@ -21,7 +21,7 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         ConfigError: The selection is wrong.
         Unsupported: The selection is right, but this engine cannot serve it.
     """
-    config = read(vllm_config.additional_config, vllm_config.speculative_config)
+    config = read_config(vllm_config.additional_config, vllm_config.speculative_config)
     if disabled():
         logger.warning("pilotfish: PILOTFISH_DISABLE is set, no plugin is attached")
         return {}
@@ -31,7 +31,7 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
         assert attachment is not None
         CHECKS[kind](attachment, vllm_config)
         if kind == "pruner":
-            vision.install(selection, vllm_config)
+            vision.install_model_class(selection, vllm_config)
         attached[kind] = attachment
     return attached
 
@@ -44,7 +44,7 @@ def refusal(vllm_config: Any, params: Any, resumable: bool) -> str | None:
             f"{policy.name}: a streaming session would read KV blocks that were freed; send whole prompts, "
             "or leave the policy out"
         )
-    selection = read(vllm_config.additional_config).pruner
+    selection = read_config(vllm_config.additional_config).pruner
     if selection is not None and getattr(params, "prompt_logprobs", None) is not None:
         cls, options = plugins().resolve("pruner", selection)
         if cls(options).layer_schedule() is not None:

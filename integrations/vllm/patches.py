@@ -19,19 +19,19 @@ What is wrapped on one model runner (an instance, not a class) is in `runner`.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .drafting.vllm_fixes import CONSTRAINTS, EXPAND
+from .drafting.vllm_fixes import EXPAND_BATCH, SAMPLING_CONSTRAINTS
 from .engine.patching import Patch
 
 
-def _front_door(original: Any) -> Any:
+def _create_engine_config(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from . import admission
         from .engine import log, selection
 
-        if not selection.concerned(self.additional_config, self.speculative_config):
+        if not selection.is_selected(self.additional_config, self.speculative_config):
             return original(self, *args, **kwargs)
         with log.one_line_errors():
-            selection.read(self.additional_config, self.speculative_config)
+            selection.read_config(self.additional_config, self.speculative_config)
         config = original(self, *args, **kwargs)
         with log.one_line_errors():
             attached = admission.admit(config)
@@ -42,7 +42,7 @@ def _front_door(original: Any) -> Any:
     return create_engine_config
 
 
-def _backend(original: Any) -> Any:
+def _attention_backend(original: Any) -> Any:
     def _cached_get_attn_backend(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
         stock = original(backend, attn_selector_config, *args, **kwargs)
         from vllm.config import get_current_vllm_config
@@ -50,9 +50,9 @@ def _backend(original: Any) -> Any:
         from .attention import backends
         from .engine import selection
 
-        if not selection.concerned(get_current_vllm_config().additional_config):
+        if not selection.is_selected(get_current_vllm_config().additional_config):
             return stock
-        if selection.over_draft_model(get_current_vllm_config()):
+        if selection.uses_draft_model(get_current_vllm_config()):
             DRAFT_MODEL.apply()  # here, since all workers build attention layers before they load a draft model
         return backends.attention_backend(stock, get_current_vllm_config())
 
@@ -64,11 +64,11 @@ def _scheduler(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         from .engine import selection
 
-        if selection.concerned(vllm_config.additional_config):
+        if selection.is_selected(vllm_config.additional_config):
             from .attention.sparse import kv_correction
 
             policy = selection.kv_policy(vllm_config)
-            kv_correction.install(self, policy)
+            kv_correction.install_kv_correction(self, policy)
             if policy is not None and policy.frees_blocks:
                 from .attention.windowed import kv_cache_spec
 
@@ -82,10 +82,10 @@ def _draft_model(original: Any) -> Any:
         original(self, *args, **kwargs)
         from .engine import selection
 
-        if selection.over_draft_model(self.vllm_config):
+        if selection.uses_draft_model(self.vllm_config):
             from .drafting.v1 import draft_model
 
-            draft_model.accompany(self)
+            draft_model.attach_to_draft_model(self)
 
     return load_model
 
@@ -108,11 +108,11 @@ def _counters(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         from .engine import metrics, selection
 
-        chosen = selection.read(vllm_config.additional_config)
+        chosen = selection.read_config(vllm_config.additional_config)
         if chosen.drafter is not None:
             self.spec_decoding_prom = metrics.DraftCounters(chosen.drafter.name, self.spec_decoding_prom)
         if chosen.kv is not None:
-            metrics.expect_freed(chosen.kv.name)
+            metrics.register_freed_blocks(chosen.kv.name)
 
     return __init__
 
@@ -122,14 +122,14 @@ def _record(original: Any) -> Any:
         from .engine import metrics
 
         if scheduler_stats is not None:
-            metrics.take_freed(scheduler_stats, engine_idx or 0)
+            metrics.record_freed_blocks(scheduler_stats, engine_idx or 0)
         original(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
 
     return record
 
 
-FRONT_DOOR = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _front_door)
-BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backend", _backend)
+CREATE_ENGINE_CONFIG = Patch("vllm.engine.arg_utils", "EngineArgs.create_engine_config", _create_engine_config)
+ATTENTION_BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backend", _attention_backend)
 SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _scheduler)
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 RECORD = Patch("vllm.v1.metrics.loggers", "StatLoggerManager.record", _record)
@@ -153,4 +153,15 @@ def all_patches() -> tuple[Patch, ...]:
     """Every patch of the table above. Importing those of windowed heads imports vLLM."""
     from .attention.windowed.kv_cache_spec import CAPACITY
 
-    return (FRONT_DOOR, BACKEND, SCHEDULER, DRAFT_MODEL, CAPACITY, REQUESTS, COUNTERS, RECORD, EXPAND, CONSTRAINTS)
+    return (
+        CREATE_ENGINE_CONFIG,
+        ATTENTION_BACKEND,
+        SCHEDULER,
+        DRAFT_MODEL,
+        CAPACITY,
+        REQUESTS,
+        COUNTERS,
+        RECORD,
+        EXPAND_BATCH,
+        SAMPLING_CONSTRAINTS,
+    )

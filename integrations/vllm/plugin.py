@@ -16,8 +16,8 @@ def register() -> None:
     try:
         from . import patches
 
-        patches.FRONT_DOOR.apply()
-        patches.BACKEND.apply()
+        patches.CREATE_ENGINE_CONFIG.apply()
+        patches.ATTENTION_BACKEND.apply()
         patches.SCHEDULER.apply()
     except Exception:  # an unknown vLLM: whoever selected a plugin hears of it from the seams check
         logger.debug("pilotfish: the front door could not be installed", exc_info=True)

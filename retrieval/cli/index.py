@@ -148,7 +148,7 @@ def check(folder: Folder) -> None:
     with refusals():
         from .. import shards
 
-        parts = [folder / name for name in shards.read(folder)] if shards.there(folder) else [folder]
+        parts = [folder / name for name in shards.read_shards(folder)] if shards.is_sharded(folder) else [folder]
         documents = 0
         for part in parts:
             with open_whole(part) as opened:
@@ -177,7 +177,7 @@ def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of
     with refusals(), open_whole(folder) as opened:
         from ..xtr import export as exporting
 
-        tokens = exporting.write(opened, out)
+        tokens = exporting.export_to_faiss(opened, out)
         tell(f"{out}: {tokens} vectors; documents in {out}.documents.jsonl")
 
 
@@ -200,7 +200,7 @@ def serve(
         check_host(host, token, "others could change the index")
         with open_any(folder, encoder, device, precision, ray) as opened:
             _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
-            server.run(server.create_app(opened, token, read_only), host, port)
+            server.run_server(server.create_index_app(opened, token, read_only), host, port)
 
 
 def _build_shards(
@@ -216,14 +216,14 @@ def _build_shards(
     ray: str | None,
 ) -> None:
     from .. import shards
-    from ..registry import encoder_of, kind_of
+    from ..registry import resolve_encoder, resolve_index_kind
 
     _chunks_fit(chunk_tokens, overlap)
     given = values(option, "--option")
-    made_of, _ = kind_of(kind, given)
-    loaded = encoder_of(made_of, encoder or made_of.default_encoder, "auto", "float32")
+    made_of, _ = resolve_index_kind(kind, given)
+    loaded = resolve_encoder(made_of, encoder or made_of.default_encoder, "auto", "float32")
     source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
-    made = with_bar(lambda told: shards.build(folder, source, count, kind, encoder, given, ray, told))
+    made = with_bar(lambda told: shards.build_shards(folder, source, count, kind, encoder, given, ray, told))
     tell(f"{folder}: {made} documents in {count} shards")
 
 
@@ -238,6 +238,6 @@ def _chunker(opened: Any, size: int, overlap: int) -> Callable[[str], list[str]]
 
 
 def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: bool) -> Any:
-    from ..loaders import Source
+    from ..loaders import DocumentSource
 
-    return Source(paths, chunk, number_ids)
+    return DocumentSource(paths, chunk, number_ids)

@@ -125,7 +125,7 @@ def open_whole(
     from .. import shards
     from ..index import Index
 
-    if shards.there(folder):
+    if shards.is_sharded(folder):
         raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/indexes.md")
     with Index.open(folder, encoder, device, precision) as index:
         yield index
@@ -142,7 +142,7 @@ def open_any(
     """An index, or shards."""
     from .. import shards
 
-    if ray is None and not shards.there(folder):
+    if ray is None and not shards.is_sharded(folder):
         with open_whole(folder, encoder, device, precision) as index:
             yield index
         return

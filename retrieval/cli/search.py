@@ -74,13 +74,15 @@ def explain(
 
     if page is not None:
         with refusals():
-            page.write_text(explain_html.explanation(query, document, found.text, reasons, reading), encoding="utf-8")
+            page.write_text(
+                explain_html.explanation_html(query, document, found.text, reasons, reading), encoding="utf-8"
+            )
             tell(f"{page}: open it in a browser")
     if as_json:
         told = {"reasons": [vars(r) for r in reasons]} | (vars(reading) if reading is not None else {})
         typer.echo(json.dumps(told if reading is not None else told["reasons"], ensure_ascii=False))
     elif page is None:
-        explain_html.show(reasons, reading)
+        explain_html.print_explanation(reasons, reading)
 
 
 @asking.command("eval")
@@ -95,9 +97,9 @@ def evaluate(
     with refusals():
         from .. import evaluation, tuning
 
-        judged = evaluation.read(collection)
+        judged = evaluation.read_collection(collection)
         with open_whole(folder, encoder) as opened:
-            found = tuning.evaluate(opened, judged, _settings(settings))
+            found = tuning.evaluate_index(opened, judged, _settings(settings))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -117,26 +119,25 @@ def tune(
     with refusals():
         from .. import evaluation, tuning
 
-        judged = evaluation.read(collection)
+        judged = evaluation.read_collection(collection)
         with open_whole(folder, encoder) as opened:
-            tried = tuning.tune(opened, judged)
-            best = tuning.choose(tried, loss)
+            tried = tuning.tune_settings(opened, judged)
+            best = tuning.fastest_trial(tried, loss)
             for trial in tried:
                 mark = "*" if trial is best else " "
                 typer.echo(
-                    f"{mark} probes {trial.probes:4}  until {trial.until:7}  "
-                    f"nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms"
+                    f"{mark} nprobe {trial.nprobe:4}  t' {trial.t_prime:7}  nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms"
                 )
             if not dry_run:
-                opened.configure(probes=best.probes, until=best.until)
-                tell(f"{folder}: probes={best.probes}, until={best.until} from now on")
+                opened.configure(nprobe=best.nprobe, t_prime=best.t_prime)
+                tell(f"{folder}: nprobe={best.nprobe}, t_prime={best.t_prime} from now on")
 
 
 def _settings(assignments: list[str] | None) -> dict[str, Any]:
     """Of ``--set``; see `kinds.checked_settings`."""
-    from ..registry import checked_settings
+    from ..registry import check_settings
 
-    return checked_settings(values(assignments, "--set"))
+    return check_settings(values(assignments, "--set"))
 
 
 def _edits(words: list[str] | None) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _edits(words: list[str] | None) -> dict[str, Any]:
             equals = ""
         if not equals or not word:
             raise ConfigError(f"--word {given}: expected WORD=FACTOR, as shark=2")
-    return {"words": factors} if factors else {}
+    return {"term_boosts": factors} if factors else {}
 
 
 def _show(hits: list[Any]) -> None:

@@ -116,10 +116,10 @@ def _run(
             raise ConfigError("train: the curve needs matplotlib; pip install pilotfish[train]")
         from ..training import loop, pairs, tasks
 
-        found = [p for folder in judged or [] for p in pairs.judged(folder)]
-        found += pairs.cloze(text, plan[3]) if text else []
+        found = [p for folder in judged or [] for p in pairs.judged_pairs(folder)]
+        found += pairs.inverse_cloze_pairs(text, plan[3]) if text else []
         random.Random(plan[3]).shuffle(found)
-        with tokenization.loading(f"--base {base}"):
+        with tokenization.quiet_loading(f"--base {base}"):
             task = make(tasks.base_of(base), tasks.Lengths(*lengths))
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RetrievalError
-from .tokenization import loading
+from .tokenization import quiet_loading
 
 QUERY, DOCUMENT = 64, 256  # tokens, where a checkpoint says nothing
 T5_QUERY, T5_DOCUMENT = 32, 512  # XTR's
@@ -73,10 +73,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Of the files that decide what vectors come out."""
-        return fingerprint_of(self.folder)
+        return checkpoint_fingerprint(self.folder)
 
 
-def fingerprint_of(folder: Path) -> str:
+def checkpoint_fingerprint(folder: Path) -> str:
     """Hex digest of a checkpoint's files."""
     found = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -87,7 +87,7 @@ def fingerprint_of(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def read(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """Find out what a checkpoint is.
 
     Raises:
@@ -170,7 +170,7 @@ def _tensor(folder: Path, name: str, needed: bool = True) -> Any:
     import torch
     from safetensors import safe_open
 
-    with loading(f"encoder {folder}"):
+    with quiet_loading(f"encoder {folder}"):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 if name in file.keys():  # noqa: SIM118 -- it is no mapping

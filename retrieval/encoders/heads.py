@@ -21,7 +21,7 @@ class TiedVocabulary(torch.nn.Module):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[texts, tokens] ids and attention mask to [texts, words]."""
         hidden = self.ln(self.bert_model(input_ids=ids, attention_mask=mask).last_hidden_state)
-        return greatest(hidden, mask, self.bert_model.embeddings.word_embeddings.weight[self.shift :], None)
+        return max_over_tokens(hidden, mask, self.bert_model.embeddings.word_embeddings.weight[self.shift :], None)
 
 
 class MaskedLM(torch.nn.Module):
@@ -44,10 +44,12 @@ class MaskedLM(torch.nn.Module):
         hidden = self.model(input_ids=ids, attention_mask=mask).logits
         if not isinstance(self.last, torch.nn.Linear):  # quantised
             return _over_tokens(self.last(hidden), mask)
-        return greatest(hidden, mask, self.last.weight, self.last.bias)
+        return max_over_tokens(hidden, mask, self.last.weight, self.last.bias)
 
 
-def greatest(hidden: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def max_over_tokens(
+    hidden: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """The greatest of ``hidden @ weight.T + bias`` over the tokens of each text.
 
     Args:

@@ -9,7 +9,7 @@ from .tokenization import Progress
 
 
 @dataclass(frozen=True)
-class Encoded:
+class MultiEncoded:
     """What each of several encoders makes of the same texts."""
 
     parts: Mapping[str, Any]
@@ -17,12 +17,12 @@ class Encoded:
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
 
-    def __getitem__(self, text: int) -> "Encoded":
+    def __getitem__(self, text: int) -> "MultiEncoded":
         """That of one text."""
-        return Encoded({name: part[text] for name, part in self.parts.items()})
+        return MultiEncoded({name: part[text] for name, part in self.parts.items()})
 
 
-class Together:
+class MultiEncoder:
     """Encoders by name."""
 
     def __init__(self, encoders: Mapping[str, Any]) -> None:
@@ -36,17 +36,17 @@ class Together:
         told = " ".join(f"{name} {encoder.fingerprint}" for name, encoder in self.encoders.items())
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
-    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> Encoded:
+    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> MultiEncoded:
         """What documents are to each; ``progress`` is told of the first, which is as a rule the dearest."""
         done: dict[int, Any] = {}
         for i, encoder in enumerate(self.encoders.values()):
             if id(encoder) not in done:
                 done[id(encoder)] = encoder.encode_documents(documents, progress if i == 0 else None)
-        return Encoded({name: done[id(encoder)] for name, encoder in self.encoders.items()})
+        return MultiEncoded({name: done[id(encoder)] for name, encoder in self.encoders.items()})
 
-    def encode_queries(self, queries: Sequence[str]) -> Encoded:
+    def encode_queries(self, queries: Sequence[str]) -> MultiEncoded:
         """What queries are to each."""
-        return Encoded({name: encoder.encode_queries(queries) for name, encoder in self.encoders.items()})
+        return MultiEncoded({name: encoder.encode_queries(queries) for name, encoder in self.encoders.items()})
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text as the first encoder counts."""

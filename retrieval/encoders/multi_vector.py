@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from ..token_embeddings import Tokens
+from ..token_embeddings import TokenEmbeddings
 from . import checkpoints, tokenization
 from .checkpoints import Checkpoint
 from .tokenization import Progress
@@ -54,7 +54,7 @@ class MultiVectorEncoder:
         self.device = device = tokenization.pick_device(device)
         for each in (precision, query_precision or precision):
             tokenization.check_precision(each, device)
-        with tokenization.loading(f"encoder {checkpoint.folder}"):
+        with tokenization.quiet_loading(f"encoder {checkpoint.folder}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
             loader = T5EncoderModel if checkpoint.t5 else AutoModel
             model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
@@ -62,15 +62,15 @@ class MultiVectorEncoder:
             (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
             for x in checkpoint.layers
         ]
-        self._model = tokenization.in_precision(model, precision, device)
+        self._model = tokenization.cast_model(model, precision, device)
         same = query_precision in (None, precision)
-        self._query_model = self._model if same else tokenization.in_precision(model, str(query_precision), device)
+        self._query_model = self._model if same else tokenization.cast_model(model, str(query_precision), device)
         self._width = int(model.config.hidden_size)
         self.dimension = len(self._layers[-1][0]) if self._layers else self._width
         self._skipped = {
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
-        self._remembered: tokenization.Remembered[Tokens] = tokenization.Remembered()
+        self._remembered: tokenization.LRUCache[TokenEmbeddings] = tokenization.LRUCache()
         self._mutex = threading.Lock()  # tokenizers, too, serve one thread at a time
 
     @functools.cached_property
@@ -80,19 +80,19 @@ class MultiVectorEncoder:
 
     # ---------------------------------------------------------------------------------------------------- encoding
 
-    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> Tokens:
+    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> TokenEmbeddings:
         """Tokens of documents; texts longer than the checkpoint's length are cut."""
         return self._encode(self._model, self._ids(documents, query=False), progress, self._skipped)
 
-    def encode_queries(self, queries: Sequence[str]) -> Tokens:
+    def encode_queries(self, queries: Sequence[str]) -> TokenEmbeddings:
         """Tokens of queries; those asked lately are remembered."""
 
-        def make(new: list[str]) -> list[Tokens]:
+        def make(new: list[str]) -> list[TokenEmbeddings]:
             found = self._encode(self._query_model, self._ids(new, query=True), None, set())
             parts = [found[i] for i in range(len(new))]
             return [replace(p, vectors=p.vectors.astype(np.float32)) for p in parts]
 
-        return Tokens.join(self._remembered.get(queries, make))
+        return TokenEmbeddings.concatenate(self._remembered.get(queries, make))
 
     def words(self, text: str, query: bool) -> list[str]:
         """The tokens of a text as people read them, as many as are encoded."""
@@ -115,7 +115,7 @@ class MultiVectorEncoder:
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text; see `texts.chunks`."""
         with self._mutex:
-            return tokenization.chunks(self._tokenizer, text, size, overlap)
+            return tokenization.token_chunks(self._tokenizer, text, size, overlap)
 
     def _ids(self, given: Sequence[str], query: bool) -> list[list[int]]:
         """Token ids of texts, with all that the checkpoint puts around them."""
@@ -134,7 +134,9 @@ class MultiVectorEncoder:
             rows = [row + [self._tokenizer.mask_token_id] * (length - len(row)) for row in rows]
         return rows
 
-    def _encode(self, model: Any, rows: list[list[int]], progress: Progress | None, skipped: set[int]) -> Tokens:
+    def _encode(
+        self, model: Any, rows: list[list[int]], progress: Progress | None, skipped: set[int]
+    ) -> TokenEmbeddings:
         """Vectors of all rows, in batches of like lengths."""
         import torch
 
@@ -142,7 +144,7 @@ class MultiVectorEncoder:
         pooled = np.zeros((len(rows), self._width), np.float32)
         pad = self._tokenizer.pad_token_id or 0
         unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
-        for batch in tokenization.batches([len(r) for r in rows]):
+        for batch in tokenization.token_batches([len(r) for r in rows]):
             width = len(rows[batch[0]])
             ids = np.full((len(batch), width), pad, np.int64)
             mask = np.zeros_like(ids)
@@ -167,7 +169,7 @@ class MultiVectorEncoder:
                 parts[row] = vectors[i, :length][kept], mine[kept]
             if progress is not None:
                 progress(len(batch))
-        return Tokens(
+        return TokenEmbeddings(
             np.concatenate([v for v, _ in parts]) if parts else np.empty((0, self.dimension), np.float16),
             np.concatenate([i for _, i in parts]) if parts else np.empty(0, np.int32),
             np.array([len(i) for _, i in parts], np.int64),
@@ -184,17 +186,19 @@ class MultiVectorEncoder:
 
 
 @functools.lru_cache(maxsize=4)
-def load(name: str = MINILM, device: str = "auto", precision: str = "float32", query_precision: str | None = None):
+def load_multi_vector_encoder(
+    name: str = MINILM, device: str = "auto", precision: str = "float32", query_precision: str | None = None
+):
     """An encoder: ``minilm``, or the folder of a checkpoint. The same one is given again.
 
     Raises:
         RetrievalError: there is none.
     """
-    folder = embedded() if name == MINILM else Path(name)
-    return MultiVectorEncoder(checkpoints.read(folder), name, device, precision, query_precision)
+    folder = find_packaged_minilm() if name == MINILM else Path(name)
+    return MultiVectorEncoder(checkpoints.read_checkpoint(folder), name, device, precision, query_precision)
 
 
-def embedded() -> Path:
+def find_packaged_minilm() -> Path:
     """Folder of the embedded MiniLM.
 
     Raises:

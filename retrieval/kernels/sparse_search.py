@@ -62,7 +62,7 @@ def start_of(sizes, skips, block):
 
 
 @jit
-def bounds(term_starts, blocks, tops, terms, weights, first, count):
+def block_bounds(term_starts, blocks, tops, terms, weights, first, count):
     """The most that a document of each block can have, [count] from block ``first`` on.
 
     Sums run over terms in the same order as in `scores`, and rounding keeps order, so no score is above its bound.
@@ -75,7 +75,7 @@ def bounds(term_starts, blocks, tops, terms, weights, first, count):
 
 
 @jit
-def scores(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count, chosen):
+def score_blocks(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count, chosen):
     """Scores of all documents of ``chosen`` blocks (ascending), [chosen * BLOCK]."""
     found = np.zeros(len(chosen) * BLOCK, np.float32)
     slots = np.full(count, -1, np.int32)

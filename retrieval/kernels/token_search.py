@@ -29,22 +29,22 @@ class Impute(IntEnum):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenSearchSettings:
     """How to search.
 
     Attributes:
-        probes: Lists that are read for each query token.
+        nprobe: Lists that are read for each query token.
         impute: See `Impute`.
-        until: Of WARP: tokens in the nearest lists, behind which the imputed centroid stands.
+        t_prime: Of WARP: tokens in the nearest lists, behind which the imputed centroid stands.
         bound: Of WARP: lists that are looked at for it, at most.
         kth: Of KPRIME: k'.
         keep: Products below the imputed one are raised to it, so that their documents are found, too.
         plain: Without vector instructions, for tests.
     """
 
-    probes: int
+    nprobe: int
     impute: Impute = Impute.WARP
-    until: int = 2000
+    t_prime: int = 2000
     bound: int = 256
     kth: int = 1000
     keep: bool = False
@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Lists:
+class InvertedLists:
     """One segment.
 
     Attributes:
@@ -67,7 +67,7 @@ class Lists:
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodecArrays:
     """How codes are read.
 
     Attributes:
@@ -99,7 +99,7 @@ class _Call:
 
     query: NDArray[np.float32]
     near: NDArray[np.float32]
-    settings: Settings
+    settings: TokenSearchSettings
     allow: NDArray[np.uint8] | None
     documents: NDArray[np.int32]
     scores: NDArray[np.float32]
@@ -122,15 +122,17 @@ class _Index(ctypes.Structure):
 
 class _Settings(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("probes", "bound", "impute", "kth", "k", "keep", "plain")),
-        ("until", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("nprobe", "bound", "impute", "kth", "k", "keep", "plain")),
+        ("t_prime", ctypes.c_int64),
     )
 
 
 class TokenSearch:
     """The lists of some segments, ready to be searched; several threads may."""
 
-    def __init__(self, dimension: int, lists: int, coded: Coded, segments: Sequence[Lists], documents: int) -> None:
+    def __init__(
+        self, dimension: int, lists: int, coded: CodecArrays, segments: Sequence[InvertedLists], documents: int
+    ) -> None:
         """Look at arrays, which stay where they are.
 
         Args:
@@ -154,7 +156,7 @@ class TokenSearch:
                 raise ValueError(f"numbers of documents beyond {documents}")
         self.dimension, self.lists, self.coded, self.documents = dimension, lists, coded, documents
         self.segments = [
-            Lists(
+            InvertedLists(
                 np.ascontiguousarray(s.starts, np.int64),
                 np.ascontiguousarray(s.documents, np.int32),
                 np.ascontiguousarray(s.codes),
@@ -196,7 +198,7 @@ class TokenSearch:
         query: NDArray[np.float32],
         near: NDArray[np.float32],
         k: int,
-        settings: Settings,
+        settings: TokenSearchSettings,
         allow: NDArray[np.uint8] | None = None,
         traced: int | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:
@@ -228,7 +230,7 @@ class TokenSearch:
     def _run(self, kernel: Callable[..., int], c: _Call) -> int:
         s = c.settings
         k = len(c.documents)
-        set_ = _Settings(s.probes, s.bound, int(s.impute), s.kth, k, s.keep, s.plain, s.until)
+        set_ = _Settings(s.nprobe, s.bound, int(s.impute), s.kth, k, s.keep, s.plain, s.t_prime)
         return kernel(
             ctypes.byref(self._index),
             c.query.ctypes.data,
@@ -244,17 +246,17 @@ class TokenSearch:
         )
 
     def _run_numba(self, c: _Call) -> int:
-        from .token_search_numba import search
+        from .token_search_numba import search_tokens
 
         s, coded = c.settings, self.coded
         nothing = np.empty(0, np.float32)
-        return search(
+        return search_tokens(
             tuple((x.starts, x.documents, x.codes) for x in self.segments),
             self.sizes,
             (coded.kernel, coded.low, coded.step, coded.codebooks, self.factored),
             c.query,
             c.near,
-            (s.probes, int(s.impute), s.until, s.bound, s.kth, s.keep),
+            (s.nprobe, int(s.impute), s.t_prime, s.bound, s.kth, s.keep),
             np.empty(0, np.uint8) if c.allow is None else c.allow,
             self.documents,
             c.documents,

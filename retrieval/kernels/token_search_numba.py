@@ -78,7 +78,7 @@ def _take(documents, scores, least, keep, allow, missing, best, sums, now, seen,
         sums[document] += best[document] - missing
 
 
-def search(
+def search_tokens(
     segments: tuple,
     sizes: NDArray[np.int64],
     coded: tuple,
@@ -94,15 +94,15 @@ def search(
     imputed: NDArray[np.float32],
 ) -> int:
     """See `token_search.cpp`; returns how many documents were found."""
-    probes, impute, until, bound, kth, keep = settings
+    nprobe, impute, t_prime, bound, kth, keep = settings
     lists = len(near)
-    probes = min(probes, lists)
+    nprobe = min(nprobe, lists)
     best, sums = np.zeros(count, np.float32), np.zeros(count, np.float32)
     now, seen = np.full(count, -1, np.int32), np.zeros(count, np.bool_)
     total = 0.0
     for t in range(len(query)):
-        order = _nearest(near[:, t], min(max(bound, probes), lists) if impute == 1 else probes)
-        taken = order[:probes]
+        order = _nearest(near[:, t], min(max(bound, nprobe), lists) if impute == 1 else nprobe)
+        taken = order[:nprobe]
         room = int(sizes[taken].sum())
         rows, values, at = np.empty(room, np.int32), np.empty(room, np.float32), 0
         for starts, numbers, codes in segments:
@@ -110,7 +110,7 @@ def search(
         rows, values = rows[:at], values[:at]
         missing: Any = np.float32(0)
         if impute == 1 and len(order):
-            passed = np.flatnonzero(np.cumsum(sizes[order]) >= until)
+            passed = np.flatnonzero(np.cumsum(sizes[order]) >= t_prime)
             missing = near[order[passed[0] if len(passed) else -1], t]
         elif impute == 2:
             kept = values

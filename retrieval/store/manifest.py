@@ -96,7 +96,7 @@ class Manifest:
         return {f.name: f for f in [*found, *([self.live] if self.live else [])]}
 
 
-def write(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest and make it the current one.
 
     Raises:
@@ -108,7 +108,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     atomic_write.write_bytes(folder / CURRENT, f"{manifest.name}\n".encode())
 
 
-def current(folder: Path) -> str:
+def current_manifest(folder: Path) -> str:
     """Name of the current manifest.
 
     Raises:
@@ -129,7 +129,7 @@ def current(folder: Path) -> str:
     return name
 
 
-def read(folder: Path, name: str) -> Manifest:
+def read_manifest(folder: Path, name: str) -> Manifest:
     """A manifest.
 
     Raises:

@@ -119,7 +119,7 @@ class Store:
             raise RetrievalError(f"{folder}: lies in another index, {outer}, whose files are its own")
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
-        manifest.write(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
+        manifest.write_manifest(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
         return cls(folder)
 
     def close(self) -> None:
@@ -146,12 +146,12 @@ class Store:
     def _open(self, identity: str | None = None) -> Snapshot:
         for attempt in range(ATTEMPTS):
             stamp = self._stamp()
-            name = manifest.current(self.folder)
+            name = manifest.current_manifest(self.folder)
             try:
-                snapshot = self._load(manifest.read(self.folder, name))
+                snapshot = self._load(manifest.read_manifest(self.folder, name))
             except DamagedIndex:
                 # A writer may just have replaced it, and removed what the one before needed.
-                if attempt + 1 == ATTEMPTS or manifest.current(self.folder) == name:
+                if attempt + 1 == ATTEMPTS or manifest.current_manifest(self.folder) == name:
                     raise
                 continue
             if identity is not None and snapshot.manifest.identity != identity:
@@ -286,11 +286,11 @@ class Writer:
                 count=int(live.sum()),
             )
             made.append(folder / after.name)
-            manifest.write(folder, after)
+            manifest.write_manifest(folder, after)
         except BaseException:
             # ``CURRENT`` may have been replaced all the same, when its folder could not be synced.
             with contextlib.suppress(RetrievalError, OSError):
-                if manifest.current(folder) == about.name:
+                if manifest.current_manifest(folder) == about.name:
                     for path in made:
                         path.unlink(missing_ok=True)
             raise

@@ -63,7 +63,7 @@ def run(task: Task, pairs: Sequence[Pair], plan: Plan, out: Path, resume: bool, 
     place.mkdir(parents=True, exist_ok=True)
     _cut_log(place / LOG, first)
     task.model.train()
-    batches = itertools.islice(data.batches(taught, plan.batch, plan.seed), first, None)
+    batches = itertools.islice(data.pair_batches(taught, plan.batch, plan.seed), first, None)
     if first == 0:
         _note(place, 0, {"held_out": _measured(task, held, plan.batch)})
     for step, batch in zip(range(first, plan.steps), batches, strict=False):

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 
-def vdr(
+def vdr_loss(
     query: torch.Tensor,
     document: torch.Tensor,
     query_bag: torch.Tensor,
@@ -27,7 +27,7 @@ def vdr(
         semi: Both ways round.
         mask_weight: Of the contrastive mask, see `contrastive_mask`; None for none.
     """
-    sparse_query, sparse_document = sparse(query, query_bag, top), sparse(document, document_bag, top)
+    sparse_query, sparse_document = sparsity_loss(query, query_bag, top), sparsity_loss(document, document_bag, top)
     terms = [symmetric(sparse_query @ document.t())]
     if semi:
         terms.append(symmetric(query @ sparse_document.t()))
@@ -45,7 +45,7 @@ def symmetric(scores: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(scores, right) + functional.cross_entropy(scores.t(), right)
 
 
-def sparse(weights: torch.Tensor, bag: torch.Tensor, top: int) -> torch.Tensor:
+def sparsity_loss(weights: torch.Tensor, bag: torch.Tensor, top: int) -> torch.Tensor:
     """The ``top`` largest weights and those of the text's own words, the others 0."""
     kept = bag.bool()
     if top < weights.shape[1]:
@@ -69,7 +69,7 @@ def _masked(bag: torch.Tensor, other: torch.Tensor, weight: float) -> tuple[torc
     return bag + weight * functional.normalize(mask.float()), other * ~mask
 
 
-def xtr(
+def xtr_loss(
     query: torch.Tensor, query_mask: torch.Tensor, document: torch.Tensor, document_mask: torch.Tensor, retrieved: int
 ) -> torch.Tensor:
     """XTR's scores in a batch (arXiv 2304.01982, section 3.1), [batch, batch]; the loss is `rows` of them.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import evaluation
 from ..errors import RetrievalError
-from ..loaders import Source
+from ..loaders import DocumentSource
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
 AROUND = 5  # sentences of a passage
@@ -25,7 +25,7 @@ class Pair:
     document: str
 
 
-def judged(folder: Path) -> list[Pair]:
+def judged_pairs(folder: Path) -> list[Pair]:
     """Of a BEIR folder: every query of its training part with every document that is judged relevant to it.
 
     Raises:
@@ -33,8 +33,8 @@ def judged(folder: Path) -> list[Pair]:
     """
     if not (folder / "qrels" / "train.tsv").is_file() and (folder / "qrels" / "test.tsv").is_file():
         raise RetrievalError(f"{folder}: has no qrels/train.tsv, and test.tsv is not to be learned from")
-    collection = evaluation.read(folder, "train")
-    documents = {d.id: d.text for d in Source([str(collection.corpus)], lambda text: [text])}
+    collection = evaluation.read_collection(folder, "train")
+    documents = {d.id: d.text for d in DocumentSource([str(collection.corpus)], lambda text: [text])}
     return [
         Pair(collection.queries[q], documents[d])
         for q, grades in collection.judged.items()
@@ -43,11 +43,11 @@ def judged(folder: Path) -> list[Pair]:
     ]
 
 
-def cloze(paths: Sequence[str], seed: int) -> list[Pair]:
+def inverse_cloze_pairs(paths: Sequence[str], seed: int) -> list[Pair]:
     """Of any texts: a sentence, and the passage that it was taken from (inverse cloze task)."""
     rng = random.Random(seed)
     found = []
-    for document in Source(list(paths), lambda text: [text], number_ids=True):
+    for document in DocumentSource(list(paths), lambda text: [text], number_ids=True):
         sentences = [s for s in SENTENCE.split(" ".join(document.text.split())) if s]
         for begin in range(0, len(sentences) - 2, AROUND):
             passage = sentences[begin : begin + AROUND]
@@ -66,7 +66,7 @@ def digest(pairs: Sequence[Pair]) -> str:
     return found.hexdigest()[:16]
 
 
-def batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
+def pair_batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
     """Batches without end, in another order in each round; no document comes twice in one.
 
     Raises:

@@ -100,8 +100,8 @@ class VDRTask(Task):
         ]
         weights = [vdr.activate(self.model(s["input_ids"], s["attention_mask"]), "elu1p") for s in sides]
         bags = [self._bag(s["input_ids"], weights[0].shape[1]) for s in sides]
-        loss = objectives.vdr(*weights, *bags, top=self.top, semi=self.semi, mask_weight=self.mask_weight)
-        return loss, _right(objectives.sparse(weights[0], bags[0], self.top) @ weights[1].t())
+        loss = objectives.vdr_loss(*weights, *bags, top=self.top, semi=self.semi, mask_weight=self.mask_weight)
+        return loss, _right(objectives.sparsity_loss(weights[0], bags[0], self.top) @ weights[1].t())
 
     @staticmethod
     def _bag(ids: torch.Tensor, words: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ class XTRTask(Task):
         """See `objectives.xtr`."""
         q = self._tokens([p.query for p in batch], self.lengths.query)
         d = self._tokens([p.document for p in batch], self.lengths.document)
-        scores = objectives.xtr(
+        scores = objectives.xtr_loss(
             self.model(q["input_ids"], q["attention_mask"]),
             q["attention_mask"],
             self.model(d["input_ids"], d["attention_mask"]),
@@ -188,4 +188,4 @@ def _right(scores: torch.Tensor) -> float:
 
 def base_of(name: str) -> Path:
     """The folder of an encoder to begin with: ``minilm``, or a folder itself."""
-    return multi_vector.embedded() if name == multi_vector.MINILM else Path(name)
+    return multi_vector.find_packaged_minilm() if name == multi_vector.MINILM else Path(name)

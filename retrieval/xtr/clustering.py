@@ -17,7 +17,7 @@ ROWS = 1 << 14  # vectors that are compared with centroids at once
 FLAT = 32_768  # more lists than this are found through a graph
 
 
-def lists_for(tokens: int) -> int:
+def default_num_lists(tokens: int) -> int:
     """How many lists a number of tokens wants: four times the square root, as IVF indexes do."""
     return int(np.clip(4 * np.sqrt(tokens), LEAST, MOST))
 
@@ -46,14 +46,14 @@ class Clusters:
             if end - begin == 1:
                 found[rows] = begin
             elif end > begin:
-                found[rows] = begin + nearest(vectors[rows], self.centroids[begin:end])
+                found[rows] = begin + nearest_centroids(vectors[rows], self.centroids[begin:end])
             else:
                 rest.append(rows)
         if rest:
             rows = np.concatenate(rest)
             shared = self.centroids[self._owned :]
             low = self._owned if len(shared) else 0
-            found[rows] = low + nearest(vectors[rows], shared if len(shared) else self.centroids)
+            found[rows] = low + nearest_centroids(vectors[rows], shared if len(shared) else self.centroids)
         return found
 
     @property
@@ -61,7 +61,7 @@ class Clusters:
         return int((self.owners >= 0).sum())
 
 
-def train(vectors: NDArray[np.float32], ids: NDArray[np.int32] | None, lists: int, seed: int = 0) -> Clusters:
+def train_centroids(vectors: NDArray[np.float32], ids: NDArray[np.int32] | None, lists: int, seed: int = 0) -> Clusters:
     """Find centroids.
 
     Args:
@@ -119,7 +119,7 @@ def gpus() -> int:
     return faiss.get_num_gpus()
 
 
-def nearest(vectors: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:
+def nearest_centroids(vectors: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:
     """The nearest centroid of each vector, [n]."""
     import faiss
 

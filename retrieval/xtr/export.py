@@ -11,7 +11,7 @@ from pilotfish._internal import atomic_write
 from ..errors import RetrievalError
 
 
-def write(index: Any, out: Path) -> int:
+def export_to_faiss(index: Any, out: Path) -> int:
     """Write an ``IndexIVFFlat`` by inner product of all live tokens, decoded; returns how many.
 
     A vector's number in FAISS is its line in ``OUT.documents.jsonl``, whose lines hold the ids of documents. Queries

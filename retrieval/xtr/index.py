@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.token_search import Coded, Lists, Settings, TokenSearch, Trace
-from ..token_embeddings import Tokens
+from ..kernels.token_search import CodecArrays, InvertedLists, TokenSearch, TokenSearchSettings, Trace
+from ..token_embeddings import TokenEmbeddings
 from . import clustering
 from .clustering import Clusters
 from .codecs import CODECS, SAMPLE, Codec
@@ -26,7 +26,7 @@ FEW = 4096  # residuals
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenIndexLayout:
     """What an index is made of.
 
     Attributes:
@@ -49,15 +49,19 @@ class Layout:
         return CODECS[self.codec]
 
 
-def train(tokens: Tokens, layout: Layout, expected: int, seed: int = 0) -> dict[str, NDArray]:
+def train_token_index(
+    tokens: TokenEmbeddings, layout: TokenIndexLayout, expected: int, seed: int = 0
+) -> dict[str, NDArray]:
     """The shared arrays, from the first of ``expected`` documents of an index."""
-    projection = projection_of(tokens.vectors, layout, seed)
+    projection = make_projection(tokens.vectors, layout, seed)
     vectors = project(tokens.vectors, projection)
     all_tokens = round(len(vectors) * max(expected, len(tokens)) / max(len(tokens), 1))
-    lists = layout.lists or clustering.lists_for(all_tokens)
-    clusters = clustering.train(vectors, tokens.ids if layout.by_token else None, min(lists, len(vectors)), seed)
+    lists = layout.lists or clustering.default_num_lists(all_tokens)
+    clusters = clustering.train_centroids(
+        vectors, tokens.token_ids if layout.by_token else None, min(lists, len(vectors)), seed
+    )
     chosen = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
-    residuals = vectors[chosen] - clusters.centroids[clusters.assign(vectors[chosen], tokens.ids[chosen])]
+    residuals = vectors[chosen] - clusters.centroids[clusters.assign(vectors[chosen], tokens.token_ids[chosen])]
     if len(residuals) < FEW:
         # Few tokens have centroids almost to themselves, and their residuals say nothing of those of tokens to come:
         # these are like a good part of a vector.
@@ -73,7 +77,7 @@ def train(tokens: Tokens, layout: Layout, expected: int, seed: int = 0) -> dict[
     }
 
 
-def projection_of(vectors: NDArray, layout: Layout, seed: int) -> NDArray[np.float32]:
+def make_projection(vectors: NDArray, layout: TokenIndexLayout, seed: int) -> NDArray[np.float32]:
     """[in, d]: onto the principal axes where that saves dimensions, rotated where the codec wants it, padded."""
     wide = vectors.shape[1]
     narrow = min(wide, layout.dimension or wide)
@@ -96,7 +100,9 @@ def project(vectors: NDArray, projection: NDArray[np.float32]) -> NDArray[np.flo
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
 
 
-def segment(tokens: Tokens, numbers: NDArray[np.int64], shared: Arrays, layout: Layout) -> dict[str, NDArray]:
+def build_token_segment(
+    tokens: TokenEmbeddings, numbers: NDArray[np.int64], shared: Arrays, layout: TokenIndexLayout
+) -> dict[str, NDArray]:
     """Postings of some documents.
 
     Args:
@@ -106,18 +112,18 @@ def segment(tokens: Tokens, numbers: NDArray[np.int64], shared: Arrays, layout: 
         layout: Of the index.
     """
     clusters = Clusters(shared["centroids"], shared["owners"])
-    lists = np.empty(len(tokens.ids), np.int32)
+    lists = np.empty(len(tokens.token_ids), np.int32)
     codes = np.empty((len(lists), layout.coder.size(shared["centroids"].shape[1])), np.uint8)
     whole = np.empty((len(lists), shared["centroids"].shape[1]), np.float16) if layout.vectors else None
     for begin in range(0, len(lists), ROWS):
         part = slice(begin, begin + ROWS)
         vectors = project(tokens.vectors[part], shared["projection"])
-        lists[part] = clusters.assign(vectors, tokens.ids[part])
+        lists[part] = clusters.assign(vectors, tokens.token_ids[part])
         codes[part] = layout.coder.encode(shared, vectors - clusters.centroids[lists[part]])
         if whole is not None:
             whole[part] = vectors
     order = np.argsort(lists, kind="stable")  # documents stay in order within a list
-    documents = numbers[tokens.texts].astype(np.int32)
+    documents = numbers[tokens.text_ids].astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=len(clusters.centroids)))])
     found = {"starts": starts.astype(np.int64), "documents": documents[order], "codes": codes[order]}
     if whole is not None:
@@ -126,7 +132,7 @@ def segment(tokens: Tokens, numbers: NDArray[np.int64], shared: Arrays, layout: 
     return found
 
 
-def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
+def merge_token_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
     """One segment of several, without the documents that are not ``live``."""
     kept = [live[s["documents"]] for s in segments]
     lists = np.concatenate(
@@ -155,10 +161,10 @@ def merge(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDAr
     return found
 
 
-class Searcher:
+class TokenIndexSearcher:
     """The segments of one snapshot, ready to be searched."""
 
-    def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int, layout: Layout) -> None:
+    def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int, layout: TokenIndexLayout) -> None:
         """Look at arrays.
 
         Raises:
@@ -168,21 +174,21 @@ class Searcher:
         self.centroids = np.ascontiguousarray(shared["centroids"], np.float32)
         lists, d = self.centroids.shape
         none = np.empty(0, np.float32)
-        coded = Coded(
+        coded = CodecArrays(
             layout.coder.kernel,
             layout.coder.size(d),
             np.ascontiguousarray(shared.get("low", none), np.float32),
             np.ascontiguousarray(shared.get("step", none), np.float32),
             np.ascontiguousarray(shared.get("codebooks", none.reshape(0, 256, 1)), np.float32),
         )
-        postings = [Lists(s["starts"], s["documents"], s["codes"]) for s in segments]
+        postings = [InvertedLists(s["starts"], s["documents"], s["codes"]) for s in segments]
         self.tokens = TokenSearch(d, lists, coded, postings, documents)
 
     def search(
         self,
         query: NDArray,
         k: int,
-        settings: Settings,
+        settings: TokenSearchSettings,
         allow: NDArray[np.uint8] | None = None,
         traced: int | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pilotfish.integrations.bench import record
-from pilotfish.integrations.vllm.bench.drafters import STOCK, Run, summarise
+from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterRun, summarize_runs
 
 
 def run(
@@ -18,7 +18,7 @@ def run(
     category: str = "qa",
     batch: int = 1,
     again: bool = False,
-) -> Run:
+) -> DrafterRun:
     answer = {
         "tokens": [tokens] * batch,
         "seconds": seconds,
@@ -28,7 +28,7 @@ def run(
         "drafted": 2 * steps,
         "proposing": {"seconds": 0.001 * steps, "requests": steps} if arm != STOCK else {},
     }
-    return Run(arm, "data", category, batch, turn, again, answer)
+    return DrafterRun(arm, "data", category, batch, turn, again, answer)
 
 
 def test_figures() -> None:
@@ -39,7 +39,7 @@ def test_figures() -> None:
         run(stock, 1, 4.0, [1, 2, 3, 4, 5], 4, "math"),
         run("tr@cold", 1, 2.0, [1, 2, 3, 4, 9], 4, "math"),
     ]
-    figures = {(r.dataset, r.metric): r for r in summarise(runs)}
+    figures = {(r.dataset, r.metric): r for r in summarize_runs(runs)}
     assert figures["data", "speedup"].value == pytest.approx(2.0)
     assert figures["data", "speedup"].runs == [2.0, 2.0]
     assert figures["data", "identical_share"].value == 0.5
@@ -59,7 +59,7 @@ def test_prompts_that_come_twice_are_told_apart() -> None:
         run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4, again=True),
         run(arm, 0, 0.25, [1, 2, 3, 4, 5], 1, again=True),
     ]
-    figures = {(r.dataset, r.metric): r.value for r in summarise(runs)}
+    figures = {(r.dataset, r.metric): r.value for r in summarize_runs(runs)}
     assert figures["data", "speedup"] == pytest.approx(2.0)
     assert figures["data_again", "speedup"] == pytest.approx(8.0)
     assert figures["data_twice", "speedup"] == pytest.approx(4.0)
@@ -71,7 +71,7 @@ def test_a_result_file_is_whole_and_names_no_folder_of_this_machine(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["pilotfish", "bench", "--out", str(Path.home() / "x.json"), str(Path.cwd() / "y")])
     path = tmp_path / "deep" / "result.json"
-    record.write(path, [record.Record("drafters", "d", "a", "speedup", 1.5, "x", [1.0], {"batch": 1})])
+    record.write_records(path, [record.Record("drafters", "d", "a", "speedup", 1.5, "x", [1.0], {"batch": 1})])
     result = json.loads(path.read_text())
     assert set(result) == {"machine", "versions", "command", "date", "records"}
     assert result["command"] == "pilotfish bench --out '~/x.json' ./y"

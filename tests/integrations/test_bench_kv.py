@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pilotfish.integrations.vllm.bench import kv_work
-from pilotfish.integrations.vllm.bench.kv_work import Arm
-from pilotfish.integrations.vllm.bench.needle_in_haystack import Question
+from pilotfish.integrations.vllm.bench.kv_work import KVArm
+from pilotfish.integrations.vllm.bench.needle_in_haystack import NeedleQuestion
 
-ARMS = [Arm("none", None), Arm("tidal_decode@budget=256", {"budget": 256})]
+ARMS = [KVArm("none", None), KVArm("tidal_decode@budget=256", {"budget": 256})]
 
 
 class Played:
@@ -43,7 +43,7 @@ class Played:
 
 def test_step_times_are_compared_turn_by_turn() -> None:
     engine = Played()
-    records = kv_work.speed(engine, ARMS, [list(range(40)), list(range(1, 41))])
+    records = kv_work.measure_step_times(engine, ARMS, [list(range(40)), list(range(1, 41))])
     speedup = next(r for r in records if r.metric == "step_speedup")
     assert (speedup.arm, speedup.dataset, speedup.params) == (
         "tidal_decode@budget=256",
@@ -57,7 +57,7 @@ def test_step_times_are_compared_turn_by_turn() -> None:
 
 
 def test_quality_is_measured_against_full_attention() -> None:
-    records = kv_work.quality(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
+    records = kv_work.measure_divergence(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
     values = {(r.arm, r.metric): r.value for r in records}
     assert values == {
         ("none", "nll"): 2.0,
@@ -71,8 +71,8 @@ def test_quality_is_measured_against_full_attention() -> None:
 
 
 def test_questions_are_asked_under_every_arm() -> None:
-    groups = [[Question([1], [2], [3, 4], 0.0), Question([1], [2], [5], 1.0)]]
-    records = kv_work.questions(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
+    groups = [[NeedleQuestion([1], [2], [3, 4], 0.0), NeedleQuestion([1], [2], [5], 1.0)]]
+    records = kv_work.measure_answers(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
     values = {r.arm: r.value for r in records if r.metric == "exact_match"}
     assert values == {"none": 1.0, "tidal_decode@budget=256": 0.0}
 

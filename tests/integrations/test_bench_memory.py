@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from pilotfish.integrations.vllm.bench import kv_memory, kv_work, needle_in_haystack
-from pilotfish.integrations.vllm.bench.kv_work import STOCK, Arm, Plan
+from pilotfish.integrations.vllm.bench.kv_work import STOCK, KVArm, KVBenchmark
 
-POLICY = Arm("razor_attention", {"window": 64})
+POLICY = KVArm("razor_attention", {"window": 64})
 
 
 class Played:
@@ -61,10 +61,10 @@ class Letters:
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.MemoryWork:
+def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.KVMemoryWork:
     STARTED.clear()
     monkeypatch.setattr(kv_memory, "EngineProcess", Played)
-    plan = Plan(
+    plan = KVBenchmark(
         "razor_attention",
         ("window=64",),
         (),
@@ -78,14 +78,14 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.MemoryWor
         needle_contexts=(400,),
     )
     text = "".join(chr(97 + i * i % 23) for i in range(20000))
-    return kv_memory.MemoryWork(plan, [Arm(STOCK, None), POLICY], "m", Letters(), {"t": text}, text)
+    return kv_memory.KVMemoryWork(plan, [KVArm(STOCK, None), POLICY], "m", Letters(), {"t": text}, text)
 
 
 def values(records: list[Any], metric: str) -> dict[str, float]:
     return {r.arm: r.value for r in records if r.metric == metric}
 
 
-def test_all_parts_compare_with_stock_attention(work: kv_memory.MemoryWork, tmp_path: Path) -> None:
+def test_all_parts_compare_with_stock_attention(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     parts = {name.split(" of ")[0]: [] for name, _ in work.parts_in(tmp_path)}
     for name, part in work.parts_in(tmp_path):
         parts[name.split(" of ")[0]] += part()
@@ -103,7 +103,7 @@ def test_all_parts_compare_with_stock_attention(work: kv_memory.MemoryWork, tmp_
     assert values(quality, "needle_recall") == {STOCK: 1.0, POLICY.label: 0.0}
 
 
-def test_every_engine_gets_the_same_memory_and_ends(work: kv_memory.MemoryWork, tmp_path: Path) -> None:
+def test_every_engine_gets_the_same_memory_and_ends(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     for _, part in work.parts_in(tmp_path):
         part()
     loads = [engine for engine in STARTED if "load" in engine.asked]
@@ -112,9 +112,9 @@ def test_every_engine_gets_the_same_memory_and_ends(work: kv_memory.MemoryWork, 
     assert all(engine.config["enable_prefix_caching"] is False for engine in STARTED if engine.ours)
 
 
-def test_parts_that_nobody_asked_for_start_no_engine(work: kv_memory.MemoryWork, tmp_path: Path) -> None:
+def test_parts_that_nobody_asked_for_start_no_engine(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     from dataclasses import replace
 
     bare = replace(work, plan=replace(work.plan, contexts=(), quality_contexts=(), needle_contexts=()))
     assert list(bare.parts_in(tmp_path)) == []
-    assert kv_work.Plan.needles == needle_in_haystack.ROUNDS
+    assert kv_work.KVBenchmark.needles == needle_in_haystack.ROUNDS

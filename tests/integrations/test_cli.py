@@ -78,7 +78,7 @@ def test_serve_prints_a_command_that_a_shell_reads_back(cli: Callable) -> None:
     assert config["pilotfish"] == {"drafter": {"name": "token_recycling", "order": 2, "state_path": "x y.npz"}}
     assert json.loads(words[words.index("--speculative-config") + 1]) == {
         "method": "custom_class",
-        "model": "pilotfish.integrations.vllm.Drafter",
+        "model": "pilotfish.integrations.vllm.PilotfishProposer",
         "num_speculative_tokens": 12,
     }
     assert words.count("--additional-config") == 1

@@ -50,10 +50,10 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
 def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
     text = "".join(f"line {i}\n" for i in range(300))
-    whole = commands.encode(tokenizer, text)
+    whole = commands.encode_texts(tokenizer, text)
     monkeypatch.setattr(commands, "PIECE", 100)
-    assert commands.encode(tokenizer, text) == whole
-    assert tokenizer.decode(commands.encode(tokenizer, "x" * 1000)) == "x" * 1000
+    assert commands.encode_texts(tokenizer, text) == whole
+    assert tokenizer.decode(commands.encode_texts(tokenizer, "x" * 1000)) == "x" * 1000
 
 
 def test_endings_choose_files(corpus: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
         ]
     )
     pipeline = Pipeline()
-    pipeline.add_component("finds", PilotfishRetriever(store, top_k=2, settings={"probes": 64}))
+    pipeline.add_component("finds", PilotfishRetriever(store, top_k=2, settings={"nprobe": 64}))
     question = {"query": "which fish follow sharks?"}
     found = pipeline.run({"finds": question})["finds"]["documents"]
     assert found[0].id == "a"

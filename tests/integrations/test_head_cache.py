@@ -15,7 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from pilotfish.integrations.vllm.attention.windowed import kv_cache_spec
-from pilotfish.integrations.vllm.attention.windowed.kv_cache_spec import WindowedHeadSpec, capacity
+from pilotfish.integrations.vllm.attention.windowed.kv_cache_spec import WindowedHeadSpec, max_concurrency
 from pilotfish.integrations.vllm.engine import metrics
 from pilotfish.kvcache.head_window import HeadWindow
 
@@ -73,7 +73,7 @@ class Played:
                     assert not group[j].is_null, f"block {j} is read in the step from {begin} to {end}"
             kept = sum(not b.is_null for b in group)
             spec = self.manager.coordinator.single_type_managers[1].kv_cache_spec
-            assert kept <= spec.most_blocks
+            assert kept <= spec.max_blocks
             assert kept <= -(-end // BLOCK) - (first - sinks), "what was dropped is held no longer"
         request.num_computed_tokens = end
         if end >= request.num_tokens:
@@ -149,7 +149,7 @@ def test_freed_blocks_are_counted_and_told() -> None:
     for _ in range(12):
         played.step(0)
         stats, before = scheduler.make_stats(), counter._value.get()
-        metrics.take_freed(stats, 3)
+        metrics.record_freed_blocks(stats, 3)
         assert stats.num_kv_fetch_reqs_by_stage == {}, "vLLM's loggers see nothing of it"
         assert counter._value.get() >= before
     whole, *windowed = manager.get_blocks(played.running[0].request_id).blocks
@@ -173,7 +173,7 @@ def test_capacity_counts_one_request_in_its_prompt_and_the_others_decoding() -> 
     exact = HeadWindow(4, 300, 5, True, exact_prefill=True)
     whole = -(-LONGEST // BLOCK)
     steady = whole + 2 * exact.max_decode_blocks(LONGEST, 1, BLOCK)
-    assert capacity(config(exact, 3 * whole + 2 * steady), Engine) == pytest.approx(3)
-    assert capacity(config(exact, 3 * whole // 2), Engine) == pytest.approx(0.5, abs=0.01)
+    assert max_concurrency(config(exact, 3 * whole + 2 * steady), Engine) == pytest.approx(3)
+    assert max_concurrency(config(exact, 3 * whole // 2), Engine) == pytest.approx(0.5, abs=0.01)
     plain = KVCacheConfig(100, [], [KVCacheGroupSpec(["whole"], FullAttentionSpec(**SHAPE))])
-    assert capacity(plain, Engine) is None, "vLLM's own figure holds where no head is windowed"
+    assert max_concurrency(plain, Engine) is None, "vLLM's own figure holds where no head is windowed"

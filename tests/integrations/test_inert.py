@@ -29,7 +29,7 @@ def test_register_never_raises_without_vllm() -> None:
 
 
 def test_importing_the_adapter_package_needs_no_torch() -> None:
-    code = f"import sys, pilotfish.integrations.vllm as v; assert 'Drafter' in v.__all__; {STANDARD}"
+    code = f"import sys, pilotfish.integrations.vllm as v; assert 'PilotfishProposer' in v.__all__; {STANDARD}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -40,23 +40,23 @@ def test_importing_the_adapter_package_needs_no_torch() -> None:
         (None, None, False),
         ({"other": 1}, {"method": "ngram"}, False),
         ({"pilotfish": {}}, None, True),
-        ({}, {"model": selection.DRAFTER_CLASS}, True),
+        ({}, {"model": selection.PROPOSER_CLASS}, True),
     ],
 )
 def test_only_those_who_mention_us_are_concerned(additional, speculative, concerned: bool) -> None:
-    assert selection.concerned(additional, speculative) is concerned
+    assert selection.is_selected(additional, speculative) is concerned
 
 
 def test_half_a_selection_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish.drafter: missing, though"):
-        selection.read({}, {"model": selection.DRAFTER_CLASS})
+        selection.read_config({}, {"model": selection.PROPOSER_CLASS})
 
 
 def test_kinds_that_are_not_attached_yet_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish\.kv\.name: 'razor': unknown"):
-        selection.read({"pilotfish": {"kv": "razor"}})
+        selection.read_config({"pilotfish": {"kv": "razor"}})
 
 
 def test_the_kill_switch_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFISH_DISABLE", "1")
-    assert selection.read({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()
+    assert selection.read_config({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()

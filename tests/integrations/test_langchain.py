@@ -12,7 +12,7 @@ from langchain_core.vectorstores import VectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 
 from pilotfish.integrations.langchain import PilotfishRetriever, PilotfishVectorStore
-from pilotfish.integrations.langchain.filters import translate
+from pilotfish.integrations.langchain.filters import to_pilotfish_filter
 from pilotfish.retrieval import RetrievalError, filters
 from pilotfish.retrieval.filters import FilterError
 
@@ -56,7 +56,7 @@ def test_what_it_finds_by_filters_and_scores(tmp_path: Path) -> None:
     assert [d.id for d in store.similarity_search("sharks", k=4, filter="year < 2020")] == ["a"]
     retriever = store.as_retriever(search_kwargs={"k": 1, "filter": {"year": {"$ne": 2020}}})
     assert retriever.invoke("which fish follow sharks?")[0].id == "a"
-    alone = PilotfishRetriever(folder=tmp_path / "index", k=2, filter="year > 2020", settings={"probes": 64})
+    alone = PilotfishRetriever(folder=tmp_path / "index", k=2, filter="year > 2020", settings={"nprobe": 64})
     assert {d.id for d in asyncio.run(alone.ainvoke("sharks"))} == {"c", "d"}
     store.delete(where={"year": 2020})
     assert {d.id for d in store.get_by_ids(list("abcd"))} == {"a", "c", "d"}
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_refused(tmp_path: Path) -> None:
         PilotfishVectorStore.from_texts(["a"], DeterministicFakeEmbedding(size=3), folder=tmp_path / "other")
     with pytest.raises(RetrievalError, match="2 texts, 1 metadata"):
         store.add_texts(["a", "b"], [{}])
-    with pytest.raises(RetrievalError, match="did you mean 'probes'"):
+    with pytest.raises(RetrievalError, match="did you mean 'nprobe'"):
         PilotfishVectorStore(tmp_path / "index", probs=3)
     with pytest.raises(RetrievalError, match="is of kind xtr, not vdr"):
         PilotfishVectorStore(tmp_path / "index", kind="vdr")
@@ -142,6 +142,6 @@ def holds(condition: dict[str, Any], metadata: dict[str, Any]) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(FILTERS, st.dictionaries(st.sampled_from(["a", "b"]), VALUES))
 def test_filters_mean_what_they_mean_elsewhere(condition: dict[str, Any], metadata: dict[str, Any]) -> None:
-    ours = translate(condition)
+    ours = to_pilotfish_filter(condition)
     assert ours is not None and not isinstance(ours, str)
     assert filters.matches(ours, metadata) == holds(condition, metadata)

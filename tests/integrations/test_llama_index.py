@@ -9,7 +9,7 @@ from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from pilotfish.integrations.llama_index import PilotfishRerank, PilotfishRetriever
-from pilotfish.integrations.llama_index.filters import translate
+from pilotfish.integrations.llama_index.filters import to_pilotfish_filter
 from pilotfish.retrieval import RetrievalError, filters
 
 NODES = [
@@ -67,10 +67,10 @@ def test_what_llama_index_adds_to_nodes_comes_back(retriever: PilotfishRetriever
     ],
 )
 def test_filters(one: MetadataFilter, ids: set[str]) -> None:
-    ours = translate(MetadataFilters(filters=[one]))
+    ours = to_pilotfish_filter(MetadataFilters(filters=[one]))
     assert ours is not None and not isinstance(ours, str)
     assert {n.node_id for n in NODES if filters.matches(ours, n.metadata)} == ids
-    other = translate(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
+    other = to_pilotfish_filter(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
     assert other is not None and not isinstance(other, str)
     assert {n.node_id for n in NODES if filters.matches(other, n.metadata)} == {"a", "b", "c"} - ids
 
@@ -78,8 +78,8 @@ def test_filters(one: MetadataFilter, ids: set[str]) -> None:
 def test_what_has_no_counterpart_is_refused() -> None:
     wrong = MetadataFilter(key="a", value="x", operator=FilterOperator.TEXT_MATCH_INSENSITIVE)
     with pytest.raises(filters.FilterError, match="not possible"):
-        translate(MetadataFilters(filters=[wrong]))
-    assert translate(MetadataFilters(filters=[])) is None
+        to_pilotfish_filter(MetadataFilters(filters=[wrong]))
+    assert to_pilotfish_filter(MetadataFilters(filters=[])) is None
 
 
 def test_reranking_puts_the_nearest_first(retriever: PilotfishRetriever) -> None:

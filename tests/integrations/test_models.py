@@ -17,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fetch_quietly(_: int) -> str:
-    return str(base.fetch(SMOLLM2))
+    return str(base.fetch_model(SMOLLM2))
 
 
 def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
@@ -26,9 +26,9 @@ def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     assert SMOLLM2.verify()
     assert [p.name for p in (cache / "models").iterdir()] == [SMOLLM2.name]
     stamp = (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns
-    assert registry.resolve(SMOLLM2.name) == str(SMOLLM2.folder)
+    assert registry.resolve_model(SMOLLM2.name) == str(SMOLLM2.folder)
     assert (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert registry.resolve("some/other") == "some/other"
+    assert registry.resolve_model("some/other") == "some/other"
 
     weights = SMOLLM2.folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -46,7 +46,7 @@ def test_progress_runs_to_the_end_and_an_interrupt_leaves_nothing(cache: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base.fetch(SMOLLM2, interrupt)
+        base.fetch_model(SMOLLM2, interrupt)
     assert seen == sorted(seen)
     assert list((cache / "models").iterdir()) == []
 
@@ -56,7 +56,7 @@ def test_a_damaged_source_is_refused(cache: Path, tmp_path: Path, monkeypatch: p
     damaged.write_bytes(b"GGUF")
     monkeypatch.setattr(embedded.EmbeddedModel, "source", lambda self: damaged)
     with pytest.raises(ModelError, match="damaged"):
-        base.fetch(SMOLLM2)
+        base.fetch_model(SMOLLM2)
     assert not (cache / "models").exists()
 
 
@@ -64,7 +64,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set PILOTFISH_CACHE"):
-        base.fetch(SMOLLM2)
+        base.fetch_model(SMOLLM2)
 
 
 def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

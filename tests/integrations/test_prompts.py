@@ -17,7 +17,7 @@ def write(path: Path, lines: list[dict]) -> Path:
 def test_the_forms_in_use(tmp_path: Path) -> None:
     lines = [{"turns": ["a", "b"], "category": "qa"}, {"prompt": "c"}, {"task_id": "HumanEval/0", "prompt": "def f():"}]
     for name in ("x.jsonl", "x.jsonl.gz"):
-        read = prompts.read(write(tmp_path / name, lines))
+        read = prompts.read_prompts(write(tmp_path / name, lines))
         assert [(p.category, p.dataset) for p in read] == [(c, tmp_path.name) for c in ("qa", "all", "code")]
         assert [p.text for p in read][:2] == ["a", "c"]
         assert "def f():" in read[2].text
@@ -26,18 +26,18 @@ def test_the_forms_in_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [[], [{"category": "x"}], [{"turns": []}], [{"prompt": 3}], ["text"]])
 def test_other_files_are_refused(tmp_path: Path, lines: list) -> None:
     with pytest.raises(ConfigError, match="--prompts"):
-        prompts.read(write(tmp_path / "x.jsonl", lines))
+        prompts.read_prompts(write(tmp_path / "x.jsonl", lines))
     with pytest.raises(ConfigError, match="No such file"):
-        prompts.read(tmp_path / "none.jsonl")
+        prompts.read_prompts(tmp_path / "none.jsonl")
 
 
 def test_samples_are_seeded_cover_all_categories_and_leave_the_rest(tmp_path: Path) -> None:
     lines = [{"prompt": f"{c}{i}", "category": c} for c, n in (("a", 30), ("b", 3), ("c", 9)) for i in range(n)]
-    read = prompts.read(write(tmp_path / "x.jsonl", lines))
-    drawn = prompts.sample(read, 12, seed=1)
-    assert drawn == prompts.sample(read, 12, seed=1) != prompts.sample(read, 12, seed=2)
+    read = prompts.read_prompts(write(tmp_path / "x.jsonl", lines))
+    drawn = prompts.sample_prompts(read, 12, seed=1)
+    assert drawn == prompts.sample_prompts(read, 12, seed=1) != prompts.sample_prompts(read, 12, seed=2)
     assert {c: sum(p.category == c for p in drawn) for c in "abc"} == {"a": 5, "b": 3, "c": 4}
-    others = prompts.rest(read, drawn, 10, seed=1)
+    others = prompts.remaining_prompts(read, drawn, 10, seed=1)
     assert len(others) == 10
     assert not set(others) & set(drawn)
-    assert len(prompts.sample(read, 1000, seed=1)) == len(read)
+    assert len(prompts.sample_prompts(read, 1000, seed=1)) == len(read)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pilotfish.integrations.vllm.models.embedded import base, embedded, registry
-from pilotfish.integrations.vllm.vision.image_encoder import Eye
+from pilotfish.integrations.vllm.vision.image_encoder import VisionEncoder
 from pilotfish.plugins.contracts import ImageLayout
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 
@@ -64,7 +64,7 @@ def test_all_sorts_of_pictures(inside: Callable, pictures: Path, tmp_path: Path)
     ],
 )
 def test_what_cannot_be_pruned_is_refused(inside: Callable, pictures: Path, tmp_path: Path, arguments, message) -> None:
-    base.fetch(embedded.SMOLLM2)
+    base.fetch_model(embedded.SMOLLM2)
     answer = inside("prune", str(pictures / arguments[0]), *arguments[1:], "--out", str(tmp_path / "o"))
     assert answer.returncode == 2, answer.stdout
     assert message in answer.stderr
@@ -73,8 +73,8 @@ def test_what_cannot_be_pruned_is_refused(inside: Callable, pictures: Path, tmp_
 
 @pytest.mark.parametrize("name", registry.TEST_MODELS)
 def test_eyes_of_all_models(name: str, pictures: Path) -> None:
-    eye = Eye(base.fetch(registry.EMBEDDED[name]))
-    layout, seen, features = eye.see(Image.open(pictures / "photo.png"))
+    eye = VisionEncoder(base.fetch_model(registry.EMBEDDED[name]))
+    layout, seen, features = eye.encode(Image.open(pictures / "photo.png"))
     assert seen.tokens.shape == (layout.num_tokens, 576)
     assert seen.scores is not None
     assert seen.scores.shape == features.shape[:2]
@@ -89,12 +89,12 @@ def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path, count: 
     assert spec is not None and spec.loader is not None
     pruners = module_from_spec(spec)
     spec.loader.exec_module(pruners)
-    eye = Eye(base.fetch(registry.EMBEDDED["test-llava-next"]))
+    eye = VisionEncoder(base.fetch_model(registry.EMBEDDED["test-llava-next"]))
     data = Path(__file__).parents[2].parent / "shared" / "data"
     folders = (data / "skimage_samples", data / "owleval")
     real = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
     for path in (pictures / "photo.png", pictures / "line.png", *real):
-        layout, seen, _ = eye.see(Image.open(path).convert("RGB"))
+        layout, seen, _ = eye.encode(Image.open(path).convert("RGB"))
         assert seen.scores is not None
         for retain in (0.5, 0.25, 0.1):
             pruner = GlobalCom2(GlobalCom2Options(retain))
@@ -107,10 +107,10 @@ def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
     """Tokens of a picture as transformers' own LLaVA-NeXT packs them."""
     from transformers import LlavaNextForConditionalGeneration
 
-    folder = base.fetch(registry.EMBEDDED["test-llava-next"])
+    folder = base.fetch_model(registry.EMBEDDED["test-llava-next"])
     image = Image.open(pictures / "photo.png")
-    eye = Eye(folder)
-    layout, seen, _ = eye.see(image)
+    eye = VisionEncoder(folder)
+    layout, seen, _ = eye.encode(image)
     inputs = eye.processor.image_processor(image, return_tensors="pt")
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
@@ -144,4 +144,4 @@ def test_a_choice_that_nobody_can_write_is_refused() -> None:
         ({"name": 1}, "expected a name"),
     ):
         with pytest.raises(ConfigError, match=message):
-            request_pruner.asked(engine, {"pruner": wrong})
+            request_pruner.request_options(engine, {"pruner": wrong})

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from language_server import MODEL, LanguageServer, serving
 
 from pilotfish.integrations.rag import abstention, answering, connection, evaluation, prompt, questions
-from pilotfish.integrations.rag.answering import Answerer, Done, Found, Text
+from pilotfish.integrations.rag.answering import AnswerDone, Answerer, AnswerText, PassagesFound
 from pilotfish.integrations.rag.connection import ServerError
 from pilotfish.plugins.config import ConfigError
 from pilotfish.retrieval import Index
@@ -33,10 +33,10 @@ async def events(
 
 async def test_an_answer_comes_in_parts(documents: Index, language: LanguageServer) -> None:
     found, *parts, done = await events(Answerer(documents, language.url, k=2), "what do pilot fish travel with?")
-    assert isinstance(found, Found) and found.passages[0].id == "sharks"
+    assert isinstance(found, PassagesFound) and found.passages[0].id == "sharks"
     assert len(found.passages) == 2
-    assert all(isinstance(p, Text) for p in parts) and len(parts) > 3
-    assert isinstance(done, Done)
+    assert all(isinstance(p, AnswerText) for p in parts) and len(parts) > 3
+    assert isinstance(done, AnswerDone)
     assert done.text == "".join(p.text for p in parts).strip() == "Pilot fish travel with sharks [1]."
     assert (done.known, done.cited, list(done.attributed)) == (True, [1], [])
     assert done.tokens == {"prompt": 40, "answer": 9, "cached": 16}
@@ -68,7 +68,7 @@ async def test_what_is_not_known_is_said(documents: Index, language: LanguageSer
 async def test_filters_and_history_reach_where_they_belong(documents: Index, language: LanguageServer) -> None:
     found, *_ = await events(Answerer(documents, language.url), "sharks", where="kind = 'sky'")
     assert [p.id for p in found.passages] == ["moon"]
-    history = prompt.continued([], found.passages, "sharks", "No.")
+    history = prompt.follow_up_question([], found.passages, "sharks", "No.")
     await events(Answerer(documents, language.url), "and the moon?", history)
     assert language.requests[-1]["messages"][1:-1] == history
 
@@ -143,7 +143,7 @@ def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
     outcomes = evaluation.ask_all(Answerer(documents, language.url, k=1), cases, lambda: told.append(1))
     assert len(told) == len(cases)
     assert [o.answerable for o in outcomes] == [True, True, True, False, False]
-    found = evaluation.figures(outcomes)
+    found = evaluation.compute_metrics(outcomes)
     third = round(1 / 3, 4)
     assert found["contains"] == round(2 / 3, 4)
     assert found["exact_match"] == third
@@ -155,21 +155,21 @@ def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
     assert found["attribution_precision"] == 1.0
     assert found["cached_share"] == 0.4
     assert found["first_token_ms"] <= found["answer_ms_median"] <= found["answer_ms_p95"]
-    survey = evaluation.survey(documents, cases, 3)
+    survey = evaluation.ask_for_passages(documents, cases, 3)
     assert survey["recall@3"] == 1.0
     assert survey["answer_in_passages"] == 1.0
     assert (survey["with_answer"], survey["without_answer"]) == (3, 2)
     assert 0 < survey["threshold"] < 1
-    assert "threshold" not in evaluation.survey(documents, cases[:3], 3), "one kind alone says nothing"
+    assert "threshold" not in evaluation.ask_for_passages(documents, cases[:3], 3), "one kind alone says nothing"
 
 
 @pytest.mark.parametrize(("together", "can", "share"), [(False, True, 1.0), (True, False, None)])
 def test_documents_are_alternatives_or_all_needed(documents: Index, together: bool, can: bool, share: float) -> None:
     case = questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks", "not there"), together)
     assert evaluation.answerable(documents, case) is can
-    assert evaluation.survey(documents, [case], 1).get("recall@1") == share
+    assert evaluation.ask_for_passages(documents, [case], 1).get("recall@1") == share
     both = questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks", "bread"), together)
-    assert evaluation.survey(documents, [both], 1)["recall@1"] == (0.5 if together else 1.0)
+    assert evaluation.ask_for_passages(documents, [both], 1)["recall@1"] == (0.5 if together else 1.0)
 
 
 def test_the_95th_percentile_is_that() -> None:
@@ -201,7 +201,7 @@ def test_the_95th_percentile_is_that() -> None:
     ],
 )
 def test_refusals(text: str, so: bool) -> None:
-    assert answering.refused(text) is so
+    assert answering.is_abstention(text) is so
 
 
 def chat_server(
@@ -300,7 +300,7 @@ async def test_a_key_that_cannot_be_sent_is_told(documents: Index, language: Lan
 
 
 async def test_the_threshold_beside_the_index_is_used(documents: Index, language: LanguageServer) -> None:
-    abstention.write(documents.folder, 0.99, {})
+    abstention.write_threshold(documents.folder, 0.99, {})
     try:
         assert Answerer(documents, language.url).threshold == 0.99
         assert Answerer(documents, language.url, threshold=0.1).threshold == 0.1

@@ -51,7 +51,7 @@ def test_ask(cli: Cli, folder: str, language: LanguageServer) -> None:
 
 
 def test_the_saved_threshold_is_used(cli: Cli, folder: str, language: LanguageServer) -> None:
-    abstention.write(Path(folder), 1000.0, {})
+    abstention.write_threshold(Path(folder), 1000.0, {})
     assert "nothing in the documents" in cli("rag", "ask", folder, "sharks?", "--server", language.url).stdout
     asked = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--threshold", "0")
     assert asked.stdout.startswith("Pilot fish")
@@ -129,7 +129,7 @@ def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -
     assert not (Path(folder) / abstention.NAME).exists()
     saved = cli(*asking, "--sample", "0", "--save", "--json")
     assert saved.returncode == 0, saved.stderr
-    assert abstention.read(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
+    assert abstention.read_threshold(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
     squad = {"data": [{"title": "a", "paragraphs": [{"context": "Cats purr.", "qas": [
         {"question": "Who purrs?", "answers": [{"text": "Cats"}]}]}]}]}  # fmt: skip
     (tmp_path / "squad.json").write_text(json.dumps(squad))

@@ -13,7 +13,7 @@ from language_server import LanguageServer, serving
 from playwright.sync_api import expect, sync_playwright
 
 from pilotfish.integrations.rag.answering import Answerer
-from pilotfish.integrations.rag.server import create_app
+from pilotfish.integrations.rag.server import create_rag_app
 from pilotfish.retrieval import Index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,7 +41,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, language: LanguageServer) -> I
     """The page over an index that is empty at first, with the embedded encoder."""
     with Index.create(tmp_path_factory.mktemp("rag") / "index") as index:
         answerer = Answerer(index, language.url, "by-rule", threshold=0.3)
-        with serving(create_app(index, answerer)) as served:
+        with serving(create_rag_app(index, answerer)) as served:
             yield served
 
 
@@ -181,7 +181,7 @@ def test_files_that_are_chosen_meanwhile_wait_their_turn(open_page: Any, tmp_pat
 @pytest.mark.parametrize("token", ["a+b/c=&d%", "50%", "plain"])
 def test_any_token_opens_the_page(browser: Any, tmp_path: Path, language: LanguageServer, token: str) -> None:
     with Index.create(tmp_path / "index", "bm25") as index:
-        app = create_app(index, Answerer(index, language.url, "by-rule"), token)
+        app = create_rag_app(index, Answerer(index, language.url, "by-rule"), token)
         with serving(app) as served, contextlib.closing(browser.new_context()) as context:
             page = context.new_page()
             page.goto(f"{served}/#token=wrong")

@@ -50,26 +50,30 @@ def written(path: Path, content: Any) -> Path:
 
 
 def test_forms(tmp_path: Path) -> None:
-    squad = questions.read(written(tmp_path / "squad.en.json", SQUAD))
+    squad = questions.read_questions(written(tmp_path / "squad.en.json", SQUAD))
     assert squad.name == "squad"
     assert squad.cases == [
         questions.Case("With whom?", ("sharks", "with sharks"), ("Fish/0",)),
         questions.Case("Why?", (), ("Fish/0",)),
     ]
     assert [d["text"] for d in squad.documents.values()] == ["Pilot fish travel with sharks.", "Sharks are fish."]
-    hotpot = questions.read(written(tmp_path / "hotpot.json.gz", HOTPOT))
+    hotpot = questions.read_questions(written(tmp_path / "hotpot.json.gz", HOTPOT))
     assert hotpot.cases == [questions.Case("Who?", ("Ann",), ("Ann", "Bob"), together=True)]
     assert hotpot.documents["Ann"]["text"] == "Ann is. She was."
-    dpr = questions.read(written(tmp_path / "dpr.jsonl.gz", DPR))
+    dpr = questions.read_questions(written(tmp_path / "dpr.jsonl.gz", DPR))
     assert dpr.cases == [questions.Case("a?", ("A",), ("T",)), questions.Case("b?", ("B",))]
     assert list(dpr.documents) == ["T", "T (2)"], "the same passage twice is one"
     retriever = [{**DPR[1], "ctxs": [{"title": "T", "text": "B.", "has_answer": True}, {"title": "U", "text": "C."}]}]
-    assert questions.read(written(tmp_path / "r.json", retriever)).cases == [questions.Case("b?", ("B",), ("T",))]
+    assert questions.read_questions(written(tmp_path / "r.json", retriever)).cases == [
+        questions.Case("b?", ("B",), ("T",))
+    ]
     training = [{"question": "b?", "answers": ["B"], "positive_ctxs": [{"title": "T", "text": "B."}],
                  "negative_ctxs": [], "hard_negative_ctxs": [{"title": "U", "text": "C."}]}]  # fmt: skip
-    trained = questions.read(written(tmp_path / "t.json", training))
+    trained = questions.read_questions(written(tmp_path / "t.json", training))
     assert (trained.cases, list(trained.documents)) == ([questions.Case("b?", ("B",), ("T",))], ["T", "U"])
-    own = questions.read(written(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}]))
+    own = questions.read_questions(
+        written(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}])
+    )
     assert own.cases == [questions.Case("q", ("a",), ("x",))] and not own.documents
 
 
@@ -79,17 +83,17 @@ def test_a_folder_is_a_dataset(tmp_path: Path) -> None:
     written(folder / "a.json", HOTPOT)
     written(folder / "corpus.json", {"Ann": ["Ann is."]})
     written(folder / "b.jsonl", DPR)
-    found = questions.read(folder)
+    found = questions.read_questions(folder)
     assert (found.name, len(found.cases)) == ("both", 3)
 
 
 def test_some_passages_are_held_out(tmp_path: Path) -> None:
-    found = questions.read(written(tmp_path / "hotpot.json", HOTPOT))
+    found = questions.read_questions(written(tmp_path / "hotpot.json", HOTPOT))
     assert found.held_out(1.0) == {"Ann", "Bob"}, "those that no question needs stay"
     assert len(found.held_out(0.5)) == 1 and found.held_out(0.0) == set()
     assert found.held_out(0.5, 1) == found.held_out(0.5, 1)
-    cases = questions.sample([questions.Case(str(i)) for i in range(50)], 10)
-    assert len(set(cases)) == 10 and cases == questions.sample([questions.Case(str(i)) for i in range(50)], 10)
+    cases = questions.sample_cases([questions.Case(str(i)) for i in range(50)], 10)
+    assert len(set(cases)) == 10 and cases == questions.sample_cases([questions.Case(str(i)) for i in range(50)], 10)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +122,12 @@ def test_what_holds_no_questions_is_refused(tmp_path: Path, content: bytes) -> N
     file = tmp_path / "bad.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"bad\.json"):
-        questions.read(file)
+        questions.read_questions(file)
     with pytest.raises(ConfigError, match="No such file"):
-        questions.read(tmp_path / "absent.json")
+        questions.read_questions(tmp_path / "absent.json")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "x"}')[:-9])
     with pytest.raises(ConfigError, match=r"cut\.jsonl\.gz"):
-        questions.read(tmp_path / "cut.jsonl.gz")
+        questions.read_questions(tmp_path / "cut.jsonl.gz")
 
 
 def test_passages_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -134,12 +138,12 @@ def test_passages_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folder.mkdir()
     written(folder / "a.json", squad("one", "two"))
     written(folder / "b.json", squad("three", "two"))
-    found = questions.read(folder)
+    found = questions.read_questions(folder)
     assert {c.question: found.documents[c.documents[0]]["text"] for c in found.cases} == {
         t: t for t in ("one", "two", "three")
     }
     again = [{**HOTPOT[0], "context": [["Ann", ["Another."]], *HOTPOT[0]["context"][1:]]}]
-    hotpot = questions.read(written(tmp_path / "h.json", HOTPOT + again))
+    hotpot = questions.read_questions(written(tmp_path / "h.json", HOTPOT + again))
     assert [c.documents for c in hotpot.cases] == [("Ann", "Bob"), ("Ann (2)", "Bob")]
 
 
@@ -148,7 +152,7 @@ def test_lines_as_people_write_them(tmp_path: Path) -> None:
     first = '{"question": "a\u2028b\u0085c", "answers": [1901, "x"]}'
     second = '{"question": "d", "documents": [7], "together": true}'
     file.write_bytes(b"\xef\xbb\xbf" + f"{first}\r\n\n{second}".encode())
-    assert questions.read(file).cases == [
+    assert questions.read_questions(file).cases == [
         questions.Case("a\u2028b\u0085c", ("1901", "x")),
         questions.Case("d", (), ("7",), together=True),
     ]
@@ -156,12 +160,12 @@ def test_lines_as_people_write_them(tmp_path: Path) -> None:
 
 def test_half_of_few_questions_is_asked() -> None:
     cases = [questions.Case(str(i)) for i in range(53)]
-    asked, searched = questions.split(cases, 50, 500)
+    asked, searched = questions.split_cases(cases, 50, 500)
     assert (len(asked), len(searched)) == (26, 27)
     assert not set(asked) & set(searched)
-    assert questions.split(cases, 10, 20)[0] == asked[:10], "the seed decides, not how many"
-    assert questions.split(cases[:1], 5, 5) == (cases[:1], cases[:1])
-    assert [len(part) for part in questions.split(cases, 0, 5)] == [0, 5]
+    assert questions.split_cases(cases, 10, 20)[0] == asked[:10], "the seed decides, not how many"
+    assert questions.split_cases(cases[:1], 5, 5) == (cases[:1], cases[:1])
+    assert [len(part) for part in questions.split_cases(cases, 0, 5)] == [0, 5]
 
 
 def test_scores_are_those_of_squad() -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from language_server import DOCUMENTS, LanguageServer
 
 from pilotfish.integrations.rag.answering import Answerer
-from pilotfish.integrations.rag.server import create_app
+from pilotfish.integrations.rag.server import create_rag_app
 from pilotfish.retrieval import Index
 
 HERE = "http://localhost"
@@ -28,7 +28,7 @@ HERE = "http://localhost"
 @pytest.fixture
 def client(documents: Index, language: LanguageServer) -> TestClient:
     return TestClient(
-        create_app(documents, Answerer(documents, language.url)), base_url=HERE, raise_server_exceptions=False
+        create_rag_app(documents, Answerer(documents, language.url)), base_url=HERE, raise_server_exceptions=False
     )
 
 
@@ -139,8 +139,8 @@ def test_a_table_that_unfolds_is_refused(client: TestClient, tmp_path: Path) -> 
 def test_many_uploads_leave_room_for_readers(
     documents: Index, language: LanguageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pilotfish.integrations.rag.uploads.add", lambda *_: (time.sleep(0.05), {"added": 1})[1])
-    app = create_app(documents, Answerer(documents, language.url))
+    monkeypatch.setattr("pilotfish.integrations.rag.uploads.add_upload", lambda *_: (time.sleep(0.05), {"added": 1})[1])
+    app = create_rag_app(documents, Answerer(documents, language.url))
     with language_server.serving(app) as url, ThreadPoolExecutor(60) as pool:
         sent = [pool.submit(httpx.post, f"{url}/documents?name={i}.txt", content="x", timeout=60) for i in range(60)]
         begun = time.monotonic()
@@ -177,7 +177,7 @@ def test_the_page_runs_nothing_of_strangers(client: TestClient) -> None:
 
 
 def test_a_token_is_asked_for(documents: Index, language: LanguageServer) -> None:
-    client = TestClient(create_app(documents, Answerer(documents, language.url), token="secret", read_only=True))
+    client = TestClient(create_rag_app(documents, Answerer(documents, language.url), token="secret", read_only=True))
     assert client.get("/").status_code == client.get("/health").status_code == 200
     for path in ("/status", "/metrics"):
         assert client.get(path).status_code == 401
@@ -207,7 +207,7 @@ def schema() -> Any:
         Path(tempfile.mkdtemp(prefix="pilotfish-test-")) / "index", encoder="words", options={"dimension": 0}
     )
     made.add([{"id": i, "text": t, "metadata": m} for i, t, m in DOCUMENTS])
-    app = create_app(made, Answerer(made, "http://127.0.0.1:9/v1"))
+    app = create_rag_app(made, Answerer(made, "http://127.0.0.1:9/v1"))
     return schemathesis.openapi.from_asgi("/openapi.json", app, headers={"Host": "localhost"})
 
 
@@ -226,5 +226,5 @@ def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
 def test_language_servers_of_tests_end(documents: Index) -> None:
     with language_server.running() as server:
         url = server.url
-    client = TestClient(create_app(documents, Answerer(documents, url)), base_url=HERE)
+    client = TestClient(create_rag_app(documents, Answerer(documents, url)), base_url=HERE)
     assert "no server answers" in asked(client, question="sharks")[-1]["error"]

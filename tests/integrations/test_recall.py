@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pilotfish.integrations.vllm.bench import corpora, needle_in_haystack
-from pilotfish.integrations.vllm.bench.needle_in_haystack import Answered, Question
+from pilotfish.integrations.vllm.bench.needle_in_haystack import NeedleQuestion, NeedleResult
 from pilotfish.plugins.config import ConfigError
 
 
@@ -29,7 +29,7 @@ HAY = "".join(chr(ord("a") + i % 7) for i in range(3000))
 
 
 def test_a_needle_stands_once_at_its_depth_in_a_context_of_the_length() -> None:
-    groups = list(needle_in_haystack.needles(Letters(), HAY, 1000, seed=3))
+    groups = list(needle_in_haystack.needle_questions(Letters(), HAY, 1000, seed=3))
     assert len(groups) == needle_in_haystack.DEPTHS
     for step, group in enumerate(groups):
         assert len({written(q.text) for q in group}) == needle_in_haystack.ROUNDS, "different cities"
@@ -46,13 +46,13 @@ def test_a_needle_stands_once_at_its_depth_in_a_context_of_the_length() -> None:
 
 
 def test_needles_depend_on_the_seed_only() -> None:
-    first, again, other = (list(needle_in_haystack.needles(Letters(), HAY, 500, seed=s)) for s in (1, 1, 2))
+    first, again, other = (list(needle_in_haystack.needle_questions(Letters(), HAY, 500, seed=s)) for s in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_rounds_of_all_depths_share_their_text_up_to_the_needle() -> None:
-    groups = list(needle_in_haystack.needles(Letters(), HAY, 1000, seed=0))
+    groups = list(needle_in_haystack.needle_questions(Letters(), HAY, 1000, seed=0))
     for before, after in itertools.pairwise(groups):
         for a, b in zip(before, after, strict=True):
             at = written(a.context).index("\nThe special")
@@ -61,12 +61,12 @@ def test_rounds_of_all_depths_share_their_text_up_to_the_needle() -> None:
 
 def test_a_short_haystack_is_refused() -> None:
     with pytest.raises(ConfigError, match="the haystack has 3000 tokens, more than 3000 are needed"):
-        list(needle_in_haystack.needles(Letters(), HAY, 3000, seed=0))
+        list(needle_in_haystack.needle_questions(Letters(), HAY, 3000, seed=0))
 
 
 def test_a_context_too_short_for_a_needle_is_refused() -> None:
     with pytest.raises(ConfigError, match="64 tokens at least, got 10"):
-        list(needle_in_haystack.needles(Letters(), HAY, 10, seed=0))
+        list(needle_in_haystack.needle_questions(Letters(), HAY, 10, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_malformed_dictionaries_are_refused(tmp_path: Path, row: dict) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(ConfigError, match="not a file of dictionaries"):
-        needle_in_haystack.dictionaries(Letters(), path, 1, 100)
+        needle_in_haystack.dictionary_questions(Letters(), path, 1, 100)
 
 
 def dictionary_file(path: Path, keys: int) -> Path:
@@ -96,8 +96,8 @@ def dictionary_file(path: Path, keys: int) -> Path:
 
 def test_dictionaries_are_shortened_to_fit_and_keep_what_is_asked(tmp_path: Path) -> None:
     path = dictionary_file(tmp_path / "d.jsonl.gz", 40)
-    whole = needle_in_haystack.dictionaries(Letters(), path, 3, 10_000)
-    short = needle_in_haystack.dictionaries(Letters(), path, 3, 400)
+    whole = needle_in_haystack.dictionary_questions(Letters(), path, 3, 10_000)
+    short = needle_in_haystack.dictionary_questions(Letters(), path, 3, 400)
     for q, s in zip(whole, short, strict=True):
         assert written(q.context).count("key-") == 40
         assert 1 < written(s.context).count("key-") < 40
@@ -113,9 +113,9 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(ConfigError, match="not a file of dictionaries"):
-        needle_in_haystack.dictionaries(Letters(), path, 1, 100)
+        needle_in_haystack.dictionary_questions(Letters(), path, 1, 100)
     with pytest.raises(ConfigError, match="No such file"):
-        needle_in_haystack.dictionaries(Letters(), tmp_path / "none", 1, 100)
+        needle_in_haystack.dictionary_questions(Letters(), tmp_path / "none", 1, 100)
 
 
 class Played:
@@ -125,10 +125,10 @@ class Played:
 
 
 def test_an_answer_counts_when_all_of_it_is_right() -> None:
-    asked = [Question([1], [2, 3], [4, 9], 0.0), Question([1], [2], [4, 5], 1.0)]
-    results = needle_in_haystack.answer(Played(), asked)
-    assert results == [Answered(True, 1.0), Answered(False, 0.5)]
-    records = needle_in_haystack.records(
+    asked = [NeedleQuestion([1], [2, 3], [4, 9], 0.0), NeedleQuestion([1], [2], [4, 5], 1.0)]
+    results = needle_in_haystack.answer_questions(Played(), asked)
+    assert results == [NeedleResult(True, 1.0), NeedleResult(False, 0.5)]
+    records = needle_in_haystack.needle_records(
         "pg_essays", "needle_recall", "arm", list(zip(asked, results, strict=True)), 100
     )
     values = {(r.metric, r.params.get("depth")): r.value for r in records}
@@ -141,7 +141,7 @@ def test_an_answer_counts_when_all_of_it_is_right() -> None:
 
 
 def test_the_embedded_sample_is_long_prose() -> None:
-    text = corpora.sample()
+    text = corpora.sample_corpus()
     assert len(text) > 200_000
     assert "expression" in text
 
@@ -157,8 +157,8 @@ def test_excerpts_begin_at_even_distances() -> None:
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
-    assert corpora.read(tmp_path) == "a.txt\n\nb.txt"
+    assert corpora.read_corpus(tmp_path) == "a.txt\n\nb.txt"
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ConfigError, match="there is no text"):
-        corpora.read(empty)
+        corpora.read_corpus(empty)

@@ -38,18 +38,18 @@ def test_the_page_escapes_and_needs_no_network(tmp_path: Path) -> None:
     found = results(
         **{"one $\\frac$": {"rasd/speedup": 0.9, "<i>/speedup": 2.0, "rasd/odd_metric": 3.0, "x$_{$y/speedup": 1.0}}
     )
-    report.write([found], ["rasd"], tmp_path / "page.html")
+    report.write_report([found], ["rasd"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<b>P" not in page and "<i>" not in page and "&lt;i&gt;" in page and "bench &lt;x&gt;" in page
     assert "odd metric" in page, "what has no name of ours is shown all the same"
     before = page
-    report.write([found], ["rasd"], tmp_path / "page.html")
+    report.write_report([found], ["rasd"], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == before, "the same every time"
 
 
 def test_no_figure_hides_another(root: Path) -> None:
     """All of a table's cells are told apart."""
-    for result in report.read([root / "benchmarks" / "results"]):
+    for result in report.read_results([root / "benchmarks" / "results"]):
         cells: dict[tuple[str, str, str], float] = {}
         for r in result["records"]:
             cell = r["arm"], r["metric"], report.place(r)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pilotfish.integrations.vllm.engine import vllm_api
-from pilotfish.integrations.vllm.engine.vllm_api import Seam
+from pilotfish.integrations.vllm.engine.vllm_api import VllmApi
 
 SOURCE = """
 class Runner:
@@ -33,20 +33,20 @@ def tree(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("seam", "fault"),
     [
-        (Seam("module.py", "Runner.declared"), None),
-        (Seam("module.py", "Runner.assigned"), None),
-        (Seam("module.py", "Runner.computed"), None),
-        (Seam("module.py", "Runner.step", ("self", "a")), None),
-        (Seam("module.py", "free", ("x", "y")), None),
-        (Seam("module.py", "Runner.gone"), "no such attribute"),
-        (Seam("module.py", "Runner.gone", ("self",)), "no such function"),
-        (Seam("module.py", "Walker.step", ("self",)), "no class Walker"),
-        (Seam("gone.py", "free", ()), "no file gone.py"),
-        (Seam("module.py", "free", ("z",)), "takes (x, y), expected (z, ...)"),
+        (VllmApi("module.py", "Runner.declared"), None),
+        (VllmApi("module.py", "Runner.assigned"), None),
+        (VllmApi("module.py", "Runner.computed"), None),
+        (VllmApi("module.py", "Runner.step", ("self", "a")), None),
+        (VllmApi("module.py", "free", ("x", "y")), None),
+        (VllmApi("module.py", "Runner.gone"), "no such attribute"),
+        (VllmApi("module.py", "Runner.gone", ("self",)), "no such function"),
+        (VllmApi("module.py", "Walker.step", ("self",)), "no class Walker"),
+        (VllmApi("gone.py", "free", ()), "no file gone.py"),
+        (VllmApi("module.py", "free", ("z",)), "takes (x, y), expected (z, ...)"),
     ],
 )
-def test_faults(tree: Path, seam: Seam, fault: str | None) -> None:
-    assert vllm_api.missing(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
+def test_faults(tree: Path, seam: VllmApi, fault: str | None) -> None:
+    assert vllm_api.missing_apis(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,20 @@ def test_versions(version: str, supported: bool) -> None:
 
 def test_the_installed_vllm_has_all_seams() -> None:
     assert vllm_api.installed_root() is not None, "tests run beside a real vLLM"
-    assert vllm_api.problem() is None
+    assert vllm_api.version_problem() is None
 
 
 def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_api, "installed_version", lambda: "0.99.0")
-    problem = vllm_api.problem()
+    problem = vllm_api.version_problem()
     assert problem is not None
     assert "0.99.0 is outside the tested range" in problem[0]
-    assert vllm_api.problem(allow_untested=True) is None
+    assert vllm_api.version_problem(allow_untested=True) is None
 
 
 def test_a_missing_seam_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_api, "installed_root", lambda: tree)
-    problem = vllm_api.problem()
+    problem = vllm_api.version_problem()
     assert problem is not None
     assert "GPUModelRunner._sample (no file v1/worker/gpu_model_runner.py)" in problem[0]
 

@@ -46,7 +46,7 @@ class Batch:
         return f"Batch({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
     def __post_init__(self) -> None:
-        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseImpl
+        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseCPUImpl
 
         rng = torch.Generator().manual_seed(sum(self.contexts) + self.heads + self.block)
         self.queries = [min(q, c) for q, c in zip(self.queries, self.contexts, strict=True)]
@@ -61,7 +61,7 @@ class Batch:
         self.layer = SimpleNamespace(
             layer_name="model.layers.0.attn", isa="vec", _k_scale_float=1.0, _v_scale_float=1.0
         )
-        self.impl: Any = object.__new__(SparseImpl)
+        self.impl: Any = object.__new__(SparseCPUImpl)
         vars(self.impl).update(
             sliding_window=-1,
             scale=self.size**-0.5,
@@ -87,10 +87,10 @@ class Batch:
         from vllm import _custom_ops as ops
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseBuilder, SparseMetadata
+        from pilotfish.integrations.vllm.attention.sparse.cpu import SparseCPUMetadata, SparseCPUMetadataBuilder
 
         starts, lens = (torch.tensor(x, dtype=torch.int32) for x in (self.starts, self.contexts))
-        builder: Any = object.__new__(SparseBuilder)
+        builder: Any = object.__new__(SparseCPUMetadataBuilder)
         vars(builder).update(
             plan=plan,
             num_heads=self.heads,
@@ -126,7 +126,7 @@ class Batch:
             scheduler_metadata=schedule,
         )
         step = builder._step(stock, SimpleNamespace(query_start_loc_cpu=starts, num_reqs=len(lens)))
-        return SparseMetadata(**vars(stock), step=step)
+        return SparseCPUMetadata(**vars(stock), step=step)
 
     def attend(self, metadata: Any, index: int = 0) -> torch.Tensor:
         self.impl._index = index

@@ -26,7 +26,7 @@ def starts(monkeypatch: pytest.MonkeyPatch, seconds: float, most: int = 4) -> di
         measured.append(sizes)
         return {n: seconds * n for n in sizes}
 
-    monkeypatch.setattr(step_times, "measure", measure)
+    monkeypatch.setattr(step_times, "measure_step_times", measure)
     found = step_times._times(SimpleNamespace(), SimpleNamespace(), most)  # type: ignore[arg-type]
     return found if measured else None
 

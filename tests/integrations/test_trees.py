@@ -20,9 +20,9 @@ VOCABULARY = 32
 @pytest.fixture(autouse=True, scope="module")
 def mended_sampling() -> Iterator[None]:
     """As the drafter mends it at start, where vLLM's build needs it."""
-    vllm_fixes.EXPAND.apply()
+    vllm_fixes.EXPAND_BATCH.apply()
     yield
-    vllm_fixes.EXPAND.undo()
+    vllm_fixes.EXPAND_BATCH.undo()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def mended_sampling() -> Iterator[None]:
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
 )
 def test_who_can_have_a_tree(params: dict, plain: bool) -> None:
-    assert tree_verification.is_plain(SamplingParams(**params)) is plain
+    assert tree_verification.has_path_independent_sampling(SamplingParams(**params)) is plain
 
 
 class Builder:
@@ -117,7 +117,7 @@ def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingPar
     runner = runner_of({"a": params, "b": params, "c": params}, [0, 7, 10, 11], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
-    verifier.keep({"a": TREE, "b": tree((1, -1), (2, 0))})
+    verifier.set_drafts({"a": TREE, "b": tree((1, -1), (2, 0))})
     drafts = {"a": TREE.tokens.tolist(), "b": [1, 2]}
     out = step(runner, drafts, [6, 0, 7, 0, 0, 9, 3, 1, 4, 0, 11])
     assert out == [[6, 7, 9, 3], [1, 4], [11]]
@@ -125,7 +125,7 @@ def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingPar
     assert runner.positions[7:].tolist() == [107, 108, 109, 110]
     assert [(p.index, p.first, p.position) for p in builder.placed] == [(0, 0, 100)]
     assert builder.moves == [(2, 1), (5, 2), (6, 3)], "rows of the accepted nodes to those behind the root"
-    assert verifier.moved == 3
+    assert verifier.num_moved_tokens == 3
 
 
 def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> None:
@@ -133,10 +133,10 @@ def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> N
     runner = runner_of({"a": GREEDY}, [0, 4], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
-    verifier.keep({"a": TREE})
+    verifier.set_drafts({"a": TREE})
     assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[5, 7, 12]]
     assert builder.moves == [(3, 2)]
-    verifier.keep({})
+    verifier.set_drafts({})
     assert not builder.moves.clear()
     assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[9] * 8], "a chain is vLLM's"
     assert not builder.moves
@@ -147,9 +147,9 @@ def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
     runner = runner_of({"a": GREEDY, "b": SamplingParams(temperature=0, logprobs=1)}, [0, 7, 9], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
     verifier.attach()
-    assert verifier.serves("a")
-    assert not verifier.serves("b")
-    verifier.keep({"a": TREE, "b": tree((1, -1))})
+    assert verifier.can_verify_tree("a")
+    assert not verifier.can_verify_tree("b")
+    verifier.set_drafts({"a": TREE, "b": tree((1, -1))})
     out = step(runner, {"a": TREE.tokens.tolist(), "b": [1]}, [5, 8, 0, 0, 2, 0, 0, 1, 1])
     assert out == [[5, 8, 2], [9] * 8]
 
@@ -159,13 +159,13 @@ def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> Non
     builder.error = "the kernel misreads the cache"
     verifier = tree_verification.TreeVerifier(runner_of({"a": GREEDY}, [0, 7], builder), "rasd")
     with caplog.at_level("WARNING", "vllm.pilotfish"):
-        assert not verifier.serves("a")
-        assert not verifier.serves("a")
+        assert not verifier.can_verify_tree("a")
+        assert not verifier.can_verify_tree("a")
     assert verifier.builders == []
     runner = runner_of({"a": GREEDY}, [0, 7], builder)
     verifier = tree_verification.TreeVerifier(runner, "rasd")
     verifier.attach()
-    verifier.keep({"a": TREE})
+    verifier.set_drafts({"a": TREE})
     step(runner, {"a": TREE.tokens.tolist()}, [0] * 7)
     assert runner.positions[:7].tolist() == list(range(100, 107)), "positions are a chain's"
 
@@ -177,12 +177,12 @@ def test_draws_have_the_models_distribution() -> None:
     )
     metadata = SimpleNamespace(num_draft_tokens=[3999], cu_num_sampled_tokens=torch.tensor([4000], dtype=torch.int32))
     torch.manual_seed(0)
-    drawn = np.bincount(tree_verification.draw(logits.clone(), metadata, sampling), minlength=4) / 4000
+    drawn = np.bincount(tree_verification.sample_rows(logits.clone(), metadata, sampling), minlength=4) / 4000
     np.testing.assert_allclose(drawn, torch.softmax(logits[0], -1).numpy(), atol=0.03)
     sampling.generators = {0: torch.Generator().manual_seed(3)}
-    one = tree_verification.draw(logits.clone(), metadata, sampling)
+    one = tree_verification.sample_rows(logits.clone(), metadata, sampling)
     sampling.generators = {0: torch.Generator().manual_seed(3)}
-    assert tree_verification.draw(logits.clone(), metadata, sampling) == one
+    assert tree_verification.sample_rows(logits.clone(), metadata, sampling) == one
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_layers_that_cannot_be_served_are_named(changed: dict, reason: str) -> N
         model_config=SimpleNamespace(model="some/model"),
     )
     layers = {"layers.0": SimpleNamespace(impl=SimpleNamespace(**plain))}
-    common.check_layers(config, layers)
+    common.check_tree_layers(config, layers)
     layers["layers.1"] = SimpleNamespace(impl=SimpleNamespace(**{**plain, **changed}))
     with pytest.raises(Unsupported, match=rf"rasd .*some/model, layer layers\.1: .*{reason}.*verification=chain"):
-        common.check_layers(config, layers)
+        common.check_tree_layers(config, layers)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pilotfish.integrations.vllm.tuning.tidal.tidal import Plan, Tried, candidates, to_profile
 
-from pilotfish.integrations.vllm.bench.kv_worker import Missed
+from pilotfish.integrations.vllm.bench.kv_worker import MissedAttention
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.paged_decode import DecodeBatch
 from pilotfish.kvcache.layer_choice import LayerChoice, best_layer_choices
@@ -69,7 +69,7 @@ def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_o
     rows = DecodeBatch([1, 0], [0, 1], contexts, heads)
     scores = [torch.from_numpy(rng.normal(0, 3, (2, heads, rows.padded)).astype(np.float32)) for _ in range(layers)]
     for places in (None, {1: (40, 90), 0: (100, 130)}):
-        observer = Missed(layers, rule, (places or {}).get)
+        observer = MissedAttention(layers, rule, (places or {}).get)
         kept = [s.clone() for s in scores]
         for s in scores:
             observer(rows, s)

@@ -44,7 +44,7 @@ def picture(layout: ImageLayout, seed: int = 0) -> ImageFeatures:
 
 
 sizes = st.tuples(st.integers(1, 2000), st.integers(1, 2000))
-kinds = st.sampled_from([layouts.single, layouts.anyres, layouts.pooled])
+kinds = st.sampled_from([layouts.single_view, layouts.anyres_layout, layouts.pooled_layout])
 retains = st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.75, 1.0])
 
 
@@ -135,7 +135,7 @@ def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, t
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([1.0, 10.0]), st.integers(0, 100))
 def test_globalcom2_keeps_what_the_card_says(size, retain: float, tau: float, seed: int) -> None:
-    layout = layouts.anyres(config(6), *size)
+    layout = layouts.anyres_layout(config(6), *size)
     seen = picture(layout, seed)
     assert seen.scores is not None
     pruner = GlobalCom2(GlobalCom2Options(retain, tau))
@@ -144,7 +144,7 @@ def test_globalcom2_keeps_what_the_card_says(size, retain: float, tau: float, se
 
 
 def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
-    layout = layouts.anyres(config(6), 168, 168)
+    layout = layouts.anyres_layout(config(6), 168, 168)
     scores = torch.zeros(5, 36)
     scores[0].view(6, 6)[3:, 3:] = 3.0
     pruner = GlobalCom2(GlobalCom2Options(0.25))
@@ -154,7 +154,7 @@ def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
 
 
 def test_thumbnail_in_order_of_scores_as_published() -> None:
-    layout = layouts.single(config(4), 1, 1)
+    layout = layouts.single_view(config(4), 1, 1)
     seen = picture(layout)
     pruner = GlobalCom2(GlobalCom2Options(0.5, base_view_order="score"))
     assert seen.scores is not None
@@ -193,7 +193,7 @@ def test_merging_averages_into_the_best_destination(n: int, count: int, seed: in
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([layouts.single, layouts.anyres]),
+    st.sampled_from([layouts.single_view, layouts.anyres_layout]),
     sizes,
     st.sampled_from([0.01, 0.02, 0.1, 0.25]),
     st.integers(0, 6),
@@ -205,14 +205,14 @@ def test_no_picture_is_left_without_tokens_nor_larger_than_the_largest(kind, siz
     for pruner in (GlobalCom2(GlobalCom2Options(retain)), Diversity(DiversityOptions(retain)), AIM(AIMOptions(steps))):
         largest = max(pruner.plan(kind(some, *resolution)).num_tokens for resolution in some.image_grid_pinpoints)
         assert 0 < pruner.plan(layout).num_tokens <= largest
-        long = [pruner.plan(layouts.frames(some, n)).num_tokens for n in (1, 10, 1000)]
+        long = [pruner.plan(layouts.video_layout(some, n)).num_tokens for n in (1, 10, 1000)]
         assert long == sorted(set(long)), "frames always count"
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(1e-6, 1e6), st.integers(0, 50))
 def test_shares_are_numbers_at_any_temperature(temperature: float, seed: int) -> None:
-    layout = layouts.anyres(config(6), 168, 100)
+    layout = layouts.anyres_layout(config(6), 168, 100)
     seen = picture(layout, seed)
     assert seen.scores is not None
     pruner = GlobalCom2(GlobalCom2Options(0.1, temperature))

@@ -22,8 +22,8 @@ from pilotfish.retrieval import Index
 from pilotfish.retrieval.errors import DamagedIndex, LockedIndex, NewerFormat, RetrievalError
 
 EVERYWHERE: dict[str, Any] = {  # all lists are read: what is there is found
-    "xtr": {"probes": 1 << 20},
-    "hybrid": {"settings": {"xtr": {"probes": 1 << 20}}},
+    "xtr": {"nprobe": 1 << 20},
+    "hybrid": {"settings": {"xtr": {"nprobe": 1 << 20}}},
 }
 CHILD = Path(__file__).with_name("crash_child.py")
 

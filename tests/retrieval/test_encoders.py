@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
 from pilotfish.retrieval import RetrievalError
-from pilotfish.retrieval.encoders import checkpoints, load
-from pilotfish.retrieval.encoders.multi_vector import MultiVectorEncoder, embedded
-from pilotfish.retrieval.encoders.tokenization import batches
+from pilotfish.retrieval.encoders import checkpoints, load_multi_vector_encoder
+from pilotfish.retrieval.encoders.multi_vector import MultiVectorEncoder, find_packaged_minilm
+from pilotfish.retrieval.encoders.tokenization import token_batches
 
 TEXTS = [
     "Pilot fish travel with sharks.",
@@ -24,27 +24,30 @@ TEXTS = [
 
 
 def test_vectors_are_those_of_transformers() -> None:
-    encoder = load()
+    encoder = load_multi_vector_encoder()
     tokens = encoder.encode_documents(TEXTS)
-    tokenizer, model = AutoTokenizer.from_pretrained(embedded()), AutoModel.from_pretrained(embedded()).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(find_packaged_minilm()),
+        AutoModel.from_pretrained(find_packaged_minilm()).eval(),
+    )
     for i, text in enumerate(TEXTS):
         ids = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
         with torch.inference_mode():
             expected = torch.nn.functional.normalize(model(**ids).last_hidden_state[0], dim=-1).numpy()
         np.testing.assert_allclose(tokens[i].vectors.astype(np.float32), expected, atol=2e-3)
-        assert tokens[i].ids.tolist() == ids["input_ids"][0].tolist()
+        assert tokens[i].token_ids.tolist() == ids["input_ids"][0].tolist()
         assert len(encoder.words(text, query=False)) == len(expected)
 
 
 def test_batches_hold_all_texts_of_like_lengths() -> None:
     lengths = [3, 500, 7, 400, 4, 9000]
-    found = batches(lengths)
+    found = token_batches(lengths)
     assert sorted(i for b in found for i in b) == list(range(6))
     assert [lengths[b[0]] for b in found] == sorted((lengths[b[0]] for b in found), reverse=True)
 
 
 def test_chunks_cover_the_text() -> None:
-    encoder = load()
+    encoder = load_multi_vector_encoder()
     text = " ".join(f"word{i}" for i in range(300))
     pieces = encoder.chunks(text, 50, 10)
     assert all(piece in text for piece in pieces)
@@ -58,8 +61,8 @@ def test_chunks_cover_the_text() -> None:
 
 
 def test_int8_is_near_float32() -> None:
-    quick = load(precision="int8")
-    whole, rough = load().encode_queries(TEXTS[:1]), quick.encode_queries(TEXTS[:1])
+    quick = load_multi_vector_encoder(precision="int8")
+    whole, rough = load_multi_vector_encoder().encode_queries(TEXTS[:1]), quick.encode_queries(TEXTS[:1])
     assert (whole.vectors * rough.vectors).sum(1).min() > 0.9
 
 
@@ -69,14 +72,14 @@ def test_precisions_are_checked_before_a_model_is_loaded(monkeypatch: pytest.Mon
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     for precision, query_precision in (("int7", None), ("float32", "int7")):
         with pytest.raises(RetrievalError, match="expected float32"):
-            load(precision=precision, query_precision=query_precision)
+            load_multi_vector_encoder(precision=precision, query_precision=query_precision)
 
 
 @pytest.fixture
 def colbert(tmp_path: Path) -> Path:
     """MiniLM with a projection, saved as PyLate saves."""
     folder = tmp_path / "colbert"
-    shutil.copytree(embedded(), folder)
+    shutil.copytree(find_packaged_minilm(), folder)
     (folder / "1_Dense").mkdir()
     generator = torch.Generator().manual_seed(0)
     from safetensors.torch import save_file
@@ -103,7 +106,7 @@ def colbert(tmp_path: Path) -> Path:
 
 
 def test_a_colbert_checkpoint(colbert: Path) -> None:
-    encoder = load(str(colbert))
+    encoder = load_multi_vector_encoder(str(colbert))
     assert encoder.dimension == 32
     query = encoder.encode_queries(["fish"])
     assert query.counts.tolist() == [16]  # filled up with masks
@@ -114,7 +117,7 @@ def test_a_colbert_checkpoint(colbert: Path) -> None:
     ids = tokenizer("query: fish")["input_ids"]
     filled = torch.tensor([ids + [tokenizer.mask_token_id] * (16 - len(ids))])
     seen = torch.tensor([[1] * len(ids) + [0] * (16 - len(ids))])
-    weight = torch.from_numpy(checkpoints.read(colbert).layers[0].weight)
+    weight = torch.from_numpy(checkpoints.read_checkpoint(colbert).layers[0].weight)
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(
             model(filled, attention_mask=seen).last_hidden_state[0] @ weight.T, dim=-1
@@ -127,12 +130,12 @@ def test_an_xtr_checkpoint(tmp_path: Path) -> None:
     config = T5Config(vocab_size=30522, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
     torch.manual_seed(0)
     T5EncoderModel(config).save_pretrained(folder)
-    for path in embedded().iterdir():
+    for path in find_packaged_minilm().iterdir():
         if "token" in path.name or path.name == "vocab.txt":
             shutil.copy(path, folder)
     (folder / "2_Dense").mkdir()
     torch.save({"linear.weight": torch.randn(8, 32)}, folder / "2_Dense" / "pytorch_model.bin")
-    encoder = load(str(folder))
+    encoder = load_multi_vector_encoder(str(folder))
     assert encoder.checkpoint.t5
     assert (encoder.dimension, encoder.checkpoint.query_length, encoder.checkpoint.document_length) == (8, 32, 512)
     assert encoder.encode_queries(["SHARK"]).vectors.tolist() == encoder.encode_queries(["shark"]).vectors.tolist()
@@ -142,11 +145,11 @@ def test_a_stanford_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "stanford"
-    shutil.copytree(embedded(), folder)
+    shutil.copytree(find_packaged_minilm(), folder)
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "linear.weight": torch.randn(16, 384)}, folder / "model.safetensors")
     (folder / "artifact.metadata").write_text(json.dumps({"query_maxlen": 12, "doc_maxlen": 30}))
-    encoder = load(str(folder))
+    encoder = load_multi_vector_encoder(str(folder))
     assert encoder.encode_queries(["fish"]).counts.tolist() == [12]
     assert encoder.words("fish", query=True)[:3] == ["[CLS]", "[unused0]", "fish"]
     assert "." not in encoder.words("fish.", query=False)
@@ -154,21 +157,21 @@ def test_a_stanford_checkpoint(tmp_path: Path) -> None:
 
 def test_folders_without_a_model_are_refused(tmp_path: Path, colbert: Path) -> None:
     with pytest.raises(RetrievalError, match=r"no config\.json"):
-        load(str(tmp_path))
+        load_multi_vector_encoder(str(tmp_path))
     (colbert / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": "torch.nn.Tanh"}))
     with pytest.raises(RetrievalError, match="Tanh is not supported"):
-        checkpoints.read(colbert)
+        checkpoints.read_checkpoint(colbert)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RetrievalError, match="cannot be read"):
-        load(str(tmp_path))
+        load_multi_vector_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(RetrievalError, match="encoder"):
-        MultiVectorEncoder(checkpoints.read(tmp_path), "x")
+        MultiVectorEncoder(checkpoints.read_checkpoint(tmp_path), "x")
 
 
 def test_a_fingerprint_is_of_the_files(colbert: Path) -> None:
-    before = checkpoints.read(colbert).fingerprint()
-    assert before == checkpoints.read(colbert).fingerprint()
+    before = checkpoints.read_checkpoint(colbert).fingerprint()
+    assert before == checkpoints.read_checkpoint(colbert).fingerprint()
     path = colbert / "config_sentence_transformers.json"
     path.write_text(path.read_text().replace("16", "17"))
-    assert checkpoints.read(colbert).fingerprint() != before
+    assert checkpoints.read_checkpoint(colbert).fingerprint() != before

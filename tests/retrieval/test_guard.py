@@ -4,11 +4,11 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
 
-from pilotfish.retrieval.request_auth import LARGEST_BODY, Guard
+from pilotfish.retrieval.request_auth import LARGEST_BODY, RequestAuth
 
 
 def served(token: str | None = None) -> TestClient:
-    app, guard = FastAPI(), Guard(token)
+    app, guard = FastAPI(), RequestAuth(token)
 
     @app.middleware("http")
     async def guarded(request, call_next):

@@ -26,7 +26,7 @@ STEPS = st.lists(
     ),
     max_size=8,
 )
-EXACT: dict[str, Any] = {"probes": 1 << 20, "impute": "kprime", "kprime": 5}
+EXACT: dict[str, Any] = {"nprobe": 1 << 20, "impute": "kprime", "kprime": 5}
 
 
 def naive(documents: dict[str, tuple[str, int]], query: str, least: int | None, kprime: int = 5) -> dict[str, float]:
@@ -112,9 +112,9 @@ def test_every_codec_finds_rare_words(create, codec: str) -> None:
 
 
 def test_a_narrow_filter_is_filled(create) -> None:
-    index = create(dimension=0, lists=64)
+    index = create(dimension=0, nlist=64)
     index.add([{"id": str(i), "text": f"word{i} in text", "metadata": {"n": i}} for i in range(1000)])
-    hits = index.search("word5", 10, "n >= 990", probes=1)
+    hits = index.search("word5", 10, "n >= 990", nprobe=1)
     assert sorted(h.id for h in hits) == [str(i) for i in range(990, 1000)]
     assert index.search("word5", 10, "n > 5000") == []
 
@@ -183,7 +183,7 @@ def test_segments_are_merged_and_deleted_text_goes(create, monkeypatch: pytest.M
     index.delete([f"first{i}" for i in range(200)])
     for i in range(12):
         index.add([{"id": str(i), "text": f"word{i}"}])
-    assert index.stats()["segments"] <= index_writer.SMALL + 1
+    assert index.stats()["segments"] <= index_writer.MAX_SMALL_SEGMENTS + 1
     index.delete([str(i) for i in range(8)])
     assert index.stats()["deleted"] == 0  # too many of a segment: it was written anew
     before = index.snapshot.manifest.next_document
@@ -221,7 +221,7 @@ def test_a_snippet_of_a_long_text_is_found_at_once() -> None:
 
     text = "fish shark " * 50_000 + "a whale at last " + "fish shark " * 50_000
     started = time.perf_counter()
-    assert "whale" in snippets.best(text, "which shark and fish and whale")
+    assert "whale" in snippets.best_snippet(text, "which shark and fish and whale")
     assert time.perf_counter() - started < 5
 
 
@@ -238,12 +238,12 @@ def test_wrong_requests_are_refused(create, tmp_path) -> None:
         (lambda: index.has("a"), "ids: expected a list"),
         (lambda: index.add([{"id": "b", "text": "x", "metadata": {"deep": nested(70)}}]), "64 levels deep"),
         (lambda: index.add([{"id": "b", "text": "x", "metadata": {"fine": 1, "wrong": float("nan")}}]), "'wrong' has"),
-        (lambda: index.search("x", probs=3), "did you mean 'probes'"),
+        (lambda: index.search("x", nprobs=3), "did you mean 'nprobe'"),
         (lambda: index.search("x", impute="warm"), "expected warp, kprime, none"),
         (lambda: index.search("x", where="a >"), "expected a value"),
         (lambda: index.search("\ud800"), "query: not text"),
         (lambda: index.explain("x", "zz"), "no document 'zz'"),
-        (lambda: index.configure(probes=0), "expected 1 to"),
+        (lambda: index.configure(nprobe=0), "expected 1 to"),
         (lambda: Index.create(tmp_path / "index"), "holds an index already"),
         (lambda: Index.create(tmp_path / "index" / "inner"), "lies in another index"),
         (lambda: Index.create(tmp_path), "not empty"),
@@ -260,8 +260,8 @@ def test_wrong_requests_are_refused(create, tmp_path) -> None:
 def test_settings_and_filters_are_kept_and_remembered(create, tmp_path) -> None:
     index = create()
     index.add([{"id": "a", "text": "x", "metadata": {"n": 1}}])
-    index.configure(probes=3)
-    assert Index.open(tmp_path / "index").stats()["settings"]["probes"] == 3
+    index.configure(nprobe=3)
+    assert Index.open(tmp_path / "index").stats()["settings"]["nprobe"] == 3
     condition = filters.Compare(("n",), "=", (1,))
     assert [h.id for h in index.search("x", where=condition)] == ["a"]
     index.upsert([{"id": "a", "text": "x", "metadata": {"n": 2}}])

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.retrieval import Index, RetrievalError
-from pilotfish.retrieval.loaders import Source
+from pilotfish.retrieval.loaders import DocumentSource
 
 DOCUMENTS = [
     {"id": "shark", "text": "The whale shark is the largest fish in the sea.", "year": 2019, "lang": "en"},
@@ -67,13 +67,15 @@ def exported(path: Path) -> None:
     import faiss
     import numpy as np
 
-    from pilotfish.retrieval.encoders import load
+    from pilotfish.retrieval.encoders import load_multi_vector_encoder
 
     made = faiss.read_index(str(path))
     made.nprobe = made.nlist
     names = [json.loads(line) for line in path.with_name("tokens.faiss.documents.jsonl").read_text().splitlines()]
     assert made.ntotal == len(names)
-    query = load().encode_queries(["manta rays"]).vectors @ np.load(path.with_name("tokens.faiss.projection.npy"))
+    query = load_multi_vector_encoder().encode_queries(["manta rays"]).vectors @ np.load(
+        path.with_name("tokens.faiss.projection.npy")
+    )
     _, found = made.search(np.ascontiguousarray(query / np.linalg.norm(query, axis=1, keepdims=True)), 1)
     assert [names[i] for i in found[:, 0]].count("ray") >= len(found) // 2
 
@@ -204,8 +206,8 @@ def test_measuring_and_tuning(inside: Callable, corpus: Path, tmp_path: Path) ->
     assert found["ndcg@10"] == 1
     assert found["queries"] == 2
     answer = inside("index", "tune", folder, str(beir))
-    assert "probes=4" in answer.stderr
-    assert json.loads(inside("index", "stats", folder, "--json").stdout)["settings"]["probes"] == 4
+    assert "nprobe=4" in answer.stderr
+    assert json.loads(inside("index", "stats", folder, "--json").stdout)["settings"]["nprobe"] == 4
     answer = inside(
         "bench", "retrieval", "--data", str(beir), "--arms", "dense,maxsim,xtr", "--out", str(tmp_path / "r.json")
     )
@@ -296,7 +298,7 @@ def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_p
         *((("add", folder, str(tmp_path / name)), name) for name in files),
         (("add", folder, "x.exe"), "no such file"),
         (("search", folder, "x", "--where", "a >>"), "expected a value"),
-        (("search", folder, "x", "--set", "probes=0"), "expected 1 to"),
+        (("search", folder, "x", "--set", "nprobe=0"), "expected 1 to"),
         (("search", folder, "x", "--set", "k"), "not of the form key=value"),
         (("search", str(tmp_path), "x"), "there is no index"),
         (("explain", folder, "x", "y"), "no document 'y'"),
@@ -345,7 +347,7 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     (tmp_path / "pandas.csv").write_text(f",id,text,score\n0,a,{'long ' * 40_000},nan\n1,b,x,2.5\n")
-    first, second = list(Source([tmp_path / "pandas.csv"], lambda text: [text]))
+    first, second = list(DocumentSource([tmp_path / "pandas.csv"], lambda text: [text]))
     assert first.metadata == {"score": "nan"}
     assert len(first.text) == 200_000
     assert second.metadata == {"score": 2.5}
@@ -357,7 +359,7 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
         "ratio": [float("nan"), 0.5],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "typed.parquet")
-    first, second = list(Source([tmp_path / "typed.parquet"], lambda text: [text]))
+    first, second = list(DocumentSource([tmp_path / "typed.parquet"], lambda text: [text]))
     assert first.metadata == {"when": "2020-01-02T03:04:00", "price": 1.5}
     assert second.metadata == {"price": 2, "ratio": 0.5}
 
@@ -393,6 +395,6 @@ def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes, ending: str
     path = tmp_path / f"x.{ending}"
     path.write_bytes(content)
     try:
-        list(Source([path], lambda text: [text], number_ids=True))
+        list(DocumentSource([path], lambda text: [text], number_ids=True))
     except RetrievalError as error:
         assert "\n" not in str(error)

@@ -40,11 +40,11 @@ def dense(documents: dict[str, str], query: str) -> dict[str, float]:
 
 
 def bm25(documents: dict[str, str], query: str, k1: float = 0.9, b: float = 0.4) -> dict[str, float]:
-    encoder = stems.load("english")
-    counts = {n: Counter(encoder.words(t)) for n, t in documents.items()}
+    encoder = stems.load_stem_encoder("english")
+    counts = {n: Counter(encoder.stems(t)) for n, t in documents.items()}
     mean = max(sum(c.total() for c in counts.values()) / max(len(counts), 1), 1)
     found: dict[str, float] = {}
-    for word in encoder.words(query):
+    for word in encoder.stems(query):
         df = sum(word in c for c in counts.values())
         idf = math.log1p((len(counts) - df + 0.5) / (df + 0.5))
         for n, c in counts.items():
@@ -151,7 +151,7 @@ def test_what_a_hybrid_cannot_be_is_refused(hybrid: Index, tmp_path) -> None:
         (lambda: hybrid.search("x", weights={"xtr": -1}), "expected 0 to 1e"),
         (lambda: hybrid.search("x", weights={"xtr": 10**400}), "weights.xtr: expected float"),
         (lambda: hybrid.search("x", weights=dict.fromkeys(("xtr", "vdr", "bm25", "dense"), 0)), "leave out every"),
-        (lambda: hybrid.search("x", settings={"xtr": {"probs": 1}}), "did you mean 'probes'"),
+        (lambda: hybrid.search("x", settings={"xtr": {"nprobs": 1}}), "did you mean 'nprobe'"),
         (lambda: hybrid.search("x", settings={"xtr": 3}), "expected object of"),
         (lambda: hybrid.search("x", settings={"vdr": {"rerank": 5}}), "not for members"),
         (lambda: Index.create(tmp_path / "y", "hybrid", options={"members": "xtr"}), "two or more"),
@@ -205,7 +205,7 @@ def test_an_encoder_of_somebody_else_may_lack_names(create) -> None:
     assert index.term_weights("shark", "a") is None
     for call in (
         lambda: index.explain("shark", "a"),
-        lambda: index.search("shark", words={"shark": 2}),
+        lambda: index.search("shark", term_boosts={"shark": 2}),
         lambda: index.search("shark", rerank=3),
     ):
         with pytest.raises(RetrievalError, match="encoder word-weights: has no `"):

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 
 from pilotfish.retrieval import Index
-from pilotfish.retrieval.server import create_app
+from pilotfish.retrieval.server import create_index_app
 
 HERE = "http://localhost"
 
@@ -24,7 +24,7 @@ def index(create) -> Index:
 
 @pytest.fixture
 def client(index: Index) -> TestClient:
-    return TestClient(create_app(index), base_url=HERE, raise_server_exceptions=False)
+    return TestClient(create_index_app(index), base_url=HERE, raise_server_exceptions=False)
 
 
 def test_documents_come_and_go(client: TestClient) -> None:
@@ -52,7 +52,7 @@ def test_documents_come_and_go(client: TestClient) -> None:
 def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
     for call, status, message in (
         (("/search", {"query": "x", "where": "n >"}), 400, "expected a value"),
-        (("/search", {"query": "x", "settings": {"probs": 1}}), 400, "did you mean 'probes'"),
+        (("/search", {"query": "x", "settings": {"nprobs": 1}}), 400, "did you mean 'nprobe'"),
         (("/search", {"query": "x", "settings": {"k": 1}}), 400, "stands beside them"),
         (("/search", {"query": "x", "kk": 1}), 422, "kk"),
         (("/search", {"query": "x", "k": 0}), 422, "greater than"),
@@ -81,7 +81,7 @@ def test_other_pages_get_nothing(client: TestClient) -> None:
 
 
 def test_a_token_is_asked_for(index: Index) -> None:
-    client = TestClient(create_app(index, token="secret", read_only=True))
+    client = TestClient(create_index_app(index, token="secret", read_only=True))
     assert client.get("/health").status_code == 200
     assert client.post("/search", json={"query": "x"}).status_code == 401
     assert client.get("/metrics").status_code == 401
@@ -112,7 +112,7 @@ def schema() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="pilotfish-test-")) / "index"
     made = Index.create(folder, encoder="words", options={"dimension": 0})
     made.add([{"id": f"d{i}", "text": f"word{i}", "metadata": {"n": i}} for i in range(5)])
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(made), headers={"Host": "localhost"})
+    return schemathesis.openapi.from_asgi("/openapi.json", create_index_app(made), headers={"Host": "localhost"})
 
 
 SCHEMA = schema()

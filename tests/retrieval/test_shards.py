@@ -15,7 +15,7 @@ from pilotfish.retrieval.shards import ShardedIndex
 RNG = np.random.default_rng(0)
 NAMES = [f"word{i}" for i in range(60)]
 DOCUMENTS = [{"id": str(i), "text": " ".join(RNG.choice(NAMES, 8).tolist()), "metadata": {"n": i}} for i in range(300)]
-OPTIONS = {"dimension": 0, "lists": 40}
+OPTIONS = {"dimension": 0, "nlist": 40}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("shards")
     with Index.create(base / "one", encoder="words", options=OPTIONS) as one:
         one.add(DOCUMENTS)
-    assert shards.build(base / "three", DOCUMENTS, 3, encoder="words", options=OPTIONS) == 300
+    assert shards.build_shards(base / "three", DOCUMENTS, 3, encoder="words", options=OPTIONS) == 300
     return base / "one", base / "three"
 
 
@@ -34,13 +34,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     query=st.lists(st.sampled_from([*NAMES, "other"]), min_size=1, max_size=5).map(" ".join),
     k=st.integers(1, 30),
     least=st.one_of(st.none(), st.sampled_from([0, 150, 295, 400])),
-    probes=st.integers(1, 12),
-    until=st.integers(1, 500),
+    nprobe=st.integers(1, 12),
+    t_prime=st.integers(1, 500),
 )
-def test_the_answer_is_that_of_one_index(folders, query, k, least, probes, until) -> None:
+def test_the_answer_is_that_of_one_index(folders, query, k, least, nprobe, t_prime) -> None:
     where = None if least is None else f"n >= {least}"
     one, three = Index.open(folders[0]), ShardedIndex(folders[1])
-    a, b = (x.search(query, k, where, probes=probes, until=until) for x in (one, three))
+    a, b = (x.search(query, k, where, nprobe=nprobe, t_prime=t_prime) for x in (one, three))
     assert [(h.id, h.score) for h in a] == [(h.id, h.score) for h in b]
     one.close()
 
@@ -49,7 +49,7 @@ def test_words_in_shards(tmp_path: Path) -> None:
     words.use()
     with Index.create(tmp_path / "one", "vdr", "word-weights") as one:
         one.add(DOCUMENTS)
-        shards.build(tmp_path / "three", DOCUMENTS, 3, "vdr", "word-weights")
+        shards.build_shards(tmp_path / "three", DOCUMENTS, 3, "vdr", "word-weights")
         three = ShardedIndex(tmp_path / "three")
         for query in ("word1 word2 word3", "word59", "2drow"):
             answers = [[(h.id, h.score) for h in x.search(query, 20)] for x in (one, three)]
@@ -58,7 +58,7 @@ def test_words_in_shards(tmp_path: Path) -> None:
             three.search("word1", rerank=10)
     for kind in ("bm25", "hybrid"):
         with pytest.raises(RetrievalError, match=f"{kind} cannot be in shards"):
-            shards.build(tmp_path / kind, DOCUMENTS, 2, kind)
+            shards.build_shards(tmp_path / kind, DOCUMENTS, 2, kind)
         assert not (tmp_path / kind).exists()
 
 
@@ -71,7 +71,7 @@ def test_what_shards_cannot_tell_is_refused(folders, tmp_path: Path) -> None:
         ShardedIndex(folders[0])
     for documents, message in (([], "no documents"), ([DOCUMENTS[0]] * 2, "the same id")):
         with pytest.raises(RetrievalError, match=message):
-            shards.build(tmp_path / "x", documents, 2, encoder="words")
+            shards.build_shards(tmp_path / "x", documents, 2, encoder="words")
     (folders[1] / "shards.json").rename(tmp_path / "kept")
     (folders[1] / "shards.json").write_text("{")
     with pytest.raises(RetrievalError, match="is damaged"):
@@ -87,9 +87,9 @@ def test_on_ray(tmp_path: Path) -> None:
     import ray
 
     documents = [{"id": str(i), "text": f"Item {i} is about {NAMES[i % 60]} and {NAMES[i % 7]}."} for i in range(60)]
-    shards.connect("local")
+    shards.connect_shards("local")
     try:
-        shards.build(tmp_path / "two", documents, 2, ray_address="local")
+        shards.build_shards(tmp_path / "two", documents, 2, ray_address="local")
         with Index.create(tmp_path / "one") as one:
             one.add(documents)
             two = ShardedIndex(tmp_path / "two", "local")

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 from pilotfish.retrieval import sparse_index
 from pilotfish.retrieval.kernels.sparse_search import BLOCK, SKIP
-from pilotfish.retrieval.sparse_vectors import Words
+from pilotfish.retrieval.sparse_vectors import SparseVectors
 
 QUIET = settings(max_examples=80, deadline=None)
 
 
-def random_words(rng: np.random.Generator, texts: int, vocabulary: int, most: int) -> Words:
+def random_words(rng: np.random.Generator, texts: int, vocabulary: int, most: int) -> SparseVectors:
     rows = []
     for _ in range(texts):
         ids = rng.choice(vocabulary, int(rng.integers(0, min(most, vocabulary) + 1)), replace=False)
         rows.append({int(i): float(w) for i, w in zip(ids, rng.gamma(1.0, 1.0, len(ids)) + 0.01, strict=True)})
-    return Words.of(rows)
+    return SparseVectors.from_dicts(rows)
 
 
 class Collection:
@@ -26,23 +26,23 @@ class Collection:
     def __init__(self, seed: int, segments: int, texts: int, vocabulary: int, bits: int) -> None:
         self.rng = rng = np.random.default_rng(seed)
         parts = [random_words(rng, int(rng.integers(0, texts + 1)), vocabulary, 12) for _ in range(segments)]
-        self.shared = sparse_index.train(np.concatenate([p.weights for p in parts]), bits)
+        self.shared = sparse_index.train_impacts(np.concatenate([p.values for p in parts]), bits)
         self.documents, self.arrays, rows = 0, [], []
         for part in parts:
             self.documents += int(rng.integers(0, 100))  # numbers of others
             numbers = np.arange(self.documents, self.documents + len(part))
             self.documents += len(part)
-            self.arrays.append(sparse_index.segment(part, numbers, self.shared, bits))
+            self.arrays.append(sparse_index.build_sparse_segment(part, numbers, self.shared, bits))
             rows += [(int(n), part[i]) for i, n in enumerate(numbers)]
         self.table = np.zeros((max(self.documents, 1), vocabulary), np.float32)
         step, levels = self.shared["step"][0], (1 << bits) - 1
         for n, row in rows:
             self.table[n, row.ids] = np.minimum(np.rint(row.weights / step), levels) * step
-        self.searcher = sparse_index.Searcher(self.shared, self.arrays, self.documents)
+        self.searcher = sparse_index.InvertedIndexSearcher(self.shared, self.arrays, self.documents)
 
 
-def plainly(c: Collection, query: Words, k: int, passing: np.ndarray) -> list[tuple[int, float]]:
-    scores = c.table[:, query.ids].astype(np.float64) @ query.weights
+def plainly(c: Collection, query: SparseVectors, k: int, passing: np.ndarray) -> list[tuple[int, float]]:
+    scores = c.table[:, query.indices].astype(np.float64) @ query.values
     order = sorted((n for n in range(len(scores)) if passing[n] and scores[n] > 0), key=lambda n: (-scores[n], n))
     return [(n, float(scores[n])) for n in order[:k]]
 
@@ -62,8 +62,8 @@ def test_the_best_are_those_of_plain_sums(seed, segments, texts, vocabulary, bit
     query = random_words(c.rng, 1, vocabulary + 5, 30)[0]  # with words that no document has
     passing = np.ones(len(c.table), np.bool_) if filtered is None else c.rng.random(len(c.table)) < filtered
     allow = None if filtered is None else np.packbits(passing, bitorder="little")
-    pairs = zip(query.ids.tolist(), query.weights.tolist(), strict=True)
-    known = Words.of([{i: w for i, w in pairs if i < vocabulary}])
+    pairs = zip(query.indices.tolist(), query.values.tolist(), strict=True)
+    known = SparseVectors.from_dicts([{i: w for i, w in pairs if i < vocabulary}])
     skipped = c.searcher.search(query, k, allow)
     whole = c.searcher.search(query, k, allow, exhaustive=True)
     assert skipped[0].tolist() == whole[0].tolist()
@@ -71,7 +71,7 @@ def test_the_best_are_those_of_plain_sums(seed, segments, texts, vocabulary, bit
     expected = plainly(c, known, k, passing)
     assert len(expected) == len(skipped[0])
     np.testing.assert_allclose(skipped[1], [score for _, score in expected], rtol=1e-4, atol=1e-6)
-    scores = c.table[:, known.ids].astype(np.float64) @ known.weights
+    scores = c.table[:, known.indices].astype(np.float64) @ known.values
     np.testing.assert_allclose(scores[skipped[0]], skipped[1], rtol=1e-4, atol=1e-6)  # each has its own score
 
 
@@ -80,15 +80,15 @@ def test_the_best_are_those_of_plain_sums(seed, segments, texts, vocabulary, bit
 def test_a_merged_segment_is_that_of_living_documents(seed: int, texts: int) -> None:
     c = Collection(seed, 3, texts, 50, 8)
     live = c.rng.random(c.documents) < 0.6
-    merged = sparse_index.merge(c.arrays, live)
-    searcher = sparse_index.Searcher(c.shared, [merged], c.documents)
+    merged = sparse_index.merge_sparse_segments(c.arrays, live)
+    searcher = sparse_index.InvertedIndexSearcher(c.shared, [merged], c.documents)
     query = random_words(c.rng, 1, 50, 20)[0]
     allow = np.packbits(live, bitorder="little")
     for found, expected in zip(searcher.search(query, 50), c.searcher.search(query, 50, allow), strict=True):
         assert found.tolist() == expected.tolist()
     numbers = np.concatenate([a["documents"] for a in c.arrays])
     assert merged["documents"].tolist() == sorted(n for n in numbers.tolist() if live[n])
-    again = sparse_index.merge([merged], np.ones(c.documents, np.bool_))
+    again = sparse_index.merge_sparse_segments([merged], np.ones(c.documents, np.bool_))
     assert all(np.array_equal(merged[name], again[name]) for name in merged)
 
 
@@ -105,10 +105,12 @@ def test_weights_and_frequencies_are_told(seed: int, texts: int) -> None:
 
 def test_many_blocks_are_found_by_their_skips() -> None:
     texts = BLOCK * SKIP * 3
-    words = Words.of([{0: 1.0, 1: float(1 + i % 7)} for i in range(texts)])
-    shared = sparse_index.train(words.weights, 16)
-    searcher = sparse_index.Searcher(shared, [sparse_index.segment(words, np.arange(texts), shared, 16)], texts)
-    found = searcher.search(Words.of([{1: 1.0}]), 5)
+    words = SparseVectors.from_dicts([{0: 1.0, 1: float(1 + i % 7)} for i in range(texts)])
+    shared = sparse_index.train_impacts(words.values, 16)
+    searcher = sparse_index.InvertedIndexSearcher(
+        shared, [sparse_index.build_sparse_segment(words, np.arange(texts), shared, 16)], texts
+    )
+    found = searcher.search(SparseVectors.from_dicts([{1: 1.0}]), 5)
     assert found[0].tolist() == [6, 13, 20, 27, 34]
     np.testing.assert_allclose(searcher.weights(texts - 1, np.array([1], np.int32)), [1 + (texts - 1) % 7], rtol=1e-3)
 
@@ -118,7 +120,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     good = c.arrays[0]
 
     def made(**changes: np.ndarray) -> None:
-        sparse_index.Searcher(c.shared, [{**good, **changes}], c.documents)
+        sparse_index.InvertedIndexSearcher(c.shared, [{**good, **changes}], c.documents)
 
     made()
     for changes in (

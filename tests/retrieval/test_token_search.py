@@ -9,7 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.retrieval.kernels import token_search
-from pilotfish.retrieval.kernels.token_search import Coded, Impute, Lists, Settings, TokenSearch
+from pilotfish.retrieval.kernels.token_search import (
+    CodecArrays,
+    Impute,
+    InvertedLists,
+    TokenSearch,
+    TokenSearchSettings,
+)
 from pilotfish.retrieval.xtr.codecs import CODECS
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -31,7 +37,9 @@ class Collection:
         arrays = coder.train((rng.normal(size=(300, dimension)) * 0.2).astype(np.float32))
         none = np.empty(0, np.float32)
         books = arrays.get("codebooks", none.reshape(0, 256, 1))
-        coded = Coded(coder.kernel, coder.size(dimension), arrays.get("low", none), arrays.get("step", none), books)
+        coded = CodecArrays(
+            coder.kernel, coder.size(dimension), arrays.get("low", none), arrays.get("step", none), books
+        )
         parts, self.rows = [], []  # (list, document, vector)
         for _ in range(segments):
             n = int(rng.integers(0, 120))
@@ -39,7 +47,7 @@ class Collection:
             documents = rng.integers(0, self.documents, n).astype(np.int32)
             codes = coder.encode(arrays, (rng.normal(size=(n, dimension)) * 0.2).astype(np.float32))
             starts = np.concatenate([[0], np.cumsum(np.bincount(where, minlength=lists))]).astype(np.int64)
-            parts.append(Lists(starts, documents, codes))
+            parts.append(InvertedLists(starts, documents, codes))
             vectors = self.centroids[where] + coder.decode(arrays, codes)
             self.rows += list(zip(where.tolist(), documents.tolist(), vectors, strict=True))
         self.search = TokenSearch(dimension, lists, coded, parts, self.documents)
@@ -49,21 +57,21 @@ class Collection:
         self.bits = np.packbits(self.allowed, bitorder="little")
 
 
-def plainly(c: Collection, s: Settings, allowed: np.ndarray | None) -> dict[int, float]:
+def plainly(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | None) -> dict[int, float]:
     """Scores of all documents that count, as the module's first lines say it."""
     sums: dict[int, float] = {}
     total = 0.0
     for q, near in zip(c.query, c.near.T, strict=True):
         order = sorted(range(len(near)), key=lambda i: (-near[i], -i))
-        found = [(d, float(q @ v)) for i, d, v in c.rows if i in set(order[: s.probes])]
+        found = [(d, float(q @ v)) for i, d, v in c.rows if i in set(order[: s.nprobe])]
         passing = [(d, x) for d, x in found if allowed is None or allowed[d]]
         missing = 0.0
         if s.impute == Impute.WARP:
-            looked = order[: min(max(s.bound, s.probes), len(order))]
+            looked = order[: min(max(s.bound, s.nprobe), len(order))]
             missing, passed = float(near[looked[-1]]), 0
             for i in looked:
                 passed += sum(1 for j, _, _ in c.rows if j == i)
-                if passed >= s.until:
+                if passed >= s.t_prime:
                     missing = float(near[i])
                     break
         elif s.impute == Impute.KPRIME and passing:
@@ -85,19 +93,19 @@ def plainly(c: Collection, s: Settings, allowed: np.ndarray | None) -> dict[int,
     codec=st.sampled_from(sorted(CODECS)),
     lists=st.one_of(st.integers(1, 20), st.integers(1000, 2000)),  # of many, a sample is sorted
     segments=st.integers(0, 3),
-    probes=st.integers(1, 25),
+    nprobe=st.integers(1, 25),
     impute=st.sampled_from(list(Impute)),
-    until=st.integers(0, 100),
+    t_prime=st.integers(0, 100),
     kth=st.integers(1, 60),
     keep=st.booleans(),
     filtered=st.booleans(),
     compiled=st.booleans(),
 )
 def test_scores_are_those_of_a_plain_computation(
-    monkeypatch, seed, codec, lists, segments, probes, impute, until, kth, keep, filtered, compiled
+    monkeypatch, seed, codec, lists, segments, nprobe, impute, t_prime, kth, keep, filtered, compiled
 ) -> None:
     c = Collection(seed, codec, lists, segments)
-    s = Settings(probes, impute, until, 256, kth, keep)
+    s = TokenSearchSettings(nprobe, impute, t_prime, 256, kth, keep)
     if not compiled:
         monkeypatch.setattr(token_search, "_compiled", lambda: None)
     allow = c.bits if filtered else None
@@ -122,7 +130,9 @@ def test_scores_are_those_of_a_plain_computation(
 @given(seed=st.integers(0, 1 << 30), codec=st.sampled_from(sorted(CODECS)), dimension=st.sampled_from([64, 128, 192]))
 def test_vector_instructions_change_nothing(seed: int, codec: str, dimension: int) -> None:
     c = Collection(seed, codec, 12, 2, dimension)
-    answers = [c.search.search(c.query, c.near, 50, Settings(6, Impute.NOTHING, plain=p)) for p in (False, True)]
+    answers = [
+        c.search.search(c.query, c.near, 50, TokenSearchSettings(6, Impute.NOTHING, plain=p)) for p in (False, True)
+    ]
     (fast, fast_scores, _), (slow, slow_scores, _) = answers
     np.testing.assert_allclose(np.sort(fast_scores), np.sort(slow_scores), atol=1e-5)
     if CODECS[codec].kernel < 2:
@@ -135,7 +145,7 @@ def test_a_trace_adds_up(monkeypatch, seed: int, impute: Impute, compiled: bool)
     c = Collection(seed, "sq8", 10, 2)
     if not compiled:
         monkeypatch.setattr(token_search, "_compiled", lambda: None)
-    settings_ = Settings(5, impute, 30)
+    settings_ = TokenSearchSettings(5, impute, 30)
     documents, scores, _ = c.search.search(c.query, c.near, 50, settings_)
     for d, x in zip(documents.tolist(), scores.tolist(), strict=True):
         trace = c.search.search(c.query, c.near, 1, settings_, None, d)[2]
@@ -166,7 +176,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     part = c.search.segments[0]
 
     def made(**changes: Any) -> None:
-        TokenSearch(64, 4, c.search.coded, [Lists(**{**vars(part), **changes})], c.documents)
+        TokenSearch(64, 4, c.search.coded, [InvertedLists(**{**vars(part), **changes})], c.documents)
 
     made()
     for changes in (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.retrieval import RetrievalError
-from pilotfish.retrieval.encoders import load, vdr
+from pilotfish.retrieval.encoders import load_multi_vector_encoder, vdr
 from pilotfish.retrieval.training import loop, objectives, pairs, tasks
 from pilotfish.retrieval.training.pairs import Pair
 
@@ -55,7 +55,7 @@ def test_vdr_s_loss_is_its_terms(seed: int, batch: int, semi: bool, mask: float 
         terms.append(both(q @ topped(p, pb).T))
         bag, other = masked(pb, q)
         terms.append(both(other @ bag.T))
-    loss = objectives.vdr(*map(torch.from_numpy, (q, p, qb, pb)), top=top, semi=semi, mask_weight=mask)
+    loss = objectives.vdr_loss(*map(torch.from_numpy, (q, p, qb, pb)), top=top, semi=semi, mask_weight=mask)
     assert float(loss) == pytest.approx(np.mean(terms), rel=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_xtr_s_scores_are_those_of_retrieved_tokens(seed: int, batch: int, retri
             for b, x in best.items():
                 hits[b].append(x)
         expected[i] = [sum(h) / len(h) if h else 0.0 for h in hits]
-    found = objectives.xtr(*map(torch.from_numpy, (q, qm, d, dm)), retrieved=retrieved)
+    found = objectives.xtr_loss(*map(torch.from_numpy, (q, qm, d, dm)), retrieved=retrieved)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -90,10 +90,10 @@ def test_no_document_comes_twice_in_a_batch(documents: list[int], size: int, see
     given_pairs = [Pair(f"q{i}", f"d{d}") for i, d in enumerate(documents)]
     if len(set(documents)) < size:
         with pytest.raises(RetrievalError, match="too few"):
-            next(pairs.batches(given_pairs, size, seed))
+            next(pairs.pair_batches(given_pairs, size, seed))
         return
-    stream = pairs.batches(given_pairs, size, seed)
-    again = pairs.batches(given_pairs, size, seed)
+    stream = pairs.pair_batches(given_pairs, size, seed)
+    again = pairs.pair_batches(given_pairs, size, seed)
     for _ in range(12):
         batch = next(stream)
         assert batch == next(again)
@@ -103,7 +103,7 @@ def test_no_document_comes_twice_in_a_batch(documents: list[int], size: int, see
 def test_sentences_ask_for_their_passages(tmp_path: Path) -> None:
     sentences = [f"This is the sentence number {i} of a long text." for i in range(40)]
     (tmp_path / "a.txt").write_text(" ".join(sentences))
-    found = pairs.cloze([str(tmp_path / "a.txt")], 0)
+    found = pairs.inverse_cloze_pairs([str(tmp_path / "a.txt")], 0)
     assert len(found) == 8
     inside = sum(p.query in p.document for p in found)
     assert inside < len(found)
@@ -167,7 +167,7 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
     again = loop.read_log(tmp_path / "parts" / "training" / loop.LOG)
     assert [x["step"] for x in again] == list(range(25))
 
-    made: Any = vdr.load if kind == "vdr" else load
+    made: Any = vdr.load_vocabulary_encoder if kind == "vdr" else load_multi_vector_encoder
     encoder = made(str(tmp_path / "whole"))
     found: Any = encoder.encode_documents(["w1 w2 shark"])
     with torch.inference_mode():
@@ -197,7 +197,7 @@ def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t2\t1\n")
     with pytest.raises(RetrievalError, match="not to be learned from"):
-        pairs.judged(tmp_path)
+        pairs.judged_pairs(tmp_path)
 
 
 def test_too_few_pairs_are_refused(base: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def plain_vdr(model, ids: list[int], top: int) -> dict[int, float]:
 @pytest.mark.parametrize(("shared", "suffix"), [(False, "safetensors"), (True, "safetensors"), (False, "bin")])
 def test_a_published_checkpoint_is_the_card(tmp_path: Path, shared: bool, suffix: str) -> None:
     models = tiny.published_vdr(tmp_path / "m", shared, suffix)
-    encoder = vdr.load(str(tmp_path / "m"), top=20)
+    encoder = vdr.load_vocabulary_encoder(str(tmp_path / "m"), top=20)
     assert encoder.activation == "elu1p"
     for side, encode in (("encoder_q", encoder.encode_queries), ("encoder_p", encoder.encode_documents)):
         model = models.get(side, models["encoder_q"])
@@ -52,37 +52,37 @@ def test_a_published_checkpoint_is_the_card(tmp_path: Path, shared: bool, suffix
         for i, text in enumerate(texts):
             ids = encoder._tokenizer(text, truncation=True, max_length=length)["input_ids"]
             expected = plain_vdr(model, ids, 20)
-            mine = dict(zip(found[i].ids.tolist(), found[i].weights.tolist(), strict=True))
+            mine = dict(zip(found[i].indices.tolist(), found[i].values.tolist(), strict=True))
             assert set(mine) == set(expected)
             for v, weight in mine.items():
                 assert weight == pytest.approx(expected[v], rel=1e-4)
-            own = {v for v, o in zip(found[i].ids.tolist(), found[i].own.tolist(), strict=True) if o}
+            own = {v for v, o in zip(found[i].indices.tolist(), found[i].in_text.tolist(), strict=True) if o}
             assert own == {v for v in ids if v >= tiny.SHIFT}
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(len(TEXTS))))
 def test_a_text_does_not_depend_on_its_neighbours(order: list[int]) -> None:
-    encoder = vdr.load()
+    encoder = vdr.load_vocabulary_encoder()
     together = encoder.encode_documents([TEXTS[i] for i in order])
     for place, i in enumerate(order):
         alone = encoder.encode_documents([TEXTS[i]])
-        assert together[place].ids.tolist() == alone.ids.tolist()
-        np.testing.assert_allclose(together[place].weights, alone.weights, atol=1e-5)
+        assert together[place].indices.tolist() == alone.indices.tolist()
+        np.testing.assert_allclose(together[place].values, alone.values, atol=1e-5)
 
 
 def test_the_embedded_checkpoint_is_loaded_whole() -> None:
     """Its LayerNorms carry names of another age; what is not mapped would be random."""
-    state = vdr.weights(vdr.embedded())
-    model = vdr.load()._models[0].model
+    state = vdr.term_weights_of_logits(vdr.find_packaged_masked_lm())
+    model = vdr.load_vocabulary_encoder()._models[0].model
     ours = dict(model.named_parameters())
     old = {k: v for k, v in state.items() if k.endswith((".gamma", ".beta"))}
     assert len(old) == 12
     for name, value in old.items():
         new = name.replace(".gamma", ".weight").replace(".beta", ".bias")
         torch.testing.assert_close(ours[new].data, value)
-    found = vdr.load().encode_queries(["which animals follow sharks?"])
-    best = [vdr.load().word(int(i)) for i in found.ids[np.argsort(-found.weights)[:8]]]
+    found = vdr.load_vocabulary_encoder().encode_queries(["which animals follow sharks?"])
+    best = [vdr.load_vocabulary_encoder().term(int(i)) for i in found.indices[np.argsort(-found.values)[:8]]]
     assert {"sharks", "shark", "follow", "animals"} <= set(best)
 
 
@@ -92,21 +92,21 @@ def test_output_is_that_of_sentence_transformers(tmp_path: Path, where: str) -> 
     from sentence_transformers import SparseEncoder
     from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
-    folder = vdr.embedded()
+    folder = vdr.find_packaged_masked_lm()
     if where == "saved":
         tiny.masked_lm(tmp_path / "lm")
         folder = tmp_path / "lm"
     model = SparseEncoder(modules=[MLMTransformer(str(folder), max_seq_length=48), SpladePooling("max")], device="cpu")
-    encoder = vdr.load(top=0)
+    encoder = vdr.load_vocabulary_encoder(top=0)
     if where == "saved":
         model.save_pretrained(str(tmp_path / "saved"))
-        encoder = vdr.load(str(tmp_path / "saved"), top=0)
+        encoder = vdr.load_vocabulary_encoder(str(tmp_path / "saved"), top=0)
         assert encoder.activation == "splade"
     theirs = model.encode_document(TEXTS, convert_to_sparse_tensor=False, convert_to_tensor=True).numpy()
     ours = encoder.encode_documents(TEXTS)
     for i in range(len(TEXTS)):
         mine = np.zeros_like(theirs[i])
-        mine[ours[i].ids] = ours[i].weights
+        mine[ours[i].indices] = ours[i].values
         np.testing.assert_allclose(mine, theirs[i], atol=1e-5)
 
 
@@ -131,10 +131,10 @@ def test_what_is_no_encoder_of_words_is_refused(tmp_path: Path) -> None:
         ("cut", "encoder"),
     ):
         with pytest.raises(RetrievalError, match=message) as caught:
-            vdr.load(str(tmp_path / name))
+            vdr.load_vocabulary_encoder(str(tmp_path / name))
         assert "\n" not in str(caught.value)
     with pytest.raises(RetrievalError, match="expected auto, elu1p, splade"):
-        vdr.load(activation="relu")
+        vdr.load_vocabulary_encoder(activation="relu")
 
 
 DOCUMENTS = [
@@ -153,18 +153,18 @@ def made(folder: Path, **options) -> Index:
 
 def test_the_three_forms(tmp_path: Path) -> None:
     with made(tmp_path / "weights", bits=16) as index:
-        encoder = vdr.load()
+        encoder = vdr.load_vocabulary_encoder()
         query, documents = encoder.encode_queries([QUERY]), encoder.encode_documents([d["text"] for d in DOCUMENTS])
-        for form, sides in (("weights", query), ("words", encoder.bags([QUERY]))):
-            hits = {h.id: h.score for h in index.search(QUERY, form=form)}
+        for form, sides in (("weights", query), ("bag_of_words", encoder.bags_of_words([QUERY]))):
+            hits = {h.id: h.score for h in index.search(QUERY, query_encoding=form)}
             for i, document in enumerate(DOCUMENTS):
-                mine = dict(zip(documents[i].ids.tolist(), documents[i].weights.tolist(), strict=True))
+                mine = dict(zip(documents[i].indices.tolist(), documents[i].values.tolist(), strict=True))
                 expected = sum(
-                    w * mine.get(v, 0) for v, w in zip(sides.ids.tolist(), sides.weights.tolist(), strict=True)
+                    w * mine.get(v, 0) for v, w in zip(sides.indices.tolist(), sides.values.tolist(), strict=True)
                 )
                 assert hits.get(document["id"], 0.0) == pytest.approx(expected, abs=2e-2)
         assert [h.id for h in index.search(QUERY)][:2] == ["sea", "whales"]
-    with made(tmp_path / "bags", documents="words") as index:
+    with made(tmp_path / "bags", document_encoding="bag_of_words") as index:
         hits = index.search(QUERY)
         assert [h.id for h in hits] == ["sea"]  # the others share no word with it
         again = index.search(QUERY, rerank=5)
@@ -174,13 +174,13 @@ def test_the_three_forms(tmp_path: Path) -> None:
 def test_words_are_weighed_and_banned(tmp_path: Path) -> None:
     with made(tmp_path / "x", bits=16) as index:
         plain = {h.id: h.score for h in index.search(QUERY)}
-        banned = index.search(QUERY, words={"shark": 0, "sharks": 0, "fish": 0})
+        banned = index.search(QUERY, term_boosts={"shark": 0, "sharks": 0, "fish": 0})
         assert banned[0].id == "whales"
-        assert {r.query for r in index.explain(QUERY, "sea", words={"shark": 0})} & {"shark"} == set()
-        louder = {r.query: r.score for r in index.explain(QUERY, "sea", words={"shark": 2})}
+        assert {r.query for r in index.explain(QUERY, "sea", term_boosts={"shark": 0})} & {"shark"} == set()
+        louder = {r.query: r.score for r in index.explain(QUERY, "sea", term_boosts={"shark": 2})}
         usual = {r.query: r.score for r in index.explain(QUERY, "sea")}
         assert louder["shark"] == pytest.approx(2 * usual["shark"], rel=1e-5)
-        added = index.search(QUERY, words={"engine": 5})
+        added = index.search(QUERY, term_boosts={"engine": 5})
         assert {h.id: h.score for h in added}["road"] > plain.get("road", 0.0) + 1
         for words, message in (
             ({"\U0001f988": 1.0}, "not in the encoder's vocabulary"),
@@ -189,10 +189,10 @@ def test_words_are_weighed_and_banned(tmp_path: Path) -> None:
             (["shark"], "expected object of float"),
         ):
             with pytest.raises(RetrievalError, match=message):
-                index.search(QUERY, words=words)
+                index.search(QUERY, term_boosts=words)
 
 
-@pytest.mark.parametrize("options", [{}, {"documents": "words"}, {"activation": "elu1p"}])
+@pytest.mark.parametrize("options", [{}, {"document_encoding": "bag_of_words"}, {"activation": "elu1p"}])
 def test_an_explanation_adds_up_and_can_be_read(tmp_path: Path, options: dict) -> None:
     with made(tmp_path / "x", **options) as index:
         hit = index.search(QUERY, 1)[0]

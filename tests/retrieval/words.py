@@ -9,8 +9,8 @@ import numpy as np
 from pilotfish.plugins.contracts import Encoder
 from pilotfish.plugins.hookspecs import Register, hookimpl
 from pilotfish.plugins.manager import plugins
-from pilotfish.retrieval.sparse_vectors import Words as Weighted
-from pilotfish.retrieval.token_embeddings import Tokens
+from pilotfish.retrieval.sparse_vectors import SparseVectors as Weighted
+from pilotfish.retrieval.token_embeddings import TokenEmbeddings
 
 DIMENSION = 24
 
@@ -34,17 +34,17 @@ class Words(Encoder):
     def fingerprint(self) -> str:
         return "words-1"
 
-    def encode_queries(self, texts: Sequence[str]) -> Tokens:
+    def encode_queries(self, texts: Sequence[str]) -> TokenEmbeddings:
         return self.encode_documents(texts)
 
-    def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Tokens:
+    def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> TokenEmbeddings:
         rows = [self.words(t) for t in texts]
         if progress is not None:
             progress(len(texts))
         every = [w for row in rows for w in row]
         vectors = np.stack([vector(w) for w in every]) if every else np.empty((0, DIMENSION), np.float32)
         ids = np.array([int.from_bytes(hashlib.sha256(w.encode()).digest()[:2], "big") for w in every], np.int32)
-        return Tokens(vectors, ids, np.array([len(r) for r in rows], np.int64))
+        return TokenEmbeddings(vectors, ids, np.array([len(r) for r in rows], np.int64))
 
     def words(self, text: str, query: bool = False) -> list[str]:
         del query
@@ -87,7 +87,7 @@ class Weights(Encoder):
     def encode_documents(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> Weighted:
         if progress is not None:
             progress(len(texts))
-        return Weighted.of([weights(t) for t in texts])
+        return Weighted.from_dicts([weights(t) for t in texts])
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         return Words().chunks(text, size, overlap)

@@ -18,7 +18,7 @@ from pilotfish.integrations.vllm.models.embedded.base import fetch
 from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
-from pilotfish.integrations.vllm.engine.selection import DRAFTER_CLASS
+from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
@@ -78,7 +78,7 @@ def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) ->
     """Engine arguments that select our drafter."""
     return {
         "additional_config": {"pilotfish": {"drafter": {"name": name, **options}}},
-        "speculative_config": {"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": tokens},
+        "speculative_config": {"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": tokens},
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pilotfish.integrations.vllm.serving.command.command import vllm_serve
 
-from pilotfish.integrations.vllm.engine.selection import DRAFTER_CLASS
+from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
 
 pytestmark = pytest.mark.engine
 
@@ -93,7 +93,7 @@ def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
         (
             [
                 "--speculative-config",
-                json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 3}),
+                json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": 3}),
             ],
             ["pilotfish.drafter: missing"],
         ),

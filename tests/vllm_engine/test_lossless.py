@@ -126,7 +126,7 @@ def test_greedy_output_is_identical_over_two_hundred_texts(stock, drafted, model
     from pilotfish.integrations.vllm.bench import corpora
 
     tokenizer = corpora.tokenizer_of(model)
-    cut = corpora.excerpts(tokenizer, corpora.sample(), 210, 120, "the sample")
+    cut = corpora.excerpts(tokenizer, corpora.sample_corpus(), 210, 120, "the sample")
     given = [ids[: 20 + 7 * i % 100] for i, ids in enumerate(cut)]
     a, b = both(stock, drafted, given, [{"temperature": 0, "max_tokens": 40, "ignore_eos": True}] * len(given))
     different = [i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y]

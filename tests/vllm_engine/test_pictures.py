@@ -136,7 +136,7 @@ def test_pruned_answers(
         saved = 0
         for path in request.get("pictures", ()):
             width, height = SIZES[pictures.index(path)]
-            layout = layouts.anyres(_config(), height, width)
+            layout = layouts.anyres_layout(_config(), height, width)
             saved += layout.num_tokens - pruner.plan(layout).num_tokens
         assert before - after == saved
     alone = [ours.ask(do="look", requests=[r]) for r in quarter]

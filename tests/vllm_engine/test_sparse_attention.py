@@ -52,7 +52,7 @@ def sparse(start, model, stock):
 def test_the_backend_is_ours_and_the_layers_are_the_shipped_profile_s(sparse) -> None:
     (path,) = SHIPPED.glob("tidal_decode-smollm2*.json")
     layers = read_profile(path).settings["default"]["select_layers"]
-    assert sparse.ask(do="attention") == {"impl": ["SparseImpl"], "isa": ["vec"], "select": layers}
+    assert sparse.ask(do="attention") == {"impl": ["SparseCPUImpl"], "isa": ["vec"], "select": layers}
 
 
 @pytest.mark.shows("tidal_decode", "full budget equals stock")

@@ -129,7 +129,7 @@ class TestWorker(Worker):
 
     def trees(self) -> dict[str, Any]:
         """What tree verification has done."""
-        return {"moved": self.runner.drafter.trees.moved}
+        return {"moved": self.runner.drafter.trees.num_moved_tokens}
 
     def integrity(self, prompts: list[list[int]], max_tokens: int, looks: int) -> dict[str, Any]:
         """How far the cache of drafted requests is from that of the same tokens, processed as a prompt.
@@ -143,7 +143,7 @@ class TestWorker(Worker):
         seen: list[tuple[list[int], torch.Tensor]] = []
         engine, running = self.llm.llm_engine, self.core.scheduler.running
         waiting = list(enumerate(prompts))
-        before = self.runner.drafter.trees.moved
+        before = self.runner.drafter.trees.num_moved_tokens
         while waiting or engine.has_unfinished_requests():
             if waiting:
                 number, prompt = waiting.pop(0)
@@ -153,7 +153,7 @@ class TestWorker(Worker):
                 done = request.num_computed_tokens
                 if done > len(request.prompt_token_ids):
                     seen.append((list(request.all_token_ids[:done]), self._cache(request.request_id, done)))
-        moved, worst = self.runner.drafter.trees.moved - before, 0.0
+        moved, worst = self.runner.drafter.trees.num_moved_tokens - before, 0.0
         for number, (tokens, cache) in enumerate(random.Random(0).sample(seen, looks)):
             self._add(f"fresh-{number}", tokens, 2)
             while not running and not self.core.scheduler.running:
@@ -191,10 +191,10 @@ class TestWorker(Worker):
         """vLLM's own function, then ours, on parameters that are not whole numbers."""
         from pilotfish.integrations.vllm.drafting import vllm_fixes
 
-        vllm_fixes.EXPAND.undo()
-        before = vllm_fixes.sampling_is_broken()
-        vllm_fixes.EXPAND.apply()
-        return {"before": before, "after": vllm_fixes.sampling_is_broken()}
+        vllm_fixes.EXPAND_BATCH.undo()
+        before = vllm_fixes.draft_sampling_is_broken()
+        vllm_fixes.EXPAND_BATCH.apply()
+        return {"before": before, "after": vllm_fixes.draft_sampling_is_broken()}
 
     def shut_down(self) -> dict[str, Any]:
         """What a server does when it ends."""

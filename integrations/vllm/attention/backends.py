@@ -3,7 +3,7 @@
 from typing import Any
 
 from ....plugins.contracts import Unsupported
-from ..engine.selection import kv_policy, read
+from ..engine.selection import kv_policy, read_config
 
 
 def attention_backend(stock: type, vllm_config: Any) -> type:
@@ -12,7 +12,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
     Raises:
         Unsupported: there is nothing of ours that stands over this one.
     """
-    config = read(vllm_config.additional_config)
+    config = read_config(vllm_config.additional_config)
     name = stock.get_name()  # type: ignore[attr-defined]
     if config.drafter is not None and config.verification.verification == "tree":
         if name == "CPU_ATTN":

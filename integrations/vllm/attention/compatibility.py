@@ -6,15 +6,15 @@ from ....plugins.contracts import Unsupported
 from ..engine import log
 from ..engine.selection import Attachment
 
-WITHOUT_WINDOW = (-1, (-1, -1), None)  # as backends write it
+NO_SLIDING_WINDOW = (-1, (-1, -1), None)  # as backends write it
 
 
 def is_windowed(impl: Any) -> bool:
     """Whether a layer sees a sliding window only; such layers are left to vLLM."""
-    return impl.sliding_window not in WITHOUT_WINDOW
+    return impl.sliding_window not in NO_SLIDING_WINDOW
 
 
-class Announcement:
+class LogWhenActive:
     """Says once that a policy is active: when a step goes through its kernels."""
 
     def __init__(self, plugin: str) -> None:
@@ -27,7 +27,7 @@ class Announcement:
             log.logger.info("pilotfish: kv %s is active, at a context of %d tokens", self._plugin, context)
 
 
-def unserved(impl: Any, multiple: int) -> list[str]:
+def unsupported_features(impl: Any, multiple: int) -> list[str]:
     """What a layer computes that none of our kernels does; its head size has to be a multiple of ``multiple``."""
     return [
         reason
@@ -41,7 +41,7 @@ def unserved(impl: Any, multiple: int) -> list[str]:
     ]
 
 
-WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
+METHODS_WITHOUT_MODEL = ("custom_class", "ngram", "suffix")  # methods of speculation that run no model of their own
 
 
 def check(attachment: Attachment, vllm_config: Any) -> None:
@@ -121,9 +121,9 @@ def _check_blocks(plugin: str, vllm_config: Any) -> None:
     leave_out = "leave the policy out"
     for present, reason, remedy in (
         (
-            speculative is not None and speculative.method not in WITHOUT_MODEL,
+            speculative is not None and speculative.method not in METHODS_WITHOUT_MODEL,
             f"the drafter '{getattr(speculative, 'method', '')}' has attention layers of its own",
-            f"choose one without: {', '.join(WITHOUT_MODEL)}",
+            f"choose one without: {', '.join(METHODS_WITHOUT_MODEL)}",
         ),
         (
             getattr(vllm_config.model_config, "is_mm_prefix_lm", False),

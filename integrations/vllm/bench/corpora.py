@@ -9,7 +9,7 @@ from ....retrieval.errors import first_line
 CHARACTERS = 8  # of text for each token wanted, at most
 
 
-def read(path: Path, flag: str = "--text") -> str:
+def read_corpus(path: Path, flag: str = "--text") -> str:
     """A text file, or all ``.txt`` files of a folder, one behind the other.
 
     Raises:
@@ -25,7 +25,7 @@ def read(path: Path, flag: str = "--text") -> str:
     return text
 
 
-def sample() -> str:
+def sample_corpus() -> str:
     """English prose that every Python brings: the reference pages that `help()` shows."""
     from pydoc_data.topics import topics
 

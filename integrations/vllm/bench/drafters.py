@@ -41,7 +41,7 @@ MAX_MODEL_LEN = 4096
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrafterBenchmark:
     """What to measure; see `pilotfish bench drafters --help`."""
 
     prompts: tuple[Path, ...]
@@ -59,7 +59,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class DrafterRun:
     """One or more prompts through one engine."""
 
     arm: str
@@ -101,33 +101,33 @@ def speculation(arm: str) -> dict[str, Any]:
     if chosen.name not in drafters:
         raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
     key = {"drafter": {"name": chosen.name, **chosen.options}}
-    config = selection.read({ROOT: key})
+    config = selection.read_config({ROOT: key})
     return {
         "additional_config": {ROOT: key},
         "speculative_config": {
             "method": "custom_class",
-            "model": selection.DRAFTER_CLASS,
-            "num_speculative_tokens": compatibility.drafted_tokens(drafters[chosen.name], config.verification),
+            "model": selection.PROPOSER_CLASS,
+            "num_speculative_tokens": compatibility.default_draft_tokens(drafters[chosen.name], config.verification),
         },
     }
 
 
-def run(plan: Plan) -> list[Run]:
+def run_drafter_benchmark(plan: DrafterBenchmark) -> list[DrafterRun]:
     """Measure, write the JSON (anew after every arm, so that an interrupt loses one arm only), print the table."""
-    runs: list[Run] = []
-    for more in measure(plan):
+    runs: list[DrafterRun] = []
+    for more in measure_arms(plan):
         runs += more
         raw = {"runs": [{**vars(r), "answer": {k: v for k, v in r.answer.items() if k != "tokens"}} for r in runs]}
-        record.write(plan.out, summarise(runs), raw)
-    show(summarise(runs))
+        record.write_records(plan.out, summarize_runs(runs), raw)
+    print_drafter_table(summarize_runs(runs))
     status.print(f"written to {plan.out}", markup=False)
     return runs
 
 
-def measure(plan: Plan) -> Iterator[list[Run]]:
+def measure_arms(plan: DrafterBenchmark) -> Iterator[list[DrafterRun]]:
     """Run every arm beside stock vLLM, one pair of engines after the other."""
-    files = [prompt_files.read(path) for path in plan.prompts]
-    record.check(plan.out)
+    files = [prompt_files.read_prompts(path) for path in plan.prompts]
+    record.check_output_path(plan.out)
     for arm in plan.arms:
         speculation(arm)
     check_model(plan.model)
@@ -136,18 +136,19 @@ def measure(plan: Plan) -> Iterator[list[Run]]:
         status.print("arm suffix is left out: arctic-inference is not installed")
         arms.remove("suffix")
     drawn = [
-        prompt_files.sample(f, plan.sample if i == 0 else plan.sample_others, plan.seed) for i, f in enumerate(files)
+        prompt_files.sample_prompts(f, plan.sample if i == 0 else plan.sample_others, plan.seed)
+        for i, f in enumerate(files)
     ]
-    others = prompt_files.rest(files[0], drawn[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
-    folder = registry.resolve(plan.model)
+    others = prompt_files.remaining_prompts(files[0], drawn[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
+    folder = registry.resolve_model(plan.model)
     with counting_bar() as bar:
         for arm in arms:
             yield measure_pair(plan, arm, folder, [p for d in drawn for p in d], others, bar)
 
 
 def measure_pair(
-    plan: Plan, arm: str, folder: str, drawn: Sequence[Prompt], others: Sequence[Prompt], bar: Progress
-) -> list[Run]:
+    plan: DrafterBenchmark, arm: str, folder: str, drawn: Sequence[Prompt], others: Sequence[Prompt], bar: Progress
+) -> list[DrafterRun]:
     """Run all prompts on stock vLLM and on the arm, in turns."""
     from transformers import AutoTokenizer
 
@@ -204,8 +205,13 @@ def measure_pair(
 
 
 def _queues(
-    plan: Plan, arms: list[Arm], prompts: Sequence[Prompt], encoded: list[list[int]], bar: Progress, task: TaskID
-) -> list[Run]:
+    plan: DrafterBenchmark,
+    arms: list[Arm],
+    prompts: Sequence[Prompt],
+    encoded: list[list[int]],
+    bar: Progress,
+    task: TaskID,
+) -> list[DrafterRun]:
     """Queues of prompts, of which ``plan.batch`` run at a time; no engine has met them (some drafters remember).
 
     A queue, since the last request of a lone batch decides its end: drafting would pay for seven that wait for one.
@@ -228,7 +234,7 @@ def _turn(
     max_tokens: int,
     bar: Progress,
     task: TaskID,
-) -> list[Run]:
+) -> list[DrafterRun]:
     """The same prompts through every arm; who begins changes from turn to turn."""
     begin = turn % len(arms)
     runs = []
@@ -236,7 +242,7 @@ def _turn(
         if state:
             engine.ask(do="use", drafter=state)
         answer = engine.ask(do="generate", prompts=prompts, max_tokens=max_tokens)
-        runs.append(Run(arm, dataset, category, len(prompts), turn, False, answer))
+        runs.append(DrafterRun(arm, dataset, category, len(prompts), turn, False, answer))
         bar.advance(task)
     return runs
 
@@ -244,7 +250,7 @@ def _turn(
 # ------------------------------------------------------------------------------------------------- from runs to figures
 
 
-def summarise(runs: Sequence[Run]) -> list[Record]:
+def summarize_runs(runs: Sequence[DrafterRun]) -> list[Record]:
     """Ratios against the stock runs of the same pair, by dataset, category and batch size.
 
     Where prompts came twice, ``DATASET`` is their first time, ``DATASET_again`` their second, ``DATASET_twice`` both.
@@ -252,10 +258,10 @@ def summarise(runs: Sequence[Run]) -> list[Record]:
     records: list[Record] = []
     arms = list(dict.fromkeys(r.arm for r in runs if not r.arm.startswith(STOCK)))
     for arm in arms:
-        pair_of = f"{STOCK}|{arm.removesuffix('@cold').removesuffix('@hot')}"
+        pair_of = f"{STOCK}|{arm.removesuffix('@cold').removesuffix('@warm')}"
         stock = {(r.dataset, r.batch, r.turn, r.again): r for r in runs if r.arm == pair_of}
         twice = any(r.again for r in runs if r.arm == arm)
-        groups: dict[tuple[str, int], list[tuple[Run, Run]]] = defaultdict(list)
+        groups: dict[tuple[str, int], list[tuple[DrafterRun, DrafterRun]]] = defaultdict(list)
         for mine in (r for r in runs if r.arm == arm):
             pair = (mine, stock[mine.dataset, mine.batch, mine.turn, mine.again])
             endings = [("_again" if mine.again else ""), *(["_twice"] if twice and mine.batch == 1 else [])]
@@ -268,13 +274,15 @@ def summarise(runs: Sequence[Run]) -> list[Record]:
     return records
 
 
-def _figures(arm: str, dataset: str, params: dict[str, Any], pairs: list[tuple[Run, Run]]) -> list[Record]:
-    def total(runs: Sequence[Run], key: str) -> float:
+def _figures(
+    arm: str, dataset: str, params: dict[str, Any], pairs: list[tuple[DrafterRun, DrafterRun]]
+) -> list[Record]:
+    def total(runs: Sequence[DrafterRun], key: str) -> float:
         return sum(r.answer[key] for r in runs)
 
     mine, stock = [p[0] for p in pairs], [p[1] for p in pairs]
 
-    def speed(runs: Sequence[Run], key: str) -> float:
+    def speed(runs: Sequence[DrafterRun], key: str) -> float:
         count = sum(r.tokens for r in runs) if key == "seconds" else total(runs, "emitted")
         return count / max(total(runs, key), 1e-9)
 
@@ -305,7 +313,7 @@ def _figures(arm: str, dataset: str, params: dict[str, Any], pairs: list[tuple[R
     return [Record("drafters", dataset, arm, m, round(v, 4), u, runs, params) for m, v, u, runs in rows]
 
 
-def show(records: Sequence[Record]) -> None:
+def print_drafter_table(records: Sequence[Record]) -> None:
     """The overall figures as a table."""
     from rich.table import Table
 

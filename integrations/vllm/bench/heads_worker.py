@@ -15,7 +15,7 @@ class HeadsWorker(Worker):
         """What the engine's plugins would be told about it."""
         from ..engine import selection
 
-        return vars(selection.describe(self.runner.vllm_config))
+        return vars(selection.engine_facts(self.runner.vllm_config))
 
     def scores(self, tokens: list[int], period: int) -> dict[str, Any]:
         """Echo and induction scores of every query head on one sequence.

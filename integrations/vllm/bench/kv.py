@@ -21,56 +21,58 @@ from ..serving.progress import console as status
 from ..serving.progress import counting_bar
 from . import corpora, needle_in_haystack
 from .engine import EngineProcess
-from .kv_work import ROOM, STOCK, TEXTS, Arm, Plan, Work, _named, measure, positions
+from .kv_work import ROOM, STOCK, TEXTS, KVArm, KVBenchmark, KVWork, _named, max_positions, run_parts
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.kv_worker")
 
 
-def arms_of(plan: Plan) -> list[Arm]:
+def arms_of(plan: KVBenchmark) -> list[KVArm]:
     """Stock attention, then every setting, checked.
 
     Raises:
         ConfigError: no such policy, or a setting that it refuses.
     """
-    arms = [Arm(STOCK, None)]
+    arms = [KVArm(STOCK, None)]
     if len(set(plan.settings)) < len(plan.settings):
         raise ConfigError("--setting: the same setting is given twice")
     for setting in plan.settings:
         selection = parse_assignments(",".join(filter(None, (plan.policy, setting))))
         plugins().resolve("kv", selection)
-        arms.append(Arm(f"{plan.policy}@{setting}" if setting else plan.policy, dict(selection.options)))
+        arms.append(KVArm(f"{plan.policy}@{setting}" if setting else plan.policy, dict(selection.options)))
     return arms
 
 
-def run(plan: Plan) -> list[Record]:
+def run_kv_benchmark(plan: KVBenchmark) -> list[Record]:
     """Measure, write the JSON after every part, print the figures."""
     arms = arms_of(plan)
-    read = {name: corpora.read(path) for name, path in _named(plan.texts).items()} or {"sample": corpora.sample()}
-    haystack = next(iter(read.values())) if plan.haystack is None else corpora.read(plan.haystack, "--haystack")
-    record.check(plan.out)
+    read = {name: corpora.read_corpus(path) for name, path in _named(plan.texts).items()} or {
+        "sample": corpora.sample_corpus()
+    }
+    haystack = next(iter(read.values())) if plan.haystack is None else corpora.read_corpus(plan.haystack, "--haystack")
+    record.check_output_path(plan.out)
     if not plan.longest:
         raise ConfigError("no contexts are given: there is nothing to measure")
     check_model(plan.model)
-    folder = registry.resolve(plan.model)
+    folder = registry.resolve_model(plan.model)
     for arm in arms[1:]:
         cls, options = plugins().resolve("kv", Selection(plan.policy, arm.options or {}))
         check_engine(cls, options, plan.model, 0, allow_untested=False)
-    if (limit := positions(folder)) is not None and plan.longest + ROOM > limit:
+    if (limit := max_positions(folder)) is not None and plan.longest + ROOM > limit:
         said = f"contexts of {plan.longest} tokens"
         raise ConfigError(f"{said}: {plan.model} has {limit} positions, {ROOM} are for decoding")
-    work = Work(plan, arms, folder, corpora.tokenizer_of(folder), read, haystack)
+    work = KVWork(plan, arms, folder, corpora.tokenizer_of(folder), read, haystack)
     if plugins().get("kv", plan.policy).frees_blocks:  # type: ignore[attr-defined]
         from . import kv_memory
 
-        records = kv_memory.run(work)
+        records = kv_memory.run_memory_benchmark(work)
     else:
         records = _in_one_engine(work)
-    show(records)
+    print_kv_table(records)
     status.print(f"written to {plan.out}", markup=False)
     return records
 
 
-def _in_one_engine(work: "Work") -> list[Record]:
+def _in_one_engine(work: "KVWork") -> list[Record]:
     """All parts, the policy being changed between runs."""
     plan = work.plan
     config = {
@@ -89,10 +91,10 @@ def _in_one_engine(work: "Work") -> list[Record]:
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
         task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            return measure([(said, partial(part, engine)) for said, part in parts], plan.out, bar, task)
+            return run_parts([(said, partial(part, engine)) for said, part in parts], plan.out, bar, task)
 
 
-def show(records: list[Record]) -> None:
+def print_kv_table(records: list[Record]) -> None:
     """The figures as a table."""
     from rich.table import Table
 

@@ -16,8 +16,8 @@ from ...bench.record import Record
 from ..serving.progress import counting_bar
 from . import needle_in_haystack
 from .engine import EngineProcess
-from .kv_work import ROOM, STOCK, TEXTS, Arm, Work, divergence, measure
-from .needle_in_haystack import Question
+from .kv_work import ROOM, STOCK, TEXTS, KVArm, KVWork, divergence_records, run_parts
+from .needle_in_haystack import NeedleQuestion
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait
@@ -26,10 +26,10 @@ TURNS, STEPS = 5, 12  # of the timed steps
 CHUNK = 2048
 
 
-class MemoryWork(Work):
+class KVMemoryWork(KVWork):
     """The parts of a measurement with an engine for every arm."""
 
-    def config(self, arm: Arm, longest: int, **more: Any) -> dict[str, Any]:
+    def config(self, arm: KVArm, longest: int, **more: Any) -> dict[str, Any]:
         """Arguments of one arm's engine."""
         policy = {} if arm.options is None else {"pilotfish": {"kv": {"name": self.plan.policy, **arm.options}}}
         return {
@@ -64,12 +64,19 @@ class MemoryWork(Work):
             for context in plan.quality_contexts
         ]
         needles = [
-            (context, list(needle_in_haystack.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles)))
+            (
+                context,
+                list(
+                    needle_in_haystack.needle_questions(self.tokenizer, self.haystack, context, plan.seed, plan.needles)
+                ),
+            )
             for context in plan.needle_contexts
         ]
         looked_up = []
         if plan.kv_retrieval is not None:
-            looked_up = needle_in_haystack.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest)
+            looked_up = needle_in_haystack.dictionary_questions(
+                self.tokenizer, plan.kv_retrieval, plan.questions, plan.longest
+            )
         for arm in self.arms if cuts or needles or looked_up else ():
             yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, looked_up, logs)
 
@@ -102,7 +109,7 @@ class MemoryWork(Work):
             ]
         return records
 
-    def steps(self, arm: Arm, groups: list[list[list[int]]], logs: Path) -> list[Record]:
+    def steps(self, arm: KVArm, groups: list[list[list[int]]], logs: Path) -> list[Record]:
         """Decode steps of an arm and of stock attention in turns, two engines at a time, and the memory they hold."""
         longest, batch = max(len(g[0]) for g in groups), max(map(len, groups))
         records: list[Record] = []
@@ -138,10 +145,10 @@ class MemoryWork(Work):
 
     def quality(
         self,
-        arm: Arm,
+        arm: KVArm,
         cuts: list[tuple[str, int, list[list[int]]]],
-        needles: list[tuple[int, list[list[Question]]]],
-        dictionaries: list[Question],
+        needles: list[tuple[int, list[list[NeedleQuestion]]]],
+        dictionaries: list[NeedleQuestion],
         logs: Path,
     ) -> list[Record]:
         """Divergence from stock attention, whose distributions the first arm leaves in files; needles; dictionaries."""
@@ -158,25 +165,31 @@ class MemoryWork(Work):
                     reference=str(logs / f"{number}.pt"),
                 )
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
-                records += divergence(("kv", name, arm.label), answer, params)
+                records += divergence_records(("kv", name, arm.label), answer, params)
             for context, groups in needles:
-                found = [pair for g in groups for pair in zip(g, needle_in_haystack.answer(engine, g), strict=True)]
-                records += needle_in_haystack.records(self.haystack_name, "needle_recall", arm.label, found, context)
+                found = [
+                    pair for g in groups for pair in zip(g, needle_in_haystack.answer_questions(engine, g), strict=True)
+                ]
+                records += needle_in_haystack.needle_records(
+                    self.haystack_name, "needle_recall", arm.label, found, context
+                )
             if dictionaries:
                 where = self.dictionaries_name
                 groups = [
                     dictionaries[i : i + needle_in_haystack.ROUNDS]
                     for i in range(0, len(dictionaries), needle_in_haystack.ROUNDS)
                 ]
-                found = [pair for g in groups for pair in zip(g, needle_in_haystack.answer(engine, g), strict=True)]
-                records += needle_in_haystack.records(where, "exact_match", arm.label, found, self.plan.longest)
+                found = [
+                    pair for g in groups for pair in zip(g, needle_in_haystack.answer_questions(engine, g), strict=True)
+                ]
+                records += needle_in_haystack.needle_records(where, "exact_match", arm.label, found, self.plan.longest)
         return records
 
 
-def run(work: Work) -> list[Record]:
+def run_memory_benchmark(work: KVWork) -> list[Record]:
     """Measure all parts."""
-    memory = MemoryWork(**vars(work))
+    memory = KVMemoryWork(**vars(work))
     with tempfile.TemporaryDirectory() as logs:
         parts = list(memory.parts_in(Path(logs)))  # refuses texts that are too short before anything is shown
         with counting_bar() as bar:
-            return measure(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))
+            return run_parts(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))

@@ -14,7 +14,7 @@ from ....plugins.config import ConfigError
 from ...bench import record
 from ...bench.record import Record
 from . import corpora, needle_in_haystack
-from .needle_in_haystack import Answered, Question
+from .needle_in_haystack import NeedleQuestion, NeedleResult
 
 STOCK = "none"
 
@@ -32,7 +32,7 @@ ROOM = 96  # positions behind a context, for what is decoded
 
 
 @dataclass(frozen=True)
-class Plan:
+class KVBenchmark:
     """What to measure; see `pilotfish bench kv --help`."""
 
     policy: str
@@ -61,7 +61,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Arm:
+class KVArm:
     """One setting of the policy; None is stock attention."""
 
     label: str
@@ -78,7 +78,7 @@ def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
     return found
 
 
-def measure(
+def run_parts(
     parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, bar: Progress, task: TaskID
 ) -> list[Record]:
     """Run the parts of a measurement, each with what to say; the JSON is written after every one."""
@@ -86,17 +86,17 @@ def measure(
     for description, part in parts:
         bar.update(task, description=description)
         records += part()
-        record.write(out, records)
+        record.write_records(out, records)
         bar.advance(task)
     return records
 
 
 @dataclass(frozen=True)
-class Work:
+class KVWork:
     """The parts of a measurement; what they need of the texts is cut, and refused, before an engine starts."""
 
-    plan: Plan
-    arms: list[Arm]
+    plan: KVBenchmark
+    arms: list[KVArm]
     folder: str  # of the model
     tokenizer: Any
     texts: dict[str, str]
@@ -109,26 +109,28 @@ class Work:
         for context in plan.contexts:
             for batch in plan.batches:
                 prompts = self.cut(first, batch, context)
-                yield f"context {context}, batch {batch}", partial(speed, arms=arms, prompts=prompts)
+                yield f"context {context}, batch {batch}", partial(measure_step_times, arms=arms, prompts=prompts)
         for name in self.texts:
             for context in plan.quality_contexts:
                 cut = self.cut(name, TEXTS, context + plan.quality_tokens)
                 yield (
                     f"quality on {name}, {context}",
-                    partial(quality, arms=arms, dataset=name, cut=cut, context=context),
+                    partial(measure_divergence, arms=arms, dataset=name, cut=cut, context=context),
                 )
         for context in plan.needle_contexts:
-            groups = list(needle_in_haystack.needles(self.tokenizer, self.haystack, context, plan.seed, plan.needles))
-            search = partial(questions, arms=arms, dataset=self.haystack_name, metric="needle_recall")
+            groups = list(
+                needle_in_haystack.needle_questions(self.tokenizer, self.haystack, context, plan.seed, plan.needles)
+            )
+            search = partial(measure_answers, arms=arms, dataset=self.haystack_name, metric="needle_recall")
             yield f"needles in {context}", partial(search, groups=groups, context=context)
         if plan.kv_retrieval is not None:
             context = plan.longest
-            asked = needle_in_haystack.dictionaries(self.tokenizer, plan.kv_retrieval, plan.questions, context)
+            asked = needle_in_haystack.dictionary_questions(self.tokenizer, plan.kv_retrieval, plan.questions, context)
             groups = [asked[i : i + needle_in_haystack.ROUNDS] for i in range(0, len(asked), needle_in_haystack.ROUNDS)]
             yield (
                 "keys in dictionaries",
                 partial(
-                    questions,
+                    measure_answers,
                     arms=arms,
                     dataset=self.dictionaries_name,
                     metric="exact_match",
@@ -152,7 +154,7 @@ class Work:
         return corpora.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
 
-def speed(engine: Any, arms: list[Arm], prompts: list[list[int]]) -> list[Record]:
+def measure_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
     """Decode steps of all prompts together; the order of the arms changes from turn to turn."""
     batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)
@@ -177,7 +179,9 @@ def speed(engine: Any, arms: list[Arm], prompts: list[list[int]]) -> list[Record
     return records
 
 
-def quality(engine: Any, arms: list[Arm], dataset: str, cut: list[list[int]], context: int) -> list[Record]:
+def measure_divergence(
+    engine: Any, arms: list[KVArm], dataset: str, cut: list[list[int]], context: int
+) -> list[Record]:
     """Divergence from full attention while texts are decoded token by token, each arm living with its own cache."""
     prompts, texts = [ids[:context] for ids in cut], [ids[context:] for ids in cut]
     params = {"context": context, "tokens": sum(map(len, texts))}
@@ -186,13 +190,13 @@ def quality(engine: Any, arms: list[Arm], dataset: str, cut: list[list[int]], co
     for arm in arms:
         engine.ask(do="policy", options=arm.options)
         answer = engine.ask(do="forced", prompts=prompts, texts=texts, keep=arm.options is None)
-        records += divergence(("kv", dataset, arm.label), answer, params, reference)
+        records += divergence_records(("kv", dataset, arm.label), answer, params, reference)
         if arm.options is None:
             reference = statistics.fmean(statistics.fmean(x) for x in answer["nll"])
     return records
 
 
-def divergence(
+def divergence_records(
     common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any], reference: float | None = None
 ) -> list[Record]:
     """Records of what an engine thought of forced texts; with the NLL of a ``reference``, the difference from it."""
@@ -213,21 +217,23 @@ def divergence(
     return records
 
 
-def questions(
-    engine: Any, arms: list[Arm], dataset: str, metric: str, groups: list[list[Question]], context: int
+def measure_answers(
+    engine: Any, arms: list[KVArm], dataset: str, metric: str, groups: list[list[NeedleQuestion]], context: int
 ) -> list[Record]:
     """Questions answered under every arm, group by group, so that a group's contexts are processed once."""
-    results: dict[str, list[tuple[Question, Answered]]] = {arm.label: [] for arm in arms}
+    results: dict[str, list[tuple[NeedleQuestion, NeedleResult]]] = {arm.label: [] for arm in arms}
     for group in groups:
         for arm in arms:
             engine.ask(do="policy", options=arm.options)
-            results[arm.label] += zip(group, needle_in_haystack.answer(engine, group), strict=True)
+            results[arm.label] += zip(group, needle_in_haystack.answer_questions(engine, group), strict=True)
     return [
-        r for arm in arms for r in needle_in_haystack.records(dataset, metric, arm.label, results[arm.label], context)
+        r
+        for arm in arms
+        for r in needle_in_haystack.needle_records(dataset, metric, arm.label, results[arm.label], context)
     ]
 
 
-def positions(folder: str) -> int | None:
+def max_positions(folder: str) -> int | None:
     """How many positions a model has, where its configuration says so.
 
     Raises:

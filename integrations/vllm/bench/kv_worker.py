@@ -14,12 +14,12 @@ from ....plugins.config import build_options
 from ..attention.sparse import kv_correction
 from ..engine.selection import attach
 from .engine import main
-from .teacher_forcing import ForcedWorker
+from .teacher_forcing import TeacherForcingWorker
 
 STOCK = ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))
 
 
-class KVWorker(ForcedWorker):
+class KVWorker(TeacherForcingWorker):
     """An engine with a KV policy."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class KVWorker(ForcedWorker):
         for builder in self._builders:
             builder.plan = plan
         self.core.scheduler.update_from_output = self._update
-        kv_correction.correct(self.core.scheduler, plan)
+        kv_correction.reset_computed_tokens(self.core.scheduler, plan)
         return {}
 
     def facts(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class KVWorker(ForcedWorker):
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         place_of: dict[str | None, Any] = dict(zip(self._force, places or [None] * len(texts), strict=True))
-        observer = Missed(
+        observer = MissedAttention(
             self._attachment.engine.layers, SelectionRule(**rule), lambda row: place_of.get(self._name(row))
         )
         for builder in self._builders:
@@ -84,7 +84,7 @@ class KVWorker(ForcedWorker):
         return {"missed": observer.mean.tolist(), "steps": observer.steps}
 
 
-class Missed:
+class MissedAttention:
     """Observes every layer of every step, and sums what layers miss by reading each other's choice."""
 
     def __init__(self, layers: int, rule: SelectionRule, place_of: Callable[[int], tuple[int, int] | None]) -> None:

@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 from .engine import main
-from .teacher_forcing import ForcedWorker
+from .teacher_forcing import TeacherForcingWorker
 
 
-class MemoryWorker(ForcedWorker):
+class MemoryWorker(TeacherForcingWorker):
     """An engine with or without a policy whose blocks are counted."""
 
     def capacity(self) -> dict[str, Any]:

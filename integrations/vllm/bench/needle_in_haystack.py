@@ -25,7 +25,7 @@ SHORTEST = 64  # tokens of a context that hides a needle
 
 
 @dataclass(frozen=True)
-class Question:
+class NeedleQuestion:
     """Token ids of one question.
 
     Attributes:
@@ -44,14 +44,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
+class NeedleResult:
     """How a question was answered: all tokens right, and the share that was."""
 
     exact: bool
     share: float
 
 
-def needles(tokenizer: Any, haystack: str, length: int, seed: int, rounds: int = ROUNDS) -> Iterator[list[Question]]:
+def needle_questions(
+    tokenizer: Any, haystack: str, length: int, seed: int, rounds: int = ROUNDS
+) -> Iterator[list[NeedleQuestion]]:
     """The needle test: a magic number in a text of other things; a group for each of `DEPTHS` depths.
 
     Args:
@@ -86,11 +88,11 @@ def needles(tokenizer: Any, haystack: str, length: int, seed: int, rounds: int =
             at = round(depth * len(straw))
             asked = encode(f"\n\nWhat is the special magic {city} number? The special magic {city} number is: ")
             context = [*straw[:at], *needle, *straw[at:]]
-            group.append(Question(context, asked, encode(number), depth, (at, at + len(needle))))
+            group.append(NeedleQuestion(context, asked, encode(number), depth, (at, at + len(needle))))
         yield group
 
 
-def dictionaries(tokenizer: Any, path: Path, count: int, longest: int) -> list[Question]:
+def dictionary_questions(tokenizer: Any, path: Path, count: int, longest: int) -> list[NeedleQuestion]:
     """Questions of the key-value retrieval task of *Lost in the Middle* (arXiv 2307.03172), one dictionary each.
 
     Args:
@@ -130,19 +132,21 @@ def dictionaries(tokenizer: Any, path: Path, count: int, longest: int) -> list[Q
                 break
             begin, end = begin + (begin < at), end - (end > at + 1)
         depth = (at - begin) / max(end - begin - 1, 1)
-        questions.append(Question(context, asked, wanted, depth))
+        questions.append(NeedleQuestion(context, asked, wanted, depth))
     return questions
 
 
-def answer(engine: Any, questions: Sequence[Question]) -> list[Answered]:
+def answer_questions(engine: Any, questions: Sequence[NeedleQuestion]) -> list[NeedleResult]:
     """Have the engine decode questions together, under the policy that is set."""
     texts = [q.text + q.answer for q in questions]
     right = engine.ask(do="forced", prompts=[q.context for q in questions], texts=texts, keep=None)["right"]
     tails = [row[len(q.text) :] for row, q in zip(right, questions, strict=True)]
-    return [Answered(all(tail), statistics.fmean(tail)) for tail in tails]
+    return [NeedleResult(all(tail), statistics.fmean(tail)) for tail in tails]
 
 
-def records(dataset: str, metric: str, arm: str, results: list[tuple[Question, Answered]], length: int) -> list[Record]:
+def needle_records(
+    dataset: str, metric: str, arm: str, results: list[tuple[NeedleQuestion, NeedleResult]], length: int
+) -> list[Record]:
     """Share of questions answered, over all and for each tenth of the context; and share of the answers' tokens."""
     params: dict[str, Any] = {"context": length, "questions": len(results)}
     common = ("kv", dataset, arm)

@@ -21,7 +21,7 @@ class Prompt:
     text: str
 
 
-def read(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` file.
 
     Lines, or the items of one list, have ``turns``, ``prompt``, ``text`` or ``question``, maybe ``category``. Of a
@@ -62,7 +62,7 @@ def _prompt(line: Any, dataset: str) -> Prompt:
     return Prompt(dataset, str(line.get("category", "all")), text)
 
 
-def sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+def sample_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     """``count`` prompts, drawn in turn from every category, in an order that the seed decides."""
     rng = random.Random(seed)
     by_category: dict[str, list[Prompt]] = defaultdict(list)
@@ -77,7 +77,7 @@ def sample(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     return drawn
 
 
-def rest(prompts: list[Prompt], drawn: list[Prompt], count: int, seed: int) -> list[Prompt]:
+def remaining_prompts(prompts: list[Prompt], drawn: list[Prompt], count: int, seed: int) -> list[Prompt]:
     """``count`` prompts that were not drawn."""
     taken = set(drawn)
-    return sample([p for p in prompts if p not in taken], count, seed)
+    return sample_prompts([p for p in prompts if p not in taken], count, seed)

@@ -10,7 +10,7 @@ import torch
 from .engine import Worker
 
 
-class ForcedWorker(Worker):
+class TeacherForcingWorker(Worker):
     """Counts seconds of decode steps, and makes requests emit texts that are given."""
 
     def __init__(self, config: dict[str, Any]) -> None:

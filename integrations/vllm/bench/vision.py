@@ -25,7 +25,7 @@ COUNTS = ("prompt_tokens", "kv_blocks", "gflops")
 
 
 @dataclass(frozen=True)
-class Plan:
+class VisionBenchmark:
     """What to measure.
 
     Attributes:
@@ -45,13 +45,13 @@ class Plan:
     out: Path
 
 
-def run(plan: Plan) -> None:
+def run_vision_benchmark(plan: VisionBenchmark) -> None:
     """Measure, and write the JSON.
 
     Raises:
         ConfigError: a picture, an arm or the place of the JSON cannot be used.
     """
-    record.check(plan.out)
+    record.check_output_path(plan.out)
     if len(plan.pictures) < 4:
         raise ConfigError("--picture: name four or more")
     for path in (*plan.pictures, *plan.quality):
@@ -61,11 +61,11 @@ def run(plan: Plan) -> None:
     for selection in chosen.values():
         plugins().resolve("pruner", selection)
     asked = {label: {"name": s.name, **s.options} for label, s in chosen.items()}
-    folder = registry.resolve(plan.model)
+    folder = registry.resolve_model(plan.model)
     records = _engines(plan, folder, asked) if plan.repeats else []
     if plan.quality:
-        records += vision_quality.measure(Path(folder), plan.quality)
-    record.write(plan.out, records)
+        records += vision_quality.measure_retention(Path(folder), plan.quality)
+    record.write_records(plan.out, records)
 
 
 def _label(selection: Selection) -> str:
@@ -79,7 +79,7 @@ def _cases(pictures: tuple[Path, ...]) -> dict[str, list[dict[str, Any]]]:
     return {"single": one[:1], "two_pictures": [two], "batch_4": one}
 
 
-def _engines(plan: Plan, folder: str, asked: dict[str, Any]) -> list[Record]:
+def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[Record]:
     """Arms in turns: those that leave the language model alone in one engine, each other in its own."""
     inside = {label: s for label, s in asked.items() if "experimental_layers" in s}
     cases, found = _cases(plan.pictures), {}

@@ -22,7 +22,7 @@ from ....plugins.pruning.token_budget import allocate_tokens, top_indices
 from ...bench.record import Record
 from ..models import vision_test_models
 from ..serving.progress import counting_bar
-from ..vision.image_encoder import Eye
+from ..vision.image_encoder import VisionEncoder
 
 RETAINS = (0.25, 0.10)
 NEEDLE = "chelsea.png"
@@ -31,13 +31,13 @@ SIZE = 0.16  # of a needle, of the picture's shorter side
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
+def measure_retention(folder: Path, places: tuple[Path, ...]) -> list[Record]:
     """Needle recall, coverage and kept saliency of every way to choose, with standard errors over pictures."""
     from PIL import Image
 
     paths = sorted(p for place in places for p in place.rglob("*") if p.suffix.lower() in ENDINGS)
     needle = Image.open(next(p for p in paths if p.name == NEEDLE)).convert("RGB").crop(NEEDLE_BOX)
-    eye, saliency, found = Eye(folder), Saliency(), {}
+    eye, saliency, found = VisionEncoder(folder), Saliency(), {}
     generator = random.Random(0)
     with counting_bar() as bar:
         for path in bar.track([p for p in paths if p.name != NEEDLE], description="needles"):
@@ -46,14 +46,14 @@ def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
             size = max(24, int(min(width, height) * SIZE))
             left, top = generator.randint(0, max(0, width - size)), generator.randint(0, max(0, height - size))
             image.paste(needle.resize((size, size)), (left, top))
-            layout, picture, features = eye.see(image)
+            layout, picture, features = eye.encode(image)
             inside = _cells((left, top, left + size, top + size), image.size, layout.grid)
             if not layout.grid_tokens or not inside.any():
                 continue
             unit = functional.normalize(grids.stitch_crops(layout, features).flatten(0, 1), dim=-1)
             stands_out = saliency.of(image, layout.grid).flatten()
             for retain in RETAINS:
-                for name, choose in ways(retain).items():
+                for name, choose in selection_methods(retain).items():
                     kept = choose(layout, picture).flatten()
                     values = {
                         "needle_recall": float((kept & inside.flatten()).sum() / inside.sum()),
@@ -77,7 +77,7 @@ def measure(folder: Path, places: tuple[Path, ...]) -> list[Record]:
     ]
 
 
-def ways(retain: float) -> dict[str, Callable[[ImageLayout, ImageFeatures], Tensor]]:
+def selection_methods(retain: float) -> dict[str, Callable[[ImageLayout, ImageFeatures], Tensor]]:
     """Ways to choose cells of the grid, all as many: [rows, columns] bool of a layout and a picture."""
 
     def by_plugin(pruner: VisualPruner) -> Callable[[ImageLayout, ImageFeatures], Tensor]:
@@ -131,7 +131,7 @@ class Saliency:
         import onnxruntime
 
         self._session: Any = onnxruntime.InferenceSession(
-            str(vision_test_models.source()), providers=["CPUExecutionProvider"]
+            str(vision_test_models.vit_source()), providers=["CPUExecutionProvider"]
         )
 
     def of(self, image: Any, grid: tuple[int, int]) -> Tensor:

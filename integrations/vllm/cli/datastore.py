@@ -46,7 +46,7 @@ def build(
         raise ConfigError(f"--out {error}") from None
     check_model(tokenizer)
     files = find(paths, tuple(suffix or ()))
-    found = corpora.tokenizer_of(registry.resolve(tokenizer))
+    found = corpora.tokenizer_of(registry.resolve_model(tokenizer))
     passed: list[Path] = []
     with counting_bar() as bar:
         task = bar.add_task("reading", total=len(files))
@@ -58,7 +58,7 @@ def build(
                 except (OSError, UnicodeDecodeError):
                     passed.append(path)
                 else:
-                    yield encode(found, text)
+                    yield encode_texts(found, text)
                 bar.advance(task)
             bar.update(task, description="sorting")
 
@@ -118,7 +118,7 @@ def find(paths: list[Path], endings: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode_texts(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, cut at the ends of lines so that no piece is long."""
     ids: list[int] = []
     begin = 0

@@ -52,7 +52,7 @@ def serve(
     """Serve MODEL with chosen plugins: composes and runs `vllm serve`. Other arguments are passed to vLLM."""
     from ..serving import command
 
-    plan = command.compose(
+    plan = command.compose_serve_command(
         model,
         {kind: single_line(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
         list(context.args),
@@ -62,18 +62,18 @@ def serve(
     if print_only:
         typer.echo(plan.quoted())
         return
-    command.run(plan)
+    command.run_vllm_serve(plan)
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit for a bug report.")] = False) -> None:
     """Check versions, seams and plugins on this machine. Exit code 1 when something is found."""
-    from ..serving.doctor import examine, show
+    from ..serving.doctor import examine, print_report
 
     report = examine()
     if as_json:
         typer.echo(report.to_json())
     else:
-        show(report)
+        print_report(report)
     raise typer.Exit(1 if report.findings else 0)
 
 
@@ -128,8 +128,8 @@ def bench_drafters(
 
     if not arms.strip(", "):
         raise ConfigError("--arms: no arm named")
-    drafters.run(
-        drafters.Plan(
+    drafters.run_drafter_benchmark(
+        drafters.DrafterBenchmark(
             prompts=tuple(prompts),
             model=model,
             arms=tuple(a.strip() for a in arms.split(",") if a.strip()),
@@ -193,8 +193,8 @@ def bench_kv(
         text = [*(text or ()), data / "wikitext2", data / "gutenberg"]
         haystack = haystack or data / "pg_essays"
         kv_retrieval = kv_retrieval or data / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz"
-    kv.run(
-        kv_work.Plan(
+    kv.run_kv_benchmark(
+        kv_work.KVBenchmark(
             policy=policy,
             settings=tuple(("", *KV_SETTINGS.get(policy, ())) if setting is None else setting),
             texts=tuple(text or ()),
@@ -261,7 +261,9 @@ def tune_tidal(
     """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
     from ..tuning import tidal
 
-    tidal.run(tidal.Plan(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out))
+    tidal.find_selection_layers(
+        tidal.TidalTuning(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out)
+    )
 
 
 @tune.command("razor")
@@ -278,4 +280,4 @@ def tune_razor(
     """Find the heads of MODEL that look far back for RazorAttention, and write a profile of them."""
     from ..tuning import razor
 
-    razor.run(razor.Plan(model, sequences, longest, dtype, out, plot))
+    razor.find_retrieval_heads(razor.RazorTuning(model, sequences, longest, dtype, out, plot))

@@ -39,7 +39,7 @@ def prune(
     """Show which visual tokens of PICTURES stay: what is kept clear, the rest dimmed, each crop's share written in."""
     from ..vision import visualize
 
-    visualize.run(pictures, pruner, model, out if draw else None)
+    visualize.visualize_pruning(pictures, pruner, model, out if draw else None)
 
 
 @bench.command("vision")
@@ -60,4 +60,6 @@ def bench_vision(
     """Compare visual pruners with stock: tokens, cache, time of each part, and which tokens stay."""
     from ..bench import vision
 
-    vision.run(vision.Plan(tuple(picture), tuple(quality or ()), model, tuple(arm or ARMS), repeats, out))
+    vision.run_vision_benchmark(
+        vision.VisionBenchmark(tuple(picture), tuple(quality or ()), model, tuple(arm or ARMS), repeats, out)
+    )

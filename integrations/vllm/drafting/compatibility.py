@@ -6,12 +6,12 @@ from typing import Any
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
 from ....plugins.contracts import Unsupported
 from ..attention.compatibility import check_attention
-from ..engine.selection import DRAFTER_CLASS, Attachment, names_us
+from ..engine.selection import PROPOSER_CLASS, Attachment, is_pilotfish_proposer
 
-DRAFT_MODEL = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
+DRAFT_MODEL_CONFIG = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
 
 
-def drafted_tokens(drafter: Any, verification: Verification) -> int:
+def default_draft_tokens(drafter: Any, verification: Verification) -> int:
     """Drafted tokens of a request and step at most, where nobody says how many."""
     if verification.verification == "chain":
         return drafter.default_depth
@@ -36,8 +36,8 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
     plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
     if cls.needs_draft_model(options):
         _check_draft_model(plugin, config, vllm_config)
-    elif speculative is None or not names_us(speculative) or speculative.method != "custom_class":
-        value = json.dumps({"method": "custom_class", "model": DRAFTER_CLASS, "num_speculative_tokens": 12})
+    elif speculative is None or not is_pilotfish_proposer(speculative) or speculative.method != "custom_class":
+        value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": 12})
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
         )
@@ -64,7 +64,9 @@ def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -
     """What a drafter over vLLM's own draft model needs of it."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
     if speculative is None or speculative.method != "draft_model":
-        raise ConfigError(f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL}'")
+        raise ConfigError(
+            f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL_CONFIG}'"
+        )
     if vllm_config.scheduler_config.async_scheduling:
         raise Unsupported(
             plugin, "steps are scheduled before it is known what is drafted", "use --no-async-scheduling", model

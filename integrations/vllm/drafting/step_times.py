@@ -26,10 +26,10 @@ from .top_k import top_k
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # rows of a step
 REPEATS = 7
 STARTS = 3  # that measure
-Times = dict[int, float]  # rows -> seconds
+StepTimes = dict[int, float]  # rows -> seconds
 
 
-def when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[Times], None]) -> None:
+def measure_when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[StepTimes], None]) -> None:
     """Measure as soon as the runner can run steps, or take what was measured before.
 
     Args:
@@ -54,12 +54,12 @@ def when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[Times]
     setattr(runner, name, then_measure)
 
 
-def _times(runner: Any, engine: Engine, most: int) -> Times:
+def _times(runner: Any, engine: Engine, most: int) -> StepTimes:
     """Times from the cache, or measured; all ranks do the same."""
     sizes, path, tp = [n for n in SIZES if n <= most], _path(runner, engine), get_tp_group()
     known, starts = tp.broadcast_object(_read(path) if tp.rank_in_group == 0 else None)
     if starts < STARTS or not set(sizes) <= known.keys():
-        now = measure(runner, sizes)
+        now = measure_step_times(runner, sizes)
         known = known | {n: min(t, known.get(n, t)) for n, t in now.items()}
         if tp.rank_in_group == 0:
             _write(path, known, starts + 1)
@@ -69,7 +69,7 @@ def _times(runner: Any, engine: Engine, most: int) -> Times:
 
 
 @torch.inference_mode()
-def measure(runner: Any, sizes: list[int]) -> Times:
+def measure_step_times(runner: Any, sizes: list[int]) -> StepTimes:
     """Least seconds of the model, its logits and their candidates for steps of ``sizes`` rows.
 
     Attention to earlier tokens is left out.
@@ -104,7 +104,7 @@ def _path(runner: Any, engine: Engine) -> Path:
     return cache_dir() / "steps" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
-def _read(path: Path) -> tuple[Times, int]:
+def _read(path: Path) -> tuple[StepTimes, int]:
     """What is known, and of how many starts."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[Times, int]:
     return {n: t for n, t in times.items() if 0 < t < float("inf")}, starts
 
 
-def _write(path: Path, times: Times, starts: int) -> None:
+def _write(path: Path, times: StepTimes, starts: int) -> None:
     try:
         write_text(path, json.dumps({"times": dict(sorted(times.items())), "starts": starts}))
     except OSError as error:  # a cache is a convenience

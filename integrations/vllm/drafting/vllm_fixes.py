@@ -27,13 +27,13 @@ def _constraints(original: Any) -> Any:
     return apply_sampling_constraints
 
 
-EXPAND = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
+EXPAND_BATCH = Patch("vllm.v1.sample.rejection_sampler", "expand_batch_to_tokens", _expand)
 
 
-CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
+SAMPLING_CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling_constraints", _constraints)
 
 
-def sampling_is_broken() -> bool:
+def draft_sampling_is_broken() -> bool:
     """Self-test of how vLLM hands a request's temperature, top-p and top-k to its drafted tokens.
 
     In vLLM 0.32's CPU build ``_expand_kernel_impl`` converts its output to int64 when it has another type, writes into

@@ -57,6 +57,6 @@ def start_up_table(kind: str, attachment: Attachment, how: str) -> str:
         f"  engine     {engine.model}, {engine.layers} layers, vocabulary {engine.vocab_size}, {engine.device}, "
         f"{engine.dtype}",
         f"  attached   {how}",
-        f"  seams      {len(vllm_api.TABLE)} checked against vLLM {vllm_api.installed_version()}",
+        f"  seams      {len(vllm_api.REQUIRED_APIS)} checked against vLLM {vllm_api.installed_version()}",
     ]
     return "\n".join(lines)

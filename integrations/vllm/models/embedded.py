@@ -54,7 +54,7 @@ class EmbeddedModel(LocalModel):
 
     def build(self, folder: Path, progress: Progress | None) -> None:
         """Dequantise it, and check what came out."""
-        convert(self.source(), folder, progress)
+        convert_gguf(self.source(), folder, progress)
         if weights_digest(folder / "model.safetensors") != self.weights_sha256:
             raise ModelError(f"{self.name}: the dequantised weights differ from the expected ones (checksum)")
 
@@ -73,7 +73,7 @@ SMOLLM2 = EmbeddedModel(
 )
 
 
-def convert(source: Path, folder: Path, progress: Progress | None = None) -> None:
+def convert_gguf(source: Path, folder: Path, progress: Progress | None = None) -> None:
     """Write the Hugging Face form of a Llama GGUF file: config, tokenizer, float16 weights."""
     import gguf
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import LocalModel, Progress, fetch
+from .base import LocalModel, Progress, fetch_model
 from .embedded import SMOLLM2
 
 
@@ -16,13 +16,13 @@ class ComposedModel(LocalModel):
         """Put it together; that takes seconds."""
         from . import vision_test_models
 
-        vision_test_models.build(self.name, folder)
+        vision_test_models.build_test_model(self.name, folder)
 
     def look(self) -> None:
         """Its tower, and the language model."""
         from . import vision_test_models
 
-        vision_test_models.source()
+        vision_test_models.vit_source()
         SMOLLM2.look()
 
 
@@ -32,6 +32,6 @@ TEST_MODELS = ("test-llava", "test-llava-next", "test-llava-onevision")
 EMBEDDED: Mapping[str, LocalModel] = {SMOLLM2.name: SMOLLM2, **{name: ComposedModel(name) for name in TEST_MODELS}}
 
 
-def resolve(model: str) -> str:
+def resolve_model(model: str) -> str:
     """The folder of an embedded model (fetched if need be) for its name; anything else unchanged."""
-    return str(fetch(EMBEDDED[model])) if model in EMBEDDED else model
+    return str(fetch_model(EMBEDDED[model])) if model in EMBEDDED else model

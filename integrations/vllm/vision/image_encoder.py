@@ -15,7 +15,7 @@ from .patch_scores import unlike_the_mean
 PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 
 
-class Eye:
+class VisionEncoder:
     """Sees pictures as a LLaVA checkpoint does, in plain torch and transformers.
 
     Args:
@@ -63,7 +63,7 @@ class Eye:
         return layouts.BY_MODEL[self.config.model_type](self.config, height, width)
 
     @torch.inference_mode()
-    def see(self, image: Any) -> tuple[ImageLayout, ImageFeatures, Tensor]:
+    def encode(self, image: Any) -> tuple[ImageLayout, ImageFeatures, Tensor]:
         """A PIL picture's layout, its tokens with scores, and the tower's features [views, side * side, width]."""
         layout = self.layout(image.height, image.width)
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]

@@ -20,7 +20,7 @@ from ....plugins.pruning.importance import keep_visual_tokens, page_rank
 
 
 @dataclass
-class Batch:
+class PrunedBatch:
     """One step's requests, on the host.
 
     Attributes:
@@ -81,7 +81,7 @@ class LayerPruning:
         if not isinstance(context.attn_metadata, dict):  # the engine measures its memory
             return None
         stock = context.attn_metadata[self._attention[0].layer_name]
-        batch = Batch(stock.query_start_loc.tolist(), stock.seq_lens.tolist(), stock.block_table)
+        batch = PrunedBatch(stock.query_start_loc.tolist(), stock.seq_lens.tolist(), stock.block_table)
         pruned = []
         for request, (rows, length) in enumerate(zip(batch.counts(), batch.lengths, strict=True)):
             if rows == length:  # begins in this step: what had its first block before is gone
@@ -96,11 +96,11 @@ class LayerPruning:
                 self._place(context, layer, batch, batch.counts(), self._lacking(batch, layer))
         return None
 
-    def _lacking(self, batch: Batch, layer: int) -> list[int]:
+    def _lacking(self, batch: PrunedBatch, layer: int) -> list[int]:
         return [self._dropped[name][layer] if name in self._dropped else 0 for name in batch.names]
 
     def _prefill(
-        self, context: Any, batch: Batch, positions: Tensor, embeds: Tensor, visual: Tensor, pruned: list[int]
+        self, context: Any, batch: PrunedBatch, positions: Tensor, embeds: Tensor, visual: Tensor, pruned: list[int]
     ) -> Tensor:
         n, requests = batch.starts[-1], len(batch.lengths)
         hidden, residual, positions = embeds[:n], None, positions[:n]
@@ -147,7 +147,7 @@ class LayerPruning:
         rank = page_rank(query, key, attention.scaling, schedule.temperature, schedule.iterations)
         return keep_visual_tokens(rank, visual, count)
 
-    def _place(self, context: Any, layer: int, batch: Batch, counts: list[int], lacking: list[int]) -> None:
+    def _place(self, context: Any, layer: int, batch: PrunedBatch, counts: list[int], lacking: list[int]) -> None:
         """Tell a layer's attention which rows there are, and where keys and values go."""
         if not any(lacking) and counts == batch.counts():
             return

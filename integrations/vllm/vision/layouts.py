@@ -11,13 +11,13 @@ from ....plugins.contracts import ImageLayout, Region
 MOST_CROPS = 9  # of LLaVA-OneVision: grids of more tokens than so many views have are pooled
 
 
-def single(config: Any, height: int, width: int) -> ImageLayout:
+def single_view(config: Any, height: int, width: int) -> ImageLayout:
     """LLaVA-1.5: one view, whatever the size."""
     del height, width
     return ImageLayout(_side(config))
 
 
-def anyres(config: Any, height: int, width: int) -> ImageLayout:
+def anyres_layout(config: Any, height: int, width: int) -> ImageLayout:
     """LLaVA-NeXT: a thumbnail, and crops of the resolution that fits best."""
     side = _side(config)
     size = config.vision_config.image_size
@@ -27,9 +27,9 @@ def anyres(config: Any, height: int, width: int) -> ImageLayout:
     return ImageLayout(side, (int(rows), int(columns)), box, grid, row_newlines=True)
 
 
-def pooled(config: Any, height: int, width: int) -> ImageLayout:
+def pooled_layout(config: Any, height: int, width: int) -> ImageLayout:
     """LLaVA-OneVision: the same, with large grids pooled."""
-    whole = anyres(config, height, width)
+    whole = anyres_layout(config, height, width)
     ratio = math.sqrt(whole.grid_tokens / (MOST_CROPS * whole.side**2))
     if ratio <= 1.1:
         return whole
@@ -37,13 +37,13 @@ def pooled(config: Any, height: int, width: int) -> ImageLayout:
     return ImageLayout(whole.side, whole.crops, whole.crop_region, grid, row_newlines=True)
 
 
-def frames(config: Any, count: int) -> ImageLayout:
+def video_layout(config: Any, count: int) -> ImageLayout:
     """A video of LLaVA-OneVision: each frame pooled to half its side, one newline behind the last."""
     return ImageLayout(math.ceil(_side(config) / 2), last_newlines=1, frames=count)
 
 
 Layout = Callable[[Any, int, int], ImageLayout]
-BY_MODEL: dict[str, Layout] = {"llava": single, "llava_next": anyres, "llava_onevision": pooled}
+BY_MODEL: dict[str, Layout] = {"llava": single_view, "llava_next": anyres_layout, "llava_onevision": pooled_layout}
 
 
 def _side(config: Any) -> int:

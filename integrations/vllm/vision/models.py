@@ -45,7 +45,7 @@ class PrunedModel:
                 scorer = ClsScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
             self._scorer = scorer
         self._inside = self._visual = None
-        schedule = request_pruner.pruner(self._engine).layer_schedule()
+        schedule = request_pruner.make_pruner(self._engine).layer_schedule()
         if schedule is not None:
             from .layer_pruning import LayerPruning
 
@@ -90,7 +90,7 @@ class PrunedModel:
         for i, pixels in enumerate(image_input["pixel_values"]):
             height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
             layout = layouts.BY_MODEL[self.model](self.config, height, width)
-            pruner, plan = request_pruner.settle(self._engine, self._wanted["image"][i], layout, "image")
+            pruner, plan = request_pruner.resolve_selection(self._engine, self._wanted["image"][i], layout, "image")
             features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.needs_scores)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
             made.append(pruned(pruner, layout, plan, ImageFeatures(tokens, scores)))
@@ -139,7 +139,7 @@ class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
         """What tower and projector see of a picture: all of it."""
-        tokens = layouts.single(self.config, 0, 0).num_tokens
+        tokens = layouts.single_view(self.config, 0, 0).num_tokens
         return tokens, tokens
 
 
@@ -179,8 +179,8 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
         for video, wanted in zip(inputs["pixel_values_videos"], self._wanted["video"], strict=True):
             parts = [self._video_pixels_to_features(self.vision_tower, part) for part in video.split(TOWER_VIEWS)]
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
-            layout = layouts.frames(self.config, len(video))
-            pruner, plan = request_pruner.settle(self._engine, wanted, layout, "video")
+            layout = layouts.video_layout(self.config, len(video))
+            pruner, plan = request_pruner.resolve_selection(self._engine, wanted, layout, "video")
             whole = plan.num_tokens == layout.num_tokens
             made.append(tokens if whole else pruned(pruner, layout, plan, ImageFeatures(tokens)))
         return made

@@ -38,7 +38,7 @@ class PrunedInfo:
     def layout(self, modality: str, items: Any, index: int) -> ImageLayout:
         """Of one picture or video of a request."""
         if modality == "video":
-            return layouts.frames(self.get_hf_config(), items.get_num_frames(index))
+            return layouts.video_layout(self.get_hf_config(), items.get_num_frames(index))
         size = items.get_image_size(index)
         return self.image_layout(size.height, size.width)
 
@@ -56,12 +56,16 @@ class PrunedInfo:
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """After pruning."""
-        return request_pruner.plan(self.selection, self.image_layout(image_height, image_width), "image").num_tokens
+        return request_pruner.plan_tokens(
+            self.selection, self.image_layout(image_height, image_width), "image"
+        ).num_tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
         """After pruning, where the pruner takes videos."""
         del image_width, image_height
-        return request_pruner.plan(self.selection, layouts.frames(self.get_hf_config(), num_frames), "video").num_tokens
+        return request_pruner.plan_tokens(
+            self.selection, layouts.video_layout(self.get_hf_config(), num_frames), "video"
+        ).num_tokens
 
 
 class PrunedProcessor:
@@ -78,7 +82,7 @@ class PrunedProcessor:
             _rehearsing.reset(token)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        wanted = request_pruner.asked(self.info.selection, hf_kwargs)
+        wanted = request_pruner.request_options(self.info.selection, hf_kwargs)
         rest = {key: value for key, value in hf_kwargs.items() if key != request_pruner.REQUEST_KEY}
         processed = super()._apply_hf_processor_main(mm_items, rest)  # type: ignore[misc]
         for modality, pixels in PIXELS.items():
@@ -97,7 +101,7 @@ class PrunedProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        wanted = request_pruner.asked(self.info.selection, hf_processor_mm_kwargs)
+        wanted = request_pruner.request_options(self.info.selection, hf_processor_mm_kwargs)
         for update in updates:
             update.replacement = self._replacement(update, mm_items, wanted)
         return updates
@@ -110,7 +114,9 @@ class PrunedProcessor:
             if isinstance(items, EMBEDDED):
                 return stock(index)
             layout = self.info.layout(modality, items, index)
-            return [token] * request_pruner.settle(self.info.selection, wanted, layout, modality)[1].num_tokens
+            return [token] * request_pruner.resolve_selection(self.info.selection, wanted, layout, modality)[
+                1
+            ].num_tokens
 
         return replace
 
@@ -124,13 +130,13 @@ class PrunedProcessor:
                     here = [i for i in range(len(found)) if items.get(i) is not None]
                     full = sum(self.info.layout(modality, items, i).tokens for i in here)
                     kept = sum(len(found[i].tokens) for i in here)
-                    metrics.count_visual_tokens(request_pruner.decode(self.info.selection).name, full, kept)
+                    metrics.count_visual_tokens(request_pruner.decode_selection(self.info.selection).name, full, kept)
         return prompt, placeholders
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        wanted = request_pruner.asked(self.info.selection, inputs.hf_processor_mm_kwargs)
-        suffix = request_pruner.fingerprint(self.info.selection, wanted)
+        wanted = request_pruner.request_options(self.info.selection, inputs.hf_processor_mm_kwargs)
+        suffix = request_pruner.selection_fingerprint(self.info.selection, wanted)
         return {modality: [f"{one}-{suffix}" for one in some] for modality, some in hashes.items()}
 
 

@@ -17,29 +17,29 @@ CONFIG_KEY = "pilotfish_pruner"  # in the model's configuration, which reaches t
 LENGTH = 512  # bytes that carry a choice to the workers, one size for all so that pictures can be batched
 
 
-def encode(selection: Selection) -> str:
+def encode_selection(selection: Selection) -> str:
     """A selection as one line of JSON that is the same for equal selections."""
     return json.dumps({"name": selection.name, **selection.options}, sort_keys=True)
 
 
-def decode(text: str) -> Selection:
+def decode_selection(text: str) -> Selection:
     """What `encode` wrote."""
     options = json.loads(text)
     return Selection(options.pop("name"), options)
 
 
 @functools.lru_cache(maxsize=256)
-def pruner(text: str) -> VisualPruner:
+def make_pruner(text: str) -> VisualPruner:
     """The pruner that a selection names, made once.
 
     Raises:
         ConfigError: there is none of that name, or its options are wrong.
     """
-    cls, options = plugins().resolve("pruner", decode(text))
+    cls, options = plugins().resolve("pruner", decode_selection(text))
     return cls(options)
 
 
-def asked(engine: str, kwargs: Mapping[str, object]) -> str:
+def request_options(engine: str, kwargs: Mapping[str, object]) -> str:
     """What a request gets: the engine's selection, changed by the request's ``pruner``.
 
     That is a name, options of the engine's pruner, or a name with options.
@@ -56,36 +56,36 @@ def asked(engine: str, kwargs: Mapping[str, object]) -> str:
         raise ConfigError(f"{REQUEST_KEY}: expected a name or an object, got {value!r}")
     if not isinstance(value.get("name", ""), str):
         raise ConfigError(f"{REQUEST_KEY}.name: expected a name, got {value['name']!r}")
-    default = decode(engine)
+    default = decode_selection(engine)
     base = default.options if value.get("name", default.name) == default.name else {}
     try:
-        text = encode(decode(json.dumps({"name": default.name, **base, **value})))
+        text = encode_selection(decode_selection(json.dumps({"name": default.name, **base, **value})))
         json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise ConfigError(f"{REQUEST_KEY}: not what JSON and UTF-8 can hold") from None
-    if pruner(text).layer_schedule() != pruner(engine).layer_schedule():
+    if make_pruner(text).layer_schedule() != make_pruner(engine).layer_schedule():
         raise ConfigError(f"{REQUEST_KEY}: what happens inside the language model is for the engine to choose")
     if len(text) > LENGTH:
         raise ConfigError(f"{REQUEST_KEY}: more than {LENGTH} bytes")
     return text
 
 
-def plan(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
+def plan_tokens(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
     """What a pruner makes of a picture or a video; a video stays whole where it takes none."""
-    chosen = pruner(selection)
+    chosen = make_pruner(selection)
     return chosen.plan(layout) if modality == "image" or chosen.prunes_videos else PrunePlan(layout.num_tokens)
 
 
-def settle(engine: str, wanted: str, layout: ImageLayout, modality: str) -> tuple[VisualPruner, PrunePlan]:
+def resolve_selection(engine: str, wanted: str, layout: ImageLayout, modality: str) -> tuple[VisualPruner, PrunePlan]:
     """The pruner and its plan; the engine's where the wanted one would need more room than that.
 
     The engine's memory was measured with its own pruner.
     """
-    most, own = plan(engine, layout, modality), plan(wanted, layout, modality)
-    return (pruner(wanted), own) if own.num_tokens <= most.num_tokens else (pruner(engine), most)
+    most, own = plan_tokens(engine, layout, modality), plan_tokens(wanted, layout, modality)
+    return (make_pruner(wanted), own) if own.num_tokens <= most.num_tokens else (make_pruner(engine), most)
 
 
-def fingerprint(engine: str, wanted: str) -> str:
+def selection_fingerprint(engine: str, wanted: str) -> str:
     """What keeps pictures apart in caches that were pruned in different ways."""
     return hashlib.sha256(f"{engine}\n{wanted}".encode()).hexdigest()[:16]
 

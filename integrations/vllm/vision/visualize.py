@@ -12,14 +12,14 @@ from ....plugins.contracts import ImageLayout, Region, VisualPruner
 from ....plugins.manager import plugins
 from ....plugins.pruning import grids
 from ..models import registry
-from .image_encoder import Eye
+from .image_encoder import VisionEncoder
 
 DIM = 0.25  # brightness of what is dropped
 THUMBNAIL = 0.4  # height of the thumbnail's drawing, of the picture's
 MOST_PIXELS = 89_478_485  # beyond which Pillow suspects an attack
 
 
-def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | None) -> None:
+def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | None) -> None:
     """See, select, draw, and print how many tokens there are.
 
     Raises:
@@ -27,7 +27,7 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
     """
     pruners = {text: _make(text) for text in chosen or sorted(plugins().classes("pruner"))}
     images = {path: _open(path) for path in pictures}
-    eye = Eye(Path(registry.resolve(model)))
+    eye = VisionEncoder(Path(registry.resolve_model(model)))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
     for column in ("picture", "size", "pruner", "tokens", "kept", "share", "drawing"):
         table.add_column(column, overflow="fold")  # what is cut cannot be read
     for path, image in images.items():
-        layout, seen, _ = eye.see(image)
+        layout, seen, _ = eye.encode(image)
         for text, pruner in pruners.items():
             plan = pruner.plan(layout)
             kept = torch.zeros(layout.num_tokens, dtype=torch.bool)
@@ -45,14 +45,14 @@ def run(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | 
             drawing = None
             if out is not None:
                 drawing = out / f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in text)}.png"
-                draw(image, layout, kept).save(drawing)
+                draw_overlay(image, layout, kept).save(drawing)
             size, share = f"{image.width} x {image.height}", f"{plan.num_tokens / layout.num_tokens:.1%}"
             row = (path.name, size, text, str(layout.num_tokens), str(plan.num_tokens), share, str(drawing or ""))
             table.add_row(*row)
     Console().print(table)
 
 
-def draw(image: Any, layout: ImageLayout, kept: Any) -> Any:
+def draw_overlay(image: Any, layout: ImageLayout, kept: Any) -> Any:
     """A drawing of a PIL picture; ``kept`` is [layout.num_tokens] bool."""
     from PIL import Image, ImageDraw
 

@@ -13,10 +13,10 @@ from .....plugins.contracts import KVPolicy, Unsupported
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
-from ..compatibility import Announcement, is_windowed, unserved
+from ..compatibility import LogWhenActive, is_windowed, unsupported_features
 
 
-class HasRole:
+class LayerRoleMixin:
     """The attention of one layer, which knows its part in a plan."""
 
     _index: int | None = None  # of the layer, once its name was seen
@@ -29,9 +29,9 @@ class HasRole:
         return plan.roles[index]
 
 
-def plan_for(
+def read_plan_for(
     vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str
-) -> tuple[ReadPlan, Announcement]:
+) -> tuple[ReadPlan, LogWhenActive]:
     """The selected policy's plan, once it is sure that these layers can be served; says so in the log.
 
     Args:
@@ -53,7 +53,7 @@ def plan_for(
     if kernel_error is not None:
         raise Unsupported(policy.name, kernel_error, "leave the policy out", model)
     log.logger.info(log.start_up_table("kv", attachment, f"{how} in {len(layer_names)} layers"))
-    return plan, Announcement(policy.name)
+    return plan, LogWhenActive(policy.name)
 
 
 def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
@@ -62,7 +62,7 @@ def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: li
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
         impl: Any = layer.impl
         if not is_windowed(impl):
-            if reasons := unserved(impl, 16):
+            if reasons := unsupported_features(impl, 16):
                 raise Unsupported(plugin, reasons[0], "leave the policy out", model, name)
         elif plan.roles[extract_layer_index(name)] is Role.SELECT:
             raise Unsupported(

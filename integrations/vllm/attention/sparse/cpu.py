@@ -25,14 +25,14 @@ from .....kvcache.kernels.paged_decode import DecodeBatch, SelectedTokens
 from .....kvcache.selection import ReadPlan, Role
 from .. import compatibility
 from ..cpu_split import SplitBuilder
-from .common import HasRole, plan_for, reduce_over_ranks
+from .common import LayerRoleMixin, read_plan_for, reduce_over_ranks
 
 # Given the rows and their scaled scores [rows, query_heads, padded], which it must leave as they are.
 Observer = Callable[[DecodeBatch, torch.Tensor], None]
 
 
 @dataclass
-class SparseStep:
+class SparseCPUStep:
     """The requests of one step that our kernel serves, and what its layers have chosen so far.
 
     Attributes:
@@ -51,27 +51,27 @@ class SparseStep:
 
 
 @dataclass
-class SparseMetadata(CPUAttentionMetadata):
+class SparseCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata, whole, and our part of the step."""
 
-    step: SparseStep | None = None
+    step: SparseCPUStep | None = None
 
 
 class SparseCPUBackend(CPUAttentionBackend):
     """``CPU_ATTN`` with our metadata and our forward."""
 
     @staticmethod
-    def get_impl_cls() -> type["SparseImpl"]:
+    def get_impl_cls() -> type["SparseCPUImpl"]:
         """The attention of a layer."""
-        return SparseImpl
+        return SparseCPUImpl
 
     @staticmethod
-    def get_builder_cls() -> type["SparseBuilder"]:
+    def get_builder_cls() -> type["SparseCPUMetadataBuilder"]:
         """What builds the metadata of a step."""
-        return SparseBuilder
+        return SparseCPUMetadataBuilder
 
 
-class SparseBuilder(SplitBuilder):
+class SparseCPUMetadataBuilder(SplitBuilder):
     """Finds the requests of a step that decode beyond the budget.
 
     Attributes:
@@ -83,16 +83,18 @@ class SparseBuilder(SplitBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        error = kernel_error(self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa)
+        error = self_test_sparse_cpu(
+            self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa
+        )
         how = f"over CPU_ATTN, cache layout {self.isa}"
-        self.plan, self.announce = plan_for(vllm_config, layer_names, error, how)
+        self.plan, self.announce = read_plan_for(vllm_config, layer_names, error, how)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseCPUMetadata:
         """vLLM's metadata, and our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return SparseMetadata(**vars(stock), step=self._step(stock, common_attn_metadata))
+        return SparseCPUMetadata(**vars(stock), step=self._step(stock, common_attn_metadata))
 
-    def _step(self, stock: CPUAttentionMetadata, common: Any) -> SparseStep | None:
+    def _step(self, stock: CPUAttentionMetadata, common: Any) -> SparseCPUStep | None:
         if stock.max_seq_len <= self.plan.rule.budget or not stock.causal:
             return None
         starts = common.query_start_loc_cpu.tolist()
@@ -105,10 +107,10 @@ class SparseBuilder(SplitBuilder):
         self.announce(stock.max_seq_len)
         rows = DecodeBatch(requests, [starts[r] for r in requests], [contexts[r] for r in requests], self.num_heads)
         others = None if len(requests) == common.num_reqs else self.without(stock, requests)
-        return SparseStep(self.plan, rows, others, observe=self.observe)
+        return SparseCPUStep(self.plan, rows, others, observe=self.observe)
 
 
-class SparseImpl(HasRole, CPUAttentionBackendImpl):
+class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
     """The attention of one layer."""
 
     def forward(
@@ -141,7 +143,7 @@ class SparseImpl(HasRole, CPUAttentionBackendImpl):
         cache: torch.Tensor,
         table: torch.Tensor,
         output: torch.Tensor,
-        step: SparseStep,
+        step: SparseCPUStep,
     ) -> None:
         rows, rule = step.rows, step.plan.rule
         if role is Role.SPARSE:  # before the first choice there is none, and everything is read
@@ -159,7 +161,7 @@ class SparseImpl(HasRole, CPUAttentionBackendImpl):
 
 
 @functools.cache
-def kernel_error(
+def self_test_sparse_cpu(
     dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int, block_size: int, isa: str
 ) -> str | None:
     """Self-test: our kernel over a small cache that vLLM's own has filled, against attention computed plainly."""

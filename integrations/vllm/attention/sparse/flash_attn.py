@@ -12,14 +12,14 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from .triton import SparseBuilder, SparseImpl
+from .triton import SparseGPUImpl, SparseGPUMetadataBuilder
 
 
-class SparseFlashImpl(SparseImpl, FlashAttentionImpl):
+class SparseFlashImpl(SparseGPUImpl, FlashAttentionImpl):
     """Over ``FLASH_ATTN``."""
 
 
-class SparseFlashBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
+class SparseFlashMetadataBuilder(SparseGPUMetadataBuilder, FlashAttentionMetadataBuilder):
     """Over ``FLASH_ATTN``."""
 
     over: ClassVar[str] = "FLASH_ATTN"
@@ -37,4 +37,4 @@ class SparseFlashBackend(FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
         """What builds the metadata of a step."""
-        return SparseFlashBuilder
+        return SparseFlashMetadataBuilder

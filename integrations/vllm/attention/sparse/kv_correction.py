@@ -14,7 +14,7 @@ from .....kvcache.selection import ReadPlan
 from .....plugins.contracts import KVPolicy
 
 
-class Corrector:
+class KVCorrector:
     """Sets back the requests of one scheduler that are due.
 
     Args:
@@ -48,18 +48,18 @@ class Corrector:
                 request.num_computed_tokens -= sparse
 
 
-def install(scheduler: Any, policy: KVPolicy | None) -> None:
+def install_kv_correction(scheduler: Any, policy: KVPolicy | None) -> None:
     """Let a new scheduler correct, when the engine's KV policy asks for it."""
     plan = None if policy is None else policy.read_plan()
     if plan is not None:
-        correct(scheduler, plan)
+        reset_computed_tokens(scheduler, plan)
 
 
-def correct(scheduler: Any, plan: ReadPlan) -> None:
+def reset_computed_tokens(scheduler: Any, plan: ReadPlan) -> None:
     """Wrap a scheduler's `update_from_output`, when a plan asks for correction."""
     if plan.correction_interval < 1:
         return
-    corrector = scheduler.pilotfish_corrector = Corrector(plan.correction_interval, plan.rule.budget)
+    corrector = scheduler.pilotfish_corrector = KVCorrector(plan.correction_interval, plan.rule.budget)
     original = scheduler.update_from_output
 
     def update_from_output(scheduler_output: Any, model_runner_output: Any) -> Any:

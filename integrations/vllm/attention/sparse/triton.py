@@ -29,7 +29,7 @@ from . import common
 
 
 @dataclass
-class SparseStep:
+class SparseGPUStep:
     """Our part of a step's metadata, shared by its layers.
 
     Attributes:
@@ -46,7 +46,7 @@ class SparseStep:
     rest: Any = None
     kept: torch.Tensor | None = None
 
-    def choose(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
+    def select_tokens(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
         """Choose positions by the attention of one layer."""
         rule, block_size = self.plan.rule, cache.shape[2]
         scores = paged_triton.token_scores(query, cache, self.batch, rule, scale)
@@ -62,7 +62,7 @@ class SparseStep:
         self.rest = rest
 
 
-class SparseBuilder:
+class SparseGPUMetadataBuilder:
     """A metadata builder of vLLM's with our part added; stands before it among the bases of a class."""
 
     over: ClassVar[str]  # name of vLLM's backend
@@ -70,8 +70,8 @@ class SparseBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
-        error = kernel_error(size, dtype, device)
-        self.plan, self.announce = common.plan_for(vllm_config, layer_names, error, f"over {self.over}")
+        error = self_test_sparse_gpu(size, dtype, device)
+        self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, f"over {self.over}")
         # A captured graph cannot look at the step's lengths: it always chooses, for the longest context there may be.
         self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._longest = vllm_config.model_config.max_model_len
@@ -94,11 +94,11 @@ class SparseBuilder:
             if stock.max_seq_len > self.plan.rule.budget:
                 self.announce(stock.max_seq_len)
             batch = DeviceBatch(stock.query_start_loc, stock.seq_lens, table, longest)
-            stock.step = SparseStep(self.plan, batch, copy.copy(stock))
+            stock.step = SparseGPUStep(self.plan, batch, copy.copy(stock))
         return stock
 
 
-class SparseImpl(common.HasRole):
+class SparseGPUImpl(common.LayerRoleMixin):
     """The attention of one layer; stands before vLLM's among the bases of a class."""
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -119,7 +119,7 @@ class SparseImpl(common.HasRole):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As vLLM's; see there for the shapes."""
-        step: SparseStep | None = getattr(attn_metadata, "step", None)
+        step: SparseGPUStep | None = getattr(attn_metadata, "step", None)
         scales = output_scale, output_block_scale
         stock: Any = super().forward  # type: ignore[misc]
         if step is None or compatibility.is_windowed(self):
@@ -134,15 +134,15 @@ class SparseImpl(common.HasRole):
             return output
         stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if role is Role.SELECT:
-            step.choose(query, kv_cache, scale)
+            step.select_tokens(query, kv_cache, scale)
         return output
 
 
-class SparseTritonImpl(SparseImpl, TritonAttentionImpl):
+class SparseTritonImpl(SparseGPUImpl, TritonAttentionImpl):
     """Over ``TRITON_ATTN``."""
 
 
-class SparseTritonBuilder(SparseBuilder, TritonAttentionMetadataBuilder):
+class SparseTritonMetadataBuilder(SparseGPUMetadataBuilder, TritonAttentionMetadataBuilder):
     """Over ``TRITON_ATTN``."""
 
     over: ClassVar[str] = "TRITON_ATTN"
@@ -159,10 +159,10 @@ class SparseTritonBackend(TritonAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
         """What builds the metadata of a step."""
-        return SparseTritonBuilder
+        return SparseTritonMetadataBuilder
 
 
-def kernel_error(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def self_test_sparse_gpu(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Self-test: choose and read positions of a small cache, against attention computed plainly."""
     generator = torch.Generator().manual_seed(0)
     rule, context = SelectionRule(128, 4, 32, "kv_head", "token"), 300

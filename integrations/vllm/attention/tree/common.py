@@ -15,11 +15,11 @@ from .....plugins.contracts import DraftTree, Unsupported
 from ...engine import selection
 from .. import compatibility
 
-CHAIN = "use verification=chain"
+USE_CHAIN = "use verification=chain"
 
 
 @dataclass(frozen=True)
-class Placed:
+class ScheduledTree:
     """A tree in the batch of a step.
 
     Attributes:
@@ -27,21 +27,21 @@ class Placed:
         first: Row of its root among the step's tokens; the nodes follow.
         position: Of its root in the text.
         tree: As it was scheduled.
-        seen: [n + 1, n + 1] which of them each sees.
+        tree_mask: [n + 1, n + 1] which of them each sees.
     """
 
     index: int
     first: int
     position: int
     tree: DraftTree
-    seen: NDArray[np.bool_]
+    tree_mask: NDArray[np.bool_]
 
 
-class TreeBuilder:
+class TreeMetadataBuilder:
     """What builders of attention metadata know of trees; stands before vLLM's among the bases of a class.
 
     Attributes:
-        placed: The trees of the next step; set by `TreeVerifier`.
+        scheduled_trees: The trees of the next step; set by `TreeVerifier`.
         error: What the self-test of the kernels found.
         mover: Moves tokens within the caches of layers.
     """
@@ -51,19 +51,26 @@ class TreeBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self.placed: Sequence[Placed] = ()
+        self.scheduled_trees: Sequence[ScheduledTree] = ()
         self._layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        check_layers(vllm_config, self._layers)
+        check_tree_layers(vllm_config, self._layers)
         self._slots = torch.empty(0, dtype=torch.int64)
         self._moves: Any = None
 
-    def place(self, slots: torch.Tensor) -> tuple[list[int], list[int], list[int], list[NDArray[np.bool_]]]:
+    def tree_batch_arguments(
+        self, slots: torch.Tensor
+    ) -> tuple[list[int], list[int], list[int], list[NDArray[np.bool_]]]:
         """What the kernels are told of the step's trees; ``slots`` are where its tokens go."""
-        self._slots, placed = slots, self.placed
-        contexts = [p.position + 1 for p in placed]
-        return [p.index for p in placed], [p.first for p in placed], contexts, [p.seen for p in placed]
+        self._slots = slots
+        contexts = [p.position + 1 for p in self.scheduled_trees]
+        return (
+            [p.index for p in self.scheduled_trees],
+            [p.first for p in self.scheduled_trees],
+            contexts,
+            [p.tree_mask for p in self.scheduled_trees],
+        )
 
-    def move(self, source: Sequence[int], target: Sequence[int]) -> None:
+    def move_kv(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Move keys and values of the step's query tokens to the places of others, one after the other."""
         if self._moves is None:
             caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self._layers.values()}  # some share one
@@ -71,7 +78,7 @@ class TreeBuilder:
         self._moves(self._slots[list(source)].long(), self._slots[list(target)].long())
 
 
-def off_by(
+def max_error(
     query: torch.Tensor, output: torch.Tensor, keys: Any, values: Any, before: int, seen: NDArray[np.bool_]
 ) -> float:
     """How far a kernel's attention of a tree is from attention computed plainly; for self-tests.
@@ -93,17 +100,17 @@ def off_by(
     return worst
 
 
-def check_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
+def check_tree_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     """Refuse layers that compute what our kernels do not.
 
     Raises:
         Unsupported: naming the layer.
     """
-    drafter = selection.read(vllm_config.additional_config).drafter
+    drafter = selection.read_config(vllm_config.additional_config).drafter
     for name, layer in layers.items():
-        reasons = compatibility.unserved(layer.impl, 16)
+        reasons = compatibility.unsupported_features(layer.impl, 16)
         if compatibility.is_windowed(layer.impl):
             reasons.append("a sliding window")
         if reasons:
             plugin = "drafter" if drafter is None else drafter.name
-            raise Unsupported(plugin, reasons[0], CHAIN, vllm_config.model_config.model, name)
+            raise Unsupported(plugin, reasons[0], USE_CHAIN, vllm_config.model_config.model, name)

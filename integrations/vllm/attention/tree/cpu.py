@@ -42,12 +42,12 @@ class TreeCPUBackend(CPUAttentionBackend):
         return TreeCPUImpl
 
     @staticmethod
-    def get_builder_cls() -> type["TreeCPUBuilder"]:
+    def get_builder_cls() -> type["TreeCPUMetadataBuilder"]:
         """What builds the metadata of a step."""
-        return TreeCPUBuilder
+        return TreeCPUMetadataBuilder
 
 
-class TreeCPUBuilder(common.TreeBuilder, SplitBuilder):
+class TreeCPUMetadataBuilder(common.TreeMetadataBuilder, SplitBuilder):
     """Finds the trees of a step, and moves what was accepted of them."""
 
     mover: ClassVar[type] = CPUKVMover
@@ -55,16 +55,16 @@ class TreeCPUBuilder(common.TreeBuilder, SplitBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         shape = (self.num_heads, self.num_kv_heads, self.head_dim, self.block_size)
-        self.error = kernel_error(self.dtype, *shape, self.isa)
+        self.error = self_test_tree_cpu(self.dtype, *shape, self.isa)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TreeMetadata:
         """vLLM's metadata, and our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if not self.placed:
+        if not self.scheduled_trees:
             return TreeMetadata(**vars(stock))
-        placed = self.place(stock.slot_mapping)
+        placed = self.tree_batch_arguments(stock.slot_mapping)
         others = None
-        if len(self.placed) < common_attn_metadata.num_reqs:
+        if len(self.scheduled_trees) < common_attn_metadata.num_reqs:
             others = self.without(stock, placed[0])
         return TreeMetadata(**vars(stock), trees=CPUTreeBatch(*placed, self.num_heads), others=others)
 
@@ -95,7 +95,7 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
 
 
 @functools.cache
-def kernel_error(
+def self_test_tree_cpu(
     dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int, block_size: int, isa: str
 ) -> str | None:
     """Self-test: our kernels over a small cache that vLLM's own has filled, against attention computed plainly."""
@@ -123,7 +123,7 @@ def kernel_error(
         tree_attention(query, cache, table, step, head_size**-0.5, output)
     except Exception as error:  # no compiler, a layout that is not read
         return str(error)
-    worst = common.off_by(query, output, keys.double().numpy(), values.double().numpy(), before, seen)
+    worst = common.max_error(query, output, keys.double().numpy(), values.double().numpy(), before, seen)
     if not worst < 0.02:
         return f"the kernel misreads the cache layout '{isa}' (self-test: off by {worst:.3g})"
     path = [before + 1 + node for node in (2, 3, 4, 6)]

@@ -30,12 +30,12 @@ class TreeTritonBackend(TritonAttentionBackend):
         return TreeTritonImpl
 
     @staticmethod
-    def get_builder_cls() -> type["TreeTritonBuilder"]:
+    def get_builder_cls() -> type["TreeTritonMetadataBuilder"]:
         """What builds the metadata of a step."""
-        return TreeTritonBuilder
+        return TreeTritonMetadataBuilder
 
 
-class TreeTritonBuilder(common.TreeBuilder, TritonAttentionMetadataBuilder):
+class TreeTritonMetadataBuilder(common.TreeMetadataBuilder, TritonAttentionMetadataBuilder):
     """Finds the trees of a step, and moves what was accepted of them."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
@@ -43,16 +43,18 @@ class TreeTritonBuilder(common.TreeBuilder, TritonAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.error = kernel_error(kv_cache_spec.head_size, vllm_config.model_config.dtype, self.block_size, device)
+        self.error = self_test_tree_triton(
+            kv_cache_spec.head_size, vllm_config.model_config.dtype, self.block_size, device
+        )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """vLLM's metadata, and our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         stock.trees = stock.others = None
-        if self.placed:
-            placed = self.place(stock.slot_mapping)
+        if self.scheduled_trees:
+            placed = self.tree_batch_arguments(stock.slot_mapping)
             stock.trees = TritonTreeBatch(*placed, stock.seq_lens.device)
-            if len(self.placed) < common_attn_metadata.num_reqs:
+            if len(self.scheduled_trees) < common_attn_metadata.num_reqs:
                 # vLLM's kernel spends little on these requests, and ours overwrites its output.
                 stock.others = copy.copy(stock)
                 stock.others.seq_lens = stock.seq_lens.clone()
@@ -91,7 +93,7 @@ class TreeTritonImpl(TritonAttentionImpl):
 
 
 @functools.cache
-def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: torch.device) -> str | None:
+def self_test_tree_triton(head_size: int, dtype: torch.dtype, block_size: int, device: torch.device) -> str | None:
     """Self-test: a tree over a small cache, against attention computed plainly."""
     generator = torch.Generator().manual_seed(0)
     parents = np.array([-1, 0, -1, 2, 3, 1, 4], np.int32)
@@ -105,5 +107,5 @@ def kernel_error(head_size: int, dtype: torch.dtype, block_size: int, device: to
     output, scale = torch.zeros_like(query), head_size**-0.5
     tree_attention(query, cache, table, TritonTreeBatch([0], [0], [before + 1], [seen], device), scale, output)
     text = cache[table[0].long()].transpose(1, 2).reshape(-1, 2, 2 * head_size).double().cpu().numpy()
-    worst = common.off_by(query, output, text[..., :head_size], text[..., head_size:], before, seen)
+    worst = common.max_error(query, output, text[..., :head_size], text[..., head_size:], before, seen)
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

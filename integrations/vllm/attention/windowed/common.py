@@ -20,7 +20,7 @@ from .....plugins.contracts import KVPolicy, Unsupported
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
-from ..compatibility import Announcement, is_windowed, unserved
+from ..compatibility import LogWhenActive, is_windowed, unsupported_features
 from . import kv_cache_spec
 
 
@@ -31,7 +31,7 @@ class WindowedImpl:
     head_caches: ClassVar[type]  # of this platform's kernels
     policy: str
     plan: HeadPlan  # of this rank
-    _announce: Announcement
+    _announce: LogWhenActive
     _whole: frozenset[int]  # KV heads that keep everything
     _heads: Sequence[Any] = ()  # cache layers, one for each KV head
     _caches: Any = None
@@ -54,9 +54,9 @@ class WindowedImpl:
         """Split the layer into heads: called when the model is loaded, before the engine asks for cache specs."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         if not self._heads:  # the first layer splits all of them; weights that are loaded anew change nothing
-            split_layers(self._vllm_config)
+            split_layers_into_heads(self._vllm_config)
 
-    def use(self, heads: Sequence[Any], whole: frozenset[int], plan: HeadPlan, announce: Announcement) -> None:
+    def use(self, heads: Sequence[Any], whole: frozenset[int], plan: HeadPlan, announce: LogWhenActive) -> None:
         """Take cache layers, one for each KV head, of which ``whole`` keep everything."""
         self._heads, self._whole, self.plan, self._announce = heads, whole, plan, announce
 
@@ -107,7 +107,7 @@ class WindowedImpl:
         return self._caches
 
 
-def split_layers(vllm_config: Any) -> None:
+def split_layers_into_heads(vllm_config: Any) -> None:
     """Split all attention layers of a model by its policy's plan, and say so in the log.
 
     Raises:
@@ -132,8 +132,10 @@ def split_layers(vllm_config: Any) -> None:
     for layer in ours:
         layer.impl.policy = policy.name
         _check_layer(layer, vllm_config.model_config.model)
-    announce = Announcement(policy.name)
-    for layer, heads, kept_here in zip(ours, kv_cache_spec.split(ours, layers, whole, plan.window), whole, strict=True):
+    announce = LogWhenActive(policy.name)
+    for layer, heads, kept_here in zip(
+        ours, kv_cache_spec.split_into_heads(ours, layers, whole, plan.window), whole, strict=True
+    ):
         layer.impl.use(heads, kept_here, plan, announce)
     how = f"over {ours[0].impl.over}; {kept} of {total} KV heads keep everything ({kept / total:.1%})"
     log.logger.info(log.start_up_table("kv", attachment, how))
@@ -142,7 +144,7 @@ def split_layers(vllm_config: Any) -> None:
 def _check_layer(layer: Any, model: str) -> None:
     """Refuse what the kernels do not compute."""
     impl = layer.impl
-    reasons = ["its sliding window drops positions already"] if is_windowed(impl) else unserved(impl, 32)
+    reasons = ["its sliding window drops positions already"] if is_windowed(impl) else unsupported_features(impl, 32)
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         reasons.append("it reads the cache of another layer")
     if type(layer).__name__ == "ChunkedLocalAttention":
@@ -161,7 +163,7 @@ def check_kernels(impl: Any, test: Callable[[], str | None], model: str) -> None
         raise Unsupported(impl.policy, error, "leave the policy out", model)
 
 
-def kernel_error(
+def self_test_windowed(
     head_caches: type,
     make_step: Callable[[int, int, HeadWindow], Any],
     dtype: torch.dtype,

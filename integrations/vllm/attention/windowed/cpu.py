@@ -46,12 +46,12 @@ class WindowedCPUBackend(CPUAttentionBackend):
         return WindowedCPUImpl
 
     @staticmethod
-    def get_builder_cls() -> type["WindowedCPUBuilder"]:
+    def get_builder_cls() -> type["WindowedCPUMetadataBuilder"]:
         """What builds the metadata of a step."""
-        return WindowedCPUBuilder
+        return WindowedCPUMetadataBuilder
 
 
-class WindowedCPUBuilder(CPUAttentionMetadataBuilder):
+class WindowedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Finds what windowed heads leave out in a step."""
 
     supports_update_block_table: bool = True
@@ -62,7 +62,7 @@ class WindowedCPUBuilder(CPUAttentionMetadataBuilder):
         self.query_heads = impl.num_heads  # of a whole layer
         self.num_heads = impl.num_queries_per_kv  # of what is a layer here: one KV head
         self.window: HeadWindow = impl.plan.window
-        test = functools.partial(kernel_error, self.dtype, self.num_heads, self.head_dim, self.block_size)
+        test = functools.partial(self_test_windowed_cpu, self.dtype, self.num_heads, self.head_dim, self.block_size)
         common.check_kernels(impl, test, vllm_config.model_config.model)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> WindowedMetadata:
@@ -86,10 +86,10 @@ class WindowedCPUBuilder(CPUAttentionMetadataBuilder):
 
 
 @functools.cache
-def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int) -> str | None:
+def self_test_windowed_cpu(dtype: torch.dtype, share: int, head_size: int, block_size: int) -> str | None:
     """What the self-test of the kernels finds."""
 
     def make_step(begin: int, end: int, window: HeadWindow) -> WindowedStep:
         return WindowedStep([begin], [end], lambda _, n: window.num_evicted(n, block_size), share)
 
-    return common.kernel_error(CPUHeadCaches, make_step, dtype, share, head_size, block_size, "cpu")
+    return common.self_test_windowed(CPUHeadCaches, make_step, dtype, share, head_size, block_size, "cpu")

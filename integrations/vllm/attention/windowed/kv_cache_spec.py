@@ -45,19 +45,19 @@ class WindowedHeadSpec(AttentionSpec):
         return False
 
     @property
-    def most_blocks(self) -> int:
+    def max_blocks(self) -> int:
         """The most blocks that a request holds at any time."""
         return self.window.max_blocks(self.longest, self.in_flight, self.block_size)
 
     @property
-    def decoding_blocks(self) -> int:
+    def max_decode_blocks(self) -> int:
         """The most blocks that a request holds behind its prompt, where it adds a token at a time."""
         return self.window.max_decode_blocks(self.longest, 1, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one request, in bytes."""
         del vllm_config
-        return self.most_blocks * self.page_size_bytes
+        return self.max_blocks * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: Any) -> bool:
         """Whether one block table could serve all these layers."""
@@ -70,7 +70,7 @@ class WindowedHeadManager(SingleTypeKVCacheManager):
     kv_cache_spec: WindowedHeadSpec
 
     def __init__(self, kv_cache_spec: WindowedHeadSpec, **kwargs: Any) -> None:
-        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.most_blocks
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks
         super().__init__(kv_cache_spec, **kwargs)
         self.freed = 0  # blocks, while their requests go on
 
@@ -104,7 +104,7 @@ def report_freed(scheduler: Any, plugin: str) -> None:
         freed = sum(m.freed for m in managers if isinstance(m, WindowedHeadManager))
         if stats is not None and freed > told:
             # The one dictionary in there that reaches the other process whatever it holds.
-            stats.num_kv_fetch_reqs_by_stage[metrics.FREED + plugin] = freed - told
+            stats.num_kv_fetch_reqs_by_stage[metrics.FREED_BLOCKS_KEY + plugin] = freed - told
             told = freed
         return stats
 
@@ -154,7 +154,7 @@ class HeadSpec:
         )
 
 
-def split(
+def split_into_heads(
     ours: Sequence[Any], layers: dict[str, Any], whole: Sequence[frozenset[int]], window: HeadWindow
 ) -> list[list[Any]]:
     """Make as many cache layers as there are KV heads; an attention layer is one of them itself.
@@ -190,7 +190,7 @@ def split(
     ]
 
 
-def capacity(kv_cache_config: Any, vllm_config: Any) -> float | None:
+def max_concurrency(kv_cache_config: Any, vllm_config: Any) -> float | None:
     """How many requests of the longest length fit together: one reads its prompt while all others decode.
 
     None when no head is windowed, and vLLM's own figure holds.
@@ -203,7 +203,7 @@ def capacity(kv_cache_config: Any, vllm_config: Any) -> float | None:
         peak += blocks
         if isinstance(spec, WindowedHeadSpec):
             windowed = True
-            steady += spec.decoding_blocks
+            steady += spec.max_decode_blocks
         else:
             steady += blocks
     if not windowed:
@@ -214,7 +214,7 @@ def capacity(kv_cache_config: Any, vllm_config: Any) -> float | None:
 
 def _capacity(original: Any) -> Any:
     def get_max_concurrency_for_kv_cache_config(vllm_config: Any, kv_cache_config: Any) -> float:
-        found = capacity(kv_cache_config, vllm_config)
+        found = max_concurrency(kv_cache_config, vllm_config)
         return original(vllm_config, kv_cache_config) if found is None else found
 
     return get_max_concurrency_for_kv_cache_config

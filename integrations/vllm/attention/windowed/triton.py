@@ -32,12 +32,12 @@ class WindowedTritonBackend(TritonAttentionBackend):
         return WindowedTritonImpl
 
     @staticmethod
-    def get_builder_cls() -> type["WindowedTritonBuilder"]:
+    def get_builder_cls() -> type["WindowedTritonMetadataBuilder"]:
         """What builds the metadata of a step."""
-        return WindowedTritonBuilder
+        return WindowedTritonMetadataBuilder
 
 
-class WindowedTritonBuilder(TritonAttentionMetadataBuilder):
+class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
     """Tells the kernels which requests process a prompt; the rest they find on the device."""
 
     supports_update_block_table: bool = True
@@ -47,7 +47,7 @@ class WindowedTritonBuilder(TritonAttentionMetadataBuilder):
         impl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self.window: HeadWindow = impl.plan.window
         shape = impl.num_queries_per_kv, kv_cache_spec.head_size, self.block_size
-        test = functools.partial(kernel_error, kv_cache_spec.dtype, *shape, device)
+        test = functools.partial(self_test_windowed_triton, kv_cache_spec.dtype, *shape, device)
         common.check_kernels(impl, test, vllm_config.model_config.model)
         self._in_prompt = in_prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
 
@@ -81,7 +81,9 @@ def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device) -> str | None:
+def self_test_windowed_triton(
+    dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device
+) -> str | None:
     """What the self-test of the kernels finds."""
 
     def make_step(begin: int, end: int, window: HeadWindow) -> TritonWindowedStep:
@@ -91,4 +93,4 @@ def kernel_error(dtype: torch.dtype, share: int, head_size: int, block_size: int
         )
         return TritonWindowedStep(starts, lens, in_prompt, end - begin, end)
 
-    return common.kernel_error(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)
+    return common.self_test_windowed(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from .model_runner import find_runner
-from .proposer import Drafter
+from .proposer import PilotfishProposer
 
 
-def accompany(proposer: Any) -> None:
+def attach_to_draft_model(proposer: Any) -> None:
     """Put the selected drafter behind ``proposer``, vLLM's, whose model was just loaded."""
     runner = find_runner()
-    drafter = Drafter(proposer.vllm_config)
+    drafter = PilotfishProposer(proposer.vllm_config)
     drafter.load_model(None)
     proposer.pilotfish = drafter  # where reports look for it
     draft = runner.propose_draft_token_ids
@@ -28,14 +28,14 @@ def accompany(proposer: Any) -> None:
             return drafted
         # Without probabilities a draft is verified as one that was certain, which is right for any draft.
         runner._draft_probs = runner._draft_prob_req_ids = None
-        came = accepted(runner, sampled_token_ids)
-        lengths = write_down(runner.input_batch, came)
+        came = accepted_tokens(runner, sampled_token_ids)
+        lengths = append_accepted_tokens(runner.input_batch, came)
         return drafter.propose(came, lengths, runner.input_batch.token_ids_cpu, drafted=drafted.tolist())
 
     runner.propose_draft_token_ids = propose_draft_token_ids
 
 
-def accepted(runner: Any, sampled: torch.Tensor) -> list[list[int]]:
+def accepted_tokens(runner: Any, sampled: torch.Tensor) -> list[list[int]]:
     """Tokens that a step gave each request; none while its prompt is still processed.
 
     Args:
@@ -48,7 +48,7 @@ def accepted(runner: Any, sampled: torch.Tensor) -> list[list[int]]:
     ]
 
 
-def write_down(batch: Any, came: list[list[int]]) -> np.ndarray:
+def append_accepted_tokens(batch: Any, came: list[list[int]]) -> np.ndarray:
     """Write tokens behind their texts, as vLLM will again in a moment; returns the lengths, [b]."""
     lengths = np.array(batch.num_tokens_no_spec[: len(came)])
     for i, tokens in enumerate(came):

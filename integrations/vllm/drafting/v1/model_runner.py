@@ -89,7 +89,7 @@ class RunnerBinding:
         """The request's sampling parameters."""
         return self._runner.requests[request].sampling_params
 
-    def room(self, request: str, index: int, length: int) -> int:
+    def free_slots(self, request: str, index: int, length: int) -> int:
         """How many drafted tokens the request can still take: neither its own limit nor the model's is passed."""
         batch, params = self._runner.input_batch, self.sampling_params(request)
         left = self._runner.max_model_len - length

@@ -27,11 +27,11 @@ from .tree_verification import TreeVerifier
 
 logger = log.logger
 
-BREADTH = 4  # nodes grown for each token of a path that is verified
+NODES_PER_TOKEN = 4  # nodes grown for each token of a path that is verified
 
 
 @dataclass
-class _Live:
+class _LiveRequest:
     """A live request."""
 
     wanted: bool  # whether it wants drafts
@@ -39,7 +39,7 @@ class _Live:
     draft: DraftTree | None = None  # the last
     length: int = -1  # of its text when it was seen last; not yet, if negative
 
-    def saw(self, verified: Verified) -> None:
+    def record_step(self, verified: Verified) -> None:
         """What came of the last draft, or of as much of it as was verified."""
         self.length = len(verified.text)
         if self.draft is None or not len(verified.tokens):
@@ -50,12 +50,12 @@ class _Live:
         if same and np.array_equal(draft.parents, verified.candidates.parents[1:] - 1):
             self.record.observe(draft.scores, len(verified.tokens) - 1)
 
-    def missed(self, verified: Verified) -> bool:
+    def missed_steps(self, verified: Verified) -> bool:
         """Whether steps went by that we were not shown, as vLLM does near the end of a draft model's context."""
         return 0 <= self.length != len(verified.text) - len(verified.tokens)
 
 
-class Drafter:
+class PilotfishProposer:
     """A custom proposer of vLLM; see `vllm.v1.spec_decode.custom_class_proposer`."""
 
     def __init__(self, vllm_config: Any) -> None:
@@ -67,7 +67,7 @@ class Drafter:
         self.plugin: DrafterPlugin | None = None
         self.cost = StepCostModel()
         self.counts = {"steps": 0, "proposals": 0, "proposed_tokens": 0, "seconds": 0.0, "requests": 0}
-        self._requests: dict[str, _Live] = {}
+        self._requests: dict[str, _LiveRequest] = {}
         self._step_ended: float | None = None
         self._last_batch: set[str] = set()
         if drafting is None:  # the kill switch: vLLM keeps its proposer, which proposes nothing
@@ -103,31 +103,33 @@ class Drafter:
             self.trees.attach()
         if self._verification.nodes is None:
             engine = self._drafting.engine
-            step_times.when_ready(self._runner, engine, engine.num_speculative_tokens + 1, self._shape)
-        self._mend()  # on every rank: all of them sample
+            step_times.measure_when_ready(
+                self._runner, engine, engine.num_speculative_tokens + 1, self._use_latency_profile
+            )
+        self._work_around_vllm()  # on every rank: all of them sample
         if self.plugin is None:
             return
         self._warm_up(self._drafting.cls(self._drafting.options, self._drafting.engine))
         self._binding.attach(self._finish, self.close)
 
-    def _mend(self) -> None:
+    def _work_around_vllm(self) -> None:
         """Replace what vLLM's build gets wrong in sampling drafts, where its self-tests fail."""
-        if self._device == "cpu" and vllm_fixes.sampling_is_broken():
-            vllm_fixes.EXPAND.apply()
-            if vllm_fixes.sampling_is_broken():
+        if self._device == "cpu" and vllm_fixes.draft_sampling_is_broken():
+            vllm_fixes.EXPAND_BATCH.apply()
+            if vllm_fixes.draft_sampling_is_broken():
                 raise RuntimeError("pilotfish: vLLM's expand_batch_to_tokens fails its self-test, even replaced")
             logger.warning(
                 "pilotfish: this vLLM build hands uninitialised temperature, top-p and top-k to drafted tokens "
                 "(utils/cpu_triton_utils._expand_kernel_impl writes into a copy); expand_batch_to_tokens was replaced"
             )
         if vllm_fixes.empty_steps_fail(self._device):
-            vllm_fixes.CONSTRAINTS.apply()
+            vllm_fixes.SAMPLING_CONSTRAINTS.apply()
             logger.warning(
                 "pilotfish: this vLLM build fails on a step without drafts when a request asks for top-k; "
                 "apply_sampling_constraints was wrapped"
             )
 
-    def _shape(self, times: step_times.Times) -> None:
+    def _use_latency_profile(self, times: step_times.StepTimes) -> None:
         """Step times were measured; one size alone tells nothing."""
         if len(times) > 1:
             self.cost.set_latency_profile(list(times), list(times.values()))
@@ -166,18 +168,18 @@ class Drafter:
         del slot_mappings
         if self.plugin is None:
             if self.trees is not None:
-                self.trees.keep(self._tp.broadcast_object(None))
+                self.trees.set_drafts(self._tp.broadcast_object(None))
             return [[] for _ in sampled_token_ids]
         started = time.perf_counter()
         tree_of = None if self.trees is None else self.trees.tree_of
         verified = self._binding.step(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, tree_of)
         self._time_step(verified, started)
         for i, request in enumerate(verified):
-            if request.request in self._requests and self._requests[request.request].missed(request):
+            if request.request in self._requests and self._requests[request.request].missed_steps(request):
                 self._finish(request.request)
             if request.request not in self._requests:
                 self._start(request.request, i, request)
-            self._requests[request.request].saw(request)
+            self._requests[request.request].record_step(request)
             self.plugin.observe(request.request, request.tokens, request.candidates)
         drafts = self._draft(verified, drafted)
         if self._saver is not None:
@@ -196,12 +198,12 @@ class Drafter:
         wanting = []
         for i, request in enumerate(verified):
             if len(request.tokens) and self._requests[request.request].wanted:
-                room = min(self._binding.room(request.request, i, len(request.text)), self._most)
+                room = min(self._binding.free_slots(request.request, i, len(request.text)), self._most)
                 proposed = np.array([] if drafted is None else drafted[i], np.int32)
                 wanting.append((i, DraftRequest(request.request, request.text, room, proposed)))
         kept: dict[str, DraftTree] = {}
         if wanting:
-            nodes = BREADTH * self._depth if self.trees is None else self._most
+            nodes = NODES_PER_TOKEN * self._depth if self.trees is None else self._most
             proposed = self.plugin.propose([r for _, r in wanting], DraftBudget(nodes, self._depth))
             trees = [self._verifiable(r, tree) for (_, r), tree in zip(wanting, proposed, strict=True)]
             live = [self._requests[r.id] for _, r in wanting]
@@ -216,19 +218,19 @@ class Drafter:
                 self._active = True
                 logger.info("pilotfish: drafter %s is active, its first draft has %d tokens", self.plugin.name, total)
         if self.trees is not None:
-            self.trees.keep(self._tp.broadcast_object(kept))
+            self.trees.set_drafts(self._tp.broadcast_object(kept))
         return drafts
 
     def _verifiable(self, request: DraftRequest, tree: DraftTree) -> DraftTree:
         """Of a tree what the request can have verified: all of it, or its best path."""
-        if self.trees is None or not self.trees.serves(request.id):
+        if self.trees is None or not self.trees.can_verify_tree(request.id):
             path = tree.best_path()
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
         else:
             tree = sort_by_score(tree)
         return truncate_tree(tree, max(request.limit, 0))
 
-    def _allocate(self, trees: list[DraftTree], live: "list[_Live]") -> list[int]:
+    def _allocate(self, trees: list[DraftTree], live: "list[_LiveRequest]") -> list[int]:
         """How many nodes of each request's tree to verify."""
         if self._verification.nodes is not None:
             return [min(len(tree), self._verification.nodes) for tree in trees]
@@ -254,7 +256,7 @@ class Drafter:
         params = self._binding.sampling_params(request)
         extra = (params.extra_args if params is not None else None) or {}
         wanted = str(extra.get("pilotfish_drafter", "on")).lower() not in {"off", "0", "false"}
-        self._requests[request] = _Live(wanted)
+        self._requests[request] = _LiveRequest(wanted)
         tenant = extra.get("pilotfish_tenant")
         prompt = self._binding.prompt(index)
         before = seen.text[: max(len(seen.text) - len(seen.tokens), len(prompt))]

@@ -20,7 +20,7 @@ import torch
 
 from .....plugins.contracts import ROOT, DraftTree
 from .....plugins.drafting.tree import accept_sampled_path, is_chain, node_depths, tree_attention_mask, truncate_tree
-from ...attention.tree.common import Placed
+from ...attention.tree.common import ScheduledTree
 from ...engine import log
 
 
@@ -37,10 +37,10 @@ class TreeVerifier:
         """
         self._runner, self._plugin, self._tp = runner, plugin, tp
         self._trees: dict[str, DraftTree] = {}  # request -> what was drafted for its next step
-        self._placed: dict[int, Placed] = {}  # index in the batch -> what its step verifies
+        self._scheduled: dict[int, ScheduledTree] = {}  # index in the batch -> what its step verifies
         self._builders: list[Any] | None = None
         self._announced = False
-        self.moved = 0  # tokens that were not where they belong
+        self.num_moved_tokens = 0  # tokens that were not where they belong
 
     def attach(self) -> None:
         """Wrap the runner's methods."""
@@ -49,11 +49,11 @@ class TreeVerifier:
 
         def _prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             prepared = prepare(scheduler_output, *args, **kwargs)
-            self._place(scheduler_output.scheduled_spec_decode_tokens)
+            self._schedule_trees(scheduler_output.scheduled_spec_decode_tokens)
             return prepared
 
         def _sample(logits: Any, spec_decode_metadata: Any) -> Any:
-            if not self._placed or spec_decode_metadata is None or logits is None:
+            if not self._scheduled or spec_decode_metadata is None or logits is None:
                 return sample(logits, spec_decode_metadata)
             return self._verify(logits, spec_decode_metadata, sample)
 
@@ -66,7 +66,7 @@ class TreeVerifier:
         if self._builders is None:
             groups = [group for groups in self._runner.attn_groups for group in groups]
             self._builders = [builder for group in groups for builder in group.metadata_builders]
-            strange = [type(b).__name__ for b in self._builders if not hasattr(b, "placed")]
+            strange = [type(b).__name__ for b in self._builders if not hasattr(b, "scheduled_trees")]
             errors = [f"{strange[0]} knows no trees"] if strange else [b.error for b in self._builders]
             if self._tp is not None and self._tp.world_size > 1:  # where one rank cannot, none does
                 everywhere: list[Any] = [None] * self._tp.world_size
@@ -79,11 +79,11 @@ class TreeVerifier:
                 self._builders = []
         return self._builders
 
-    def serves(self, request: str) -> bool:
+    def can_verify_tree(self, request: str) -> bool:
         """Whether a tree can be verified for a request; if not, a chain can."""
-        return self._is_plain(request) and bool(self.builders)
+        return self._has_path_independent_sampling(request) and bool(self.builders)
 
-    def keep(self, drafts: Mapping[str, DraftTree]) -> None:
+    def set_drafts(self, drafts: Mapping[str, DraftTree]) -> None:
         """Remember what was drafted for next steps, until something else is or the request ends.
 
         A step may pass a request by, whose draft then comes in a later one.
@@ -93,14 +93,14 @@ class TreeVerifier:
 
     def tree_of(self, index: int) -> DraftTree | None:
         """The tree that the step under way verifies for a request, by its index; None for a chain or nothing."""
-        placed = self._placed.get(index)
+        placed = self._scheduled.get(index)
         return None if placed is None else placed.tree
 
     # -------------------------------------------------------------------------------------------- before the model
 
-    def _place(self, scheduled: Mapping[str, list[int]]) -> None:
+    def _schedule_trees(self, scheduled: Mapping[str, list[int]]) -> None:
         """Find the trees among what was scheduled, and give their nodes the positions of their depth."""
-        runner, self._placed = self._runner, {}
+        runner, self._scheduled = self._runner, {}
         # On every rank alike, or some would not be asked for drafts near the end of the context (see `RunnerBinding`).
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
         if not self.builders:
@@ -118,12 +118,12 @@ class TreeVerifier:
             position = int(runner.positions[first])
             below = torch.from_numpy(node_depths(tree.parents).astype(np.int64))
             runner.positions[first + 1 : first + 1 + len(tree)] = (position + below).to(runner.positions.device)
-            self._placed[index] = Placed(index, first, position, tree, tree_attention_mask(tree.parents))
+            self._scheduled[index] = ScheduledTree(index, first, position, tree, tree_attention_mask(tree.parents))
         for builder in self.builders:
-            builder.placed = list(self._placed.values())
-        if self._placed and not self._announced:
+            builder.scheduled_trees = list(self._scheduled.values())
+        if self._scheduled and not self._announced:
             self._announced = True
-            nodes = max(len(placed.tree) for placed in self._placed.values())
+            nodes = max(len(placed.tree) for placed in self._scheduled.values())
             log.logger.info("pilotfish: trees are verified, the first has %d nodes", nodes)
 
     # -------------------------------------------------------------------------------------------- behind the model
@@ -134,10 +134,14 @@ class TreeVerifier:
 
         batch = self._runner.input_batch
         drafted = list(metadata.num_draft_tokens)
-        others = [i for i, request in enumerate(batch.req_ids[: len(drafted)]) if not self._is_plain(request)]
+        others = [
+            i
+            for i, request in enumerate(batch.req_ids[: len(drafted)])
+            if not self._has_path_independent_sampling(request)
+        ]
         seeded = batch.sampling_metadata.generators
         theirs = {i: seeded[i].get_state() for i in others if i in seeded}
-        drawn = draw(logits.clone() if others else logits, metadata, batch.sampling_metadata)
+        drawn = sample_rows(logits.clone() if others else logits, metadata, batch.sampling_metadata)
         if others:  # vLLM's, with the seeds they had; what it samples for the rest is overwritten, their seeds set back
             for i, state in theirs.items():
                 seeded[i].set_state(state)
@@ -155,7 +159,7 @@ class TreeVerifier:
         row = draft = 0
         for i, d in enumerate(drafted):
             if i not in others:
-                placed = self._placed.get(i)
+                placed = self._scheduled.get(i)
                 parents = list(range(ROOT, d - 1)) if placed is None else placed.tree.parents.tolist()
                 path, tokens = accept_sampled_path(drafts[draft : draft + d], parents, drawn[row : row + d + 1])
                 output[i] = -1
@@ -166,16 +170,16 @@ class TreeVerifier:
                     target += [placed.first + 1 + at for _, at in astray]
             row, draft = row + d + 1, draft + d
         if source:
-            self.moved += len(source)
+            self.num_moved_tokens += len(source)
             for builder in self.builders:
-                builder.move(source, target)
+                builder.move_kv(source, target)
         return result
 
-    def _is_plain(self, request: str) -> bool:
-        return is_plain(self._runner.requests[request].sampling_params)
+    def _has_path_independent_sampling(self, request: str) -> bool:
+        return has_path_independent_sampling(self._runner.requests[request].sampling_params)
 
 
-def draw(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]:
+def sample_rows(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]:
     """A token from the model's distribution at every row, [rows]; seeded requests use their own generators.
 
     Args:
@@ -205,7 +209,7 @@ def draw(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]:
     return drawn.tolist()
 
 
-def is_plain(params: Any) -> bool:
+def has_path_independent_sampling(params: Any) -> bool:
     """Whether a request's distribution at a node depends on its logits, temperature, top-k and top-p alone.
 
     And whether nothing but tokens is asked for. vLLM refuses min-p and a bias of logits with any speculation.
