@@ -18,7 +18,7 @@ from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.integrations.vllm.bench import corpora
 from pilotfish.integrations.vllm.cli.datastore import encode_texts, find
-from pilotfish.integrations.vllm.models.embedded import embedded, registry
+from pilotfish.integrations.vllm.models import embedded, registry
 from pilotfish.plugins.drafting.datastore import Datastore, build_datastore
 from pilotfish.plugins.drafting.history import TokenHistory
 

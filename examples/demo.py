@@ -6,12 +6,12 @@ Prints a table and writes `out/demo.json` and `out/demo.png`.
 import argparse
 from pathlib import Path
 
-from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
-from pilotfish.integrations.vllm.serving.command.progress import fetch_with_bar
 from rich.console import Console
 from rich.table import Table
 
 from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterBenchmark, DrafterRun, run_drafter_benchmark
+from pilotfish.integrations.vllm.models.embedded import SMOLLM2
+from pilotfish.integrations.vllm.serving.progress import fetch_with_bar
 
 HERE = Path(__file__).parent
 

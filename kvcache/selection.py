@@ -3,6 +3,7 @@
 Values only; `kernels.paged_decode` does the work.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -29,9 +30,9 @@ class SelectionRule:
         budget: Positions that are kept, all told.
         sinks: First positions of the text, always kept.
         recent: Positions before the current one that are always kept, besides the current one.
-        head_aggregation: Who shares a choice. ``head``: every query head its own. ``kv_head``: the query heads of a KV head,
-            by the sum of their attention. Else all heads: by the ``sum`` of attention, its ``max``, or ``union``: every
-            head proposes ``budget - recent`` positions, and the proposals are ranked by the sum of attention.
+        head_aggregation: Who shares a choice. ``head``: every query head its own. ``kv_head``: the query heads of a KV
+            head, by the sum of their attention. Else all heads: by the ``sum`` of attention, its ``max``, or ``union``:
+            every head proposes ``budget - recent`` positions, and the proposals are ranked by the sum of attention.
         granularity: Single positions (the paper), or pages of `GROUP` positions ranked by their sum.
     """
 
@@ -67,3 +68,9 @@ class ReadPlan:
     roles: tuple[Role, ...]
     rule: SelectionRule
     correction_interval: int = 0
+
+
+def unit_positions(units: Sequence[int], context: int, rule: SelectionRule) -> list[int]:
+    """Return the positions of selected pages (or of selected tokens) within a context."""
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
+    return [p for u in units for p in range(u * unit, min(context, (u + 1) * unit))]

@@ -86,7 +86,7 @@ class BM25(InvertedIndexKind):
         lengths = np.bincount(encoded.text_ids, tf).astype(np.float32)[encoded.text_ids]
         parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
         made = sparse_index.build_sparse_segment(
-            replace(encoded, weights=parts.astype(np.float32)), numbers, shared, BITS
+            replace(encoded, values=parts.astype(np.float32)), numbers, shared, BITS
         )
         return len(made["places"]), made
 
@@ -106,7 +106,7 @@ class BM25(InvertedIndexKind):
         """A query's stems with their idf, as often as it has them."""
         df = searcher.frequencies(query.indices)
         idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
-        return replace(query, weights=(query.values * idf).astype(np.float32))
+        return replace(query, values=(query.values * idf).astype(np.float32))
 
     def explain(
         self,

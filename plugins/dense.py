@@ -76,7 +76,7 @@ def document_vectors(encoded: Any) -> NDArray[np.float32]:
     if encoded.pooled is not None:
         return encoded.pooled
     sums = np.zeros((len(encoded), encoded.vectors.shape[1]), np.float32)
-    np.add.at(sums, encoded.texts, encoded.vectors.astype(np.float32))
+    np.add.at(sums, encoded.text_ids, encoded.vectors.astype(np.float32))
     return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
 
 

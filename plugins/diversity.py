@@ -1,10 +1,9 @@
-"""Tokens that resemble each other least: no attention is asked, so that any tower will do.
+"""Diversity: keep the visual tokens that differ most from each other. It needs no attention, so any tower will do.
 
-``farthest``: each token that is taken is the one whose nearest among those taken is farthest (Gonzalez 1985, as in
-DivPrune, arXiv 2503.02175). They are compared by random projections of theirs, which keep angles (Johnson and
-Lindenstrauss 1984): what is chosen covers a picture as well, and matrices are many times smaller. ``determinantal``:
-each is the one that enlarges the determinant of their similarities most (greedy inference for determinantal point
-processes, arXiv 1709.05135).
+``farthest`` is farthest-point sampling (Gonzalez 1985, as in DivPrune, arXiv 2503.02175): the next token is the one
+whose nearest selected token is farthest. Tokens are compared by random projections, which preserve angles (Johnson and
+Lindenstrauss 1984) in much smaller matrices. ``determinantal`` is greedy inference for determinantal point processes
+(arXiv 1709.05135): the next token is the one that enlarges the determinant of the similarity matrix most.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from .pruning import grids, token_budget
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROJECTION_DIM = 64  # dimensions that tokens are projected to before they are compared
+PROJECTION_DIM = 64
 
 
 @dataclass(frozen=True)
 class DiversityOptions:
-    """Options.
+    """Options of the diversity pruner.
 
     Attributes:
-        retain: Share of the visual tokens that is kept; newline tokens stay besides.
-        method: What unlike means: far from the nearest one taken, or adding most to the determinant of all taken.
+        retain: Share of the visual tokens that is kept, newline tokens not counted.
+        method: ``farthest`` for farthest-point sampling, ``determinantal`` for a determinantal point process.
     """
 
     retain: float = 0.25
@@ -43,7 +42,7 @@ class DiversityOptions:
 
 
 class Diversity(VisualPruner):
-    """Keeps tokens that differ, of the thumbnail or each frame, and of the whole grid."""
+    """Keep the most diverse tokens of the base view or each frame, and of the grid."""
 
     name: ClassVar[str] = "diversity"
     Options: ClassVar[type] = DiversityOptions
@@ -53,15 +52,15 @@ class Diversity(VisualPruner):
         self.options = options
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
-        """The same share of every view before the grid, and of the grid."""
+        """Plan the same share for every view before the grid, and for the grid."""
         return token_budget.plan_tokens(layout, self.options.retain)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
-        """Views one by one, then the grid."""
-        choose, tokens = select_determinantal, picture.tokens
+    def select(self, layout: ImageLayout, plan: PrunePlan, features: ImageFeatures) -> Tensor:
+        """Select tokens of each view, then of the grid; see the base class."""
+        choose, tokens = select_determinantal, features.tokens
         if self.options.method == "farthest":
             choose, tokens = select_farthest, random_projection(tokens)
-        view, per_view = layout.side * layout.side, plan.parts["thumbnail"] // layout.frames
+        view, per_view = layout.side * layout.side, plan.parts["base_view"] // layout.frames
         first = [i * view + choose(tokens[i * view : (i + 1) * view], per_view) for i in range(layout.frames)]
         keep = torch.zeros(layout.grid_tokens, dtype=torch.bool, device=tokens.device)
         if layout.grid_tokens:
@@ -70,7 +69,7 @@ class Diversity(VisualPruner):
 
 
 def random_projection(tokens: Tensor) -> Tensor:
-    """[n, SKETCH] random projections of tokens [n, width], always the same ones; narrow tokens as they are."""
+    """Project tokens [n, width] to [n, PROJECTION_DIM] with a fixed seed; narrow tokens are returned unchanged."""
     width = tokens.shape[-1]
     if width <= PROJECTION_DIM:
         return tokens
@@ -79,9 +78,12 @@ def random_projection(tokens: Tensor) -> Tensor:
 
 
 def select_farthest(tokens: Tensor, count: int) -> Tensor:
-    """[count] places, ascending, of tokens [n, width], by the cosine; the first is the one least like the mean."""
+    """Return the indices [count], ascending, of the tokens [n, width] selected by farthest-point sampling.
+
+    Distance is the cosine; the first token is the one least similar to the mean.
+    """
     unit = functional.normalize(tokens.float(), dim=-1)
-    similar = (unit @ unit.T).cpu().numpy()  # numpy's calls are an order quicker than torch's, on any device
+    similar = (unit @ unit.T).cpu().numpy()  # NumPy's calls are ten times faster than torch's here, on any device
     nearest = np.full(len(similar), -2.0, np.float32)
     chosen = np.empty(count, np.int64)
     at = int((unit @ unit.mean(0)).argmin())
@@ -94,10 +96,10 @@ def select_farthest(tokens: Tensor, count: int) -> Tensor:
 
 
 def select_determinantal(tokens: Tensor, count: int) -> Tensor:
-    """[count] places, ascending, of tokens [n, width], by the fast greedy algorithm: a Cholesky row for each choice.
+    """Return the indices [count], ascending, of the tokens [n, width] selected by the fast greedy algorithm.
 
-    Any first choice would do; it is that of `farthest`. Once what is left adds nothing, as when tokens repeat, the
-    order of places decides.
+    It computes one row of a Cholesky factor per selected token. The first token is that of `select_farthest`. Where the
+    remaining tokens add nothing, as when tokens repeat, the lowest index is taken.
     """
     unit = functional.normalize(tokens.double(), dim=-1)
     similar = unit @ unit.T

@@ -1,17 +1,23 @@
-"""RASD, retrieval-augmented speculative decoding (arXiv 2503.03434): text seen before, fused with a drafter's tree.
+"""RASD: retrieval-augmented speculative decoding (arXiv 2503.03434).
 
-    T_d = the tree of the base drafter, with its probabilities
-    R   = what followed where the end of the text was seen before: here, in earlier outputs, in a datastore
-    T_r = trie of R, pruned by the base drafter's probabilities, which its tree holds already
-    T   = fusion: paths of T_r are followed down T_d by longest matching prefix, the rest is grafted
+Text that continues like earlier text is drafted from that text, and fused with the draft tree of another drafter:
 
-The paper's thresholds and its datastore could not be verified, so pruning is learned: how often a retrieved token was
-right is counted by its source, by the tokens that agreed, by its share among the continuations, and by whether the
-base drafter lists it (`drafting.tries`). What falls below ``prune`` is dropped. Beyond the paper: earlier outputs as a
-source (as suffix decoding keeps them, arXiv 2411.04975), and one scale of scores for both trees.
+    T_d = the draft tree of the base drafter, with its probabilities
+    R   = continuations of the longest suffix of the text that occurs elsewhere: in the request's own text, in earlier
+          outputs, in a datastore
+    T_r = trie of R, pruned by the base drafter's probabilities, which its tree already holds
+    T   = fusion of T_r and T_d: paths that both trees share are merged (longest matching prefix), the rest is grafted
+
+The paper's pruning threshold and its datastore could not be verified, so pruning is learned: the acceptance rate of a
+retrieved token is counted by its source, by the length of the match, by its share among the continuations, and by
+whether the base drafter's tree lists it. Tokens whose path is estimated below ``prune`` are dropped. Not in the paper:
+earlier outputs as a source (as in suffix decoding, arXiv 2411.04975), and one scale of scores for both trees.
+
+`RASD.retrieval_trie` and `RASD.fuse` are the tree operations in plain Python. The compiled version, with the acceptance
+counts, is in ``drafting/tries.py``; both give the same paths and scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +35,10 @@ if TYPE_CHECKING:
     from .drafting.history import TokenHistory
 
 ENGINE = DraftModelDrafter.name
-OWN, OUTPUTS, STORED = range(3)
-NAMES = ("request", "outputs", "datastore")
-NODES = 64  # of a trie, as REST keeps them (arXiv 2311.08252)
-CONTEXT = 16  # tokens of a prompt's end that are remembered with its output
+REQUEST, OUTPUTS, DATASTORE = range(3)
+SOURCES = ("request", "outputs", "datastore")
+TRIE_NODES = 64  # as in REST (arXiv 2311.08252)
+PROMPT_CONTEXT = 16  # tokens from the end of a prompt that are kept with its output
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,17 @@ class RASDOptions:
     """Options of RASD.
 
     Attributes:
-        base: The drafter whose tree is fused with what is retrieved, with its default options; `engine` for a
-            draft model that the engine runs; `none` for none.
-        request: Retrieve from the request's own prompt and output.
-        outputs: Tokens of earlier outputs that are kept and retrieved from, at 16 bytes each; 0 for none.
-        datastore: Folder that `pilotfish datastore build` wrote.
-        max_match: Tokens that are compared, at most.
-        min_match: Tokens that have to agree.
-        max_occurrences: Occurrences that are looked at.
-        prune: Retrieved tokens with a lower estimated probability are dropped.
-        base_feedback: Let what the base drafter thinks of a retrieved token count.
-        fuse: Join both trees; without, the retrieved one is taken where there is one.
+        base: Name of the drafter whose tree (T_d in the paper) is fused with the retrieved one, with its default
+            options; ``engine`` for a draft model that the engine runs; ``none`` for none.
+        request: Whether to retrieve from the request's own prompt and output.
+        outputs: Number of tokens of earlier outputs that are kept and retrieved from, at 16 bytes each; 0 for none.
+        datastore: Folder written by `pilotfish datastore build`.
+        max_match: Largest number of tokens that are compared.
+        min_match: Smallest number of tokens that have to match.
+        max_occurrences: Largest number of occurrences whose continuations are used.
+        prune: Retrieved tokens whose estimated acceptance probability is lower are dropped.
+        base_feedback: Whether the base drafter's tree counts in the estimate for a retrieved token.
+        fuse: Whether both trees are fused; otherwise the retrieved tree is used where there is one.
     """
 
     base: str = "token_recycling"
@@ -87,15 +93,15 @@ class RASDOptions:
 
 @dataclass
 class _Request:
-    """A live request: its text as it is written, and the tries of its last draft, by source."""
+    """A live request: its text so far, and the tries of its last draft, by source."""
 
     text: "TokenHistory | None"
-    kept: list[Int32]  # the prompt's end and the output, for `outputs`
+    output: list[Int32]  # the end of the prompt and the output, for `outputs`
     tries: list[tuple[int, Int32, Int32, Int32]] = field(default_factory=list)
 
 
 class RASD(Drafter):
-    """The drafter."""
+    """Drafter that fuses retrieved continuations with the tree of a base drafter."""
 
     name: ClassVar[str] = "rasd"
     default_depth: ClassVar[int] = 24
@@ -103,12 +109,12 @@ class RASD(Drafter):
 
     @classmethod
     def needs_draft_model(cls, options: RASDOptions) -> bool:
-        """Whether a draft model is the base."""
+        """Return whether the base drafter is a draft model that the engine runs."""
         return options.base == ENGINE
 
     @classmethod
     def tokenizer(cls, options: RASDOptions) -> tuple[str, str] | None:
-        """That of the datastore."""
+        """Return the fingerprint of the datastore's tokenizer, and its description."""
         if options.datastore is None:
             return None
         about = _open_datastore(options.datastore).info
@@ -116,7 +122,7 @@ class RASD(Drafter):
 
     @classmethod
     def check(cls, options: RASDOptions, engine: Engine) -> None:
-        """Refuse a missing compiler, a base that cannot serve, and a datastore of other tokens."""
+        """Refuse a missing numba, a base drafter that cannot be used, and a datastore of another tokenizer."""
         if find_spec("numba") is None:
             raise Unsupported(cls.name, "numba is not installed", "install pilotfish[vllm] or numba", engine.model)
         if (base := _base_drafter(options)) is not None:
@@ -144,22 +150,22 @@ class RASD(Drafter):
             self.candidates, self.state_path = self.base.candidates, self.base.state_path
         self._outputs = TokenHistory(options.outputs) if options.outputs else None
         self._store = None if options.datastore is None else _open_datastore(options.datastore)
-        self._seen, self._right = tries.make_acceptance_counts(len(NAMES))
+        self._seen, self._right = tries.make_acceptance_counts(len(SOURCES))
         self._requests: dict[str, _Request] = {}
 
-    # ------------------------------------------------------------------------------------------ life of a request
+    # ------------------------------------------------------------------------------------------------- requests
 
     def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None:
-        """Begin to keep the request's text."""
+        """Start to keep the request's text."""
         if self.base is not None:
             self.base.start(request, prompt, tenant)
         text = self._history(len(prompt) + 1024) if self.options.request else None
         if text is not None:
             text.append(prompt)
-        self._requests[request] = _Request(text, [np.array(prompt[-CONTEXT:], np.int32)])
+        self._requests[request] = _Request(text, [np.array(prompt[-PROMPT_CONTEXT:], np.int32)])
 
     def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None:
-        """See which retrieved tokens were right, and add what came to the text."""
+        """Count which retrieved tokens were accepted, and append the accepted tokens to the text."""
         if self.base is not None:
             self.base.observe(request, tokens, candidates)
         live = self._requests[request]
@@ -167,23 +173,23 @@ class RASD(Drafter):
             self._tries.update_acceptance_counts(source, *trie, tokens, self._seen, self._right)
         live.tries.clear()
         if len(tokens):
-            live.kept.append(np.array(tokens, np.int32))
+            live.output.append(np.array(tokens, np.int32))
             if live.text is not None:
                 live.text = live.text.with_capacity(len(tokens))
                 live.text.append(tokens)
 
     def finish(self, request: str) -> None:
-        """Forget the request; its output is kept for others."""
+        """Forget the request; its output is kept as a source for other requests."""
         if self.base is not None:
             self.base.finish(request)
         live = self._requests.pop(request, None)
-        if live is not None and self._outputs is not None and len(live.kept) > 1:
-            self._outputs.append(np.concatenate(live.kept), ends=True)
+        if live is not None and self._outputs is not None and len(live.output) > 1:
+            self._outputs.append(np.concatenate(live.output), ends=True)
 
     # ----------------------------------------------------------------------------------------------------- propose
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
-        """The base drafter's trees, each fused with what is retrieved for its request."""
+        """Return the base drafter's trees, each fused with the continuations retrieved for its request."""
         bases = [_NO_DRAFT] * len(requests) if self.base is None else self.base.propose(requests, budget)
         return [self._fused(r, base, budget) for r, base in zip(requests, bases, strict=True)]
 
@@ -191,7 +197,7 @@ class RASD(Drafter):
         depth = min(budget.depth, request.limit)
         if depth < 1:
             return _NO_DRAFT
-        room = len(NAMES) * NODES + len(base)
+        room = len(SOURCES) * TRIE_NODES + len(base)
         tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
         n = 0
         for source, length, followers in self._retrieve(request, depth):
@@ -204,38 +210,89 @@ class RASD(Drafter):
         return DraftTree(*self._tries.best_nodes(tokens[:n], parents[:n], scores[:n], budget.nodes))
 
     def _retrieve(self, request: DraftRequest, depth: int) -> list[tuple[int, int, Int32]]:
-        """For each source that knows the text's end: which it is, how many tokens agree, what followed."""
+        """Return (source, match length, continuations [occurrences, depth]) for each source that has a match."""
         o, live = self.options, self._requests[request.id]
-        found = []
-        for source, history in ((OWN, live.text), (OUTPUTS, self._outputs)):
+        results = []
+        for source, history in ((REQUEST, live.text), (OUTPUTS, self._outputs)):
             if history is not None:
                 length, followers = history.find_longest_suffix(
                     request.tokens, depth, o.max_occurrences, o.max_match, o.min_match
                 )
-                found.append((source, length, followers))
+                results.append((source, length, followers))
         if self._store is not None:
             match = self._store.find_longest_suffix(request.tokens, o.max_match, o.min_match)
-            found.append((STORED, match.length, self._store.continuations(match, depth, o.max_occurrences)))
-        return [(source, length, followers) for source, length, followers in found if len(followers)]
+            results.append((DATASTORE, match.length, self._store.continuations(match, depth, o.max_occurrences)))
+        return [(source, length, followers) for source, length, followers in results if len(followers)]
 
     def _trie(
         self, request: str, source: int, length: int, followers: Int32, base: DraftTree
     ) -> tuple[Int32, Int32, np.ndarray]:
-        """What followed as a trie with scores, pruned; remembered until it is seen what came."""
-        tokens, parents, counts, depths = (np.empty(NODES, np.int32) for _ in range(4))
+        """Build the scored and pruned trie of continuations; it is kept until the accepted tokens are known."""
+        tokens, parents, counts, depths = (np.empty(TRIE_NODES, np.int32) for _ in range(4))
         n = self._tries.build_trie(followers, tokens, parents, counts, depths)
         tokens, parents = tokens[:n], parents[:n]
-        opinions = np.full(n, self._tries.UNKNOWN, np.int32)
+        feedback = np.full(n, self._tries.UNKNOWN, np.int32)
         if self.options.base_feedback:
-            self._tries.match_base_tree(tokens, parents, base.tokens, base.parents, base.scores, opinions)
+            self._tries.match_base_tree(tokens, parents, base.tokens, base.parents, base.scores, feedback)
         scores, cells = np.empty(n, np.float32), np.empty((n, 3), np.int32)
         learned = (self._seen, self._right)
         self._tries.score_trie(
-            source, length, len(followers), parents, counts, depths, opinions, *learned, scores, cells
+            source, length, len(followers), parents, counts, depths, feedback, *learned, scores, cells
         )
         self._requests[request].tries.append((source, tokens, parents, cells))
-        kept = np.flatnonzero(scores >= self.options.prune)  # with a node its ancestors, whose scores are no lower
-        return self._tries.keep_nodes(kept, tokens, parents, scores)
+        likely = np.flatnonzero(scores >= self.options.prune)  # ancestors stay: their scores are no lower
+        return self._tries.keep_nodes(likely, tokens, parents, scores)
+
+    # -------------------------------------------------------------------------------- the algorithm, in plain Python
+
+    @staticmethod
+    def retrieval_trie(continuations: Sequence[Sequence[int]]) -> dict[tuple[int, ...], int]:
+        """Return the trie of continuations (T_r) as its paths, each with the number of continuations through it."""
+        counts: dict[tuple[int, ...], int] = {}
+        for continuation in continuations:
+            for end in range(1, len(continuation) + 1):
+                path = tuple(continuation[:end])
+                counts[path] = counts.get(path, 0) + 1
+        return counts
+
+    @staticmethod
+    def fuse(
+        retrieved: Mapping[tuple[int, ...], float], base: Mapping[tuple[int, ...], float]
+    ) -> dict[tuple[int, ...], float]:
+        """Fuse two trees, each given as the acceptance probability of every path from the root.
+
+        Args:
+            retrieved: T_r, prefixes before longer paths.
+            base: T_d, prefixes before longer paths.
+
+        Returns:
+            T: every path of either tree. Tokens that the base drafter adds next to retrieved ones share the probability
+            that the retrieved ones leave, since the base drafter does not know what was retrieved.
+        """
+        fused = dict(retrieved)
+        # The probability that the retrieved children of a path take.
+        taken: dict[tuple[int, ...], float] = {}
+        for path, score in retrieved.items():
+            parent_score = retrieved[path[:-1]] if len(path) > 1 else 1.0
+            taken[path[:-1]] = taken.get(path[:-1], 0.0) + score / max(parent_score, 1e-9)
+        for path, score in base.items():
+            parent = path[:-1]
+            parent_score = fused[parent] if parent else 1.0
+            conditional = score / max(base[parent] if parent else 1.0, 1e-9)
+            if path in retrieved:
+                # Both trees have the path (longest matching prefix): the better estimate counts.
+                fused[path] = max(fused[path], parent_score * conditional)
+            elif not parent or parent in retrieved:
+                # The path leaves the retrieved tree here: graft it.
+                left = max(0.05, 1 - taken.get(parent, 0.0))
+                fused[path] = parent_score * min(conditional, left)
+            else:
+                fused[path] = parent_score * conditional
+        # No path is more probable than its prefix.
+        for path in sorted(fused, key=len):
+            if len(path) > 1:
+                fused[path] = min(fused[path], fused[path[:-1]])
+        return fused
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -250,22 +307,22 @@ class RASD(Drafter):
             self.base.load(path)
 
     def stats(self) -> dict[str, float]:
-        """Those of the base drafter, and the memory of texts."""
+        """Return the statistics of the base drafter, and the memory of texts."""
         own = sum(r.text.nbytes for r in self._requests.values() if r.text is not None)
         outputs = 0 if self._outputs is None else self._outputs.nbytes
         base = {} if self.base is None else self.base.stats()
-        kept = 0 if self._outputs is None else len(self._outputs)
-        return {**base, "requests": len(self._requests), "text_bytes": own, "output_bytes": outputs, "outputs": kept}
+        tokens = 0 if self._outputs is None else len(self._outputs)
+        return {**base, "requests": len(self._requests), "text_bytes": own, "output_bytes": outputs, "outputs": tokens}
 
 
 _NO_DRAFT = DraftTree(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 def _base_drafter(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
-    """The base drafter's class and options.
+    """Return the base drafter's class and options.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: There is no drafter of that name.
     """
     if options.base == "none":
         return None
@@ -278,10 +335,10 @@ def _base_drafter(options: RASDOptions) -> tuple[type[Drafter], Any] | None:
 
 
 def _open_datastore(folder: str) -> "Datastore":
-    """A datastore.
+    """Open a datastore.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: It cannot be used.
     """
     from .drafting.datastore import Datastore, DatastoreError
 
@@ -293,5 +350,5 @@ def _open_datastore(folder: str) -> "Datastore":
 
 @hookimpl
 def register_drafters(register: Register) -> None:
-    """Built-ins come through the same door as anybody's plugin."""
+    """Register the drafter."""
     register(RASD)

@@ -1,25 +1,35 @@
-"""RazorAttention (arXiv 2407.15891): most heads of a model keep a window, and the memory of the rest is free again.
+"""RazorAttention: KV cache compression through retrieval heads (arXiv 2407.15891).
 
-A few KV heads ("retrieval heads") look far back and keep every key and value. The others keep sinks and a window of
-latest positions; one compensation token stands for what they drop:
+Few KV heads, the *retrieval heads*, attend to the whole context. They keep every key and value. All other heads keep
+attention sinks and a window of recent tokens; one compensation token stands for the tokens that they drop (section
+3.3):
 
-    L = max(window, N / ratio)
-    keep the first ``sinks`` positions and the last L; D = the positions between them, |D| = Nd
+    N tokens so far, N0 sinks, L = max(S0, N / C)
+    a non-retrieval head keeps the first N0 tokens and the last L; D = the tokens in between, |D| = Nd
     k^ = mean key of D, v^ = mean value of D
-    attention gets one more slot (k^, v^) whose logit is increased by log(Nd)
+    attention gets one more slot (k^, v^), whose logit is increased by log(Nd)
 
-Blocks that a head drops go back to the engine's pool at the next step, where other requests take them. Prompts are read
-with full attention (``prefill=exact``, as in the paper) or window by window (``streaming``, bounded memory).
+Retrieval heads are found without data (section 3.2): the model reads one block of random tokens four times over. A head
+that attends to an earlier copy of its token (echo head), or to the token that followed an earlier copy (induction
+head), is a retrieval head.
+
+KV blocks that a head drops are freed at the next step, for other requests. Prompts are processed with full attention
+(``prefill=exact``, as in the paper) or with the window (``prefill=streaming``, bounded memory). Tokens are dropped in
+whole blocks, so a window is up to one block longer than L. Not implemented: the paper's windows for ALiBi models.
+
+The static methods of `RazorAttention` are the float64 reference of the kernels in ``kvcache/kernels/head_cache.cpp``
+and ``kvcache/kernels/programs_heads_triton.py``, and of the chunked `kvcache.retrieval_heads.head_scores`.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..kvcache import retrieval_heads
 from ..kvcache.head_window import HeadPlan, HeadWindow
-from ..kvcache.retrieval_heads import LayerHead
+from ..kvcache.reference import Float64, softmax
+from ..kvcache.retrieval_heads import LayerHead, select_retrieval_heads
 from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
@@ -33,16 +43,17 @@ class RazorAttentionOptions:
     """Options of RazorAttention.
 
     Attributes:
-        profile: Scores of the model's heads: ``FILE.json`` from `pilotfish tune razor`; the shipped ones if not given.
-        keep: Share of the KV heads that keep everything, by their scores, or the heads themselves as
-            ``[[layer, head], ...]``. A share is rounded up where that costs no memory.
-        sinks: First positions, always kept; whole blocks are.
-        window: Latest positions that the others keep at least (S0).
-        ratio: The window grows to 1/ratio of the text (C); 0: it does not grow.
-        protect_layers: First layers all of whose heads keep everything.
-        compensation: One more position stands for what is dropped.
-        prefill: ``exact``: a prompt is read with full attention, and its blocks are freed behind it. ``streaming``: the
-            window holds while it is read too.
+        profile: Scores of the model's heads: ``FILE.json`` from `pilotfish tune razor`; the shipped profile if not
+            given.
+        keep: Share of the KV heads that are retrieval heads, taken by their scores, or the heads themselves as
+            ``[[layer, head], ...]``. A share is rounded up where this costs no memory.
+        sinks: Number of first tokens that non-retrieval heads keep (N0 in the paper); whole blocks are kept.
+        window: Smallest number of recent tokens that non-retrieval heads keep (S0 in the paper).
+        ratio: The window grows to 1/ratio of the context (C in the paper); 0 for a window that does not grow.
+        protect_layers: Number of first layers in which every head is a retrieval head.
+        compensation: Whether a compensation token stands for the dropped tokens.
+        prefill: ``exact`` processes a prompt with full attention and frees its blocks afterwards; ``streaming`` applies
+            the window during the prompt too.
     """
 
     profile: str | None = None
@@ -65,16 +76,16 @@ class RazorAttentionOptions:
         elif not self.keep or any(len(pair) != 2 or min(pair) < 0 for pair in self.keep):  # a layer and a head
             raise ValueError(f"keep: expected pairs [layer, head], got {[list(pair) for pair in self.keep]}")
         elif self.profile is not None:
-            raise ValueError("profile: given beside heads; leave one out")
+            raise ValueError("profile: given together with heads in keep; leave one out")
 
     @property
     def head_window(self) -> HeadWindow:
-        """What windowed heads keep."""
+        """The window of non-retrieval heads that these options describe."""
         return HeadWindow(self.sinks, self.window, self.ratio, self.compensation, self.prefill == "exact")
 
 
 class RazorAttention(KVPolicy):
-    """The policy: which heads keep everything, and the window of the others."""
+    """KV policy: which heads are retrieval heads, and what the other heads keep."""
 
     name: ClassVar[str] = "razor_attention"
     Options: ClassVar[type] = RazorAttentionOptions
@@ -98,28 +109,94 @@ class RazorAttention(KVPolicy):
         compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: RazorAttentionOptions, engine: Engine) -> None:
-        self.options, self.engine = options, engine
+        self.options = options
+        self.engine = engine
 
     def head_plan(self) -> HeadPlan:
-        """The heads of every layer that keep everything, and the window of the others."""
-        pairs = resolve_retrieval_heads(self.options, self.engine)
-        whole = tuple(frozenset(h for at, h in pairs if at == layer) for layer in range(self.engine.layers))
-        return HeadPlan(whole, self.options.head_window)
+        """Return the retrieval heads of every layer, and the window of the other heads."""
+        heads = resolve_retrieval_heads(self.options, self.engine)
+        by_layer = tuple(frozenset(h for at, h in heads if at == layer) for layer in range(self.engine.layers))
+        return HeadPlan(by_layer, self.options.head_window)
+
+    # ---------------------------------------------------------------------------------- the algorithm, in NumPy
+
+    @staticmethod
+    def head_scores(query: NDArray, key: NDArray, scale: float, period: int) -> tuple[Float64, Float64]:
+        """Score the query heads of one layer by how much they attend to earlier copies of a token (section 3.2).
+
+        Args:
+            query: [tokens, num_heads, head_size] of one start token and equal blocks of random tokens, with positions.
+            key: [tokens, num_kv_heads, head_size].
+            scale: Softmax scale.
+            period: Length of a block, in tokens.
+
+        Returns:
+            Echo scores and induction scores, each [num_heads]: means over the tokens of all copies but the first.
+        """
+        tokens, num_heads, _ = query.shape
+        num_queries_per_kv = num_heads // key.shape[1]
+        echo = np.zeros(num_heads)
+        induction = np.zeros(num_heads)
+        for head in range(num_heads):
+            keys = key[:, head // num_queries_per_kv].astype(np.float64)
+            for i in range(1 + period, tokens):
+                # Causal attention of token i, after positions and softmax.
+                weights = softmax(query[i, head].astype(np.float64) @ keys[: i + 1].T * scale)
+                # The same token in an earlier copy; column 0 is the start token.
+                earlier = [j for j in range(1, i) if (i - j) % period == 0]
+                echo[head] += sum(weights[j] for j in earlier)
+                # The token that followed it.
+                induction[head] += sum(weights[j + 1] for j in earlier)
+        count = tokens - 1 - period
+        return echo / count, induction / count
+
+    @staticmethod
+    def windowed_attention(
+        query: NDArray, keys: NDArray, values: NDArray, scale: float, dropped: tuple[int, int], compensation: bool
+    ) -> Float64:
+        """Compute one query token's attention in a non-retrieval head (section 3.3).
+
+        Args:
+            query: [num_queries_per_kv, head_size], the query heads of one KV head.
+            keys: [context, head_size].
+            values: [context, head_size].
+            scale: Softmax scale.
+            dropped: First and end position of D, the dropped tokens.
+            compensation: Whether the compensation token takes part.
+
+        Returns:
+            [num_queries_per_kv, head_size] float64.
+        """
+        begin, end = dropped
+        query = query.astype(np.float64)
+        # Keep the sinks and the window; D is what lies in between.
+        kept_keys = np.delete(keys.astype(np.float64), slice(begin, end), axis=0)
+        kept_values = np.delete(values.astype(np.float64), slice(begin, end), axis=0)
+        logits = query @ kept_keys.T * scale
+        if compensation and end > begin:
+            # The compensation token: the mean key and value of D.
+            mean_key = keys[begin:end].astype(np.float64).mean(0)
+            mean_value = values[begin:end].astype(np.float64).mean(0)
+            # Its logit is increased by log(Nd), so that it counts Nd times in numerator and denominator.
+            extra = query @ mean_key * scale + np.log(end - begin)
+            logits = np.concatenate([logits, extra[:, None]], 1)
+            kept_values = np.concatenate([kept_values, mean_value[None]])
+        return softmax(logits) @ kept_values
 
 
 def resolve_retrieval_heads(options: RazorAttentionOptions, engine: Engine) -> list[LayerHead]:
-    """The KV heads that keep everything: named, or by the scores of a profile.
+    """Return the retrieval heads: as given, or selected by the scores of a profile.
 
     Raises:
-        ConfigError: the profile cannot be read.
-        Unsupported: there is none for this model, or it is of another one.
+        ConfigError: The profile cannot be read.
+        Unsupported: There is no profile for this model, or it belongs to another one.
     """
     if isinstance(options.keep, tuple):
         first = range(min(options.protect_layers, engine.layers))
         protected = ((layer, head) for layer in first for head in range(engine.kv_heads))
         return list(dict.fromkeys([*((layer, head) for layer, head in options.keep), *protected]))
-    found = profile_option.resolve_profile_option(RazorAttention.name, options.profile, engine, TUNE)
-    if found is None:
+    setting = profile_option.resolve_profile_option(RazorAttention.name, options.profile, engine, TUNE)
+    if setting is None:
         raise Unsupported(
             RazorAttention.name,
             "no profile of its heads is shipped",
@@ -128,14 +205,14 @@ def resolve_retrieval_heads(options: RazorAttentionOptions, engine: Engine) -> l
         )
     shape = (engine.layers, engine.kv_heads)
     try:
-        echo, induction = (np.asarray(found[name], np.float64) for name in ("echo", "induction"))
+        echo, induction = (np.asarray(setting[name], np.float64) for name in ("echo", "induction"))
         if not echo.shape == induction.shape == shape or not np.isfinite(echo + induction).all():
             raise ValueError
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
             f"pilotfish.kv.profile: echo and induction are expected as {shape[0]} lists of {shape[1]} numbers"
         ) from None
-    return retrieval_heads.select_retrieval_heads(echo, induction, options.keep, options.protect_layers)
+    return select_retrieval_heads(echo, induction, options.keep, options.protect_layers)
 
 
 @hookimpl

@@ -1,25 +1,41 @@
-"""TidalDecode (arXiv 2410.05076): position-persistent sparse attention for decoding.
+"""TidalDecode: position-persistent sparse attention for decoding (arXiv 2410.05076).
 
-Neighbouring layers of a model look at nearly the same positions. A few layers attend to everything and choose
-positions; all others attend to those only.
+Neighbouring layers of a model attend to nearly the same tokens (section 3.2). So a few layers compute full attention
+and select the top-k tokens, and the layers after each of them attend to these tokens only (section 3.3, algorithm 1):
 
-    full_layers          full attention
-    select_layers[0]     full attention; the positions that matter are chosen
-    layers in between    attention over the chosen positions
-    select_layers[1]     full attention; positions are chosen anew
+    full layers             full attention
+    select_layers[0]        token selection layer: full attention; selects the k tokens of highest attention
+    layers in between       sparse attention over the selected tokens
+    select_layers[1]        token re-selection layer: full attention; selects again
     ...
-    prefill              full attention everywhere
-    correction           every T decoded tokens, their keys and values are computed anew with full attention
+    prefill                 full attention in every layer
+    KV correction           every T decoded tokens, recompute their keys and values with full attention (section 3.4)
 
-Beyond the paper, each measured (`docs/tidal_decode.md`): heads share one choice by the most that any of them attends,
-so that what a single head looks for is kept; recent positions and sinks are always kept; whole pages are chosen, which
-reads memory in the order it lies in.
+Not in the paper, each measured in ``docs/tidal_decode.md``: heads share one selection, ranked by the largest attention
+weight of any head, so that a token which matters to a single head is kept; sinks and recent tokens are always kept;
+whole pages of 32 tokens are selected, which reads memory in the order of its layout.
+
+The static methods of `TidalDecode` are the float64 reference of the kernels in ``kvcache/kernels/paged_decode.cpp`` and
+``kvcache/kernels/programs_triton.py``, which compute the same over vLLM's paged KV cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, ReadPlan, Role, SelectionRule
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kvcache.reference import Float64, attention, softmax
+from ..kvcache.selection import (
+    PAGE_SIZE,
+    Granularity,
+    HeadAggregation,
+    ReadPlan,
+    Role,
+    SelectionRule,
+    unit_positions,
+)
 from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
@@ -31,18 +47,20 @@ class TidalDecodeOptions:
     """Options of TidalDecode.
 
     Attributes:
-        budget: Positions that sparse layers read; a context within it is left to stock attention.
-        profile: Where the layers below come from when they are not given: ``NAME``, a setting of the profile that is
-            shipped for the model (``default``, ``fast``), or ``FILE.json`` or ``FILE.json#NAME``, from
+        budget: Number of tokens that sparse layers read (k in the paper). Requests with a shorter context are served by
+            stock attention.
+        profile: Source of ``full_layers`` and ``select_layers`` where they are not given: the ``NAME`` of a setting in
+            the profile shipped for the model (``default``, ``fast``), or ``FILE.json`` or ``FILE.json#NAME`` from
             `pilotfish tune tidal`.
-        full_layers: Layers that always attend to everything.
-        select_layers: Layers that attend to everything and choose positions for those after them.
-        head_aggregation: Who shares a choice, see `kvcache.selection.Rule`.
-        granularity: Choose single positions (``token``, the paper) or pages of 32 (``page``).
-        sinks: First positions, always kept.
-        recent: Latest positions, always kept; an eighth of the budget if not given.
-        correction_interval: Decoded tokens after which their keys and values are computed anew with full attention;
-            0 for never.
+        full_layers: Layers that always compute full attention.
+        select_layers: Token selection layers: they compute full attention and select tokens for the layers after them.
+        head_aggregation: Which heads share a selection, and how their attention is combined; see
+            `kvcache.selection.SelectionRule`.
+        granularity: Select single tokens (``token``, as in the paper) or pages of 32 tokens (``page``).
+        sinks: Number of first tokens that are always kept.
+        recent: Number of latest tokens that are always kept; an eighth of the budget if not given.
+        correction_interval: Number of decoded tokens (T in the paper) after which their keys and values are recomputed
+            with full attention; 0 for never.
     """
 
     budget: int = 512
@@ -65,35 +83,35 @@ class TidalDecodeOptions:
             if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
                 raise ValueError(f"{name}: expected layer numbers in ascending order, got {list(layers)}")
         if self.select_layers is not None and not self.select_layers:
-            raise ValueError("select_layers: at least one layer has to choose positions")
+            raise ValueError("select_layers: expected at least one layer")
         if self.select_layers is None and self.full_layers is not None:
             raise ValueError("full_layers: given without select_layers")
         if self.select_layers is not None and self.profile is not None:
-            raise ValueError("profile: given beside select_layers; leave one out")
+            raise ValueError("profile: given together with select_layers; leave one out")
         if self.granularity == "page" and self.budget % PAGE_SIZE:
             raise ValueError(f"budget: expected a multiple of {PAGE_SIZE} with granularity 'page', got {self.budget}")
         if self.budget < (least := self.rule.min_budget):
             raise ValueError(
-                f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent positions "
-                f"and a choice, got {self.budget}"
+                f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent tokens "
+                f"and one selected token or page, got {self.budget}"
             )
 
     @property
     def rule(self) -> SelectionRule:
-        """How positions are chosen."""
+        """The selection rule that these options describe."""
         recent = self.budget // 8 if self.recent is None else self.recent
         return SelectionRule(self.budget, self.sinks, recent, self.head_aggregation, self.granularity)
 
 
 class TidalDecode(KVPolicy):
-    """The policy: which layers look at everything, and what the others see."""
+    """KV policy: the role of every layer in a decode step, and which tokens a selection layer selects."""
 
     name: ClassVar[str] = "tidal_decode"
     Options: ClassVar[type] = TidalDecodeOptions
 
     @classmethod
     def check(cls, options: TidalDecodeOptions, engine: Engine) -> None:
-        """Refuse a profile or layers of another model, and a machine that cannot compile the kernels."""
+        """Refuse layers or a profile of another model, and a machine that cannot compile the kernels."""
         for name, layers in zip(("full_layers", "select_layers"), resolve_layers(options, engine), strict=True):
             for layer in layers:
                 if engine.layers and layer >= engine.layers:
@@ -107,10 +125,11 @@ class TidalDecode(KVPolicy):
         compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
-        self.options, self.engine = options, engine
+        self.options = options
+        self.engine = engine
 
     def read_plan(self) -> ReadPlan:
-        """Full, selecting and sparse layers, in the order of the model."""
+        """Return the role of every layer, in the order of the model."""
         full, select = map(set, resolve_layers(self.options, self.engine))
         roles = tuple(
             Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
@@ -118,32 +137,145 @@ class TidalDecode(KVPolicy):
         )
         return ReadPlan(roles, self.options.rule, self.options.correction_interval)
 
+    # ---------------------------------------------------------------------------------- the algorithm, in NumPy
+
+    def decode_step(
+        self, queries: Sequence[NDArray], keys: Sequence[NDArray], values: Sequence[NDArray], scale: float
+    ) -> list[Float64]:
+        """Compute the attention of one decode step of one request, layer by layer (algorithm 1).
+
+        Args:
+            queries: For each layer [num_heads, head_size].
+            keys: For each layer [context, num_kv_heads, head_size], the current token last.
+            values: As ``keys``.
+            scale: Softmax scale.
+
+        Returns:
+            For each layer the attention output, [num_heads, head_size].
+        """
+        plan = self.read_plan()
+        outputs = []
+        selected = None
+        for layer, role in enumerate(plan.roles):
+            # Sparse layer: attend to the tokens that the last selection layer selected.
+            if role is Role.SPARSE and selected is not None:
+                outputs.append(self.sparse_attention(queries[layer], keys[layer], values[layer], scale, selected))
+                continue
+            # Full-attention layer.
+            logits, output = attention(queries[layer], keys[layer], values[layer], scale)
+            outputs.append(output)
+            # Token selection or re-selection layer: select the top-k tokens for the layers that follow.
+            if role is Role.SELECT and logits.shape[1] > plan.rule.budget:
+                scores = self.token_scores(logits, plan.rule, keys[layer].shape[1])
+                selected = [self.select_tokens(group, plan.rule) for group in scores]
+        return outputs
+
+    @staticmethod
+    def token_scores(logits: NDArray, rule: SelectionRule, num_kv_heads: int) -> Float64:
+        """Return how much each token matters to each group of heads that shares a selection.
+
+        Args:
+            logits: [num_heads, context] scaled query-key products of one request.
+            rule: The selection rule.
+            num_kv_heads: Number of KV heads.
+
+        Returns:
+            [num_head_groups, context] float64.
+        """
+        weights = softmax(logits)
+        num_heads = len(logits)
+        if rule.head_aggregation == "head":
+            return weights
+        if rule.head_aggregation == "kv_head":
+            return weights.reshape(num_kv_heads, num_heads // num_kv_heads, -1).sum(1)
+        if rule.head_aggregation == "max":
+            return weights.max(0, keepdims=True)
+        if rule.head_aggregation == "union":
+            # Every head proposes its best tokens; tokens that no head proposes count nothing.
+            num_proposals = min(rule.budget - rule.recent, logits.shape[1])
+            threshold = np.sort(weights, 1)[:, -num_proposals][:, None]
+            weights = np.where(weights >= threshold, weights, 0)
+        return weights.sum(0, keepdims=True)
+
+    @staticmethod
+    def select_tokens(scores: NDArray, rule: SelectionRule) -> list[int]:
+        """Select the top-k tokens of one group of heads; the earlier of two equal ones.
+
+        Args:
+            scores: [context] result of `token_scores`.
+            rule: The selection rule.
+
+        Returns:
+            The positions of the selected tokens, ascending.
+        """
+        context = len(scores)
+        unit = PAGE_SIZE if rule.granularity == "page" else 1
+        num_units = -(-context // unit)
+        unit_scores = [scores[u * unit : (u + 1) * unit].sum(dtype=np.float32) for u in range(num_units)]
+        # Sinks, recent tokens and the current token are always kept.
+        last_not_recent = context - 1 - rule.recent
+        kept = {u for u in range(num_units) if u * unit < rule.sinks or (u + 1) * unit > last_not_recent}
+        # The rest of the budget goes to the tokens (or pages) of highest score.
+        others = sorted((u for u in range(num_units) if u not in kept), key=lambda u: (-unit_scores[u], u))
+        kept |= set(others[: max(0, rule.budget // unit - len(kept))])
+        return unit_positions(sorted(kept), context, rule)
+
+    @staticmethod
+    def sparse_attention(
+        query: NDArray, keys: NDArray, values: NDArray, scale: float, selected: Sequence[Sequence[int]]
+    ) -> Float64:
+        """Compute attention over selected tokens.
+
+        Args:
+            query: [num_heads, head_size].
+            keys: [context, num_kv_heads, head_size].
+            values: As ``keys``.
+            scale: Softmax scale.
+            selected: For each group of heads the positions it reads; the heads are divided evenly among the groups.
+
+        Returns:
+            [num_heads, head_size] float64.
+        """
+        num_heads = len(query)
+        num_queries_per_kv = num_heads // keys.shape[1]
+        output = np.empty(query.shape, np.float64)
+        for head in range(num_heads):
+            positions = list(selected[head * len(selected) // num_heads])
+            kv_head = slice(head // num_queries_per_kv, head // num_queries_per_kv + 1)
+            _, result = attention(query[head : head + 1], keys[positions, kv_head], values[positions, kv_head], scale)
+            output[head] = result[0]
+        return output
+
 
 def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Layers that read everything, and of these the ones that choose: given, from a profile, or spread evenly.
+    """Return ``full_layers`` and ``select_layers``: as given, from a profile, or evenly spaced.
 
     Raises:
-        ConfigError: the profile cannot be read, or has no such setting.
-        Unsupported: the profile is of another model.
+        ConfigError: The profile cannot be read, or has no such setting.
+        Unsupported: The profile belongs to another model.
     """
     if options.select_layers is not None:
         return options.full_layers or (), options.select_layers
-    found = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
-    if found is None:
+    setting = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
+    if setting is None:
         return evenly_spaced_layers(engine.layers)
-    full, select = (found.get(name, ()) for name in ("full_layers", "select_layers"))
+    full = setting.get("full_layers", ())
+    select = setting.get("select_layers", ())
     for layers in (full, select):
         if not isinstance(layers, list) or not all(isinstance(n, int) and n >= 0 for n in layers):
             raise ConfigError("pilotfish.kv.profile: full_layers and select_layers are expected as lists of numbers")
     if not select:
-        raise ConfigError("pilotfish.kv.profile: select_layers is empty, so that nothing would be chosen")
+        raise ConfigError("pilotfish.kv.profile: select_layers is empty, so that no token would be selected")
     return tuple(full), tuple(select)
 
 
-def evenly_spaced_layers(layers: int, choices: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For models that were not tuned: two full layers, and ``choices`` selections at even distances behind them."""
+def evenly_spaced_layers(layers: int, selections: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return ``full_layers`` and ``select_layers`` for a model that was not tuned.
+
+    The first two layers compute full attention; ``selections`` selection layers follow at equal distances.
+    """
     first = min(2, max(layers - 1, 0))
-    step = max(1, -(-(layers - first) // choices))
+    step = max(1, -(-(layers - first) // selections))
     return tuple(range(first)), tuple(range(first, layers, step)) or (0,)
 
 

@@ -1,23 +1,27 @@
-"""Token Recycling (arXiv 2408.08696): the candidates that the model computes anyway are drafted from next time.
+"""Token Recycling: draft from the candidate tokens of previous steps (arXiv 2408.08696).
 
-At every verified position, rejected ones too, the model's top-k tokens overwrite the row of the token at that position.
-A draft is grown from the rows breadth-wise below the last accepted token, and verified in one pass.
+Every step computes the top-k next tokens at every verified position, and normally discards them. Token Recycling keeps
+them in an adjacency matrix and drafts from it (section 3, algorithm 1):
 
-    root = last accepted token
-    draft: child r of a node = candidate r in the node's row
-    verify, accept the longest matching path, one bonus token
-    update: row[token at position] = top-k of the logits there, for ALL verified positions
+    M = adjacency matrix [vocab_size, k]: M[t] holds the top-k tokens that the model predicted after token t
+    draft:   the root is the last accepted token; child r of a node is M[node, r], breadth first over a static tree
+    verify:  the whole tree in one forward pass with tree attention
+    accept:  the longest matching root-to-leaf path, plus one bonus token
+    update:  M[token at a position] = top-k of the logits there, for all verified positions, rejected ones too
 
-Beyond the paper, each measured (`docs/token_recycling.md`): rows for longer contexts with the paper's row as fallback;
-rows primed from the prompt; the tree grown by estimated acceptance, calibrated on line, instead of a fixed template.
+Not in the paper, each measured in ``docs/token_recycling.md``: rows for longer contexts, with the paper's row as
+fallback; rows primed from the prompt; a tree that grows where acceptance is likeliest, by acceptance rates measured on
+line, instead of the static tree (``shape=template`` selects the paper's).
+
+`TokenRecycling.update_matrix` and `TokenRecycling.draft_static_tree` are the paper's algorithm in NumPy. The compiled
+version, which adds the longer contexts and the dynamic tree, is in ``drafting/adjacency.py``; with ``order=1`` both
+give the same matrix and the same tree.
 """
 
 import contextlib
 import glob
-import io
 import json
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,9 +31,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
+from pilotfish._internal.atomic_write import open_atomic
 
 from .config import ConfigError
-from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
+from .contracts import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
 from .drafting import adjacency_table
 from .drafting.template import static_tree
 from .hookspecs import Register, hookimpl
@@ -42,15 +49,16 @@ class TokenRecyclingOptions:
     """Options of Token Recycling.
 
     Attributes:
-        k: Candidates kept for each context (the paper's matrix width).
-        order: Longest context, in tokens, that has rows of its own; 1 is the paper.
+        k: Number of candidate tokens in a row of the adjacency matrix (k in the paper).
+        order: Longest context, in tokens, that has its own rows; 1 is the paper.
         bits: log2 of the number of rows for contexts longer than one token.
-        prime: Read each prompt into the rows before its first draft.
-        share: Who shares rows: all requests of the `engine`, those of one `tenant`, or none (`request`).
-        max_tables: How many tables may exist when rows are not shared by all; the idle one unused longest goes first.
-        state_path: File that keeps the shared rows between runs; read at start, written when the engine falls idle.
-        shape: `dynamic` grows each tree where it is likeliest; `template` fills the paper's static tree, which then is
-            verified whole, whatever a step costs.
+        prime: Whether rows are filled from each prompt before its first draft.
+        share: Which requests share a matrix: all requests of the ``engine``, those of one ``tenant``, or none
+            (``request``).
+        max_tables: Largest number of matrices where requests do not share one; the idle one unused longest is dropped.
+        state_path: File that keeps the shared matrix between runs: read at start, written when the engine is idle.
+        shape: ``dynamic`` grows each tree where acceptance is likeliest; ``template`` fills the paper's static tree,
+            which is then always verified whole.
     """
 
     k: int = 8
@@ -71,16 +79,16 @@ class TokenRecyclingOptions:
 
 
 class TokenRecycling(Drafter):
-    """The drafter; one int32 matrix (and its longer contexts) for each table, bounded, shared as ``share`` says."""
+    """Drafter with one adjacency matrix (and rows for longer contexts) for each group of requests that shares one."""
 
     name: ClassVar[str] = "token_recycling"
     default_depth: ClassVar[int] = 12
-    default_nodes: ClassVar[int] = 80  # as many as the paper's tree has
+    default_nodes: ClassVar[int] = 80  # the size of the paper's tree
     Options: ClassVar[type] = TokenRecyclingOptions
 
     @classmethod
     def check(cls, options: TokenRecyclingOptions, engine: Engine) -> None:
-        """Refuse a missing compiler, a vocabulary too small for ``k``, and a state file that cannot serve."""
+        """Refuse a missing numba, a vocabulary too small for ``k``, and a state file that cannot be used."""
         if find_spec("numba") is None:
             raise Unsupported(cls.name, "numba is not installed", "install pilotfish[vllm] or numba", engine.model)
         if engine.vocab_size < options.k:
@@ -99,9 +107,9 @@ class TokenRecycling(Drafter):
                 raise ConfigError(f"pilotfish.drafter.state_path: {path.parent} is not a folder that can be written")
 
     def __init__(self, options: TokenRecyclingOptions, engine: Engine) -> None:
-        from .drafting import adjacency
+        from .drafting import adjacency  # compiles with numba
 
-        self._rows = adjacency
+        self._adjacency = adjacency
         self.options, self.engine = options, engine
         self.candidates, self.state_path = options.k, options.state_path
         self.fixed_size = options.shape == "template"
@@ -111,19 +119,19 @@ class TokenRecycling(Drafter):
         if options.state_path is not None and Path(options.state_path).exists():
             self.load(Path(options.state_path))
 
-    # ------------------------------------------------------------------------------------------ life of a request
+    # ------------------------------------------------------------------------------------------------- requests
 
     def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None:
-        """Give the request its table, and read its prompt into it."""
+        """Assign the request its matrix, and prime it from the prompt."""
         share = self.options.share
         key = "" if share == "engine" else f"tenant {tenant}" if share == "tenant" and tenant else f"request {request}"
         self._table_of[request] = key
         table = self._table(key)
         if self.options.prime:
-            self._rows.prime_from_text(table.rows, self.options.order, np.ascontiguousarray(prompt, np.int32))
+            self._adjacency.prime_from_text(table.rows, self.options.order, np.ascontiguousarray(prompt, np.int32))
 
     def finish(self, request: str) -> None:
-        """Forget the request, and its table if nobody else can use it."""
+        """Forget the request, and its matrix if no other request can use it."""
         key = self._table_of.pop(request, None)
         if key is not None and key.startswith("request "):
             self._tables.pop(key, None)
@@ -138,7 +146,7 @@ class TokenRecycling(Drafter):
         return table
 
     def _evict(self, bound: int) -> None:
-        """Drop idle tables, the one unused longest first; those of live requests stay, even beyond the bound."""
+        """Drop idle matrices, the one unused longest first; those of live requests stay, even above the bound."""
         if len(self._tables) <= bound:
             return
         in_use = set(self._table_of.values())
@@ -147,19 +155,72 @@ class TokenRecycling(Drafter):
                 break
             del self._tables[idle]
 
+    # ---------------------------------------------------------------------------------- the algorithm, in NumPy
+
+    @staticmethod
+    def update_matrix(matrix: Int32, tokens: Int32, top_k: Int32, accepted: NDArray[np.bool_]) -> None:
+        """Update the adjacency matrix from one verification step (section 3.2).
+
+        A token may stand at several positions. Its row then holds the candidates of the deepest accepted position, or
+        of the first position where none was accepted.
+
+        Args:
+            matrix: [vocab_size, k] the adjacency matrix, updated in place.
+            tokens: [n] the token at each verified position, the root first, parents before children.
+            top_k: [n, k] the model's most probable next tokens at each position.
+            accepted: [n] whether each position was accepted.
+        """
+        positions = range(len(tokens))
+        # Rejected positions first, the last one before the others, so that an earlier write wins.
+        for i in [p for p in reversed(positions) if not accepted[p]]:
+            matrix[tokens[i]] = top_k[i]
+        # Then accepted positions, so that the deepest one wins.
+        for i in [p for p in positions if accepted[p]]:
+            matrix[tokens[i]] = top_k[i]
+
+    @staticmethod
+    def draft_static_tree(matrix: Int32, root: int, parents: Int32, ranks: Int32) -> tuple[Int32, Int32]:
+        """Draft the static tree breadth first from the adjacency matrix (section 3.3).
+
+        Args:
+            matrix: [vocab_size, k] the adjacency matrix; -1 where a row has no candidate of a rank.
+            root: The last accepted token.
+            parents: [nodes] parent of each node of the static tree, level by level; `ROOT` for children of the root.
+            ranks: [nodes] which candidate of its parent's row each node is.
+
+        Returns:
+            Tokens and parents of the drafted tree. Nodes without a candidate are left out, with their descendants.
+        """
+        tokens: list[int] = []
+        drafted_parents: list[int] = []
+        index_of: dict[int, int] = {ROOT: ROOT}
+        for node, (parent, rank) in enumerate(zip(parents.tolist(), ranks.tolist(), strict=True)):
+            # A node whose parent was left out is left out too.
+            if parent not in index_of:
+                continue
+            # token(node) = M[token(parent(node)), rank(node)]
+            parent_token = root if parent == ROOT else tokens[index_of[parent]]
+            token = int(matrix[parent_token, rank]) if rank < matrix.shape[1] else -1
+            if token < 0:
+                continue
+            index_of[node] = len(tokens)
+            tokens.append(token)
+            drafted_parents.append(index_of[parent])
+        return np.array(tokens, np.int32), np.array(drafted_parents, np.int32)
+
     # ------------------------------------------------------------------------------------------ learn and propose
 
     def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None:
-        """Score the rows that were drafted from by what came, then overwrite them with what the model thought."""
+        """Update acceptance rates from the accepted tokens, then update the matrix for all verified positions."""
         table, order, c = self._table(self._table_of[request]), self.options.order, candidates
         accepted = _accepted(c, tokens)
         if len(tokens):
             before = np.append(c.context, c.inputs[:1])
-            self._rows.update_acceptance_rates(table.rows, table.acceptance, order, before, tokens)
-        self._rows.update_rows(table.rows, order, c.context, c.inputs, c.parents, accepted, c.ids, c.probs)
+            self._adjacency.update_acceptance_rates(table.rows, table.acceptance, order, before, tokens)
+        self._adjacency.update_rows(table.rows, order, c.context, c.inputs, c.parents, accepted, c.ids, c.probs)
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
-        """Grow a tree for each request, best first, to the budget; which of it is verified is the engine's choice."""
+        """Grow a tree for each request, best node first, up to the budget; the engine decides how much it verifies."""
         trees = []
         order, (tokens, parents, scores) = self.options.order, self._buffers(budget.nodes)
         for request in requests:
@@ -167,9 +228,9 @@ class TokenRecycling(Drafter):
             n, out = 0, (budget.nodes, depth, tokens, parents, scores)
             where = (table.rows, table.acceptance.rate, order, request.tokens[-order:])
             if depth > 0 and self._template is not None:
-                n = self._rows.fill_static_tree(*where, *self._template, *out)
+                n = self._adjacency.fill_static_tree(*where, *self._template, *out)
             elif depth > 0:
-                n = self._rows.grow_tree(*where, *out)
+                n = self._adjacency.grow_tree(*where, *out)
             trees.append(DraftTree(tokens[:n].copy(), parents[:n].copy(), scores[:n].copy()))
         return trees
 
@@ -178,33 +239,27 @@ class TokenRecycling(Drafter):
         return np.empty(nodes, np.int32), np.empty(nodes, np.int32), np.empty(nodes, np.float32)
 
     def stats(self) -> dict[str, float]:
-        """Tables, their bytes, and requests in flight."""
+        """Return the number of matrices, their bytes, and the number of requests in flight."""
         size = sum(a.nbytes for t in self._tables.values() for a in (*t.rows, *t.acceptance))
         return {"tables": len(self._tables), "bytes": size, "requests": len(self._table_of)}
 
     # ------------------------------------------------------------------------------------------------- state file
 
     def save(self, path: Path) -> None:
-        """Write the shared rows; a reader never sees half a file."""
+        """Write the shared matrix atomically."""
         table = self._table("")
         arrays = {**table.rows._asdict(), **table.acceptance._asdict()}
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, meta=json.dumps(self._meta(self.options, self.engine)), **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        _remove_leftovers(path)
+        with open_atomic(path) as file:
+            np.savez(file, allow_pickle=False, meta=json.dumps(self._meta(self.options, self.engine)), **arrays)
 
     def load(self, path: Path) -> None:
-        """Take over the rows of a file; refuses one of another vocabulary, shape or format."""
+        """Read the matrix that `save` wrote.
+
+        Raises:
+            ConfigError: The file is damaged, or has another vocabulary, shape or format.
+        """
         arrays = self._read(path, self.options, self.engine)
         table = self._table("")
         for target in (table.rows, table.acceptance):
@@ -249,7 +304,7 @@ class TokenRecycling(Drafter):
 
 
 class _Table:
-    """Rows and their acceptance, as one group of requests shares them."""
+    """The adjacency matrix and acceptance rates of one group of requests."""
 
     def __init__(self, options: TokenRecyclingOptions, vocab_size: int) -> None:
         self.rows = adjacency_table.make_adjacency_table(vocab_size, options.k, options.order, options.bits)
@@ -257,7 +312,7 @@ class _Table:
 
 
 def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:
-    """Which rows lie on the accepted path, [n]: row 0, then the child that holds each accepted token in turn."""
+    """Return which verified positions lie on the accepted path, [n] bool: position 0, then a child of each."""
     accepted = np.zeros(len(candidates.inputs), bool)
     node, accepted[0] = 0, True
     for token in tokens:
@@ -269,15 +324,15 @@ def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:
     return accepted
 
 
-def _sweep(path: Path, age: float = 60.0) -> None:
-    """Remove what writers left beside ``path`` that were killed at their work more than ``age`` seconds ago."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
-        with contextlib.suppress(OSError):  # another one was faster
-            if time.time() - left.stat().st_mtime > age:
-                left.unlink()
+def _remove_leftovers(path: Path, age: float = 60.0) -> None:
+    """Remove temporary files next to ``path`` of writers that were killed more than ``age`` seconds ago."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime > age:
+                leftover.unlink()
 
 
 @hookimpl
 def register_drafters(register: Register) -> None:
-    """Built-ins come through the same door as anybody's plugin."""
+    """Register the drafter."""
     register(TokenRecycling)

@@ -1,11 +1,17 @@
-"""VDR, vocabulary disentangled retrieval (ICLR 2024): a text is weights over words, found by an inverted index.
+"""VDR: vocabulary disentangled retrieval (ICLR 2024).
 
-    score(query, document) = the inner product of their weights
+Queries and documents are lexical representations: one weight for each term of a vocabulary.
 
-The three forms of the paper's code: both sides weighted (the default); ``query_encoding=bag_of_words``, a query's own words against
-weighted documents; and an index of ``document_encoding=bag_of_words``, weighted queries against documents' own words, which needs no
-model to be built, and whose best hundred can be scored once more with weights (``rerank=100``). Weights are made by
-`retrieval.encoders.vdr`; the arrays and their search are in `retrieval.sparse_index`.
+    V(text) = elu(z) + 1, max over tokens; z = logits of the encoder over the vocabulary      (section 3.1, elu1p)
+    keep the ``top`` largest weights, and those of the text's own terms
+    score(query, document) = V(query) . V(document)
+
+The three forms of the paper's code: term weights on both sides (the default); ``query_encoding=bag_of_words``, the
+query's own terms with weight one; and ``document_encoding=bag_of_words``, the documents' own terms, for which no model
+runs while the index is built, and whose best hundred can be re-ranked with term weights (``rerank=100``).
+
+`VDR.encode` and `VDR.score_documents` are the algorithm in NumPy. Encoders are in `retrieval.encoders.vdr`; the
+inverted lists and their exact search, which skips blocks of documents, are in `retrieval.sparse_index`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,18 +30,18 @@ if TYPE_CHECKING:
     from ..retrieval.sparse_index import InvertedIndexSearcher
     from ..retrieval.sparse_vectors import SparseVectors
 
-SHOWN = 30  # words of a text that people are shown
+NUM_SHOWN_TERMS = 30
 
 
 @dataclass(frozen=True)
 class VDROptions:
-    """Options of VDR, fixed when an index is made.
+    """Options of VDR, fixed when an index is built.
 
     Attributes:
-        document_encoding: `weights` of an encoder, or their own `words` alone, for which no model runs.
-        activation: `elu1p` (VDR), `splade`, or `auto` for what the checkpoint was trained with.
-        top: Weights kept of a text beside those of its own words; 0 for all.
-        bits: Of an impact: 8 or 16.
+        document_encoding: ``weights`` from the encoder, or ``bag_of_words``, for which no model runs.
+        activation: ``elu1p`` (VDR), ``splade``, or ``auto`` for that of the checkpoint.
+        top: Number of largest term weights kept of a text, in addition to those of its own terms; 0 for all.
+        bits: Bits of a quantised impact: 8 or 16.
     """
 
     document_encoding: Literal["weights", "bag_of_words"] = "weights"
@@ -50,14 +56,16 @@ class VDROptions:
 
 @dataclass(frozen=True)
 class VDRSettings:
-    """How a VDR index is searched.
+    """Search settings of VDR.
 
     Attributes:
-        query_encoding: Of the query: `weights` of the encoder, or its own `words` with weight one, for which no model runs.
-        rerank: So many of the best are encoded and scored anew; of use with `document_encoding=bag_of_words`.
-        exhaustive: Skip no block of documents; the answer is the same.
-        term_boosts: Words and factors: their weights times that, 0 to ban one. A word that the query lacks is added with the
-            factor times the mean weight of the query's own words.
+        query_encoding: ``weights`` from the encoder, or ``bag_of_words``: the query's own terms with weight one, for
+            which no model runs.
+        rerank: Rerank depth: number of best documents that are encoded and scored again; for an index with
+            ``document_encoding=bag_of_words``.
+        exhaustive: Whether no block of documents is skipped; the result is the same.
+        term_boosts: Terms and factors by which their weights are multiplied; 0 bans a term. A term that the query lacks
+            is added with the factor times the mean weight of the query's own terms.
     """
 
     query_encoding: Literal["weights", "bag_of_words"] = "weights"
@@ -69,14 +77,14 @@ class VDRSettings:
         if not 0 <= self.rerank <= 10_000:
             raise ValueError(f"rerank: expected 0 to 10000, got {self.rerank}")
         if not isinstance(self.term_boosts, Mapping):
-            raise ValueError('term_boosts: expected words and factors, {"shark": 2, "sea": 0}')
+            raise ValueError('term_boosts: expected terms and factors, {"shark": 2, "sea": 0}')
         for word, factor in self.term_boosts.items():
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1e6:
                 raise ValueError(f"term_boosts: expected a factor from 0 on for {word!r}, got {factor!r}")
 
 
 class VDR(InvertedIndexKind):
-    """Words of a vocabulary; see the module."""
+    """Index type VDR: inner products of lexical representations, over inverted lists."""
 
     name: ClassVar[str] = "vdr"
     default_encoder: ClassVar[str] = "splade-tiny"
@@ -87,7 +95,7 @@ class VDR(InvertedIndexKind):
         self.options = options
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
-        """An encoder of words: ``splade-tiny``, or the folder of a checkpoint."""
+        """Load a sparse encoder: ``splade-tiny``, or the folder of a checkpoint."""
         from ..retrieval.encoders import vdr
 
         o = self.options
@@ -96,7 +104,7 @@ class VDR(InvertedIndexKind):
         )
 
     def train(self, encoded: "SparseVectors", expected: int) -> Arrays:
-        """What an impact is worth."""
+        """Train the quantisation step of impacts."""
         from ..retrieval import sparse_index
 
         del expected
@@ -105,26 +113,26 @@ class VDR(InvertedIndexKind):
         return {**sparse_index.train_impacts(weights, self.options.bits), "trained": trained}
 
     def needs_retraining(self, shared: Arrays, documents: int) -> bool:
-        """While they are few, when they double: greater weights than the first ones had would be cut."""
+        """Return whether impacts should be quantised again: larger weights than the first documents had are clipped."""
         return self.options.document_encoding == "weights" and super().needs_retraining(shared, documents)
 
     def segment(self, encoded: "SparseVectors", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
-        """Inverted lists."""
+        """Build inverted lists."""
         from ..retrieval import sparse_index
 
         made = sparse_index.build_sparse_segment(encoded, numbers, shared, self.options.bits)
         return len(made["places"]), made
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "SparseVectors":
-        """Weighted words, edited."""
+        """Encode queries, and apply ``term_boosts``."""
         from ..retrieval.sparse_vectors import SparseVectors
 
         if settings.query_encoding == "weights":
             found = encoder.encode_queries(texts)
-        elif hasattr(encoder, "bags"):
-            found = encoder.bags(texts)
-        else:  # somebody else's, with weights alone
-            found = encoder.encode_queries(texts).bag()
+        elif hasattr(encoder, "bags_of_words"):
+            found = encoder.bags_of_words(texts)
+        else:  # a third-party encoder without bags of words
+            found = encoder.encode_queries(texts).bag_of_words()
         if not settings.term_boosts:
             return found
         return SparseVectors.concatenate(
@@ -139,17 +147,45 @@ class VDR(InvertedIndexKind):
         settings: VDRSettings,
         allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The greatest inner products."""
+        """Return the documents of largest inner product."""
         return searcher.search(query, k, allow, settings.exhaustive)
 
+    @staticmethod
+    def encode(logits: NDArray, token_ids: Sequence[int], top: int) -> NDArray[np.float64]:
+        """Compute the lexical representation of one text (section 3.1).
+
+        Args:
+            logits: [tokens, vocabulary] logits of the encoder.
+            token_ids: Vocabulary ids of the text's own terms, which are always kept.
+            top: Number of largest weights that are kept.
+
+        Returns:
+            [vocabulary] term weights; 0 for terms that are not kept.
+        """
+        logits = logits.astype(np.float64)
+        # elu1p: elu(z) + 1, which is positive everywhere.
+        activated = np.where(logits > 0, logits + 1, np.exp(np.minimum(logits, 0)))
+        # Max pooling over tokens.
+        weights = activated.max(0)
+        # Top-k sparsification, united with the bag-of-words mask.
+        kept = np.zeros(len(weights), bool)
+        kept[np.argsort(-weights, kind="stable")[:top]] = True
+        kept[list(token_ids)] = True
+        return np.where(kept, weights, 0.0)
+
+    @staticmethod
+    def score_documents(query: NDArray, documents: NDArray) -> NDArray[np.float64]:
+        """Return the inner products of a query [vocabulary] with documents [documents, vocabulary]."""
+        return documents.astype(np.float64) @ query.astype(np.float64)
+
     def rescored(self, settings: VDRSettings) -> int:
-        """``rerank``."""
+        """Return the rerank depth."""
         return settings.rerank
 
     def rescore(
         self, encoder: Any, query: "SparseVectors", texts: Sequence[str], settings: VDRSettings
     ) -> NDArray[np.float32]:
-        """Inner products with weights that are made now."""
+        """Return inner products with term weights that the encoder computes now."""
         del settings
         return _able(encoder, "score")(query, texts)
 
@@ -163,14 +199,14 @@ class VDR(InvertedIndexKind):
         settings: VDRSettings,
         allow: Any,
     ) -> list[ScoreExplanation]:
-        """The words that query and document share, and what each adds."""
+        """Return the terms that query and document share, and the contribution of each to the score."""
         del text, allow
         mine = self.queries(encoder, [query], settings)
-        return explain_shared_terms(searcher, mine, number, _able(encoder, "word"))
+        return explain_shared_terms(searcher, mine, number, _able(encoder, "term"))
 
     def term_weights(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
-        """The heaviest words of both; None where the encoder has no names for words."""
-        if not hasattr(encoder, "word"):
+        """Return the terms of largest weight of both texts; None where the encoder has no names for terms."""
+        if not hasattr(encoder, "term"):
             return None
         both = self.queries(encoder, [query], settings), encoder.encode_documents([text])
         return TermWeights(*(_heaviest(words, encoder) for words in both))
@@ -179,19 +215,19 @@ class VDR(InvertedIndexKind):
 def apply_term_edits(
     query: "SparseVectors", factors: Mapping[str, float], encoder: "VocabularyEncoder"
 ) -> "SparseVectors":
-    """A query with the weights of some words changed; see `VDRSettings.term_boosts`.
+    """Return a query whose term weights are changed by ``factors``; see `VDRSettings.term_boosts`.
 
     Raises:
-        RetrievalError: the vocabulary has no such word.
+        RetrievalError: A term is not in the vocabulary.
     """
     from ..retrieval.errors import RetrievalError
     from ..retrieval.sparse_vectors import SparseVectors
 
     weights = dict(zip(query.indices.tolist(), query.values.tolist(), strict=True))
-    own = query.values[query.in_text]
-    usual = float(own.mean()) if len(own) else 1.0
+    in_text = query.values[query.in_text]
+    usual = float(in_text.mean()) if len(in_text) else 1.0
     for word, factor in factors.items():
-        numbers = _able(encoder, "numbers")(word)
+        numbers = _able(encoder, "term_ids")(word)
         if not numbers:
             raise RetrievalError(f"term_boosts: {word!r} is not in the encoder's vocabulary")
         for number in numbers:
@@ -200,24 +236,24 @@ def apply_term_edits(
 
 
 def _able(encoder: Any, method: str) -> Any:
-    """A method that encoders of words have, and others may lack.
+    """Return an optional method of an encoder.
 
     Raises:
-        RetrievalError: this one does.
+        RetrievalError: The encoder lacks it.
     """
     from ..retrieval.errors import RetrievalError
 
     if (found := getattr(encoder, method, None)) is None:
-        raise RetrievalError(f"encoder {encoder.name}: has no `{method}`, which this needs")
+        raise RetrievalError(f"encoder {encoder.name}: lacks the method `{method}`, which is needed here")
     return found
 
 
 def _heaviest(words: "SparseVectors", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:
-    order = np.argsort(-words.values, kind="stable")[:SHOWN].tolist()
+    order = np.argsort(-words.values, kind="stable")[:NUM_SHOWN_TERMS].tolist()
     return [(encoder.term(int(words.indices[i])), float(words.values[i])) for i in order]
 
 
 @hookimpl
 def register_indexes(register: Register) -> None:
-    """Built-ins come through the same door as anybody's plugin."""
+    """Register the index type."""
     register(VDR)

@@ -56,7 +56,7 @@ class TokenCorrelation(VisualPruner):
     def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
         """The patches of highest score, of each crop as many as its density earns."""
         assert picture.scores is not None
-        thumbnail = token_budget.top_indices(picture.scores[0], plan.parts["thumbnail"]).sort().values
+        thumbnail = token_budget.top_indices(picture.scores[0], plan.parts["base_view"]).sort().values
         blocks = grids.view_token_indices(layout, picture.tokens.device)[layout.frames :]
         earned = iter([self.density(picture.tokens[block]) for block in blocks])
         weights = [n * next(earned) if n else 0.0 for n in layout.crop_tokens]  # a crop of padding alone is no block

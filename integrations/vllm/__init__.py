@@ -6,7 +6,8 @@ __all__ = ["PilotfishProposer"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM resolves "pilotfish.integrations.vllm.PilotfishProposer" by name, inside its worker; only there torch is welcome.
+    # vLLM resolves "pilotfish.integrations.vllm.PilotfishProposer" by name, inside its worker; only there torch is
+    # welcome.
     if name == "PilotfishProposer":
         from .drafting.v1.proposer import PilotfishProposer
 

@@ -1,4 +1,7 @@
-"""Visual pruners: fewer tokens for a picture, as many as were announced before it was looked at."""
+"""The contract of visual pruners: how many visual tokens an image gets, and which.
+
+The number is announced before the vision encoder runs, since the engine reserves that many placeholder tokens.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,25 +15,26 @@ from .base import Plugin
 if TYPE_CHECKING:
     from torch import Tensor
 
-Region = tuple[int, int, int, int]  # first row, row behind the last, first column, column behind the last
+Region = tuple[int, int, int, int]  # first row, end row, first column, end column
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where the visual tokens of a picture come from, known from its size alone.
+    """Layout of the visual tokens of an image, known from its size alone.
 
-    A model sees a picture as a small thumbnail and, if it cuts pictures, as crops whose tokens form one grid. Tokens
-    stand row by row: those of the thumbnail, then those of the grid, each row of which may end with a newline token. A
-    video has frames in place of the thumbnail, and no crops.
+    A model sees an image as a small base view (thumbnail) and, with AnyRes processing, as crops whose tokens form one
+    grid. Tokens are in raster order: those of the base view, then those of the grid, each row of which may end with a
+    newline token. A video has frames instead of the base view, and no crops.
 
     Attributes:
-        side: Tokens along each side of a view.
-        crops: Rows and columns of crops; (0, 0) where there are none.
-        crop_region: What of the crops' grid shows the picture, in tokens; the rest is padding, of which the model gets nothing.
-        grid: Rows and columns of tokens to which the model pools that box; those of the box where it does not.
+        side: Number of tokens along each side of a view.
+        crops: Number of rows and columns of crops; (0, 0) where there are none.
+        crop_region: Part of the crops' grid that shows the image, in tokens; the rest is padding, which has no tokens.
+        grid: Number of rows and columns of tokens to which the model pools that region; those of the region where it
+            does not pool.
         row_newlines: Whether a newline token ends each row of the grid.
-        last_newlines: Newline tokens behind all others.
-        frames: How many views come before the grid: 1, or the frames of a video.
+        last_newlines: Number of newline tokens after all others.
+        frames: Number of views before the grid: 1, or the frames of a video.
     """
 
     side: int
@@ -43,27 +47,27 @@ class ImageLayout:
 
     @property
     def base_tokens(self) -> int:
-        """Tokens before the grid."""
+        """Number of tokens before the grid."""
         return self.frames * self.side * self.side
 
     @property
     def grid_tokens(self) -> int:
-        """Tokens of the grid, without newlines."""
+        """Number of tokens of the grid, without newlines."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_newlines(self) -> int:
-        """Newline tokens."""
+        """Number of newline tokens."""
         return self.grid[0] * self.row_newlines + self.last_newlines
 
     @property
     def num_tokens(self) -> int:
-        """All tokens that the model takes of the picture when none is dropped."""
+        """Number of visual tokens of the image when none is pruned."""
         return self.base_tokens + self.grid_tokens + self.num_newlines
 
     @cached_property
     def crop_regions(self) -> tuple[Region, ...]:
-        """The part of the grid that each crop shows, crops row by row; empty for a crop of nothing but padding."""
+        """Region of the grid that each crop shows, in raster order; empty for a crop of padding only."""
         (rows, columns), (top, bottom, left, right), (height, width) = self.crops, self.crop_region, self.grid
 
         def cut(parts: int, first: int, last: int, length: int) -> list[tuple[int, int]]:
@@ -76,17 +80,17 @@ class ImageLayout:
 
     @property
     def crop_tokens(self) -> list[int]:
-        """Tokens in each of `rectangles`."""
+        """Number of tokens in each of `crop_regions`."""
         return [(bottom - top) * (right - left) for top, bottom, left, right in self.crop_regions]
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """How many tokens a picture gets: the engine makes room for exactly so many.
+    """Number of tokens that an image gets; the engine reserves that many placeholder tokens.
 
     Attributes:
-        num_tokens: All of them.
-        parts: The same by origin, as the pruner names it.
+        num_tokens: Number of all tokens.
+        parts: The number by origin, under the pruner's names.
     """
 
     num_tokens: int
@@ -95,12 +99,12 @@ class PrunePlan:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the tower made of a picture.
+    """Output of the vision encoder and projector for an image.
 
     Attributes:
-        tokens: [layout.num_tokens, width] what the language model would be given.
-        scores: [views, side * side] how much each patch matters to its view, the thumbnail first; None for a pruner
-            that is not `scored`.
+        tokens: [layout.num_tokens, width] input embeddings of the language model, before pruning.
+        scores: [views, side * side] importance of each patch within its view, the base view first; None for a pruner
+            without `VisualPruner.needs_scores`.
     """
 
     tokens: "Tensor"
@@ -108,40 +112,43 @@ class ImageFeatures:
 
 
 class VisualPruner(Plugin, ABC):
-    """Drops or merges visual tokens. Which may depend on the picture, how many may not."""
+    """Base class of visual pruners, which drop or merge visual tokens.
 
-    needs_scores: ClassVar[bool] = False  # whether it wants `Picture.scores`, which cost the tower something
-    prunes_videos: ClassVar[bool] = False  # whether it takes the frames of videos too; they stay whole otherwise
+    Which tokens may depend on the image; how many may depend on its layout only.
+    """
+
+    needs_scores: ClassVar[bool] = False  # whether `ImageFeatures.scores` are computed, at some cost
+    prunes_videos: ClassVar[bool] = False  # whether video frames are pruned too
 
     @abstractmethod
     def __init__(self, options: Any) -> None: ...
 
     @abstractmethod
     def plan(self, layout: ImageLayout) -> PrunePlan:
-        """How many tokens a picture of this layout gets."""
+        """Return the number of tokens for an image of this layout."""
 
     @abstractmethod
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
-        """[plan.num_tokens] places in `Picture.tokens` of those that stay, in the order in which they are given."""
+    def select(self, layout: ImageLayout, plan: PrunePlan, features: ImageFeatures) -> "Tensor":
+        """Return the indices in ``features.tokens`` of the tokens that stay, [plan.num_tokens], in output order."""
 
-    def apply(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> "Tensor":
-        """[plan.num_tokens, width] what the language model is given."""
-        return picture.tokens[self.select(layout, plan, picture)]
+    def apply(self, layout: ImageLayout, plan: PrunePlan, features: ImageFeatures) -> "Tensor":
+        """Return the tokens that the language model gets, [plan.num_tokens, width]."""
+        return features.tokens[self.select(layout, plan, features)]
 
     def layer_schedule(self) -> "LayerSchedule | None":
-        """Which visual tokens leave inside the language model; none where that is None."""
+        """Return how visual tokens are pruned inside the language model; None for not at all."""
         return None
 
 
 @dataclass(frozen=True)
 class LayerSchedule:
-    """Visual tokens leave a prompt one layer after the other (AIM, arXiv 2412.03248, section 3.3).
+    """Pruning of visual tokens layer by layer inside the language model (AIM, arXiv 2412.03248, section 3.3).
 
     Attributes:
-        first: The layer after which the first of them leave.
-        last: From this layer on there are none.
-        temperature: Of the softmax whose page rank tells what matters.
-        iterations: Of the page rank.
+        first: Layer after which the first tokens are pruned.
+        last: First layer without visual tokens.
+        temperature: Temperature of the softmax over which the page rank runs.
+        iterations: Number of page rank iterations.
     """
 
     first: int
@@ -150,5 +157,5 @@ class LayerSchedule:
     iterations: int
 
     def kept_share(self, layer: int) -> float:
-        """Share of the visual tokens that is left after a layer."""
+        """Return the share of the visual tokens that remain after a layer."""
         return 1.0 if layer < self.first else max(0.0, 1 - (layer - self.first + 1) / (self.last - self.first))

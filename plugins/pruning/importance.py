@@ -1,44 +1,43 @@
-"""Which tokens of a prompt matter to a layer: AIM's page rank over its attention (arXiv 2412.03248, section 3.3)."""
+"""Token importance in a layer: page rank over its attention (AIM, arXiv 2412.03248, section 3.3)."""
 
 import torch
 from torch import Tensor
 
 
 def page_rank(query: Tensor, key: Tensor, scale: float, temperature: float, iterations: int) -> Tensor:
-    """How often a walk along attention ends at each token.
+    """Compute the page rank of each token over the attention matrix, without damping.
 
-    Per head a walk begins anywhere and goes from a token to those that it attends to, a few times, without damping;
-    heads are joined by the root of the mean square. In float64: in float32 most tokens come out as exactly 0, and ties
-    decide.
+    Per head a uniform distribution is multiplied by the attention matrix ``iterations`` times; heads are combined by
+    the root mean square. In float32 most values underflow to 0 and ties decide, so float64 is used.
 
     Args:
-        query: [n, heads, head_size] of one prompt, with positions.
-        key: [n, kv_heads, head_size].
-        scale: Of the logits.
-        temperature: By which the logits are divided besides.
-        iterations: Steps of the walk.
+        query: [n, num_heads, head_size] of one prompt, with positions.
+        key: [n, num_kv_heads, head_size].
+        scale: Softmax scale.
+        temperature: Additional divisor of the logits.
+        iterations: Number of multiplications.
 
     Returns:
         [n] float64.
     """
     n, heads, _ = query.shape
     group = heads // key.shape[1]
-    later = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
+    future = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
     squares = torch.zeros(n, dtype=torch.float64, device=query.device)
-    for head in range(heads):  # one at a time: n * n numbers
+    for head in range(heads):  # one at a time: each needs an n * n matrix
         logits = query[:, head].double() @ key[:, head // group].double().T
-        steps = (logits * (scale / temperature)).masked_fill_(later, -torch.inf).softmax(-1)
-        at = torch.full((n,), 1 / n, dtype=torch.float64, device=query.device)
+        attention = (logits * (scale / temperature)).masked_fill_(future, -torch.inf).softmax(-1)
+        rank = torch.full((n,), 1 / n, dtype=torch.float64, device=query.device)
         for _ in range(iterations):
-            at = at @ steps
-        squares += at**2
+            rank = rank @ attention
+        squares += rank**2
     return (squares / heads).sqrt()
 
 
 def keep_visual_tokens(importance: Tensor, visual: Tensor, count: int) -> Tensor:
-    """[n] bool: all text, and the ``count`` visual tokens that matter most; of equal ones the earlier."""
+    """Return a mask [n] of all text tokens and the ``count`` most important visual tokens; of equals the earlier."""
     keep = ~visual
-    places = visual.nonzero().flatten()
-    order = torch.sort(importance[places], descending=True, stable=True).indices
-    keep[places[order[:count]]] = True
+    indices = visual.nonzero().flatten()
+    order = torch.sort(importance[indices], descending=True, stable=True).indices
+    keep[indices[order[:count]]] = True
     return keep

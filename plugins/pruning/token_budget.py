@@ -1,4 +1,4 @@
-"""How many tokens each part keeps."""
+"""Token budgets: how many tokens each part of an image keeps."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from ..contracts import ImageLayout, PrunePlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-MIN_RETAIN = 0.01  # share
-MIN_TEMPERATURE = 1e-6  # temperature: divided by less, scores overflow
+MIN_RETAIN = 0.01
+MIN_TEMPERATURE = 1e-6  # scores divided by less overflow
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that nothing can be divided by.
+    """Refuse a temperature that scores cannot be divided by.
 
     Raises:
-        ValueError: it is out of range.
+        ValueError: The temperature is out of range.
     """
     if not MIN_TEMPERATURE <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a number of {MIN_TEMPERATURE} or more, got {temperature}")
 
 
 def check_retain(retain: float) -> None:
-    """Refuse a share that is none.
+    """Refuse a share outside the valid range.
 
     Raises:
-        ValueError: it is out of range.
+        ValueError: The share is out of range.
     """
     if not MIN_RETAIN <= retain <= 1:
         raise ValueError(f"retain: expected a share from {MIN_RETAIN} to 1, got {retain}")
 
 
 def plan_tokens(layout: ImageLayout, retain: float) -> PrunePlan:
-    """The same share of each view before the grid, of which one token stays at least, and of the grid; all newlines."""
+    """Plan the same share of each view before the grid (at least one token) and of the grid, and all newlines."""
     parts = {
-        "thumbnail": layout.frames * max(1, int(layout.side * layout.side * retain)),
+        "base_view": layout.frames * max(1, int(layout.side * layout.side * retain)),
         "crops": int(layout.grid_tokens * retain),
         "newlines": layout.num_newlines,
     }
@@ -45,17 +45,17 @@ def plan_tokens(layout: ImageLayout, retain: float) -> PrunePlan:
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` highest of [n] scores, the highest first; of equal ones the earlier."""
+    """Return the indices of the ``count`` highest of [n] scores, the highest first; of equal scores the earlier."""
     return scores.sort(descending=True, stable=True).indices[:count]
 
 
 def allocate_tokens(sizes: Sequence[int], wanted: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to ``total`` and lie close to what is wanted, none above its size (largest remainder).
+    """Round wanted token counts to integers that sum to ``total``, by the largest remainder.
 
     Args:
-        sizes: What each part has.
-        wanted: What each part should keep, not whole numbers.
-        total: What all keep together; no more than there is.
+        sizes: Number of tokens that each part has, which its count does not exceed.
+        wanted: Number of tokens that each part should keep, a fraction.
+        total: Sum of the counts; at most the sum of the sizes.
     """
     counts = [min(int(w), n) for w, n in zip(wanted, sizes, strict=True)]
     step = 1 if sum(counts) < total else -1

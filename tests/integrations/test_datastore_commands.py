@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pilotfish.integrations.vllm.models.embedded.base import fetch
-from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
 from pilotfish.integrations.vllm.bench import corpora
 from pilotfish.integrations.vllm.cli import datastore as commands
+from pilotfish.integrations.vllm.models.base import fetch_model
+from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 from pilotfish.plugins.config import ConfigError
 from pilotfish.plugins.drafting.datastore import Datastore, vocabulary_fingerprint
 
@@ -35,7 +35,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     assert "passed over 1 files that are no UTF-8 text" in answer.stderr
     opened = Datastore(store, verify=True)
     assert opened.info.texts == 2
-    tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
+    tokenizer = corpora.tokenizer_of(str(fetch_model(SMOLLM2)))
     assert opened.info.fingerprint == vocabulary_fingerprint(tokenizer.get_vocab())
     tail = tokenizer("quick brown", add_special_tokens=False)["input_ids"][1:]
     tail = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
@@ -48,7 +48,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = corpora.tokenizer_of(str(fetch(SMOLLM2)))
+    tokenizer = corpora.tokenizer_of(str(fetch_model(SMOLLM2)))
     text = "".join(f"line {i}\n" for i in range(300))
     whole = commands.encode_texts(tokenizer, text)
     monkeypatch.setattr(commands, "PIECE", 100)

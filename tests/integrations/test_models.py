@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pilotfish.integrations.vllm.models.embedded.base import ModelError
-from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
-from pilotfish.integrations.vllm.models.embedded import base, embedded, registry
+from pilotfish.integrations.vllm.models import base, embedded, registry
+from pilotfish.integrations.vllm.models.base import ModelError
+from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pilotfish.integrations.vllm.models.embedded import base, embedded, registry
+from pilotfish.integrations.vllm.models import base, embedded, registry
 from pilotfish.integrations.vllm.vision.image_encoder import VisionEncoder
 from pilotfish.plugins.contracts import ImageLayout
 from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options

@@ -5,21 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pilotfish.integrations.vllm.tuning.tidal.tidal import Plan, Tried, candidates, to_profile
 
 from pilotfish.integrations.vllm.bench.kv_worker import MissedAttention
+from pilotfish.integrations.vllm.tuning.tidal import LayerTrial, TidalTuning, candidates, to_profile
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.paged_decode import DecodeBatch
 from pilotfish.kvcache.layer_choice import LayerChoice, best_layer_choices
 from pilotfish.kvcache.selection import SelectionRule
+from pilotfish.plugins.tidal_decode import TidalDecode
 
-PLAN = Plan("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
+PLAN = TidalTuning("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
 
-def tried(kls: list[float], needles: list[float] | None = None) -> list[Tried]:
+def tried(kls: list[float], needles: list[float] | None = None) -> list[LayerTrial]:
     shares = needles or [1.0] * len(kls)
     return [
-        Tried(LayerChoice((), tuple(range(n + 1)), 0.0), kl, 0.9, share)
+        LayerTrial(LayerChoice((), tuple(range(n + 1)), 0.0), kl, 0.9, share)
         for n, (kl, share) in enumerate(zip(kls, shares, strict=True))
     ]
 
@@ -81,7 +82,7 @@ def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_o
             weights = [reference.softmax(s) for s in seen]
             begin, end = places[rows.request[row]] if places else (0, context)
             for chooser in range(layers):
-                chosen = reference.select_tokens(reference.token_scores(seen[chooser], rule, 1)[0], rule)
+                chosen = TidalDecode.select_tokens(TidalDecode.token_scores(seen[chooser], rule, 1)[0], rule)
                 lost = np.ones(context, bool)
                 lost[chosen] = False
                 lost[:begin] = lost[end:] = False

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.head_cache import CPUHeadCaches, WindowedStep, means_bytes
+from pilotfish.plugins.razor_attention import RazorAttention
 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
@@ -105,5 +105,7 @@ class Text:
             left_out = (sinks, sinks + gap) if leaves_out else (0, 0)
             q = query[h * self.share : (h + 1) * self.share].double().numpy()
             k, v = (x[r][:end, h].double().numpy() for x in (self.keys, self.values))
-            parts.append(reference.windowed_attention(q, k, v, self.size**-0.5, left_out, self.window.compensation))
+            parts.append(
+                RazorAttention.windowed_attention(q, k, v, self.size**-0.5, left_out, self.window.compensation)
+            )
         return np.concatenate(parts)

@@ -13,6 +13,7 @@ from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels import paged_decode
 from pilotfish.kvcache.kernels.paged_decode import DecodeBatch, SelectedTokens
 from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule
+from pilotfish.plugins.tidal_decode import TidalDecode
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -160,11 +161,11 @@ def test_choices_are_those_of_the_oracle(
     found = paged_decode.token_scores(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
     choice = paged_decode.select_tokens(rows, rule, found)
     for r, n in enumerate(contexts):
-        expected = reference.token_scores(scores[r, :, :n].astype(np.float64), rule, kv_heads)
+        expected = TidalDecode.token_scores(scores[r, :, :n].astype(np.float64), rule, kv_heads)
         np.testing.assert_allclose(found[r, :, :n].numpy(), expected, rtol=1e-4, atol=1e-8)
         for s in range(expected.shape[0]):
             positions = [p for p in choice.positions(r, s) if p < n]
-            assert positions == reference.select_tokens(found[r, s, :n].numpy(), rule)
+            assert positions == TidalDecode.select_tokens(found[r, s, :n].numpy(), rule)
             assert len(positions) <= rule.budget
             if n <= rule.budget:
                 assert positions == list(range(n))

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule
+from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule, unit_positions
+from pilotfish.plugins.tidal_decode import TidalDecode
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -135,7 +136,7 @@ def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case:
     for r in case.sparse(rule):
         n = case.contexts[r]
         raw, _ = case.attention(r, list(range(n)), scale)
-        expected = reference.token_scores(raw, rule, case.cache.shape[1])
+        expected = TidalDecode.token_scores(raw, rule, case.cache.shape[1])
         padded = np.zeros((len(expected), -(-n // unit) * unit))
         padded[:, :n] = expected
         expected_units = padded.reshape(len(expected), -1, unit).sum(-1)
@@ -143,7 +144,7 @@ def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case:
         if rule.head_aggregation != "union":  # whose proposals differ where scores are equal but for rounding
             np.testing.assert_allclose(found, expected_units, rtol=2e-2 if case.query.dtype != torch.float32 else 1e-3)
         for s in range(len(expected)):
-            positions = reference.page_positions(kept[r, s].tolist(), n, rule)
+            positions = unit_positions(kept[r, s].tolist(), n, rule)
             spread = np.repeat(found[s] / unit, unit)[:n] if unit > 1 else found[s]
             assert len(positions) <= rule.budget
             assert positions == sorted(set(positions))
@@ -166,7 +167,7 @@ def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, 
     sparse = case.sparse(rule)
     for r in sparse:
         for head in range(heads):
-            positions = reference.page_positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
+            positions = unit_positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
             _, expected = case.attention(r, positions, scale)
             actual = output[case.starts[r], head].double().cpu().numpy()
             np.testing.assert_allclose(actual, expected[head], atol=TOLERANCE[case.query.dtype])
@@ -189,7 +190,7 @@ def test_a_shortened_table_holds_what_is_kept(
     sparse = case.sparse(rule)
     for r, n in enumerate(case.contexts):
         whole = list(range(n))
-        positions = reference.page_positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
+        positions = unit_positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
         assert int(lens[r]) == len(positions)
         blocks = [int(table[r, i // block]) for i in range(len(positions))]
         assert blocks == [int(case.table[r, p // block]) for p in positions]
@@ -240,6 +241,6 @@ def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.d
         graph.replay()
         torch.cuda.synchronize()
         for r in case.sparse(rule):
-            positions = reference.page_positions(kept[r, 0].tolist(), lengths[r], rule)
+            positions = unit_positions(kept[r, 0].tolist(), lengths[r], rule)
             _, expected = case.attention(r, positions, scale)
             np.testing.assert_allclose(output[r].double().cpu().numpy(), expected, atol=TOLERANCE[dtype])

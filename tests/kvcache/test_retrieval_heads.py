@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.kvcache import reference, retrieval_heads
+from pilotfish.kvcache import retrieval_heads
 from pilotfish.kvcache.retrieval_heads import (
     head_scores,
     max_over_query_heads,
@@ -13,20 +13,7 @@ from pilotfish.kvcache.retrieval_heads import (
     round_up_head_count,
     select_retrieval_heads,
 )
-
-
-def plain(query: np.ndarray, key: np.ndarray, scale: float, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """Echo and induction, position by position, from whole attention matrices."""
-    n, heads, _ = query.shape
-    share = heads // key.shape[1]
-    echo, induction = np.zeros((2, heads))
-    for h in range(heads):
-        for i in range(1 + period, n):
-            weights = reference.softmax(query[i, h].astype(np.float64) @ key[: i + 1, h // share].T * scale)
-            earlier = [j for j in range(1, i) if (i - j) % period == 0]
-            echo[h] += sum(weights[j] for j in earlier)
-            induction[h] += sum(weights[j + 1] for j in earlier)
-    return echo / (n - 1 - period), induction / (n - 1 - period)
+from pilotfish.plugins.razor_attention import RazorAttention
 
 
 @settings(max_examples=10, deadline=None)
@@ -36,7 +23,7 @@ def test_scores_are_those_of_whole_attention_matrices(period: int, heads: tuple[
     n = 1 + 4 * period
     query, key = rng.normal(0, 1.5, (n, heads[0], 16)), rng.normal(0, 1.5, (n, heads[1], 16))
     found = head_scores(torch.from_numpy(query), torch.from_numpy(key), 0.25, period)
-    for ours, expected in zip(found, plain(query, key, 0.25, period), strict=True):
+    for ours, expected in zip(found, RazorAttention.head_scores(query, key, 0.25, period), strict=True):
         np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
 
 

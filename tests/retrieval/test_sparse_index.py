@@ -37,7 +37,7 @@ class Collection:
         self.table = np.zeros((max(self.documents, 1), vocabulary), np.float32)
         step, levels = self.shared["step"][0], (1 << bits) - 1
         for n, row in rows:
-            self.table[n, row.ids] = np.minimum(np.rint(row.weights / step), levels) * step
+            self.table[n, row.indices] = np.minimum(np.rint(row.values / step), levels) * step
         self.searcher = sparse_index.InvertedIndexSearcher(self.shared, self.arrays, self.documents)
 
 

@@ -175,7 +175,7 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
         out = whole.model(told["input_ids"], told["attention_mask"])[0]
     if kind == "vdr":
         dense = vdr.activate(out, "elu1p").numpy()
-        np.testing.assert_allclose(found.weights, dense[found.ids - tiny.SHIFT], rtol=1e-4)
+        np.testing.assert_allclose(found.values, dense[found.indices - tiny.SHIFT], rtol=1e-4)
     else:
         np.testing.assert_allclose(found.vectors.astype(np.float32), out.numpy(), atol=2e-3)
     (tmp_path / "parts" / "training" / loop.STATE).write_bytes(b"no state")

@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from pilotfish.integrations.vllm.models.embedded.base import fetch
-from pilotfish.integrations.vllm.models.embedded.embedded import SMOLLM2
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
+from pilotfish.integrations.vllm.models.base import fetch_model
+from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
@@ -28,7 +28,7 @@ Start = Callable[..., EngineProcess]
 @pytest.fixture(scope="session")
 def model() -> str:
     """The embedded model."""
-    return str(fetch(SMOLLM2))
+    return str(fetch_model(SMOLLM2))
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pilotfish.integrations.vllm.serving.command.command import vllm_serve
 
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
+from pilotfish.integrations.vllm.serving.command import vllm_serve
 
 pytestmark = pytest.mark.engine
 

@@ -13,10 +13,10 @@ from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .....kvcache import reference
 from .....kvcache.head_window import HeadPlan, HeadWindow
 from .....kvcache.kernels.head_cache import means_bytes
 from .....plugins.contracts import KVPolicy, Unsupported
+from .....plugins.razor_attention import RazorAttention
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
@@ -206,6 +206,6 @@ def self_test_windowed(
         caches.update_means(step)
         caches.attend(query[begin:end], scale, output[begin:end], step)
         stretch = (block_size, block_size + window.num_evicted(end - 1, block_size))
-        expected = reference.windowed_attention(q[end - 1], k[:end], v[:end], scale, stretch, compensation=True)
+        expected = RazorAttention.windowed_attention(q[end - 1], k[:end], v[:end], scale, stretch, compensation=True)
         worst = max(worst, abs(output[end - 1].double().cpu().numpy() - expected).max())
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"
