@@ -117,7 +117,7 @@ PICTURES := astronaut coffee chelsea rocket
 bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage_samples and owleval
 	$(BIN)/pip install -q onnxruntime
 	VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench vision \
-	  $(foreach P,$(PICTURES),--picture $(wildcard $(DATA)/skimage_samples/$(P).*)) \
+	  $(foreach P,$(PICTURES),--image $(wildcard $(DATA)/skimage_samples/$(P).*)) \
 	  --quality $(DATA)/skimage_samples --quality $(DATA)/owleval
 	$(MAKE) tables
 

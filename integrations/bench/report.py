@@ -143,7 +143,7 @@ def base(arm: str) -> str:
     return arm.partition("@")[0]
 
 
-def place(r: dict[str, Any]) -> str:
+def record_place(r: dict[str, Any]) -> str:
     """Where a record was measured: its dataset, and its context, depth or batch where there are several."""
     more = [f"{key} {r['params'][key]}" for key in ("context", "depth", "batch") if r["params"].get(key) is not None]
     return ", ".join([r["dataset"], *(m for m in more if m.replace(" ", "_") not in r["dataset"])])
@@ -155,7 +155,7 @@ def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, 
     for result in results:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for r in _plain(result["records"]):
-            groups.setdefault((place(r), r["metric"]), []).append(r)
+            groups.setdefault((record_place(r), r["metric"]), []).append(r)
         for (where, metric), records in groups.items():
             measure = NAMED.get(metric)
             others = [r for r in records if base(r["arm"]) not in ours]
@@ -226,7 +226,7 @@ def _section(result: dict[str, Any]) -> dict[str, Any]:
 
 def _grid(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
     """Arms, places, and ``(arm, place) -> value``."""
-    cells = {(r["arm"], place(r)): r["value"] for r in records}
+    cells = {(r["arm"], record_place(r)): r["value"] for r in records}
     arms, places = (list(dict.fromkeys(each)) for each in zip(*cells, strict=True))
     return arms, places, cells
 

@@ -183,7 +183,7 @@ def summarize_outcomes(arm: str, runs: Sequence[tuple[str, str, Outcome]], plan:
         by_arm = {a: [o for b, d, o in runs if (b, d) == (a, dataset)] for a in (STOCK, arm)}
         for a, outcomes in by_arm.items():
             label = f"{STOCK}|{arm}" if a == STOCK else a
-            for metric, value in evaluation.compute_metrics(outcomes).items():
+            for metric, value in evaluation.compute_rag_metrics(outcomes).items():
                 yield Record("rag", dataset, label, metric, value, "", [], params)
         pairs = [
             (mine.done, stock.done)

@@ -70,8 +70,8 @@ def evaluate(
     if drawn:
         chosen = setup if setup.threshold is not None else replace(setup, threshold=told.get("threshold"))
         with chosen.ready(arguments) as answerer:
-            outcomes = with_bar(lambda bar: evaluation.ask_all(answerer, drawn, _counted(bar, "asking", len(drawn))))
-        told |= evaluation.compute_metrics(outcomes)
+            outcomes = with_bar(lambda bar: evaluation.ask_questions(answerer, drawn, _counted(bar, "asking", len(drawn))))
+        told |= evaluation.compute_rag_metrics(outcomes)
     if as_json:
         typer.echo(json.dumps(told))
     else:
@@ -142,7 +142,7 @@ def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
         index = Index.open(folder)
     else:
         with new_index_folder(folder, whole=True) as index:
-            with_bar(lambda bar: index.add(collection.kept(hold_out, seed), bar))
+            with_bar(lambda bar: index.add(collection.indexed_documents(hold_out, seed), bar))
     if not any(evaluation.answerable(index, case) for case in collection.cases):
         index.close()
         raise RetrievalError(f"{folder}: holds no document that answers one of the questions of {collection.name}")

@@ -48,7 +48,7 @@ async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] 
     return Outcome(case, answerable(answerer.index, case), found, done)
 
 
-def ask_all(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None]) -> list[Outcome]:
+def ask_questions(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None]) -> list[Outcome]:
     """Ask one question after the other."""
 
     async def work() -> list[Outcome]:
@@ -102,7 +102,7 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
     return _known(figures)
 
 
-def compute_metrics(outcomes: Sequence[Outcome]) -> Metrics:
+def compute_rag_metrics(outcomes: Sequence[Outcome]) -> Metrics:
     """Shares and times over questions; what cannot be told of these is left out.
 
     - ``exact_match``, ``f1`` as SQuAD has them, ``contains``: answers that hold a known one word by word. Of questions

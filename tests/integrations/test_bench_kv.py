@@ -43,7 +43,7 @@ class Played:
 
 def test_step_times_are_compared_turn_by_turn() -> None:
     engine = Played()
-    records = kv_work.measure_step_times(engine, ARMS, [list(range(40)), list(range(1, 41))])
+    records = kv_work.measure_kv_step_times(engine, ARMS, [list(range(40)), list(range(1, 41))])
     speedup = next(r for r in records if r.metric == "step_speedup")
     assert (speedup.arm, speedup.dataset, speedup.params) == (
         "tidal_decode@budget=256",

@@ -70,7 +70,7 @@ def test_bad_input_is_refused(inside: Callable, corpus: Path, tmp_path: Path) ->
         (("build", str(tmp_path / "none"), *TOKENIZER), "no such file or folder"),
         (("build", str(corpus), "--tokenizer", "./no"), "no such folder"),
         (("build", str(corpus), *TOKENIZER, "--out", str(tmp_path / "mine")), "exists, and is no datastore"),
-        (("build", str(corpus / "c.bin"), *TOKENIZER, "--out", str(tmp_path / "s")), "hold no tokens"),
+        (("build", str(corpus / "c.bin"), *TOKENIZER, "--out", str(tmp_path / "s")), "contain no tokens"),
         (("info", str(corpus)), "not a datastore"),
         (("build", str(corpus), *TOKENIZER, "--out", str(corpus / "c.bin" / "x")), "c.bin is no folder"),
     ):

@@ -122,9 +122,9 @@ def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
 
 def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
     """A video between two pictures, whose tower runs without anybody taking its scores."""
-    from pilotfish.integrations.vllm.vision.patch_scores import ClsScorer
+    from pilotfish.integrations.vllm.vision.patch_scores import ClsAttentionScorer
 
-    scorer = ClsScorer.__new__(ClsScorer)
+    scorer = ClsAttentionScorer.__new__(ClsAttentionScorer)
     scorer.begin(True)
     scorer._taken.append(torch.ones(3, 2))
     scorer.begin(False)

@@ -140,10 +140,10 @@ def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
         questions.Case("who flies?"),
     ]
     told: list[int] = []
-    outcomes = evaluation.ask_all(Answerer(documents, language.url, k=1), cases, lambda: told.append(1))
+    outcomes = evaluation.ask_questions(Answerer(documents, language.url, k=1), cases, lambda: told.append(1))
     assert len(told) == len(cases)
     assert [o.answerable for o in outcomes] == [True, True, True, False, False]
-    found = evaluation.compute_metrics(outcomes)
+    found = evaluation.compute_rag_metrics(outcomes)
     third = round(1 / 3, 4)
     assert found["contains"] == round(2 / 3, 4)
     assert found["exact_match"] == third

@@ -52,7 +52,7 @@ def test_no_figure_hides_another(root: Path) -> None:
     for result in report.read_results([root / "benchmarks" / "results"]):
         cells: dict[tuple[str, str, str], float] = {}
         for r in result["records"]:
-            cell = r["arm"], r["metric"], report.place(r)
+            cell = r["arm"], r["metric"], report.record_place(r)
             assert cells.setdefault(cell, r["value"]) == r["value"], (result["name"], cell)
 
 

@@ -61,7 +61,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
         supports_quant_query_input=False,
         dcp_world_size=1,
     )
-    builder: Any = object.__new__(flash.SparseFlashBuilder)
+    builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE), rule)
     vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
 
 def test_another_group_s_blocks_get_a_step_of_their_own(flash: Any) -> None:
     _, metadata, _, _ = build(flash, SelectionRule(160, 4, 32, "sum", "page"))
-    builder: Any = object.__new__(flash.SparseFlashBuilder)
+    builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = metadata.step.plan
     vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
     other = metadata.block_table + 1

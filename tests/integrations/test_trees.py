@@ -51,9 +51,9 @@ class Builder:
     error: str | None = None
 
     def __init__(self) -> None:
-        self.placed, self.moves = [], []
+        self.scheduled_trees, self.moves = [], []
 
-    def move(self, source, target) -> None:
+    def move_kv(self, source, target) -> None:
         self.moves += zip(source, target, strict=True)
 
 
@@ -123,7 +123,7 @@ def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingPar
     assert out == [[6, 7, 9, 3], [1, 4], [11]]
     assert runner.positions[:7].tolist() == [100, 101, 101, 102, 102, 102, 103]
     assert runner.positions[7:].tolist() == [107, 108, 109, 110]
-    assert [(p.index, p.first, p.position) for p in builder.placed] == [(0, 0, 100)]
+    assert [(p.index, p.first, p.position) for p in builder.scheduled_trees] == [(0, 0, 100)]
     assert builder.moves == [(2, 1), (5, 2), (6, 3)], "rows of the accepted nodes to those behind the root"
     assert verifier.num_moved_tokens == 3
 

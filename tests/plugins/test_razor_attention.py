@@ -26,7 +26,7 @@ def options(**values) -> RazorAttentionOptions:
         ({"keep": []}, "keep: expected pairs"),
         ({"keep": [[1]]}, "keep: expected pairs"),
         ({"keep": [[1, -1]]}, "keep: expected pairs"),
-        ({"keep": [[1, 1]], "profile": "p.json"}, "profile: given beside heads"),
+        ({"keep": [[1, 1]], "profile": "p.json"}, "profile: given together with heads"),
         ({"keep": "all"}, "keep: expected"),
         ({"window": 0}, "window: expected 1 to"),
         ({"ratio": -1}, "ratio: expected 0 to"),

@@ -230,12 +230,12 @@ class TestState:
             TokenRecycling.check(options(state_path=str(path), **changed), ENGINE)
 
     def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
-        for name, age in (("state.npzabc.tmp", 100), ("state.npzdef.tmp", 0), ("other.npzabc.tmp", 100)):
+        for name, age in ((".state.npz.abc", 100), (".state.npz.def", 0), (".other.npz.abc", 100)):
             (tmp_path / name).write_bytes(b"half")
             then = time.time() - age
             os.utime(tmp_path / name, (then, then))
         self.trained().save(tmp_path / "state.npz")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["other.npzabc.tmp", "state.npz", "state.npzdef.tmp"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".other.npz.abc", ".state.npz.def", "state.npz"]
 
     def test_another_vocabulary_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"

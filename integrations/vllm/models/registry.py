@@ -18,12 +18,12 @@ class ComposedModel(LocalModel):
 
         vision_test_models.build_test_model(self.name, folder)
 
-    def look(self) -> None:
+    def check_source(self) -> None:
         """Its tower, and the language model."""
         from . import vision_test_models
 
         vision_test_models.vit_source()
-        SMOLLM2.look()
+        SMOLLM2.check_source()
 
 
 TEST_MODELS = ("test-llava", "test-llava-next", "test-llava-onevision")

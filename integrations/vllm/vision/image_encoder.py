@@ -10,7 +10,7 @@ from ....plugins.config import ConfigError
 from ....plugins.contracts import ImageFeatures, ImageLayout
 from ....plugins.pruning import grids
 from . import layouts
-from .patch_scores import unlike_the_mean
+from .patch_scores import mean_dissimilarity
 
 PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 
@@ -74,7 +74,7 @@ class VisionEncoder:
         if self.config.vision_config.model_type == "clip_vision_model":
             scores, features = self._cls(hidden, at), features[:, 1:]
         else:
-            scores = unlike_the_mean(features)
+            scores = mean_dissimilarity(features)
         embedded = self.projector(features)
         return layout, ImageFeatures(self._assemble(layout, embedded), scores), features
 

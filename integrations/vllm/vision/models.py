@@ -21,7 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ....plugins.contracts import ImageFeatures, ImageLayout
 from ..engine import log
 from . import layouts, processing, request_pruner
-from .patch_scores import ClsScorer, unlike_the_mean
+from .patch_scores import ClsAttentionScorer, mean_dissimilarity
 
 TOWER_VIEWS = 16  # views that a tower sees at once: the scheduler counts pruned tokens, of which many views fit
 
@@ -42,7 +42,7 @@ class PrunedModel:
         if isinstance(self.vision_tower, CLIPVisionModel):  # not where pictures are switched off
             tower = f"{prefix}.vision_tower".removeprefix(".")
             with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
-                scorer = ClsScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
+                scorer = ClsAttentionScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
             self._scorer = scorer
         self._inside = self._visual = None
         schedule = request_pruner.make_pruner(self._engine).layer_schedule()
@@ -93,7 +93,7 @@ class PrunedModel:
             pruner, plan = request_pruner.resolve_selection(self._engine, self._wanted["image"][i], layout, "image")
             features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.needs_scores)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
-            made.append(pruned(pruner, layout, plan, ImageFeatures(tokens, scores)))
+            made.append(prune_features(pruner, layout, plan, ImageFeatures(tokens, scores)))
         return made
 
     def _see(self, pixels: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
@@ -105,14 +105,14 @@ class PrunedModel:
         features = torch.cat(parts)
         if not scored:
             return features, None
-        return features, unlike_the_mean(features) if scorer is None else scorer.take()
+        return features, mean_dissimilarity(features) if scorer is None else scorer.take()
 
     def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
         """A picture's tokens as vLLM puts them together, from its views [views, patches, width]."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its tokens are put together")
 
 
-def pruned(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) -> Tensor:
+def prune_features(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) -> Tensor:
     """What the language model gets of a picture.
 
     Raises:
@@ -182,5 +182,5 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
             layout = layouts.video_layout(self.config, len(video))
             pruner, plan = request_pruner.resolve_selection(self._engine, wanted, layout, "video")
             whole = plan.num_tokens == layout.num_tokens
-            made.append(tokens if whole else pruned(pruner, layout, plan, ImageFeatures(tokens)))
+            made.append(tokens if whole else prune_features(pruner, layout, plan, ImageFeatures(tokens)))
         return made

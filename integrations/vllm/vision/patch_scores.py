@@ -33,13 +33,13 @@ def cls_logits(layer: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-def unlike_the_mean(features: Tensor) -> Tensor:
+def mean_dissimilarity(features: Tensor) -> Tensor:
     """For towers without [CLS]: minus the cosine between a patch and the mean of its view, [views, patches]."""
     features = features.float()
     return -functional.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1)
 
 
-class ClsScorer:
+class ClsAttentionScorer:
     """Takes the logits of [CLS] as a CLIP tower runs, in the layer behind the one that features are taken from.
 
     For LLaVA that is the tower's last, which the published code reads. vLLM builds a tower only as far as it needs
@@ -54,7 +54,7 @@ class ClsScorer:
 
         class ScoringLayer(CLIPEncoderLayer):
             def forward(self, hidden_states: Tensor) -> Tensor:
-                scorer.see(self, hidden_states)
+                scorer.record_layer(self, hidden_states)
                 return hidden_states
 
         self.wanted = False
@@ -64,9 +64,9 @@ class ClsScorer:
             path = f"{prefix}.vision_model.encoder.layers.{len(layers)}"
             layers.append(ScoringLayer(config, quant_config, prefix=path, attn_cls=MMEncoderAttention))
         else:
-            layers[-1].register_forward_pre_hook(lambda layer, inputs: self.see(layer, inputs[0]))
+            layers[-1].register_forward_pre_hook(lambda layer, inputs: self.record_layer(layer, inputs[0]))
 
-    def see(self, layer: Any, hidden: Tensor) -> None:
+    def record_layer(self, layer: Any, hidden: Tensor) -> None:
         """What enters the layer, if anybody wants it."""
         if self.wanted:
             self._taken.append(cls_logits(layer, hidden))

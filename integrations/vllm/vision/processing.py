@@ -56,14 +56,14 @@ class PrunedInfo:
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """After pruning."""
-        return request_pruner.plan_tokens(
+        return request_pruner.plan_for_modality(
             self.selection, self.image_layout(image_height, image_width), "image"
         ).num_tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
         """After pruning, where the pruner takes videos."""
         del image_width, image_height
-        return request_pruner.plan_tokens(
+        return request_pruner.plan_for_modality(
             self.selection, layouts.video_layout(self.get_hf_config(), num_frames), "video"
         ).num_tokens
 

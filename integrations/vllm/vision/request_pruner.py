@@ -70,7 +70,7 @@ def request_options(engine: str, kwargs: Mapping[str, object]) -> str:
     return text
 
 
-def plan_tokens(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
+def plan_for_modality(selection: str, layout: ImageLayout, modality: str) -> PrunePlan:
     """What a pruner makes of a picture or a video; a video stays whole where it takes none."""
     chosen = make_pruner(selection)
     return chosen.plan(layout) if modality == "image" or chosen.prunes_videos else PrunePlan(layout.num_tokens)
@@ -81,7 +81,7 @@ def resolve_selection(engine: str, wanted: str, layout: ImageLayout, modality: s
 
     The engine's memory was measured with its own pruner.
     """
-    most, own = plan_tokens(engine, layout, modality), plan_tokens(wanted, layout, modality)
+    most, own = plan_for_modality(engine, layout, modality), plan_for_modality(wanted, layout, modality)
     return (make_pruner(wanted), own) if own.num_tokens <= most.num_tokens else (make_pruner(engine), most)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 SIZE = 56
 PINPOINTS = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
 SIZES = [(112, 112), (200, 90), (60, 150), (1, 1)]  # width, height
-WORKER = Path(__file__).parent / "pictures_worker.py"
+WORKER = Path(__file__).parent / "vision_worker.py"
 
 
 @pytest.fixture(scope="module")
