@@ -72,7 +72,7 @@ def quality() -> str:
 
 
 def short() -> str:
-    """For the README."""
+    """Render memory, speed and quality of each setting. Needles are compared with full attention at the same places."""
     _, arms, table = kv_figures("kv_memory")
     longest = max(c for _, _, c, b in table if b)
     batch = max(b for *_, b in table)
@@ -81,9 +81,10 @@ def short() -> str:
     for arm in arms:
         under_load = next(x for (a, d, *_), x in table.items() if (a, d) == (arm, "load"))
         one, many = (table[arm, f"context_{longest}", longest, b] for b in (1, batch))
-        found = [x for t in qualities for (a, *_), x in t.items() if a == arm]
-        needles = [x["needle_recall"] for x in found if "needle_recall" in x]
-        kl = [x["kl"] for x in found if "kl" in x]
+        pairs = [(x, t[STOCK, d, c, b]) for t in qualities for (a, d, c, b), x in t.items() if a == arm]
+        needles = [(x["needle_recall"], stock["needle_recall"]) for x, stock in pairs if "needle_recall" in x]
+        kl = [x["kl"] for x, _ in pairs if "kl" in x]
+        recall, full = (sum(values) / len(needles) for values in zip(*needles, strict=True)) if needles else (0, 0)
         rows.append(
             [
                 setting(arm),
@@ -92,7 +93,7 @@ def short() -> str:
                 f"{under_load['peak_decoding']:.0f}",
                 f"{under_load['load_speedup']:.2f}x",
                 f"{sum(kl) / len(kl):.3f}" if kl else "",
-                f"{sum(needles) / len(needles):.0%}" if needles else "",
+                f"{recall:.0%} of {full:.0%}" if needles and arm != STOCK else "",
             ]
         )
     head = [f"cache of {longest:,} tokens", "step, batch 1", f"batch {batch}", "decoding together under load"]

@@ -1,17 +1,17 @@
-"""The main job in one command (`make demo`): a stock vLLM engine, with and without Token Recycling, on real prompts.
+"""Serve real prompts with a stock vLLM engine, with and without a drafter (`make demo`).
 
-Prints a table and writes `out/demo.json` and `out/demo.png`.
+Prints a table of speed-up and acceptance length, and writes ``out/demo.json`` and ``out/demo.png``.
 """
 
 import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterBenchmark, DrafterRun, run_drafter_benchmark
 from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 from pilotfish.integrations.vllm.serving.progress import fetch_with_bar
+from pilotfish.plugins.terminal import make_table
 
 HERE = Path(__file__).parent
 
@@ -43,38 +43,32 @@ def main() -> None:
     )
     stock = {r.turn: r for r in runs if r.arm.startswith(STOCK)}
     pairs = [(stock[r.turn], r) for r in runs if not r.arm.startswith(STOCK)]
-    show(pairs, arguments.drafter)
+    print_table(pairs, arguments.drafter)
     plot(pairs, arguments.drafter, arguments.out / "demo.png")
     Console().print(f"plot: {arguments.out / 'demo.png'}")
 
 
-def speed(runs: list[DrafterRun]) -> float:
-    """Tokens per second over several runs."""
+def tokens_per_second(runs: list[DrafterRun]) -> float:
+    """Return the tokens per second over several runs."""
     return sum(r.tokens for r in runs) / sum(r.answer["seconds"] for r in runs)
 
 
-def accepted(runs: list[DrafterRun]) -> float:
-    """Tokens that one step yields for a request, on average."""
+def acceptance_length(runs: list[DrafterRun]) -> float:
+    """Return the mean number of tokens per verification step and request."""
     return sum(r.answer["emitted"] for r in runs) / max(1, sum(r.answer["request_steps"] for r in runs))
 
 
-def show(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str) -> None:
-    table = Table(
-        "prompts",
-        "stock tokens/s",
-        f"{drafter} tokens/s",
-        "ratio",
-        "accepted length",
-        "identical",
-        title="Greedy decoding",
-    )
+def print_table(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str) -> None:
+    """Print stock vLLM and the drafter side by side, by category of prompts."""
+    numbers = ("stock tok/s", "drafter tok/s", "speed-up", "acceptance length")
+    table = make_table("prompts", *numbers, "identical", numbers=numbers, title=f"Greedy decoding with {drafter}")
     categories = list(dict.fromkeys(a.category for a, _ in pairs))
     for category in [*categories, "all"]:
-        chosen = [p for p in pairs if category in (p[0].category, "all")]
-        before, after = [a for a, _ in chosen], [b for _, b in chosen]
-        same = all(a.answer["tokens"] == b.answer["tokens"] for a, b in chosen)
-        x, y = speed(before), speed(after)
-        cells = (f"{x:.1f}", f"{y:.1f}", f"{y / x:.2f}x", f"{accepted(after):.2f}", "yes" if same else "NO")
+        selected = [p for p in pairs if category in (p[0].category, "all")]
+        before, after = [a for a, _ in selected], [b for _, b in selected]
+        same = all(a.answer["tokens"] == b.answer["tokens"] for a, b in selected)
+        x, y = tokens_per_second(before), tokens_per_second(after)
+        cells = (f"{x:.1f}", f"{y:.1f}", f"{y / x:.2f}x", f"{acceptance_length(after):.2f}", "yes" if same else "NO")
         table.add_row(
             category, *cells, style="bold" if category == "all" else None, end_section=category == categories[-1]
         )
@@ -82,18 +76,27 @@ def show(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str) -> None:
 
 
 def plot(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str, path: Path) -> None:
+    """Draw tokens per second with and without the drafter, prompt by prompt."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    places = range(len(pairs))
-    axes.bar([p - 0.2 for p in places], [speed([a]) for a, _ in pairs], 0.4, label="stock vLLM", color="#9aa5b1")
-    axes.bar([p + 0.2 for p in places], [speed([b]) for _, b in pairs], 0.4, label=drafter, color="#1f6f8b")
-    axes.set_xticks(list(places), [a.category for a, _ in pairs], rotation=35, ha="right")
+    positions = range(len(pairs))
+    axes.bar(
+        [p - 0.2 for p in positions],
+        [tokens_per_second([a]) for a, _ in pairs],
+        0.4,
+        label="stock vLLM",
+        color="#9aa5b1",
+    )
+    axes.bar(
+        [p + 0.2 for p in positions], [tokens_per_second([b]) for _, b in pairs], 0.4, label=drafter, color="#1f6f8b"
+    )
+    axes.set_xticks(list(positions), [a.category for a, _ in pairs], rotation=35, ha="right")
     axes.set_ylabel("tokens per second")
-    ratio = speed([b for _, b in pairs]) / speed([a for a, _ in pairs])
+    ratio = tokens_per_second([b for _, b in pairs]) / tokens_per_second([a for a, _ in pairs])
     axes.set_title(f"SmolLM2-135M-Instruct, one request at a time: {ratio:.2f} times the tokens per second")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,1 +1,1 @@
-"""What KV policies stand on: which positions are read, and the kernels that choose and read them."""
+"""Shared parts of KV policies: plans of what a decode step reads, profiles, and kernels over the paged KV cache."""

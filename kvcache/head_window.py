@@ -1,6 +1,6 @@
-"""What windowed heads keep: sinks and the latest positions, in whole blocks (RazorAttention, arXiv 2407.15891).
+"""The window of non-retrieval heads: sinks and recent tokens, in whole blocks (RazorAttention, arXiv 2407.15891).
 
-Values and arithmetic only, shared by whoever frees blocks and whoever reads them: both see the same window.
+The KV cache manager, which frees blocks, and the kernels, which read them, both take the window from here.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadWindow:
-    """What a windowed head keeps of a text.
+    """The tokens that a non-retrieval head keeps.
 
     Attributes:
-        sinks: First positions, always kept.
-        window: The shortest window of latest positions (S0 of the paper).
-        ratio: The window grows to 1/ratio of the text (C of the paper); 0: it does not grow.
-        compensation: One more position stands for all that is left out: their mean key and value, with their weight.
-        exact_prefill: Nothing is left out while a prompt is processed; else the window moves with every chunk.
+        sinks: Number of first tokens that are always kept (N0 in the paper).
+        window: Smallest number of recent tokens that are kept (S0 in the paper).
+        ratio: The window grows to 1/ratio of the context (C in the paper); 0 for a window that does not grow.
+        compensation: Whether a compensation token, the mean key and value of the evicted tokens with their weight,
+            represents them.
+        exact_prefill: Whether prompts are processed with full attention; else the window moves with every chunk.
     """
 
     sinks: int
@@ -25,22 +26,22 @@ class HeadWindow:
     exact_prefill: bool
 
     def sink_blocks(self, block_size: int) -> int:
-        """Blocks that hold the sinks."""
+        """Return the number of blocks that hold the sinks."""
         return -(-self.sinks // block_size)
 
     def window_length(self, tokens: int) -> int:
-        """Positions that the window has at least, ``max(S0, N / C)``."""
+        """Return the smallest length of the window after ``tokens`` tokens, ``max(S0, N / C)``."""
         return max(self.window, tokens // self.ratio if self.ratio else 0)
 
     def first_retained_block(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
-        """The first block behind the sinks that a step reads.
+        """Return the index of the first block after the sinks that a step reads.
 
-        It never decreases with ``tokens``, so what was freed is not asked for again.
+        The index never decreases with ``tokens``, so a block that was freed is not needed again.
 
         Args:
-            tokens: Processed before the step.
-            block_size: Tokens of a block.
-            in_prompt: The step processes a prompt.
+            tokens: Number of tokens processed before the step.
+            block_size: Number of tokens in a block.
+            in_prompt: Whether the step processes a prompt.
         """
         sinks = self.sink_blocks(block_size)
         if in_prompt and self.exact_prefill:
@@ -48,19 +49,25 @@ class HeadWindow:
         return max(sinks, (tokens - self.window_length(tokens)) // block_size)
 
     def num_evicted(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
-        """Positions, whole blocks, that a token does not see which has ``tokens`` before it.
+        """Return how many tokens, in whole blocks, are evicted for a token that has ``tokens`` tokens before it.
 
-        This depends on its position alone, not on how a text was cut into steps.
+        The number depends on the token's position only, not on how the scheduler split the text into steps.
         """
         return (self.first_retained_block(tokens, block_size, in_prompt) - self.sink_blocks(block_size)) * block_size
 
     def max_decode_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
-        """The most blocks that a text of up to ``tokens`` holds while ``in_flight`` of them are processed in a step."""
+        """Return the largest number of blocks that a decoding request holds.
+
+        Args:
+            tokens: Largest number of tokens in the request.
+            in_flight: Largest number of tokens that one step processes.
+            block_size: Number of tokens in a block.
+        """
         window = -(-(self.window_length(tokens) + in_flight) // block_size) + 1
         return min(-(-tokens // block_size), self.sink_blocks(block_size) + window)
 
     def max_blocks(self, tokens: int, in_flight: int, block_size: int) -> int:
-        """As `decoding_blocks`, the prompt included."""
+        """Return the largest number of blocks that a request holds, its prefill included; see `max_decode_blocks`."""
         if self.exact_prefill:
             return -(-tokens // block_size)
         return self.max_decode_blocks(tokens, in_flight, block_size)
@@ -68,37 +75,38 @@ class HeadWindow:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which KV heads of a model keep everything; all others are windowed.
+    """The retrieval heads of a model, which keep every token, and the window of all other heads.
 
     Attributes:
-        retrieval_heads: For each layer the KV heads that keep everything.
-        window: Of the others.
+        retrieval_heads: For each layer, the indices of the KV heads that are retrieval heads.
+        window: Window of the non-retrieval heads.
     """
 
     retrieval_heads: tuple[frozenset[int], ...]
     window: HeadWindow
 
     def for_rank(self, rank: int, ranks: int, kv_heads: int) -> "HeadPlan":
-        """The part of a tensor-parallel rank, in its own numbers.
+        """Return the plan of one tensor-parallel rank, with the rank's own head indices.
 
-        All ranks keep equally many heads whole, as their caches have to be alike: others fill up to the rank that has
-        most of them, layer by layer.
+        The caches of all ranks must have the same layout, so every rank has as many retrieval heads as the rank that
+        has most. The other ranks make further heads retrieval heads, layer by layer.
 
         Args:
-            rank: Whose.
-            ranks: How many there are.
-            kv_heads: Of a whole layer; with fewer than ranks, several ranks have the same one.
+            rank: Index of the rank.
+            ranks: Number of ranks.
+            kv_heads: Number of KV heads of a layer over all ranks; with fewer heads than ranks, several ranks hold the
+                same head.
         """
         each = max(1, kv_heads // ranks)
 
-        def mine(r: int) -> list[set[int]]:
+        def heads_of_rank(r: int) -> list[set[int]]:
             first = r * kv_heads // ranks
             return [{head - first for head in heads if first <= head < first + each} for heads in self.retrieval_heads]
 
-        whole = mine(rank)
-        missing = max(sum(map(len, mine(r))) for r in range(ranks)) - sum(map(len, whole))
-        for heads in whole:
+        retrieval_heads = heads_of_rank(rank)
+        missing = max(sum(map(len, heads_of_rank(r))) for r in range(ranks)) - sum(map(len, retrieval_heads))
+        for heads in retrieval_heads:
             others = sorted(set(range(each)) - heads)[:missing]
             heads.update(others)
             missing -= len(others)
-        return HeadPlan(tuple(map(frozenset, whole)), self.window)
+        return HeadPlan(tuple(map(frozenset, retrieval_heads)), self.window)

@@ -1,8 +1,8 @@
-"""Which layers should choose positions, found from how much attention each layer's choice misses in the others.
+"""Choice of TidalDecode's token selection layers, by dynamic programming.
 
-TidalDecode's authors try every re-selection layer of a model in turn. One pass that records, for every pair of layers,
-what the choice of the one misses in the other holds all that is needed to find the best set of any size by dynamic
-programming.
+The paper tries every possible re-selection layer of a model, one after the other. Here one pass records, for every pair
+of layers, how much attention of the second layer falls outside the tokens that the first one selects. That is enough
+to find the best set of selection layers of any size.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Layers that read everything; all others are sparse.
+    """A choice of full-attention layers; all other layers are sparse.
 
     Attributes:
-        full: The first layers, before anything was chosen.
-        select: Layers that choose.
-        loss: What sparse layers miss, summed over layers.
+        full: First layers, before the first selection layer; they compute full attention.
+        select: Token selection layers; they compute full attention too.
+        loss: Attention outside the selected tokens, summed over the sparse layers.
     """
 
     full: tuple[int, ...]
@@ -27,29 +27,30 @@ class LayerChoice:
 
     @property
     def num_full_layers(self) -> int:
-        """How many layers read everything."""
+        """Number of layers that compute full attention."""
         return len(self.full) + len(self.select)
 
 
 def best_layer_choices(missed: NDArray[np.floating], most: int | None = None) -> list[LayerChoice]:
-    """The choice with the least loss for every number of layers that read everything.
+    """Return the choice with the least loss for every number of full-attention layers.
 
     Args:
-        missed: [layers, layers] what the column misses when it reads the row's choice, at least 0.
-        most: Largest number of reading layers to consider; all if not given.
+        missed: [num_layers, num_layers] attention of layer ``column`` outside the tokens that layer ``row`` selects, at
+            least 0.
+        most: Largest number of full-attention layers to consider; all layers if not given.
 
     Returns:
-        One choice for each number 1, 2, ..., `most`.
+        One choice for each number 1, 2, ..., ``most``.
     """
     layers = len(missed)
     loss = np.asarray(missed, np.float64)
     most = layers if most is None else min(most, layers)
-    # between[c, e]: what the sparse layers c + 1 .. e - 1 miss when c chose for them
+    # between[c, e]: loss of the sparse layers c + 1 .. e - 1 when they read the tokens selected by layer c
     between = np.full((layers, layers + 1), np.inf)
     for c in range(layers):
         between[c, c + 1 :] = np.concatenate(([0.0], np.cumsum(loss[c, c + 1 :])))
-    # best[n, c]: the least loss of layers 0 .. c - 1 when c is the n-th layer that reads everything, and chooses;
-    # before the first choice every layer reads everything, so a first choice at c is the (c + 1)-th
+    # best[n, c]: least loss of layers 0 .. c - 1 when layer c selects tokens and is the n-th full-attention layer.
+    # Layers before the first selection layer compute full attention, so a first selection layer c is the (c + 1)-th.
     best = np.full((most + 1, layers), np.inf)
     back = np.full((most + 1, layers), -1)
     for c in range(layers):
@@ -66,7 +67,7 @@ def best_layer_choices(missed: NDArray[np.floating], most: int | None = None) ->
 
 
 def _walk(best: NDArray[np.floating], back: NDArray[np.integer], between: NDArray[np.floating], n: int) -> LayerChoice:
-    """Follow the best chain of ``n`` reading layers back to its first choice."""
+    """Follow the best chain of ``n`` full-attention layers back to its first selection layer."""
     totals = best[n] + between[:, -1]
     c = int(np.argmin(totals))
     loss, select = float(totals[c]), [c]

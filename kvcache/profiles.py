@@ -1,4 +1,4 @@
-"""Profiles: what tuning found for a model, as a versioned JSON file that names the model it is of."""
+"""Profiles: the settings that tuning found for a model, as a versioned JSON file with the model's fingerprint."""
 
 import hashlib
 import json
@@ -10,8 +10,7 @@ from typing import Any
 from pilotfish._internal.atomic_write import write_text
 
 FORMAT = 1
-# What of a model's configuration decides whether a profile fits: its shape, not its weights, so that a profile serves
-# the fine-tuned models of a base too.
+# A profile fits every model of the same shape, whatever its weights, so that it also serves fine-tuned models.
 SHAPE = (
     "model_type",
     "hidden_size",
@@ -24,7 +23,7 @@ SHIPPED = Path(__file__).with_name("shipped")
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be used; the message is one line that begins with its path."""
+    """Error for a profile that cannot be used; the message is one line that begins with its path."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Profile:
 
     Attributes:
         policy: Name of the policy.
-        model: The model's name, for people.
-        fingerprint: Of its shape, see `fingerprint`.
+        model: Name of the model, for information only.
+        fingerprint: Fingerprint of the model's shape, see `model_fingerprint`.
         settings: Named settings, each a mapping of the policy's options.
-        evidence: How they were found: text, budget, figures.
+        evidence: How the settings were found: text, budget, measurements.
     """
 
     policy: str
@@ -47,13 +46,17 @@ class Profile:
 
 
 def model_fingerprint(config: Mapping[str, Any]) -> str:
-    """Hex digest of a model's shape, from its ``config.json`` (the text part of it)."""
+    """Return a hex digest of a model's shape.
+
+    Args:
+        config: Contents of the model's ``config.json``; of a multimodal model, its text configuration.
+    """
     values = [config.get(name) for name in SHAPE]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write a profile, whole or not at all."""
+    """Write a profile atomically."""
     write_text(path, json.dumps({"format": FORMAT, **vars(profile)}, indent=1) + "\n")
 
 
@@ -61,25 +64,25 @@ def read_profile(path: Path) -> Profile:
     """Read a profile.
 
     Raises:
-        ProfileError: it is missing, not a profile, or of another version.
+        ProfileError: The file is missing, is not a profile, or has another format version.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         version = value.pop("format")
         profile = Profile(**value)
         if not all(isinstance(s, dict) for s in profile.settings.values()):
-            raise TypeError("its settings are not objects")
+            raise TypeError("a setting is not an object")
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ProfileError(f"{path}: not a profile") from None
     if version != FORMAT:
-        raise ProfileError(f"{path}: of version {version}, expected {FORMAT}; tune the model anew")
+        raise ProfileError(f"{path}: of version {version}, expected {FORMAT}; tune the model again")
     return profile
 
 
 def shipped_profile(policy: str, of: str) -> Profile | None:
-    """The profile that this package ships for a policy and the model with fingerprint ``of``, if any."""
+    """Return the profile that this package ships for a policy and the model with fingerprint ``of``, if any."""
     for path in sorted(SHIPPED.glob(f"{policy}-*.json")):
         profile = read_profile(path)
         if profile.fingerprint == of:

@@ -1,6 +1,6 @@
-"""Which positions of a context a decode step reads: what layers do, and how positions are chosen.
+"""Descriptions of a sparse decode step: the role of every layer, and the rule by which tokens are selected.
 
-Values only; `kernels.paged_decode` does the work.
+This module holds values only. `kernels.paged_decode` and `kernels.paged_triton` compute with them.
 """
 
 from collections.abc import Sequence
@@ -8,32 +8,35 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-PAGE_SIZE = 32  # tokens of a page, and of one unit of work in the kernels
+PAGE_SIZE = 32  # tokens of a page; the C++ kernels process this many tokens at a time
 
 HeadAggregation = Literal["head", "kv_head", "sum", "max", "union"]
 Granularity = Literal["token", "page"]
 
 
 class Role(Enum):
-    """What a layer does in a decode step."""
+    """The role of a layer in a decode step."""
 
-    FULL = "attends to everything"
-    SELECT = "attends to everything and chooses positions"
-    SPARSE = "attends to the chosen positions"
+    FULL = "full attention"
+    SELECT = "full attention, and selects tokens"
+    SPARSE = "attention over the selected tokens"
 
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """How positions are chosen from the attention of one layer.
+    """A rule that selects tokens by the attention weights of one layer.
 
     Attributes:
-        budget: Positions that are kept, all told.
-        sinks: First positions of the text, always kept.
-        recent: Positions before the current one that are always kept, besides the current one.
-        head_aggregation: Who shares a choice. ``head``: every query head its own. ``kv_head``: the query heads of a KV
-            head, by the sum of their attention. Else all heads: by the ``sum`` of attention, its ``max``, or ``union``:
-            every head proposes ``budget - recent`` positions, and the proposals are ranked by the sum of attention.
-        granularity: Single positions (the paper), or pages of `GROUP` positions ranked by their sum.
+        budget: Number of tokens that are kept, sinks and recent tokens included.
+        sinks: Number of first tokens that are always kept.
+        recent: Number of tokens before the current one that are always kept; the current token is always kept too.
+        head_aggregation: Which query heads share a selection (a head group), and how their attention is combined.
+            ``head``: every query head selects for itself. ``kv_head``: the query heads of a KV head share a selection,
+            by the sum of their attention. With the other values all heads share one selection: by the ``sum`` of their
+            attention, by its ``max``, or by ``union``, where every head proposes its top ``budget - recent`` tokens and
+            the proposals are ranked by the sum of attention.
+        granularity: Select single tokens (``token``, as in the paper), or pages of `PAGE_SIZE` tokens (``page``),
+            ranked by the sum of the attention to their tokens.
     """
 
     budget: int
@@ -43,12 +46,12 @@ class SelectionRule:
     granularity: Granularity
 
     def num_head_groups(self, query_heads: int, kv_heads: int) -> int:
-        """How many choices a layer makes for each request."""
+        """Return the number of head groups, each of which has its own selection."""
         return {"head": query_heads, "kv_head": kv_heads}.get(self.head_aggregation, 1)
 
     @property
     def min_budget(self) -> int:
-        """The smallest budget that holds what is always kept, and one unit to choose."""
+        """Smallest budget that holds the tokens that are always kept, and one selected token or page."""
         if self.granularity == "token":
             return self.sinks + self.recent + 2
         return PAGE_SIZE * (-(-self.sinks // PAGE_SIZE) + self.recent // PAGE_SIZE + 3)
@@ -56,13 +59,15 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What every layer reads in a decode step whose context exceeds the rule's budget.
+    """A plan of what every layer reads in a decode step.
+
+    It applies to requests whose context exceeds the rule's budget. Other requests use full attention in every layer.
 
     Attributes:
-        roles: One for each layer; layers before the first choice, and requests within the budget, read everything.
-        rule: How positions are chosen.
-        correction_interval: Decoded tokens after which their keys and values are computed anew with full attention;
-            0 for never.
+        roles: Role of each layer; layers before the first selection layer compute full attention.
+        rule: Rule by which tokens are selected.
+        correction_interval: Number of decoded tokens after which their keys and values are recomputed with full
+            attention; 0 for never.
     """
 
     roles: tuple[Role, ...]

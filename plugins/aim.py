@@ -59,7 +59,7 @@ class AIMOptions:
 
 
 class AIM(VisualPruner):
-    """Merge similar tokens within the base view, each video frame and each crop."""
+    """Merges similar visual tokens, in each view or frame."""
 
     name: ClassVar[str] = "aim"
     Options: ClassVar[type] = AIMOptions

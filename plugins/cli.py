@@ -28,11 +28,11 @@ def single_line(flag: str, values: Sequence[str] | None) -> str | None:
     return values[0] if values else None
 
 
-def extend_group(cli: typer.Typer, name: str, group: typer.Typer) -> None:
+def extend_group(cli: typer.Typer, name: str, group: typer.Typer, task: str | None = None) -> None:
     """Add a group of commands; where one of that name is there already, its commands go into it."""
     for known in cli.registered_groups:
         if known.name == name and known.typer_instance is not None:
             known.typer_instance.registered_commands += group.registered_commands
             return
-    cli.add_typer(typer.Typer(help=group.info.help, no_args_is_help=True), name=name)
-    extend_group(cli, name, group)
+    cli.add_typer(typer.Typer(help=group.info.help, no_args_is_help=True), name=name, rich_help_panel=task)
+    extend_group(cli, name, group, task)

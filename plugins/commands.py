@@ -3,57 +3,83 @@
 import dataclasses
 import inspect
 import json
+import shutil
+import textwrap
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .config import type_name
+from .cli import strip_control_characters
+from .config import ConfigError, type_name, unknown_key_message
 from .hookspecs import hookimpl
 from .manager import HOOKS, disabled, plugins
+from .terminal import SERVING
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the command."""
-    cli.command("plugins")(list_plugins)
+    cli.command("plugins", rich_help_panel=SERVING)(list_plugins)
 
 
-def list_plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """List installed plugins: kind, name, origin, and options with types, defaults and help."""
+def list_plugins(
+    name: Annotated[str | None, typer.Argument(help="A plugin, whose options are shown.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List installed plugins, or show the options of one."""
     manager = plugins()
-    listed = [describe_plugin(kind, cls) for kind in HOOKS for cls in manager.classes(kind).values()]
+    described = [describe_plugin(kind, cls) for kind in HOOKS for cls in manager.classes(kind).values()]
+    if name is not None:
+        shown = [plugin for plugin in described if plugin["name"] == name]
+        if not shown:
+            raise ConfigError(unknown_key_message(f"plugin '{name}'", name, [p["name"] for p in described]))
+    else:
+        shown = described
     if as_json:
         failed = [dataclasses.asdict(f) for f in manager.failures]
-        typer.echo(json.dumps({"plugins": listed, "failed": failed, "disabled": disabled()}, indent=2))
+        typer.echo(json.dumps({"plugins": shown, "failed": failed, "disabled": disabled()}, indent=2))
         return
-    console = Console()
-    table = Table("kind", title="Installed plugins")
-    for column in ("plugin", "option", "type", "default", "help"):
-        table.add_column(column, overflow="fold")  # a name that is cut cannot be typed
-    for plugin in listed:
-        first = (plugin["kind"], f"{plugin['name']}\n[dim]from {plugin['origin']}[/]")
-        for i, option in enumerate(plugin["options"] or [{}]):
-            cells = (
-                option.get("name", ""),
-                option.get("type", ""),
-                json.dumps(option.get("default")),
-                option.get("help", ""),
-            )
-            cells = tuple(map(escape, cells))  # brackets are meant, not markup
-            table.add_row(*(first if i == 0 else ("", "")), *cells, end_section=i + 1 >= len(plugin["options"]))
-    console.print(table)
+    if name is not None:
+        for plugin in shown:
+            _print_options(plugin)
+        return
+    _print_list(shown)
     for failure in manager.failures:
-        console.print(f"failed to load: {failure.plugin}: {failure.error}", markup=False, style="red")
+        message = f"failed to load: {failure.plugin}: {failure.error}"
+        typer.secho(strip_control_characters(message), fg=typer.colors.RED)
     if disabled():
-        console.print("PILOTFISH_DISABLE is set: nothing is attached to an engine", style="yellow")
+        typer.secho("PILOTFISH_DISABLE is set: no plugin is attached to an engine", fg=typer.colors.YELLOW)
+
+
+def _print_list(described: list[dict[str, Any]]) -> None:
+    """Print one line per plugin: type, name and summary."""
+    width = shutil.get_terminal_size().columns
+    columns = [max(len(p[key]) for p in [*described, {"kind": "type", "name": "name"}]) for key in ("kind", "name")]
+    room = max(width - sum(columns) - 4, 20)
+    typer.secho(f"{'type':{columns[0]}}  {'name':{columns[1]}}  summary", bold=True)
+    for plugin in described:
+        summary = textwrap.shorten(plugin["summary"], room, placeholder=" ...")
+        typer.echo(f"{plugin['kind']:{columns[0]}}  {plugin['name']:{columns[1]}}  {summary}")
+    typer.echo("\n`pilotfish plugins NAME` shows the options of a plugin.")
+
+
+def _print_options(plugin: dict[str, Any]) -> None:
+    """Print a plugin with its options, their types, defaults and help."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    typer.secho(f"{plugin['name']} ({plugin['kind']}, from {plugin['origin']})", bold=True)
+    typer.echo(textwrap.fill(plugin["summary"], width))
+    if not plugin["options"]:
+        typer.echo("\nThis plugin has no options.")
+    for option in plugin["options"]:
+        typer.echo("")
+        head = f"{option['name']}: {option['type']} = {json.dumps(option['default'])}"
+        typer.secho(textwrap.fill(head, width, subsequent_indent="    "), bold=True)
+        typer.echo(textwrap.fill(option["help"], width, initial_indent="    ", subsequent_indent="    "))
 
 
 def describe_plugin(kind: str, cls: Any) -> dict[str, Any]:
-    """A registered class as plain values."""
+    """Return a registered class as plain values, for printing and JSON."""
     hints, notes = typing.get_type_hints(cls.Options), option_help(cls.Options)
     options = [
         {"name": f.name, "type": type_name(hints[f.name]), "default": default_value(f), "help": notes.get(f.name, "")}
@@ -69,12 +95,12 @@ def describe_plugin(kind: str, cls: Any) -> dict[str, Any]:
 
 
 def default_value(option: dataclasses.Field) -> Any:
-    """What an option is where nothing is said."""
+    """Return the default of an option."""
     return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def option_help(options: type) -> dict[str, str]:
-    """The ``Attributes:`` section of a dataclass's docstring, by name."""
+    """Return the ``Attributes:`` section of a dataclass's docstring, by name."""
     notes: dict[str, str] = {}
     name = ""
     _, _, section = (inspect.getdoc(options) or "").partition("Attributes:\n")

@@ -42,7 +42,10 @@ class DiversityOptions:
 
 
 class Diversity(VisualPruner):
-    """Keep the most diverse tokens of the base view or each frame, and of the grid."""
+    """Keeps the most diverse visual tokens.
+
+    Tokens are selected in the base view or each frame, and in the grid.
+    """
 
     name: ClassVar[str] = "diversity"
     Options: ClassVar[type] = DiversityOptions

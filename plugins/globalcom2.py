@@ -50,7 +50,10 @@ class GlobalCom2Options:
 
 
 class GlobalCom2(VisualPruner):
-    """Keep the tokens that the base view and their crop score highest, more of them in crops that matter."""
+    """Prunes visual tokens, guided by the base view.
+
+    Keeps the tokens that the base view and their crop score highest, more of them in crops that matter.
+    """
 
     name: ClassVar[str] = "globalcom2"
     Options: ClassVar[type] = GlobalCom2Options

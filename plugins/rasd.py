@@ -101,7 +101,7 @@ class _Request:
 
 
 class RASD(Drafter):
-    """Drafter that fuses retrieved continuations with the tree of a base drafter."""
+    """Drafts from retrieved text, fused with a base drafter."""
 
     name: ClassVar[str] = "rasd"
     default_depth: ClassVar[int] = 24

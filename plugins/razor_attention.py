@@ -85,7 +85,10 @@ class RazorAttentionOptions:
 
 
 class RazorAttention(KVPolicy):
-    """KV policy: which heads are retrieval heads, and what the other heads keep."""
+    """Frees KV blocks: only retrieval heads keep all tokens.
+
+    The policy decides which heads are retrieval heads, and what the other heads keep.
+    """
 
     name: ClassVar[str] = "razor_attention"
     Options: ClassVar[type] = RazorAttentionOptions

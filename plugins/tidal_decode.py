@@ -104,7 +104,10 @@ class TidalDecodeOptions:
 
 
 class TidalDecode(KVPolicy):
-    """KV policy: the role of every layer in a decode step, and which tokens a selection layer selects."""
+    """Sparse attention: few layers select tokens for all.
+
+    The policy gives every layer its role in a decode step.
+    """
 
     name: ClassVar[str] = "tidal_decode"
     Options: ClassVar[type] = TidalDecodeOptions

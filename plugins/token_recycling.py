@@ -79,7 +79,10 @@ class TokenRecyclingOptions:
 
 
 class TokenRecycling(Drafter):
-    """Drafter with one adjacency matrix (and rows for longer contexts) for each group of requests that shares one."""
+    """Drafts from the top-k tokens of previous steps.
+
+    There is one adjacency matrix, with rows for longer contexts, for each group of requests that shares one.
+    """
 
     name: ClassVar[str] = "token_recycling"
     default_depth: ClassVar[int] = 12

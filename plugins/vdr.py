@@ -84,7 +84,7 @@ class VDRSettings:
 
 
 class VDR(InvertedIndexKind):
-    """Index type VDR: inner products of lexical representations, over inverted lists."""
+    """Learned sparse search over inverted lists."""
 
     name: ClassVar[str] = "vdr"
     default_encoder: ClassVar[str] = "splade-tiny"

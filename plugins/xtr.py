@@ -100,7 +100,7 @@ class XTRSettings:
 
 
 class XTR(IndexKind):
-    """Index type XTR: ranks documents with the retrieved tokens only."""
+    """Multi-vector search that scores retrieved tokens only."""
 
     name: ClassVar[str] = "xtr"
     default_encoder: ClassVar[str] = "minilm"

@@ -1,6 +1,6 @@
-"""What retrieval plugins stand on: encoders, indexes, storage, a datastore of token ids.
+"""Retrieval stack of the index plugins: encoders, indexes, storage, evaluation and an HTTP server.
 
-`Index` is what people use; it is imported when it is asked for.
+`Index` is the public API; it is imported on first access.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,26 +1,26 @@
-"""What can be wrong with an index; every message is one line that says what to do."""
+"""Errors of the retrieval stack; every message is one line that names the remedy."""
 
 
 class RetrievalError(ValueError):
-    """A wrong request, or an index that cannot serve it."""
+    """Invalid request, or an index that cannot serve it."""
 
 
 class NoIndex(RetrievalError):  # noqa: N818 -- the name says it
-    """There is no index in the folder."""
+    """Error for a folder that contains no index."""
 
 
 class DamagedIndex(RetrievalError):  # noqa: N818
-    """A file of the index is missing, cut short, or not what was written."""
+    """Error for a file of the index that is missing, truncated or different from what was written."""
 
 
 class LockedIndex(RetrievalError):  # noqa: N818
-    """Somebody else writes to the index."""
+    """Error for an index that another process is writing to, or that is not writable."""
 
 
 class NewerFormat(RetrievalError):  # noqa: N818
-    """The index was written by a later version of Pilotfish."""
+    """Error for an index that was written by a later version of Pilotfish."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its name where it says nothing."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

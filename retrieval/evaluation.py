@@ -1,4 +1,4 @@
-"""Collections with judged queries, in BEIR's form, and how well a ranking does on them."""
+"""Test collections in BEIR format (documents, queries and qrels), and ranking metrics."""
 
 import csv
 import gzip
@@ -10,18 +10,18 @@ from pathlib import Path
 from .errors import RetrievalError, first_line
 
 METRICS = ("ndcg@10", "recall@100", "mrr@10")
-Rankings = Mapping[str, Mapping[str, float]]  # query -> document -> score
+Rankings = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A BEIR folder: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/*.tsv``, the first two perhaps with ``.gz``.
+    """BEIR folder: ``corpus.jsonl`` and ``queries.jsonl`` (each optionally with ``.gz``), and ``qrels/*.tsv``.
 
     Attributes:
-        name: Of the folder.
-        corpus: Path of its documents.
-        queries: Text by id, of those that were judged.
-        judged: query -> document -> grade.
+        name: Name of the folder.
+        corpus: Path of the documents.
+        queries: Texts of the queries that have qrels, by query id.
+        judged: Qrels: query id -> document id -> relevance grade.
     """
 
     name: str
@@ -31,22 +31,22 @@ class Collection:
 
 
 def read_collection(folder: Path, split: str = "test") -> Collection:
-    """Open a collection; of several ``qrels/*.tsv`` that of a split, or, where that is not there, the first.
+    """Read a collection with the qrels of a split, or with its first qrels if there is no such split.
 
     Raises:
-        RetrievalError: a file is missing or cannot be read.
+        RetrievalError: A file is missing or cannot be read.
     """
     if not folder.is_dir():
         raise RetrievalError(f"{folder}: no such folder")
     names = sorted((folder / "qrels").glob("*.tsv"))
     if not names:
         raise RetrievalError(f"{folder}: there are no qrels/*.tsv")
-    chosen = next((n for n in names if n.stem == split), names[0])
+    qrels = next((n for n in names if n.stem == split), names[0])
     judged: dict[str, dict[str, int]] = {}
     try:
-        with chosen.open(encoding="utf-8", newline="") as file:
+        with qrels.open(encoding="utf-8", newline="") as file:
             for row in csv.reader(file, delimiter="\t"):
-                if len(row) >= 3 and row[-1].lstrip("-").isdigit():  # else the head
+                if len(row) >= 3 and row[-1].lstrip("-").isdigit():  # skips the header
                     query, document = (row[0], row[1]) if len(row) == 3 else (row[0], row[2])
                     judged.setdefault(query, {})[document] = int(row[-1])
         path = _either(folder, "queries.jsonl")
@@ -56,28 +56,31 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     except (OSError, ValueError, KeyError, TypeError, csv.Error, EOFError) as error:
         raise RetrievalError(f"{folder}: {first_line(error)}") from None
     if not queries:
-        raise RetrievalError(f"{folder}: no query of {chosen.name} stands in queries.jsonl")
+        raise RetrievalError(f"{folder}: no query of {qrels.name} is in queries.jsonl")
     return Collection(folder.absolute().name, _either(folder, "corpus.jsonl"), queries, judged)
 
 
 def _either(folder: Path, name: str) -> Path:
-    found = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-    if found is None:
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
         raise RetrievalError(f"{folder}: there is no {name}")
-    return found
+    return path
 
 
 def compute_metrics(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict[str, float]:
-    """`METRICS`, means over the queries that were judged."""
+    """Compute `METRICS`, averaged over the queries that have qrels."""
     import ir_measures
 
-    wanted: dict[str, str] = dict(zip(("nDCG@10", "R@100", "RR@10"), METRICS, strict=True))
-    measures = [ir_measures.parse_measure(name) for name in wanted]
+    metric_names: dict[str, str] = dict(zip(("nDCG@10", "R@100", "RR@10"), METRICS, strict=True))
+    measures = [ir_measures.parse_measure(name) for name in metric_names]
     run = {q: dict(r) for q, r in rankings.items()}
-    found = ir_measures.calc_aggregate(measures, {q: dict(d) for q, d in judged.items()}, run)
-    return {wanted[str(m)]: float(v) for m, v in found.items()}
+    values = ir_measures.calc_aggregate(measures, {q: dict(d) for q, d in judged.items()}, run)
+    return {metric_names[str(m)]: float(v) for m, v in values.items()}
 
 
 def ranked_ids(ids: Sequence[str]) -> dict[str, float]:
-    """A ranking as `measure` wants it: equal scores would be broken by names, so places count, not scores."""
+    """Convert a ranking to scores for `compute_metrics`.
+
+    The scores follow from the ranks, because ir_measures would break ties by document id.
+    """
     return {name: float(len(ids) - place) for place, name in enumerate(ids)}

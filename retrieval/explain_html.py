@@ -1,10 +1,10 @@
-"""Why a document was found, as bars: in a terminal, and as one HTML page that needs nothing else."""
+"""Score explanations as bar charts: in a terminal, and as one self-contained HTML page."""
 
 import html
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH = 24  # characters of the longest bar in a terminal
+WIDTH = 24  # length of the longest bar in a terminal, in characters
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1c2430;
@@ -20,25 +20,25 @@ blockquote { border-left: 3px solid #d5dbe3; margin: 0; padding-left: 1rem; whit
 
 
 def explanation_html(query: str, name: str, text: str, reasons: Sequence[Any], reading: Any | None) -> str:
-    """The page.
+    """Return the HTML page that explains a score.
 
     Args:
-        query: What was asked.
-        name: The document's id.
-        text: Its text; shown as text, never as HTML.
-        reasons: `plugins.contracts.Reason`, what adds to the score.
-        reading: `plugins.contracts.Reading`, or None.
+        query: Query text.
+        name: Id of the document.
+        text: Text of the document; it is escaped.
+        reasons: Parts of the score: objects of `plugins.contracts.ScoreExplanation`.
+        reading: Term weights of query and document (`plugins.contracts.TermWeights`), or None.
     """
     shared = [
         (r.query if r.query == r.document else f"{r.query} → {r.document or 'imputed'}", r.score, r.imputed)
         for r in reasons
     ]
-    columns = [_column("What adds to the score", shared)]
+    columns = [_column("Contributions to the score", shared)]
     if reading is not None:
         columns = [
-            _column("Words of the query", [(w, v, False) for w, v in reading.query]),
-            _column("Words of both, multiplied", shared),
-            _column("Words of the document", [(w, v, False) for w, v in reading.document]),
+            _column("Terms of the query", [(w, v, False) for w, v in reading.query]),
+            _column("Shared terms, products of weights", shared),
+            _column("Terms of the document", [(w, v, False) for w, v in reading.document]),
         ]
     score = sum(r.score for r in reasons)
     return (
@@ -63,7 +63,7 @@ def _column(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
 
 
 def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
-    """The same in a terminal."""
+    """Print a score explanation in a terminal."""
     from rich.columns import Columns
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +82,7 @@ def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
     console.print(table)
     if reading is not None:
         sides = []
-        for title, words in (("words of the query", reading.query), ("words of the document", reading.document)):
+        for title, words in (("terms of the query", reading.query), ("terms of the document", reading.document)):
             side = Table(title, "weight", "")
             for word, weight in words:
                 side.add_row(Text(word), f"{weight:.3f}", bar(weight, words[0][1]))

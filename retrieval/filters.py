@@ -1,18 +1,18 @@
 """Filters over metadata: ``year >= 2020 AND lang in (en, de) AND NOT draft = true``.
 
-    filter     = either ("OR" either)*
-    either     = each ("AND" each)*
-    each       = "NOT" each | "(" filter ")" | comparison
-    comparison = field ("=" | "!=" | "<" | "<=" | ">" | ">=") value
-               | field ["not"] "in" "(" value ("," value)* ")"
-               | field "contains" value                            an array has it, or a text holds it
-               | field "exists"
-    field      = name ("." name)*                                  goes into nested objects
-    value      = number | true | false | null | "text" | 'text' | word
+    filter      = conjunction ("OR" conjunction)*
+    conjunction = term ("AND" term)*
+    term        = "NOT" term | "(" filter ")" | comparison
+    comparison  = field ("=" | "!=" | "<" | "<=" | ">" | ">=") value
+                | field ["not"] "in" "(" value ("," value)* ")"
+                | field "contains" value                           element of an array, or substring of a text
+                | field "exists"
+    field       = name ("." name)*                                 names of nested objects
+    value       = number | true | false | null | "text" | 'text' | word
 
-Types are kept apart: 2020 is not "2020", and true is not 1. What a comparison says of a field that is missing or of
-another type is no; ``!=`` and ``not in`` are the negations of ``=`` and ``in``, so there it is yes. Keywords may be
-small or large.
+Types are strict: 2020 is not "2020", and true is not 1. A comparison is false if the field is missing or has another
+type; ``!=`` and ``not in`` are the negations of ``=`` and ``in``, so they are true in this case. Keywords are
+case-insensitive.
 """
 
 import re
@@ -23,18 +23,18 @@ from typing import Any
 from .errors import RetrievalError
 
 Value = str | int | float | bool | None
-LONGEST = 10_000  # characters of a filter
-DEEPEST = 20  # brackets and NOTs within each other: SQLite's parser has a stack of 100
-WIDEST = 250  # conditions that are joined at once: its expressions may be 1,000 deep
+LONGEST = 10_000  # maximum number of characters of a filter
+DEEPEST = 20  # maximum nesting of brackets and NOTs: SQLite's parser stack has 100 entries
+WIDEST = 250  # maximum number of conditions joined in one expression: SQLite's limit of the expression depth is 1,000
 
 
 class FilterError(RetrievalError):
-    """A filter that cannot be read."""
+    """Error for an invalid filter."""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """One comparison; ``values`` has one value but for "in" (any number) and "exists" (none)."""
+    """Comparison of a field. ``values`` has one value; for "in" any number, for "exists" none."""
 
     field: tuple[str, ...]
     operator: str  # = < <= > >= in contains exists
@@ -43,21 +43,21 @@ class Compare:
 
 @dataclass(frozen=True)
 class Not:
-    """What does not hold."""
+    """Negation of a condition."""
 
     part: "Filter"
 
 
 @dataclass(frozen=True)
 class All:
-    """All of it holds."""
+    """Conjunction; true without parts."""
 
     parts: tuple["Filter", ...]
 
 
 @dataclass(frozen=True)
 class Any_:  # noqa: N801 -- `Any` is taken
-    """Some of it holds."""
+    """Disjunction; false without parts."""
 
     parts: tuple["Filter", ...]
 
@@ -74,10 +74,10 @@ _FIXED: dict[str, Value] = {"true": True, "false": False, "null": None}
 
 
 def parse(text: str) -> Filter:
-    """Read a filter.
+    """Parse a filter.
 
     Raises:
-        FilterError: it is wrong; the message says where.
+        FilterError: The filter is invalid; the message names the position.
     """
     if len(text) > LONGEST:
         raise FilterError(f"filter: {len(text)} characters, at most {LONGEST} are read")
@@ -88,15 +88,15 @@ def parse(text: str) -> Filter:
 
 class _Reader:
     def __init__(self, text: str) -> None:
-        found = ((m.lastgroup, m) for m in _WORD.finditer(text))
-        self._words = [(kind, m[kind], m.start(kind)) for kind, m in found if kind]
+        tokens = ((m.lastgroup, m) for m in _WORD.finditer(text))
+        self._words = [(kind, m[kind], m.start(kind)) for kind, m in tokens if kind]
         self._at = self._depth = 0
 
     def read(self) -> Filter:
-        found = self._any()
+        condition = self._any()
         if self._at < len(self._words):
             self._wrong("the end, AND or OR")
-        return found
+        return condition
 
     def _peek(self) -> tuple[str, str]:
         kind, word, _ = self._words[self._at] if self._at < len(self._words) else ("end", "", 0)
@@ -111,9 +111,9 @@ class _Reader:
 
     def _wrong(self, expected: str) -> None:
         kind, word = self._peek()
-        where = f"at character {self._words[self._at][2] + 1}" if kind != "end" else "at the end"
-        found = f", found {word}" if kind != "end" else ""
-        raise FilterError(f"filter: expected {expected} {where}{found}; for example: year >= 2020 AND lang in (en, de)")
+        position = f"at character {self._words[self._at][2] + 1}" if kind != "end" else "at the end"
+        actual = f", found {word}" if kind != "end" else ""
+        raise FilterError(f"filter: expected {expected} {position}{actual}; for example: year >= 2020 AND lang in (en, de)")
 
     def _any(self) -> Filter:
         parts = [self._all()]
@@ -135,10 +135,10 @@ class _Reader:
             if self._keyword("not"):
                 return Not(self._each())
             if self._keyword("("):
-                found = self._any()
+                condition = self._any()
                 if not self._keyword(")"):
                     self._wrong(")")
-                return found
+                return condition
             return self._comparison()
         finally:
             self._depth -= 1
@@ -206,10 +206,10 @@ _SQL_TYPES[float] = _SQL_TYPES[int]
 
 
 def to_sql(condition: Filter, depth: int = 0) -> tuple[str, list[Any]]:
-    """A condition over the column ``metadata``, and the values of its marks.
+    """Translate a condition to an SQL expression over the column ``metadata``, and the values of its placeholders.
 
     Raises:
-        FilterError: it is too deep, or a name is none; `parse` has looked at that already.
+        FilterError: The condition is nested too deeply, or a field name is invalid. `parse` checks both already.
     """
     if depth > DEEPEST:
         raise FilterError(f"filter: more than {DEEPEST} conditions within each other")
@@ -219,11 +219,11 @@ def to_sql(condition: Filter, depth: int = 0) -> tuple[str, list[Any]]:
             return f"NOT {text}", values
         case All(parts) | Any_(parts):
             both = isinstance(condition, All)
-            found = [to_sql(part, depth + 1) for part in parts]
-            texts, word = [text for text, _ in found], " AND " if both else " OR "
+            translated = [to_sql(part, depth + 1) for part in parts]
+            texts, word = [text for text, _ in translated], " AND " if both else " OR "
             while len(texts) > WIDEST:
                 texts = [f"({word.join(texts[i : i + WIDEST])})" for i in range(0, len(texts), WIDEST)]
-            return f"({word.join(texts) or int(both)})", [v for _, values in found for v in values]
+            return f"({word.join(texts) or int(both)})", [v for _, values in translated for v in values]
     _check_field(condition.field)
     path = "$" + "".join(f'."{name}"' for name in condition.field)
     if condition.operator == "exists":
@@ -242,33 +242,33 @@ def to_sql(condition: Filter, depth: int = 0) -> tuple[str, list[Any]]:
         return inside, values
     texts: list[str] = []
     values = []
-    kinds: dict[str, list[Any]] = {}
+    values_by_type: dict[str, list[Any]] = {}
     for value in condition.values:
-        some = kinds.setdefault(_SQL_TYPES[type(value)], [])
-        if value is not None or not some:
-            some.append(_plain(value))
-    for types, some in kinds.items():
-        marks = ",".join("?" * len(some))
+        group = values_by_type.setdefault(_SQL_TYPES[type(value)], [])
+        if value is not None or not group:
+            group.append(_plain(value))
+    for types, group in values_by_type.items():
+        marks = ",".join("?" * len(group))
         compare = f"IN ({marks})" if condition.operator in ("=", "in") else f"{condition.operator} ?"
-        if some == [None] and condition.operator in ("=", "in"):  # SQL's null equals nothing
+        if group == [None] and condition.operator in ("=", "in"):  # in SQL, NULL = NULL is not true
             compare = "IS ?"
         texts.append(f"COALESCE(json_type(metadata, ?) IN ({types}) AND json_extract(metadata, ?) {compare}, 0)")
-        values += [path, path, *some]
+        values += [path, path, *group]
     return f"({' OR '.join(texts) or 0})", values
 
 
 def _check_field(names: Sequence[str]) -> None:
-    """Refuse what is no name of a field, or cannot stand in a path of SQLite's.
+    """Check that a field name can be part of an SQLite JSON path.
 
     Raises:
-        FilterError: it is none.
+        FilterError: A part of the name is empty, or contains a quote, a backslash or a null character.
     """
     if not names or not all(names) or any(c in name for name in names for c in '"\\\0'):
         raise FilterError(f"filter: {'.'.join(names)!r} is no name of a field")
 
 
 def _plain(value: Value) -> Any:
-    """A value as `json_extract` returns it."""
+    """Return a value in the form in which `json_extract` returns it."""
     return int(value) if isinstance(value, bool) else value
 
 
@@ -276,7 +276,7 @@ def _plain(value: Value) -> Any:
 
 
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
-    """Whether a document's metadata meet a filter; the same as `to_sql`, for those who have no database."""
+    """Return whether metadata pass a filter: the same condition as `to_sql`, without a database."""
     match condition:
         case Not(part):
             return not matches(part, metadata)
@@ -284,17 +284,17 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
             return all(matches(part, metadata) for part in parts)
         case Any_(parts):
             return any(matches(part, metadata) for part in parts)
-    there, found = _field(metadata, condition.field)
+    exists, actual = _field(metadata, condition.field)
     if condition.operator == "exists":
-        return there
-    if not there:
+        return exists
+    if not exists:
         return False
     if condition.operator == "contains":
         wanted = condition.values[0]
-        if isinstance(found, list):
-            return any(_same(item, wanted) for item in found)
-        return isinstance(found, str) and isinstance(wanted, str) and wanted in found
-    return any(_holds(found, condition.operator, value) for value in condition.values)
+        if isinstance(actual, list):
+            return any(_same(item, wanted) for item in actual)
+        return isinstance(actual, str) and isinstance(wanted, str) and wanted in actual
+    return any(_holds(actual, condition.operator, value) for value in condition.values)
 
 
 def _field(metadata: Any, names: Sequence[str]) -> tuple[bool, Any]:

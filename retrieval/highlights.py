@@ -1,4 +1,4 @@
-"""What of a text met what of a query: places to be marked, words that both have, how near the two are."""
+"""Matches of a query and a text: passages to highlight, shared terms, and their similarity."""
 
 import re
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 from .index import Index
 
-LEAST = 0.5  # product of two tokens that is worth a mark
-STEM = 5  # letters by which words are compared where there are no tokens
+LEAST = 0.5  # smallest similarity of two tokens that is highlighted
+STEM = 5  # length of the prefix by which words are compared if the encoder has no token vectors
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a text.
+    """Highlighted passage of a text.
 
     Attributes:
-        begin: Its first character.
-        end: The one behind its last.
-        weight: How well it fits, up to 1.
-        query: What of the query it met.
+        begin: Index of its first character.
+        end: Index after its last character.
+        weight: Similarity to the query token, at most 1.
+        query: Query token or word that it matches.
     """
 
     begin: int
@@ -32,17 +32,20 @@ class Mark:
 
 
 def highlight_marks(index: Index, query: str, text: str) -> list[Mark]:
-    """Places in a text, in its order: by the index's tokens where it has such, or where words begin alike."""
+    """Return the passages of a text that match a query, in text order.
+
+    They are found by token similarity, or by common word prefixes if the encoder has no token vectors.
+    """
     encoder = _tokens(index.encoder)
     if encoder is None:
         wanted = {w.lower()[:STEM]: w for w in _WORD.findall(query) if len(w) > 2}
-        found = ((m, wanted.get(m[0].lower()[:STEM])) for m in _WORD.finditer(text))
-        return [Mark(m.start(), m.end(), 1.0, word) for m, word in found if word]
+        matches = ((m, wanted.get(m[0].lower()[:STEM])) for m in _WORD.finditer(text))
+        return [Mark(m.start(), m.end(), 1.0, word) for m, word in matches if word]
     words, spans, products = encoder.words(query, query=True), encoder.spans(text), _products(encoder, query, text)
     best: dict[tuple[int, int], Mark] = {}
     for i, word in enumerate(words[: len(products)]):
         if not _WORD.search(word.strip("#▁")) or word.startswith("[") or not products.shape[1]:
-            continue  # punctuation and what the checkpoint adds
+            continue  # punctuation and special tokens
         at = int(products[i].argmax())
         begin, end = spans[at]
         weight = float(products[i, at])
@@ -56,9 +59,9 @@ def highlight_marks(index: Index, query: str, text: str) -> list[Mark]:
 
 
 def similarity(index: Index, query: str, text: str) -> float | None:
-    """The mean over the query's tokens of the best product with the text's; None where the index has no tokens.
+    """Return the mean over query tokens of the largest similarity to a text token (MaxSim).
 
-    Unlike scores of searches it can be compared between queries.
+    Unlike search scores, it can be compared between queries. The result is None if the encoder has no token vectors.
     """
     encoder = _tokens(index.encoder)
     if encoder is None:
@@ -68,22 +71,24 @@ def similarity(index: Index, query: str, text: str) -> float | None:
 
 
 def shared_terms(index: Index, query: str, text: str, most: int = 12) -> list[tuple[str, float]]:
-    """Words of the vocabulary that query and text share, and what each adds; of indexes with VDR."""
-    reading = index.kind.term_weights(index.encoder, query, text, index.settings())
-    if reading is None:
-        return []
-    theirs = dict(reading.document)
-    both = [(word, round(weight * theirs[word], 4)) for word, weight in reading.query if word in theirs]
-    return sorted(both, key=lambda pair: -pair[1])[:most]
+    """Return the terms that query and text share, each with its contribution to the score, largest first.
+
+    The list is empty if the index type has no terms.
+    """
+    term_weights = index.kind.term_weights(index.encoder, query, text, index.settings())
+    if term_weights is None:
+        return [] document_weights = dict(term_weights.document) both = [(word, round(weight * document_weights[word],
+    4)) for word, weight in term_weights.query if word in document_weights] return sorted(both, key=lambda pair:
+    -pair[1])[:most]
 
 
 def _tokens(encoder: Any) -> Any | None:
-    """The encoder that knows where its tokens stand, alone or among several."""
+    """Return the encoder that provides token positions, if there is one; a `MultiEncoder` is searched."""
     each = getattr(encoder, "encoders", {"": encoder}).values()
     return next((e for e in each if hasattr(e, "spans")), None)
 
 
 def _products(encoder: Any, query: str, text: str) -> NDArray[np.float32]:
-    """[query tokens, text tokens]."""
+    """Compute the similarities of tokens, [query tokens, text tokens]."""
     vectors = encoder.encode_documents([text])[0].vectors.astype(np.float32)
     return encoder.encode_queries([query])[0].vectors @ vectors.T

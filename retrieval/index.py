@@ -1,11 +1,13 @@
-"""An index of documents: add, replace, delete, search, explain; safe against crashes, readable while it is written.
+"""Index of documents: add, replace, delete, search and explain.
 
-from pilotfish.retrieval import Index
+Every change is atomic: after a crash the index is at its last commit, and searches continue during a change.
 
-index = Index.create("my-index")
-index.add([{"id": "a", "text": "Pilot fish travel with sharks."}])
-for hit in index.search("which fish follow sharks?", k=5):
-    print(hit.id, hit.score, hit.snippet)
+    from pilotfish.retrieval import Index
+
+    index = Index.create("my-index")
+    index.add([{"id": "a", "text": "Pilot fish travel with sharks."}])
+    for hit in index.search("which fish follow sharks?", k=5):
+        print(hit.id, hit.score, hit.snippet)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,14 +32,14 @@ from .validation import BATCH, check_names
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found.
+    """Search result.
 
     Attributes:
-        id: Its owner's name for it.
-        score: Higher is better; comparable within one search.
-        text: All of it.
-        metadata: As it was given.
-        snippet: The part of the text that has most of the query's words.
+        id: Id of the document.
+        score: Score of the document; higher is better. Comparable within one search only.
+        text: Full text of the document.
+        metadata: Metadata of the document.
+        snippet: Passage of the text with the most query terms.
     """
 
     id: str
@@ -48,16 +50,16 @@ class Hit:
 
 
 class Index:
-    """An index in a folder. Several threads and processes may search, one at a time may write."""
+    """Index in a folder. Several threads and processes may search at once, but only one may write."""
 
     def __init__(self, store: Store, kind: Any, load: Callable[[], Any]) -> None:
-        """Not for users: see `create` and `open`."""
+        """Wrap an open store; use `create` or `open` instead."""
         self._store, self.kind, self._encoder = store, kind, LazyEncoder(load)
         self._selection = DocumentFilter(store)
         parts = store, kind, self._encoder, self._selection
         self._changes, self._searching = IndexWriter(*parts), IndexSearcher(*parts)
 
-    # ------------------------------------------------------------------------------------------------ making one
+    # --------------------------------------------------------------------------------------------- create and open
 
     @classmethod
     def create(
@@ -69,50 +71,47 @@ class Index:
         device: str = "auto",
         precision: str = "float32",
     ) -> "Index":
-        """Make an empty index.
+        """Create an empty index.
 
         Args:
-            folder: Where; it must not hold anything.
-            kind: How documents are found; the names of registered kinds.
-            encoder: A registered encoder, or the folder of a checkpoint; None for the kind's own.
-            options: Of the kind; see `pilotfish plugins`.
-            device: For the encoder: `cpu`, `cuda` or `auto`.
-            precision: For the encoder.
+            folder: Folder of the index; must be empty or not exist yet.
+            kind: Name of a registered index type.
+            encoder: Name of a registered encoder, or folder of a checkpoint; None for the default of the index type.
+            options: Options of the index type; see `pilotfish plugins`.
+            device: Device of the encoder: `cpu`, `cuda` or `auto`.
+            precision: Precision of the encoder: `float32`, `bfloat16`, `float16` or `int8`.
 
         Raises:
-            RetrievalError: the folder holds something, or there is no such kind, option or encoder.
-            OSError: the folder cannot be written.
-        """
-        made, parsed = resolve_index_kind(kind, options or {})
-        name = absolute_encoder_name(encoder) if encoder and encoder != made.default_encoder else made.default_encoder
-        loaded = resolve_encoder(made, name, device, precision)
-        about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
-        return cls(Store.create(Path(folder), kind, asdict(parsed), about), made, lambda: loaded)
+            RetrievalError: The folder is not empty, or the index type, an option or the encoder is invalid.
+            OSError: The folder cannot be written.
+        """ index_kind, parsed = resolve_index_kind(kind, options or {}) name = absolute_encoder_name(encoder) if
+        encoder and encoder != index_kind.default_encoder else index_kind.default_encoder loaded =
+        resolve_encoder(index_kind, name, device, precision) about = {"name": name, "fingerprint": loaded.fingerprint,
+        "dimension": loaded.dimension} return cls(Store.create(Path(folder), kind, asdict(parsed), about), index_kind,
+        lambda: loaded)
 
     @classmethod
     def open(
         cls, folder: str | Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
     ) -> "Index":
-        """Open an index at its latest commit.
+        """Open an index at its latest commit. The encoder is loaded on first use.
 
         Args:
-            folder: Where it is.
-            encoder: Where its encoder is now, if that was moved.
-            device: See `create`.
-            precision: See `create`.
-
-        The encoder is loaded when it is needed first.
+            folder: Folder of the index.
+            encoder: Current name or folder of the encoder, if it has moved since the index was created.
+            device: Device of the encoder; see `create`.
+            precision: Precision of the encoder; see `create`.
 
         Raises:
-            RetrievalError: there is no index, or it is damaged.
+            RetrievalError: There is no index in the folder, or it is damaged.
         """
         store = Store(Path(folder))
         about = store.snapshot.manifest
-        made, _ = resolve_index_kind(about.kind, about.options)
+        index_kind, _ = resolve_index_kind(about.kind, about.options)
         name = encoder or about.encoder["name"]
 
         def load() -> Any:
-            loaded = resolve_encoder(made, name, device, precision)
+            loaded = resolve_encoder(index_kind, name, device, precision)
             if loaded.fingerprint != about.encoder["fingerprint"]:
                 raise RetrievalError(
                     f"{folder}: was made with another encoder than {name} (fingerprint "
@@ -120,7 +119,7 @@ class Index:
                 )
             return loaded
 
-        return cls(store, made, load)
+        return cls(store, index_kind, load)
 
     @classmethod
     def open_or_create(
@@ -130,10 +129,12 @@ class Index:
         encoder: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> "Index":
-        """The index in a folder, made where there is none; ``kind`` is ``xtr`` then, where nothing is said.
+        """Open the index in a folder, or create it if there is none.
+
+        ``kind`` is the index type that an existing index must have; for a new index, None means ``xtr``.
 
         Raises:
-            RetrievalError: as `open` and `create`; or it is of another kind.
+            RetrievalError: `open` or `create` fails, or the existing index has another type.
         """
         if not (Path(folder) / CURRENT).exists():
             return cls.create(folder, kind or "xtr", encoder, options)
@@ -144,15 +145,15 @@ class Index:
 
     @property
     def encoder(self) -> Any:
-        """The encoder.
+        """Encoder of the index, loaded on first use.
 
         Raises:
-            RetrievalError: it is not there, or not the one that the index was made with.
+            RetrievalError: The encoder cannot be loaded, or is not the one that the index was created with.
         """
         return self._encoder()
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the files of the index."""
         self._store.close()
         self._searching.close()
 
@@ -165,97 +166,102 @@ class Index:
     # -------------------------------------------------------------------------------------------------- documents
 
     def __len__(self) -> int:
-        """Documents that can be found."""
+        """Return the number of documents, without deleted ones."""
         return self._store.refresh().manifest.count
 
     def __contains__(self, name: str) -> bool:
         return bool(self._selection.numbers([name]))
 
     def get(self, name: str) -> Document | None:
-        """A document by its id; None where there is none."""
+        """Return the document with an id, or None if there is none."""
         numbers = self._selection.numbers([name])
         return self._store.documents.get(list(numbers.values())).get(numbers[name]) if numbers else None
 
     def has(self, ids: Sequence[str]) -> set[str]:
-        """Those of ``ids`` that are there."""
+        """Return those of ``ids`` that are in the index."""
         return set(self._selection.numbers(check_names(ids)))
 
     @property
     def folder(self) -> Path:
-        """Where it is."""
+        """Folder of the index."""
         return self._store.folder
 
     @property
     def snapshot(self) -> Snapshot:
-        """The latest commit."""
+        """Snapshot of the latest commit."""
         return self._store.refresh()
 
     def documents(self, numbers: Sequence[int]) -> dict[int, Document]:
-        """Documents by internal numbers."""
+        """Return documents by internal doc id."""
         return self._store.documents.get(numbers)
 
     def names(self, numbers: Sequence[int]) -> list[str]:
-        """Ids of internal numbers, as `search_numbers` returns them."""
-        found = self._store.documents.get(numbers)
-        return [found[n].id for n in numbers if n in found]
+        """Return the document ids of internal doc ids, which `search_numbers` returns."""
+        documents = self._store.documents.get(numbers)
+        return [documents[n].id for n in numbers if n in documents]
 
     def ids(self) -> Iterator[str]:
-        """Ids of all documents, in the order they were added."""
+        """Iterate over the ids of all documents, in insertion order."""
         snapshot = self._store.refresh()
         for number, name in self._store.documents.ask("SELECT number, id FROM documents ORDER BY number"):
             if number < len(snapshot.live) and snapshot.live[number]:
                 yield name
 
     def select(self, where: Filter | None = None) -> Iterator[Document]:
-        """Documents that pass a filter, all without one, in the order they were added."""
+        """Iterate over the documents that pass a filter, or over all documents, in insertion order."""
         snapshot = self._store.refresh()
         numbers = np.flatnonzero(snapshot.live if where is None else self._selection.matching(snapshot, where))
         for begin in range(0, len(numbers), BATCH):
             part = numbers[begin : begin + BATCH].tolist()
-            found = self._store.documents.get(part)
-            yield from (found[n] for n in part if n in found)
+            documents = self._store.documents.get(part)
+            yield from (documents[n] for n in part if n in documents)
 
     def add(self, documents: Iterable[Any], progress: Progress | None = None, learn: bool = True) -> int:
-        """Add documents; returns how many.
+        """Add documents and return how many were added.
 
         Args:
-            documents: Each a mapping with ``id``, ``text`` and perhaps ``metadata``, or a `Document`.
-            progress: Is told how far it is.
-            learn: Learn anew what all segments share, where the index has outgrown it.
+            documents: Mappings with ``id``, ``text`` and optionally ``metadata``, or `Document` objects.
+            progress: Callback with the stage, the number done and the total number (None if unknown).
+            learn: Whether the shared arrays may be retrained if the index has outgrown them
+                (`IndexKind.needs_retraining`).
 
         Raises:
-            RetrievalError: one is wrong, or its id is taken (nothing of its batch is added; see `upsert`).
-            OSError: the disk is full, or may not be written; earlier batches are in.
+            RetrievalError: A document is invalid, or its id is in the index already (see `upsert`). Nothing of its
+                batch is added.
+            OSError: The disk is full or not writable. Earlier batches are committed.
         """
         return self._changes.put(documents, progress, replace=False, skip=False, learn=learn)
 
     def upsert(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
-        """Add documents, in the place of those with the same ids; returns how many."""
+        """Add documents, replacing those with the same ids, and return how many were added or replaced."""
         return self._changes.put(documents, progress, replace=True, skip=False)
 
     def resume(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
-        """Add those documents whose ids are not there yet; returns how many."""
+        """Add the documents whose ids are not in the index yet, and return how many were added."""
         return self._changes.put(documents, progress, replace=False, skip=True)
 
     def delete(self, ids: Sequence[str] = (), where: Filter | None = None) -> int:
-        """Delete documents by their ids, or all that pass a filter; returns how many. Unknown ids are passed over."""
+        """Delete documents by id, and all that pass a filter; return how many were deleted.
+
+        Unknown ids are ignored.
+        """
         return self._changes.delete(ids, where)
 
     def compact(self, relearn: bool = False, progress: Progress | None = None) -> None:
-        """Write everything anew in one segment, without what was deleted, and forget deleted documents' text.
+        """Rewrite the index as one segment without deleted documents, and remove their texts.
 
         Args:
-            relearn: Encode all documents again, and learn from them what all segments share: for an index that has
-                grown far beyond its first documents.
-            progress: Is told how far encoding is.
+            relearn: Whether all documents are encoded again and the shared arrays are retrained; useful if the index
+                has grown far beyond its first documents.
+            progress: Callback for the progress of encoding; see `add`.
         """
         self._changes.compact(relearn, progress)
 
     def configure(self, **settings: Any) -> None:
-        """Change how the index is searched from now on.
+        """Change the search settings of the index.
 
         Raises:
-            RetrievalError: there is no such setting, or not such a value.
+            RetrievalError: A setting is unknown, or its value is invalid.
         """
         with self._store.writer() as writer:
             self._searching.settings(self._store.snapshot, settings)
@@ -264,27 +270,27 @@ class Index:
     # ----------------------------------------------------------------------------------------------------- search
 
     def search(self, query: str, k: int = 10, where: Filter | None = None, **settings: Any) -> list[Hit]:
-        """The best documents for a query.
+        """Return the best documents for a query.
 
         Args:
-            query: Text.
-            k: Hits at most.
-            where: A filter over metadata, as ``year >= 2020 AND lang in (en, de)``; see `filters`.
-            settings: In place of the index's own, for this search.
+            query: Query text.
+            k: Maximum number of hits.
+            where: Metadata filter, for example ``year >= 2020 AND lang in (en, de)``; see `filters`.
+            settings: Search settings that override those of the index.
 
         Raises:
-            RetrievalError: the filter or a setting is wrong.
+            RetrievalError: The filter or a setting is invalid.
         """
         return self.search_many([query], k, where, **settings)[0]
 
     def search_many(
         self, queries: Sequence[str], k: int = 10, where: Filter | None = None, **settings: Any
     ) -> list[list[Hit]]:
-        """`search` for several queries, which are encoded together."""
+        """Search for several queries, which are encoded as a batch; see `search`."""
         snapshot = self._store.refresh()
-        found = self.search_numbers(queries, k, where, snapshot, **settings)
-        documents = self._store.documents.get(list({int(n) for numbers, _ in found for n in numbers}))
-        return [_hits(query, *pair, documents) for query, pair in zip(queries, found, strict=True)]
+        results = self.search_numbers(queries, k, where, snapshot, **settings)
+        documents = self._store.documents.get(list({int(n) for numbers, _ in results for n in numbers}))
+        return [_hits(query, *pair, documents) for query, pair in zip(queries, results, strict=True)]
 
     def search_numbers(
         self,
@@ -294,31 +300,33 @@ class Index:
         snapshot: Snapshot | None = None,
         **settings: Any,
     ) -> list[Ranked]:
-        """Internal numbers and scores of hits; what `search_many` does without looking at documents."""
+        """Return the internal doc ids and scores of the hits of each query, without reading the documents."""
         return self._searching.ranked(queries, k, where, snapshot or self._store.refresh(), settings)
 
     def explain(self, query: str, name: str, **settings: Any) -> list[Any]:
-        """Why a document has its score: a list of `plugins.contracts.Reason`.
+        """Return the parts of a document's score: a list of `plugins.contracts.ScoreExplanation`.
 
         Raises:
-            RetrievalError: there is no such document.
+            RetrievalError: There is no document with this id.
         """
         snapshot = self._store.refresh()
         numbers = self._selection.numbers([name])
         if not numbers:
             raise RetrievalError(f"{self._store.folder}: there is no document {name!r}")
         text = self._store.documents.get([numbers[name]])[numbers[name]].text
-        chosen = self._searching.settings(snapshot, settings)
+        search_settings = self._searching.settings(snapshot, settings)
         allow = self._selection.allow(snapshot, None)
         return self.kind.explain(
-            self._searching.searcher(snapshot), self.encoder, query, text, numbers[name], chosen, allow
+            self._searching.searcher(snapshot), self.encoder, query, text, numbers[name], search_settings, allow
         )
 
     def term_weights(self, query: str, name: str, **settings: Any) -> Any:
-        """A query and a document in weighted words: a `plugins.contracts.Reading`; None of a kind that has none.
+        """Return the term weights of a query and a document: a `plugins.contracts.TermWeights`.
+
+        The result is None if the index type has no terms.
 
         Raises:
-            RetrievalError: there is no such document.
+            RetrievalError: There is no document with this id.
         """
         document = self.get(name)
         if document is None:
@@ -326,40 +334,40 @@ class Index:
         return self.kind.term_weights(self.encoder, query, document.text, self.settings(**settings))
 
     def settings(self, **changes: Any) -> Any:
-        """How the index is searched, with these changes.
+        """Return the search settings of the index with ``changes`` applied.
 
         Raises:
-            RetrievalError: there is no such setting, or not such a value.
+            RetrievalError: A setting is unknown, or its value is invalid.
         """
         return self._searching.settings(self._store.refresh(), changes)
 
     def searcher(self) -> Any:
-        """What the index's kind searches of the latest commit."""
+        """Return the searcher for the latest commit; its class depends on the index type."""
         return self._searching.searcher(self._store.refresh())
 
     def count(self, where: Filter | None) -> int:
-        """Documents that pass a filter; None for all."""
+        """Return the number of documents that pass a filter, or of all documents if it is None."""
         return len(self) if where is None else int(self._selection.matching(self._store.refresh(), where).sum())
 
     def search_encoded(self, query: Any, text: str, k: int, where: Filter | None, settings: Any) -> list[Hit]:
-        """The best documents for a query that is encoded already, by these settings and no wider ones."""
+        """Return the best documents for an encoded query, without widening the search (`IndexKind.wider`)."""
         numbers, scores = self._searching.encoded(query, k, where, settings, self._store.refresh())
         return _hits(text, numbers, scores, self._store.documents.get(numbers.tolist()))
 
-    # ------------------------------------------------------------------------------------------------------ upkeep
+    # ------------------------------------------------------------------------------------------------- maintenance
 
     def check(self) -> None:
-        """Read everything and compare checksums.
+        """Read all files and compare their checksums.
 
         Raises:
-            DamagedIndex: a file is not what was written.
+            DamagedIndex: A file differs from what was written.
         """
         about = self._store.check()
         if about.segments:
             self._searching.searcher(self._store.snapshot)
 
     def stats(self) -> dict[str, Any]:
-        """What the index holds, and how large it is."""
+        """Return the contents and sizes of the index."""
         snapshot = self._store.refresh()
         about = snapshot.manifest
         rows = sum(s.rows for s in about.segments)
@@ -384,7 +392,7 @@ class Index:
 def _hits(
     query: str, numbers: NDArray[np.int32], scores: NDArray[np.float32], documents: Mapping[int, Document]
 ) -> list[Hit]:
-    """Hits of the documents that are still there."""
+    """Build the hits of those documents that still exist."""
     return [
         Hit(d.id, float(score), d.text, d.metadata, snippets.best_snippet(d.text, query))
         for n, score in zip(numbers.tolist(), scores, strict=True)

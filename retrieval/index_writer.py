@@ -1,6 +1,6 @@
-"""What changes an index: documents added, replaced, deleted; segments merged and learned anew.
+"""Changes to an index: add, replace and delete documents, merge segments, retrain shared arrays.
 
-Each change is a commit: it is there whole, or not at all.
+Each change is one atomic commit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +15,14 @@ from .store import Change, Snapshot, Store, Writer
 from .store.documents import Document
 from .validation import BATCH, as_document, check_names, document_batches
 
-MAX_DELETED_SHARE = 0.2  # of a segment's documents: it is written anew
-MAX_SMALL_SEGMENTS, SMALL_SEGMENT = 8, 50_000  # so many segments with fewer documents are merged
+MAX_DELETED_SHARE = 0.2  # a segment with a larger share of deleted documents is rewritten
+MAX_SMALL_SEGMENTS, SMALL_SEGMENT = 8, 50_000  # more than 8 segments with fewer than 50,000 documents are merged
 
-Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
+Progress = Callable[[str, int, int | None], None]  # stage, number done, total number (None if unknown)
 
 
 class IndexWriter:
-    """All that writes to one index; one at a time, as the store's lock has it."""
+    """Writer of one index; the lock of the store admits one writer at a time."""
 
     def __init__(self, store: Store, kind: Any, encoder: LazyEncoder, selection: DocumentFilter) -> None:
         self._store, self._kind, self._encoder, self._selection = store, kind, encoder, selection
@@ -30,32 +30,30 @@ class IndexWriter:
     def put(
         self, documents: Iterable[Any], progress: Progress | None, replace: bool, skip: bool, learn: bool = True
     ) -> int:
-        """Add documents; returns how many.
+        """Add documents and return how many were added.
 
         Args:
-            documents: As `Index.add` takes them.
-            progress: Is told how far it is.
-            replace: Those of the same ids go.
-            skip: Those whose ids are there are passed over.
-            learn: See `Index.add`.
+            documents: Documents in the form that `Index.add` accepts.
+            progress: Callback for the progress; see `Index.add`.
+            replace: Whether documents with the same ids are replaced.
+            skip: Whether documents whose ids are in the index are skipped.
+            learn: Whether the shared arrays may be retrained; see `Index.add`.
 
         Raises:
-            RetrievalError: one is wrong, or its id is taken and neither replaced nor skipped.
+            RetrievalError: A document is invalid, or its id is in the index and is neither replaced nor skipped.
         """
-        told = progress or (lambda *_: None)
+        on_progress = progress or (lambda *_: None)
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
         with self._store.writer() as writer:
-            for given in document_batches(map(as_document, documents), unique=not (replace or skip)):
-                there = self._selection.numbers([d.id for d in given])
-                if there and not (replace or skip):
-                    raise RetrievalError(f"document {next(iter(there))!r} is in the index already; use upsert")
-                batch = [d for d in given if not (skip and d.id in there)]
+            for incoming in document_batches(map(as_document, documents), unique=not (replace or skip)):
+                existing = self._selection.numbers([d.id for d in incoming])
+                if existing and not (replace or skip):
+                    raise RetrievalError(f"document {next(iter(existing))!r} is in the index already; use upsert")
+                batch = [d for d in incoming if not (skip and d.id in existing)]
                 if batch:
-                    self._commit(writer, batch, list(there.values()) if replace else [], told, added, total, learn)
-                added += len(batch)
-            self._merge(writer)
-        return added
+                    self._commit(writer, batch, list(existing.values()) if replace else [], on_progress, added, total,
+        learn) added += len(batch) self._merge(writer) return added
 
     def _commit(
         self,
@@ -67,7 +65,7 @@ class IndexWriter:
         total: int | None,
         learn: bool,
     ) -> None:
-        """Encode a batch and make it last."""
+        """Encode a batch and commit it."""
         snapshot = self._store.snapshot
         first, shared = snapshot.manifest.next_document, snapshot.shared
         numbers, texts, replaced = np.arange(first, first + len(batch)), [d.text for d in batch], []
@@ -78,7 +76,7 @@ class IndexWriter:
             old = self._store.documents.get(np.flatnonzero(staying).tolist())
             numbers = np.concatenate([np.array(sorted(old), np.int64), numbers])
             texts = [*(old[n].text for n in sorted(old)), *texts]
-        done = before - (len(texts) - len(batch))  # those that are encoded again are none of the new ones
+        done = before - (len(texts) - len(batch))  # documents that are encoded again do not count as new
 
         def count(encoded: int) -> None:
             nonlocal done
@@ -93,7 +91,7 @@ class IndexWriter:
         writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
 
     def delete(self, ids: Sequence[str], where: Filter | None) -> int:
-        """See `Index.delete`."""
+        """Delete documents; see `Index.delete`."""
         with self._store.writer() as writer:
             dead = set(self._selection.numbers(check_names(ids)).values())
             if where is not None:
@@ -104,7 +102,7 @@ class IndexWriter:
             return len(dead)
 
     def compact(self, relearn: bool, progress: Progress | None) -> None:
-        """See `Index.compact`."""
+        """Compact the index; see `Index.compact`."""
         with self._store.writer() as writer:
             if relearn and self._store.refresh().manifest.count:
                 self._relearn(writer, progress or (lambda *_: None))
@@ -114,7 +112,7 @@ class IndexWriter:
             self._store.documents.drop(n for (n,) in rows if not live[n])
 
     def _relearn(self, writer: Writer, told: Progress) -> None:
-        """Encode everything, part by part, for new shared arrays from the first part."""
+        """Encode all documents again in batches; the shared arrays are trained on the first batch."""
         snapshot = self._store.snapshot
         numbers = np.flatnonzero(snapshot.live)
         shared: Any = {}
@@ -130,7 +128,7 @@ class IndexWriter:
         writer.commit(Change(segments=segments, replaces=replaced, shared=shared))
 
     def _merge(self, writer: Writer, chosen: Sequence[int] | None = None) -> None:
-        """Merge ``chosen`` segments; without, those with many dead documents, and many small ones."""
+        """Merge the ``chosen`` segments, or by default those with many deleted documents and many small ones."""
         snapshot = self._store.snapshot
         dead = {s.about.number: self._dead(s, snapshot) for s in snapshot.segments}
         if chosen is None:
@@ -152,7 +150,7 @@ class IndexWriter:
 
     @staticmethod
     def _dead(segment: Any, snapshot: Snapshot) -> int:
-        """Documents of a segment that were deleted since it was made."""
+        """Return the number of documents of a segment that were deleted since it was written."""
         if snapshot.manifest.count == len(snapshot.live):
             return 0
         present = np.zeros(len(snapshot.live), np.bool_)

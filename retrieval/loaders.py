@@ -1,12 +1,12 @@
-"""Documents from files: tables of records, and texts that are cut into pieces.
+"""Loaders of documents from files: records of tables, and chunks of texts.
 
 | file | documents |
 |---|---|
-| `.jsonl`, `.ndjson`, `.json` (a list), `.csv`, `.tsv`, `.parquet` | one a record, see below |
-| `.txt`, `.md`, `.html`, `.pdf` | pieces of so many tokens; ids are `PATH#N`, metadata `source`, `chunk`, `page` |
+| `.jsonl`, `.ndjson`, `.json` (a list), `.csv`, `.tsv`, `.parquet` | one per record, see below |
+| `.txt`, `.md`, `.html`, `.pdf` | one per chunk; ids are `PATH#N`, metadata are `source`, `chunk` and `page` |
 
-A record has `id` or `_id`, `text`, perhaps `title` (put before the text) and `metadata`; further fields become
-metadata. All but `.parquet` and `.pdf` may be compressed, `.gz`.
+A record has `id` or `_id`, `text`, and optionally `title` (prepended to the text) and `metadata`; other fields become
+metadata. All formats except `.parquet` and `.pdf` may be compressed (`.gz`).
 """
 
 import csv
@@ -32,34 +32,34 @@ from .validation import as_document
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".pdf", ".rst")
 Chunk = Callable[[str], list[str]]
-LONGEST_FIELD = 1 << 27  # characters of a table's field
+LONGEST_FIELD = 1 << 27  # maximum number of characters of a CSV field
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
 class DocumentSource:
-    """Files with documents, in a fixed order."""
+    """Documents of files, in a fixed order."""
 
     def __init__(self, paths: Iterable[str | Path], chunk: Chunk, number_ids: bool = False) -> None:
         """Find the files.
 
         Args:
-            paths: Files, folders (searched through; hidden files, indexes, and JSON that is no list left out), or
-                ``-`` for records on standard input.
-            chunk: Cuts a text into pieces.
-            number_ids: Records without an id get their file and number for one.
+            paths: Files, folders, or ``-`` for records on standard input. Folders are searched recursively; hidden
+                files, indexes, and JSON files that do not contain a list are skipped.
+            chunk: Function that splits a text into chunks.
+            number_ids: Whether records without an id get an id from their file name and record number.
 
         Raises:
-            RetrievalError: a path is not there, or nothing can be read.
+            RetrievalError: A path does not exist, or there is no file in a known format.
         """
         self._chunk, self._number = chunk, number_ids
         self.files = _find([str(p) for p in paths])
 
     @classmethod
     def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "DocumentSource":
-        """One file, under another name than it lies in the file system.
+        """Create a source of one file, under another name than in the file system.
 
         Raises:
-            RetrievalError: no such file can be read.
+            RetrievalError: The suffix of the name belongs to no known format.
         """
         if _suffix(name) not in RECORDS + TEXTS:
             raise RetrievalError(f"{name}: files end in {', '.join(RECORDS + TEXTS)}")
@@ -69,7 +69,7 @@ class DocumentSource:
 
     @property
     def estimate(self) -> int | None:
-        """About how many documents there are; None where that cannot be told without reading all."""
+        """Approximate number of documents, or None if it cannot be estimated from the number of lines."""
         if not all(
             path is not None and _suffix(name) in (".jsonl", ".ndjson", ".csv", ".tsv") for path, name in self.files
         ):
@@ -80,15 +80,15 @@ class DocumentSource:
             try:
                 with gzip.open(path) if name.lower().endswith(".gz") else path.open("rb") as file:
                     count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-            except (OSError, EOFError, zlib.error):  # said when it is read
+            except (OSError, EOFError, zlib.error):  # reported when the file is read
                 return None
         return max(count, 1)
 
     def __iter__(self) -> Iterator[Document]:
-        """All documents.
+        """Iterate over all documents.
 
         Raises:
-            RetrievalError: one is wrong; the message names file and place.
+            RetrievalError: A document is invalid; the message names the file and the record.
         """
         for path, name in self.files:
             yield from (
@@ -105,23 +105,23 @@ class DocumentSource:
     def _document(self, record: Any, place: str) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise RetrievalError("not an object")
-        given = record.get("_id", record.get("id"))
-        if given is None and self._number:
-            given = place
-        if isinstance(given, int) and not isinstance(given, bool):
-            given = str(given)
-        if given is None:
+        record_id = record.get("_id", record.get("id"))
+        if record_id is None and self._number:
+            record_id = place
+        if isinstance(record_id, int) and not isinstance(record_id, bool):
+            record_id = str(record_id)
+        if record_id is None:
             raise RetrievalError("it has no id; add --number-ids to have records numbered")
         text, title = record.get("text"), record.get("title")
         if isinstance(text, str) and isinstance(title, str) and title.strip():
             text = f"{title.strip()} {text}"
         metadata = record.get("metadata")
         if metadata is not None and not isinstance(metadata, dict):
-            raise RetrievalError("its metadata are no object")
+            raise RetrievalError("its metadata are not an object")
         others = {k: v for k, v in record.items() if k not in FIELDS and v is not None}
         if isinstance(title, str) and title.strip():
             others["title"] = title.strip()
-        return {"id": given, "text": text, "metadata": {**others, **(metadata or {})}}
+        return {"id": record_id, "text": text, "metadata": {**others, **(metadata or {})}}
 
     def _pieces(self, path: Path | None, name: str) -> Iterator[Document]:
         assert path is not None
@@ -138,43 +138,43 @@ class DocumentSource:
 
 
 def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
-    """(path, name) of all files; a name is what ids begin with."""
-    found: list[tuple[Path | None, str]] = []
-    for given in paths:
-        path = Path(given)
-        if given == "-":
-            found.append((None, "-"))
+    """Return (path, name) of all files; the ids of a file's chunks begin with its name."""
+    files: list[tuple[Path | None, str]] = []
+    for argument in paths:
+        path = Path(argument)
+        if argument == "-":
+            files.append((None, "-"))
         elif path.is_file():
-            if _suffix(given) not in RECORDS + TEXTS:
-                raise RetrievalError(f"{given}: files end in {', '.join(RECORDS + TEXTS)}")
-            found.append((path, path.name))
+            if _suffix(argument) not in RECORDS + TEXTS:
+                raise RetrievalError(f"{argument}: files end in {', '.join(RECORDS + TEXTS)}")
+            files.append((path, path.name))
         elif path.is_dir():
             for folder, folders, names in os.walk(path):
                 if any((Path(folder) / name).exists() for name in (CURRENT, SHARDS)):
-                    folders.clear()  # an index is no document
+                    folders.clear()  # the files of an index are not documents
                     continue
                 folders[:] = sorted(n for n in folders if not n.startswith("."))
-                inside = [
+                documents = [
                     Path(folder) / n for n in sorted(names) if not n.startswith(".") and _suffix(n) in RECORDS + TEXTS
                 ]
-                if broken := next((p for p in inside if not p.exists()), None):
-                    raise RetrievalError(f"{broken}: a link to nothing")
-                found += [(p, p.relative_to(path).as_posix()) for p in inside if not _settings(p)]
+                if broken := next((p for p in documents if not p.exists()), None):
+                    raise RetrievalError(f"{broken}: is a broken link; remove it")
+                files += [(p, p.relative_to(path).as_posix()) for p in documents if not _settings(p)]
         else:
-            raise RetrievalError(f"{given}: no such file or folder")
-    if not found:
+            raise RetrievalError(f"{argument}: no such file or folder")
+    if not files:
         raise RetrievalError(f"{', '.join(paths)}: no files that end in {', '.join(RECORDS + TEXTS)}")
-    names = [name for path, name in found if path is None or _suffix(name) in TEXTS]
+    names = [name for path, name in files if path is None or _suffix(name) in TEXTS]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise RetrievalError(f"{twice}: two files of that name would give the same ids; index their common folder")
-    return found
+    return files
 
 
 def _settings(path: Path) -> bool:
-    """Whether a file of a folder is JSON that is no list: settings of some program, not documents.
+    """Return whether a file found in a folder is a JSON object, and so probably the settings of a program.
 
-    One that cannot be read is taken for documents, and refused when it is read.
+    An unreadable file counts as documents; the error is reported when it is read.
     """
     if _suffix(path.name) != ".json":
         return False
@@ -198,29 +198,29 @@ def _open(path: Path | None, name: str) -> IO[str]:
 
 
 def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a file.
+    """Iterate over the records of a file, as (record number from 1 on, record).
 
     Raises:
-        RetrievalError: it cannot be read.
+        RetrievalError: The file cannot be read.
     """
-    kind, at = _suffix(name) if path else ".jsonl", 0
+    suffix, at = _suffix(name) if path else ".jsonl", 0
     try:
-        if kind == ".parquet":
+        if suffix == ".parquet":
             assert path is not None
             yield from enumerate(_parquet(path, name), 1)
             return
         with _open(path, name) as file:
-            if kind == ".json":
-                whole = json.load(file)
-                if not isinstance(whole, list):
+            if suffix == ".json":
+                records = json.load(file)
+                if not isinstance(records, list):
                     raise RetrievalError(f"{name}: expected a list of objects")
-                yield from enumerate(whole, 1)
-            elif kind in (".csv", ".tsv"):
+                yield from enumerate(records, 1)
+            elif suffix in (".csv", ".tsv"):
                 csv.field_size_limit(LONGEST_FIELD)
-                rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
+                rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
                 for at, row in enumerate(rows, 1):
                     if None in row:
-                        raise RetrievalError(f"{name}, record {at}: more fields than the head names")
+                        raise RetrievalError(f"{name}, record {at}: more fields than the header")
                     yield at, {k: v if k in FIELDS else _plain(v) for k, v in row.items() if k}
             else:
                 for at, line in enumerate(file, 1):
@@ -231,15 +231,15 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError:
         raise RetrievalError(f"{name}, record {at + 1}: not UTF-8 text") from None
     except (ValueError, csv.Error, EOFError, zlib.error, RecursionError) as error:
-        lines = kind in (".jsonl", ".ndjson") and isinstance(error, json.JSONDecodeError | RecursionError)
-        where = f"{name}, record {at if lines else at + 1}" if kind != ".json" else name
-        raise RetrievalError(f"{where}: {first_line(error)}") from None
+        lines = suffix in (".jsonl", ".ndjson") and isinstance(error, json.JSONDecodeError | RecursionError)
+        position = f"{name}, record {at if lines else at + 1}" if suffix != ".json" else name
+        raise RetrievalError(f"{position}: {first_line(error)}") from None
     except OSError as error:
         raise RetrievalError(f"{name}: {error.strerror or error}") from None
 
 
 def _plain(text: str | None) -> Any:
-    """A field of a table as a number where it looks like one; None where it is empty."""
+    """Convert a field of a CSV file: to a number if it is written like one, to None if it is empty."""
     if text is None or text == "":
         return None
     for kind in (int, float):
@@ -257,9 +257,9 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as file:  # whose path pyarrow would tell otherwise
+        with path.open("rb") as file:  # opened here, so that error messages of pyarrow do not contain the path
             texts = [f.name for f in pq.read_schema(file) if pyarrow.types.is_string(f.type)]
-            # Values that come often are kept once, and rows unfolded one by one: packed tables may be huge.
+            # Dictionary encoding and conversion row by row limit memory: compressed tables may be huge.
             for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024):
                 yield from (_json(batch.slice(row, 1).to_pylist()[0]) for row in range(batch.num_rows))
     except pyarrow.ArrowException as error:
@@ -267,7 +267,7 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _json(value: Any) -> Any:
-    """A value of a typed table as JSON holds it: dates as text, decimals as numbers, no number as null."""
+    """Convert a value of a Parquet table to JSON: dates to text, decimals to numbers, NaN and infinity to null."""
     match value:
         case dict():
             return {k: _json(v) for k, v in value.items()}
@@ -285,7 +285,7 @@ def _json(value: Any) -> Any:
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(text, metadata) of the parts of a file that are cut by themselves."""
+    """Iterate over (text, metadata) of the parts of a file that are chunked separately."""
     if _suffix(name) == ".pdf":
         yield from _pdf(path, name)
         return
@@ -307,17 +307,17 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _html(name: str, text: str) -> str:
-    """What a page shows, a block on each line.
+    """Return the visible text of an HTML page, one block per line.
 
     Raises:
-        RetrievalError: it cannot be read.
+        RetrievalError: The page cannot be parsed.
     """
     _need("bs4", ".html and .md", "beautifulsoup4")
     from bs4 import BeautifulSoup
 
     try:
         page = BeautifulSoup(text, "html.parser")
-    except Exception as error:  # parsers have errors of all kinds for what is no HTML
+    except Exception as error:  # parsers raise many types of errors for invalid HTML
         raise RetrievalError(f"{name}: cannot be read as HTML ({first_line(error)})") from None
     for hidden in page(["script", "style", "noscript", "template"]):
         hidden.decompose()
@@ -331,7 +331,7 @@ def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
             yield page.extract_text(), {"page": number}
-    except Exception as error:  # damaged files meet errors of all kinds in it
+    except Exception as error:  # pypdf raises many types of errors for damaged files
         raise RetrievalError(f"{name}: cannot be read as PDF ({first_line(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""Memory that was freed, back to the system."""
+"""Return of freed memory to the operating system."""
 
 import ctypes
 import functools
@@ -14,10 +14,10 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def release_memory() -> None:
-    """Let the C library return what it keeps: arrays of commits and merges leave gaps that it holds on to for good.
+    """Return freed heap memory to the operating system (glibc's ``malloc_trim``).
 
-    Without it a server whose documents change all the time seems to grow by hundreds of megabytes. Takes milliseconds;
-    does nothing where the C library is not glibc.
+    The arrays of commits and merges fragment the heap, and the resident memory of a server whose documents change all
+    the time would grow by hundreds of megabytes. The call takes milliseconds; without glibc it does nothing.
     """
     trim = _trim()
     if trim is not None:

@@ -1,4 +1,4 @@
-"""The best of scored documents."""
+"""Selection of the best documents by score."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 def top_documents(
     documents: NDArray[np.int32], scores: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The k best, best first; equal ones by number."""
+    """Return the k best documents and their scores, best first; ties are in doc id order."""
     if len(scores) > k:
-        kept = scores >= np.partition(scores, -k)[-k]
-        documents, scores = documents[kept], scores[kept]
+        mask = scores >= np.partition(scores, -k)[-k]
+        documents, scores = documents[mask], scores[mask]
     order = np.lexsort((documents, -scores))[:k]
     return documents[order], scores[order]
 
 
 def is_allowed(allow: NDArray[np.uint8] | None, documents: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which documents have their bit set in ``allow``, packed, the lowest first; all where it is None."""
+    """Return which documents are set in the bitmap ``allow`` (least significant bit first); all if it is None."""
     if allow is None:
         return np.ones(len(documents), np.bool_)
     return (allow[documents >> 3] >> (documents & 7).astype(np.uint8)) & 1 == 1
@@ -27,9 +27,12 @@ def is_allowed(allow: NDArray[np.uint8] | None, documents: NDArray[np.int32]) ->
 def search_until_found(
     kind: Any, searcher: Any, query: Any, k: int, settings: Any, possible: int, allow: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Hits of a kind; where the index or a filter has few documents, it looks further until ``possible`` are found."""
+    """Search, and widen the search (`IndexKind.wider`) until ``possible`` documents are found or it cannot be widened.
+
+    A filter that lets few documents pass needs a wider search for ``k`` hits.
+    """
     while True:
-        found = kind.search(searcher, query, k, settings, allow)
-        if len(found[0]) >= possible or (more := kind.wider(settings, searcher)) is None:
-            return found
+        hits = kind.search(searcher, query, k, settings, allow)
+        if len(hits[0]) >= possible or (more := kind.wider(settings, searcher)) is None:
+            return hits
         settings = more

@@ -1,7 +1,7 @@
 """Registered index types and encoders by name, and settings of searches.
 
-The only module of the retrieval stack, besides its commands, that uses the plugin manager; it is imported late, so that
-an index can be opened before plugins are loaded.
+Apart from the commands, this is the only module of the retrieval stack that uses the plugin manager. The manager is
+imported inside the functions, so that an index can be opened before plugins are loaded.
 """
 
 import threading
@@ -13,10 +13,10 @@ from .errors import RetrievalError
 
 
 def resolve_index_kind(name: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A registered kind of index, and its options.
+    """Return a registered index type, initialised with options, and its parsed options.
 
     Raises:
-        RetrievalError: there is none, or one is wrong.
+        RetrievalError: There is no index type of that name, or an option is invalid.
     """
     from ..plugins.config import ConfigError, Selection
     from ..plugins.manager import plugins
@@ -43,19 +43,19 @@ def build_settings(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def check_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings, but none that is an argument of the index's methods itself.
+    """Check that no setting has the name of an argument of the search methods, and return the settings.
 
     Raises:
-        RetrievalError: one is.
+        RetrievalError: A setting has such a name.
     """
     for name in ("self", "query", "queries", "k", "where", "snapshot", "name"):
         if name in values:
-            raise RetrievalError(f"settings: {name} is no setting; it stands beside them")
+            raise RetrievalError(f"settings: {name} is a search argument, not a setting; pass it separately")
     return values
 
 
 def absolute_encoder_name(encoder: str) -> str:
-    """An encoder's name with folders in full, alone or as ``MEMBER=FOLDER`` of a hybrid."""
+    """Return an encoder's name with absolute folders, also in the form ``MEMBER=FOLDER,...`` of a hybrid index."""
     if Path(encoder).is_dir():
         return str(Path(encoder).absolute())
     parts = [part.rpartition("=") for part in encoder.split(",")]
@@ -63,10 +63,10 @@ def absolute_encoder_name(encoder: str) -> str:
 
 
 def resolve_encoder(kind: Any, name: str, device: str, precision: str) -> Any:
-    """A registered encoder, or the kind's own of that name.
+    """Load a registered encoder, or else the encoder that the index type loads under this name.
 
     Raises:
-        RetrievalError: there is none.
+        RetrievalError: There is no such encoder, or it cannot be loaded.
     """
     from ..plugins.manager import plugins
 
@@ -77,17 +77,17 @@ def resolve_encoder(kind: Any, name: str, device: str, precision: str) -> Any:
 
 
 class LazyEncoder:
-    """An encoder, loaded when it is called for first, once for all threads."""
+    """Encoder that is loaded on the first call, once for all threads."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._mutex = load, threading.Lock()
         self._loaded: Any = None
 
     def __call__(self) -> Any:
-        """The encoder.
+        """Return the encoder.
 
         Raises:
-            RetrievalError: it is not there, or not the one that the index was made with.
+            RetrievalError: The encoder cannot be loaded, or is not the one that the index was created with.
         """
         with self._mutex:
             if self._loaded is None:

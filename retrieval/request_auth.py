@@ -1,8 +1,8 @@
-"""Who may talk to our servers, and how much they may send: what stands before every route.
+"""Checks of the requests to our HTTP servers: bearer token, Host and Origin headers, and size of the body.
 
-A server that asks for no token listens to this machine alone, but browsers run here too, and any page that they show
-can send requests to it. So a request from another page is refused (by ``Origin`` and ``Sec-Fetch-Site``), and one that
-came by another name: a page whose own name was made to lead here (DNS rebinding) would count as ours.
+A server without a token listens on the loopback interface only. But a browser on the same machine can send requests to
+it from any web page. Requests from other pages are therefore refused (by ``Origin`` and ``Sec-Fetch-Site``), and so are
+requests under another host name: a page could make its own name resolve to this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -19,17 +19,17 @@ _BEARER = HTTPBearer(auto_error=False)
 
 
 class RequestAuth:
-    """What one server asks of its clients.
+    """Request checks of one server.
 
     Args:
-        token: What they have to send as a bearer token; None for no question.
+        token: Bearer token that clients have to send; None if no token is required.
     """
 
     def __init__(self, token: str | None) -> None:
         self._token = token
 
     def known(self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
-        """What routes depend on that want the token."""
+        """Check the token; routes that require it depend on this method."""
         token = self._token
         if token is not None and (
             given is None or not secrets.compare_digest(given.credentials.encode(), token.encode())
@@ -37,33 +37,33 @@ class RequestAuth:
             raise HTTPException(401, "send the token as: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
     def refusal(self, request: Request) -> JSONResponse | None:
-        """The answer to a request that no route shall see."""
+        """Return the response to a request that is refused before routing, or None if it is accepted."""
         if self._token is None and (reason := _foreign(request)):
             return JSONResponse({"detail": f"{reason}; start the server with a token to allow this"}, 403)
         length = request.headers.get("content-length", "0")
-        told = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
-        if request.method in ("POST", "PUT", "PATCH") and not (told and int(length) <= LARGEST_BODY):
+        has_length = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
+        if request.method in ("POST", "PUT", "PATCH") and not (has_length and int(length) <= LARGEST_BODY):
             return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
         return None
 
 
 def _foreign(request: Request) -> str | None:
-    """Why a request without a token is not from here; None where it is."""
+    """Return why a request without a token is refused as foreign, or None if it is accepted."""
     host, origin = request.headers.get("host", "localhost"), request.headers.get("origin")
     if not _ours(host):
-        return f"Host: {host[:100]!r} is no name of this server"
+        return f"Host: {host[:100]!r} is not a name of this server"
     if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
         return f"Origin: {origin[:100]!r} is another page"
     from_elsewhere = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     followed = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
     if from_elsewhere and not (followed and request.headers.get("sec-fetch-dest", "document") == "document"):
-        # Links to our pages may be followed, frames would show them under another's mouse.
+        # Links to our pages may be followed; frames may not show them (clickjacking).
         return "Sec-Fetch-Site: another page asks"
     return None
 
 
 def _ours(host: str) -> bool:
-    """Whether a Host header names this machine, or an address, to which no name can be made to lead."""
+    """Return whether a Host header is localhost, or an IP address, which DNS rebinding cannot fake."""
     try:
         name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
         if name != "localhost" and not name.endswith(".localhost"):

@@ -1,31 +1,34 @@
-"""The part of a text that shows why it was found."""
+"""Passage of a text that shows why it matches a query."""
 
 import re
 from collections import Counter
 
-LENGTH = 240  # characters
-MARGIN = 30  # of them before the first word, and at least so many behind the last
+LENGTH = 240  # characters of a snippet
+MARGIN = 30  # characters before the first query term, and at least after the last one
 _WORD = re.compile(r"\w+")
 
 
 def best_snippet(text: str, query: str, length: int = LENGTH) -> str:
-    """The stretch of ``text`` with most different words of the query, cut at words; white space becomes one blank."""
+    """Return the passage of ``text`` with the most distinct query terms, cut at word boundaries.
+
+    White space is normalised to single blanks.
+    """
     flat = " ".join(text.split())
     if len(flat) <= length:
         return flat
-    wanted = {w.lower()[:5] for w in _WORD.findall(query) if len(w) > 2}  # endings count little
-    places = [(m.start(), m[0].lower()[:5]) for m in _WORD.finditer(flat) if m[0].lower()[:5] in wanted]
+    wanted = {w.lower()[:5] for w in _WORD.findall(query) if len(w) > 2}  # prefixes, to ignore inflection
+    positions = [(m.start(), m[0].lower()[:5]) for m in _WORD.finditer(flat) if m[0].lower()[:5] in wanted]
     begin = most = last = 0
-    inside: Counter[str] = Counter()  # of the words between the i-th place and those a length behind it
-    for start, word in places:
-        while last < len(places) and places[last][0] < start + length - 2 * MARGIN:
-            inside[places[last][1]] += 1
+    counts: Counter[str] = Counter()  # query terms from the current position on, within a snippet
+    for start, word in positions:
+        while last < len(positions) and positions[last][0] < start + length - 2 * MARGIN:
+            counts[positions[last][1]] += 1
             last += 1
-        if len(inside) > most:
-            begin, most = start, len(inside)
-        inside[word] -= 1
-        if not inside[word]:
-            del inside[word]
+        if len(counts) > most:
+            begin, most = start, len(counts)
+        counts[word] -= 1
+        if not counts[word]:
+            del counts[word]
     begin = max(0, min(begin - MARGIN, len(flat) - length))
     if begin:
         begin = flat.find(" ", begin) + 1

@@ -1,15 +1,15 @@
 """Arrays of a sparse index: inverted lists in blocks, and an exact search that skips blocks (Block-Max, SIGIR 2011).
 
-    shared    step [1] float32: a weight is so many times an impact
-    segment   documents [n] their numbers, ascending
-              terms [t] ascending, term_starts [t + 1] into blocks
-              blocks [b] document number // 16, tops [b] the greatest impact in it, sizes [b] its postings
-              skips [b // 64 + 1] where the postings of each 64th block begin
-              places [p] document number % 16, impacts [p] quantised weights, 1 or more
+    shared    step [1] float32: quantisation step, a weight is impact * step
+    segment   documents [n] internal doc ids, ascending
+              terms [t] term ids, ascending; term_starts [t + 1] first block of each term
+              blocks [b] doc id // 16, tops [b] largest impact of the block, sizes [b] number of its postings
+              skips [b // 64 + 1] first posting of every 64th block
+              places [p] doc id % 16, impacts [p] quantised weights, 1 or more
 
-A search sums the greatest impacts of each block, a bound of what its documents can have; scores the most promising
-blocks, more and more of them; and at last all whose bound reaches the k-th best score. The answer is that of scoring
-everything.
+A search sums the largest impacts of each block over the query terms, an upper bound of the scores of its documents. It
+scores the blocks with the highest bounds, in growing numbers, for a lower bound of the k-th best score, and finally all
+blocks whose upper bound reaches it. The result equals that of exhaustive scoring.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ from .ranking import is_allowed, top_documents
 from .sparse_vectors import SparseVectors
 
 Arrays = Mapping[str, NDArray]
-ROOM = 1.25  # documents to come may have greater weights than the first ones
-FIRST, MORE = 16, 8  # blocks that are scored to learn what the k-th best score is at least; times as many next
+ROOM = 1.25  # headroom: later documents may have larger weights than the first ones
+FIRST, MORE = 16, 8  # blocks scored first, in addition to k; factor by which the number grows
 
 
 def train_impacts(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]:
-    """The step, from the weights of the first documents."""
+    """Compute the quantisation step from the weights of the first documents."""
     levels = (1 << bits) - 1
     return {"step": np.array([ROOM * float(weights.max(initial=1e-6)) / levels], np.float32)}
 
@@ -35,29 +35,29 @@ def train_impacts(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]
 def build_sparse_segment(
     words: SparseVectors, numbers: NDArray[np.int64], shared: Arrays, bits: int
 ) -> dict[str, NDArray]:
-    """Inverted lists of some documents.
+    """Build the inverted lists of documents.
 
     Args:
-        words: Theirs.
-        numbers: [documents] their internal numbers, ascending.
-        shared: See `train`.
-        bits: 8 or 16.
+        words: Term weights of the documents.
+        numbers: [documents] internal doc ids, ascending.
+        shared: Shared arrays; see `train_impacts`.
+        bits: Bits of an impact: 8 or 16.
     """
-    kind = np.uint8 if bits == 8 else np.uint16
-    impacts = np.clip(np.rint(words.values / shared["step"][0]), 0, np.iinfo(kind).max).astype(kind)
+    dtype = np.uint8 if bits == 8 else np.uint16
+    impacts = np.clip(np.rint(words.values / shared["step"][0]), 0, np.iinfo(dtype).max).astype(dtype)
     documents = np.repeat(numbers.astype(np.int32), words.counts)
-    some = impacts > 0
-    return _lists(words.indices[some], documents[some], impacts[some], numbers.astype(np.int32))
+    nonzero = impacts > 0
+    return _lists(words.indices[nonzero], documents[nonzero], impacts[nonzero], numbers.astype(np.int32))
 
 
 def merge_sparse_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
-    """One segment of several, without the documents that are not ``live``."""
+    """Merge segments into one, without the documents that are not ``live``."""
     parts = []
     for s in segments:
         documents = np.repeat(s["blocks"], s["sizes"]) * sparse_search.BLOCK + s["places"]
         per_term = np.diff(np.concatenate([[0], np.cumsum(s["sizes"], dtype=np.int64)])[s["term_starts"]])
-        kept = live[documents]
-        parts.append((np.repeat(s["terms"], per_term)[kept], documents[kept], s["impacts"][kept]))
+        mask = live[documents]
+        parts.append((np.repeat(s["terms"], per_term)[mask], documents[mask], s["impacts"][mask]))
     terms, documents, impacts = (np.concatenate(x) for x in zip(*parts, strict=True))
     order = np.argsort(documents, kind="stable")
     numbers = np.sort(np.concatenate([s["documents"][live[s["documents"]]] for s in segments]))
@@ -65,7 +65,7 @@ def merge_sparse_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) -
 
 
 def _lists(terms: NDArray, documents: NDArray, impacts: NDArray, numbers: NDArray[np.int32]) -> dict[str, NDArray]:
-    """Of entries in the order of documents."""
+    """Build the arrays of a segment from postings in document order."""
     present, terms = np.unique(terms, return_inverse=True)
     starts = np.concatenate([[0], np.cumsum(np.bincount(terms, minlength=len(present)))]).astype(np.int64)
     order = sparse_search.by_term(terms, starts.copy())
@@ -85,13 +85,13 @@ def _lists(terms: NDArray, documents: NDArray, impacts: NDArray, numbers: NDArra
 
 
 class SegmentSearcher:
-    """One segment, ready to be searched."""
+    """Searcher of one segment."""
 
     def __init__(self, arrays: Arrays, documents: int) -> None:
-        """Look at arrays.
+        """Wrap and check the arrays of a segment.
 
         Raises:
-            ValueError: they do not fit each other, or name documents from ``documents`` on.
+            ValueError: The arrays do not fit each other, or a doc id is not below ``documents``.
         """
         self.terms, self.term_starts = arrays["terms"], arrays["term_starts"]
         self.blocks, self.tops, self.sizes = arrays["blocks"], arrays["tops"], arrays["sizes"]
@@ -109,23 +109,23 @@ class SegmentSearcher:
             raise ValueError("terms out of order")
         self.first, last = int(self.blocks.min()), int(self.blocks.max())
         self.count = last + 1 - self.first
-        highest = int(self.places[starts[1:][self.blocks == last] - 1].max())  # places ascend in a block
+        highest = int(self.places[starts[1:][self.blocks == last] - 1].max())  # places are ascending within a block
         if self.first < 0 or last * block + highest >= documents or int(self.places.max()) >= block:
             raise ValueError(f"numbers of documents beyond {documents}")
 
     def at(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Where words are among the terms, and whether they are."""
+        """Return the positions of term ids among the terms of the segment, and a mask of those that it contains."""
         at = np.searchsorted(self.terms, ids)
-        there = at < len(self.terms)
-        there[there] = self.terms[at[there]] == ids[there]
-        return at, there
+        present = at < len(self.terms)
+        present[present] = self.terms[at[present]] == ids[present]
+        return at, present
 
     def frequencies(self, terms: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Postings of some terms."""
+        """Return the number of postings of terms, given by position."""
         return self.term_postings[terms + 1] - self.term_postings[terms]
 
     def impact(self, term: int, number: int) -> int:
-        """Of one document; 0 where it has no such term."""
+        """Return the impact of a term, given by position, in one document; 0 if the document lacks it."""
         block, place = divmod(number, sparse_search.BLOCK)
         begin, end = self.term_starts[term : term + 2]
         b = int(begin + np.searchsorted(self.blocks[begin:end], block))
@@ -134,8 +134,8 @@ class SegmentSearcher:
         start = int(sparse_search.start_of(self.sizes, self.skips, b))
         part = slice(start, start + int(self.sizes[b]))
         p = int(np.searchsorted(self.places[part], place))
-        there = p < len(self.places[part]) and self.places[part][p] == place
-        return int(self.impacts[part][p]) if there else 0
+        present = p < len(self.places[part]) and self.places[part][p] == place
+        return int(self.impacts[part][p]) if present else 0
 
     def search(
         self,
@@ -146,25 +146,25 @@ class SegmentSearcher:
         allow: NDArray[np.uint8] | None,
         exhaustive: bool,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The best documents, of those that reach ``least``; see `Searcher.search`."""
-        at, there = self.at(ids)
-        there &= weights > 0
-        terms, weights = at[there], weights[there]
+        """Return the best documents with a score of ``least`` or more; see `InvertedIndexSearcher.search`."""
+        at, present = self.at(ids)
+        present &= weights > 0
+        terms, weights = at[present], weights[present]
         bounds = sparse_search.block_bounds(
             self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count
         )
         if allow is not None:
             bounds[~_any_allowed(allow, self.first, self.count)] = 0
-        some = np.flatnonzero((bounds > 0) & (bounds >= least))
+        candidates = np.flatnonzero((bounds > 0) & (bounds >= least))
         promising = FIRST + k
-        while not exhaustive and len(some) > 2 * promising:
-            top = some[np.argpartition(-bounds[some], promising)[:promising]]
-            found = self._scored(np.sort(top), terms, weights, k, least, allow)[1]
-            if len(found) >= k:
-                least = max(least, float(found[-1]))
-                some = some[bounds[some] >= least]
+        while not exhaustive and len(candidates) > 2 * promising:
+            top = candidates[np.argpartition(-bounds[candidates], promising)[:promising]]
+            top_scores = self._scored(np.sort(top), terms, weights, k, least, allow)[1]
+            if len(top_scores) >= k:
+                least = max(least, float(top_scores[-1]))
+                candidates = candidates[bounds[candidates] >= least]
             promising *= MORE
-        return self._scored(some, terms, weights, k, least, allow)
+        return self._scored(candidates, terms, weights, k, least, allow)
 
     def _scored(
         self,
@@ -175,7 +175,7 @@ class SegmentSearcher:
         least: float,
         allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The best documents of some blocks."""
+        """Return the best documents of the selected blocks."""
         blocks = (chosen + self.first).astype(np.int32)
         lists = self.term_starts, self.blocks, self.sizes, self.skips, self.places, self.impacts
         scores = sparse_search.score_blocks(*lists, terms, weights, self.first, self.count, blocks)
@@ -186,45 +186,45 @@ class SegmentSearcher:
 
 
 class InvertedIndexSearcher:
-    """The segments of one snapshot, ready to be searched."""
+    """Searcher of the segments of one snapshot."""
 
     def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> None:
-        """Look at arrays.
+        """Wrap and check the arrays of a snapshot.
 
         Raises:
-            ValueError: they do not fit each other.
+            ValueError: The arrays do not fit each other.
         """
         self.step = float(shared["step"][0])
         self.parts = [SegmentSearcher(s, documents) for s in segments if len(s["blocks"])]
         self.count = sum(len(s["documents"]) for s in segments)
 
     def frequencies(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
-        """How many documents have each word, deleted ones among them until they are merged away."""
-        found = np.zeros(len(ids), np.int64)
+        """Return the document frequency of each term; deleted documents count until their segment is merged."""
+        counts = np.zeros(len(ids), np.int64)
         for part in self.parts:
-            at, there = part.at(ids)
-            found[there] += part.frequencies(at[there])
-        return found
+            at, present = part.at(ids)
+            counts[present] += part.frequencies(at[present])
+        return counts
 
     def weights(self, number: int, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """The weights that a document has for some words, [ids]."""
-        found = np.zeros(len(ids), np.float32)
+        """Return the weights of terms in one document, [ids]."""
+        weights = np.zeros(len(ids), np.float32)
         for part in self.parts:
-            at, there = part.at(ids)
-            for i in np.flatnonzero(there):
-                found[i] += np.float32(self.step) * part.impact(int(at[i]), number)
-        return found
+            at, present = part.at(ids)
+            for i in np.flatnonzero(present):
+                weights[i] += np.float32(self.step) * part.impact(int(at[i]), number)
+        return weights
 
     def search(
         self, query: SparseVectors, k: int, allow: NDArray[np.uint8] | None = None, exhaustive: bool = False
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The best documents and their inner products with one query, best first; equal ones by number.
+        """Return the best documents and their inner products with a query, best first; ties are in doc id order.
 
         Args:
-            query: One text's words.
-            k: Documents at most.
-            allow: A bit for each document, packed, the lowest first; None for all.
-            exhaustive: Score every document that has a word of the query; the answer is the same.
+            query: Term weights of one text.
+            k: Maximum number of documents.
+            allow: Bitmap of the allowed documents, least significant bit first; None for all.
+            exhaustive: Whether every document with a query term is scored; the result is the same.
         """
         weights = query.values * np.float32(self.step)
         documents, scores = np.empty(0, np.int32), np.empty(0, np.float32)
@@ -236,7 +236,7 @@ class InvertedIndexSearcher:
 
 
 def _any_allowed(allow: NDArray[np.uint8], first: int, count: int) -> NDArray[np.bool_]:
-    """Which blocks have a document that may be found."""
+    """Return which blocks contain an allowed document, [count]."""
     size = sparse_search.BLOCK // 8
     bits = np.zeros((first + count) * size, np.uint8)
     bits[: min(len(allow), len(bits))] = allow[: len(bits)]

@@ -1,4 +1,4 @@
-"""What a sparse encoder makes of texts: weights of words."""
+"""Sparse vectors of texts: term weights, in a layout like CSR."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class SparseVectors:
-    """Weighted words of some texts, one text behind the other; those of a text ascend by number.
+    """Term weights of texts, concatenated; the entries of a text are in term id order.
 
     Attributes:
-        indices: [entries] int32 numbers of words.
-        values: [entries] float32, above zero.
-        in_text: [entries] whether the text itself has the word, or was only taken to mean it.
-        counts: [texts] entries of each text.
+        indices: [entries] int32 term ids.
+        values: [entries] float32 weights, greater than zero.
+        in_text: [entries] bool, whether the text contains the term; False for expansion terms.
+        counts: [texts] int64 number of entries of each text.
     """
 
     indices: NDArray[np.int32]
@@ -32,19 +32,19 @@ class SparseVectors:
         return len(self.counts)
 
     def __getitem__(self, text: int) -> "SparseVectors":
-        """Those of one text."""
+        """Return the vector of one text."""
         end = int(self.counts[: text + 1].sum())
         part = slice(end - int(self.counts[text]), end)
         return SparseVectors(self.indices[part], self.values[part], self.in_text[part], self.counts[text : text + 1])
 
     @property
     def text_ids(self) -> NDArray[np.int64]:
-        """[entries] which text each entry belongs to."""
+        """Index of the text of each entry, [entries]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @classmethod
     def from_dicts(cls, rows: Sequence[dict[int, float]], own: bool = True) -> "SparseVectors":
-        """From a mapping of words to weights for each text."""
+        """Build vectors from one mapping of term ids to weights per text."""
         entries = [(i, w) for row in rows for i, w in sorted(row.items())]
         return cls(
             np.array([i for i, _ in entries], np.int32),
@@ -55,7 +55,7 @@ class SparseVectors:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[SparseVectors]") -> "SparseVectors":
-        """Some behind each other."""
+        """Concatenate batches of vectors."""
         if not parts:
             return cls.from_dicts([])
         return cls(
@@ -66,7 +66,7 @@ class SparseVectors:
         )
 
     def take(self, texts: Sequence[int]) -> "SparseVectors":
-        """Those of some texts."""
+        """Return the vectors of some texts, in the given order."""
         ends = np.cumsum(self.counts)
         spans = [np.arange(ends[t] - self.counts[t], ends[t]) for t in texts]
         rows = np.concatenate([*spans, np.empty(0, np.int64)]).astype(np.int64)
@@ -75,7 +75,7 @@ class SparseVectors:
         )
 
     def dot(self, query: "SparseVectors") -> NDArray[np.float32]:
-        """Inner products of all texts with one other, [texts]."""
+        """Compute the inner product of each text with one query, [texts] float32."""
         if not len(query.indices):
             return np.zeros(len(self), np.float32)
         at = np.minimum(np.searchsorted(query.indices, self.indices), len(query.indices) - 1)
@@ -83,7 +83,7 @@ class SparseVectors:
         return np.bincount(self.text_ids, each, len(self)).astype(np.float32)
 
     def bag_of_words(self) -> "SparseVectors":
-        """The texts' own words alone, each with weight one."""
+        """Return the bag of words of each text: the terms that it contains, each with weight 1."""
         counts = np.bincount(self.text_ids[self.in_text], minlength=len(self))
         ids = self.indices[self.in_text]
         return SparseVectors(ids, np.ones(len(ids), np.float32), np.ones(len(ids), np.bool_), counts)

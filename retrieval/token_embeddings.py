@@ -1,4 +1,4 @@
-"""What a multi-vector encoder makes of texts."""
+"""Multi-vector embeddings of texts: one vector per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
-    """Vectors of the tokens of some texts, one text behind the other.
+    """Token vectors of texts, concatenated.
 
     Attributes:
-        vectors: [tokens, dimension] float32 or float16, of length one.
-        token_ids: [tokens] the vocabulary's numbers.
-        counts: [texts] tokens of each text.
-        pooled: [texts, width] one vector for each text, of length one, where the encoder makes such.
+        vectors: [tokens, dimension] float32 or float16 vectors of unit length.
+        token_ids: [tokens] int32 token ids of the vocabulary.
+        counts: [texts] int64 number of tokens of each text.
+        pooled: [texts, width] float32 vectors of unit length of whole texts; None if the encoder computes none.
     """
 
     vectors: NDArray
@@ -33,7 +33,7 @@ class TokenEmbeddings:
         return len(self.counts)
 
     def __getitem__(self, text: int) -> "TokenEmbeddings":
-        """Those of one text."""
+        """Return the embeddings of one text."""
         end = int(self.counts[: text + 1].sum())
         part = slice(end - int(self.counts[text]), end)
         pooled = None if self.pooled is None else self.pooled[text : text + 1]
@@ -41,12 +41,12 @@ class TokenEmbeddings:
 
     @property
     def text_ids(self) -> NDArray[np.int64]:
-        """[tokens] which text each token belongs to."""
+        """Index of the text of each token, [tokens]."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[TokenEmbeddings]") -> "TokenEmbeddings":
-        """Some behind each other."""
+        """Concatenate batches of embeddings."""
         return cls(
             np.concatenate([p.vectors for p in parts]),
             np.concatenate([p.token_ids for p in parts]),

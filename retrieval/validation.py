@@ -1,4 +1,4 @@
-"""Documents as they come in: checked, and in batches."""
+"""Validation and batching of documents."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 from .errors import RetrievalError
 from .store.documents import Document
 
-DEEPEST = 64  # objects and arrays within each other in metadata
-CHUNK_TOKENS, OVERLAP = 200, 40  # of the pieces that texts are cut into, where nothing is said
-BATCH = 8192  # documents of one commit; the first ones are what centroids and codec are learned from
+DEEPEST = 64  # maximum nesting of objects and arrays in metadata
+CHUNK_TOKENS, OVERLAP = 200, 40  # defaults of chunks of texts, in tokens
+BATCH = 8192  # documents per commit; the first batch is the training sample of the shared arrays
 
 
 def check_names(names: Any) -> list[str]:
-    """Ids as a list; a single text would be taken for a list of letters.
+    """Return ids as a list. A single text is refused, because it would be read as a list of letters.
 
     Raises:
-        RetrievalError: they are none.
+        RetrievalError: The ids are a single text.
     """
     if isinstance(names, str):
         raise RetrievalError(f"ids: expected a list, got the text {names!r}")
@@ -24,10 +24,10 @@ def check_names(names: Any) -> list[str]:
 
 
 def check_text(what: str, text: Any) -> None:
-    """Refuse what is no text, or none that can be written: halves of surrogate pairs.
+    """Check that a value is a text that UTF-8 can encode; ``what`` names it in the error message.
 
     Raises:
-        RetrievalError: it is not.
+        RetrievalError: The value is not a text, or contains a lone surrogate.
     """
     if not isinstance(text, str):
         raise RetrievalError(f"{what}: expected text, got {type(text).__name__}")
@@ -38,10 +38,10 @@ def check_text(what: str, text: Any) -> None:
 
 
 def as_document(value: Any) -> Document:
-    """A document of a mapping, checked.
+    """Validate a mapping and convert it to a document.
 
     Raises:
-        RetrievalError: it has no id or text, or its metadata are no JSON object.
+        RetrievalError: The id or the text is missing, or the metadata are not a JSON object.
     """
     if isinstance(value, Document):
         value = {"id": value.id, "text": value.text, "metadata": value.metadata}
@@ -54,7 +54,7 @@ def as_document(value: Any) -> Document:
     if not isinstance(name, str) or not name:
         raise RetrievalError(f"a document's id is a text that is not empty, not {name!r}")
     if not isinstance(text, str):
-        raise RetrievalError(f"document {name!r}: its text is missing or no text")
+        raise RetrievalError(f"document {name!r}: its text is missing or not a text")
     try:
         if not isinstance(metadata, Mapping):
             raise TypeError
@@ -68,13 +68,13 @@ def as_document(value: Any) -> Document:
         wrong = (
             next((k for k, v in metadata.items() if not _writable(v)), None) if isinstance(metadata, Mapping) else None
         )
-        where = "text and metadata have" if wrong is None else f"metadata field {wrong!r} has"
-        raise RetrievalError(f"document {name!r}: {where} to be what JSON can hold") from None
+        fields = "text and metadata have" if wrong is None else f"metadata field {wrong!r} has"
+        raise RetrievalError(f"document {name!r}: {fields} to be what JSON can hold") from None
     return Document(name, text, plain)
 
 
 def _depth(value: Any) -> int:
-    """Objects and arrays within each other."""
+    """Return the depth of nested objects and arrays."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
@@ -88,15 +88,15 @@ def _writable(value: Any) -> bool:
 
 
 def document_batches(documents: Iterable[Document], unique: bool) -> Iterator[list[Document]]:
-    """Documents in batches, the last of each id within one.
+    """Split documents into batches of `BATCH`. Within a batch, the last document of each id is kept.
 
     Raises:
-        RetrievalError: an id comes twice, where it has to be ``unique``.
+        RetrievalError: A batch contains an id twice, and ids have to be ``unique``.
     """
     batch: dict[str, Document] = {}
     for document in documents:
         if batch.pop(document.id, None) is not None and unique:
-            raise RetrievalError(f"document {document.id!r} comes twice; give each an id of its own, or upsert")
+            raise RetrievalError(f"document {document.id!r} comes twice; give each document a unique id, or use upsert")
         batch[document.id] = document
         if len(batch) == BATCH:
             yield list(batch.values())

@@ -1,4 +1,4 @@
-"""Changes of an index that a server is asked for."""
+"""Sequential execution of the writes of a server."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,14 +9,14 @@ T = TypeVar("T")
 
 
 class SerialExecutor:
-    """Work that is done in the order it came, by a thread of its own.
+    """Executor that runs calls in their order of arrival on one dedicated thread.
 
-    Writers exclude each other, and those that waited for their turn in the threads that serve readers would leave none.
+    Writers exclude each other. If they waited in the thread pool of the readers, they could occupy all its threads.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pilotfish-writes")
 
     async def __call__(self, work: Callable[..., T], *args: Any) -> T:
-        """Do ``work``; whatever it raises comes from here."""
+        """Run ``work`` and return its result, or raise its exception."""
         return await asyncio.wrap_future(self._thread.submit(work, *args))

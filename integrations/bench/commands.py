@@ -7,6 +7,7 @@ import typer
 
 from ...plugins.cli import extend_group
 from ...plugins.hookspecs import hookimpl
+from ...plugins.terminal import MEASURING
 from ...retrieval.cli.options import refusals
 
 bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
@@ -19,8 +20,8 @@ ARMS = (
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the command."""
-    extend_group(cli, "bench", bench)
-    cli.command("report")(report)
+    extend_group(cli, "bench", bench, MEASURING)
+    cli.command("report", rich_help_panel=MEASURING)(report)
 
 
 def report(

@@ -10,6 +10,7 @@ import typer
 from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
+from ...plugins.terminal import MEASURING, SEARCH
 from ...retrieval.cli.options import AsJson, Host, Token, Where, check_host, lines
 from ...retrieval.errors import RetrievalError
 from . import eval_command
@@ -19,8 +20,8 @@ from .cli_options import RagOptions, rag, rag_command
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
-    cli.add_typer(rag, name="rag")
-    extend_group(cli, "bench", eval_command.bench)
+    cli.add_typer(rag, name="rag", rich_help_panel=SEARCH)
+    extend_group(cli, "bench", eval_command.bench, MEASURING)
 
 
 @rag_command("ask")

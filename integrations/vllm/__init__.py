@@ -1,4 +1,4 @@
-"""Pilotfish inside a stock vLLM engine. Importing this package imports neither torch nor vLLM."""
+"""Pilotfish plugins for a stock vLLM engine. Importing this package imports neither torch nor vLLM."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ __all__ = ["PilotfishProposer"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM resolves "pilotfish.integrations.vllm.PilotfishProposer" by name, inside its worker; only there torch is
-    # welcome.
+    # vLLM resolves "pilotfish.integrations.vllm.PilotfishProposer" by name in its worker; only there torch is needed.
     if name == "PilotfishProposer":
         from .drafting.v1.proposer import PilotfishProposer
 

@@ -1,4 +1,4 @@
-"""Decide whether an engine can serve the selected plugins, before it starts: runs the checks of every subpackage."""
+"""Admission checks: whether an engine can serve the selected plugins, decided before it starts."""
 
 from typing import Any
 
@@ -15,11 +15,14 @@ CHECKS = {"kv": attention.check, "drafter": drafting.check, "pruner": vision.che
 def admit(vllm_config: Any) -> dict[str, Attachment]:
     """Check the whole engine configuration and return the attached plugins by type.
 
-    A model served with a visual pruner is given our model class.
+    If a visual pruner is selected, also set our model class in the configuration.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
 
     Raises:
-        ConfigError: The selection is wrong.
-        Unsupported: The selection is right, but this engine cannot serve it.
+        ConfigError: The selection is invalid.
+        Unsupported: The selection is valid, but this engine cannot serve it.
     """
     config = read_config(vllm_config.additional_config, vllm_config.speculative_config)
     if disabled():
@@ -37,16 +40,22 @@ def admit(vllm_config: Any) -> dict[str, Attachment]:
 
 
 def refusal(vllm_config: Any, params: Any, resumable: bool) -> str | None:
-    """Return why the engine cannot serve a request with the selected plugins, or None where it can."""
+    """Return the reason why the engine cannot serve a request with the selected plugins, or None if it can.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        params: Sampling or pooling parameters of the request.
+        resumable: Whether the request is part of a streaming session.
+    """
     policy = kv_policy(vllm_config) if resumable else None
     if policy is not None and policy.frees_blocks:
         return (
             f"{policy.name}: a streaming session would read KV blocks that were freed; send whole prompts, "
-            "or leave the policy out"
+            "or run without the policy"
         )
     selection = read_config(vllm_config.additional_config).pruner
     if selection is not None and getattr(params, "prompt_logprobs", None) is not None:
         cls, options = plugins().resolve("pruner", selection)
         if cls(options).layer_schedule() is not None:
-            return f"{cls.name}: prompt_logprobs would lack the tokens that were pruned; leave them out"  # type: ignore[attr-defined]
+            return f"{cls.name}: prompt_logprobs would lack the pruned tokens; do not request them"  # type: ignore[attr-defined]
     return None

@@ -1,19 +1,19 @@
-"""Everything that Pilotfish replaces in vLLM's classes, in one place: each patch keeps the original and can be undone.
+"""All patches of vLLM's functions and methods, in one place: each patch keeps the original and can be undone.
 
-| patch | when | why no registry serves |
+| patch | applied | why a vLLM registry or hook is not enough |
 |---|---|---|
-| `FRONT_DOOR` | always; passes through unless a plugin is selected | vLLM shows its general plugins no configuration |
-| `BACKEND` | always; passes through unless a KV policy is selected | the CPU platform takes no registered backend |
-| `SCHEDULER` | always; passes through unless a KV policy corrects | a scheduler class of our own would be a fork |
-| `DRAFT_MODEL` | a drafter over a draft model is selected | vLLM's own methods take no companion |
-| `CAPACITY` | a KV policy frees blocks | vLLM's figure takes every request to be in its prompt |
-| `REQUESTS` | a policy frees blocks, a pruner drops rows in layers | vLLM has no hook that refuses a request |
-| `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin switches logging on for all engines |
-| `RECORD` | a KV policy frees blocks | statistics have no place for freed blocks; see `head_cache.report_freed` |
-| `EXPAND` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `sampling_is_broken` |
-| `CONSTRAINTS` | a drafter is selected and the self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
+| `CREATE_ENGINE_CONFIG` | always; no effect unless a plugin is selected | general plugins receive no configuration |
+| `ATTENTION_BACKEND` | always; no effect unless a plugin is selected | the CPU platform accepts no registered backend |
+| `SCHEDULER` | always; no effect unless a KV policy is selected | our own scheduler class would be a fork of vLLM's |
+| `DRAFT_MODEL` | a drafter with a draft model is selected | vLLM's speculative methods accept no second proposer |
+| `CAPACITY` | a KV policy frees blocks | vLLM's estimate assumes that every request processes its prompt |
+| `REQUESTS` | a KV policy frees blocks, or a pruner prunes in layers | vLLM has no hook that rejects a request |
+| `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin enables logging for all engines |
+| `RECORD` | a KV policy frees blocks | vLLM's statistics have no such field; see `kv_cache_spec.report_freed` |
+| `EXPAND_BATCH` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `draft_sampling_is_broken` |
+| `SAMPLING_CONSTRAINTS` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
 
-What is wrapped on one model runner (an instance, not a class) is in `runner`.
+Methods of a single model runner instance are wrapped in `drafting.v1`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def _attention_backend(original: Any) -> Any:
         if not selection.is_selected(get_current_vllm_config().additional_config):
             return stock
         if selection.uses_draft_model(get_current_vllm_config()):
-            DRAFT_MODEL.apply()  # here, since all workers build attention layers before they load a draft model
+            DRAFT_MODEL.apply()  # every worker builds its attention layers before it loads a draft model
         return backends.attention_backend(stock, get_current_vllm_config())
 
     return _cached_get_attn_backend
@@ -108,11 +108,11 @@ def _counters(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         from .engine import metrics, selection
 
-        chosen = selection.read_config(vllm_config.additional_config)
-        if chosen.drafter is not None:
-            self.spec_decoding_prom = metrics.DraftCounters(chosen.drafter.name, self.spec_decoding_prom)
-        if chosen.kv is not None:
-            metrics.register_freed_blocks(chosen.kv.name)
+        config = selection.read_config(vllm_config.additional_config)
+        if config.drafter is not None:
+            self.spec_decoding_prom = metrics.DraftCounters(config.drafter.name, self.spec_decoding_prom)
+        if config.kv is not None:
+            metrics.register_freed_blocks(config.kv.name)
 
     return __init__
 
@@ -138,7 +138,7 @@ REQUESTS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_input
 
 
 def _needed(attached: Mapping[str, Any]) -> Iterator[Patch]:
-    """The patches that only some plugins need, for the plugins that were admitted, by kind."""
+    """Yield the patches that only some plugins need, for the ``attached`` plugins by type."""
     kv, pruner = attached.get("kv"), attached.get("pruner")
     frees_blocks = kv is not None and kv.cls.frees_blocks
     if frees_blocks or (pruner is not None and pruner.cls(pruner.options).layer_schedule() is not None):
@@ -150,7 +150,7 @@ def _needed(attached: Mapping[str, Any]) -> Iterator[Patch]:
 
 
 def all_patches() -> tuple[Patch, ...]:
-    """Every patch of the table above. Importing those of windowed heads imports vLLM."""
+    """Return all patches of the table above. Importing `CAPACITY` imports vLLM."""
     from .attention.windowed.kv_cache_spec import CAPACITY
 
     return (

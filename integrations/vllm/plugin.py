@@ -1,23 +1,23 @@
-"""The entry point ``vllm.general_plugins = pilotfish``, which vLLM calls in every one of its processes.
+"""Entry point ``vllm.general_plugins = pilotfish``, which vLLM calls in each of its processes.
 
-This module imports the standard library only, and `register` never raises: vLLM would swallow an import error and serve
-without us. All it does is put a door-keeper before `EngineArgs.create_engine_config`, where the choice of plugins is
-read for the first time; an engine that chose none passes through it unchanged.
+This module imports the standard library only, and `register` never raises: vLLM ignores plugins that fail to load, and
+would serve without ours. `register` wraps `EngineArgs.create_engine_config`, where the plugin selection is first read,
+and two functions that are called later; an engine that selects no plugin is created unchanged.
 """
 
 import logging
 
-# Under the name of vLLM's own loggers: in its processes others lose their INFO lines.
+# A child of vLLM's logger: in vLLM's processes other loggers do not print INFO messages.
 logger = logging.getLogger("vllm.pilotfish")
 
 
 def register() -> None:
-    """Install the door-keeper; calling it again changes nothing."""
+    """Apply the patches that every engine needs; calling it again has no effect."""
     try:
         from . import patches
 
         patches.CREATE_ENGINE_CONFIG.apply()
         patches.ATTENTION_BACKEND.apply()
         patches.SCHEDULER.apply()
-    except Exception:  # an unknown vLLM: whoever selected a plugin hears of it from the seams check
-        logger.debug("pilotfish: the front door could not be installed", exc_info=True)
+    except Exception:  # an unknown vLLM: `vllm_api.version_problem` reports it to users who select a plugin
+        logger.debug("pilotfish: vLLM could not be patched", exc_info=True)

@@ -1,1 +1,1 @@
-"""Compiled kernels over vLLM's paged KV cache."""
+"""C++ and Triton kernels over vLLM's paged KV cache."""

@@ -1,9 +1,9 @@
-"""A KV cache in which every KV head has blocks of its own, on a GPU: the counterpart of `head_cache`.
+"""A KV cache in which every KV head has its own blocks, on a GPU: the counterpart of `head_cache`.
 
-Each head is a cache of one KV head in the layout of vLLM's Triton backend, [blocks, 1, block_size, 2 * head_size]: K
-and then V of each position. Behind them, a block of a windowed head has room for the float32 means of K and V over all
-blocks between it and the sinks. What a token leaves out is computed on the device from its position, so that nothing
-waits for it and a step can be captured in a CUDA graph.
+The cache of a head has the layout of vLLM's Triton backend for one KV head, [num_blocks, 1, block_size, 2 * head_size]:
+K and then V of each position. After them, a block of a non-retrieval head has room for the float32 means of K and V
+over all blocks between the sinks and this block. The device computes from a token's position which tokens are evicted
+for it. The host does not wait for that, so a step can be captured in a CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ from .head_cache import means_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-TILE = 64  # positions that a program looks at together
-MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
-PROMPT_ROWS = 64  # of a program that reads a prompt
-TARGET_PROGRAMS = 256  # that keep a large GPU busy: fewer tiles are split along their contexts
+TILE = 64  # positions that a program processes at a time
+MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
+PROMPT_ROWS = 64  # rows (query tokens times query heads) of a program during prefill
+TARGET_PROGRAMS = 256  # number of programs that keeps a large GPU busy; with fewer tiles, contexts are split
 MAX_SPLITS = 16
 
 
 @dataclass(frozen=True)
 class TritonWindowedStep:
-    """The requests of a step, as vLLM's metadata names them.
+    """The requests of a step; the fields have the names of vLLM's attention metadata.
 
     Attributes:
-        query_start_loc: [requests + 1] int32, where each request's query tokens begin.
-        seq_lens: [requests] int32, positions before and at a request's last query token.
-        in_prompt: [requests] int32, whether the step processes a prompt.
-        max_query_len: An upper bound of a request's query tokens, known to the host.
-        max_seq_len: An upper bound of ``seq_lens``, known to the host.
+        query_start_loc: [num_requests + 1] int32, index of the first query token of each request.
+        seq_lens: [num_requests] int32, number of tokens up to a request's last query token, itself included.
+        in_prompt: [num_requests] int32, 1 if the step processes the request's prompt, else 0.
+        max_query_len: Upper bound of the number of query tokens of a request, known to the host.
+        max_seq_len: Upper bound of ``seq_lens``, known to the host.
     """
 
     query_start_loc: "Tensor"
@@ -47,63 +47,67 @@ class TritonWindowedStep:
 
 
 class TritonHeadCaches:
-    """The KV heads of one layer."""
+    """The caches of the KV heads of one layer."""
 
     def __init__(self, caches: "Sequence[Tensor]", windowed: Sequence[bool], window: HeadWindow) -> None:
-        """Look at caches, which stay where they are.
+        """Keep references to the caches of the heads.
 
         Args:
-            caches: [blocks, 1, block_size, 2 * head_size] of each KV head; of windowed heads, blocks lie far enough
-                apart for the means.
-            windowed: Which heads leave positions out.
-            window: What they leave.
+            caches: For each KV head [num_blocks, 1, block_size, 2 * head_size]; the block stride of a non-retrieval
+                head leaves room for the means.
+            windowed: For each KV head, whether it is a non-retrieval head.
+            window: Window of the non-retrieval heads.
 
         Raises:
-            ValueError: shapes, strides or types that the kernels do not read.
+            ValueError: The kernels do not support a shape, stride or dtype.
         """
         first = caches[0]
         _, heads, block_size, width = first.shape
-        size = width // 2
-        room = block_size * width * first.element_size() + means_bytes(size)
-        for cache, leaves_out in zip(caches, windowed, strict=True):
+        head_size = width // 2
+        room = block_size * width * first.element_size() + means_bytes(head_size)
+        for cache, is_windowed in zip(caches, windowed, strict=True):
             same = cache.dtype == first.dtype and cache.shape[1:] == first.shape[1:]
             if not same or cache.stride() != first.stride() or heads != 1 or cache.stride()[2:] != (width, 1):
-                raise ValueError(f"caches {tuple(cache.shape)} {cache.dtype}, strides {cache.stride()}")
-            if leaves_out and cache.stride(0) * cache.element_size() < room:
-                apart = cache.stride(0) * cache.element_size()
-                raise ValueError(f"blocks {apart} bytes apart have no room for means, {room} are needed")
+                raise ValueError(f"unsupported cache {tuple(cache.shape)} {cache.dtype}, strides {cache.stride()}")
+            if is_windowed and cache.stride(0) * cache.element_size() < room:
+                stride = cache.stride(0) * cache.element_size()
+                raise ValueError(f"a block stride of {stride} bytes leaves no room for means, {room} are needed")
         if block_size & (block_size - 1):
-            raise ValueError(f"blocks of {block_size} tokens, a power of two is needed")
+            raise ValueError(f"unsupported block size of {block_size} tokens: expected a power of two")
         if first.stride(0) * first.element_size() % 4:
-            raise ValueError(f"blocks {first.stride(0) * first.element_size()} bytes apart hold no float32")
-        self.window, self.block_size, self.size = window, block_size, size
+            raise ValueError(
+                f"block stride of {first.stride(0) * first.element_size()} bytes: expected a multiple of 4"
+            )
+        self.window, self.block_size, self.size = window, block_size, head_size
         self.sink_blocks = window.sink_blocks(block_size)
         self._caches, self._windowed = list(caches), list(windowed)
-        self._sizes = {"SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
+        self._sizes = {"HEAD_SIZE": head_size, "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size)}
         self._places: dict[tuple[int, ...], Tensor] = {}
         self._where: Tensor | None = None
 
     def bind(self, tables: "Sequence[Tensor]", slots: "Sequence[Tensor]") -> None:
-        """Set the blocks of a step.
+        """Set the block tables and slot mappings of a step.
 
-        vLLM's tables and slots are buffers that stay, so that the device is told of their addresses a few times only,
-        and a captured graph finds them again.
+        vLLM reuses its buffers for them. Their addresses are copied to the device only when they are new, and a
+        captured CUDA graph finds them again.
 
         Args:
-            tables: For each head [requests, blocks] int32.
-            slots: For each head [tokens] int64, where new keys and values go.
+            tables: For each KV head, its block table [num_requests, max_blocks] int32.
+            slots: For each KV head, its slot mapping [num_tokens] int64 for the new keys and values.
         """
         key = (tables[0].stride(0), *(x.data_ptr() for x in (*tables, *slots)))
         if key not in self._places:
             rows = [
-                [cache.data_ptr(), table.data_ptr(), places.data_ptr(), table.stride(0), windowed]
-                for cache, table, places, windowed in zip(self._caches, tables, slots, self._windowed, strict=True)
+                [cache.data_ptr(), table.data_ptr(), slot_mapping.data_ptr(), table.stride(0), windowed]
+                for cache, table, slot_mapping, windowed in zip(
+                    self._caches, tables, slots, self._windowed, strict=True
+                )
             ]
             self._places[key] = torch.tensor(rows, dtype=torch.int64).to(self._caches[0].device)
         self._where = self._places[key]
 
     def store_kv(self, key: "Tensor", value: "Tensor") -> None:
-        """Write new keys and values, each [tokens, kv_heads, head_size]."""
+        """Write new keys and values, each [num_tokens, num_kv_heads, head_size]."""
         kernels.store_kv_kernel[(len(key), key.shape[1])](
             key,
             value,
@@ -116,7 +120,7 @@ class TritonHeadCaches:
         )
 
     def update_means(self, step: TritonWindowedStep) -> None:
-        """Compute the means of blocks that a step begins; call it when the step's keys and values are stored."""
+        """Compute the means of blocks that get their first token in this step; call it after `store_kv`."""
         kernels.update_means_kernel[(len(step.seq_lens), len(self._caches), 2)](
             self._caches[0],
             self._where,
@@ -129,28 +133,28 @@ class TritonHeadCaches:
         )
 
     def attend(self, query: "Tensor", scale: float, output: "Tensor", step: TritonWindowedStep) -> None:
-        """Attention of the step's tokens.
+        """Compute the attention of a step's query tokens, and write it to ``output``.
 
         Args:
-            query: [tokens, query_heads, head_size], heads contiguous.
-            scale: Of the scores.
-            output: As ``query``.
-            step: The requests.
+            query: [num_tokens, num_heads, head_size], heads contiguous.
+            scale: Softmax scale.
+            output: [num_tokens, num_heads, head_size], heads contiguous.
+            step: Requests of the step.
         """
-        tokens, heads, size = query.shape
+        tokens, heads, head_size = query.shape
         kv_heads, requests = len(self._caches), len(step.seq_lens)
-        share = heads // kv_heads
-        rows = max(MIN_DOT_ROWS, triton.next_power_of_2(share))
+        num_queries_per_kv = heads // kv_heads
+        rows = max(MIN_DOT_ROWS, triton.next_power_of_2(num_queries_per_kv))
         if step.max_query_len > 1:
             rows = max(rows, PROMPT_ROWS)
-        together = rows // share
+        together = rows // num_queries_per_kv
         tiles = triton.cdiv(step.max_query_len, together)
         splits = min(
             MAX_SPLITS,
             triton.cdiv(TARGET_PROGRAMS, requests * tiles * kv_heads),
             triton.cdiv(step.max_seq_len, 4 * TILE),
         )
-        parts = torch.empty(tokens, heads, splits, size, dtype=torch.float32, device=query.device)
+        parts = torch.empty(tokens, heads, splits, head_size, dtype=torch.float32, device=query.device)
         tops, totals = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=query.device)
         kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
             query,
@@ -169,7 +173,7 @@ class TritonHeadCaches:
             self.window.window,
             self.window.ratio,
             HEADS=heads,
-            SHARE=share,
+            NUM_QUERIES_PER_KV=num_queries_per_kv,
             ROWS=rows,
             TOKENS=together,
             **self._sizes,

@@ -1,7 +1,8 @@
-"""Decode attention over a paged cache, whole or at chosen positions, and the choice: `paged_decode.cpp` for torch.
+"""Decode attention over a paged KV cache, full or sparse, and top-k token selection: `paged_decode.cpp` for torch.
 
-The cache is that of vLLM's "vec" CPU kernels: [blocks, kv_heads, block_size, 2 * head_size], in each head's part K
-transposed [head_size, block_size] and then V [block_size, head_size]. Types: float32, bfloat16, float16.
+The cache has the layout of vLLM's "vec" CPU kernels, [num_blocks, num_kv_heads, block_size, 2 * head_size]. The part of
+a head holds K transposed, [head_size, block_size], and then V, [block_size, head_size]. The dtype is float32, bfloat16
+or float16.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ AGGREGATES = {"head": 0, "kv_head": 0, "sum": 0, "max": 1, "union": 2}  # enum A
 
 
 class HeadView(Structure):
-    """Where the keys and values of a KV head are; `attend.hpp`."""
+    """The cache and block table of one KV head: `Head` in `attend.hpp`."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -36,7 +37,7 @@ class HeadView(Structure):
 
 
 class CacheView(Structure):
-    """The heads of a layer; `attend.hpp`."""
+    """The KV cache of one layer: `Cache` in `attend.hpp`."""
 
     _fields_ = (("heads", POINTER(HeadView)), ("kv_heads", c_int32), ("block_size", c_int32), ("head_size", c_int32))
 
@@ -52,7 +53,7 @@ class _DecodeBatch(Structure):
 
 
 class PromptSpans(Structure):
-    """Stretches of consecutive query tokens; `prompt.hpp`."""
+    """Spans of consecutive query tokens: `Prompts` in `prompt.hpp`."""
 
     _fields_ = (
         ("count", c_int32),
@@ -68,7 +69,7 @@ class PromptSpans(Structure):
 
 class _SelectedTokens(Structure):
     _fields_ = (
-        ("sets", c_int32),
+        ("num_head_groups", c_int32),
         ("capacity", c_int32),
         ("groups", c_void_p),
         ("masks", c_void_p),
@@ -77,15 +78,17 @@ class _SelectedTokens(Structure):
 
 
 class _SelectionRule(Structure):
-    _fields_ = tuple((name, c_int32) for name in ("sets", "aggregate", "budget", "sinks", "recent", "by_page"))
+    _fields_ = tuple(
+        (name, c_int32) for name in ("num_head_groups", "aggregate", "budget", "sinks", "recent", "by_page")
+    )
 
 
 @functools.cache
 def load_paged_decode_library() -> ctypes.CDLL:
-    """The compiled kernels, with their signatures.
+    """Load the compiled kernels, and declare their signatures.
 
     Raises:
-        NoCompiler: they are not in the cache, and nothing can compile them.
+        NoCompiler: The kernels are not in the user's cache, and there is no C++ compiler.
     """
     lib = cpp_build.load("paged_decode", Path(__file__).parent)
     cache, rows, choice, rule = (
@@ -94,26 +97,26 @@ def load_paged_decode_library() -> ctypes.CDLL:
         POINTER(_SelectedTokens),
         POINTER(_SelectionRule),
     )
-    where = (c_void_p, c_int64)
-    lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *where, *where, *where, c_int)
+    strided = (c_void_p, c_int64)
+    lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *strided, *strided, *strided, c_int)
     lib.pilotfish_decode.restype = c_int
-    lib.pilotfish_importance.argtypes = (rows, rule, c_void_p, *where, c_int)
+    lib.pilotfish_importance.argtypes = (rows, rule, c_void_p, *strided, c_int)
     lib.pilotfish_importance.restype = None
-    lib.pilotfish_choose.argtypes = (rows, rule, *where, choice, c_int)
+    lib.pilotfish_choose.argtypes = (rows, rule, *strided, choice, c_int)
     lib.pilotfish_choose.restype = None
     return lib
 
 
 class DecodeBatch:
-    """The query tokens of a step that are decoded by these kernels."""
+    """The query tokens of a decode step, one or more per request."""
 
     def __init__(self, request: Sequence[int], token: Sequence[int], context: Sequence[int], query_heads: int) -> None:
-        """Gather them.
+        """Describe the query tokens.
 
         Args:
-            request: [count] their rows in the block table.
-            token: [count] their rows in query and output.
-            context: [count] positions before and at each, at least 1.
+            request: [count] row of each query token in the block table.
+            token: [count] row of each query token in query and output.
+            context: [count] number of tokens that each query token attends to, itself included; at least 1.
             query_heads: Number of query heads.
         """
         import torch
@@ -127,18 +130,18 @@ class DecodeBatch:
 
     @property
     def padded(self) -> int:
-        """Length of a row of scores: the longest context in whole groups."""
+        """Length of a row of scores: the longest context, rounded up to whole pages."""
         return -(-self.longest // PAGE_SIZE) * PAGE_SIZE
 
 
 @dataclass
 class SelectedTokens:
-    """Chosen positions, as groups of `GROUP` and a bit mask for each.
+    """The selected tokens of a decode batch, as pages of `PAGE_SIZE` tokens and a bit mask for each page.
 
     Attributes:
-        pages: [rows, sets, capacity] int32, group numbers in ascending order.
-        masks: [rows, sets, capacity] int32 (its 32 bits), bit t for the group's token t.
-        num_pages: [rows, sets] int32, groups in use.
+        pages: [count, num_head_groups, capacity] int32, page indices in ascending order.
+        masks: [count, num_head_groups, capacity] int32, of which bit t is set if token t of the page is selected.
+        num_pages: [count, num_head_groups] int32, number of pages in use.
     """
 
     pages: "Tensor"
@@ -146,10 +149,17 @@ class SelectedTokens:
     num_pages: "Tensor"
 
     def positions(self, row: int, chosen: int = 0) -> list[int]:
-        """The positions of one row and set, ascending; a last page may reach beyond the context."""
-        size = int(self.num_pages[row, chosen])
-        pairs = zip(self.pages[row, chosen, :size].tolist(), self.masks[row, chosen, :size].tolist(), strict=True)
-        return [group * PAGE_SIZE + bit for group, mask in pairs for bit in range(PAGE_SIZE) if mask >> bit & 1]
+        """Return the selected positions of one query token, in ascending order.
+
+        The last page may reach beyond the context.
+
+        Args:
+            row: Index of the query token in the batch.
+            chosen: Index of the head group.
+        """
+        count = int(self.num_pages[row, chosen])
+        pairs = zip(self.pages[row, chosen, :count].tolist(), self.masks[row, chosen, :count].tolist(), strict=True)
+        return [page * PAGE_SIZE + bit for page, mask in pairs for bit in range(PAGE_SIZE) if mask >> bit & 1]
 
     def struct(self) -> _SelectedTokens:
         pointers = (self.pages.data_ptr(), self.masks.data_ptr(), self.num_pages.data_ptr())
@@ -157,33 +167,50 @@ class SelectedTokens:
 
 
 def checked_cache_view(query: "Tensor", cache: "Tensor", block_table: "Tensor", output: "Tensor") -> CacheView:
-    """The cache of a layer as the kernels read it; it must outlive what is returned.
+    """Check the arguments of a kernel, and return the struct that describes the cache.
+
+    The struct holds pointers: ``cache`` and ``block_table`` must outlive it.
 
     Args:
-        query: [tokens, query_heads, head_size], heads contiguous.
-        cache: [blocks, kv_heads, block_size, 2 * head_size] in the type of the query.
-        block_table: [requests, blocks] int32.
-        output: As ``query``.
+        query: [num_tokens, num_heads, head_size], heads contiguous.
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the dtype of the query.
+        block_table: [num_requests, max_blocks] int32.
+        output: [num_tokens, num_heads, head_size], heads contiguous, in the dtype of the query.
 
     Raises:
-        ValueError: shapes or types that the kernels do not read.
+        ValueError: The kernels do not support a shape, stride or dtype.
     """
     import torch
 
-    size = query.shape[-1]
+    head_size = query.shape[-1]
     if str(query.dtype) not in DTYPES or cache.dtype != query.dtype or output.dtype != query.dtype:
-        raise ValueError(f"query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
-    if size % 16 or cache.shape[3] != 2 * size or cache.shape[2] % PAGE_SIZE or query.shape[1] % cache.shape[1]:
-        raise ValueError(f"query {tuple(query.shape)}, cache {tuple(cache.shape)}")
-    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride()[2:] != (2 * size, 1):
-        raise ValueError("a head is not contiguous")
+        raise ValueError(f"unsupported dtypes: query {query.dtype}, cache {cache.dtype}, output {output.dtype}")
+    if (
+        head_size % 16
+        or cache.shape[3] != 2 * head_size
+        or cache.shape[2] % PAGE_SIZE
+        or query.shape[1] % cache.shape[1]
+    ):
+        raise ValueError(f"unsupported shapes: query {tuple(query.shape)}, cache {tuple(cache.shape)}")
+    if (
+        query.stride()[1:] != (head_size, 1)
+        or output.stride()[1:] != (head_size, 1)
+        or cache.stride()[2:] != (2 * head_size, 1)
+    ):
+        raise ValueError("the heads of query, cache or output are not contiguous")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
-        raise ValueError(f"block table of {block_table.dtype}")
+        raise ValueError(f"block table of {block_table.dtype}, expected int32 with contiguous rows")
     return cache_view(cache, block_table.data_ptr(), block_table.stride(0))
 
 
 def cache_view(cache: "Tensor", table: "int | None" = None, table_stride: int = 0) -> CacheView:
-    """A cache as the kernels read it, unchecked; without a table of blocks for those that take slots."""
+    """Return the struct that describes a cache, without checks.
+
+    Args:
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        table: Address of the block table; not given for kernels that take slots.
+        table_stride: Stride of a row of the block table, in elements.
+    """
     blocks = (cache.stride(0), table, table_stride, 0)
     step = cache.stride(1) * cache.element_size()
     heads = (HeadView * cache.shape[1])(*((cache.data_ptr() + h * step, *blocks) for h in range(cache.shape[1])))
@@ -203,20 +230,20 @@ def paged_decode_attention(
     choice: SelectedTokens | None = None,
     logits: "Tensor | None" = None,
 ) -> None:
-    """Attention of one query token per row; writes the rows' part of ``output``.
+    """Compute the attention of a decode batch, and write the rows of its query tokens in ``output``.
 
     Args:
-        query: [tokens, query_heads, head_size], heads contiguous.
-        cache: [blocks, kv_heads, block_size, 2 * head_size] in the type of the query; see the module.
-        block_table: [requests, blocks] int32.
-        rows: Which tokens.
-        scale: Of the scores.
-        output: As ``query``.
-        choice: The positions to read; None for all.
-        logits: [rows, query_heads, >= context] float32 that takes the scaled scores.
+        query: [num_tokens, num_heads, head_size], heads contiguous.
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the dtype of the query; see the module.
+        block_table: [num_requests, max_blocks] int32.
+        rows: Query tokens of the batch.
+        scale: Softmax scale.
+        output: [num_tokens, num_heads, head_size], heads contiguous, in the dtype of the query.
+        choice: Selected tokens to attend to; all tokens if not given.
+        logits: [count, num_heads, >= longest context] float32, to which the scaled query-key products are written.
 
     Raises:
-        ValueError: as `view`.
+        ValueError: The kernels do not support a shape, stride or dtype; see `checked_cache_view`.
     """
     import torch
 
@@ -238,14 +265,24 @@ def paged_decode_attention(
 
 
 def token_scores(rows: DecodeBatch, rule: SelectionRule, kv_heads: int, logits: "Tensor") -> "Tensor":
-    """How much each position matters to each set of heads: [rows, sets, padded] float32; ``logits`` are overwritten."""
+    """Compute the attention weight of each token, aggregated over the heads of each head group.
+
+    Args:
+        rows: Query tokens of the batch.
+        rule: Selection rule.
+        kv_heads: Number of KV heads.
+        logits: [count, num_heads, padded] scaled query-key products from `paged_decode_attention`; overwritten.
+
+    Returns:
+        [count, num_head_groups, padded] float32.
+    """
     import torch
 
-    sets = rule.num_head_groups(rows.query_heads, kv_heads)
-    result = torch.empty(rows.count, sets, logits.shape[2])
+    num_head_groups = rule.num_head_groups(rows.query_heads, kv_heads)
+    result = torch.empty(rows.count, num_head_groups, logits.shape[2])
     load_paged_decode_library().pilotfish_importance(
         byref(rows.struct),
-        byref(_rule_struct(rule, sets)),
+        byref(_rule_struct(rule, num_head_groups)),
         logits.data_ptr(),
         result.data_ptr(),
         logits.shape[2],
@@ -255,12 +292,18 @@ def token_scores(rows: DecodeBatch, rule: SelectionRule, kv_heads: int, logits: 
 
 
 def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> SelectedTokens:
-    """The positions that ``rule`` keeps by the ``scores`` of `importance`."""
+    """Select the top tokens or pages of each head group by their scores.
+
+    Args:
+        rows: Query tokens of the batch.
+        rule: Selection rule.
+        scores: [count, num_head_groups, padded] float32, from `token_scores`.
+    """
     import torch
 
-    sets = scores.shape[1]
+    num_head_groups = scores.shape[1]
     units = rule.budget if rule.granularity == "token" else rule.budget // PAGE_SIZE
-    shape = (rows.count, sets, min(max(units, 1), rows.padded // PAGE_SIZE))
+    shape = (rows.count, num_head_groups, min(max(units, 1), rows.padded // PAGE_SIZE))
     choice = SelectedTokens(
         torch.empty(shape, dtype=torch.int32),
         torch.empty(shape, dtype=torch.int32),
@@ -268,7 +311,7 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> S
     )
     load_paged_decode_library().pilotfish_choose(
         byref(rows.struct),
-        byref(_rule_struct(rule, sets)),
+        byref(_rule_struct(rule, num_head_groups)),
         scores.data_ptr(),
         scores.shape[2],
         byref(choice.struct()),
@@ -277,6 +320,8 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> S
     return choice
 
 
-def _rule_struct(rule: SelectionRule, sets: int) -> _SelectionRule:
+def _rule_struct(rule: SelectionRule, num_head_groups: int) -> _SelectionRule:
     by_page = rule.granularity == "page"
-    return _SelectionRule(sets, AGGREGATES[rule.head_aggregation], rule.budget, rule.sinks, rule.recent, by_page)
+    return _SelectionRule(
+        num_head_groups, AGGREGATES[rule.head_aggregation], rule.budget, rule.sinks, rule.recent, by_page
+    )

@@ -1,17 +1,18 @@
-"""Choosing and reading positions of a paged KV cache on a GPU, by Triton kernels.
+"""Top-k token selection and sparse decode attention over a paged KV cache on a GPU, with Triton kernels.
 
-The cache is that of vLLM's Triton and FlashAttention backends, [blocks, kv_heads, block_size, 2 * head_size], K and
-then V in the last dimension, in any order of strides.
+The cache is that of vLLM's Triton and FlashAttention backends, [num_blocks, num_kv_heads, block_size, 2 * head_size]:
+K and then V in the last dimension, which is contiguous; the other dimensions may have any strides.
 
-Everything is decided on the device: which requests of a batch are sparse (one query token, a context beyond the
-budget), how long they are, what they keep. No shape depends on it and nothing waits for it, so that all of this can be
-captured in a CUDA graph.
+The device decides which requests of a batch are sparse (one query token, and a context beyond the budget), how long
+they are, and which tokens they keep. No shape depends on these decisions and the host does not wait for them, so that
+all kernels can be captured in a CUDA graph.
 
-Two ways to read a choice:
+Selected tokens can be read in two ways:
 
-- `shorten` writes a block table that holds the chosen pages only. Keys are stored after their rotation, so any paged
-  attention kernel, vLLM's own, reads the chosen positions through it. For pages that all heads share.
-- `decode` reads any positions, each set of heads its own.
+- `shorten_block_table` writes a block table that contains the selected pages only. Keys are cached after rotary
+  embedding, so any paged attention kernel, vLLM's included, attends to the selected pages through this table. All heads
+  must num_queries_per_kv one selection.
+- `paged_decode_attention` reads any selected tokens, with one selection per head group.
 """
 
 from dataclasses import dataclass
@@ -26,20 +27,20 @@ from . import programs_triton as kernels
 if TYPE_CHECKING:
     from torch import Tensor
 
-TILE = 128  # positions that a program looks at together
-SPLIT = 1024  # positions of one program of `programs_triton.unit_scores`
-MIN_DOT_ROWS = 16  # of a matrix product on tensor cores
+TILE = 128  # positions that a program processes at a time
+SPLIT = 1024  # positions per program of `programs_triton.unit_scores_kernel`
+MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """The requests of a step, as vLLM's metadata names them.
+    """The requests of a step; the fields have the names of vLLM's attention metadata.
 
     Attributes:
-        query_start_loc: [requests + 1] int32, where each request's query tokens begin.
-        seq_lens: [requests] int32, positions before and at a request's last query token.
-        block_table: [requests, blocks] int32.
-        max_seq_len: An upper bound of ``seq_lens``, known to the host.
+        query_start_loc: [num_requests + 1] int32, index of the first query token of each request.
+        seq_lens: [num_requests] int32, number of tokens up to a request's last query token, itself included.
+        block_table: [num_requests, max_blocks] int32.
+        max_seq_len: Upper bound of ``seq_lens``, known to the host.
     """
 
     query_start_loc: "Tensor"
@@ -48,32 +49,35 @@ class DeviceBatch:
     max_seq_len: int
 
     def is_sparse(self, rule: SelectionRule) -> "Tensor":
-        """[requests] bool: which requests decode one token beyond the budget."""
+        """Return which requests decode one token with a context beyond the budget, [num_requests] bool."""
         one = self.query_start_loc[1:] - self.query_start_loc[:-1] == 1
         return one & (self.seq_lens > rule.budget)
 
 
 def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: SelectionRule, scale: float) -> "Tensor":
-    """How much each unit (a page, or a position) matters to each set of heads.
+    """Compute the attention weight of each unit (page or token), aggregated over the heads of each head group.
 
     Args:
-        query: [tokens, query_heads, head_size], heads contiguous.
-        cache: [blocks, kv_heads, block_size, 2 * head_size].
-        batch: The requests.
-        rule: How positions are chosen.
-        scale: Of the scores.
+        query: [num_tokens, num_heads, head_size], heads contiguous.
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the dtype of the query.
+        batch: Requests of the step.
+        rule: Selection rule.
+        scale: Softmax scale.
 
     Returns:
-        [requests, sets, units] float32; what stands there for requests that are not sparse means nothing.
+        [num_requests, num_head_groups, num_units] float32, undefined for requests that are not sparse.
+
+    Raises:
+        ValueError: The kernels do not support a shape, stride or dtype.
     """
     _check(query, cache, batch)
-    requests, (heads, size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
+    requests, (heads, head_size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
     by_page = rule.granularity == "page"
-    # Sums over heads can be taken page by page, which needs a 32nd of the memory; other aggregates cannot.
+    # Sums over heads can be computed for whole pages, which needs 1/32 of the memory. Other aggregates need tokens.
     unit = PAGE_SIZE if by_page and rule.head_aggregation in ("head", "kv_head", "sum") else 1
     units = -(-batch.max_seq_len // PAGE_SIZE) * PAGE_SIZE // unit
     scores = torch.full((requests, heads, units), float("-inf"), dtype=torch.float32, device=query.device)
-    share = heads // kv_heads
+    num_queries_per_kv = heads // kv_heads
     kernels.unit_scores_kernel[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
         query,
         cache,
@@ -88,10 +92,10 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
         *cache.stride()[:3],
         batch.block_table.stride(0),
         HEADS=heads,
-        SHARE=share,
-        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(share)),
-        SIZE=size,
-        SIZE_PADDED=triton.next_power_of_2(size),
+        NUM_QUERIES_PER_KV=num_queries_per_kv,
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(num_queries_per_kv)),
+        HEAD_SIZE=head_size,
+        HEAD_SIZE_PADDED=triton.next_power_of_2(head_size),
         BLOCK=cache.shape[2],
         UNIT=unit,
         TILE=TILE,
@@ -101,9 +105,9 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
     least = torch.full_like(totals, float("-inf"))
     if rule.head_aggregation == "union":
         least = scores.topk(min(rule.budget - rule.recent, units), sorted=False).values.amin(-1)
-    sets = rule.num_head_groups(heads, kv_heads)
-    result = torch.empty(requests, sets, units, dtype=torch.float32, device=query.device)
-    kernels.token_scores_kernel[(requests, sets, triton.cdiv(units, TILE))](
+    num_head_groups = rule.num_head_groups(heads, kv_heads)
+    result = torch.empty(requests, num_head_groups, units, dtype=torch.float32, device=query.device)
+    kernels.token_scores_kernel[(requests, num_head_groups, triton.cdiv(units, TILE))](
         scores,
         totals,
         least,
@@ -113,22 +117,28 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
         rule.budget,
         units,
         HEADS=heads,
-        SETS=sets,
+        NUM_HEAD_GROUPS=num_head_groups,
         TAKE_MAX=rule.head_aggregation == "max",
         TILE=TILE,
     )
     if by_page and unit == 1:
-        result = result.view(requests, sets, units // PAGE_SIZE, PAGE_SIZE).sum(-1)
+        result = result.view(requests, num_head_groups, units // PAGE_SIZE, PAGE_SIZE).sum(-1)
     return result
 
 
 def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
-    """The units that ``rule`` keeps by the ``scores`` of `importance`.
+    """Select the top units (pages or tokens) of each head group by their scores.
 
-    Sinks, recent positions and the current one are always among them.
+    Sinks, recent tokens and the current token are always selected.
+
+    Args:
+        scores: [num_requests, num_head_groups, num_units] float32, from `token_scores`.
+        batch: Requests of the step.
+        rule: Selection rule.
 
     Returns:
-        [requests, sets, budget in units] int32, ascending; what stands there for other requests means nothing.
+        [num_requests, num_head_groups, budget in units] int32 in ascending order, undefined for requests that are not
+        sparse.
     """
     unit = PAGE_SIZE if rule.granularity == "page" else 1
     units = scores.shape[-1]
@@ -137,12 +147,12 @@ def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> 
     recent = (context - 1 - rule.recent).clamp_min(0) // unit
     always = (number < -(-rule.sinks // unit)) | (number >= recent)
     ranked = scores.masked_fill(always, float("inf")).masked_fill(number * unit >= context, float("-inf"))
-    kept = ranked.topk(min(rule.budget // unit, units), sorted=False).indices
-    return kept.sort(-1).values.int()
+    selected = ranked.topk(min(rule.budget // unit, units), sorted=False).indices
+    return selected.sort(-1).values.int()
 
 
 def can_shorten_block_table(rule: SelectionRule, block_size: int) -> bool:
-    """Whether a shortened block table can express what ``rule`` keeps: whole blocks that all heads share."""
+    """Return whether a shortened block table can express the selection: whole blocks, shared by all heads."""
     shared = rule.head_aggregation in ("sum", "max", "union")
     return shared and rule.granularity == "page" and PAGE_SIZE % block_size == 0
 
@@ -150,16 +160,17 @@ def can_shorten_block_table(rule: SelectionRule, block_size: int) -> bool:
 def shorten_block_table(
     kept: "Tensor", batch: DeviceBatch, rule: SelectionRule, block_size: int
 ) -> tuple["Tensor", "Tensor"]:
-    """The batch's block table and lengths, of sparse requests with their kept pages only.
+    """Return a block table and sequence lengths in which sparse requests have their selected pages only.
 
     Args:
-        kept: Of `choose`, [requests, 1, pages].
-        batch: The requests.
-        rule: How they were chosen, see `can_shorten`.
-        block_size: Positions of a block.
+        kept: [num_requests, 1, num_pages] int32, from `select_tokens`.
+        batch: Requests of the step.
+        rule: Selection rule, for which `can_shorten_block_table` is true.
+        block_size: Number of tokens in a block.
 
     Returns:
-        [requests, blocks] int32, of which only what the lengths cover is written; [requests] int32.
+        The block table [num_requests, max_blocks] int32, written up to the length of each request only, and the lengths
+        [num_requests] int32.
     """
     requests = len(batch.seq_lens)
     blocks = -(-batch.max_seq_len // block_size)
@@ -191,27 +202,30 @@ def paged_decode_attention(
     output: "Tensor",
     kept: "Tensor",
 ) -> None:
-    """Attention of sparse requests over the positions they keep; writes their part of ``output``.
+    """Compute the attention of sparse requests over their selected tokens, and write their rows of ``output``.
 
     Args:
-        query: [tokens, query_heads, head_size], heads contiguous.
-        cache: [blocks, kv_heads, block_size, 2 * head_size].
-        batch: The requests.
-        rule: How positions were chosen.
-        scale: Of the scores.
-        output: As ``query``.
-        kept: Of `choose`.
+        query: [num_tokens, num_heads, head_size], heads contiguous.
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the dtype of the query.
+        batch: Requests of the step.
+        rule: Selection rule.
+        scale: Softmax scale.
+        output: [num_tokens, num_heads, head_size], heads contiguous.
+        kept: [num_requests, num_head_groups, num_units] int32, from `select_tokens`.
+
+    Raises:
+        ValueError: The kernels do not support a shape, stride or dtype.
     """
     _check(query, cache, batch)
-    requests, (heads, size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
+    requests, (heads, head_size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
     unit = PAGE_SIZE if rule.granularity == "page" else 1
-    sets, units = kept.shape[1:]
+    num_head_groups, units = kept.shape[1:]
     count = triton.cdiv(units * unit, TILE)
-    together = 1 if sets == heads else heads // kv_heads
+    together = 1 if num_head_groups == heads else heads // kv_heads
     workspace: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    parts = torch.empty(requests, heads, count, size, **workspace)
+    parts = torch.empty(requests, heads, count, head_size, **workspace)
     tops, totals = torch.empty(2, requests, heads, count, **workspace)
-    sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
+    sizes = {"HEADS": heads, "HEAD_SIZE": head_size, "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size)}
     kernels.sparse_decode_kernel[(requests, heads // together, count)](
         query,
         cache,
@@ -229,10 +243,10 @@ def paged_decode_attention(
         *cache.stride()[:3],
         batch.block_table.stride(0),
         **sizes,
-        SHARE=heads // kv_heads,
+        NUM_QUERIES_PER_KV=heads // kv_heads,
         TOGETHER=together,
         ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(together)),
-        SETS=sets,
+        NUM_HEAD_GROUPS=num_head_groups,
         BLOCK=cache.shape[2],
         UNIT=unit,
         TILE=TILE,
@@ -252,15 +266,17 @@ def paged_decode_attention(
 
 
 def _check(query: "Tensor", cache: "Tensor", batch: DeviceBatch) -> None:
-    """Refuse what the kernels would misread.
+    """Check shapes, strides and dtypes.
 
     Raises:
-        ValueError: shapes or types.
+        ValueError: The kernels do not support one of them.
     """
-    size = query.shape[-1]
-    if cache.shape[3] != 2 * size or query.shape[1] % cache.shape[1] or cache.dtype != query.dtype:
-        raise ValueError(f"query {tuple(query.shape)} {query.dtype}, cache {tuple(cache.shape)} {cache.dtype}")
-    if query.stride()[1:] != (size, 1) or cache.stride(3) != 1:
-        raise ValueError("a head is not contiguous")
+    head_size = query.shape[-1]
+    if cache.shape[3] != 2 * head_size or query.shape[1] % cache.shape[1] or cache.dtype != query.dtype:
+        raise ValueError(
+            f"unsupported query {tuple(query.shape)} {query.dtype}, cache {tuple(cache.shape)} {cache.dtype}"
+        )
+    if query.stride()[1:] != (head_size, 1) or cache.stride(3) != 1:
+        raise ValueError("the heads of query or cache are not contiguous")
     if any(x.dtype != torch.int32 for x in (batch.block_table, batch.seq_lens, batch.query_start_loc)):
-        raise ValueError("block table, lengths and starts are expected as int32")
+        raise ValueError("block_table, seq_lens and query_start_loc: expected int32")

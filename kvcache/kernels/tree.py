@@ -1,6 +1,6 @@
-"""Attention of draft trees over a paged cache, and keys and values moved in it: `tree.cpp` for torch.
+"""Tree attention over a paged KV cache, and copies of keys and values within it: `tree.cpp` for torch.
 
-The cache is as in `paged_decode`. The tokens of a tree lie in it one behind the other, the root first.
+The cache has the layout of `paged_decode`. The tokens of a tree occupy consecutive positions, the root first.
 """
 
 import ctypes
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @functools.cache
 def load_tree_library() -> ctypes.CDLL:
-    """The compiled kernels, with their signatures.
+    """Load the compiled kernels, and declare their signatures.
 
     Raises:
-        NoCompiler: they are not in the cache, and nothing can compile them.
+        NoCompiler: The kernels are not in the user's cache, and there is no C++ compiler.
     """
     lib = cpp_build.load("tree", Path(__file__).parent)
-    where = (c_void_p, c_int64)
+    strided = (c_void_p, c_int64)
     lib.pilotfish_read_trees.argtypes = (
         c_int,
         POINTER(CacheView),
         POINTER(PromptSpans),
         c_float,
-        *where,
-        *where,
+        *strided,
+        *strided,
         c_int,
     )
     lib.pilotfish_move.argtypes = (c_int, POINTER(CacheView), c_int, c_void_p, c_void_p, c_int, c_int)
@@ -45,7 +45,7 @@ def load_tree_library() -> ctypes.CDLL:
 
 
 class CPUTreeBatch:
-    """The trees of a step."""
+    """The draft trees of a step."""
 
     def __init__(
         self,
@@ -55,13 +55,14 @@ class CPUTreeBatch:
         seen: Sequence[NDArray[np.bool_]],
         query_heads: int,
     ) -> None:
-        """Gather them.
+        """Describe the trees.
 
         Args:
-            request: [count] their rows in the block table.
-            token: [count] the rows of their roots in query and output.
-            context: [count] positions before and at each root.
-            seen: [count] for each [n + 1, n + 1], which of a tree's tokens each of them sees; the root is the first.
+            request: [count] row of each tree in the block table.
+            token: [count] row of each tree's root in query and output.
+            context: [count] number of tokens that each root attends to, itself included.
+            seen: [count] attention mask of each tree, [n + 1, n + 1] bool for n draft tokens; token i attends to token
+                j if entry [i, j] is true, and token 0 is the root.
             query_heads: Number of query heads.
         """
         import torch
@@ -76,7 +77,7 @@ class CPUTreeBatch:
 
 
 def pack_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """Which tokens of a tree each of them sees, [n, n], as bits, [n, words]."""
+    """Pack the attention mask of a tree, [n, n] bool, into bits, [n, ceil(n / 32)] uint32."""
     n = len(mask)
     padded = np.zeros((n, -(-n // PAGE_SIZE) * PAGE_SIZE), bool)
     padded[:, :n] = mask
@@ -86,18 +87,20 @@ def pack_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
 def tree_attention(
     query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: CPUTreeBatch, scale: float, output: "Tensor"
 ) -> None:
-    """Attention of the trees' tokens, whose keys and values are in the cache; writes their rows of ``output``.
+    """Compute the attention of the trees' tokens, and write their rows of ``output``.
+
+    The keys and values of the tokens must be in the cache.
 
     Args:
-        query: [tokens, query_heads, head_size], heads contiguous.
-        cache: [blocks, kv_heads, block_size, 2 * head_size] in the type of the query.
-        block_table: [requests, blocks] int32.
-        trees: Which tokens, and what they see.
-        scale: Of the scores.
-        output: As ``query``.
+        query: [num_tokens, num_heads, head_size], heads contiguous.
+        cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], in the dtype of the query.
+        block_table: [num_requests, max_blocks] int32.
+        trees: Query tokens and their attention masks.
+        scale: Softmax scale.
+        output: [num_tokens, num_heads, head_size], heads contiguous, in the dtype of the query.
 
     Raises:
-        ValueError: as `paged_decode.view`.
+        ValueError: The kernels do not support a shape, stride or dtype; see `paged_decode.checked_cache_view`.
     """
     import torch
 
@@ -116,17 +119,23 @@ def tree_attention(
 
 
 class CPUKVMover:
-    """Moves tokens within the caches of all layers."""
+    """A function that moves the keys and values of tokens in the caches of all layers."""
 
     def __init__(self, caches: "Sequence[Tensor]") -> None:
-        """Look at ``caches``, each [blocks, kv_heads, block_size, 2 * head_size], all of one type."""
+        """Keep references to the caches of all layers.
+
+        Args:
+            caches: For each layer [num_blocks, num_kv_heads, block_size, 2 * head_size], all of the same dtype.
+        """
         self._type, self._kept = DTYPES[str(caches[0].dtype)], list(caches)
         self._layers = (CacheView * len(caches))(*map(cache_view, caches))
 
     def __call__(self, source: "Tensor", target: "Tensor") -> None:
-        """Copy keys and values from slots to slots, [tokens] int64 each, one after the other.
+        """Copy keys and values from source slots to target slots, one token after the other.
 
-        A slot is block * block_size + offset.
+        Args:
+            source: [num_tokens] int64 slots; a slot is block * block_size + offset.
+            target: [num_tokens] int64 slots.
         """
         import torch
 

@@ -1,8 +1,8 @@
-"""As `tree`, for GPUs, over the cache of vLLM's Triton backend.
+"""Tree attention on a GPU, over the cache of vLLM's Triton backend; the counterpart of `tree`.
 
-That is [blocks, kv_heads, block_size, 2 * head_size], in any order of strides but the last: each position has its key
-and behind it its value. What lies before a tree is split among programs and merged by log-sum-exp, as in
-`head_cache_triton`.
+The cache is [num_blocks, num_kv_heads, block_size, 2 * head_size]: K and then V in the last dimension, which is
+contiguous; the other dimensions may have any strides. The context is split among programs, and the splits are merged by
+log-sum-exp, as in `head_cache_triton`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TritonTreeBatch:
-    """The trees of a step, on the device; see `tree.Trees`."""
+    """The draft trees of a step, on the device; see `tree.CPUTreeBatch`."""
 
     def __init__(
         self,
@@ -48,26 +48,28 @@ class TritonTreeBatch:
 def tree_attention(
     query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: TritonTreeBatch, scale: float, output: "Tensor"
 ) -> None:
-    """Attention of the trees' tokens, see `tree.read_trees`.
+    """Compute the attention of the trees' tokens, and write their rows of ``output``; see `tree.tree_attention`.
 
     Raises:
-        ValueError: shapes or strides that the kernels do not read.
+        ValueError: The kernels do not support a stride.
     """
-    _, heads, size = query.shape
+    _, heads, head_size = query.shape
     kv_heads, block_size = cache.shape[1], cache.shape[2]
-    if query.stride()[1:] != (size, 1) or output.stride()[1:] != (size, 1) or cache.stride(3) != 1:
-        raise ValueError(f"strides of query {query.stride()}, cache {cache.stride()}, output {output.stride()}")
-    share = heads // kv_heads
-    rows = max(MIN_DOT_ROWS, PROMPT_ROWS, triton.next_power_of_2(share))
-    together = rows // share
+    if query.stride()[1:] != (head_size, 1) or output.stride()[1:] != (head_size, 1) or cache.stride(3) != 1:
+        raise ValueError(
+            f"unsupported strides: query {query.stride()}, cache {cache.stride()}, output {output.stride()}"
+        )
+    num_queries_per_kv = heads // kv_heads
+    rows = max(MIN_DOT_ROWS, PROMPT_ROWS, triton.next_power_of_2(num_queries_per_kv))
+    together = rows // num_queries_per_kv
     tiles = triton.cdiv(trees.longest, together)
     splits = min(
         MAX_SPLITS, triton.cdiv(TARGET_PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE)
     )
     shape = len(trees.rows), heads, splits
-    parts = torch.empty(*shape, size, dtype=torch.float32, device=query.device)
+    parts = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
     tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
-    sizes = {"HEADS": heads, "SIZE": size, "SIZE_PADDED": triton.next_power_of_2(size)}
+    sizes = {"HEADS": heads, "HEAD_SIZE": head_size, "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size)}
     kernels.tree_attention_kernel[(trees.count * tiles, kv_heads, splits)](
         query,
         cache,
@@ -82,7 +84,7 @@ def tree_attention(
         *cache.stride()[:3],
         block_table.stride(0),
         tiles,
-        SHARE=share,
+        NUM_QUERIES_PER_KV=num_queries_per_kv,
         ROWS=rows,
         TOKENS=together,
         BLOCK=block_size,
@@ -95,17 +97,24 @@ def tree_attention(
 
 
 class TritonKVMover:
-    """Moves tokens within the caches of all layers, see `tree.Mover`."""
+    """A function that moves the keys and values of tokens in the caches of all layers; see `tree.CPUKVMover`."""
 
     def __init__(self, caches: "Sequence[Tensor]") -> None:
-        """Look at ``caches``, each [blocks, kv_heads, block_size, 2 * head_size]."""
+        """Keep references to the caches of all layers.
+
+        Args:
+            caches: For each layer [num_blocks, num_kv_heads, block_size, 2 * head_size].
+        """
         self._caches = list(caches)
 
     def __call__(self, source: "Tensor", target: "Tensor") -> None:
-        """Copy keys and values from slots to slots, [tokens] each.
+        """Copy keys and values from source slots to target slots, [num_tokens] int64 each.
 
-        All are read before any is written: as in `tree.Mover`, where no target lies behind a source still to be read.
+        All sources are read before any target is written. The result is that of `tree.CPUKVMover`, as no target is a
+        source that comes later in the list.
         """
         for cache in self._caches:
-            size = cache.shape[2]
-            cache[target // size, :, target % size] = cache[source // size, :, source % size].clone()
+            block_size = cache.shape[2]
+            cache[target // block_size, :, target % block_size] = cache[
+                source // block_size, :, source % block_size
+            ].clone()

@@ -1,1 +1,1 @@
-"""Commands over document indexes."""
+"""Commands for document indexes and encoders: `pilotfish index` and `pilotfish train`."""

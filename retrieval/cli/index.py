@@ -1,4 +1,4 @@
-"""`pilotfish index`: build, change, serve and look after an index; see `asking_commands` for the others."""
+"""`pilotfish index`: commands that build, change, maintain and serve an index; see `cli.search` for the others."""
 
 import json
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import typer
 from ...plugins.cli import extend_group
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
+from ...plugins.terminal import SEARCH
 from ..validation import CHUNK_TOKENS, OVERLAP
 from .options import (
     AsJson,
@@ -35,48 +36,44 @@ from .options import (
 )
 from .search import asking
 
-index = typer.Typer(help="Put documents into an index, and find them again.", no_args_is_help=True)
+index = typer.Typer(help="Build, search and serve document indexes.", no_args_is_help=True)
 
-USUAL = "xtr"  # kind of index
+USUAL = "xtr"  # default index type
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
-    """Add the commands."""
-    extend_group(cli, "index", index)
-    extend_group(cli, "index", asking)
+    """Register the group of commands."""
+    extend_group(cli, "index", index, SEARCH)
+    extend_group(cli, "index", asking, SEARCH)
 
 
 @index.command("build")
 def build(
     folder: Folder,
     paths: Paths,
-    kind: Annotated[
-        str | None, typer.Option(help="A kind of index, xtr where nothing is said; see `pilotfish plugins`.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="An option of that kind, NAME=VALUE; may be repeated.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Index type, xtr by default; see `pilotfish plugins`.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Option of the index type, NAME=VALUE; repeatable.")] = None,
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
     chunk_tokens: Chunk = CHUNK_TOKENS,
     overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a build that was interrupted.")] = False,
-    shards: Annotated[int, typer.Option(min=1, max=4096, help="Partition the documents into so many indexes.")] = 1,
+    resume: Annotated[bool, typer.Option(help="Resume an interrupted build.")] = False,
+    shards: Annotated[int, typer.Option(min=1, max=4096, help="Number of shards; documents are partitioned.")] = 1,
     ray: Ray = None,
 ) -> None:
-    """Make an index of documents."""
+    """Build an index of documents."""
     with refusals():
         from ..index import Index
         from ..store.manifest import CURRENT
 
         if shards > 1 or ray is not None:
             if resume:
-                raise ConfigError("--resume: a build of shards is begun anew")
+                raise ConfigError("--resume: a build of shards cannot be resumed; build into a new folder")
             if (device, precision) != ("auto", "float32"):
-                raise ConfigError("--device, --precision: a build of shards has auto and float32 only")
+                raise ConfigError("--device, --precision: a build of shards supports only auto and float32")
             _build_shards(folder, paths, shards, kind or USUAL, encoder, option, chunk_tokens, overlap, number_ids, ray)
             return
 
@@ -85,22 +82,22 @@ def build(
             if kind not in (None, opened.kind.name):
                 raise ConfigError(f"--kind {kind}: {folder} is of kind {opened.kind.name}")
         else:
-            _source(paths, lambda text: [text], number_ids)  # refuse before anything is made
+            _source(paths, lambda text: [text], number_ids)  # report errors before anything is created
             _chunks_fit(chunk_tokens, overlap)
             opened = Index.create(folder, kind or USUAL, encoder, values(option, "--option"), device, precision)
-        with opened as made:
-            source = _source(paths, _chunker(made, chunk_tokens, overlap), number_ids)
-            count = with_bar(lambda told: (made.resume if resume else made.add)(source, told))
-            if len(made) == count and made.stats()["segments"] > 1:
-                made.compact()
-            tell(f"{folder}: {count} documents added, {len(made)} in all")
+        with opened as built:
+            source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids)
+            count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
+            if len(built) == count and built.stats()["segments"] > 1:
+                built.compact()
+            tell(f"{folder}: {count} documents added, {len(built)} in all")
 
 
 @index.command("add")
 def add(
     folder: Folder,
     paths: Paths,
-    upsert: Annotated[bool, typer.Option(help="Replace documents whose ids are there already.")] = False,
+    upsert: Annotated[bool, typer.Option(help="Replace documents whose ids are in the index already.")] = False,
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -108,10 +105,10 @@ def add(
     overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
 ) -> None:
-    """Add documents; searches go on meanwhile."""
+    """Add documents; searches continue meanwhile."""
     with refusals(), open_whole(folder, encoder, device, precision) as opened:
         source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids)
-        count = with_bar(lambda told: (opened.upsert if upsert else opened.add)(source, told))
+        count = with_bar(lambda progress: (opened.upsert if upsert else opened.add)(source, progress))
         tell(f"{folder}: {count} documents added, {len(opened)} in all")
 
 
@@ -131,20 +128,20 @@ def delete(
 
 @index.command("stats")
 def stats(folder: Folder, as_json: AsJson = False) -> None:
-    """Say what an index holds."""
+    """Show the contents and sizes of an index."""
     with refusals(), open_any(folder) as opened:
-        found = opened.stats()
+        statistics = opened.stats()
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(statistics))
         return
-    for name, value in found.items():
-        shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
-        typer.echo(f"{name:20}{shown}")
+    for name, value in statistics.items():
+        text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+        typer.echo(f"{name:20}{text}")
 
 
 @index.command("check")
 def check(folder: Folder) -> None:
-    """Read all of an index and compare checksums; exit code 2 if it is damaged."""
+    """Read all files of an index and compare checksums; exit code 2 if it is damaged."""
     with refusals():
         from .. import shards
 
@@ -161,19 +158,19 @@ def check(folder: Folder) -> None:
 def compact(
     folder: Folder,
     relearn: Annotated[
-        bool, typer.Option(help="Encode all anew, and learn from it: for an index that has grown manyfold.")
+        bool, typer.Option(help="Encode all documents again and retrain; for an index that has grown manyfold.")
     ] = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Write an index anew without what was deleted."""
+    """Rewrite an index without deleted documents."""
     with refusals(), open_whole(folder, encoder) as opened:
-        with_bar(lambda told: opened.compact(relearn, told) or 0)
+        with_bar(lambda progress: opened.compact(relearn, progress) or 0)
         tell(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
 
 @index.command("export")
-def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of the FAISS index.")]) -> None:
-    """Write the tokens as a plain FAISS index, and beside it which document each is of."""
+def export(folder: Folder, out: Annotated[Path, typer.Argument(help="File of the FAISS index.")]) -> None:
+    """Export the token vectors to a FAISS index, and the document id of each vector to a file next to it."""
     with refusals(), open_whole(folder) as opened:
         from ..xtr import export as exporting
 
@@ -185,9 +182,9 @@ def export(folder: Folder, out: Annotated[Path, typer.Argument(help="The file of
 def serve(
     folder: Folder,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8080,
     token: Token = None,
-    read_only: Annotated[bool, typer.Option(help="Take no documents.")] = False,
+    read_only: Annotated[bool, typer.Option(help="Do not add or delete documents.")] = False,
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -199,7 +196,7 @@ def serve(
 
         check_host(host, token, "others could change the index")
         with open_any(folder, encoder, device, precision, ray) as opened:
-            _ = getattr(opened, "encoder", None)  # a wrong one is refused now, not at the first question
+            _ = getattr(opened, "encoder", None)  # reports a wrong encoder before the first query
             server.run_server(server.create_index_app(opened, token, read_only), host, port)
 
 
@@ -219,12 +216,12 @@ def _build_shards(
     from ..registry import resolve_encoder, resolve_index_kind
 
     _chunks_fit(chunk_tokens, overlap)
-    given = values(option, "--option")
-    made_of, _ = resolve_index_kind(kind, given)
-    loaded = resolve_encoder(made_of, encoder or made_of.default_encoder, "auto", "float32")
+    options = values(option, "--option")
+    index_kind, _ = resolve_index_kind(kind, options)
+    loaded = resolve_encoder(index_kind, encoder or index_kind.default_encoder, "auto", "float32")
     source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
-    made = with_bar(lambda told: shards.build_shards(folder, source, count, kind, encoder, given, ray, told))
-    tell(f"{folder}: {made} documents in {count} shards")
+    added = with_bar(lambda progress: shards.build_shards(folder, source, count, kind, encoder, options, ray, progress))
+    tell(f"{folder}: {added} documents in {count} shards")
 
 
 def _chunks_fit(size: int, overlap: int) -> None:

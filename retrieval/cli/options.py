@@ -1,4 +1,4 @@
-"""What commands over indexes share: options, refusals in one line, progress, lines of input."""
+"""Shared parts of the index commands: options, one-line errors, progress bar, lines of input."""
 
 import contextlib
 import sys
@@ -12,36 +12,32 @@ from ...plugins.config import ConfigError, parse_assignments
 
 T = TypeVar("T")
 
-Folder = Annotated[Path, typer.Argument(help="The folder of the index.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 Paths = Annotated[
     list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")
 ]
-Where = Annotated[
-    str | None, typer.Option(help="Only documents whose metadata pass: year >= 2020 AND lang in (en, de).")
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE; may be repeated.")]
+Where = Annotated[str | None, typer.Option(help="Metadata filter, for example: year >= 2020 AND lang in (en, de).")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Search setting, NAME=VALUE; repeatable.")]
 Word = Annotated[
     list[str] | None,
-    typer.Option(help="Of a VDR index: WORD=FACTOR makes a word weigh so many times as much, 0 bans it."),
+    typer.Option(help="Term boost of a VDR index: WORD=FACTOR multiplies a weight, 0 bans the term; repeatable."),
 ]
-EncoderOption = Annotated[str | None, typer.Option(help="An encoder's name, or the folder of a checkpoint.")]
-Device = Annotated[str, typer.Option(help="For the encoder: cpu, cuda or auto.")]
-Precision = Annotated[str, typer.Option(help="For the encoder: float32, bfloat16, float16 or int8.")]
-Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens of the pieces that texts are cut into.")]
-Overlap = Annotated[int, typer.Option(min=0, help="Tokens that two pieces share.")]
-NumberIds = Annotated[bool, typer.Option(help="Number records that have no id.")]
-K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Hits at most.")]
-Ray = Annotated[str | None, typer.Option(help="A Ray cluster for the shards: its address, auto, or local.")]
+EncoderOption = Annotated[str | None, typer.Option(help="Name of an encoder, or folder of a checkpoint.")]
+Device = Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda or auto.")]
+Precision = Annotated[str, typer.Option(help="Precision of the encoder: float32, bfloat16, float16 or int8.")]
+Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens per chunk of a text.")]
+Overlap = Annotated[int, typer.Option(min=0, help="Tokens that consecutive chunks share.")]
+NumberIds = Annotated[bool, typer.Option(help="Give record numbers as ids to records without an id.")]
+K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Maximum number of hits.")]
+Ray = Annotated[str | None, typer.Option(help="Ray cluster for the shards: its address, auto, or local.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Host = Annotated[str, typer.Option(help="Address to listen at; others than loopback want a token.")]
-Token = Annotated[
-    str | None, typer.Option(envvar="PILOTFISH_TOKEN", help="What clients have to send as a bearer token.")
-]
+Host = Annotated[str, typer.Option(help="Address to listen on; any but loopback requires a token.")]
+Token = Annotated[str | None, typer.Option(envvar="PILOTFISH_TOKEN", help="Bearer token that clients have to send.")]
 
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """What a user or the system got wrong becomes one line and exit code 2."""
+    """Convert errors of the user or of the system to one line and exit code 2."""
     from ..errors import RetrievalError
 
     try:
@@ -55,28 +51,28 @@ def refusals() -> Iterator[None]:
 
 
 def values(assignments: list[str] | None, flag: str) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as a mapping.
+    """Parse ``NAME=VALUE`` texts to a mapping.
 
     Raises:
-        ConfigError: one is of another form.
+        ConfigError: A text does not have this form.
     """
     return dict(parse_assignments(",".join([flag, *(assignments or [])])).options)
 
 
 def check_host(host: str, token: str | None, danger: str) -> None:
-    """Refuse to listen where others are without a token, and tokens that no header can carry.
+    """Check that a server on a public address has a token, and that a header can carry the token.
 
     Raises:
-        ConfigError: nobody would be asked for one (``danger`` says what follows), or could send it.
+        ConfigError: The token is missing or invalid; ``danger`` names the consequence of a missing one.
     """
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
-        raise ConfigError("--token: expected printable characters of ASCII without spaces, as headers carry them")
+        raise ConfigError("--token: expected printable ASCII characters without spaces, which HTTP headers can carry")
     if host not in ("127.0.0.1", "localhost", "::1") and not token:
         raise ConfigError(f"--host {host}: {danger}; give --token, or set PILOTFISH_TOKEN")
 
 
 def with_bar(work: Callable[[Callable[[str, int, int | None], None]], T]) -> T:
-    """Do ``work`` under a bar that shows what it is told."""
+    """Run ``work`` with a progress bar; its argument is the callback that updates the bar."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -93,16 +89,16 @@ def with_bar(work: Callable[[Callable[[str, int, int | None], None]], T]) -> T:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None, rate="")
 
-        def told(stage: str, done: int, total: int | None) -> None:
+        def on_progress(stage: str, done: int, total: int | None) -> None:
             speed = bar.tasks[task].speed
             rate = f"{speed:.0f}/s" if speed else ""
             bar.update(task, description=stage, completed=done, total=total, rate=rate)
 
-        return work(told)
+        return work(on_progress)
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """Lines of standard input that say something; with a prompt where somebody sits there."""
+    """Iterate over the non-empty lines of standard input, with a prompt if it is a terminal."""
     while True:
         if sys.stdin.isatty():
             typer.echo(prompt, nl=False, err=True)
@@ -114,6 +110,7 @@ def lines(prompt: str) -> Iterator[str]:
 
 
 def tell(message: str) -> None:
+    """Write a message to standard error."""
     typer.echo(message, err=True)
 
 
@@ -121,12 +118,12 @@ def tell(message: str) -> None:
 def open_whole(
     folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
 ) -> Iterator[Any]:
-    """An index that is in one piece."""
+    """Open an index that is not sharded."""
     from .. import shards
     from ..index import Index
 
     if shards.is_sharded(folder):
-        raise ConfigError(f"{folder}: is in shards, which are built, searched and served only; see docs/indexes.md")
+        raise ConfigError(f"{folder}: is in shards, which can only be built, searched and served; see docs/indexes.md")
     with Index.open(folder, encoder, device, precision) as index:
         yield index
 
@@ -139,7 +136,7 @@ def open_any(
     precision: str = "float32",
     ray: str | None = None,
 ) -> Iterator[Any]:
-    """An index, or shards."""
+    """Open an index or a sharded index."""
     from .. import shards
 
     if ray is None and not shards.is_sharded(folder):
@@ -147,6 +144,6 @@ def open_any(
             yield index
         return
     if (encoder, device, precision) != (None, "auto", "float32"):
-        raise ConfigError("--encoder, --device, --precision: shards are read as they were built")
+        raise ConfigError("--encoder, --device, --precision: shards are opened with the encoder of their build")
     with shards.ShardedIndex(folder, ray) as index:
         yield index

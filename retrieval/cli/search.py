@@ -1,4 +1,4 @@
-"""`pilotfish index`: search an index, ask why and how well it finds, and tune it."""
+"""`pilotfish index`: commands that search an index, explain scores, evaluate and tune it."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ asking = typer.Typer()
 def search(
     folder: Folder,
     query: Annotated[
-        list[str] | None, typer.Argument(help="What to look for; without, queries are read line by line.")
+        list[str] | None, typer.Argument(help="Query; without one, queries are read from standard input, one per line.")
     ] = None,
     k: K = 10,
     where: Where = None,
@@ -42,14 +42,14 @@ def search(
     encoder: EncoderOption = None,
     ray: Ray = None,
 ) -> None:
-    """Find documents."""
+    """Search an index for documents."""
     with refusals(), open_any(folder, encoder, ray=ray) as opened:
-        given = _settings(settings) | _edits(word)
+        options = _settings(settings) | _edits(word)
         for text in [" ".join(query)] if query else lines("query> "):
-            hits = opened.search(text, k, where, **given)
+            hits = opened.search(text, k, where, **options)
             if as_json:
-                found = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
-                typer.echo(json.dumps({"query": text, "hits": found}, ensure_ascii=False))
+                results = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
+                typer.echo(json.dumps({"query": text, "hits": results}, ensure_ascii=False))
             else:
                 _show(hits)
 
@@ -57,73 +57,76 @@ def search(
 @asking.command("explain")
 def explain(
     folder: Folder,
-    query: Annotated[str, typer.Argument(help="A query.")],
-    document: Annotated[str, typer.Argument(help="The id of a document.")],
+    query: Annotated[str, typer.Argument(help="Query text.")],
+    document: Annotated[str, typer.Argument(help="Id of the document.")],
     settings: Set = None,
     word: Word = None,
-    page: Annotated[Path | None, typer.Option("--html", help="Write a page here instead.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file instead.")] = None,
     as_json: AsJson = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Show why a document has its score: what of the query met what of it."""
+    """Explain the score of a document: which query token or term matched which of the document."""
     with refusals(), open_whole(folder, encoder) as opened:
-        given = _settings(settings) | _edits(word)
-        reasons, reading = opened.explain(query, document, **given), opened.term_weights(query, document, **given)
-        found = opened.get(document)
+        options = _settings(settings) | _edits(word)
+        reasons, term_weights = (
+            opened.explain(query, document, **options),
+            opened.term_weights(query, document, **options),
+        )
+        stored = opened.get(document)
     from .. import explain_html
 
     if page is not None:
         with refusals():
             page.write_text(
-                explain_html.explanation_html(query, document, found.text, reasons, reading), encoding="utf-8"
+                explain_html.explanation_html(query, document, stored.text, reasons, term_weights), encoding="utf-8"
             )
             tell(f"{page}: open it in a browser")
     if as_json:
-        told = {"reasons": [vars(r) for r in reasons]} | (vars(reading) if reading is not None else {})
-        typer.echo(json.dumps(told if reading is not None else told["reasons"], ensure_ascii=False))
+        payload = {"reasons": [vars(r) for r in reasons]} | (vars(term_weights) if term_weights is not None else {})
+        typer.echo(json.dumps(payload if term_weights is not None else payload["reasons"], ensure_ascii=False))
     elif page is None:
-        explain_html.print_explanation(reasons, reading)
+        explain_html.print_explanation(reasons, term_weights)
 
 
 @asking.command("eval")
 def evaluate(
     folder: Folder,
-    collection: Annotated[Path, typer.Argument(help="A BEIR folder with queries.jsonl and qrels.")],
+    collection: Annotated[Path, typer.Argument(help="BEIR folder with queries.jsonl and qrels.")],
     settings: Set = None,
     as_json: AsJson = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Measure nDCG@10, Recall@100 and MRR@10 on judged queries."""
+    """Measure nDCG@10, Recall@100 and MRR@10 on queries with qrels."""
     with refusals():
         from .. import evaluation, tuning
 
-        judged = evaluation.read_collection(collection)
+        test_collection = evaluation.read_collection(collection)
         with open_whole(folder, encoder) as opened:
-            found = tuning.evaluate_index(opened, judged, _settings(settings))
+            metrics = tuning.evaluate_index(opened, test_collection, _settings(settings))
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(metrics))
         return
-    for name, value in found.items():
+    for name, value in metrics.items():
         typer.echo(f"{name:16}{value:.4f}" if isinstance(value, float) else f"{name:16}{value}")
 
 
 @asking.command("tune")
 def tune(
     folder: Folder,
-    collection: Annotated[Path, typer.Argument(help="A BEIR folder whose queries are not those you will report.")],
+    collection: Annotated[Path, typer.Argument(help="BEIR folder; its queries should not be those of your report.")],
     loss: Annotated[float, typer.Option(min=0, max=1, help="nDCG@10 that may be lost for speed.")] = 0.003,
-    dry_run: Annotated[bool, typer.Option(help="Only tell.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the trials only; do not change the index.")] = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Find how many lists to read, and what to impute, on judged queries; the index keeps it."""
+    """Tune nprobe and t' on queries with qrels, and store them in the index."""
     with refusals():
         from .. import evaluation, tuning
 
-        judged = evaluation.read_collection(collection)
+        test_collection = evaluation.read_collection(collection)
         with open_whole(folder, encoder) as opened:
-            tried = tuning.tune_settings(opened, judged)
-            best = tuning.fastest_trial(tried, loss)
-            for trial in tried:
+            trials = tuning.tune_settings(opened, test_collection)
+            best = tuning.fastest_trial(trials, loss)
+            for trial in trials:
                 mark = "*" if trial is best else " "
                 typer.echo(
                     f"{mark} nprobe {trial.nprobe:4}  t' {trial.t_prime:7}  nDCG@10 {trial.ndcg:.4f}  {trial.ms:.2f} ms"
@@ -134,27 +137,27 @@ def tune(
 
 
 def _settings(assignments: list[str] | None) -> dict[str, Any]:
-    """Of ``--set``; see `kinds.checked_settings`."""
+    """Return the search settings of ``--set``; see `registry.check_settings`."""
     from ..registry import check_settings
 
     return check_settings(values(assignments, "--set"))
 
 
 def _edits(words: list[str] | None) -> dict[str, Any]:
-    """``WORD=FACTOR`` texts as the setting ``words``.
+    """Convert ``WORD=FACTOR`` texts to the setting ``term_boosts``.
 
     Raises:
-        ConfigError: one is of another form.
+        ConfigError: A text does not have this form.
     """
     factors = {}
-    for given in words or []:
-        word, equals, factor = given.rpartition("=")
+    for assignment in words or []:
+        word, equals, factor = assignment.rpartition("=")
         try:
             factors[word] = float(factor)
         except ValueError:
             equals = ""
         if not equals or not word:
-            raise ConfigError(f"--word {given}: expected WORD=FACTOR, as shark=2")
+            raise ConfigError(f"--word {assignment}: expected WORD=FACTOR, for example shark=2")
     return {"term_boosts": factors} if factors else {}
 
 

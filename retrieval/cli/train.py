@@ -1,4 +1,4 @@
-"""`pilotfish train`: encoders of one's own."""
+"""`pilotfish train`: commands that train encoders."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,30 +7,34 @@ import typer
 
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
+from ...plugins.terminal import SEARCH
 from .options import refusals
 
 train = typer.Typer(help="Train an encoder on your own queries or texts.", no_args_is_help=True)
 
-Out = Annotated[Path, typer.Argument(help="Where the checkpoint goes.")]
-Judged = Annotated[list[Path] | None, typer.Option("--judged", help="A BEIR folder with judged queries; repeatable.")]
+Out = Annotated[Path, typer.Argument(help="Folder of the checkpoint.")]
+Judged = Annotated[list[Path] | None, typer.Option("--judged", help="BEIR folder with queries and qrels; repeatable.")]
 Texts = Annotated[
-    list[str] | None, typer.Option("--text", help="Texts; a sentence then asks for its passage; repeatable.")
+    list[str] | None,
+    typer.Option("--text", help="Texts for the inverse cloze task (sentences as queries); repeatable."),
 ]
-Base = Annotated[str, typer.Option(help="What to begin with: minilm, or the folder of an encoder.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
-BatchSize = Annotated[int, typer.Option("--batch", min=2, help="Pairs of a step; all others of it are negatives.")]
-Rate = Annotated[float, typer.Option(min=0, help="Greatest learning rate.")]
+Base = Annotated[str, typer.Option(help="Initial model: minilm, or folder of an encoder.")]
+Steps = Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch", min=2, help="Pairs per step; other pairs of the batch are negatives.")
+]
+Rate = Annotated[float, typer.Option(min=0, help="Peak learning rate.")]
 QueryTokens = Annotated[int, typer.Option(min=4, max=512)]
 DocumentTokens = Annotated[int, typer.Option(min=4, max=512)]
 Seed = Annotated[int, typer.Option(min=0)]
-Every = Annotated[int, typer.Option(min=1, help="Steps between two states that --resume can go on from.")]
-Resume = Annotated[bool, typer.Option(help="Go on with what was interrupted, by the same options.")]
+Every = Annotated[int, typer.Option(min=1, help="Steps between two states from which --resume can continue.")]
+Resume = Annotated[bool, typer.Option(help="Resume an interrupted training with the same options.")]
 
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
-    """Add the commands."""
-    cli.add_typer(train, name="train")
+    """Register the group of commands."""
+    cli.add_typer(train, name="train", rich_help_panel=SEARCH)
 
 
 @train.command("vdr")
@@ -44,14 +48,14 @@ def train_vdr(
     rate: Rate = 2e-5,
     query_tokens: QueryTokens = 64,
     document_tokens: DocumentTokens = 128,
-    top: Annotated[int, typer.Option(min=1, help="Weights that are kept of a text.")] = 768,
+    top: Annotated[int, typer.Option(min=1, help="Number of weights that are kept per text.")] = 768,
     semi: Annotated[bool, typer.Option(help="SVDR: bags of words on both sides.")] = False,
-    mask: Annotated[float | None, typer.Option(min=0, help="Weight of the contrastive mask; without, none.")] = None,
+    mask: Annotated[float | None, typer.Option(min=0, help="Weight of the contrastive mask; off by default.")] = None,
     seed: Seed = 0,
     every: Every = 50,
     resume: Resume = False,
 ) -> None:
-    """Words of a vocabulary: in-batch contrast of weights and of bags of words (VDR, ICLR 2024)."""
+    """Train a VDR encoder of term weights: in-batch contrast of weights and of bags of words (VDR, ICLR 2024)."""
 
     def make(folder: Path, lengths: Any) -> Any:
         from ..training.tasks import VDRTask
@@ -72,14 +76,14 @@ def train_xtr(
     rate: Rate = 2e-5,
     query_tokens: QueryTokens = 64,
     document_tokens: DocumentTokens = 128,
-    width: Annotated[int, typer.Option(min=8, max=1024, help="Dimensions of a token.")] = 128,
+    width: Annotated[int, typer.Option(min=8, max=1024, help="Dimension of the token vectors.")] = 128,
     retrieved: Annotated[int, typer.Option(min=1, help="Tokens of the batch that each query token retrieves.")] = 256,
     temperature: Annotated[float, typer.Option(min=1e-3, max=10)] = 0.05,
     seed: Seed = 0,
     every: Every = 50,
     resume: Resume = False,
 ) -> None:
-    """Vectors of tokens: in-batch token retrieval (XTR, arXiv 2304.01982)."""
+    """Train an XTR encoder of token vectors: in-batch token retrieval (XTR, arXiv 2304.01982)."""
 
     def make(folder: Path, lengths: Any) -> Any:
         from ..training.tasks import XTRTask
@@ -113,23 +117,23 @@ def _run(
         from ..encoders import tokenization
 
         if find_spec("matplotlib") is None:
-            raise ConfigError("train: the curve needs matplotlib; pip install pilotfish[train]")
+            raise ConfigError("train: the plot of the loss needs matplotlib; pip install pilotfish[train]")
         from ..training import loop, pairs, tasks
 
-        found = [p for folder in judged or [] for p in pairs.judged_pairs(folder)]
-        found += pairs.inverse_cloze_pairs(text, plan[3]) if text else []
-        random.Random(plan[3]).shuffle(found)
+        examples = [p for folder in judged or [] for p in pairs.judged_pairs(folder)]
+        examples += pairs.inverse_cloze_pairs(text, plan[3]) if text else []
+        random.Random(plan[3]).shuffle(examples)
         with tokenization.quiet_loading(f"--base {base}"):
             task = make(tasks.base_of(base), tasks.Lengths(*lengths))
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(f"{len(found)} pairs", total=plan[0])
+            bar = progress.add_task(f"{len(examples)} pairs", total=plan[0])
             loop.run(
                 task,
-                found,
+                examples,
                 loop.Plan(*plan),
                 out,
                 resume,
                 lambda step, loss: progress.update(bar, completed=step, description=f"loss {loss:.3f}"),
             )
-        console.print(f"{out}: a checkpoint; its curve is {out / 'training' / loop.CURVE}")
+        console.print(f"{out}: checkpoint written; the plot of the loss is {out / 'training' / loop.CURVE}")

@@ -1,1 +1,1 @@
-"""Kernels of token search: C++ behind a plain C interface, and numba where there is no compiler."""
+"""Search kernels: token search in C++ (in numba without a C++ compiler), sparse search in numba."""

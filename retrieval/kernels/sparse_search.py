@@ -1,29 +1,29 @@
-"""Loops of the sparse index, in numba. See `retrieval.sparse_index` for what the arrays are."""
+"""Loops of the sparse index in numba. The arrays are described in `retrieval.sparse_index`."""
 
 import numpy as np
 
 from pilotfish._internal.jit import jit
 
-BLOCK = 16  # documents, by their numbers
-SKIP = 64  # blocks of all terms, whose first posting is kept
-FEW = 64  # times as many entries as blocks that are wanted: then each is looked up
+BLOCK = 16  # internal doc ids per block
+SKIP = 64  # distance of the blocks whose first posting is stored in ``skips``
+FEW = 64  # a term with more than 64 blocks per selected block is searched by binary search instead of a scan
 
 
 @jit
 def by_term(terms, starts):
-    """Where each entry goes when entries are sorted by term and stay in order within one; ``starts`` is used up."""
-    place = np.empty(len(terms), np.int64)
+    """Return the permutation that sorts entries by term (stable counting sort); ``starts`` is overwritten."""
+    order = np.empty(len(terms), np.int64)
     for i in range(len(terms)):
-        place[starts[terms[i]]] = i
+        order[starts[terms[i]]] = i
         starts[terms[i]] += 1
-    return place
+    return order
 
 
 @jit
 def blocks_of(starts, documents, impacts):
-    """The blocks of each term: where terms' blocks begin, their numbers, greatest impacts and postings, and skips.
+    """Build the blocks of each term; return term_starts, blocks, tops, sizes and skips.
 
-    ``starts`` [terms + 1], postings of each term by ascending document.
+    ``starts`` is [terms + 1]; the postings of each term are in doc id order.
     """
     count = 0
     for t in range(len(starts) - 1):
@@ -54,7 +54,7 @@ def blocks_of(starts, documents, impacts):
 
 @jit
 def start_of(sizes, skips, block):
-    """Where the postings of a term's block begin."""
+    """Return the index of the first posting of a block of a term."""
     at = skips[block // SKIP]
     for b in range(block - block % SKIP, block):
         at += sizes[b]
@@ -63,21 +63,22 @@ def start_of(sizes, skips, block):
 
 @jit
 def block_bounds(term_starts, blocks, tops, terms, weights, first, count):
-    """The most that a document of each block can have, [count] from block ``first`` on.
+    """Compute an upper bound of the scores of the documents of each block, [count] from block ``first`` on.
 
-    Sums run over terms in the same order as in `scores`, and rounding keeps order, so no score is above its bound.
+    The terms are summed in the same order as in `score_blocks`, and rounding is monotonic, so no score exceeds its
+    bound.
     """
-    found = np.zeros(count, np.float32)
+    bounds = np.zeros(count, np.float32)
     for i in range(len(terms)):
         for b in range(term_starts[terms[i]], term_starts[terms[i] + 1]):
-            found[blocks[b] - first] += weights[i] * np.float32(tops[b])
-    return found
+            bounds[blocks[b] - first] += weights[i] * np.float32(tops[b])
+    return bounds
 
 
 @jit
 def score_blocks(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count, chosen):
-    """Scores of all documents of ``chosen`` blocks (ascending), [chosen * BLOCK]."""
-    found = np.zeros(len(chosen) * BLOCK, np.float32)
+    """Compute the scores of all documents of the ``chosen`` blocks (ascending), [chosen * BLOCK]."""
+    scores = np.zeros(len(chosen) * BLOCK, np.float32)
     slots = np.full(count, -1, np.int32)
     for c in range(len(chosen)):
         slots[chosen[c] - first] = c
@@ -89,13 +90,13 @@ def score_blocks(term_starts, blocks, sizes, skips, places, impacts, terms, weig
                 if b < end and blocks[b] == chosen[c]:
                     start = start_of(sizes, skips, b)
                     for p in range(start, start + sizes[b]):
-                        found[c * BLOCK + places[p]] += weights[i] * np.float32(impacts[p])
+                        scores[c * BLOCK + places[p]] += weights[i] * np.float32(impacts[p])
         elif begin < end:
             start = start_of(sizes, skips, begin)
             for b in range(begin, end):
                 c = slots[blocks[b] - first]
                 if c >= 0:
                     for p in range(start, start + sizes[b]):
-                        found[c * BLOCK + places[p]] += weights[i] * np.float32(impacts[p])
+                        scores[c * BLOCK + places[p]] += weights[i] * np.float32(impacts[p])
                 start += sizes[b]
-    return found
+    return scores

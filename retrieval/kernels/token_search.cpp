@@ -1,8 +1,9 @@
-// Search in a token index (XTR, arXiv 2304.01982; imputation by centroids, WARP, arXiv 2501.17788).
+// Search in a token index (XTR, arXiv 2304.01982; imputation by centroids as in WARP, arXiv 2501.17788).
 //
-// For each query token: the nearest lists, the product with every token in them, the best one of each document. A document
-// that has none of a query token's gets the imputed value. Codes are read as integers: with levels c of a dimension and
-// bounds l, s, q . (l + s c) = q . l + (q s) . c, and q s in 8 bits makes this a product of small integers.
+// For each query token: read the nprobe nearest inverted lists, compute the similarity to every token in them, and keep
+// the largest one of each document. Documents without a retrieved token get the imputed similarity. Scalar-quantised
+// codes are read as integers: for levels c, smallest values l and steps s, q . (l + s c) = q . l + (q s) . c, and
+// rounding q s to 8 bits makes the last term an inner product of small integers.
 
 #include <algorithm>
 #include <cmath>
@@ -27,45 +28,45 @@ struct Segment {
 
 struct Index {
   int32_t dimension, lists, codec, code_size;
-  int32_t groups, group_size, factored;  // of a table: bytes of a code, dimensions of each, whether a float16 factor follows
+  int32_t groups, group_size, factored;  // TABLE: bytes of a code, dimensions per byte, is there a float16 factor
   int32_t segments;
-  const float* low;        // [dimension] of SQ4 and SQ8
-  const float* step;       // [dimension]
+  const float* low;        // [dimension] smallest values, SQ4 and SQ8
+  const float* step;       // [dimension] distance of two levels, SQ4 and SQ8
   const float* codebooks;  // [groups, 256, group_size]
-  const int64_t* sizes;    // [lists] over all segments
+  const int64_t* sizes;    // [lists] postings of each list in all segments
   const Segment* segment;
   int64_t documents;
 };
 
 struct Settings {
   int32_t probes, bound, impute, kth, k;
-  int32_t keep;   // products below the imputed one are raised to it, so that their documents are found
-  int32_t plain;  // without vector instructions, for tests
-  int64_t until;                                 // tokens after which the imputed centroid stands
+  int32_t keep;   // raise similarities below the imputed one to it instead of dropping them
+  int32_t plain;  // no vector instructions, for tests
+  int64_t until;  // t': cumulative list size at which the imputed centroid is taken
 };
 
 namespace {
 
-// What a document has; `when` it was written tells whether it counts, so that nothing is cleared between queries.
+// Value of a document. It is valid only if `when` is the current clock, so that nothing is cleared between queries.
 struct Score {
   int32_t when;
   float value;
 };
 
 struct Scratch {
-  std::vector<Score> best, sum;  // [documents] of this query token, of this query
+  std::vector<Score> best, sum;  // [documents] best similarity to the query token; sum over the query
   std::vector<int32_t> rows, found, touched;
-  std::vector<std::vector<uint64_t>> near;  // [tokens] the nearest lists of each, best first
+  std::vector<std::vector<uint64_t>> near;  // [tokens] keys of the nearest lists, best first
   std::vector<float> scores, kept, table, sample, least;
   std::vector<int8_t> small;
   int32_t clock = 0;
 };
 
-// What a query token multiplies codes with.
+// Query token in the form in which it is multiplied with codes.
 struct Token {
-  const int8_t* small;  // [dimension]; SQ4: even dimensions, then odd ones
-  const float* table;   // [groups, 256]
-  const float* plain;   // [dimension]
+  const int8_t* small;  // [dimension] q s in 8 bits; SQ4: even dimensions, then odd ones
+  const float* table;   // [groups, 256] inner products with the codebooks
+  const float* plain;   // [dimension] the query vector
   float scale, base;
 };
 
@@ -104,7 +105,7 @@ float product16(const uint8_t* code, const float* q, int dimension) {
   return sum;
 }
 
-// Of codes of n bytes, two dimensions in each; n is a multiple of FAST4.
+// Inner products with codes of n bytes, two dimensions per byte; n is a multiple of WIDEST4 or FAST4.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 int32_t widest4(const uint8_t* code, const int8_t* q, int n) {
@@ -134,7 +135,7 @@ int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
   for (int j = 0; j < n; j += 32) {
     const __m256i x = _mm256_loadu_si256((const __m256i*)(code + j));
     const __m256i even = _mm256_loadu_si256((const __m256i*)(q + j)), odd = _mm256_loadu_si256((const __m256i*)(q + n + j));
-    // At most 2 * 15 * 127 in each of 16 bits, twice: no overflow.
+    // Two summands of at most 2 * 15 * 127 each fit 16 bits.
     const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(x, low), even),
                                           _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(x, 4), low), odd));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, one));
@@ -143,13 +144,13 @@ int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
 }
 #define FAST4 32
 
-// Four rows at once, which share what sums up their lanes.
+// Four rows at once, which share the horizontal sum.
 __m128i four4(const uint8_t* code, const int8_t* q, int n) {
   const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
   __m256i sum[4] = {};
   for (int begin = 0; begin < n; begin += 128) {
     __m256i small[4] = {};
-    const int end = std::min(n, begin + 128);  // four times what fast4 adds still fits 16 bits
+    const int end = std::min(n, begin + 128);  // four iterations of fast4 fit 16 bits
     for (int j = begin; j < end; j += 32) {
       const __m256i even = _mm256_loadu_si256((const __m256i*)(q + j)), odd = _mm256_loadu_si256((const __m256i*)(q + n + j));
       for (int r = 0; r < 4; ++r) {
@@ -167,7 +168,7 @@ __m128i four4(const uint8_t* code, const int8_t* q, int n) {
 
 int32_t fast8(const uint8_t* code, const int8_t* q, int n) {
   __m256i sum = _mm256_setzero_si256();
-  for (int j = 0; j < n; j += 16) {  // in 16 bits: a byte times a byte, twice, would not fit maddubs
+  for (int j = 0; j < n; j += 16) {  // in 16 bits: the sum of two products of bytes would saturate in maddubs
     const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(code + j)));
     const __m256i y = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(q + j)));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
@@ -197,7 +198,7 @@ int32_t fast4(const uint8_t* code, const int8_t* q, int n) {
 
 #endif
 
-// Products of one query token with the codes of a list; `near` is that with their centroid.
+// Similarities of one query token and the codes of a list; `near` is its similarity to their centroid.
 void score(const Index& index, const Token& token, const uint8_t* codes, int64_t rows, float near, bool plain, float* out) {
   const int d = index.dimension, size = index.code_size;
   const float base = token.base + near;
@@ -299,7 +300,7 @@ Token prepare(const Index& index, const float* q, Scratch& s) {
   return token;
 }
 
-// Floats as integers of the same order, so that one comparison sorts by score and then by list.
+// Map a score to an integer of the same order, so that one comparison sorts by score and then by list.
 uint64_t key(float score, int list) {
   uint32_t bits;
   std::memcpy(&bits, &score, 4);
@@ -309,7 +310,7 @@ uint64_t key(float score, int list) {
 
 int list_of(uint64_t key) { return (int)(uint32_t)key; }
 
-// Sort the `wanted` best of some keys to the front and drop the rest.
+// Keep the `wanted` largest keys, sorted in descending order.
 void cut(std::vector<uint64_t>& keys, int wanted) {
   if ((int)keys.size() > wanted) {
     std::nth_element(keys.begin(), keys.begin() + wanted, keys.end(), std::greater<uint64_t>());
@@ -318,15 +319,15 @@ void cut(std::vector<uint64_t>& keys, int wanted) {
   std::sort(keys.begin(), keys.end(), std::greater<uint64_t>());
 }
 
-// The `wanted` nearest lists of one token among all.
+// Find the `wanted` nearest lists of one token among all lists.
 void nearest_of(const float* near, int lists, int tokens, int t, int wanted, Scratch& s) {
   s.near[t].clear();
   for (int i = 0; i < lists; ++i) s.near[t].push_back(key(near[(int64_t)i * tokens + t], i));
   cut(s.near[t], wanted);
 }
 
-// The `wanted` nearest lists of each token, best first, in s.near. A sample says which product about so many pass; the
-// others are not sorted.
+// Find the `wanted` nearest lists of each token, best first, in s.near. A threshold that slightly more lists exceed is
+// estimated from a sample, so that only few lists are sorted.
 void nearest(const float* near, int lists, int tokens, int wanted, Scratch& s) {
   const int stride = 16;
   if ((int)s.near.size() < tokens) s.near.resize(tokens);
@@ -363,7 +364,7 @@ void nearest(const float* near, int lists, int tokens, int wanted, Scratch& s) {
   }
 }
 
-// The list behind which `until` tokens lie, or the last one looked at.
+// Return the list at which the cumulative list size reaches `until` (t'), or the last one in `near`.
 int behind(const Index& x, const std::vector<uint64_t>& near, int64_t until, bool& reached) {
   int64_t passed = 0;
   for (uint64_t k : near)
@@ -379,26 +380,27 @@ bool allowed(const uint8_t* bits, int32_t document) { return !bits || (bits[docu
 
 }  // namespace
 
-// Returns how many documents were found, at most k: their numbers and the mean of their scores over query tokens, best
-// first. `near` is [lists, tokens], the products of centroids and query tokens; `allow` a bit for each document, or null.
-// Where `trace` is given, [tokens]: the score of `traced` at each query token, NaN where it is imputed; `imputed`, [tokens].
+// Write the best documents and their scores, the means over query tokens, best first; return their number, at most k.
+// `near` is [lists, tokens], the inner products of centroids and query tokens; `allow` is a bitmap of documents or null.
+// If `trace` is not null, `trace` [tokens] gets the similarity of document `traced` to each query token, NaN where it
+// is imputed, and `imputed` [tokens] gets the imputed similarity.
 extern "C" int token_search(const Index* index, const float* query, const float* near, int tokens, const Settings* set,
                             const uint8_t* allow, int32_t* documents, float* scores, int32_t traced, float* trace,
                             float* imputed) {
   static thread_local Scratch mine;
-  Scratch& s = mine;  // looked up once
+  Scratch& s = mine;  // one look-up of the thread-local variable
   const Index& x = *index;
   if ((int64_t)s.best.size() < x.documents || s.clock > INT32_MAX - tokens - 2) {
     s.best.assign(x.documents, Score{0, 0});
     s.sum.assign(x.documents, Score{0, 0});
-    s.touched.resize(x.documents + 1);  // one more than are written: what does not count is written, too
+    s.touched.resize(x.documents + 1);  // one spare entry: entries are written before they count
     s.clock = 0;
   }
   const int32_t this_query = ++s.clock;
   const int probes = std::min(set->probes, x.lists);
   const int bound = std::min(std::max(set->bound, probes), x.lists);
   int wanted = probes;
-  if (set->impute == CENTROID) {  // as many as hold `until` tokens, most probably: lists near a query are short ones, too
+  if (set->impute == CENTROID) {  // usually enough lists to hold `until` tokens, even short ones
     int64_t all = 0;
     for (int i = 0; i < x.lists; ++i) all += x.sizes[i];
     wanted = (int)std::min<int64_t>(bound, std::max<int64_t>(probes, 8 + 2 * set->until * x.lists / std::max<int64_t>(all, 1)));
@@ -459,7 +461,7 @@ extern "C" int token_search(const Index* index, const float* query, const float*
       }
     }
 
-    // What follows has no branch that data decide: half of them would be foretold wrongly.
+    // The loops below have no data-dependent branches, half of which would be mispredicted.
     const float least = set->impute == NOTHING || set->keep ? -INFINITY : missing;
     const float raised = set->impute == NOTHING ? -INFINITY : missing;
     int64_t passing = 0, i = 0;
@@ -499,7 +501,7 @@ extern "C" int token_search(const Index* index, const float* query, const float*
     }
   }
 
-  // Equal means are equal scores, however their sums were rounded: ranks do not depend on where a document lies.
+  // Compare means, not sums: they are the scores, so ties are broken by doc id whatever the sums were rounded to.
   for (int64_t i = 0; i < touched; ++i) {
     float& value = s.sum[s.touched[i]].value;
     value = (value + total) / tokens;

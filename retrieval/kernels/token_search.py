@@ -1,6 +1,6 @@
-"""Search in a token index: what the kernels are given, and which one runs.
+"""Search in a token index: arguments and selection of the kernel.
 
-`token_search.cpp` is compiled where there is a C++ compiler; else `token_search_numba`, the same in numba.
+The kernel is `token_search.cpp` if there is a C++ compiler, else `token_search_numba`, the same algorithm in numba.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ from pilotfish._internal import cpp_build
 
 
 class Impute(IntEnum):
-    """What a document gets for a query token of which it has no token among the retrieved.
+    """Imputed similarity of a query token and a document of which no token was retrieved for it.
 
-    NOTHING: zero, as if the product were that. WARP: the product with the centroid behind which a number of tokens lie
-    (arXiv 2501.17788). KPRIME: the least of the k' best retrieved products (XTR, arXiv 2304.01982).
+    NOTHING: Zero. WARP: Similarity of the centroid at which the cumulative list size reaches t' (arXiv 2501.17788).
+    KPRIME: Smallest of the k' largest retrieved similarities (XTR, arXiv 2304.01982, equation 4).
     """
 
     NOTHING = 0
@@ -30,16 +30,17 @@ class Impute(IntEnum):
 
 @dataclass(frozen=True)
 class TokenSearchSettings:
-    """How to search.
+    """Settings of a token search.
 
     Attributes:
-        nprobe: Lists that are read for each query token.
-        impute: See `Impute`.
-        t_prime: Of WARP: tokens in the nearest lists, behind which the imputed centroid stands.
-        bound: Of WARP: lists that are looked at for it, at most.
-        kth: Of KPRIME: k'.
-        keep: Products below the imputed one are raised to it, so that their documents are found, too.
-        plain: Without vector instructions, for tests.
+        nprobe: Number of inverted lists that are read for each query token.
+        impute: Kind of imputed similarity; see `Impute`.
+        t_prime: For WARP: cumulative list size at which the imputed centroid is taken (t').
+        bound: For WARP: maximum number of nearest lists among which that centroid is searched.
+        kth: For KPRIME: k', number of retrieved tokens.
+        keep: Whether similarities below the imputed one are raised to it instead of being dropped, so that their
+            documents are found too.
+        plain: Whether the kernel avoids vector instructions, for tests.
     """
 
     nprobe: int
@@ -53,12 +54,12 @@ class TokenSearchSettings:
 
 @dataclass(frozen=True)
 class InvertedLists:
-    """One segment.
+    """Inverted lists of one segment, concatenated.
 
     Attributes:
-        starts: [lists + 1] int64 where each list begins.
-        documents: [rows] int32.
-        codes: [rows, size] uint8.
+        starts: [lists + 1] int64 first posting of each list.
+        documents: [rows] int32 internal doc id of each posting.
+        codes: [rows, size] uint8 code of the residual of each posting.
     """
 
     starts: NDArray[np.int64]
@@ -68,14 +69,14 @@ class InvertedLists:
 
 @dataclass(frozen=True)
 class CodecArrays:
-    """How codes are read.
+    """Arrays that decode the codes of residuals.
 
     Attributes:
-        kernel: 0 for 4 bits a dimension, 1 for 8 bits, 2 for float16, 3 for tables.
-        size: Bytes of a code.
-        low: [dimension] of the first two: the least value.
-        step: [dimension] of the first two: from level to level.
-        codebooks: [groups, 256, dimensions] of tables.
+        kernel: Code format: 0 for 4 bits per dimension, 1 for 8 bits, 2 for float16, 3 for codebooks.
+        size: Bytes per code.
+        low: [dimension] float32 smallest value of each dimension, for formats 0 and 1.
+        step: [dimension] float32 distance of two levels, for formats 0 and 1.
+        codebooks: [groups, 256, dimensions per group] float32, for format 3.
     """
 
     kernel: int
@@ -87,7 +88,12 @@ class CodecArrays:
 
 @dataclass(frozen=True)
 class Trace:
-    """How one document came to its score: for each query token its product (NaN where imputed), and the imputed."""
+    """Score of one document, by query token.
+
+    Attributes:
+        scores: [tokens] similarity of the best retrieved token; NaN where it is imputed.
+        imputed: [tokens] imputed similarity.
+    """
 
     scores: NDArray[np.float32]
     imputed: NDArray[np.float32]
@@ -95,7 +101,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class _Call:
-    """One search, checked: see `TokenSearch.search`; ``documents`` and ``scores`` [k] are written."""
+    """Checked arguments of `TokenSearch.search`; ``documents`` and ``scores`` [k] are outputs."""
 
     query: NDArray[np.float32]
     near: NDArray[np.float32]
@@ -128,22 +134,22 @@ class _Settings(ctypes.Structure):
 
 
 class TokenSearch:
-    """The lists of some segments, ready to be searched; several threads may."""
+    """Searcher of the inverted lists of some segments, for use from several threads."""
 
     def __init__(
         self, dimension: int, lists: int, coded: CodecArrays, segments: Sequence[InvertedLists], documents: int
     ) -> None:
-        """Look at arrays, which stay where they are.
+        """Wrap and check arrays. Contiguous arrays are not copied.
 
         Args:
-            dimension: Of vectors.
-            lists: How many; the same in all segments.
-            coded: How codes are read.
-            segments: May be empty.
-            documents: Their numbers are below.
+            dimension: Dimension of the vectors.
+            lists: Number of inverted lists, the same in all segments.
+            coded: Arrays that decode the codes.
+            segments: Inverted lists of each segment; may be empty.
+            documents: Exclusive upper bound of the internal doc ids.
 
         Raises:
-            ValueError: arrays do not fit each other, or name documents that are none.
+            ValueError: The arrays do not fit each other, or a doc id is out of range.
         """
         for s in segments:
             if len(s.starts) != lists + 1 or int(s.starts[-1]) != len(s.documents) or len(s.codes) != len(s.documents):
@@ -187,7 +193,7 @@ class TokenSearch:
         )
 
     def impute_by(self, sizes: NDArray[np.int64]) -> None:
-        """Take lists to be so long, [lists], where a value is imputed: those of all shards together."""
+        """Set the list sizes from which similarities are imputed, [lists]: in a shard, those of all shards together."""
         if sizes.shape != (self.lists,) or (sizes < self.sizes).any():
             raise ValueError(f"sizes {sizes.shape} for {self.lists} lists")
         self.sizes = np.ascontiguousarray(sizes, np.int64)
@@ -202,15 +208,17 @@ class TokenSearch:
         allow: NDArray[np.uint8] | None = None,
         traced: int | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:
-        """The best documents and the means of their scores over query tokens, best first; equal ones by number.
+        """Return the best documents and their scores, best first; ties are in doc id order.
+
+        A score is the mean over query tokens of the largest retrieved similarity, or the imputed one.
 
         Args:
-            query: [tokens, dimension].
-            near: [lists, tokens] products of centroids and query tokens.
-            k: Documents at most.
-            settings: How.
-            allow: A bit for each document, the lowest of a byte first; None for all.
-            traced: A document whose scores are told, too.
+            query: [tokens, dimension] query vectors.
+            near: [lists, tokens] inner products of centroids and query vectors.
+            k: Maximum number of documents.
+            settings: Search settings.
+            allow: Bitmap of the allowed documents, least significant bit first; None for all.
+            traced: Internal doc id of a document whose score is returned by query token; None for no trace.
         """
         if allow is not None and 8 * len(allow) < self.documents:
             raise ValueError(f"{8 * len(allow)} bits for {self.documents} documents")
@@ -224,8 +232,8 @@ class TokenSearch:
             trace = Trace(np.empty(len(query), np.float32), np.empty(len(query), np.float32))
         call = _Call(query, near, settings, allow, documents, scores, traced, trace)
         kernel = _compiled()
-        found = self._run_numba(call) if kernel is None else self._run(kernel, call)
-        return documents[:found], scores[:found], trace
+        count = self._run_numba(call) if kernel is None else self._run(kernel, call)
+        return documents[:count], scores[:count], trace
 
     def _run(self, kernel: Callable[..., int], c: _Call) -> int:
         s = c.settings
@@ -269,7 +277,7 @@ class TokenSearch:
 
 @functools.cache
 def _compiled() -> Callable[..., int] | None:
-    """The C++ kernel; None where nothing can compile it."""
+    """Return the C++ kernel, or None if it cannot be compiled."""
     try:
         kernel = cpp_build.load("token_search", Path(__file__).parent).token_search
     except (cpp_build.NoCompiler, OSError):

@@ -1,4 +1,4 @@
-"""As `token_search.cpp`, in numba: for machines without a compiler."""
+"""The algorithm of `token_search.cpp` in numba, for machines without a C++ compiler."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from pilotfish._internal.jit import jit
 
 @jit
 def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
-    """Products of one query token with codes of a list."""
+    """Compute the similarities of one query token and the codes of a list."""
     d = query.shape[0]
     for i in range(codes.shape[0]):
         total = np.float32(0)
@@ -36,7 +36,7 @@ def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
 
 @jit
 def _half(low, high):
-    """A float16 of two bytes."""
+    """Decode a float16 from its two bytes."""
     bits = np.int64(low) | (np.int64(high) << 8)
     sign = np.float32(-1.0) if bits & 0x8000 else np.float32(1.0)
     exponent, fraction = (bits >> 10) & 31, bits & 1023
@@ -47,7 +47,7 @@ def _half(low, high):
 
 @jit
 def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, at):
-    """Append documents and products of one segment's lists."""
+    """Append the documents and similarities of the lists of one segment; return the new length."""
     kernel, low, step, codebooks, factored = coded
     for i in lists:
         begin, end = starts[i], starts[i + 1]
@@ -59,7 +59,7 @@ def _collect(starts, rows, codes, lists, coded, query, near, documents, scores, 
 
 @jit
 def _take(documents, scores, least, keep, allow, missing, best, sums, now, seen, query):
-    """The best product of each document, added to its sum."""
+    """Add the largest similarity of each document to its sum."""
     count = 0
     found = np.empty(len(documents), np.int32)
     for i in range(len(documents)):
@@ -93,7 +93,7 @@ def search_tokens(
     trace: NDArray[np.float32],
     imputed: NDArray[np.float32],
 ) -> int:
-    """See `token_search.cpp`; returns how many documents were found."""
+    """Search as `token_search.cpp` does, and return the number of documents found."""
     nprobe, impute, t_prime, bound, kth, keep = settings
     lists = len(near)
     nprobe = min(nprobe, lists)
@@ -102,22 +102,22 @@ def search_tokens(
     total = 0.0
     for t in range(len(query)):
         order = _nearest(near[:, t], min(max(bound, nprobe), lists) if impute == 1 else nprobe)
-        taken = order[:nprobe]
-        room = int(sizes[taken].sum())
-        rows, values, at = np.empty(room, np.int32), np.empty(room, np.float32), 0
+        probed = order[:nprobe]
+        capacity = int(sizes[probed].sum())
+        rows, values, at = np.empty(capacity, np.int32), np.empty(capacity, np.float32), 0
         for starts, numbers, codes in segments:
-            at = _collect(starts, numbers, codes, taken, coded, query[t], near[:, t], rows, values, at)
+            at = _collect(starts, numbers, codes, probed, coded, query[t], near[:, t], rows, values, at)
         rows, values = rows[:at], values[:at]
         missing: Any = np.float32(0)
         if impute == 1 and len(order):
             passed = np.flatnonzero(np.cumsum(sizes[order]) >= t_prime)
             missing = near[order[passed[0] if len(passed) else -1], t]
         elif impute == 2:
-            kept = values
+            eligible = values
             if len(allow):
-                kept = values[(allow[rows >> 3] >> (rows & 7)) & 1 == 1]
-            if len(kept):
-                missing = np.partition(kept, -kth)[-kth] if len(kept) > kth else kept.min()
+                eligible = values[(allow[rows >> 3] >> (rows & 7)) & 1 == 1]
+            if len(eligible):
+                missing = np.partition(eligible, -kth)[-kth] if len(eligible) > kth else eligible.min()
         least = np.float32(-np.inf) if impute == 0 else missing
         _take(rows, values, least, keep, allow, missing, best, sums, now, seen, t)
         total += float(missing)
@@ -133,6 +133,6 @@ def search_tokens(
 
 
 def _nearest(near: NDArray[np.float32], wanted: int) -> NDArray[np.int64]:
-    """The nearest lists, best first."""
+    """Return the ``wanted`` nearest lists, best first."""
     part = np.argpartition(-near, wanted - 1)[:wanted] if wanted < len(near) else np.arange(len(near))
     return part[np.lexsort((-part, -near[part]))]

@@ -1,4 +1,4 @@
-"""The command line: an empty application that plugins fill with commands."""
+"""The command line: an empty application to which plugins add commands."""
 
 import errno
 import os
@@ -13,12 +13,14 @@ from .plugins.cli import strip_control_characters
 from .plugins.config import ConfigError
 from .plugins.contracts import Unsupported
 from .plugins.manager import plugins
+from .plugins.terminal import GroupedCommands
 
 
 def build() -> typer.Typer:
-    """The application with the commands of all plugins."""
+    """Build the application with the commands of all plugins."""
     cli = typer.Typer(
         name="pilotfish",
+        cls=GroupedCommands,
         help="Plugins for a stock vLLM engine, and a retrieval stack beside it.",
         no_args_is_help=True,
         add_completion=False,
@@ -37,8 +39,8 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Run a command; what a user got wrong becomes one line and exit code 2."""
-    # A command that is told to end ends what it started: as after Ctrl-C, but with a code of its own.
+    """Run a command. A mistake of the user becomes one line on standard error and exit code 2."""
+    # On SIGTERM a command ends its child processes as after Ctrl-C, but with exit code 143.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = build()(standalone_mode=False)
@@ -51,10 +53,10 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer cannot be written
         sys.exit(_refuse(f"{error.filename or 'standard output'}: {error.strerror}"))
     except Exception as error:
-        # Errors of usage have a method for their text; their class has moved between typer's and click's modules.
+        # Usage errors have a method for their text; their class has moved between typer's and click's modules.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    """One line on standard error, whatever the message holds."""
+    """Write a message as one line to standard error, and return the exit code."""
     sys.stderr.write(f"pilotfish: {strip_control_characters(' '.join(message.split()))}\n")
     return 2
 

@@ -138,7 +138,7 @@ def test_reranking_is_by_all_tokens(create) -> None:
     assert {h.id for h in index.search("shark reef", 3, rerank=10)} == {"a", "c"}
     plain = create("plain")
     plain.add([{"id": "a", "text": "x"}])
-    with pytest.raises(RetrievalError, match="keeps no vectors"):
+    with pytest.raises(RetrievalError, match="has no vectors"):
         plain.search("x", rerank=5)
 
 

@@ -91,7 +91,7 @@ def test_words_are_shown_and_edited(cli: Callable, inside: Callable, corpus: Pat
     assert text.count("<section>") == 3
     assert "http" not in text  # it needs nothing from anywhere
     shown = inside("index", "explain", folder, query, "pilot").stdout
-    assert "words of the query" in shown
+    assert "terms of the query" in shown
     assert "█" in shown
     told = json.loads(inside("index", "explain", folder, query, "pilot", "--json").stdout)
     assert set(told) == {"reasons", "query", "document"}
@@ -317,14 +317,14 @@ def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_p
 
 
 def test_an_index_beside_its_documents(inside: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are no documents; links to nothing are told before anything is made."""
+    """Indexes are no documents; broken links are reported before anything is made."""
     (tmp_path / "notes.txt").write_text("Sharks and pilot fish.")
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         assert "1 documents added, 1 in all" in inside("index", "build", name, ".").stderr
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     answer = inside("index", "build", "third", ".")
-    assert (answer.returncode, "a link to nothing" in answer.stderr) == (2, True)
+    assert (answer.returncode, "is a broken link" in answer.stderr) == (2, True)
     assert not (tmp_path / "third").exists()
 
 
@@ -368,7 +368,7 @@ def test_shards_have_a_folder_of_their_own(inside: Callable, corpus: Path, tmp_p
     whole, shards = str(tmp_path / "whole"), str(tmp_path / "shards")
     assert inside("index", "build", whole, str(corpus)).returncode == 0
     answer = inside("index", "build", whole, str(corpus), "--shards", "2")
-    assert (answer.returncode, "a folder of their own" in answer.stderr) == (2, True)
+    assert (answer.returncode, "build shards into a new folder" in answer.stderr) == (2, True)
     assert inside("index", "build", shards, str(corpus), "--shards", "2").returncode == 0
     assert "4 documents, all right" in inside("index", "check", shards).stdout
     assert '"documents": 4' in inside("index", "stats", shards, "--json").stdout

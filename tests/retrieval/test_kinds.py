@@ -208,5 +208,5 @@ def test_an_encoder_of_somebody_else_may_lack_names(create) -> None:
         lambda: index.search("shark", term_boosts={"shark": 2}),
         lambda: index.search("shark", rerank=3),
     ):
-        with pytest.raises(RetrievalError, match="encoder word-weights: has no `"):
+        with pytest.raises(RetrievalError, match="encoder word-weights: lacks the method `"):
             call()

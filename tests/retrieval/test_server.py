@@ -53,7 +53,7 @@ def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
     for call, status, message in (
         (("/search", {"query": "x", "where": "n >"}), 400, "expected a value"),
         (("/search", {"query": "x", "settings": {"nprobs": 1}}), 400, "did you mean 'nprobe'"),
-        (("/search", {"query": "x", "settings": {"k": 1}}), 400, "stands beside them"),
+        (("/search", {"query": "x", "settings": {"k": 1}}), 400, "not a setting; pass it separately"),
         (("/search", {"query": "x", "kk": 1}), 422, "kk"),
         (("/search", {"query": "x", "k": 0}), 422, "greater than"),
         (("/documents", {"documents": [{"id": "d/1", "text": "x"}]}), 400, "is in the index already"),

@@ -205,7 +205,7 @@ def test_visual_tokens_leave_inside_the_language_model(
     seen = ours.ask(do="layers", request=requests[0])
     last = ours.ask(do="layers", request={**requests[0], "prompt": "What is it?\n<image>"})
     asked = ours.ask(do="look", requests=[{**requests[0], "prompt_logprobs": 0}])
-    assert "prompt_logprobs would be those of tokens that left" in asked["error"]
+    assert "prompt_logprobs would lack the pruned tokens" in asked["error"]
     ours.close()
     assert last["visual"][-1], "a prompt that ends with a picture is sampled from its last token, which stays"
     kept, token = with_masks(seeing_model, last["embeds"], [*last["visual"][:-1], False], LayerSchedule(0, 2, 0.1, 5))

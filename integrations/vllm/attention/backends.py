@@ -1,4 +1,4 @@
-"""Map vLLM's attention backends to the subclasses that serve a KV policy or tree verification."""
+"""Mapping from vLLM's attention backends to our subclasses, which serve a KV policy or tree verification."""
 
 from typing import Any
 
@@ -7,10 +7,14 @@ from ..engine.selection import kv_policy, read_config
 
 
 def attention_backend(stock: type, vllm_config: Any) -> type:
-    """What stands over the backend that vLLM chose for a layer, where a KV policy or tree verification is selected.
+    """Return the attention backend of a layer: ours if a KV policy or tree verification is selected, else vLLM's.
+
+    Args:
+        stock: Backend class that vLLM selected for the layer.
+        vllm_config: vLLM's configuration of the engine.
 
     Raises:
-        Unsupported: there is nothing of ours that stands over this one.
+        Unsupported: No subclass of ours exists for this backend.
     """
     config = read_config(vllm_config.additional_config)
     name = stock.get_name()  # type: ignore[attr-defined]
@@ -19,13 +23,13 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             from .tree.cpu import TreeCPUBackend
 
             return TreeCPUBackend
-        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # both use our kernels
             from .tree.triton import TreeTritonBackend
 
             return TreeTritonBackend
         raise Unsupported(
             config.drafter.name,
-            f"trees are not verified over {name}",
+            f"tree verification does not support the attention backend {name}",
             "use verification=chain",
             vllm_config.model_config.model,
         )
@@ -37,13 +41,13 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             from .windowed.cpu import WindowedCPUBackend
 
             return WindowedCPUBackend
-        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # whose kernels ours replace
+        if name in ("TRITON_ATTN", "FLASH_ATTN"):  # both use our kernels
             from .windowed.triton import WindowedTritonBackend
 
             return WindowedTritonBackend
         raise Unsupported(
             policy.name,
-            f"it does not stand over {name}",
+            f"it does not support the attention backend {name}",
             "use --attention-backend TRITON_ATTN",
             vllm_config.model_config.model,
         )
@@ -61,7 +65,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
         return SparseFlashBackend
     raise Unsupported(
         policy.name,
-        f"it does not stand over {name}",
-        "choose --attention-backend TRITON_ATTN or FLASH_ATTN",
+        f"it does not support the attention backend {name}",
+        "use --attention-backend TRITON_ATTN or FLASH_ATTN",
         vllm_config.model_config.model,
     )

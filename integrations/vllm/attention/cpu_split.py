@@ -1,4 +1,4 @@
-"""Steps of vLLM's CPU attention backend of which our kernels serve some requests, and vLLM's the others."""
+"""Metadata builder for CPU steps in which our kernels serve some requests and vLLM's kernel the others."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,11 +7,11 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-ISA = "vec"  # the cache layout that our kernels read; vLLM's own choice on x86 without AMX
+ISA = "vec"  # cache layout that our kernels read; vLLM's default on x86 without AMX
 
 
 class SplitBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's builder, over the cache layout of our kernels."""
+    """Metadata builder of vLLM's CPU backend that uses the cache layout of our kernels."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -20,9 +20,13 @@ class SplitBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
 
     def without(self, stock: CPUAttentionMetadata, requests: list[int]) -> CPUAttentionMetadata:
-        """Metadata by which vLLM's kernel spends next to nothing on ``requests``, whose output ours overwrites.
+        """Return metadata in which ``requests`` are cut to their query tokens.
 
-        They are cut to their query tokens.
+        vLLM's kernel then does almost no work for these requests, whose output our kernel overwrites.
+
+        Args:
+            stock: vLLM's metadata of the step.
+            requests: Indices of the requests in the batch.
         """
         seq_lens = stock.seq_lens.clone()
         seq_lens[requests] = stock.query_start_loc.diff()[requests]

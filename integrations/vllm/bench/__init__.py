@@ -1,1 +1,1 @@
-"""Side-by-side measurements of vLLM with and without plugins."""
+"""Benchmarks that compare vLLM with and without plugins."""

@@ -1,4 +1,4 @@
-"""Texts for measurements of KV policies: files that others wrote, or a sample that every Python brings."""
+"""Texts for benchmarks of KV policies: text files of the user, or a sample that ships with Python."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from ....plugins.config import ConfigError
 from ....retrieval.errors import first_line
 
-CHARACTERS = 8  # of text for each token wanted, at most
+CHARACTERS = 8  # upper bound of characters per token, by which a text is cut before it is tokenized
 
 
 def read_corpus(path: Path, flag: str = "--text") -> str:
-    """A text file, or all ``.txt`` files of a folder, one behind the other.
+    """Read a text file, or all ``.txt`` files of a folder, concatenated.
 
     Raises:
-        ConfigError: it cannot be read as text.
+        ConfigError: The files cannot be read as text.
     """
     try:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -26,17 +26,17 @@ def read_corpus(path: Path, flag: str = "--text") -> str:
 
 
 def sample_corpus() -> str:
-    """English prose that every Python brings: the reference pages that `help()` shows."""
+    """Return English prose that ships with Python: the reference pages that `help()` shows."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def tokenizer_of(folder: str) -> Any:
-    """A model's tokenizer, for texts longer than the model reads at once.
+    """Load the tokenizer of a model, without the model's limit on the length of a text.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: The model has no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -47,18 +47,18 @@ def tokenizer_of(folder: str) -> Any:
 
 
 def excerpts(tokenizer: Any, text: str, count: int, length: int, name: str) -> list[list[int]]:
-    """Token ids, [count][length], of excerpts that begin at even distances in the text.
+    """Return token ids, [count][length], of excerpts that begin at even distances in the text.
 
     Raises:
-        ConfigError: the text is too short for excerpts that differ.
+        ConfigError: The text is too short for ``count`` different excerpts.
     """
     starts = [i * len(text) // count for i in range(count)]
     cut = [tokenizer(text[s : s + CHARACTERS * length], add_special_tokens=False)["input_ids"][:length] for s in starts]
     if short := [len(ids) for ids in cut if len(ids) < length]:
-        # The last excerpts of a text that is long enough as a whole begin earlier.
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(whole) < length + count:
-            raise ConfigError(f"{name}: {max(len(whole), *short)} tokens, at least {length + count} are needed")
-        last = len(whole) - length
-        cut = [whole[i * last // max(count - 1, 1) :][:length] for i in range(count)]
+        # The last excerpts were cut off: begin all of them earlier if the text is long enough.
+        all_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(all_ids) < length + count:
+            raise ConfigError(f"{name}: {max(len(all_ids), *short)} tokens, at least {length + count} are needed")
+        last = len(all_ids) - length
+        cut = [all_ids[i * last // max(count - 1, 1) :][:length] for i in range(count)]
     return cut

@@ -1,9 +1,9 @@
-"""Drafters side by side: every arm shares its runs, prompt by prompt, with an engine that does not speculate.
+"""Benchmark of drafters: every configuration (arm) is compared, prompt by prompt, with vLLM without speculation.
 
-Two engines live at a time: stock vLLM and one with a drafter. Each prompt is run on both, in alternating order, so that
-a machine whose speed drifts slows both. Our drafters can be measured twice in their engine: *cold* with tables that are
-empty at the first prompt, *hot* with tables that have seen other prompts before (never the measured ones). Or all
-prompts come a second time (``twice``), which drafters that keep outputs profit from.
+Two engines run at a time: stock vLLM and one with a drafter. Each prompt runs on both, in alternating order, so that a
+drift of the machine's speed affects both. A Pilotfish drafter can be measured twice in its engine: *cold*, with a cache
+that is empty at the first prompt, and *hot*, with a cache that is warm from other prompts (never the measured ones). Or
+all prompts run a second time (``twice``), from which drafters that store outputs benefit.
 """
 
 import statistics
@@ -33,16 +33,16 @@ from .engine import EngineProcess
 from .prompts import Prompt
 
 STOCK = "none"
-Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter's tables ("" where there are none)
-HOT_PROMPTS = 16  # seen by the hot tables before anything is measured
-QUEUES = 4
-QUEUE = 3  # prompts of a queue, in batches
+Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter instance ("" for the only one)
+HOT_PROMPTS = 16  # prompts that fill the warm cache before the measurement
+QUEUES = 4  # number of queues
+QUEUE = 3  # length of a queue, in batches
 MAX_MODEL_LEN = 4096
 
 
 @dataclass(frozen=True)
 class DrafterBenchmark:
-    """What to measure; see `pilotfish bench drafters --help`."""
+    """Settings of the benchmark; see `pilotfish bench drafters --help`."""
 
     prompts: tuple[Path, ...]
     model: str
@@ -54,20 +54,20 @@ class DrafterBenchmark:
     dtype: str
     seed: int
     out: Path
-    hot: bool = True  # measure tables that have seen other prompts, too
-    twice: bool = False  # run all prompts a second time, and the tables cold only
+    hot: bool = True  # also measure with a warm cache
+    twice: bool = False  # run all prompts a second time, from a cold cache only
 
 
 @dataclass(frozen=True)
 class DrafterRun:
-    """One or more prompts through one engine."""
+    """Answer of one engine to one or more prompts."""
 
     arm: str
     dataset: str
     category: str
     batch: int
-    turn: int  # runs of the same prompts have the same
-    again: bool  # the prompts come for the second time
+    turn: int  # equal in all runs of the same prompts
+    again: bool  # whether the prompts run for the second time
     answer: dict[str, Any]
 
     @property
@@ -76,12 +76,12 @@ class DrafterRun:
 
 
 def speculation(arm: str) -> dict[str, Any]:
-    """Engine arguments of an arm: vLLM's own drafters as its documentation sets them, ours by plugin name.
+    """Return the engine arguments of an arm: vLLM's own drafters as in its documentation, plugins by their name.
 
-    Options stand behind an @ each, as in ``rasd@verification=tree@nodes=40``.
+    Each option follows an ``@``, as in ``rasd@verification=tree@nodes=40``.
 
     Raises:
-        ConfigError: no such arm.
+        ConfigError: There is no such drafter.
     """
     if arm == STOCK:
         return {}
@@ -97,23 +97,23 @@ def speculation(arm: str) -> dict[str, Any]:
     if arm == "suffix":
         return {"speculative_config": {"method": "suffix", "num_speculative_tokens": 16}}
     drafters = plugins().classes("drafter")
-    chosen = parse_assignments(arm.replace("@", ","))
-    if chosen.name not in drafters:
-        raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*drafters, "ngram", "suffix"]))
-    key = {"drafter": {"name": chosen.name, **chosen.options}}
+    selected = parse_assignments(arm.replace("@", ","))
+    if selected.name not in drafters:
+        raise ConfigError(unknown_key_message(f"arm '{arm}'", selected.name, [*drafters, "ngram", "suffix"]))
+    key = {"drafter": {"name": selected.name, **selected.options}}
     config = selection.read_config({ROOT: key})
     return {
         "additional_config": {ROOT: key},
         "speculative_config": {
             "method": "custom_class",
             "model": selection.PROPOSER_CLASS,
-            "num_speculative_tokens": compatibility.default_draft_tokens(drafters[chosen.name], config.verification),
+            "num_speculative_tokens": compatibility.default_draft_tokens(drafters[selected.name], config.verification),
         },
     }
 
 
 def run_drafter_benchmark(plan: DrafterBenchmark) -> list[DrafterRun]:
-    """Measure, write the JSON (anew after every arm, so that an interrupt loses one arm only), print the table."""
+    """Run the benchmark and print the table; the JSON is written after every arm, to lose little if interrupted."""
     runs: list[DrafterRun] = []
     for more in measure_arms(plan):
         runs += more
@@ -125,7 +125,7 @@ def run_drafter_benchmark(plan: DrafterBenchmark) -> list[DrafterRun]:
 
 
 def measure_arms(plan: DrafterBenchmark) -> Iterator[list[DrafterRun]]:
-    """Run every arm beside stock vLLM, one pair of engines after the other."""
+    """Run every arm in alternation with stock vLLM, one pair of engines after the other."""
     files = [prompt_files.read_prompts(path) for path in plan.prompts]
     record.check_output_path(plan.out)
     for arm in plan.arms:
@@ -133,23 +133,23 @@ def measure_arms(plan: DrafterBenchmark) -> Iterator[list[DrafterRun]]:
     check_model(plan.model)
     arms = list(plan.arms)
     if "suffix" in arms and find_spec("arctic_inference") is None:
-        status.print("arm suffix is left out: arctic-inference is not installed")
+        status.print("skipping arm suffix: arctic-inference is not installed")
         arms.remove("suffix")
-    drawn = [
+    samples = [
         prompt_files.sample_prompts(f, plan.sample if i == 0 else plan.sample_others, plan.seed)
         for i, f in enumerate(files)
     ]
-    others = prompt_files.remaining_prompts(files[0], drawn[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
+    others = prompt_files.remaining_prompts(files[0], samples[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
     folder = registry.resolve_model(plan.model)
     with counting_bar() as bar:
         for arm in arms:
-            yield measure_pair(plan, arm, folder, [p for d in drawn for p in d], others, bar)
+            yield measure_pair(plan, arm, folder, [p for sample in samples for p in sample], others, bar)
 
 
 def measure_pair(
     plan: DrafterBenchmark, arm: str, folder: str, drawn: Sequence[Prompt], others: Sequence[Prompt], bar: Progress
 ) -> list[DrafterRun]:
-    """Run all prompts on stock vLLM and on the arm, in turns."""
+    """Run all prompts on stock vLLM and on the arm, interleaved."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -168,14 +168,14 @@ def measure_pair(
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": plan.batch or 8,
         "enforce_eager": True,
-        "enable_prefix_caching": False,  # else the second run of a prompt would find its prompt processed
+        "enable_prefix_caching": False,  # else the second run of a prompt would skip its prefill
         "seed": 0,
     }
     states = ("",)
     if plan.hot and not plan.twice and "additional_config" in speculation(arm):
         states = ("cold", "hot")
     passes = (False, True) if plan.twice else (False,)
-    heating, batched = others[:HOT_PROMPTS], others[HOT_PROMPTS:]
+    warm_up, batched = others[:HOT_PROMPTS], others[HOT_PROMPTS:]
     queues = len(batched) // (QUEUE * plan.batch) if plan.batch else 0
     total = len(passes) * len(drawn) * (1 + len(states)) + 2 * queues
     task = bar.add_task(f"{arm}: starting engines", total=total)
@@ -184,13 +184,13 @@ def measure_pair(
         EngineProcess(common, Path(logs) / "stock.log") as stock,
         EngineProcess({**common, **speculation(arm)}, Path(logs) / "arm.log") as drafted,
     ):
-        for engine in (stock, drafted):  # the first steps of an engine are slow
+        for engine in (stock, drafted):  # an engine's first steps are slow
             engine.ask(do="generate", prompts=[encoded[0][:32]], max_tokens=8)
         if "hot" in states:
-            bar.update(task, description=f"{arm}: heating")
+            bar.update(task, description=f"{arm}: warming up")
             drafted.ask(do="use", drafter="hot")
-            for i in range(0, len(heating), 8):
-                drafted.ask(do="generate", prompts=[encode(p) for p in heating[i : i + 8]], max_tokens=plan.max_tokens)
+            for i in range(0, len(warm_up), 8):
+                drafted.ask(do="generate", prompts=[encode(p) for p in warm_up[i : i + 8]], max_tokens=plan.max_tokens)
         bar.update(task, description=arm)
         arms: list[Arm] = [(STOCK, stock, "")] + [(f"{arm}@{s}" if s else arm, drafted, s) for s in states]
         runs = []
@@ -200,7 +200,7 @@ def measure_pair(
                 runs += [replace(r, again=again) for r in more]
         if plan.batch:
             runs += _queues(plan, arms, batched, [encode(p) for p in batched], bar, task)
-        # Which stock runs belong to which arm: the pair ran together.
+        # Label stock runs with the arm that they were paired with.
         return [replace(r, arm=f"{STOCK}|{arm}") if r.arm == STOCK else r for r in runs]
 
 
@@ -212,15 +212,16 @@ def _queues(
     bar: Progress,
     task: TaskID,
 ) -> list[DrafterRun]:
-    """Queues of prompts, of which ``plan.batch`` run at a time; no engine has met them (some drafters remember).
+    """Run queues of prompts, ``plan.batch`` at a time; no engine ran them before, since some drafters store outputs.
 
-    A queue, since the last request of a lone batch decides its end: drafting would pay for seven that wait for one.
+    A queue is longer than a batch because the time of a single batch is that of its slowest request, while the other
+    slots are idle: a speed-up of the others would not be measured.
     """
     arms = [(arm, engine, state) for arm, engine, state in arms if state != "hot"]
     runs, length = [], QUEUE * plan.batch
     for turn, start in enumerate(range(0, len(prompts) - length + 1, length)):
-        chosen = encoded[start : start + length]
-        more = _turn(arms, turn, prompts[start].dataset, "batch", chosen, plan.max_tokens, bar, task)
+        queue = encoded[start : start + length]
+        more = _turn(arms, turn, prompts[start].dataset, "batch", queue, plan.max_tokens, bar, task)
         runs += [replace(r, batch=plan.batch) for r in more]
     return runs
 
@@ -235,7 +236,7 @@ def _turn(
     bar: Progress,
     task: TaskID,
 ) -> list[DrafterRun]:
-    """The same prompts through every arm; who begins changes from turn to turn."""
+    """Run the same prompts on every arm; the first arm changes from turn to turn."""
     begin = turn % len(arms)
     runs = []
     for arm, engine, state in arms[begin:] + arms[:begin]:
@@ -247,13 +248,13 @@ def _turn(
     return runs
 
 
-# ------------------------------------------------------------------------------------------------- from runs to figures
+# ------------------------------------------------------------------------------------------------- from runs to metrics
 
 
 def summarize_runs(runs: Sequence[DrafterRun]) -> list[Record]:
-    """Ratios against the stock runs of the same pair, by dataset, category and batch size.
+    """Return metrics relative to the stock runs of the same pair, by dataset, category and batch size.
 
-    Where prompts came twice, ``DATASET`` is their first time, ``DATASET_again`` their second, ``DATASET_twice`` both.
+    If prompts ran twice, ``DATASET`` has their first run, ``DATASET_again`` the second, and ``DATASET_twice`` both.
     """
     records: list[Record] = []
     arms = list(dict.fromkeys(r.arm for r in runs if not r.arm.startswith(STOCK)))
@@ -262,13 +263,13 @@ def summarize_runs(runs: Sequence[DrafterRun]) -> list[Record]:
         stock = {(r.dataset, r.batch, r.turn, r.again): r for r in runs if r.arm == pair_of}
         twice = any(r.again for r in runs if r.arm == arm)
         groups: dict[tuple[str, int], list[tuple[DrafterRun, DrafterRun]]] = defaultdict(list)
-        for mine in (r for r in runs if r.arm == arm):
-            pair = (mine, stock[mine.dataset, mine.batch, mine.turn, mine.again])
-            endings = [("_again" if mine.again else ""), *(["_twice"] if twice and mine.batch == 1 else [])]
-            for dataset in (mine.dataset + ending for ending in endings):
-                groups[dataset, mine.batch].append(pair)
-                if mine.batch == 1:
-                    groups[f"{dataset}/{mine.category}", 1].append(pair)
+        for run in (r for r in runs if r.arm == arm):
+            pair = (run, stock[run.dataset, run.batch, run.turn, run.again])
+            endings = [("_again" if run.again else ""), *(["_twice"] if twice and run.batch == 1 else [])]
+            for dataset in (run.dataset + ending for ending in endings):
+                groups[dataset, run.batch].append(pair)
+                if run.batch == 1:
+                    groups[f"{dataset}/{run.category}", 1].append(pair)
         for (dataset, batch), pairs in groups.items():
             records += _figures(arm, dataset, {"batch": batch}, pairs)
     return records
@@ -280,44 +281,43 @@ def _figures(
     def total(runs: Sequence[DrafterRun], key: str) -> float:
         return sum(r.answer[key] for r in runs)
 
-    mine, stock = [p[0] for p in pairs], [p[1] for p in pairs]
+    arm_runs, stock = [p[0] for p in pairs], [p[1] for p in pairs]
 
     def speed(runs: Sequence[DrafterRun], key: str) -> float:
         count = sum(r.tokens for r in runs) if key == "seconds" else total(runs, "emitted")
         return count / max(total(runs, key), 1e-9)
 
     def ratio(key: str) -> tuple[float, list[float]]:
-        # The geometric mean over prompts: every prompt counts the same, and a stall of the machine in one run, which
-        # would rule a ratio of sums, weighs as little as it should.
+        # A geometric mean weighs all prompts equally; a ratio of sums would be dominated by a single stalled run.
         each = [x / y for a, b in pairs if (x := speed([a], key)) > 0 and (y := speed([b], key)) > 0] or [1.0]
         return statistics.geometric_mean(each), [round(x, 4) for x in each]
 
     same = [x == y for a, b in pairs for x, y in zip(a.answer["tokens"], b.answer["tokens"], strict=True)]
-    steps = max(total(mine, "request_steps"), 1)
-    whole = ratio("seconds")
+    steps = max(total(arm_runs, "request_steps"), 1)
+    overall = ratio("seconds")
     rows = [
-        ("speedup", whole[0], "x", whole[1]),
-        ("median_speedup", statistics.median(whole[1]), "x", []),
-        ("tokens_per_second", speed(mine, "seconds"), "tokens/s", []),
+        ("speedup", overall[0], "x", overall[1]),
+        ("median_speedup", statistics.median(overall[1]), "x", []),
+        ("tokens_per_second", speed(arm_runs, "seconds"), "tokens/s", []),
         ("stock_tokens_per_second", speed(stock, "seconds"), "tokens/s", []),
-        ("accepted_length", total(mine, "emitted") / steps, "tokens", []),
-        ("drafted_per_step", total(mine, "drafted") / steps, "tokens", []),
+        ("accepted_length", total(arm_runs, "emitted") / steps, "tokens", []),
+        ("drafted_per_step", total(arm_runs, "drafted") / steps, "tokens", []),
         ("identical_share", sum(same) / len(same), "", []),
     ]
     if params["batch"] == 1:  # in a batch, prompts and decoding overlap
         decode = ratio("decode_seconds")
         rows.insert(1, ("decode_speedup", decode[0], "x", decode[1]))
-    if requests := sum(r.answer["proposing"].get("requests", 0) for r in mine):
-        seconds = sum(r.answer["proposing"]["seconds"] for r in mine)
+    if requests := sum(r.answer["proposing"].get("requests", 0) for r in arm_runs):
+        seconds = sum(r.answer["proposing"]["seconds"] for r in arm_runs)
         rows.append(("proposal_ms", 1e3 * seconds / requests, "ms/request", []))
     return [Record("drafters", dataset, arm, m, round(v, 4), u, runs, params) for m, v, u, runs in rows]
 
 
 def print_drafter_table(records: Sequence[Record]) -> None:
-    """The overall figures as a table."""
+    """Print the overall metrics as a table."""
     from rich.table import Table
 
-    table = Table("dataset", "batch", "arm", "speed-up", "decode only", "accepted length", "identical", "proposal ms")
+    table = Table("dataset", "batch", "arm", "speed-up", "decode only", "acceptance length", "identical", "proposal ms")
     figures: dict[tuple[str, int, str], dict[str, float]] = defaultdict(dict)
     for r in records:
         if "/" not in r.dataset:

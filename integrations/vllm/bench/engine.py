@@ -1,7 +1,7 @@
-"""One vLLM engine in a process of its own, told by JSON lines what to run; both ends of the conversation.
+"""A vLLM engine in a separate process that takes commands as lines of JSON; client and worker of that protocol.
 
-The engine lives in the worker's own process (no second one behind it), so that steps can be counted at the scheduler
-and two engines can be run in turns without either disturbing the other.
+The engine runs in the worker process itself, without vLLM's engine-core process, so that steps can be counted at the
+scheduler, and so that runs of two engines can be interleaved without one disturbing the other.
 """
 
 import json
@@ -19,30 +19,30 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
-    # vLLM's ngram drafter starts a thread pool of numba's that only slows a small machine down.
+    # vLLM's ngram drafter starts a Numba thread pool, which only slows down a small machine.
     "NUMBA_THREADING_LAYER": "workqueue",
     "NUMBA_NUM_THREADS": "1",
 }
 
 
-PROGRESS = "progress"  # the key of an answer that is not the last
+PROGRESS = "progress"  # key of an answer that reports progress and precedes the final one
 
 
 class EngineProcess:
-    """The near end: starts a worker, asks it, ends it."""
+    """Client of a worker process: starts it, sends commands and ends it."""
 
     def __init__(self, config: dict[str, Any], log: Path, worker: Sequence[str] = ("-m", __name__), **env: str) -> None:
         """Start a worker and wait until its engine is ready.
 
         Args:
             config: Arguments of `vllm.LLM`.
-            log: File that takes what the worker prints.
-            worker: What Python runs as the worker.
-            env: Further environment variables.
+            log: File for the output of the worker.
+            worker: Arguments with which Python runs the worker.
+            env: Further environment variables of the worker.
         """
         self._log = log
         environment = {**ENVIRONMENT, **os.environ, **env}
-        if "kv_cache_memory_bytes" in config:  # over which vLLM's CPU platform takes the variable without a word
+        if "kv_cache_memory_bytes" in config:  # vLLM's CPU platform would silently prefer the variable
             del environment["VLLM_CPU_KVCACHE_SPACE"]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -52,7 +52,7 @@ class EngineProcess:
                 stderr=errors,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C reaches us alone; we end the worker
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the worker
             )
         try:
             self._answer()
@@ -61,7 +61,7 @@ class EngineProcess:
             raise
 
     def ask(self, on_progress: Callable[[float], None] | None = None, **command: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; ``on_progress`` hears how much of it is done, 0 to 1."""
+        """Send a command and return its answer; ``on_progress`` is called with the completed share, 0 to 1."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -80,11 +80,11 @@ class EngineProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the worker lives."""
+        """Whether the worker process is alive."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the worker and whatever it started."""
+        """End the worker and all processes that it started."""
         if self.running:
             try:
                 os.killpg(self._process.pid, signal.SIGTERM)
@@ -106,9 +106,9 @@ class EngineProcess:
 
 
 class Worker:
-    """The far end: an engine, and counts taken at its scheduler."""
+    """Worker side of the protocol: an engine whose steps and tokens are counted at the scheduler."""
 
-    progress: Callable[[float], None] = staticmethod(lambda done: None)  # tells the near end, see `main`
+    progress: Callable[[float], None] = staticmethod(lambda done: None)  # reports to the client, see `main`
 
     def __init__(self, config: dict[str, Any]) -> None:
         from vllm import LLM
@@ -127,7 +127,7 @@ class Worker:
             for request, tokens in zip(output.req_ids, output.sampled_token_ids or [], strict=False):
                 if not tokens:
                     continue
-                if request in self._first:  # decode; a request's first token comes from its prompt's last chunk
+                if request in self._first:  # decode; a request's first token comes from prefill
                     self._request_steps += 1
                     self._emitted += len(tokens)
                     self._drafted += len(drafts.get(request, ()))
@@ -137,7 +137,7 @@ class Worker:
         core.scheduler.update_from_output = counted
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
-        """Greedy completions of all prompts together, with times in seconds and counts of this call."""
+        """Complete all prompts together, greedily; return tokens, times in seconds and counts of this call."""
         from vllm import SamplingParams
 
         self._request_steps = self._emitted = self._drafted = 0
@@ -167,12 +167,12 @@ class Worker:
 
     @property
     def _ours(self) -> Any:
-        """Our proposer, or the one that stands behind vLLM's draft model; vLLM's, or None, where there is none."""
+        """Pilotfish's proposer, also where it wraps vLLM's draft model; else vLLM's proposer, or None."""
         proposer = getattr(self.runner, "drafter", None)
         return getattr(proposer, "pilotfish", proposer)
 
     def use(self, drafter: str) -> dict[str, Any]:
-        """Put another instance of our drafter in charge, made fresh under a new name: cold beside hot tables."""
+        """Switch to the drafter instance of that name, created with empty state on first use: cold and warm cache."""
         ours = self._ours
         if drafter not in self._drafters:
             self._drafters[drafter] = type(ours.plugin)(ours.plugin.options, ours.plugin.engine)
@@ -180,14 +180,14 @@ class Worker:
         return {"drafter": drafter}
 
     def obey(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Run the method that a command names."""
+        """Call the method that a command names."""
         return getattr(self, command.pop("do"))(**command)
 
 
 def main(kind: type[Worker] = Worker) -> None:
-    """Serve commands until standard input ends."""
+    """Run the commands of standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     worker = kind(json.loads(sys.argv[1]))
     worker.progress = lambda done: print(json.dumps({PROGRESS: done}), file=answers)  # type: ignore[method-assign]
     answers.write("{}\n")

@@ -1,4 +1,4 @@
-"""The far end of `pilotfish tune razor`: the engine reads repeated random tokens, and its heads are watched."""
+"""Worker of `pilotfish tune razor`: its engine reads repeated random tokens, and its attention heads are scored."""
 
 from typing import Any
 
@@ -9,27 +9,32 @@ from .engine import Worker, main
 
 
 class HeadsWorker(Worker):
-    """An engine without plugins, whose attention layers hand over what enters them."""
+    """Engine without plugins whose queries and keys are captured at each attention layer."""
 
     def facts(self) -> dict[str, Any]:
-        """What the engine's plugins would be told about it."""
+        """Return the facts about the engine that a plugin would receive."""
         from ..engine import selection
 
         return vars(selection.engine_facts(self.runner.vllm_config))
 
     def scores(self, tokens: list[int], period: int) -> dict[str, Any]:
-        """Echo and induction scores of every query head on one sequence.
+        """Compute echo and induction scores of every query head on one sequence.
 
-        The text is read in one step, so that a layer's attention sees all queries and keys at once.
+        The sequence is processed in one step, so that a layer's attention gets all queries and keys at once.
+
+        Args:
+            tokens: Token ids of the sequence.
+            period: Length of the repeated block, in tokens.
 
         Returns:
-            ``echo`` and ``induction`` [layers, query_heads], by layer number, and the ``kv_heads`` of a layer.
+            ``echo`` and ``induction``, [layers, query_heads], by layer number; and ``kv_heads``, the number of KV heads
+            of a layer.
         """
         from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.models.utils import extract_layer_index
 
         layers = self.runner.vllm_config.compilation_config.static_forward_context
-        found: dict[int, tuple[list[float], list[float]]] = {}
+        scores_by_layer: dict[int, tuple[list[float], list[float]]] = {}
         watched = {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
 
         def watch(name: str, impl: Any) -> None:
@@ -39,8 +44,8 @@ class HeadsWorker(Worker):
                 if len(query) >= len(tokens):
                     q, k = query[: len(tokens)], key[: len(tokens)]
                     echo, induction = retrieval_heads.head_scores(q, k, impl.scale, period)
-                    found[extract_layer_index(name)] = echo.tolist(), induction.tolist()
-                    self.progress(len(found) / len(watched))
+                    scores_by_layer[extract_layer_index(name)] = echo.tolist(), induction.tolist()
+                    self.progress(len(scores_by_layer) / len(watched))
                 return original(layer, query, key, *args, **kwargs)
 
             impl.forward = forward
@@ -51,10 +56,10 @@ class HeadsWorker(Worker):
             self.generate([tokens], 1)
         finally:
             for layer in watched.values():
-                del layer.impl.forward  # the class's own is back
-        if len(found) < len(watched):
-            raise RuntimeError(f"{len(watched) - len(found)} layers did not see the whole text in one step")
-        echo, induction = ([found[layer][i] for layer in sorted(found)] for i in (0, 1))
+                del layer.impl.forward  # uncovers the method of the class
+        if len(scores_by_layer) < len(watched):
+            raise RuntimeError(f"{len(watched) - len(scores_by_layer)} layers did not process the sequence in one step")
+        echo, induction = ([scores_by_layer[layer][i] for layer in sorted(scores_by_layer)] for i in (0, 1))
         kv_heads = next(iter(watched.values())).num_kv_heads
         return {"echo": echo, "induction": induction, "kv_heads": kv_heads}
 

@@ -1,7 +1,8 @@
-"""KV policies side by side: decode steps timed in turns, and what reading less does to the distributions.
+"""Benchmark of KV policies: interleaved timings of decode steps, and the effect of sparse reads on distributions.
 
-All arms share one engine, one cache and one clock: the policy is changed between runs, stock attention being one of
-them. Prompts are prefilled once with full attention, which no policy changes, and found again by prefix caching.
+All configurations (arms) share one engine, one KV cache and one clock: the policy is changed between runs, and stock
+attention is one of the configurations. Prompts are prefilled once with full attention, which no policy changes; later
+runs reuse them through prefix caching.
 """
 
 import json
@@ -27,10 +28,10 @@ WORKER = ("-m", "pilotfish.integrations.vllm.bench.kv_worker")
 
 
 def arms_of(plan: KVBenchmark) -> list[KVArm]:
-    """Stock attention, then every setting, checked.
+    """Return the configurations: stock attention, then every setting after a check.
 
     Raises:
-        ConfigError: no such policy, or a setting that it refuses.
+        ConfigError: The policy does not exist, or it refuses a setting.
     """
     arms = [KVArm(STOCK, None)]
     if len(set(plan.settings)) < len(plan.settings):
@@ -43,12 +44,12 @@ def arms_of(plan: KVBenchmark) -> list[KVArm]:
 
 
 def run_kv_benchmark(plan: KVBenchmark) -> list[Record]:
-    """Measure, write the JSON after every part, print the figures."""
+    """Run the benchmark, write the JSON after every part, and print the results."""
     arms = arms_of(plan)
-    read = {name: corpora.read_corpus(path) for name, path in _named(plan.texts).items()} or {
+    texts = {name: corpora.read_corpus(path) for name, path in _named(plan.texts).items()} or {
         "sample": corpora.sample_corpus()
     }
-    haystack = next(iter(read.values())) if plan.haystack is None else corpora.read_corpus(plan.haystack, "--haystack")
+    haystack = next(iter(texts.values())) if plan.haystack is None else corpora.read_corpus(plan.haystack, "--haystack")
     record.check_output_path(plan.out)
     if not plan.longest:
         raise ConfigError("no contexts are given: there is nothing to measure")
@@ -58,9 +59,9 @@ def run_kv_benchmark(plan: KVBenchmark) -> list[Record]:
         cls, options = plugins().resolve("kv", Selection(plan.policy, arm.options or {}))
         check_engine(cls, options, plan.model, 0, allow_untested=False)
     if (limit := max_positions(folder)) is not None and plan.longest + ROOM > limit:
-        said = f"contexts of {plan.longest} tokens"
-        raise ConfigError(f"{said}: {plan.model} has {limit} positions, {ROOM} are for decoding")
-    work = KVWork(plan, arms, folder, corpora.tokenizer_of(folder), read, haystack)
+        subject = f"contexts of {plan.longest} tokens"
+        raise ConfigError(f"{subject}: {plan.model} has {limit} positions, {ROOM} are for decoding")
+    work = KVWork(plan, arms, folder, corpora.tokenizer_of(folder), texts, haystack)
     if plugins().get("kv", plan.policy).frees_blocks:  # type: ignore[attr-defined]
         from . import kv_memory
 
@@ -73,7 +74,7 @@ def run_kv_benchmark(plan: KVBenchmark) -> list[Record]:
 
 
 def _in_one_engine(work: "KVWork") -> list[Record]:
-    """All parts, the policy being changed between runs."""
+    """Run all parts in one engine; the policy is changed between runs."""
     plan = work.plan
     config = {
         "model": work.folder,
@@ -82,25 +83,25 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
         "max_num_seqs": max(*plan.batches, TEXTS, needle_in_haystack.ROUNDS, plan.needles),
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
-        "async_scheduling": False,  # with which tokens cannot be computed anew
+        "async_scheduling": False,  # tokens could not be recomputed
         "enable_prefix_caching": True,
         "seed": 0,
         "additional_config": {"pilotfish": {"kv": plan.policy}},
     }
-    parts = list(work.parts())  # refuses texts that are too short before an engine starts
+    parts = list(work.parts())  # raises for texts that are too short, before an engine starts
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
         task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            return run_parts([(said, partial(part, engine)) for said, part in parts], plan.out, bar, task)
+            return run_parts([(description, partial(part, engine)) for description, part in parts], plan.out, bar, task)
 
 
 def print_kv_table(records: list[Record]) -> None:
-    """The figures as a table."""
+    """Print the results as a table."""
     from rich.table import Table
 
     table = Table("dataset", "batch", "context", "arm", "metric", "value")
     for r in records:
         if "depth" not in r.params:
-            where = (json.dumps(r.params.get(key, "")) for key in ("batch", "context"))
-            table.add_row(r.dataset, *where, r.arm, r.metric, f"{r.value:.4g} {r.unit}")
+            columns = (json.dumps(r.params.get(key, "")) for key in ("batch", "context"))
+            table.add_row(r.dataset, *columns, r.arm, r.metric, f"{r.value:.4g} {r.unit}")
     Console().print(table)

@@ -1,7 +1,7 @@
-"""KV policies that free memory, side by side with stock attention: capacity, a load, steps, divergence, needles.
+"""Benchmark of KV policies that free memory: capacity, load, step times, divergence and needles against stock vLLM.
 
-What a policy keeps decides the layout of the cache, so every arm is an engine of its own. Arms are run one after the
-other, but for the steps, which two engines take in turns.
+The KV entries that a policy retains decide the layout of the cache, so every configuration (arm) has its own engine.
+Configurations run one after the other, except for step times, which are measured on two engines with interleaved runs.
 """
 
 import statistics
@@ -20,17 +20,17 @@ from .kv_work import ROOM, STOCK, TEXTS, KVArm, KVWork, divergence_records, run_
 from .needle_in_haystack import NeedleQuestion
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
-MEMORY = 512 << 20  # bytes of cache for the load: so little that requests have to wait
-REQUESTS, COMPLETION = 20, 150  # of the load: requests of half to a whole context, and tokens that each decodes
-TURNS, STEPS = 5, 12  # of the timed steps
-CHUNK = 2048
+MEMORY = 512 << 20  # bytes of KV cache under load, small enough that requests have to wait
+REQUESTS, COMPLETION = 20, 150  # load: number of requests (half to full context), tokens decoded by each
+TURNS, STEPS = 5, 12  # turns, and decode steps timed in each
+CHUNK = 2048  # tokens per prefill step
 
 
 class KVMemoryWork(KVWork):
-    """The parts of a measurement with an engine for every arm."""
+    """Parts of a benchmark that starts an engine for every configuration."""
 
     def config(self, arm: KVArm, longest: int, **more: Any) -> dict[str, Any]:
-        """Arguments of one arm's engine."""
+        """Return the engine arguments of a configuration."""
         policy = {} if arm.options is None else {"pilotfish": {"kv": {"name": self.plan.policy, **arm.options}}}
         return {
             "model": self.folder,
@@ -46,7 +46,7 @@ class KVMemoryWork(KVWork):
         }
 
     def parts_in(self, logs: Path) -> Iterator[tuple[str, Callable[[], list[Record]]]]:
-        """What to say, and what to run."""
+        """Yield the description of each part, and the function that runs it."""
         plan, first = self.plan, next(iter(self.texts))
         if plan.contexts:
             longest = max(plan.contexts)
@@ -81,28 +81,28 @@ class KVMemoryWork(KVWork):
             yield f"quality of {arm.label}", partial(self.quality, arm, cuts, needles, looked_up, logs)
 
     def load(self, longest: int, asked: list[list[int]], logs: Path) -> list[Record]:
-        """The same requests, all at once, to an engine of every arm with the same memory."""
+        """Send the same requests, all at once, to an engine of every configuration with the same amount of memory."""
         records: list[Record] = []
         base: dict[str, float] = {}
         for arm in self.arms:
             config = self.config(arm, longest, max_num_seqs=REQUESTS, kv_cache_memory_bytes=MEMORY)
             with EngineProcess(config, logs / "load.log", worker=WORKER) as engine:
                 reported = engine.ask(do="capacity")
-                found = engine.ask(do="load", prompts=asked, tokens=COMPLETION)
+                metrics = engine.ask(do="load", prompts=asked, tokens=COMPLETION)
             params = {"context": longest, "requests": len(asked), "memory_mib": MEMORY >> 20}
             values = {
                 "capacity_tokens": (reported["tokens"], "tokens"),
                 "concurrency": (reported["concurrency"], ""),
-                "load_s": (found["seconds"], "s"),
-                "load_steps": (found["steps"], ""),
-                "peak_decoding": (found["peak"], ""),
-                "preemptions": (found["preempted"], ""),
-                "least_free_share": (found["least_free"] / found["blocks"], ""),
-                "blocks_lost": (found["blocks"] - found["free_at_end"], ""),
+                "load_s": (metrics["seconds"], "s"),
+                "load_steps": (metrics["steps"], ""),
+                "peak_decoding": (metrics["peak"], ""),
+                "preemptions": (metrics["preempted"], ""),
+                "least_free_share": (metrics["least_free"] / metrics["blocks"], ""),
+                "blocks_lost": (metrics["blocks"] - metrics["free_at_end"], ""),
             }
             base = base or {name: value for name, (value, _) in values.items()}
             values["capacity_ratio"] = (reported["tokens"] / base["capacity_tokens"], "x")
-            values["load_speedup"] = (base["load_s"] / found["seconds"], "x")
+            values["load_speedup"] = (base["load_s"] / metrics["seconds"], "x")
             records += [
                 Record("kv", "load", arm.label, metric, round(float(value), 4), unit, [], params)
                 for metric, (value, unit) in values.items()
@@ -110,7 +110,7 @@ class KVMemoryWork(KVWork):
         return records
 
     def steps(self, arm: KVArm, groups: list[list[list[int]]], logs: Path) -> list[Record]:
-        """Decode steps of an arm and of stock attention in turns, two engines at a time, and the memory they hold."""
+        """Time interleaved decode steps of a configuration and of stock attention, and measure their KV memory."""
         longest, batch = max(len(g[0]) for g in groups), max(map(len, groups))
         records: list[Record] = []
         with ExitStack() as stack:
@@ -151,7 +151,7 @@ class KVMemoryWork(KVWork):
         dictionaries: list[NeedleQuestion],
         logs: Path,
     ) -> list[Record]:
-        """Divergence from stock attention, whose distributions the first arm leaves in files; needles; dictionaries."""
+        """Measure divergence from stock attention (run first, with saved distributions), needles and dictionaries."""
         stock, rows = arm.options is None, max(TEXTS, needle_in_haystack.ROUNDS, self.plan.needles)
         config = self.config(arm, self.plan.longest, max_num_seqs=rows, enable_prefix_caching=stock)
         records: list[Record] = []
@@ -167,29 +167,29 @@ class KVMemoryWork(KVWork):
                 params = {"context": context, "tokens": len(cut) * self.plan.quality_tokens}
                 records += divergence_records(("kv", name, arm.label), answer, params)
             for context, groups in needles:
-                found = [
+                results = [
                     pair for g in groups for pair in zip(g, needle_in_haystack.answer_questions(engine, g), strict=True)
                 ]
                 records += needle_in_haystack.needle_records(
-                    self.haystack_name, "needle_recall", arm.label, found, context
+                    self.haystack_name, "needle_recall", arm.label, results, context
                 )
             if dictionaries:
-                where = self.dictionaries_name
+                name = self.dictionaries_name
                 groups = [
                     dictionaries[i : i + needle_in_haystack.ROUNDS]
                     for i in range(0, len(dictionaries), needle_in_haystack.ROUNDS)
                 ]
-                found = [
+                results = [
                     pair for g in groups for pair in zip(g, needle_in_haystack.answer_questions(engine, g), strict=True)
                 ]
-                records += needle_in_haystack.needle_records(where, "exact_match", arm.label, found, self.plan.longest)
+                records += needle_in_haystack.needle_records(name, "exact_match", arm.label, results, self.plan.longest)
         return records
 
 
 def run_memory_benchmark(work: KVWork) -> list[Record]:
-    """Measure all parts."""
+    """Run all parts of the benchmark."""
     memory = KVMemoryWork(**vars(work))
     with tempfile.TemporaryDirectory() as logs:
-        parts = list(memory.parts_in(Path(logs)))  # refuses texts that are too short before anything is shown
+        parts = list(memory.parts_in(Path(logs)))  # raises for texts that are too short, before anything is shown
         with counting_bar() as bar:
             return run_parts(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))

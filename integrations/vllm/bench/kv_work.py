@@ -1,4 +1,4 @@
-"""Work items of the KV policy benchmark: speed, quality and retrieval measurements on a running engine."""
+"""Parts of the KV policy benchmark: measurements of speed, quality and retrieval on a running engine."""
 
 import math
 import statistics
@@ -22,22 +22,22 @@ STOCK = "none"
 TURNS = 5
 
 
-STEPS = 12  # timed in every turn
+STEPS = 12  # decode steps timed in every turn
 
 
-TEXTS = 4  # decoded together when distributions are compared
+TEXTS = 4  # texts decoded together when distributions are compared
 
 
-ROOM = 96  # positions behind a context, for what is decoded
+ROOM = 96  # positions after a context, for decoded tokens
 
 
 @dataclass(frozen=True)
 class KVBenchmark:
-    """What to measure; see `pilotfish bench kv --help`."""
+    """Settings of the benchmark; see `pilotfish bench kv --help`."""
 
     policy: str
     settings: tuple[str, ...]  # "key=value,..." for each arm
-    texts: tuple[Path, ...]  # none: the sample that every Python brings
+    texts: tuple[Path, ...]  # (): the sample that ships with Python
     model: str
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -47,41 +47,41 @@ class KVBenchmark:
     out: Path
     haystack: Path | None = None
     needle_contexts: tuple[int, ...] = ()
-    needles: int = needle_in_haystack.ROUNDS  # at each depth
+    needles: int = needle_in_haystack.ROUNDS  # needles at each depth
     kv_retrieval: Path | None = None
     questions: int = 40
     seed: int = 0
-    eager: bool = False  # models are compiled, as vLLM does by default
+    eager: bool = False  # False: the model is compiled, which is vLLM's default
 
     @property
     def longest(self) -> int:
-        """The longest context, what is decoded behind it for comparison included."""
+        """Length of the longest context, including the tokens decoded after it for comparison."""
         compared = (c + self.quality_tokens for c in self.quality_contexts)
         return max([*self.contexts, *self.needle_contexts, *compared], default=0)
 
 
 @dataclass(frozen=True)
 class KVArm:
-    """One setting of the policy; None is stock attention."""
+    """One configuration of the policy; stock attention if ``options`` is None."""
 
     label: str
     options: dict[str, Any] | None
 
 
 def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """Texts by their folder's name; a second one of a folder by its own name too."""
-    found: dict[str, Path] = {}
+    """Return texts by the name of their folder; a further text of the same folder is named ``folder/stem``."""
+    named: dict[str, Path] = {}
     for path in (p.absolute() for p in paths):
         name = path.name if path.is_dir() else path.parent.name
-        if found.setdefault(name, path) != path:
-            found[f"{name}/{path.stem}"] = path
-    return found
+        if named.setdefault(name, path) != path:
+            named[f"{name}/{path.stem}"] = path
+    return named
 
 
 def run_parts(
     parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, bar: Progress, task: TaskID
 ) -> list[Record]:
-    """Run the parts of a measurement, each with what to say; the JSON is written after every one."""
+    """Run the described parts of a benchmark, and write the JSON after every part."""
     records: list[Record] = []
     for description, part in parts:
         bar.update(task, description=description)
@@ -93,17 +93,17 @@ def run_parts(
 
 @dataclass(frozen=True)
 class KVWork:
-    """The parts of a measurement; what they need of the texts is cut, and refused, before an engine starts."""
+    """Parts of a benchmark; excerpts are cut, and texts that are too short refused, before an engine starts."""
 
     plan: KVBenchmark
     arms: list[KVArm]
-    folder: str  # of the model
+    folder: str  # folder of the model
     tokenizer: Any
     texts: dict[str, str]
     haystack: str
 
     def parts(self) -> Iterator[tuple[str, Callable[[Any], list[Record]]]]:
-        """What to say, and what to do with the engine."""
+        """Yield the description of each part, and the function that runs it on an engine."""
         plan, arms = self.plan, self.arms
         first = next(iter(self.texts))
         for context in plan.contexts:
@@ -141,21 +141,21 @@ class KVWork:
 
     @property
     def haystack_name(self) -> str:
-        """What the needles are hidden in."""
+        """Name of the text that hides the needles."""
         return "sample" if self.plan.haystack is None else self.plan.haystack.absolute().name
 
     @property
     def dictionaries_name(self) -> str:
-        """Where the dictionaries come from."""
+        """Name of the folder that holds the dictionaries."""
         return "" if self.plan.kv_retrieval is None else self.plan.kv_retrieval.absolute().parent.name
 
     def cut(self, name: str, count: int, length: int) -> list[list[int]]:
-        """Token ids of excerpts of a text."""
+        """Return token ids of excerpts of a text, [count][length]."""
         return corpora.excerpts(self.tokenizer, self.texts[name], count, length, f"text {name}")
 
 
 def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
-    """Decode steps of all prompts together; the order of the arms changes from turn to turn."""
+    """Time decode steps of all prompts together; the order of the configurations changes from turn to turn."""
     batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)
     engine.ask(do="steps", prompts=prompts, count=1)  # prefill
@@ -168,10 +168,10 @@ def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int
     params = {"batch": batch, "context": context}
     records = []
     for arm in arms:
-        mine = seconds[arm.label]
-        ratios = [a / b for a, b in zip(seconds[STOCK], mine, strict=True)]
+        arm_seconds = seconds[arm.label]
+        ratios = [a / b for a, b in zip(seconds[STOCK], arm_seconds, strict=True)]
         common = ("kv", f"context_{context}", arm.label)
-        milliseconds = [round(1e3 * s, 3) for s in mine]
+        milliseconds = [round(1e3 * s, 3) for s in arm_seconds]
         records.append(Record(*common, "step_ms", statistics.median(milliseconds), "ms", milliseconds, params))
         if arm.options is not None:
             rounded = [round(r, 4) for r in ratios]
@@ -182,7 +182,7 @@ def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int
 def measure_divergence(
     engine: Any, arms: list[KVArm], dataset: str, cut: list[list[int]], context: int
 ) -> list[Record]:
-    """Divergence from full attention while texts are decoded token by token, each arm living with its own cache."""
+    """Measure divergence from full attention, token by token; each configuration reads the KV entries it wrote."""
     prompts, texts = [ids[:context] for ids in cut], [ids[context:] for ids in cut]
     params = {"context": context, "tokens": sum(map(len, texts))}
     records: list[Record] = []
@@ -199,7 +199,7 @@ def measure_divergence(
 def divergence_records(
     common: tuple[str, str, str], answer: dict[str, Any], params: dict[str, Any], reference: float | None = None
 ) -> list[Record]:
-    """Records of what an engine thought of forced texts; with the NLL of a ``reference``, the difference from it."""
+    """Return the records of a ``forced`` answer; with the NLL of a ``reference``, the difference instead of the NLL."""
     nll = [statistics.fmean(x) for x in answer["nll"]]
     mean = statistics.fmean(nll)
     records = [Record(*common, "perplexity", round(math.exp(mean), 4), "", [], params)]
@@ -220,7 +220,7 @@ def divergence_records(
 def measure_answers(
     engine: Any, arms: list[KVArm], dataset: str, metric: str, groups: list[list[NeedleQuestion]], context: int
 ) -> list[Record]:
-    """Questions answered under every arm, group by group, so that a group's contexts are processed once."""
+    """Answer questions under every configuration, group by group, so that a group's contexts are prefilled once."""
     results: dict[str, list[tuple[NeedleQuestion, NeedleResult]]] = {arm.label: [] for arm in arms}
     for group in groups:
         for arm in arms:
@@ -234,10 +234,10 @@ def measure_answers(
 
 
 def max_positions(folder: str) -> int | None:
-    """How many positions a model has, where its configuration says so.
+    """Return the number of positions of a model, or None if its configuration has no such number.
 
     Raises:
-        ConfigError: the configuration cannot be read.
+        ConfigError: The configuration cannot be read.
     """
     from transformers import AutoConfig
 

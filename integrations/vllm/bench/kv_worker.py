@@ -1,6 +1,7 @@
-"""The far end of the KV benchmarks: one engine whose policy is changed between runs, and what only it can see.
+"""Worker of the KV benchmarks: an engine whose policy is changed between runs, and measurements inside its attention.
 
-Stock attention is a plan whose budget covers every context, so that all arms share one engine, one cache and one clock.
+Stock attention is a read plan whose budget covers every context, so that all configurations share one engine, one KV
+cache and one clock.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ STOCK = ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))
 
 
 class KVWorker(TeacherForcingWorker):
-    """An engine with a KV policy."""
+    """Engine with a KV policy that can be changed between runs."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -28,7 +29,7 @@ class KVWorker(TeacherForcingWorker):
         assert attachment is not None
         self._attachment = attachment
         self._builders = [g.get_metadata_builder() for groups in self.runner.attn_groups for g in groups]
-        self._update = self.core.scheduler.update_from_output  # without a policy's correction
+        self._update = self.core.scheduler.update_from_output  # the method without a policy's KV correction
 
     def policy(self, options: dict[str, Any] | None) -> dict[str, Any]:
         """Set the policy's options; None is stock attention."""
@@ -43,7 +44,7 @@ class KVWorker(TeacherForcingWorker):
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """What the engine's plugins are told about it."""
+        """Return the facts about the engine that its plugins receive."""
         return vars(self._attachment.engine)
 
     def missed(
@@ -53,19 +54,19 @@ class KVWorker(TeacherForcingWorker):
         rule: dict[str, Any],
         places: list[tuple[int, int]] | None = None,
     ) -> dict[str, Any]:
-        """What a layer misses of its attention when it reads another layer's choice.
+        """Measure the attention that a layer misses when it reads the tokens that another layer selected.
 
-        Squared for each head before the mean over heads and tokens is taken: a head that looks at one place and misses
-        it does more harm than many that miss a little of what they average over.
+        The missed share is squared for each head before the mean over heads and tokens is taken: a head that attends to
+        one token and misses it does more harm than many heads that miss a little of a broad average.
 
         Args:
-            prompts: Token ids.
-            texts: What is decoded after each.
-            rule: How positions are chosen, as a `Rule`'s fields.
-            places: For each prompt the positions, from and to, whose attention alone counts; all if not given.
+            prompts: Token ids of the prompts.
+            texts: Token ids that are decoded after each prompt.
+            rule: Fields of the `SelectionRule` by which tokens are selected.
+            places: For each prompt the positions (begin, end) whose attention alone counts; all if not given.
 
         Returns:
-            ``missed`` [layers, layers], 0 to 1: row chooses, column reads.
+            ``missed``, [layers, layers], 0 to 1: the row selects, the column reads; and the number of ``steps``.
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         place_of: dict[str | None, Any] = dict(zip(self._force, places or [None] * len(texts), strict=True))
@@ -85,10 +86,10 @@ class KVWorker(TeacherForcingWorker):
 
 
 class MissedAttention:
-    """Observes every layer of every step, and sums what layers miss by reading each other's choice."""
+    """Observer of all layers that sums the attention missed by each layer that reads another layer's selection."""
 
     def __init__(self, layers: int, rule: SelectionRule, place_of: Callable[[int], tuple[int, int] | None]) -> None:
-        """Observe ``layers`` layers; ``place_of`` tells the positions that count in a row of the batch."""
+        """Observe ``layers`` layers; ``place_of`` returns the positions that count in a row of the batch, or None."""
         self.layers, self.rule, self.steps = layers, rule, 0
         self._place_of = place_of
         self._total = torch.zeros(layers, layers)
@@ -97,17 +98,17 @@ class MissedAttention:
 
     @property
     def mean(self) -> torch.Tensor:
-        """[layers, layers], over the steps seen."""
+        """Mean over the observed steps, [layers, layers]."""
         return self._total / max(self.steps, 1)
 
     def __call__(self, rows: paged_decode.DecodeBatch, logits: torch.Tensor) -> None:
-        """One layer's scores, [rows, query_heads, padded]; the last layer's end a step."""
+        """Add the scores of one layer, [rows, query_heads, padded]; those of the last layer complete a step."""
         scores = logits.clone()
-        choice = paged_decode.select_tokens(rows, self.rule, paged_decode.token_scores(rows, self.rule, 1, scores))
+        selected = paged_decode.select_tokens(rows, self.rule, paged_decode.token_scores(rows, self.rule, 1, scores))
         weights, mask = torch.zeros_like(logits), torch.zeros(rows.count, rows.padded)
         for r, n in enumerate(rows.context):
             weights[r, :, :n] = logits[r, :, :n].softmax(-1)
-            mask[r, choice.positions(r)] = 1
+            mask[r, selected.positions(r)] = 1
             if place := self._place_of(rows.request[r]):
                 weights[r, :, : place[0]] = 0
                 weights[r, :, place[1] :] = 0
@@ -115,8 +116,8 @@ class MissedAttention:
         self._masks.append(mask)
         if len(self._masks) == self.layers:
             w, m = torch.stack(self._weights), torch.stack(self._masks)
-            seen = torch.einsum("crn,lrhn->clrh", m, w)
-            self._total += (w.sum(-1) - seen).clamp_min(0).square().mean((2, 3))
+            covered = torch.einsum("crn,lrhn->clrh", m, w)
+            self._total += (w.sum(-1) - covered).clamp_min(0).square().mean((2, 3))
             self.steps += 1
             self._weights.clear()
             self._masks.clear()

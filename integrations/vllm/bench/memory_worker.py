@@ -1,4 +1,4 @@
-"""The far end of `bench kv` for policies that free memory: an engine under load, and what its cache goes through."""
+"""Worker of `bench kv` for policies that free memory: an engine under load, and counts of its KV blocks."""
 
 import time
 from typing import Any
@@ -8,18 +8,18 @@ from .teacher_forcing import TeacherForcingWorker
 
 
 class MemoryWorker(TeacherForcingWorker):
-    """An engine with or without a policy whose blocks are counted."""
+    """Engine, with or without a policy, whose KV blocks are counted."""
 
     def capacity(self) -> dict[str, Any]:
-        """What the engine reports of its cache."""
+        """Return the KV cache size in ``tokens`` and the maximum ``concurrency``, as the engine reports them."""
         cache = self.runner.vllm_config.cache_config
         return {"tokens": cache.kv_cache_size_tokens, "concurrency": cache.kv_cache_max_concurrency}
 
     def hold(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Process prompts and begin to decode them, ``tokens`` each at most; `go_on` goes on.
+        """Prefill prompts and begin to decode them, at most ``tokens`` tokens each; `go_on` decodes further.
 
         Returns:
-            ``bytes`` of the cache that they hold while they decode.
+            ``bytes`` of KV cache that the requests hold while they decode.
         """
         from vllm import SamplingParams
 
@@ -32,14 +32,14 @@ class MemoryWorker(TeacherForcingWorker):
         started: set[str] = set()
         while len(started) < len(prompts):
             started |= {output.request_id for output in engine.step()}
-        self.go_on(2)  # blocks behind a prompt are freed when the next step is scheduled
+        self.go_on(2)  # blocks are freed when the step after a prompt is scheduled
         pool = self.core.scheduler.kv_cache_manager.block_pool
         used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        groups = self.core.scheduler.kv_cache_config.kv_cache_groups  # a block is a page of every layer of a group
+        groups = self.core.scheduler.kv_cache_config.kv_cache_groups  # a block has a page in every layer of a group
         return {"bytes": used * max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)}
 
     def go_on(self, count: int) -> dict[str, Any]:
-        """Decode ``count`` steps of what `hold` began; their ``seconds``."""
+        """Decode ``count`` further steps of the requests of `hold`, and return the ``seconds`` of each."""
         seconds = []
         for _ in range(count):
             began = time.perf_counter()
@@ -48,41 +48,42 @@ class MemoryWorker(TeacherForcingWorker):
         return {"seconds": seconds}
 
     def let_go(self) -> dict[str, Any]:
-        """End what `hold` began."""
+        """Abort the requests of `hold`."""
         self.llm.llm_engine.abort_request(self._held)
         self.llm.llm_engine.step()
         return {}
 
     def load(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Complete all prompts, all asked for at once.
+        """Complete all prompts, which are submitted at once.
 
         Returns:
-            ``seconds`` and ``steps`` until all are done, the most requests that decoded together (``peak``), how often
-            one was ``preempted``, the fewest free blocks and those free at the end, and the completions.
+            ``seconds`` and ``steps`` until all are done, the largest number of requests that decoded together
+            (``peak``), the number of preemptions (``preempted``), the number of ``blocks``, the fewest free blocks
+            (``least_free``), the free blocks at the end (``free_at_end``), and the completions (``tokens``).
         """
         scheduler = self.core.scheduler
         pool, preempt = scheduler.kv_cache_manager.block_pool, scheduler._preempt_request
-        found = {"steps": 0, "peak": 0, "preempted": 0, "blocks": pool.num_gpu_blocks - 1}
-        found["least_free"] = pool.get_num_free_blocks()
+        counts = {"steps": 0, "peak": 0, "preempted": 0, "blocks": pool.num_gpu_blocks - 1}
+        counts["least_free"] = pool.get_num_free_blocks()
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            found["preempted"] += 1
+            counts["preempted"] += 1
             return preempt(*args, **kwargs)
 
-        def look() -> None:
-            found["steps"] += 1
+        def after_step() -> None:
+            counts["steps"] += 1
             decoding = sum(r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running)
-            found["peak"] = max(found["peak"], decoding)
-            found["least_free"] = min(found["least_free"], pool.get_num_free_blocks())
+            counts["peak"] = max(counts["peak"], decoding)
+            counts["least_free"] = min(counts["least_free"], pool.get_num_free_blocks())
 
         scheduler._preempt_request = counted
         began = time.perf_counter()
         try:
-            completions, _ = self._run(prompts, [tokens] * len(prompts), look)
+            completions, _ = self._run(prompts, [tokens] * len(prompts), after_step)
         finally:
             scheduler._preempt_request = preempt
         return {
-            **found,
+            **counts,
             "seconds": time.perf_counter() - began,
             "free_at_end": pool.get_num_free_blocks(),
             "tokens": completions,

@@ -1,4 +1,4 @@
-"""Prompts for measurements, from files that others wrote."""
+"""Prompts for benchmarks, read from data set files."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from ....plugins.config import ConfigError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user message; ``dataset`` is the name of its folder."""
+    """One user message; ``dataset`` is the name of the folder of its file."""
 
     dataset: str
     category: str
@@ -22,19 +22,19 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` file.
+    """Read the prompts of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` file.
 
-    Lines, or the items of one list, have ``turns``, ``prompt``, ``text`` or ``question``, maybe ``category``. Of a
-    file in the form of SQuAD, every paragraph is one prompt with its first question.
+    Each line, or each item of a list, has ``turns``, ``prompt``, ``text`` or ``question``, and optionally ``category``.
+    In a file in SQuAD format, every paragraph becomes one prompt with its first question.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no prompts.
+        ConfigError: The file cannot be read, or has no prompts.
     """
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-        whole = path.name.endswith((".json", ".json.gz"))
-        lines = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        is_json = path.name.endswith((".json", ".json.gz"))
+        lines = json.loads(text) if is_json else [json.loads(line) for line in text.splitlines() if line.strip()]
         if isinstance(lines, dict):
             lines = [paragraph for article in lines["data"] for paragraph in article["paragraphs"]]
         prompts = [_prompt(line, path.absolute().parent.name) for line in lines]
@@ -63,21 +63,21 @@ def _prompt(line: Any, dataset: str) -> Prompt:
 
 
 def sample_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
-    """``count`` prompts, drawn in turn from every category, in an order that the seed decides."""
+    """Sample ``count`` prompts, round-robin over the categories, in an order that depends on the seed."""
     rng = random.Random(seed)
     by_category: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_category[prompt.category].append(prompt)
     for group in by_category.values():
         rng.shuffle(group)
-    drawn: list[Prompt] = []
-    while len(drawn) < count and any(by_category.values()):
-        drawn += [group.pop() for group in by_category.values() if group][: count - len(drawn)]
-    rng.shuffle(drawn)
-    return drawn
+    sample: list[Prompt] = []
+    while len(sample) < count and any(by_category.values()):
+        sample += [group.pop() for group in by_category.values() if group][: count - len(sample)]
+    rng.shuffle(sample)
+    return sample
 
 
 def remaining_prompts(prompts: list[Prompt], drawn: list[Prompt], count: int, seed: int) -> list[Prompt]:
-    """``count`` prompts that were not drawn."""
+    """Sample ``count`` prompts that are not in ``drawn``."""
     taken = set(drawn)
     return sample_prompts([p for p in prompts if p not in taken], count, seed)

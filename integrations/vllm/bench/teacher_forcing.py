@@ -1,4 +1,4 @@
-"""An engine that decodes given texts, and tells what it thought of them: the far end of quality measurements."""
+"""Worker of quality measurements: its engine decodes given texts and records the distributions of each token."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .engine import Worker
 
 
 class TeacherForcingWorker(Worker):
-    """Counts seconds of decode steps, and makes requests emit texts that are given."""
+    """Engine whose decode steps are timed, and whose requests can be forced to emit given texts."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -22,7 +22,7 @@ class TeacherForcingWorker(Worker):
         self._wrap_sampling()
 
     def steps(self, prompts: list[list[int]], count: int) -> dict[str, Any]:
-        """Seconds of ``count`` decode steps of all prompts together, and the text."""
+        """Run ``count`` decode steps of all prompts together; return ``tokens``, and ``seconds`` of each step."""
         outputs, seconds = self._run(prompts, [count + 1] * len(prompts))
         return {"tokens": outputs, "seconds": seconds}
 
@@ -32,34 +32,36 @@ class TeacherForcingWorker(Worker):
         """Decode given texts token by token after their prompts.
 
         Args:
-            prompts: Token ids.
-            texts: What follows each.
-            keep: Keep the distributions as the reference for later calls; if False, compare with them; None: neither.
-            reference: A file for them, which another engine can read; they stay in memory if not given.
+            prompts: Token ids of the prompts.
+            texts: Token ids that follow each prompt.
+            keep: True to keep the distributions as the reference of later calls, False to compare with the reference,
+                None for neither.
+            reference: File for the reference, which another engine can read; it stays in memory if not given.
 
         Returns:
-            For each text and token ``nll`` in nats, and ``right``: whether it was the most probable one. When compared,
-            also ``kl`` from the reference, and ``same``: whether the most probable token is the reference's.
+            For each text and token, ``nll`` in nats, and ``right``: whether the token was the most probable one. If
+            compared, also ``kl`` from the reference in nats, and ``same``: whether the most probable token is the same
+            as in the reference.
         """
         self._force = {self._next(i): list(text) for i, text in enumerate(texts)}
         self._logprobs = {request: [] for request in self._force}
         self._run(prompts, [len(text) for text in texts])
         answer: dict[str, list[Any]] = {"nll": [], "right": [], "kl": [], "same": []}
-        found = [torch.stack(rows) for rows in self._logprobs.values()]
+        logprobs = [torch.stack(rows) for rows in self._logprobs.values()]
         if keep is False and reference is not None:
             self._reference = torch.load(Path(reference))
-        for i, (rows, text) in enumerate(zip(found, texts, strict=True)):
-            wanted = torch.tensor(text)
-            answer["nll"].append((-rows.gather(1, wanted[:, None])[:, 0]).tolist())
-            answer["right"].append((rows.argmax(1) == wanted).tolist())
+        for i, (rows, text) in enumerate(zip(logprobs, texts, strict=True)):
+            expected = torch.tensor(text)
+            answer["nll"].append((-rows.gather(1, expected[:, None])[:, 0]).tolist())
+            answer["right"].append((rows.argmax(1) == expected).tolist())
             if keep is False:
-                before = self._reference[i]
-                answer["kl"].append((before.exp() * (before - rows)).sum(1).tolist())
-                answer["same"].append((before.argmax(1) == rows.argmax(1)).tolist())
+                base = self._reference[i]
+                answer["kl"].append((base.exp() * (base - rows)).sum(1).tolist())
+                answer["same"].append((base.argmax(1) == rows.argmax(1)).tolist())
         if keep and reference is not None:
-            torch.save(found, Path(reference))
+            torch.save(logprobs, Path(reference))
         elif keep:
-            self._reference = found
+            self._reference = logprobs
         self._force, self._logprobs = {}, {}
         return answer
 
@@ -67,14 +69,14 @@ class TeacherForcingWorker(Worker):
         return f"kv-{self._count + i}"
 
     def _name(self, row: int) -> str | None:
-        """The forced request in a row of the batch."""
+        """Return the name of the forced request in a row of the batch, or None."""
         request = self.runner.input_batch.req_ids[row]
         return next((n for n in self._force if request == n or request.startswith(f"{n}-")), None)
 
     def _run(
         self, prompts: list[list[int]], tokens: list[int], after_step: Callable[[], None] = lambda: None
     ) -> tuple[list[list[int]], list[float]]:
-        """Greedy completions of given lengths, and the seconds of the steps in which all prompts decode."""
+        """Complete prompts greedily to given lengths; return the tokens, and seconds of steps in which all decode."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
@@ -99,7 +101,7 @@ class TeacherForcingWorker(Worker):
         return [done[n] for n in names], seconds
 
     def _wrap_sampling(self) -> None:
-        """Let forced requests emit their text, and keep the distributions that they had."""
+        """Wrap the runner's sampling: forced requests emit their text, and their distributions are recorded."""
         original = self.runner._sample
 
         def sample(logits: Any, metadata: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Visual pruners beside stock: tokens, blocks, time of the language model, of the tower and to the first token."""
+"""Benchmark of visual pruners against stock vLLM: tokens, KV blocks, time of each part of the model, and TTFT."""
 
 import json
 import statistics
@@ -20,21 +20,22 @@ from .engine import EngineProcess
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.vision_worker")
 STOCK = "stock"
 PROMPT = "Describe the picture in one sentence."
-TWICE = ("language_cpu_s", "language_s", "tower_s", "selection_s", "ttft_s", "total_s")  # of which medians are taken
+TWICE = ("language_cpu_s", "language_s", "tower_s", "selection_s", "ttft_s", "total_s")  # metrics reported as medians
 COUNTS = ("prompt_tokens", "kv_blocks", "gflops")
 
 
 @dataclass(frozen=True)
 class VisionBenchmark:
-    """What to measure.
+    """Settings of the benchmark.
 
     Attributes:
-        pictures: For requests; the first alone, the first two together, four requests with one each.
-        quality: Folders of pictures in which a needle is hidden; none: ().
-        model: A LLaVA checkpoint, or the name of an embedded model.
-        arms: Pruners, NAME[,key=value...].
-        repeats: How often each is run.
-        out: Where the JSON goes.
+        pictures: Images of the requests: the first one alone, the first two in one prompt, and four requests with one
+            image each.
+        quality: Folders of images in which a needle is hidden; () to skip this part.
+        model: LLaVA checkpoint, or name of an embedded model.
+        arms: Pruners, each as NAME[,key=value...].
+        repeats: Number of runs of each configuration.
+        out: Path of the JSON file.
     """
 
     pictures: tuple[Path, ...]
@@ -46,10 +47,10 @@ class VisionBenchmark:
 
 
 def run_vision_benchmark(plan: VisionBenchmark) -> None:
-    """Measure, and write the JSON.
+    """Run the benchmark and write the JSON.
 
     Raises:
-        ConfigError: a picture, an arm or the place of the JSON cannot be used.
+        ConfigError: An image, an arm or the output path cannot be used.
     """
     record.check_output_path(plan.out)
     if len(plan.pictures) < 4:
@@ -57,12 +58,12 @@ def run_vision_benchmark(plan: VisionBenchmark) -> None:
     for path in (*plan.pictures, *plan.quality):
         if not path.exists():
             raise ConfigError(f"{path}: no such file")
-    chosen = {_label(s): s for s in map(parse_assignments, plan.arms)}
-    for selection in chosen.values():
+    selections = {_label(s): s for s in map(parse_assignments, plan.arms)}
+    for selection in selections.values():
         plugins().resolve("pruner", selection)
-    asked = {label: {"name": s.name, **s.options} for label, s in chosen.items()}
+    pruners = {label: {"name": s.name, **s.options} for label, s in selections.items()}
     folder = registry.resolve_model(plan.model)
-    records = _engines(plan, folder, asked) if plan.repeats else []
+    records = _engines(plan, folder, pruners) if plan.repeats else []
     if plan.quality:
         records += vision_quality.measure_retention(Path(folder), plan.quality)
     record.write_records(plan.out, records)
@@ -80,9 +81,9 @@ def _cases(pictures: tuple[Path, ...]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[Record]:
-    """Arms in turns: those that leave the language model alone in one engine, each other in its own."""
+    """Run all arms interleaved: those that prune between layers have an engine each, the others share one."""
     inside = {label: s for label, s in asked.items() if "experimental_layers" in s}
-    cases, found = _cases(plan.pictures), {}
+    cases, answers = _cases(plan.pictures), {}
     config = {
         "model": folder,
         "dtype": "float32",
@@ -103,10 +104,10 @@ def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[
             key = {"additional_config": {"pilotfish": {"pruner": pruner}}}
             return stack.enter_context(EngineProcess({**config, **key}, logs / "engine.log", worker=WORKER))
 
-        whole = begin({"name": "globalcom2", "retain": 1.0})
-        task = bar.add_task("pictures", total=(plan.repeats + 1) * len(cases) * (1 + len(asked)))
-        arms: list[tuple[str, Any, Any]] = [(STOCK, whole, None)]
-        arms += [(label, whole, s) for label, s in asked.items() if label not in inside]
+        shared = begin({"name": "globalcom2", "retain": 1.0})
+        task = bar.add_task("images", total=(plan.repeats + 1) * len(cases) * (1 + len(asked)))
+        arms: list[tuple[str, Any, Any]] = [(STOCK, shared, None)]
+        arms += [(label, shared, s) for label, s in asked.items() if label not in inside]
         for label, selection in inside.items():
             arms.append((label, begin(selection), None))
         for repeat in range(plan.repeats + 1):
@@ -114,22 +115,22 @@ def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[
                 for label, engine, selection in arms:
                     number += 1
                     answer = engine.ask(do="look", requests=requests, pruner=selection, run=number)
-                    if repeat:  # the first is for warming up
-                        found.setdefault((case, label), []).append(answer)
+                    if repeat:  # the first one warms up
+                        answers.setdefault((case, label), []).append(answer)
                     bar.advance(task)
-    return [r for (case, label), runs in found.items() for r in _records(case, label, runs, found[case, STOCK])]
+    return [r for (case, label), runs in answers.items() for r in _records(case, label, runs, answers[case, STOCK])]
 
 
 def _records(case: str, label: str, runs: list[dict[str, float]], stock: list[dict[str, float]]) -> list[Record]:
-    made = []
+    records = []
     for metric in TWICE:
         values = [r.get(metric, 0.0) for r in runs]
-        made.append(Record("vision", case, label, metric, round(statistics.median(values), 5), "s", values))
+        records.append(Record("vision", case, label, metric, round(statistics.median(values), 5), "s", values))
         base = [r.get(metric, 0.0) for r in stock]
         if label != STOCK and metric in ("language_cpu_s", "ttft_s"):
             name = {"language_cpu_s": "prefill_speedup", "ttft_s": "ttft_speedup"}[metric]
             ratios = [b / v for b, v in zip(base, values, strict=True)]
-            made.append(Record("vision", case, label, name, round(statistics.median(ratios), 3), "x", ratios))
+            records.append(Record("vision", case, label, name, round(statistics.median(ratios), 3), "x", ratios))
     for metric in COUNTS:
-        made.append(Record("vision", case, label, metric, round(runs[0][metric], 2), "", []))
-    return made
+        records.append(Record("vision", case, label, metric, round(runs[0][metric], 2), "", []))
+    return records

@@ -1,4 +1,4 @@
-"""The far end of `bench vision`: what a step with pictures costs, part by part."""
+"""Worker of `bench vision`: the cost of a step with images, by part of the model."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ from .engine import Worker, main
 
 
 class VisionWorker(Worker):
-    """An engine with a pruner whose tower, selection and language model are timed."""
+    """Engine with a pruner whose vision encoder, selection and language model are timed."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -40,12 +40,12 @@ class VisionWorker(Worker):
         setattr(owner, name, timed)
 
     def look(self, requests: list[dict[str, Any]], pruner: Any, run: int) -> dict[str, Any]:
-        """Two tokens for each of some prompts with pictures, all together.
+        """Generate two tokens for each request, all together; return times, numbers of tokens and blocks, and GFLOP.
 
         Args:
-            requests: Of each the prompt and the paths of its pictures.
-            pruner: For these requests; the engine's own when None.
-            run: Changes a pixel, so that no cache knows the pictures.
+            requests: Requests, each with a ``prompt`` and the paths of its ``pictures``.
+            pruner: Pruner of these requests; None for that of the engine.
+            run: Number of the run; it sets a pixel, so that no image is in a cache.
         """
         from PIL import Image
         from vllm import SamplingParams
@@ -57,10 +57,10 @@ class VisionWorker(Worker):
                 image = Image.open(path).convert("RGB")
                 image.putpixel((0, 0), (run % 256, run // 256 % 256, 0))
                 images.append(image)
-            made = {"prompt": request["prompt"], "multi_modal_data": {"image": images}}
+            prompt_input = {"prompt": request["prompt"], "multi_modal_data": {"image": images}}
             if pruner is not None:
-                made["mm_processor_kwargs"] = {"pruner": pruner}
-            inputs.append(made)
+                prompt_input["mm_processor_kwargs"] = {"pruner": pruner}
+            inputs.append(prompt_input)
         self.times, self.layer_rows = {}, []
         self._first.clear()
         started = time.perf_counter()
@@ -79,9 +79,9 @@ class VisionWorker(Worker):
         }
 
     def _gflops(self, lengths: list[int]) -> float:
-        """Multiplications and additions of the prompts' pass through the language model's layers, by its shapes.
+        """Return the GFLOP of the prompts' prefill in the language model's layers, computed from their shapes.
 
-        Rows of a layer are shared among requests by their lengths, for attention.
+        For attention, the rows of a layer are divided among the requests in proportion to their lengths.
         """
         text = self.runner.vllm_config.model_config.hf_text_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

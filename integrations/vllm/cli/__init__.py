@@ -1,1 +1,1 @@
-"""Commands that concern vLLM."""
+"""Commands for vLLM."""

@@ -1,4 +1,4 @@
-"""`pilotfish datastore`: a corpus of texts as token ids, from which drafts are retrieved."""
+"""`pilotfish datastore`: a corpus of token ids from which drafts are retrieved."""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ import typer
 from ....plugins.config import ConfigError
 from ....plugins.hookspecs import hookimpl
 
-PIECE = 1 << 20  # characters that are tokenised at once
+PIECE = 1 << 20  # characters tokenized at once
 
-datastore = typer.Typer(help="A corpus of texts from which drafts are retrieved.", no_args_is_help=True)
+datastore = typer.Typer(help="Build and inspect a corpus from which drafts are retrieved.", no_args_is_help=True)
 
 
 @hookimpl
@@ -23,17 +23,17 @@ def register_commands(cli: typer.Typer) -> None:
 
 @datastore.command("build")
 def build(
-    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")],
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokens are stored: a folder, or an embedded model.")],
-    out: Annotated[Path, typer.Option(help="The folder of the datastore.")] = Path("datastore"),
+    paths: Annotated[list[Path], typer.Argument(help="Text files, or folders of text files.")],
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: a folder, or an embedded model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the datastore to.")] = Path("datastore"),
     suffix: Annotated[
-        list[str] | None, typer.Option(help="Take only files with such an ending, .py; may be repeated.")
+        list[str] | None, typer.Option(help="Read only files with this suffix, e.g. .py; can be repeated.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens at most; sorting takes about 40 bytes of memory for each.")
+        int, typer.Option(min=2, help="Maximum number of tokens; sorting needs about 40 bytes of memory per token.")
     ] = 50_000_000,
 ) -> None:
-    """Tokenise texts and sort what follows what; files that are no UTF-8 text are passed over."""
+    """Tokenize texts and build their suffix array. Files that are not UTF-8 text are skipped."""
     from ....plugins.drafting import datastore as store
     from ..bench import corpora
     from ..models import registry
@@ -46,8 +46,8 @@ def build(
         raise ConfigError(f"--out {error}") from None
     check_model(tokenizer)
     files = find(paths, tuple(suffix or ()))
-    found = corpora.tokenizer_of(registry.resolve_model(tokenizer))
-    passed: list[Path] = []
+    loaded = corpora.tokenizer_of(registry.resolve_model(tokenizer))
+    skipped: list[Path] = []
     with counting_bar() as bar:
         task = bar.add_task("reading", total=len(files))
 
@@ -56,31 +56,31 @@ def build(
                 try:
                     text = path.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError):
-                    passed.append(path)
+                    skipped.append(path)
                 else:
-                    yield encode_texts(found, text)
+                    yield encode_texts(loaded, text)
                 bar.advance(task)
             bar.update(task, description="sorting")
 
         try:
             about = store.build_datastore(
-                out, read(), tokenizer, store.vocabulary_fingerprint(found.get_vocab()), max_tokens
+                out, read(), tokenizer, store.vocabulary_fingerprint(loaded.get_vocab()), max_tokens
             )
         except store.DatastoreError as error:
             raise ConfigError(str(error)) from None
-    if passed:
-        console.print(f"passed over {len(passed)} files that are no UTF-8 text, {passed[0]} first", markup=False)
+    if skipped:
+        console.print(f"skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}", markup=False)
     if about.tokens >= max_tokens - 1:
-        console.print(f"--max-tokens {max_tokens} is reached: {about.texts} of {len(files)} files are in", markup=False)
+        console.print(f"--max-tokens {max_tokens} is reached: stored {about.texts} of {len(files)} files", markup=False)
     console.print(f"written to {out}: {about.texts} texts, {about.tokens} tokens", markup=False)
 
 
 @datastore.command("info")
 def info(
-    folder: Annotated[Path, typer.Argument(help="The folder of a datastore.")],
-    verify: Annotated[bool, typer.Option(help="Read all of it, and compare checksums.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of a datastore.")],
+    verify: Annotated[bool, typer.Option(help="Read all files and verify their checksums.")] = False,
 ) -> None:
-    """Say what a datastore holds; exit code 2 if it is damaged."""
+    """Print the contents of a datastore. Exit with code 2 if it is damaged."""
     from ....plugins.drafting.datastore import Datastore, DatastoreError
 
     try:
@@ -97,29 +97,29 @@ def info(
 
 
 def find(paths: list[Path], endings: tuple[str, ...]) -> list[Path]:
-    """All files, those of folders in the order of their names; hidden ones of folders are left out.
+    """Return all files with one of the endings, those of folders sorted by name and without hidden ones.
 
     Raises:
-        ConfigError: a path does not exist, or nothing is left.
+        ConfigError: A path does not exist, or there are no such files.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         if path.is_file():
-            found.append(path)
+            files.append(path)
             continue
         if not path.is_dir():
             raise ConfigError(f"{path}: no such file or folder")
         for folder, folders, names in os.walk(path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
-    found = [path for path in found if not endings or path.name.endswith(endings)]
-    if not found:
-        raise ConfigError(f"{', '.join(map(str, paths))}: no files{' with such an ending' if endings else ''}")
-    return found
+            files += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+    files = [path for path in files if not endings or path.name.endswith(endings)]
+    if not files:
+        raise ConfigError(f"{', '.join(map(str, paths))}: no files{' with this suffix' if endings else ''}")
+    return files
 
 
 def encode_texts(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, cut at the ends of lines so that no piece is long."""
+    """Return the token ids of a text, which is tokenized in pieces that end at line breaks."""
     ids: list[int] = []
     begin = 0
     while begin < len(text):

@@ -1,4 +1,4 @@
-"""The commands that concern vLLM: `serve`, `doctor`, `models`, `bench`."""
+"""Commands for vLLM: `serve`, `doctor`, `models`, `bench drafters`, `bench kv` and `tune`."""
 
 import math
 from pathlib import Path
@@ -9,15 +9,15 @@ import typer
 from ....plugins.cli import extend_group, single_line
 from ....plugins.hookspecs import hookimpl
 
-DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # as in vLLM
 DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
-KV_SETTINGS = {  # measured beside a policy's own defaults
+KV_SETTINGS = {  # measured in addition to a policy's defaults
     "tidal_decode": ("budget=256", "budget=1024", "profile=fast", "correction_interval=32"),
     "razor_attention": ("prefill=streaming", "compensation=false"),
 }
 
-bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
-tune = typer.Typer(help="Find a plugin's settings for a model.", no_args_is_help=True)
+bench = typer.Typer(help="Compare plugins with stock vLLM.", no_args_is_help=True)
+tune = typer.Typer(help="Find the settings of a plugin for a model.", no_args_is_help=True)
 
 
 def _dtype(value: str) -> str:
@@ -40,16 +40,15 @@ def register_commands(cli: typer.Typer) -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
-    drafter: Annotated[list[str] | None, typer.Option(help="A drafter: NAME[,key=value...].")] = None,
-    kv: Annotated[list[str] | None, typer.Option(help="A KV policy: NAME[,key=value...].")] = None,
-    pruner: Annotated[list[str] | None, typer.Option(help="A visual pruner: NAME[,key=value...].")] = None,
-    num_speculative_tokens: Annotated[
-        int | None, typer.Option(min=1, max=127, help="Most tokens drafted in a step [default: the drafter's].")
-    ] = None,
-    allow_untested_vllm: Annotated[bool, typer.Option(help="Try a vLLM version that was not tested.")] = False,
+    drafter: Annotated[list[str] | None, typer.Option(help="Drafter to use: NAME[,key=value...].")] = None,
+    kv: Annotated[list[str] | None, typer.Option(help="KV policy to use: NAME[,key=value...].")] = None,
+    pruner: Annotated[list[str] | None, typer.Option(help="Visual pruner to use: NAME[,key=value...].")] = None,
+    num_speculative_tokens: Annotated[ int | None, typer.Option(min=1, max=127, help="Maximum number of draft tokens per
+    step [default: set by the drafter].") ] = None,
+    allow_untested_vllm: Annotated[bool, typer.Option(help="Allow an untested vLLM version.")] = False,
     print_only: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
 ) -> None:
-    """Serve MODEL with chosen plugins: composes and runs `vllm serve`. Other arguments are passed to vLLM."""
+    """Serve MODEL with the selected plugins: compose and run `vllm serve`. Other arguments are passed to vLLM."""
     from ..serving import command
 
     plan = command.compose_serve_command(
@@ -65,8 +64,8 @@ def serve(
     command.run_vllm_serve(plan)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit for a bug report.")] = False) -> None:
-    """Check versions, seams and plugins on this machine. Exit code 1 when something is found."""
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for bug reports.")] = False) -> None:
+    """Check versions, vLLM APIs and plugins on this machine. Exit with code 1 if there is a problem."""
     from ..serving.doctor import examine, print_report
 
     report = examine()
@@ -78,11 +77,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, fit
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="An embedded model [default: the first].")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the weights in the cache as well.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Name of an embedded model [default: the first].")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Also verify the checksum of the cached weights.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
 ) -> None:
-    """Fetch an embedded model into the user's cache, and print its folder."""
+    """Fetch an embedded model into the user's cache and print its folder."""
     from ....plugins.config import ConfigError, unknown_key_message
     from ..models import registry as store
     from ..serving.progress import fetch_with_bar
@@ -105,24 +104,23 @@ def models(
 
 @bench.command("drafters")
 def bench_drafters(
-    prompts: Annotated[list[Path], typer.Option(help="A .jsonl or .jsonl.gz file of prompts; may be repeated.")],
+    prompts: Annotated[list[Path], typer.Option(help="File of prompts: .jsonl, .jsonl.gz or .json; can be repeated.")],
     model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
     arms: Annotated[
-        str, typer.Option(help="Arms beside no speculation: NAME[@option=value ...], separated by commas.")
+        str, typer.Option(help="Drafters to compare with no speculation: NAME[@option=value...], comma-separated.")
     ] = "ngram,suffix,token_recycling",
-    sample: Annotated[int, typer.Option(min=1, help="Prompts drawn from the first file, over all categories.")] = 48,
-    sample_others: Annotated[int, typer.Option(min=1, help="Prompts drawn from each further file.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
-    batch: Annotated[int, typer.Option(min=0, help="Measure at this batch size as well; 0 for not.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(callback=_dtype, help="float32 makes outputs comparable token by token.")
-    ] = "float32",
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
-    hot: Annotated[bool, typer.Option(help="Measure tables that have seen other prompts, too.")] = True,
-    twice: Annotated[bool, typer.Option(help="Run all prompts a second time; tables cold only.")] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Prompts sampled from the first file, over all categories.")] = 48,
+    sample_others: Annotated[int, typer.Option(min=1, help="Prompts sampled from each further file.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to generate per prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=0, help="Also measure at this batch size; 0 to skip.")] = 8,
+    dtype: Annotated[ str, typer.Option(callback=_dtype, help="Data type of the model; float32 makes outputs comparable
+    token by token.") ] = "float32",
+    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
+    hot: Annotated[bool, typer.Option(help="Also measure with a cache that is warm from other prompts.")] = True,
+    twice: Annotated[bool, typer.Option(help="Run all prompts a second time, from a cold cache only.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
-    """Compare drafters with no speculation, in interleaved runs of two engines at a time."""
+    """Compare drafters with no speculation, in interleaved runs of two engines."""
     from ....plugins.config import ConfigError
     from ..bench import drafters
 
@@ -148,48 +146,48 @@ def bench_drafters(
 
 @bench.command("kv")
 def bench_kv(
-    policy: Annotated[str, typer.Option(help="The KV policy.")] = "tidal_decode",
+    policy: Annotated[str, typer.Option(help="KV policy to measure.")] = "tidal_decode",
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="Options of one arm, key=value[,...], '' for none; may be repeated [default: several]."),
+        typer.Option(help="Options of one arm: key=value[,...], or '' for none; can be repeated [default: several]."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A folder with wikitext2, gutenberg, pg_essays and kv_retrieval: all of these.")
+        Path | None, typer.Option(help="Folder with wikitext2, gutenberg, pg_essays and kv_retrieval; use all of them.")
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="A long text, or a folder of .txt; may be repeated [default: Python's reference pages]."),
+        typer.Option(help="Long text, or folder of .txt files; can be repeated [default: Python's reference pages]."),
     ] = None,
     haystack: Annotated[
-        Path | None, typer.Option(help="Text that hides the needles [default: the first text].")
+        Path | None, typer.Option(help="Text in which needles are hidden [default: the first text].")
     ] = None,
-    kv_retrieval: Annotated[Path | None, typer.Option(help="A file of dictionaries to look keys up in.")] = None,
+    kv_retrieval: Annotated[Path | None, typer.Option(help="File of dictionaries for key-value retrieval.")] = None,
     model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
     contexts: Annotated[
-        str, typer.Option(help="Contexts at which steps are timed, in tokens; none: ''.")
+        str, typer.Option(help="Context lengths at which steps are timed, in tokens; '' to skip.")
     ] = "400,1000,2000,4000,8000",
-    batches: Annotated[str, typer.Option(help="Requests decoded together.")] = "1,4",
+    batches: Annotated[str, typer.Option(help="Numbers of requests decoded together.")] = "1,4",
     quality_contexts: Annotated[
-        str, typer.Option(help="Contexts for comparing distributions; none: ''.")
+        str, typer.Option(help="Context lengths at which distributions are compared; '' to skip.")
     ] = "4000,7900",
-    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each such context.")] = 64,
+    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of these contexts.")] = 64,
     needle_contexts: Annotated[
-        str, typer.Option(help="Contexts of the needle test; none: ''.")
+        str, typer.Option(help="Context lengths of the needle test; '' to skip.")
     ] = "1000,2000,4000,7900",
     needles: Annotated[int, typer.Option(min=1, max=10, help="Needles at each of ten depths.")] = 5,
-    questions: Annotated[int, typer.Option(min=1, help="Dictionaries that are asked.")] = 40,
+    questions: Annotated[int, typer.Option(min=1, help="Number of dictionaries to query.")] = 40,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
-    eager: Annotated[bool, typer.Option(help="Do not compile the model: starts faster, steps are slower.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of the needles.")] = 0,
+    eager: Annotated[bool, typer.Option(help="Do not compile the model: faster start, slower steps.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
 ) -> None:
-    """Compare settings of a KV policy with stock attention: time of a decode step, divergence, what is found again."""
+    """Compare settings of a KV policy with stock attention: decode step time, divergence and needle recall."""
     from ....plugins.config import ConfigError
     from ..bench import kv, kv_work
 
     if data is not None:
         if missing := [name for name in DATA if not (data / name).exists()]:
-            raise ConfigError(f"--data {data}: there is no {missing[0]}")
+            raise ConfigError(f"--data {data}: {missing[0]} is missing")
         text = [*(text or ()), data / "wikitext2", data / "gutenberg"]
         haystack = haystack or data / "pg_essays"
         kv_retrieval = kv_retrieval or data / "kv_retrieval" / "kv-retrieval-75_keys.jsonl.gz"
@@ -239,26 +237,26 @@ def _numbers(text: str, flag: str, none: bool = False) -> tuple[int, ...]:
 @tune.command("tidal")
 def tune_tidal(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
-    text: Annotated[Path | None, typer.Option(help="A long text [default: Python's reference pages].")] = None,
-    budget: Annotated[int, typer.Option(help="Positions that sparse layers read.")] = 512,
+    text: Annotated[Path | None, typer.Option(help="Long text to read [default: Python's reference pages].")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens that sparse layers read.")] = 512,
     context: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of each context [default: what the model takes, at most 8000].")
+        int | None, typer.Option(min=64, help="Tokens of each context [default: the model's maximum, at most 8000].")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
-    most: Annotated[int, typer.Option(min=1, help="Most layers that read everything.")] = 6,
+    most: Annotated[int, typer.Option(min=1, help="Maximum number of full-attention layers.")] = 6,
     default_kl: Annotated[
-        float, typer.Option(callback=_finite, help="Divergence that the setting `default` may have, in nats.")
+        float, typer.Option(callback=_finite, help="Maximum divergence of the setting `default`, in nats.")
     ] = 0.1,
     fast_kl: Annotated[
-        float, typer.Option(callback=_finite, help="Divergence that the setting `fast` may have, in nats.")
+        float, typer.Option(callback=_finite, help="Maximum divergence of the setting `fast`, in nats.")
     ] = 0.15,
     needle_loss: Annotated[
-        float, typer.Option(callback=_finite, help="Share of needles that may be lost to full attention.")
+        float, typer.Option(callback=_finite, help="Maximum loss of needle recall against full attention.")
     ] = 0.02,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
 ) -> None:
-    """Find the layers of MODEL that should choose positions for TidalDecode, and write a profile of them."""
+    """Find the layers of MODEL that should select tokens for TidalDecode, and write them to a profile."""
     from ..tuning import tidal
 
     tidal.find_selection_layers(
@@ -269,15 +267,15 @@ def tune_tidal(
 @tune.command("razor")
 def tune_razor(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
-    sequences: Annotated[int, typer.Option(min=1, help="Random sequences to read.")] = 1,
+    sequences: Annotated[int, typer.Option(min=1, help="Number of random sequences to read.")] = 1,
     longest: Annotated[
-        int, typer.Option(min=256, help="Tokens of a sequence, where the model takes as many.")
+        int, typer.Option(min=256, help="Maximum number of tokens of a sequence.")
     ] = 10_001,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("razor_attention.json"),
-    plot: Annotated[Path | None, typer.Option(help="Where a heat map of the heads goes, as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write a heat map of the heads to.")] = None,
 ) -> None:
-    """Find the heads of MODEL that look far back for RazorAttention, and write a profile of them."""
+    """Find the retrieval heads of MODEL for RazorAttention, and write them to a profile."""
     from ..tuning import razor
 
     razor.find_retrieval_heads(razor.RazorTuning(model, sequences, longest, dtype, out, plot))

@@ -7,6 +7,7 @@ import typer
 
 from ....plugins.cli import extend_group
 from ....plugins.hookspecs import hookimpl
+from ....plugins.terminal import MEASURING, TUNING
 
 bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
 ARMS = (
@@ -21,8 +22,8 @@ ARMS = (
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
-    cli.command("prune")(prune)
-    extend_group(cli, "bench", bench)
+    cli.command("prune", rich_help_panel=TUNING)(prune)
+    extend_group(cli, "bench", bench, MEASURING)
 
 
 def prune(

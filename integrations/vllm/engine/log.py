@@ -1,4 +1,4 @@
-"""Logging: the ``vllm.pilotfish`` logger, the start-up table, and one-line errors under vLLM's command line."""
+"""Logging: the ``vllm.pilotfish`` logger, the start-up table, and one-line errors for vLLM's command line."""
 
 import contextlib
 import logging
@@ -18,9 +18,9 @@ logger = logging.getLogger("vllm.pilotfish")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Under vLLM's command line, turn our refusals into one line on standard error and exit code 2.
+    """Under vLLM's command line, print our errors as one line on standard error and exit with code 2.
 
-    A program that embeds vLLM gets the exception itself.
+    In a program that embeds vLLM the exception propagates.
     """
     try:
         yield
@@ -37,18 +37,24 @@ def _under_command_line() -> bool:
 
 
 def announce_pruner(vllm_config: Any) -> None:
-    """Say in a worker's log which pruner its model has."""
+    """Log the pruner of the model in a worker; no effect if none is selected."""
     attachment = attach("pruner", vllm_config)
     if attachment is None:
         return
     how = "between projector and language model"
     if (schedule := attachment.cls(attachment.options).layer_schedule()) is not None:
-        how += f"; EXPERIMENTAL: and inside it, layers {schedule.first} to {schedule.last}"
+        how += f"; EXPERIMENTAL: also inside the language model, layers {schedule.first} to {schedule.last}"
     logger.info("%s", start_up_table("pruner", attachment, how))
 
 
 def start_up_table(kind: str, attachment: Attachment, how: str) -> str:
-    """What is attached and ``how``, as one log message."""
+    """Return a log message that describes an attached plugin.
+
+    Args:
+        kind: Plugin type.
+        attachment: The attached plugin.
+        how: Where and how the plugin is attached.
+    """
     engine = attachment.engine
     lines = [
         f"pilotfish: {kind} {attachment.name} selected",
@@ -57,6 +63,6 @@ def start_up_table(kind: str, attachment: Attachment, how: str) -> str:
         f"  engine     {engine.model}, {engine.layers} layers, vocabulary {engine.vocab_size}, {engine.device}, "
         f"{engine.dtype}",
         f"  attached   {how}",
-        f"  seams      {len(vllm_api.REQUIRED_APIS)} checked against vLLM {vllm_api.installed_version()}",
+        f"  vLLM APIs  {len(vllm_api.REQUIRED_APIS)} checked against vLLM {vllm_api.installed_version()}",
     ]
     return "\n".join(lines)

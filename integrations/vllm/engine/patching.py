@@ -1,4 +1,4 @@
-"""The patch mechanism: replace an attribute of a vLLM class, keep the original, undo."""
+"""Patches that replace an attribute of a vLLM module or class and can be undone."""
 
 import functools
 import importlib
@@ -11,10 +11,16 @@ _ORIGINAL = "__pilotfish_original__"
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute of a module or class, replaced by what ``wrap`` makes of the original."""
+    """Replacement of one attribute of a module or class.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Dotted name of the attribute within the module.
+        wrap: Function from the original to its replacement.
+    """
 
     module: str
-    attribute: str  # dotted, within the module
+    attribute: str
     wrap: Callable[[Any], Any]
 
     def _owner(self) -> tuple[Any, str]:
@@ -31,7 +37,7 @@ class Patch:
         return hasattr(getattr(owner, name), _ORIGINAL)
 
     def apply(self) -> None:
-        """Replace the attribute, once."""
+        """Replace the attribute; no effect if it is already replaced."""
         owner, name = self._owner()
         original = getattr(owner, name)
         if hasattr(original, _ORIGINAL):
@@ -41,7 +47,7 @@ class Patch:
         setattr(owner, name, replacement)
 
     def undo(self) -> None:
-        """Put the original back."""
+        """Restore the original."""
         owner, name = self._owner()
         current = getattr(owner, name)
         if hasattr(current, _ORIGINAL):

@@ -1,6 +1,6 @@
-"""From configuration to engine: what was selected, whether it can be served, and what is said when it cannot.
+"""Plugin selection: read it from an engine's configuration, resolve the plugins, and check that they can be served.
 
-Called by the door-keeper in the front process, before any engine starts, and again by our drafter inside the worker.
+Called in the front-end process before any engine starts, and again by `PilotfishProposer` in the worker.
 """
 
 import functools
@@ -18,7 +18,14 @@ from . import vllm_api
 
 @dataclass(frozen=True)
 class Attachment:
-    """A plugin that was selected and can be served."""
+    """Selected plugin that the engine can serve.
+
+    Attributes:
+        cls: Class of the plugin.
+        options: Options of the plugin.
+        engine: Facts about the engine.
+        config: The whole Pilotfish configuration.
+    """
 
     cls: type
     options: Any
@@ -27,12 +34,12 @@ class Attachment:
 
     @property
     def name(self) -> str:
-        """The plugin's name."""
+        """Name of the plugin."""
         return self.cls.name  # type: ignore[attr-defined]
 
 
 def is_selected(additional_config: Any, speculative: Any = None) -> bool:
-    """Whether an engine's arguments mention us at all."""
+    """Return whether the arguments of an engine contain a Pilotfish configuration or name our proposer."""
     return _key(additional_config) is not None or is_pilotfish_proposer(speculative)
 
 
@@ -41,10 +48,14 @@ def _key(additional_config: Any) -> Any:
 
 
 def read_config(additional_config: Any, speculative: Any = None) -> PilotfishConfig:
-    """The selection, checked as far as possible without an engine: names, options, and the two halves of a drafter.
+    """Read the selection and check what needs no engine: names, options, and the two settings of a drafter.
+
+    Args:
+        additional_config: vLLM's ``additional_config``, which holds the selection.
+        speculative: vLLM's speculative configuration, as a mapping or an object.
 
     Raises:
-        ConfigError: the selection cannot be used.
+        ConfigError: The selection is invalid.
     """
     if disabled():
         return PilotfishConfig()
@@ -67,11 +78,18 @@ def _parse(value: str) -> PilotfishConfig:
 
 
 def attach(kind: str, vllm_config: Any) -> Attachment | None:
-    """Resolve the selected plugin of a type and make the checks that need no subpackage; None where there is none.
+    """Resolve the selected plugin of a type and run the checks that need no subpackage.
+
+    Args:
+        kind: Plugin type.
+        vllm_config: vLLM's configuration of the engine.
+
+    Returns:
+        The attached plugin, or None if no plugin of this type is selected.
 
     Raises:
-        ConfigError: The selection is wrong.
-        Unsupported: vLLM lacks an API that we depend on, or the plugin refuses the engine.
+        ConfigError: The selection is invalid.
+        Unsupported: vLLM lacks an API that we depend on, or the plugin does not support the engine.
     """
     config = read_config(vllm_config.additional_config, vllm_config.speculative_config)
     selection = config.selected().get(kind)
@@ -87,7 +105,7 @@ def attach(kind: str, vllm_config: Any) -> Attachment | None:
 
 
 def kv_policy(vllm_config: Any) -> KVPolicy | None:
-    """The KV policy that an engine runs with, made anew; None when it runs without."""
+    """Create the selected KV policy; return None if none is selected."""
     selection = read_config(vllm_config.additional_config).kv
     if selection is None:
         return None
@@ -96,7 +114,7 @@ def kv_policy(vllm_config: Any) -> KVPolicy | None:
 
 
 def uses_draft_model(vllm_config: Any) -> bool:
-    """Whether a drafter was selected that builds on a draft model of vLLM's."""
+    """Return whether the selected drafter uses a draft model that vLLM runs."""
     selection = read_config(vllm_config.additional_config).drafter
     if selection is None:
         return False
@@ -105,7 +123,7 @@ def uses_draft_model(vllm_config: Any) -> bool:
 
 
 def engine_facts(vllm_config: Any) -> Engine:
-    """The facts about an engine that plugins are told."""
+    """Return the facts about an engine that plugins receive."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
     return Engine(
         model=model.model,
@@ -126,6 +144,6 @@ PROPOSER_CLASS = "pilotfish.integrations.vllm.PilotfishProposer"
 
 
 def is_pilotfish_proposer(speculative: Any) -> bool:
-    """Whether a speculative configuration, as a mapping or as vLLM's object, asks for our proposer."""
+    """Return whether a speculative configuration, a mapping or vLLM's object, names our proposer."""
     model = speculative.get("model") if isinstance(speculative, Mapping) else getattr(speculative, "model", None)
     return model == PROPOSER_CLASS

@@ -1,8 +1,8 @@
-"""`pilotfish tune razor`: which heads of a model look far back, found inside vLLM without any text.
+"""`pilotfish tune razor`: finds the retrieval heads of a model inside vLLM, without any text.
 
-The model reads a block of random tokens four times over, and every head is scored by how much it attends to the earlier
-copies (`kvcache.retrieval_heads`). Queries and keys are taken where they enter vLLM's attention, so whatever vLLM
-serves can be profiled: rotations, norms of queries and keys and grouped heads are in them already.
+The model reads a block of random tokens four times, and every head is scored by its attention to the earlier copies
+(`kvcache.retrieval_heads`). Queries and keys are captured where they enter vLLM's attention, so any model that vLLM
+serves can be profiled: rotary embeddings, norms of queries and keys, and grouped heads are already applied.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ WORKER = ("-m", "pilotfish.integrations.vllm.bench.heads_worker")
 
 @dataclass(frozen=True)
 class RazorTuning:
-    """What to tune; see `pilotfish tune razor --help`."""
+    """Settings of the search; see `pilotfish tune razor --help`."""
 
     model: str
     sequences: int
@@ -43,7 +43,7 @@ class RazorTuning:
 
 
 def find_retrieval_heads(plan: RazorTuning) -> Profile:
-    """Score the heads, show the best, write the profile and the picture."""
+    """Score the heads, print the retrieval heads, and write the profile and the heat map."""
     check_model(plan.model)
     check_profile_path(plan.out)
     if plan.plot is not None:
@@ -69,7 +69,7 @@ def find_retrieval_heads(plan: RazorTuning) -> Profile:
             facts, rows, period = engine.ask(do="facts"), [], 0
             for seed in range(plan.sequences):
                 tokens, period = retrieval_heads.repeated_random_tokens(facts["vocab_size"], room, seed)
-                bar.update(task, description=f"looking at heads, {retrieval_heads.COPIES} x {period} tokens")
+                bar.update(task, description=f"scoring heads, {retrieval_heads.COPIES} x {period} tokens")
                 rows.append(
                     engine.ask(
                         on_progress=lambda done, seed=seed: bar.update(task, completed=seed + done),
@@ -98,30 +98,30 @@ def find_retrieval_heads(plan: RazorTuning) -> Profile:
     print_razor_profile(echo, induction)
     if plan.plot is not None:
         draw_head_map(plan.plot, plan.model, echo, induction)
-        status.print(f"drawn in {plan.plot}", markup=False)
+        status.print(f"heat map written to {plan.plot}", markup=False)
     status.print(f"written to {plan.out}", markup=False)
     return profile
 
 
 def selected_heads(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.LayerHead]:
-    """The heads that keep everything by default."""
-    share: Any = RazorAttentionOptions().keep
-    return retrieval_heads.select_retrieval_heads(echo, induction, share)
+    """Return the retrieval heads at the default ``keep``."""
+    keep: Any = RazorAttentionOptions().keep
+    return retrieval_heads.select_retrieval_heads(echo, induction, keep)
 
 
 def print_razor_profile(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
-    """The heads that keep everything, as a table."""
+    """Print the retrieval heads as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "KV head", "induction", "echo", title="Heads that keep everything by default")
+    table = Table("layer", "KV head", "induction", "echo", title="Retrieval heads by default")
     for layer, head in selected_heads(echo, induction):
         table.add_row(str(layer), str(head), f"{induction[layer, head]:.3f}", f"{echo[layer, head]:.3f}")
     Console().print(table)
 
 
 def draw_head_map(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
-    """Heat maps of layers x heads; the heads that keep everything are marked."""
+    """Draw heat maps of layers x heads, in which the retrieval heads are marked."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(3 + 0.5 * echo.shape[1], 2 + 0.2 * len(echo)), layout="constrained")
@@ -131,6 +131,6 @@ def draw_head_map(path: Path, model: str, echo: NDArray[np.floating], induction:
             axis.plot(head, layer, marker="o", color="cyan", markersize=4)
         axis.set(title=name, xlabel="KV head", xticks=range(echo.shape[1]), ylabel="layer")
         figure.colorbar(image, ax=axis)
-    figure.suptitle(f"{model}: dots keep everything")
+    figure.suptitle(f"{model}: dots are retrieval heads")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,12 +1,12 @@
-"""`pilotfish tune tidal`: which layers of a model should choose positions, found on the model itself, inside vLLM.
+"""`pilotfish tune tidal`: finds the layers of a model that should select tokens, by measurements inside vLLM.
 
-1. One pass over a few texts with every layer choosing: for each pair of layers, how much of the attention of the one
-   is covered by the choice of the other.
-2. For every number of layers that read everything, the set that misses least (`kvcache.layer_choice`).
-3. Each of these is run: its divergence from full attention is measured, and how many needles it finds again.
+1. One pass over a few texts in which every layer selects tokens: for each pair of layers, how much of the attention of
+   one layer is missed with the selection of the other.
+2. For every number of full-attention layers, the set of layers that misses least (`kvcache.layer_choice`).
+3. Each of these sets is run, and its divergence from full attention and its needle recall are measured.
 
-The ``default`` setting is the one with the fewest reading layers whose divergence stays below the target and that finds
-the needles which full attention finds; ``fast`` has the fewest whose divergence stays below a larger one.
+The ``default`` setting has the fewest full-attention layers whose divergence stays below the target and that find the
+needles which full attention finds; ``fast`` has the fewest whose divergence stays below a larger target.
 """
 
 import statistics
@@ -36,17 +36,17 @@ from ..serving.command import check_model
 from ..serving.progress import console as status
 from ..serving.progress import counting_bar
 
-LONGEST = 8000  # tokens: choices that hold in a long context hold in a short one, not the other way round
+LONGEST = 8000  # tokens: layers that suit a long context suit a short one, but not the reverse
 
 
 @dataclass(frozen=True)
 class TidalTuning:
-    """What to tune; see `pilotfish tune tidal --help`."""
+    """Settings of the search; see `pilotfish tune tidal --help`."""
 
     model: str
     text: Path | None
     budget: int
-    context: int  # 0: what the model takes, at most `LONGEST`
+    context: int  # 0: the model's maximum, at most `LONGEST`
     tokens: int
     most: int
     default_kl: float
@@ -58,7 +58,7 @@ class TidalTuning:
 
 @dataclass(frozen=True)
 class LayerTrial:
-    """A set of layers, how far it is from full attention, and the share of needles that it finds."""
+    """Results of one set of layers: divergence from full attention, and the share of needles found."""
 
     choice: LayerChoice
     kl: float
@@ -67,14 +67,14 @@ class LayerTrial:
 
 
 def find_selection_layers(plan: TidalTuning) -> Profile:
-    """Tune, show the figures, write the profile."""
+    """Find the layers, print the results, and write the profile."""
     check_model(plan.model)
     build_options(TidalDecodeOptions, {"budget": plan.budget}, "pilotfish.kv")
     text = corpora.sample_corpus() if plan.text is None else corpora.read_corpus(plan.text)
     check_profile_path(plan.out)
     folder = registry.resolve_model(plan.model)
     tokenizer = corpora.tokenizer_of(folder)
-    room = max(plan.tokens, ROOM) + 1  # behind a context, for what is decoded
+    room = max(plan.tokens, ROOM) + 1  # positions after a context, for decoded tokens
     limit = max_positions(folder) or LONGEST + room
     plan = replace(plan, context=plan.context or min(LONGEST, limit - room))
     if not 0 < plan.context <= max(limit - room, 0):
@@ -103,10 +103,10 @@ def find_selection_layers(plan: TidalTuning) -> Profile:
 
 
 def check_profile_path(path: Path) -> None:
-    """Refuse a place where a profile cannot go, or would not be found again.
+    """Refuse a path to which a profile cannot be written, or from which it would not be loaded.
 
     Raises:
-        ConfigError: it is not a ``.json`` file in a folder that exists.
+        ConfigError: The path is not that of a ``.json`` file in an existing folder.
     """
     if path.suffix != ".json" or not path.absolute().parent.is_dir():
         raise ConfigError(f"--out {path}: not a .json file in a folder that exists")
@@ -121,7 +121,7 @@ def _try(
     bar: Progress,
     task: TaskID,
 ) -> tuple[float, list[LayerTrial]]:
-    """Find the best set of every size and run it; also the share of needles that full attention finds."""
+    """Find and run the best set of layers of every size; return the needle recall of full attention, and the trials."""
     ask: dict[str, Any] = {
         "prompts": [ids[: plan.context] for ids in cut],
         "texts": [ids[plan.context :] for ids in cut],
@@ -129,16 +129,16 @@ def _try(
     bar.update(task, description="full attention")
     engine.ask(do="policy", options=None)
     engine.ask(do="forced", **ask, keep=True)
-    bar.update(task, description="what layers look at", advance=1)
+    bar.update(task, description="comparing the selections of layers", advance=1)
     rule = vars(TidalDecodeOptions(budget=plan.budget).rule)
     of_text = np.array(engine.ask(do="missed", **ask, rule=rule)["missed"])
     of_needles = np.zeros_like(of_text)
     for group in groups[1::2]:
         contexts, copied = [q.context for q in group], [q.text + q.answer for q in group]
-        places = [q.place for q in group]
-        answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=places)
+        positions = [q.place for q in group]
+        answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=positions)
         of_needles += np.array(answer["missed"])
-    bar.update(task, description="trying sets of layers", advance=1)
+    bar.update(task, description="running sets of layers", advance=1)
     choices = candidates(of_text, of_needles, plan.most)
     settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
     distances: list[tuple[float, float]] = []
@@ -147,47 +147,48 @@ def _try(
         answer = engine.ask(do="forced", **ask, keep=False)
         kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
         distances.append((kl, same))
-    bar.update(task, description="looking for needles")
-    found: list[list[bool]] = [[] for _ in range(1 + len(settings))]
-    for group in groups:  # under every set, so that a group's contexts are processed once
-        for options, results in zip([None, *settings], found, strict=True):
+    bar.update(task, description="needle test")
+    exact: list[list[bool]] = [[] for _ in range(1 + len(settings))]
+    for group in groups:  # all sets on one group, so that its contexts are prefilled once
+        for options, results in zip([None, *settings], exact, strict=True):
             engine.ask(do="policy", options=options)
             results += [a.exact for a in needle_in_haystack.answer_questions(engine, group)]
         bar.advance(task)
-    full, *shares = [statistics.fmean(results) for results in found]
-    tried = [LayerTrial(c, kl, same, share) for c, (kl, same), share in zip(choices, distances, shares, strict=True)]
+    full, *recalls = [statistics.fmean(results) for results in exact]
+    tried = [LayerTrial(c, kl, same, r) for c, (kl, same), r in zip(choices, distances, recalls, strict=True)]
     return full, tried
 
 
 def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], most: int) -> list[LayerChoice]:
-    """Sets worth running: the best of every size for texts, for needles, and for both; the smallest first.
+    """Return sets of layers worth running, smallest first: the best of every size for texts, for needles, for both.
 
     Args:
-        of_text: [layers, layers] what the column misses when it reads the row's choice, while a text is decoded.
-        of_needles: The same of needles that are looked for.
-        most: Largest number of layers that read everything.
+        of_text: [layers, layers] attention that the column's layer misses when it reads the selection of the row's
+            layer, while a text is decoded.
+        of_needles: [layers, layers] the same attention, while needles are retrieved.
+        most: Largest number of full-attention layers.
 
     Returns:
-        Sets that differ; their losses cannot be compared with each other.
+        Different sets; their losses are not comparable with each other.
     """
     losses = [m / max(best_layer_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
-    found: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
+    sets: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
     for weights in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
         for choice in best_layer_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
-            found.setdefault((choice.full, choice.select), choice)
-    return sorted(found.values(), key=lambda c: c.num_full_layers)
+            sets.setdefault((choice.full, choice.select), choice)
+    return sorted(sets.values(), key=lambda c: c.num_full_layers)
 
 
 def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[LayerTrial]) -> Profile:
-    """The profile: each setting takes the fewest reading layers that meet its targets.
+    """Return the profile: each setting has the fewest full-attention layers that meet its targets.
 
-    A target that nothing meets takes the least divergence that was found, and says so.
+    If no set meets a target, the setting has the least divergence that was measured, and a message says so.
 
     Args:
-        plan: Holds the targets.
-        fingerprint: Of the model.
+        plan: Settings of the search, with the targets.
+        fingerprint: Fingerprint of the model.
         full: Share of needles that full attention finds.
-        tried: The sets.
+        tried: Measured sets of layers.
     """
     tried = sorted(tried, key=lambda t: (t.choice.num_full_layers, t.kl))
     closest = min(tried, key=lambda t: t.kl)
@@ -196,14 +197,14 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
         ("default", plan.default_kl, full - plan.needle_loss),
         ("fast", plan.fast_kl, 0.0),
     ):
-        found = next((t for t in tried if t.kl <= target and t.needles >= needles), None)
-        if found is None:
+        best = next((t for t in tried if t.kl <= target and t.needles >= needles), None)
+        if best is None:
             status.print(
-                f"{name}: no set of layers stays below {target} and finds the needles; {closest.kl:.3f} is the least",
+                f"{name}: no set of layers stays below {target} and finds the needles; using the least divergence, {closest.kl:.3f}",
                 markup=False,
             )
-        chosen = (found or closest).choice
-        settings[name] = {"full_layers": list(chosen.full), "select_layers": list(chosen.select)}
+        choice = (best or closest).choice
+        settings[name] = {"full_layers": list(choice.full), "select_layers": list(choice.select)}
     return Profile(
         policy=TidalDecode.name,
         model=plan.model,
@@ -231,10 +232,10 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
 
 
 def print_tidal_profile(full: float, tried: list[LayerTrial]) -> None:
-    """What was tried, as a table."""
+    """Print the measured sets of layers as a table."""
     from rich.table import Table
 
-    table = Table("reading everything", "full", "selecting", "KL", "same top token", "needles")
+    table = Table("full-attention layers", "full", "select", "KL", "same top token", "needles")
     table.add_row("all", "", "", "0", "", f"{full:.0%}")
     for t in tried:
         layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))

@@ -35,19 +35,15 @@ class PrunedModel:
     multi_modal_projector: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._engine: str = getattr(self.config, request_pruner.CONFIG_KEY)
-        self._wanted: dict[str, list[str]] = {}  # by modality, while pictures are embedded
-        self._scorer = None
-        if isinstance(self.vision_tower, CLIPVisionModel):  # not where pictures are switched off
-            tower = f"{prefix}.vision_tower".removeprefix(".")
-            with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
-                scorer = ClsAttentionScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
-            self._scorer = scorer
-        self._inside = self._visual = None
-        schedule = request_pruner.make_pruner(self._engine).layer_schedule()
-        if schedule is not None:
-            from .layer_pruning import LayerPruning
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg] self._engine: str =
+            getattr(self.config, request_pruner.CONFIG_KEY) self._wanted: dict[str, list[str]] = {}  # by modality,
+            while pictures are embedded self._scorer = None if isinstance(self.vision_tower, CLIPVisionModel):  # not
+            where pictures are switched off tower = f"{prefix}.vision_tower".removeprefix(".") with
+            self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined] scorer =
+            ClsAttentionScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
+            self._scorer = scorer self._inside = self._visual = None schedule =
+            request_pruner.make_pruner(self._engine).layer_schedule() if schedule is not None: from .layer_pruning
+            import LayerPruning
 
             model = self.language_model.model  # type: ignore[attr-defined]
             self._inside = LayerPruning(model.layers, model.norm, schedule, vllm_config)

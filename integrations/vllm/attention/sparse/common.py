@@ -1,4 +1,4 @@
-"""What the sparse backends of all platforms share: the policy's plan, what it cannot serve, ranks that agree."""
+"""Code shared by the sparse backends of all platforms: read plan, layer checks, reduction over ranks."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from ..compatibility import LogWhenActive, is_windowed, unsupported_features
 
 
 class LayerRoleMixin:
-    """The attention of one layer, which knows its part in a plan."""
+    """Mixin for the attention implementation of one layer that looks up the layer's role in a read plan."""
 
-    _index: int | None = None  # of the layer, once its name was seen
+    _index: int | None = None  # layer index, set at the first call
 
     def role(self, layer: Any, plan: ReadPlan) -> Role:
-        """What ``layer``, whose attention this is, does by a plan."""
+        """Return the role of ``layer``, the layer of this implementation, in a plan."""
         index = self._index
         if index is None:
             index = self._index = extract_layer_index(layer.layer_name)
@@ -32,54 +32,57 @@ class LayerRoleMixin:
 def read_plan_for(
     vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str
 ) -> tuple[ReadPlan, LogWhenActive]:
-    """The selected policy's plan, once it is sure that these layers can be served; says so in the log.
+    """Check that the layers can be served, log the attached policy, and return its read plan.
 
     Args:
-        vllm_config: Of the engine.
-        layer_names: Layers that share a metadata builder.
-        kernel_error: What the self-test of the kernels found.
-        how: How the policy is attached, for the log.
+        vllm_config: vLLM's configuration of the engine.
+        layer_names: Names of the layers that share a metadata builder.
+        kernel_error: Error of the kernels' self-test; None if it passed.
+        how: Description of how the policy is attached, for the log.
+
+    Returns:
+        The read plan, and a callable that logs the first sparse step.
 
     Raises:
-        Unsupported: a layer computes what our kernels do not, or the self-test failed.
+        Unsupported: A layer has a feature that our kernels do not support, or the self-test failed.
     """
     attachment = attach("kv", vllm_config)
     assert attachment is not None
     compatibility.check(attachment, vllm_config)
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan, model = policy.read_plan(), vllm_config.model_config.model
-    assert plan is not None  # `attach.attention_backend` asked
+    assert plan is not None  # policies without one have other backends, see `backends.attention_backend`
     _check_layers(plan, policy.name, vllm_config, layer_names)
     if kernel_error is not None:
-        raise Unsupported(policy.name, kernel_error, "leave the policy out", model)
+        raise Unsupported(policy.name, kernel_error, "run without the policy", model)
     log.logger.info(log.start_up_table("kv", attachment, f"{how} in {len(layer_names)} layers"))
     return plan, LogWhenActive(policy.name)
 
 
 def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
-    """Refuse what the kernels do not compute, by layer."""
+    """Raise `Unsupported` for a layer with a feature that the kernels do not support."""
     model = vllm_config.model_config.model
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
         impl: Any = layer.impl
         if not is_windowed(impl):
             if reasons := unsupported_features(impl, 16):
-                raise Unsupported(plugin, reasons[0], "leave the policy out", model, name)
+                raise Unsupported(plugin, reasons[0], "run without the policy", model, name)
         elif plan.roles[extract_layer_index(name)] is Role.SELECT:
             raise Unsupported(
                 plugin,
-                "its sliding window hides most positions, so that it cannot choose",
-                "choose select_layers among the layers without a window",
+                "a sliding-window layer cannot select tokens, since it does not attend to most of them",
+                "set select_layers to layers without a sliding window",
                 model,
                 name,
             )
 
 
 def reduce_over_ranks(scores: torch.Tensor, rule: SelectionRule) -> None:
-    """A choice that all heads share is shared by the heads of other tensor-parallel ranks too; in place.
+    """Reduce scores over tensor-parallel ranks, in place, if all heads share one selection.
 
     Args:
-        scores: [requests, sets, units] importance.
-        rule: How positions are chosen.
+        scores: [requests, head groups, units] scores of tokens or pages.
+        rule: Selection rule, whose head aggregation decides between sum and maximum.
     """
     group = get_tp_group()
     if group.world_size > 1 and scores.shape[1] == 1:

@@ -1,9 +1,9 @@
-"""vLLM's CPU attention backend, with layers that read the positions which an earlier layer chose.
+"""Sparse attention on vLLM's CPU backend: layers that read only the tokens that an earlier layer selected.
 
-Stands over ``CPU_ATTN`` where a KV policy is selected. In a decode step the requests whose context exceeds the budget
-go through our kernel, in every layer as the policy's plan says; all others, and all prefill, through vLLM's. What was
-chosen is kept in the metadata of the step, which its layers share, and ends with it: prefix caching, preemption and
-chunked prefill meet no state of ours.
+Replaces ``CPU_ATTN`` if a KV policy is selected. In a decode step, requests whose context exceeds the budget go through
+our kernel, in every layer as the policy's read plan says; all other requests and all prefill go through vLLM's kernel.
+Selected tokens are kept in the metadata of the step, which its layers share, and are discarded with it. No state
+outlives a step, so prefix caching, preemption and chunked prefill work unchanged.
 """
 
 import functools
@@ -27,20 +27,20 @@ from .. import compatibility
 from ..cpu_split import SplitBuilder
 from .common import LayerRoleMixin, read_plan_for, reduce_over_ranks
 
-# Given the rows and their scaled scores [rows, query_heads, padded], which it must leave as they are.
+# Called with the query tokens and their scaled logits [rows, query_heads, padded], which it must not modify.
 Observer = Callable[[DecodeBatch, torch.Tensor], None]
 
 
 @dataclass
 class SparseCPUStep:
-    """The requests of one step that our kernel serves, and what its layers have chosen so far.
+    """Requests of one step that our kernel serves, and the latest token selection.
 
     Attributes:
-        plan: What each layer reads.
-        rows: Those requests' tokens.
-        others: Metadata for vLLM's kernel with those requests cut to one position; None when there are no others.
-        choice: The latest choice.
-        observe: Sees the scores of layers that choose; see `SparseBuilder`.
+        plan: Read plan of the policy.
+        rows: Query tokens of those requests.
+        others: Metadata for vLLM's kernel with those requests cut to one token; None if there are no other requests.
+        choice: Latest token selection; None before the first.
+        observe: Callback for the logits of selecting layers; see `SparseCPUMetadataBuilder`.
     """
 
     plan: ReadPlan
@@ -52,31 +52,36 @@ class SparseCPUStep:
 
 @dataclass
 class SparseCPUMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, whole, and our part of the step."""
+    """vLLM's metadata of a step, extended by our part.
+
+    Attributes:
+        step: Requests that our kernel serves; None if there are none.
+    """
 
     step: SparseCPUStep | None = None
 
 
 class SparseCPUBackend(CPUAttentionBackend):
-    """``CPU_ATTN`` with our metadata and our forward."""
+    """Subclass of ``CPU_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type["SparseCPUImpl"]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return SparseCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type["SparseCPUMetadataBuilder"]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return SparseCPUMetadataBuilder
 
 
 class SparseCPUMetadataBuilder(SplitBuilder):
-    """Finds the requests of a step that decode beyond the budget.
+    """Metadata builder that finds the requests which decode with a context beyond the budget.
 
     Attributes:
-        plan: What layers read.
-        observe: For measurements: called by every layer that chooses.
+        plan: Read plan of the policy.
+        announce: Callable that logs the first sparse step.
+        observe: Callback for measurements, called by every layer that selects tokens.
     """
 
     observe: Observer | None = None
@@ -90,7 +95,7 @@ class SparseCPUMetadataBuilder(SplitBuilder):
         self.plan, self.announce = read_plan_for(vllm_config, layer_names, error, how)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseCPUMetadata:
-        """vLLM's metadata, and our part of the step."""
+        """Build vLLM's metadata, extended by our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         return SparseCPUMetadata(**vars(stock), step=self._step(stock, common_attn_metadata))
 
@@ -111,7 +116,7 @@ class SparseCPUMetadataBuilder(SplitBuilder):
 
 
 class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
-    """The attention of one layer."""
+    """Attention implementation of one layer."""
 
     def forward(
         self,
@@ -125,7 +130,7 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see there for the shapes."""
+        """Compute attention; shapes are those of vLLM's `CPUAttentionBackendImpl.forward`."""
         step = getattr(attn_metadata, "step", None)
         if step is None or compatibility.is_windowed(self):
             return super().forward(
@@ -146,7 +151,7 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
         step: SparseCPUStep,
     ) -> None:
         rows, rule = step.rows, step.plan.rule
-        if role is Role.SPARSE:  # before the first choice there is none, and everything is read
+        if role is Role.SPARSE:  # without a selection, before the first one, all tokens are read
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.choice)
         elif role is Role.FULL:
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
@@ -164,7 +169,11 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
 def self_test_sparse_cpu(
     dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int, block_size: int, isa: str
 ) -> str | None:
-    """Self-test: our kernel over a small cache that vLLM's own has filled, against attention computed plainly."""
+    """Compare our kernel, on a cache written by vLLM's kernel, with reference attention.
+
+    Returns:
+        An error message, or None if they agree.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""FlashAttention with layers that read the positions which an earlier layer chose; see `sparse_cuda`.
+"""Sparse attention on vLLM's FlashAttention backend; see `triton`.
 
-Its schedule is made ahead for whole block tables, and a captured graph could not shorten them: graphs are piecewise.
+FlashAttention's schedule is computed in advance for full block tables, and a captured CUDA graph could not shorten
+them. Therefore CUDA graphs are piecewise.
 """
 
 from typing import ClassVar
@@ -16,25 +17,25 @@ from .triton import SparseGPUImpl, SparseGPUMetadataBuilder
 
 
 class SparseFlashImpl(SparseGPUImpl, FlashAttentionImpl):
-    """Over ``FLASH_ATTN``."""
+    """Attention implementation of one layer, on ``FLASH_ATTN``."""
 
 
 class SparseFlashMetadataBuilder(SparseGPUMetadataBuilder, FlashAttentionMetadataBuilder):
-    """Over ``FLASH_ATTN``."""
+    """Metadata builder on ``FLASH_ATTN``."""
 
     over: ClassVar[str] = "FLASH_ATTN"
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
 
 
 class SparseFlashBackend(FlashAttentionBackend):
-    """``FLASH_ATTN`` with our metadata and our forward."""
+    """Subclass of ``FLASH_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return SparseFlashImpl
 
     @staticmethod
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return SparseFlashMetadataBuilder

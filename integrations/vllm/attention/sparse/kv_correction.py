@@ -1,11 +1,11 @@
-"""KV correction (TidalDecode, section 3.4): every T decoded tokens, compute their keys and values anew.
+"""KV correction (TidalDecode, section 3.4): every T decoded tokens, recompute their keys and values.
 
-Sparse layers make hidden states that differ a little from full attention's, and with them the keys and values that are
-cached; the difference grows with the text. A correction sends the last T tokens through the model once more, together
-with the newest one. Rows of several tokens are attended in full by the sparse backends, and overwrite what they find.
+Hidden states of sparse layers differ slightly from those of full attention, and so do the cached keys and values; the
+difference grows with the text. A correction sends the last T tokens through the model again, together with the newest
+one. The sparse backends use full attention for requests with several query tokens, and overwrite their keys and values.
 
-The scheduler needs no new kind of step: it already computes whatever lies between a request's computed tokens and its
-text, as after a preemption, so a correction is a smaller count of computed tokens.
+The scheduler needs no new type of step: it already computes all tokens between a request's number of computed tokens
+and the end of its text, as after a preemption. A correction therefore only lowers the number of computed tokens.
 """
 
 from typing import Any
@@ -15,24 +15,27 @@ from .....plugins.contracts import KVPolicy
 
 
 class KVCorrector:
-    """Sets back the requests of one scheduler that are due.
+    """Correction of the requests of one scheduler.
 
     Args:
-        interval: Decoded tokens between corrections.
-        budget: Context within which nothing is sparse, and nothing needs correction.
+        interval: Number of decoded tokens between corrections.
+        budget: Context length up to which attention is full and needs no correction.
+
+    Attributes:
+        corrected: Number of recomputed tokens.
     """
 
     def __init__(self, interval: int, budget: int) -> None:
         self.interval, self.budget = interval, budget
-        self.corrected = 0  # tokens computed anew
+        self.corrected = 0
         self._exact: dict[str, int] = {}  # request -> length of the text whose keys and values are exact
 
     def after_step(self, requests: Any, scheduled: dict[str, int]) -> None:
-        """Look at the requests of a finished step.
+        """Lower the number of computed tokens of requests that are due for correction.
 
         Args:
-            requests: The scheduler's running requests by id.
-            scheduled: Tokens that the step computed for each.
+            requests: Running requests of the scheduler by id, after the step.
+            scheduled: Number of tokens that the step computed for each request, by id.
         """
         for name in [n for n in self._exact if n not in requests]:
             del self._exact[name]
@@ -49,14 +52,14 @@ class KVCorrector:
 
 
 def install_kv_correction(scheduler: Any, policy: KVPolicy | None) -> None:
-    """Let a new scheduler correct, when the engine's KV policy asks for it."""
+    """Install KV correction in a new scheduler, if the engine's KV policy asks for it."""
     plan = None if policy is None else policy.read_plan()
     if plan is not None:
         reset_computed_tokens(scheduler, plan)
 
 
 def reset_computed_tokens(scheduler: Any, plan: ReadPlan) -> None:
-    """Wrap a scheduler's `update_from_output`, when a plan asks for correction."""
+    """Wrap `update_from_output` of a scheduler, if the read plan asks for correction."""
     if plan.correction_interval < 1:
         return
     corrector = scheduler.pilotfish_corrector = KVCorrector(plan.correction_interval, plan.rule.budget)

@@ -1,10 +1,10 @@
-"""vLLM's attention backends for GPUs, with layers that read the positions which an earlier layer chose.
+"""Sparse attention on vLLM's GPU backends: layers that read only the tokens that an earlier layer selected.
 
-Stands over ``TRITON_ATTN`` (here) and ``FLASH_ATTN`` (`sparse_flash`) where a KV policy is selected. Layers that read
-everything go through vLLM's kernel. A layer that chooses scores the cache afterwards (`kernels.paged_triton`). Layers
-between them go through vLLM's kernel as well, with a block table that holds the chosen pages only; or, where heads do
-not share a choice or single positions are chosen, through a kernel of ours. Requests that process a prompt or fit the
-budget keep their block table, so that one call serves a mixed batch.
+Replaces ``TRITON_ATTN`` (here) and ``FLASH_ATTN`` (`flash_attn`) if a KV policy is selected. Full-attention layers use
+vLLM's kernel; a layer that selects tokens also scores the cache (`kernels.paged_triton`). Sparse layers use vLLM's
+kernel with a block table of the selected pages only or, if heads do not share a selection or single tokens are
+selected, our kernel. Requests that process a prompt or fit the budget keep their block table, so that one call serves
+a mixed batch.
 
 Which requests are sparse is decided on the device, so that full CUDA graphs can be captured.
 """
@@ -33,11 +33,11 @@ class SparseGPUStep:
     """Our part of a step's metadata, shared by its layers.
 
     Attributes:
-        plan: What each layer reads.
-        batch: The step's requests.
-        stock: vLLM's metadata.
-        rest: Metadata for vLLM's kernel in sparse layers, made by the latest choice.
-        kept: The latest choice where our kernel reads it, else None.
+        plan: Read plan of the policy.
+        batch: Requests of the step.
+        stock: vLLM's metadata of the step.
+        rest: Metadata for vLLM's kernel in sparse layers, set by the latest selection; None before the first.
+        kept: Selected units of the latest selection if our kernel reads them, else None.
     """
 
     plan: ReadPlan
@@ -47,42 +47,53 @@ class SparseGPUStep:
     kept: torch.Tensor | None = None
 
     def select_tokens(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
-        """Choose positions by the attention of one layer."""
+        """Select tokens by the attention of one layer.
+
+        Args:
+            query: [tokens, query_heads, head_size].
+            cache: [blocks, kv_heads, block_size, 2 * head_size] KV cache of the layer.
+            scale: Softmax scale.
+        """
         rule, block_size = self.plan.rule, cache.shape[2]
         scores = paged_triton.token_scores(query, cache, self.batch, rule, scale)
         common.reduce_over_ranks(scores, rule)
-        kept = paged_triton.select_tokens(scores, self.batch, rule)
+        selected = paged_triton.select_tokens(scores, self.batch, rule)
         rest = copy.copy(self.stock)
         if paged_triton.can_shorten_block_table(rule, block_size):
-            rest.block_table, rest.seq_lens = paged_triton.shorten_block_table(kept, self.batch, rule, block_size)
-        else:  # vLLM's kernel spends next to nothing on these requests, and ours overwrites its output
-            self.kept = kept
+            rest.block_table, rest.seq_lens = paged_triton.shorten_block_table(selected, self.batch, rule, block_size)
+        else:  # vLLM's kernel does almost no work for these requests, and ours overwrites its output
+            self.kept = selected
             rest.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
-        rest.scheduler_metadata = None  # FlashAttention's was made for the whole table
+        rest.scheduler_metadata = None  # FlashAttention's schedule was computed for the full table
         self.rest = rest
 
 
 class SparseGPUMetadataBuilder:
-    """A metadata builder of vLLM's with our part added; stands before it among the bases of a class."""
+    """Mixin that adds our part of a step to vLLM's metadata builder, which has to follow it in the bases.
+
+    Attributes:
+        plan: Read plan of the policy.
+        announce: Callable that logs the first sparse step.
+    """
 
     over: ClassVar[str]  # name of vLLM's backend
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
-        error = self_test_sparse_gpu(size, dtype, device)
+        head_size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
+        error = self_test_sparse_gpu(head_size, dtype, device)
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, f"over {self.over}")
-        # A captured graph cannot look at the step's lengths: it always chooses, for the longest context there may be.
+        # A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
         self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._longest = vllm_config.model_config.max_model_len
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """vLLM's metadata, and our part of the step."""
+        """Build vLLM's metadata, extended by our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         return self._with_step(stock)
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
-        """The same step over another group's blocks."""
+        """Build the metadata of the same step for the blocks of another layer group."""
         stock = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
         return self._with_step(stock)
 
@@ -99,10 +110,10 @@ class SparseGPUMetadataBuilder:
 
 
 class SparseGPUImpl(common.LayerRoleMixin):
-    """The attention of one layer; stands before vLLM's among the bases of a class."""
+    """Mixin for the attention implementation of one layer; vLLM's has to follow it in the bases."""
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Our kernel writes what it computes; nothing is quantised on the way."""
+        """Return False: our kernel does not quantise its output."""
         del quant_key
         return False
 
@@ -118,14 +129,14 @@ class SparseGPUImpl(common.LayerRoleMixin):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see there for the shapes."""
+        """Compute attention; shapes are those of vLLM's `AttentionImpl.forward`."""
         step: SparseGPUStep | None = getattr(attn_metadata, "step", None)
         scales = output_scale, output_block_scale
         stock: Any = super().forward  # type: ignore[misc]
         if step is None or compatibility.is_windowed(self):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
-        if role is Role.SPARSE and step.rest is not None:  # before the first choice everything is read
+        if role is Role.SPARSE and step.rest is not None:  # before the first selection all tokens are read
             stock(layer, query, key, value, kv_cache, step.rest, output, *scales)
             if step.kept is not None:
                 paged_triton.paged_decode_attention(
@@ -139,31 +150,35 @@ class SparseGPUImpl(common.LayerRoleMixin):
 
 
 class SparseTritonImpl(SparseGPUImpl, TritonAttentionImpl):
-    """Over ``TRITON_ATTN``."""
+    """Attention implementation of one layer, on ``TRITON_ATTN``."""
 
 
 class SparseTritonMetadataBuilder(SparseGPUMetadataBuilder, TritonAttentionMetadataBuilder):
-    """Over ``TRITON_ATTN``."""
+    """Metadata builder on ``TRITON_ATTN``."""
 
     over: ClassVar[str] = "TRITON_ATTN"
 
 
 class SparseTritonBackend(TritonAttentionBackend):
-    """``TRITON_ATTN`` with our metadata and our forward."""
+    """Subclass of ``TRITON_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type[TritonAttentionImpl]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return SparseTritonImpl
 
     @staticmethod
     def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return SparseTritonMetadataBuilder
 
 
 def self_test_sparse_gpu(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Self-test: choose and read positions of a small cache, against attention computed plainly."""
+    """Compare token selection and sparse attention on a small cache with reference attention.
+
+    Returns:
+        An error message, or None if they agree.
+    """
     generator = torch.Generator().manual_seed(0)
     rule, context = SelectionRule(128, 4, 32, "kv_head", "token"), 300
     query, cache = (
@@ -174,13 +189,13 @@ def self_test_sparse_gpu(head_size: int, dtype: torch.dtype, device: torch.devic
     blocks = torch.randperm(20, generator=generator)[:19].to(**numbers)
     batch = DeviceBatch(torch.tensor([0, 1], **numbers), torch.tensor([context], **numbers), blocks[None], context)
     output, scale = torch.zeros_like(query), head_size**-0.5
-    kept = paged_triton.select_tokens(paged_triton.token_scores(query, cache, batch, rule, scale), batch, rule)
-    paged_triton.paged_decode_attention(query, cache, batch, rule, scale, output, kept)
+    selected = paged_triton.select_tokens(paged_triton.token_scores(query, cache, batch, rule, scale), batch, rule)
+    paged_triton.paged_decode_attention(query, cache, batch, rule, scale, output, selected)
 
     text = cache[blocks.long()].transpose(1, 2).reshape(-1, 2, 2 * head_size)[:context].double().cpu().numpy()
     worst = 0.0
     for head in range(4):
-        positions = kept[0, head // 2].tolist()
+        positions = selected[0, head // 2].tolist()
         keys, values = text[positions, :, :head_size], text[positions, :, head_size:]
         _, expected = reference.attention(query[0].double().cpu().numpy(), keys, values, scale)
         worst = max(worst, abs(output[0, head].double().cpu().numpy() - expected[head]).max())

@@ -20,14 +20,14 @@ USE_CHAIN = "use verification=chain"
 
 @dataclass(frozen=True)
 class ScheduledTree:
-    """A tree in the batch of a step.
+    """Draft tree in the batch of a step.
 
     Attributes:
-        index: Of its request in the batch.
-        first: Row of its root among the step's tokens; the nodes follow.
-        position: Of its root in the text.
-        tree: As it was scheduled.
-        tree_mask: [n + 1, n + 1] which of them each sees.
+        index: Index of the request in the batch.
+        first: Index of the root among the query tokens of the step; the n nodes follow it.
+        position: Position of the root in the text.
+        tree: Draft tree, cut to the scheduled nodes.
+        tree_mask: [n + 1, n + 1] bool attention mask of the root and the nodes.
     """
 
     index: int
@@ -38,12 +38,12 @@ class ScheduledTree:
 
 
 class TreeMetadataBuilder:
-    """What builders of attention metadata know of trees; stands before vLLM's among the bases of a class.
+    """Mixin that adds draft trees to vLLM's attention metadata builder, which has to follow it in the bases.
 
     Attributes:
-        scheduled_trees: The trees of the next step; set by `TreeVerifier`.
-        error: What the self-test of the kernels found.
-        mover: Moves tokens within the caches of layers.
+        scheduled_trees: Draft trees of the next step; set by `TreeVerifier`.
+        error: Error of the kernels' self-test; None if it passed.
+        mover: Class that moves keys and values within the caches of layers.
     """
 
     error: str | None
@@ -60,7 +60,15 @@ class TreeMetadataBuilder:
     def tree_batch_arguments(
         self, slots: torch.Tensor
     ) -> tuple[list[int], list[int], list[int], list[NDArray[np.bool_]]]:
-        """What the kernels are told of the step's trees; ``slots`` are where its tokens go."""
+        """Return the leading constructor arguments of the kernels' tree batch, and remember the slot mapping.
+
+        Args:
+            slots: [tokens] slot mapping of the step.
+
+        Returns:
+            For each tree the index of its request, the index of its root among the query tokens, the number of tokens
+            up to and including the root, and its attention mask.
+        """
         self._slots = slots
         contexts = [p.position + 1 for p in self.scheduled_trees]
         return (
@@ -71,9 +79,16 @@ class TreeMetadataBuilder:
         )
 
     def move_kv(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Move keys and values of the step's query tokens to the places of others, one after the other."""
+        """Copy keys and values of query tokens of the step to the slots of other query tokens, one after another.
+
+        Args:
+            source: Indices of the query tokens to copy.
+            target: Indices of the query tokens whose slots are overwritten.
+        """
         if self._moves is None:
-            caches = {layer.kv_cache.data_ptr(): layer.kv_cache for layer in self._layers.values()}  # some share one
+            caches = {
+                layer.kv_cache.data_ptr(): layer.kv_cache for layer in self._layers.values()
+            }  # layers may share a cache
             self._moves = self.mover(list(caches.values()))
         self._moves(self._slots[list(source)].long(), self._slots[list(target)].long())
 
@@ -81,15 +96,15 @@ class TreeMetadataBuilder:
 def max_error(
     query: torch.Tensor, output: torch.Tensor, keys: Any, values: Any, before: int, seen: NDArray[np.bool_]
 ) -> float:
-    """How far a kernel's attention of a tree is from attention computed plainly; for self-tests.
+    """Return the maximum absolute error of a kernel's tree attention against reference attention; for self-tests.
 
     Args:
-        query: [rows, query_heads, size] of the root and the nodes.
-        output: What the kernel made of it, alike.
-        keys: [before + rows, kv_heads, size] float64.
-        values: As ``keys``.
-        before: Positions before the root.
-        seen: [rows, rows] which of them each sees.
+        query: [rows, query_heads, head_size] queries of the root and the nodes.
+        output: [rows, query_heads, head_size] output of the kernel.
+        keys: [before + rows, kv_heads, head_size] float64.
+        values: [before + rows, kv_heads, head_size] float64.
+        before: Number of tokens before the root.
+        seen: [rows, rows] bool attention mask of the root and the nodes.
     """
     worst = 0.0
     for row in range(len(query)):
@@ -101,10 +116,14 @@ def max_error(
 
 
 def check_tree_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
-    """Refuse layers that compute what our kernels do not.
+    """Check that our kernels support all layers.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        layers: Attention layers by name.
 
     Raises:
-        Unsupported: naming the layer.
+        Unsupported: A layer has a feature that our kernels do not support.
     """
     drafter = selection.read_config(vllm_config.additional_config).drafter
     for name, layer in layers.items():

@@ -1,8 +1,9 @@
-"""vLLM's CPU attention backend, with requests whose query tokens are a tree.
+"""Tree attention on vLLM's CPU backend: for requests whose query tokens form a draft tree.
 
-Stands over ``CPU_ATTN`` where tree verification is selected. A tree's tokens lie in the cache one behind the other, the
-root first, and each sees what lies before the tree, its ancestors and itself. Requests with a tree go through our
-kernel, which reads what all nodes see once; all others, and every step without a tree, through vLLM's.
+Replaces ``CPU_ATTN`` if tree verification is selected. The tokens of a tree are contiguous in the cache, the root
+first; each attends to the tokens before the tree, its ancestors and itself. Requests with a tree go through our kernel,
+which reads the tokens before the tree once for all nodes; all other requests, and steps without trees, go through
+vLLM's kernel.
 """
 
 import functools
@@ -22,11 +23,11 @@ from . import common
 
 @dataclass
 class TreeMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, whole, and our part of the step.
+    """vLLM's metadata of a step, extended by our part.
 
     Attributes:
-        trees: The requests that our kernel serves.
-        others: Metadata for vLLM's kernel with those requests cut to their query; None when there are no others.
+        trees: Draft trees that our kernel serves; None if there are none.
+        others: Metadata for vLLM's kernel with those requests cut to their query tokens; None if there are no others.
     """
 
     trees: CPUTreeBatch | None = None
@@ -34,21 +35,21 @@ class TreeMetadata(CPUAttentionMetadata):
 
 
 class TreeCPUBackend(CPUAttentionBackend):
-    """``CPU_ATTN`` with our metadata and our forward."""
+    """Subclass of ``CPU_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type["TreeCPUImpl"]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return TreeCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type["TreeCPUMetadataBuilder"]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return TreeCPUMetadataBuilder
 
 
 class TreeCPUMetadataBuilder(common.TreeMetadataBuilder, SplitBuilder):
-    """Finds the trees of a step, and moves what was accepted of them."""
+    """Metadata builder that adds the draft trees of a step and moves the KV of accepted tokens."""
 
     mover: ClassVar[type] = CPUKVMover
 
@@ -58,19 +59,19 @@ class TreeCPUMetadataBuilder(common.TreeMetadataBuilder, SplitBuilder):
         self.error = self_test_tree_cpu(self.dtype, *shape, self.isa)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TreeMetadata:
-        """vLLM's metadata, and our part of the step."""
+        """Build vLLM's metadata, extended by our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if not self.scheduled_trees:
             return TreeMetadata(**vars(stock))
-        placed = self.tree_batch_arguments(stock.slot_mapping)
+        trees = self.tree_batch_arguments(stock.slot_mapping)
         others = None
         if len(self.scheduled_trees) < common_attn_metadata.num_reqs:
-            others = self.without(stock, placed[0])
-        return TreeMetadata(**vars(stock), trees=CPUTreeBatch(*placed, self.num_heads), others=others)
+            others = self.without(stock, trees[0])
+        return TreeMetadata(**vars(stock), trees=CPUTreeBatch(*trees, self.num_heads), others=others)
 
 
 class TreeCPUImpl(CPUAttentionBackendImpl):
-    """The attention of one layer."""
+    """Attention implementation of one layer."""
 
     def forward(
         self,
@@ -84,7 +85,7 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see there for the shapes."""
+        """Compute attention; shapes are those of vLLM's `CPUAttentionBackendImpl.forward`."""
         step = getattr(attn_metadata, "trees", None)
         others = attn_metadata if step is None else attn_metadata.others  # type: ignore[union-attr]
         if step is None or others is not None:
@@ -98,32 +99,36 @@ class TreeCPUImpl(CPUAttentionBackendImpl):
 def self_test_tree_cpu(
     dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int, block_size: int, isa: str
 ) -> str | None:
-    """Self-test: our kernels over a small cache that vLLM's own has filled, against attention computed plainly."""
+    """Compare our kernels, on a cache written by vLLM's kernel, with reference attention.
+
+    Returns:
+        An error message, or None if they agree.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
     parents = np.array([-1, 0, -1, 2, 3, 1, 4], np.int32)
-    nodes, before = len(parents), block_size - 3  # the tree lies in two blocks
+    nodes, before = len(parents), block_size - 3  # the tree spans two blocks
     keys, values = random(before + 1 + nodes, kv_heads, head_size), random(before + 1 + nodes, kv_heads, head_size)
     query = random(1 + nodes, query_heads, head_size)
     cache = torch.zeros(3, kv_heads, block_size, 2 * head_size, dtype=dtype)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     slots = torch.cat([torch.arange(block_size) + 2 * block_size, torch.arange(block_size)])
 
-    def store(into: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
+    def store(into: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         halves = into.view(3, kv_heads, 2 * block_size, head_size).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(k, v, *halves, where, isa)
+        ops.cpu_attn_reshape_and_cache(k, v, *halves, slot_mapping, isa)
 
     store(cache, keys, values, slots[: len(keys)])
-    output, seen = torch.empty_like(query), tree_attention_mask(parents)
+    output, mask = torch.empty_like(query), tree_attention_mask(parents)
     try:
-        step = CPUTreeBatch([0], [0], [before + 1], [seen], query_heads)
+        step = CPUTreeBatch([0], [0], [before + 1], [mask], query_heads)
         tree_attention(query, cache, table, step, head_size**-0.5, output)
-    except Exception as error:  # no compiler, a layout that is not read
+    except Exception as error:  # no compiler, or a cache layout that the kernel does not read
         return str(error)
-    worst = common.max_error(query, output, keys.double().numpy(), values.double().numpy(), before, seen)
+    worst = common.max_error(query, output, keys.double().numpy(), values.double().numpy(), before, mask)
     if not worst < 0.02:
         return f"the kernel misreads the cache layout '{isa}' (self-test: off by {worst:.3g})"
     path = [before + 1 + node for node in (2, 3, 4, 6)]
@@ -131,4 +136,8 @@ def self_test_tree_cpu(
     fresh = cache.clone()
     CPUKVMover([cache])(slots[path], targets)
     store(fresh, keys[path], values[path], targets)
-    return None if torch.equal(cache, fresh) else f"moved tokens do not lie as '{isa}' would have written them"
+    return (
+        None
+        if torch.equal(cache, fresh)
+        else f"moved tokens differ from tokens that vLLM writes in the cache layout '{isa}'"
+    )

@@ -1,6 +1,6 @@
-"""vLLM's Triton attention backend, with requests whose query tokens are a tree; see `tree_cpu`.
+"""Tree attention on vLLM's Triton backend: for requests whose query tokens form a draft tree; see `cpu`.
 
-It stands in for ``FLASH_ATTN`` too. Full CUDA graphs cannot hold a step's trees, so graphs are cut at attention.
+It also replaces ``FLASH_ATTN``. Full CUDA graphs cannot contain the trees of a step, so CUDA graphs are piecewise.
 """
 
 import copy
@@ -22,21 +22,21 @@ from . import common
 
 
 class TreeTritonBackend(TritonAttentionBackend):
-    """``TRITON_ATTN`` with our metadata and our forward."""
+    """Subclass of ``TRITON_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type["TreeTritonImpl"]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return TreeTritonImpl
 
     @staticmethod
     def get_builder_cls() -> type["TreeTritonMetadataBuilder"]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return TreeTritonMetadataBuilder
 
 
 class TreeTritonMetadataBuilder(common.TreeMetadataBuilder, TritonAttentionMetadataBuilder):
-    """Finds the trees of a step, and moves what was accepted of them."""
+    """Metadata builder that adds the draft trees of a step and moves the KV of accepted tokens."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     mover: ClassVar[type] = TritonKVMover
@@ -48,25 +48,25 @@ class TreeTritonMetadataBuilder(common.TreeMetadataBuilder, TritonAttentionMetad
         )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """vLLM's metadata, and our part of the step."""
+        """Build vLLM's metadata, extended by our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         stock.trees = stock.others = None
         if self.scheduled_trees:
-            placed = self.tree_batch_arguments(stock.slot_mapping)
-            stock.trees = TritonTreeBatch(*placed, stock.seq_lens.device)
+            trees = self.tree_batch_arguments(stock.slot_mapping)
+            stock.trees = TritonTreeBatch(*trees, stock.seq_lens.device)
             if len(self.scheduled_trees) < common_attn_metadata.num_reqs:
-                # vLLM's kernel spends little on these requests, and ours overwrites its output.
+                # vLLM's kernel does little work for these requests, and ours overwrites its output.
                 stock.others = copy.copy(stock)
                 stock.others.seq_lens = stock.seq_lens.clone()
-                stock.others.seq_lens[placed[0]] = stock.query_start_loc.diff()[placed[0]]
+                stock.others.seq_lens[trees[0]] = stock.query_start_loc.diff()[trees[0]]
         return stock
 
 
 class TreeTritonImpl(TritonAttentionImpl):
-    """The attention of one layer."""
+    """Attention implementation of one layer."""
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Our kernel writes what it computes; nothing is quantised on the way."""
+        """Return False: our kernel does not quantise its output."""
         del quant_key
         return False
 
@@ -82,7 +82,7 @@ class TreeTritonImpl(TritonAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see there for the shapes."""
+        """Compute attention; shapes are those of vLLM's `TritonAttentionImpl.forward`."""
         step = getattr(attn_metadata, "trees", None)
         others = attn_metadata if step is None else attn_metadata.others
         if step is None or others is not None:
@@ -94,18 +94,22 @@ class TreeTritonImpl(TritonAttentionImpl):
 
 @functools.cache
 def self_test_tree_triton(head_size: int, dtype: torch.dtype, block_size: int, device: torch.device) -> str | None:
-    """Self-test: a tree over a small cache, against attention computed plainly."""
+    """Compare attention of a tree on a small cache with reference attention.
+
+    Returns:
+        An error message, or None if they agree.
+    """
     generator = torch.Generator().manual_seed(0)
     parents = np.array([-1, 0, -1, 2, 3, 1, 4], np.int32)
-    rows, before, seen = len(parents) + 1, block_size - 3, tree_attention_mask(parents)
+    rows, before, mask = len(parents) + 1, block_size - 3, tree_attention_mask(parents)
     query, cache = (
         torch.randn(shape, generator=generator).to(dtype).to(device)
         for shape in ((rows, 4, head_size), (3, 2, block_size, 2 * head_size))
     )
-    cache = cache.transpose(1, 2).contiguous().transpose(1, 2)  # positions first, as vLLM lays it out by default
+    cache = cache.transpose(1, 2).contiguous().transpose(1, 2)  # token-major (NHD), vLLM's default layout
     table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
     output, scale = torch.zeros_like(query), head_size**-0.5
-    tree_attention(query, cache, table, TritonTreeBatch([0], [0], [before + 1], [seen], device), scale, output)
+    tree_attention(query, cache, table, TritonTreeBatch([0], [0], [before + 1], [mask], device), scale, output)
     text = cache[table[0].long()].transpose(1, 2).reshape(-1, 2, 2 * head_size).double().cpu().numpy()
-    worst = common.max_error(query, output, text[..., :head_size], text[..., head_size:], before, seen)
+    worst = common.max_error(query, output, text[..., :head_size], text[..., head_size:], before, mask)
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

@@ -1,7 +1,8 @@
-"""Attention over KV heads with caches of their own, of which most keep a window; what all platforms share.
+"""Attention over KV heads with separate caches, most of which keep only a window; shared by all platforms.
 
-Keys and values are written and read by our kernels, a few calls for a layer whatever its heads. What a step leaves out
-is computed from the lengths of its requests alone, exactly as the cache manager does, so the two agree without talking.
+Keys and values are written and read by our kernels, with a few calls per layer for all its heads. The tokens that a
+step skips follow from the lengths of its requests alone, by the same formula as in the cache manager, so that the two
+agree without communication.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,56 +26,70 @@ from . import kv_cache_spec
 
 
 class WindowedImpl:
-    """The attention of one layer; stands before vLLM's among the bases of a class."""
+    """Mixin for the attention implementation of one layer; vLLM's has to follow it in the bases.
 
-    over: ClassVar[str]  # name of vLLM's backend
-    head_caches: ClassVar[type]  # of this platform's kernels
+    Attributes:
+        over: Name of vLLM's backend.
+        head_caches: Class of this platform's kernels.
+        policy: Name of the KV policy.
+        plan: Head plan of this rank.
+    """
+
+    over: ClassVar[str]
+    head_caches: ClassVar[type]
     policy: str
-    plan: HeadPlan  # of this rank
+    plan: HeadPlan
     _announce: LogWhenActive
-    _whole: frozenset[int]  # KV heads that keep everything
+    _whole: frozenset[int]  # retrieval heads: KV heads that keep all tokens
     _heads: Sequence[Any] = ()  # cache layers, one for each KV head
     _caches: Any = None
-    _places: Sequence[int] = ()  # addresses of the caches that these are
+    _places: Sequence[int] = ()  # addresses of the caches in `_caches`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._vllm_config = get_current_vllm_config()
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Our kernel writes what it computes; nothing is quantised on the way."""
+        """Return False: our kernel does not quantise its output."""
         del quant_key
         return False
 
     def fused_rope_kvcache_supported(self) -> bool:
-        """Our kernel writes keys that are rotated already."""
+        """Return False: our kernel stores keys that are already rotated."""
         return False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Split the layer into heads: called when the model is loaded, before the engine asks for cache specs."""
+        """Split the layer into KV heads; called after the model is loaded, before the engine asks for cache specs."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        if not self._heads:  # the first layer splits all of them; weights that are loaded anew change nothing
+        if not self._heads:  # the first layer splits all of them; reloading weights has no effect
             split_layers_into_heads(self._vllm_config)
 
     def use(self, heads: Sequence[Any], whole: frozenset[int], plan: HeadPlan, announce: LogWhenActive) -> None:
-        """Take cache layers, one for each KV head, of which ``whole`` keep everything."""
+        """Set the cache layers of this layer.
+
+        Args:
+            heads: Cache layer of each KV head.
+            whole: Retrieval heads, which keep all tokens.
+            plan: Head plan of this rank.
+            announce: Callable that logs the first step in which tokens are skipped.
+        """
         self._heads, self._whole, self.plan, self._announce = heads, whole, plan, announce
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Write keys and values to the blocks of every head."""
-        del layer, kv_cache, slot_mapping  # of one head; all are bound here
+        """Write keys and values to the cache of every head."""
+        del layer, kv_cache, slot_mapping  # those of one head; all heads are bound here
         context: Any = get_forward_context()
         metadata = context.attn_metadata
         if not metadata:  # warming up
             return
         caches = self._look_at_caches()
-        mine = [metadata[head.layer_name] for head in self._heads]
+        per_head = [metadata[head.layer_name] for head in self._heads]
         slots = [context.slot_mapping[head.layer_name] for head in self._heads]
-        caches.bind([m.block_table for m in mine], slots)
+        caches.bind([m.block_table for m in per_head], slots)
         caches.store_kv(key[: len(slots[0])], value[: len(slots[0])])
-        caches.update_means(mine[0].step)
+        caches.update_means(per_head[0].step)
 
     def forward(
         self,
@@ -88,7 +103,7 @@ class WindowedImpl:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see there for the shapes."""
+        """Compute attention; shapes are those of vLLM's `AttentionImpl.forward`."""
         del layer, key, value, kv_cache, output_scale, output_block_scale
         if attn_metadata is None:  # warming up
             return output
@@ -99,68 +114,77 @@ class WindowedImpl:
 
     def _look_at_caches(self) -> Any:
         caches = [head.kv_cache for head in self._heads]
-        places = [cache.data_ptr() for cache in caches]
-        # They move when vLLM measures CUDA graphs with a small cache before it makes the real one.
-        if places != self._places:
+        addresses = [cache.data_ptr() for cache in caches]
+        # Addresses change, since vLLM profiles CUDA graphs with a small cache before it allocates the final one.
+        if addresses != self._places:
             windowed = [head not in self._whole for head in range(len(caches))]
-            self._caches, self._places = self.head_caches(caches, windowed, self.plan.window), places
+            self._caches, self._places = self.head_caches(caches, windowed, self.plan.window), addresses
         return self._caches
 
 
 def split_layers_into_heads(vllm_config: Any) -> None:
-    """Split all attention layers of a model by its policy's plan, and say so in the log.
+    """Split all attention layers of a model into KV heads by the policy's head plan, and log the attached policy.
 
     Raises:
-        Unsupported: the engine or a layer cannot be served.
+        Unsupported: The engine or a layer cannot be served.
     """
     attachment = attach("kv", vllm_config)
     assert attachment is not None
     compatibility.check(attachment, vllm_config)
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan = policy.head_plan()
-    assert plan is not None  # such a policy has one
+    assert plan is not None  # every policy that frees blocks has one
     layers = vllm_config.compilation_config.static_forward_context
     ours = [
         layer
         for layer in layers.values()
         if isinstance(getattr(layer, "impl", None), WindowedImpl) and not isinstance(layer, kv_cache_spec.HeadLayer)
     ]
-    kept, total = sum(map(len, plan.retrieval_heads)), len(plan.retrieval_heads) * attachment.engine.kv_heads
+    retrieval, total = sum(map(len, plan.retrieval_heads)), len(plan.retrieval_heads) * attachment.engine.kv_heads
     group = get_tp_group()
     plan = plan.for_rank(group.rank_in_group, group.world_size, attachment.engine.kv_heads)
-    whole = [plan.retrieval_heads[extract_layer_index(layer.layer_name)] for layer in ours]
+    per_layer = [plan.retrieval_heads[extract_layer_index(layer.layer_name)] for layer in ours]
     for layer in ours:
         layer.impl.policy = policy.name
         _check_layer(layer, vllm_config.model_config.model)
     announce = LogWhenActive(policy.name)
-    for layer, heads, kept_here in zip(
-        ours, kv_cache_spec.split_into_heads(ours, layers, whole, plan.window), whole, strict=True
+    for layer, heads, retrieval_heads in zip(
+        ours, kv_cache_spec.split_into_heads(ours, layers, per_layer, plan.window), per_layer, strict=True
     ):
-        layer.impl.use(heads, kept_here, plan, announce)
-    how = f"over {ours[0].impl.over}; {kept} of {total} KV heads keep everything ({kept / total:.1%})"
+        layer.impl.use(heads, retrieval_heads, plan, announce)
+    how = f"over {ours[0].impl.over}; {retrieval} of {total} KV heads are retrieval heads ({retrieval / total:.1%})"
     log.logger.info(log.start_up_table("kv", attachment, how))
 
 
 def _check_layer(layer: Any, model: str) -> None:
-    """Refuse what the kernels do not compute."""
+    """Raise `Unsupported` for a layer with a feature that the kernels do not support."""
     impl = layer.impl
-    reasons = ["its sliding window drops positions already"] if is_windowed(impl) else unsupported_features(impl, 32)
+    reasons = ["it has its own sliding window"] if is_windowed(impl) else unsupported_features(impl, 32)
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         reasons.append("it reads the cache of another layer")
     if type(layer).__name__ == "ChunkedLocalAttention":
-        reasons.append("it attends in chunks")
+        reasons.append("it uses chunked local attention")
     if reasons:
-        raise Unsupported(impl.policy, reasons[0], "leave the policy out", model, layer.layer_name)
+        raise Unsupported(impl.policy, reasons[0], "run without the policy", model, layer.layer_name)
 
 
 def check_kernels(impl: Any, test: Callable[[], str | None], model: str) -> None:
-    """Refuse kernels that fail their self-test, or cannot run it."""
+    """Run the kernels' self-test.
+
+    Args:
+        impl: Attention implementation of a layer.
+        test: Self-test, which returns an error message or None.
+        model: Name of the model, for the error message.
+
+    Raises:
+        Unsupported: The self-test fails or cannot run.
+    """
     try:
         error = test()
-    except Exception as failure:  # whatever a compiler or a shape brings up is a reason not to start
+    except Exception as failure:  # any error of a compiler or kernel is a reason not to start
         error = f"the kernels do not run here ({(str(failure).strip() or type(failure).__name__).splitlines()[-1]})"
     if error is not None:
-        raise Unsupported(impl.policy, error, "leave the policy out", model)
+        raise Unsupported(impl.policy, error, "run without the policy", model)
 
 
 def self_test_windowed(
@@ -172,16 +196,20 @@ def self_test_windowed(
     block_size: int,
     device: Any,
 ) -> str | None:
-    """Self-test: a prompt and a decoded token by our kernels against attention computed plainly.
+    """Compare our kernels on a prompt and on a decoded token with reference attention.
 
     Args:
-        head_caches: Of the kernels.
-        make_step: Describes a step of one request whose positions go from and to, for the kernels.
-        dtype: Of the cache.
-        share: Query heads of a KV head.
-        head_size: Of a head.
-        block_size: Positions of a block.
-        device: Of the cache.
+        head_caches: Class of the kernels.
+        make_step: Function from the first position, the end position and the window of one request to the kernels'
+            description of the step.
+        dtype: Data type of the cache.
+        share: Number of query heads per KV head.
+        head_size: Size of a head.
+        block_size: Number of tokens per block.
+        device: Device of the cache.
+
+    Returns:
+        An error message, or None if they agree.
     """
     generator = torch.Generator().manual_seed(0)
     prompt = 3 * block_size + 9
@@ -205,7 +233,7 @@ def self_test_windowed(
         caches.store_kv(key[begin:end], value[begin:end])
         caches.update_means(step)
         caches.attend(query[begin:end], scale, output[begin:end], step)
-        stretch = (block_size, block_size + window.num_evicted(end - 1, block_size))
-        expected = RazorAttention.windowed_attention(q[end - 1], k[:end], v[:end], scale, stretch, compensation=True)
+        evicted = (block_size, block_size + window.num_evicted(end - 1, block_size))
+        expected = RazorAttention.windowed_attention(q[end - 1], k[:end], v[:end], scale, evicted, compensation=True)
         worst = max(worst, abs(output[end - 1].double().cpu().numpy() - expected).max())
     return None if worst < 0.03 else f"the kernels misread the cache (self-test: off by {worst:.3g})"

@@ -1,9 +1,9 @@
-"""KV heads as cache layers of their own, so that the engine gives blocks to each and takes them back from each.
+"""KV heads as separate cache layers, so that the engine allocates and frees blocks per head.
 
-vLLM's block table serves all heads of a layer. Here every KV head is a layer of its own to vLLM's cache manager: heads
-that keep everything are full attention with one head; windowed heads have a spec and a manager of ours, which frees
-what lies between the sinks and the window at every step. All pages are equally large, so vLLM's own grouping, pool,
-admission and preemption serve both.
+vLLM's block table serves all heads of a layer. Here vLLM's cache manager treats every KV head as a layer: retrieval
+heads use vLLM's full-attention spec with one head; non-retrieval heads use our spec and manager, which frees the blocks
+between the sinks and the window at every step. All pages have the same size, so vLLM's grouping, block pool, admission
+and preemption serve both.
 """
 
 import functools
@@ -25,14 +25,14 @@ from ...engine.patching import Patch
 
 @dataclass(frozen=True, kw_only=True)
 class WindowedHeadSpec(AttentionSpec):
-    """The cache of one windowed head.
+    """KV cache spec of one non-retrieval head.
 
-    Not derived from vLLM's `SlidingWindowSpec`, which it treats as a window without sinks in many places.
+    It is not derived from vLLM's `SlidingWindowSpec`, which vLLM treats as a window without sinks in many places.
 
     Attributes:
-        window: What is kept.
-        longest: The longest text that a request may have.
-        in_flight: The most tokens that are scheduled before blocks are freed.
+        window: Sinks and window that the head keeps.
+        longest: Maximum number of tokens of a request.
+        in_flight: Maximum number of tokens that are scheduled before blocks are freed.
     """
 
     window: HeadWindow
@@ -41,43 +41,47 @@ class WindowedHeadSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Blocks are freed while a request runs, so that none can be found again."""
+        """Return False: blocks are freed while a request runs, so the prefix cache cannot find them."""
         return False
 
     @property
     def max_blocks(self) -> int:
-        """The most blocks that a request holds at any time."""
+        """Maximum number of blocks that a request holds at any time."""
         return self.window.max_blocks(self.longest, self.in_flight, self.block_size)
 
     @property
     def max_decode_blocks(self) -> int:
-        """The most blocks that a request holds behind its prompt, where it adds a token at a time."""
+        """Maximum number of blocks that a request holds after its prompt, while it decodes one token per step."""
         return self.window.max_decode_blocks(self.longest, 1, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Of one request, in bytes."""
+        """Return the maximum memory usage of one request in bytes."""
         del vllm_config
         return self.max_blocks * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: Any) -> bool:
-        """Whether one block table could serve all these layers."""
+        """Return whether one block table can serve all these layers."""
         return all(spec == self for spec in kv_cache_specs.values())
 
 
 class WindowedHeadManager(SingleTypeKVCacheManager):
-    """Gives blocks to windowed heads, and frees those that they dropped."""
+    """KV cache manager of non-retrieval heads, which allocates their blocks and frees evicted ones.
+
+    Attributes:
+        freed: Number of blocks freed while their requests were running.
+    """
 
     kv_cache_spec: WindowedHeadSpec
 
     def __init__(self, kv_cache_spec: WindowedHeadSpec, **kwargs: Any) -> None:
         kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks
         super().__init__(kv_cache_spec, **kwargs)
-        self.freed = 0  # blocks, while their requests go on
+        self.freed = 0
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the blocks between the sinks and what a step behind ``processed_computed_tokens`` reads."""
+        """Free the blocks between the sinks and the first block that the next step reads."""
         window = self.kv_cache_spec.window
         in_prompt = num_prompt_tokens is not None and processed_computed_tokens < num_prompt_tokens
         first = window.first_retained_block(processed_computed_tokens, self.block_size, in_prompt)
@@ -94,55 +98,72 @@ class WindowedHeadManager(SingleTypeKVCacheManager):
 
 
 def report_freed(scheduler: Any, plugin: str) -> None:
-    """Let statistics of a scheduler carry how many blocks were freed since the last ones; see `metrics.take_freed`."""
-    make_stats, told = scheduler.make_stats, 0
+    """Add the number of blocks freed since the last report to the statistics of a scheduler.
+
+    `metrics.record_freed_blocks` reads it from there.
+
+    Args:
+        scheduler: vLLM's scheduler, of which `make_stats` is wrapped.
+        plugin: Name of the KV policy.
+    """
+    make_stats, reported = scheduler.make_stats, 0
 
     def with_freed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal told
+        nonlocal reported
         stats = make_stats(*args, **kwargs)
         managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         freed = sum(m.freed for m in managers if isinstance(m, WindowedHeadManager))
-        if stats is not None and freed > told:
-            # The one dictionary in there that reaches the other process whatever it holds.
-            stats.num_kv_fetch_reqs_by_stage[metrics.FREED_BLOCKS_KEY + plugin] = freed - told
-            told = freed
+        if stats is not None and freed > reported:
+            # The only field of the statistics whose keys are passed to the front-end process unchecked.
+            stats.num_kv_fetch_reqs_by_stage[metrics.FREED_BLOCKS_KEY + plugin] = freed - reported
+            reported = freed
         return stats
 
     scheduler.make_stats = with_freed
 
 
 class HeadLayer(AttentionLayerBase):
-    """A layer with the cache of one KV head."""
+    """Cache layer of one KV head.
+
+    Args:
+        layer: vLLM's attention layer.
+        name: Name of the cache layer.
+        spec: Factory of the cache spec.
+    """
 
     def __init__(self, layer: Any, name: str, spec: "HeadSpec") -> None:
         self.layer, self.layer_name, self.spec = layer, name, spec
         self.impl, self.kv_cache = layer.impl, torch.tensor([])
 
     def get_attn_backend(self) -> Any:
-        """The backend of the layer that it came from."""
+        """Return the attention backend of the attention layer."""
         return self.layer.attn_backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> AttentionSpec:
-        """How much of a text it keeps."""
+        """Return the cache spec of the head."""
         return self.spec.of(self.layer, vllm_config)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Makes the cache spec of one head; ``window`` None: it keeps everything."""
+    """Factory of the cache spec of one head.
+
+    Attributes:
+        window: Sinks and window of a non-retrieval head; None for a retrieval head, which keeps all tokens.
+    """
 
     window: HeadWindow | None
 
     def of(self, layer: Any, vllm_config: Any) -> AttentionSpec:
-        """The spec; the block size is vLLM's, known when models are loaded."""
-        block_size, size, dtype = vllm_config.cache_config.block_size, layer.head_size, layer.kv_cache_torch_dtype
+        """Return the cache spec for a head of ``layer``; vLLM's block size is known once the model is loaded."""
+        block_size, head_size, dtype = vllm_config.cache_config.block_size, layer.head_size, layer.kv_cache_torch_dtype
         shared = {
             "block_size": block_size,
             "num_kv_heads": 1,
-            "head_size": size,
-            "head_size_v": size,
+            "head_size": head_size,
+            "head_size_v": head_size,
             "dtype": dtype,
-            "page_size_padded": block_size * 2 * size * dtype.itemsize + means_bytes(size),
+            "page_size_padded": block_size * 2 * head_size * dtype.itemsize + means_bytes(head_size),
         }
         if self.window is None:
             return FullAttentionSpec(**shared)
@@ -157,25 +178,26 @@ class HeadSpec:
 def split_into_heads(
     ours: Sequence[Any], layers: dict[str, Any], whole: Sequence[frozenset[int]], window: HeadWindow
 ) -> list[list[Any]]:
-    """Make as many cache layers as there are KV heads; an attention layer is one of them itself.
+    """Create one cache layer per KV head; an attention layer is the cache layer of its first head.
 
-    vLLM wants the same cache layers on all tensor-parallel ranks, whose heads differ. So the first cache layers keep
-    everything, as many as there are such heads, whichever heads of whichever layers these are.
+    vLLM requires the same cache layers on all tensor-parallel ranks, but retrieval heads differ between ranks.
+    Therefore the first cache layers, as many as there are retrieval heads, get the full-attention spec, and each head
+    is assigned a cache layer with a suitable spec, possibly of another attention layer.
 
     Args:
         ours: vLLM's attention layers.
-        layers: vLLM's layers by name, to which ours are added.
-        whole: For each attention layer, KV heads that keep everything.
-        window: Of the others.
+        layers: vLLM's layers by name; new cache layers are added.
+        whole: Retrieval heads of each attention layer.
+        window: Sinks and window of the other heads.
 
     Returns:
-        For each attention layer and KV head the cache layer whose ``kv_cache`` is its own.
+        Cache layer of each KV head, for each attention layer.
     """
-    kept = sum(map(len, whole))
+    num_retrieval = sum(map(len, whole))
     slots: list[Any] = []
     for layer in ours:
         for head in range(layer.num_kv_heads):
-            spec = HeadSpec(None if len(slots) < kept else window)
+            spec = HeadSpec(None if len(slots) < num_retrieval else window)
             if head == 0:
                 layer.get_kv_cache_spec = functools.partial(spec.of, layer)
                 slots.append(layer)
@@ -183,17 +205,17 @@ def split_into_heads(
                 name = f"{layer.layer_name}.head{head}"
                 layers[name] = HeadLayer(layer, name, spec)
                 slots.append(layers[name])
-    keep, leave = iter(slots[:kept]), iter(slots[kept:])
+    full, windowed = iter(slots[:num_retrieval]), iter(slots[num_retrieval:])
     return [
-        [next(keep if head in heads else leave) for head in range(layer.num_kv_heads)]
+        [next(full if head in heads else windowed) for head in range(layer.num_kv_heads)]
         for layer, heads in zip(ours, whole, strict=True)
     ]
 
 
 def max_concurrency(kv_cache_config: Any, vllm_config: Any) -> float | None:
-    """How many requests of the longest length fit together: one reads its prompt while all others decode.
+    """Estimate how many requests of maximum length fit at the same time, one in its prompt and all others decoding.
 
-    None when no head is windowed, and vLLM's own figure holds.
+    Return None if no head is windowed, so that vLLM's estimate applies.
     """
     peak = steady = 0
     windowed = False
@@ -214,8 +236,8 @@ def max_concurrency(kv_cache_config: Any, vllm_config: Any) -> float | None:
 
 def _capacity(original: Any) -> Any:
     def get_max_concurrency_for_kv_cache_config(vllm_config: Any, kv_cache_config: Any) -> float:
-        found = max_concurrency(kv_cache_config, vllm_config)
-        return original(vllm_config, kv_cache_config) if found is None else found
+        concurrency = max_concurrency(kv_cache_config, vllm_config)
+        return original(vllm_config, kv_cache_config) if concurrency is None else concurrency
 
     return get_max_concurrency_for_kv_cache_config
 
@@ -223,8 +245,8 @@ def _capacity(original: Any) -> Any:
 CAPACITY = Patch("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config", _capacity)
 
 
-# When this module is imported, which every process does that makes such a spec or reads one from another process.
-KVCacheSpecRegistry._ensure_registered()  # or ours would hide the built-in ones
+# Runs on import: every process that creates or unpickles our spec imports this module.
+KVCacheSpecRegistry._ensure_registered()  # otherwise our entry would prevent the registration of vLLM's specs
 KVCacheSpecRegistry.register(
     WindowedHeadSpec, manager_class=WindowedHeadManager, uniform_type_base_spec=WindowedHeadSpec
 )

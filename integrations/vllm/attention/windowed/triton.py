@@ -1,4 +1,4 @@
-"""vLLM's Triton attention backend over KV heads with caches of their own, see `windowed`."""
+"""Attention over KV heads with separate caches on vLLM's Triton backend; see `common`."""
 
 import copy
 import functools
@@ -17,28 +17,28 @@ from . import common
 
 
 class WindowedTritonImpl(common.WindowedImpl, TritonAttentionImpl):
-    """The attention of one layer."""
+    """Attention implementation of one layer."""
 
     over: ClassVar[str] = "TRITON_ATTN"
     head_caches: ClassVar[type] = TritonHeadCaches
 
 
 class WindowedTritonBackend(TritonAttentionBackend):
-    """``TRITON_ATTN`` with our metadata and our forward."""
+    """Subclass of ``TRITON_ATTN`` with our metadata builder and attention implementation."""
 
     @staticmethod
     def get_impl_cls() -> type[WindowedTritonImpl]:
-        """The attention of a layer."""
+        """Return the class of the attention implementation."""
         return WindowedTritonImpl
 
     @staticmethod
     def get_builder_cls() -> type["WindowedTritonMetadataBuilder"]:
-        """What builds the metadata of a step."""
+        """Return the class of the metadata builder."""
         return WindowedTritonMetadataBuilder
 
 
 class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
-    """Tells the kernels which requests process a prompt; the rest they find on the device."""
+    """Metadata builder that marks the requests which process a prompt; the kernels read all else on the device."""
 
     supports_update_block_table: bool = True
 
@@ -52,31 +52,32 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         self._in_prompt = in_prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """vLLM's metadata, and our part of the step."""
+        """Build vLLM's metadata, extended by our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
+        requests, is_prefilling = len(stock.seq_lens), common_attn_metadata.is_prefilling
         in_prompt = self._in_prompt[:requests]
-        if known is None:  # a graph is captured
+        if is_prefilling is None:  # a CUDA graph is being captured
             in_prompt.zero_()
         else:
-            in_prompt.copy_(known[:requests], non_blocking=True)
+            in_prompt.copy_(is_prefilling[:requests], non_blocking=True)
         stock.step = TritonWindowedStep(
             stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
-        stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
+        evicted = is_prefilling is not None and self.window.num_evicted(longest - 1, self.block_size)
+        stock.windowed = longest if evicted else 0
         return stock
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
-        """The same step over another group's blocks."""
-        mine = copy.copy(metadata)
-        mine.block_table, mine.slot_mapping = blk_table, slot_mapping
-        return mine
+        """Build the metadata of the same step for the blocks of another group of heads."""
+        updated = copy.copy(metadata)
+        updated.block_table, updated.slot_mapping = blk_table, slot_mapping
+        return updated
 
 
 @functools.cache
 def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
-    """Which requests process a prompt, where the captured graphs of all groups look."""
+    """Return the buffer of flags for requests that process a prompt, [requests] int32, read by all CUDA graphs."""
     return torch.zeros(requests, dtype=torch.int32, device=device)
 
 
@@ -84,10 +85,10 @@ def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
 def self_test_windowed_triton(
     dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device
 ) -> str | None:
-    """What the self-test of the kernels finds."""
+    """Run `common.self_test_windowed` with the Triton kernels; return an error message, or None."""
 
     def make_step(begin: int, end: int, window: HeadWindow) -> TritonWindowedStep:
-        del window  # the kernels know it
+        del window  # `TritonHeadCaches` passes it to the kernels
         starts, lens, in_prompt = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - begin], [end], [0])
         )

@@ -1,0 +1,73 @@
+"""The GPU scripts of ``benchmarks/gpu``, as far as a machine without a card can run them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS = ("smoke", "kernels", "tests", "install", "vllm_kernels", "engine", "drafters", "retrieval")
+
+
+@pytest.fixture
+def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = root / "benchmarks" / "gpu"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_imports(scripts: Path, step: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"gpu_step_{step}", scripts / f"gpu_{step}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert callable(module.work)
+
+
+def test_the_driver_knows_every_step(scripts: Path) -> None:
+    text = (scripts / "on_device.sh").read_text()
+    assert all(f"[{step}]=" in text for step in STEPS)
+    assert {p.stem.removeprefix("gpu_") for p in scripts.glob("gpu_*.py")} == {*STEPS, "common", "arms"}
+    refused = subprocess.run(["bash", scripts / "on_device.sh", "no-step"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2
+    assert "no step 'no-step'" in refused.stderr
+
+
+@pytest.mark.parametrize("script", ["prepare.sh", "on_device.sh"])
+def test_shell_scripts_parse(scripts: Path, script: str) -> None:
+    subprocess.run(["bash", "-n", scripts / script], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["vllm.attention.sparse.flash_attn", "vllm.drafting.v1.proposer"])
+def test_modules_that_the_install_step_imports_exist(scripts: Path, root: Path, module: str) -> None:
+    assert f"pilotfish.integrations.{module}" in (scripts / "gpu_install.py").read_text()
+    assert (root / "integrations" / Path(*module.split("."))).with_suffix(".py").is_file()
+
+
+def test_kernels_are_right_when_interpreted(scripts: Path, tmp_path: Path) -> None:
+    """Every check of the kernels' step, over tiny shapes on a CPU."""
+    done = subprocess.run(
+        [sys.executable, str(scripts / "gpu_kernels.py"), "--device", "cpu", "--tiny"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert done.returncode == 0, (result["failures"], done.stderr[-2000:])
+    assert result["ok"] and not result["failures"]
+    checked = {r["arm"] for r in result["records"] if r["metric"] == "relative_error"}
+    assert {"razor_decode", "razor_prompt", "tree_8"} < checked
+    assert any(arm.startswith("tidal_") for arm in checked)
+
+
+def test_the_project_is_found_without_an_installation(scripts: Path, root: Path, tmp_path: Path) -> None:
+    """`unpack.py` writes the metadata by which plugins are found."""
+    subprocess.run([sys.executable, scripts / "unpack.py", tmp_path], cwd=root, check=True, timeout=60)
+    (info,) = tmp_path.glob("pilotfish-*.dist-info")
+    points = (info / "entry_points.txt").read_text()
+    assert "[vllm.general_plugins]" in points and "tidal_decode = pilotfish.plugins.tidal_decode" in points
