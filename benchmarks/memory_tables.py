@@ -1,4 +1,4 @@
-"""Tables of policies that free memory: `pilotfish bench kv --policy razor_attention`."""
+"""Tables of KV policies that free memory: `pilotfish bench kv --policy razor_attention`."""
 
 from common import STOCK, kv_figures, markdown, provenance, setting
 
@@ -6,7 +6,7 @@ QUALITY = ("kv_memory_quality", "kv_memory_controls")
 
 
 def load_table() -> str:
-    """A load of many requests in little memory."""
+    """Return the table of a load with many requests in little memory."""
     result, arms, table = kv_figures("kv_memory")
     rows = []
     for arm in arms:
@@ -31,7 +31,7 @@ def load_table() -> str:
 
 
 def steps() -> str:
-    """Decode steps and the memory that requests hold, by context and batch."""
+    """Return the table of decode step times and KV memory, by context and batch."""
     _, arms, table = kv_figures("kv_memory")
     places = sorted({(c, b) for _, _, c, b in table if b})
     rows = []
@@ -46,7 +46,7 @@ def steps() -> str:
 
 
 def quality() -> str:
-    """What is lost: on texts, and in what is found again."""
+    """Return the table of quality: NLL and divergence on texts, needle recall, and key-value retrieval."""
     rows, head = [], []
     for name in QUALITY:
         _, arms, table = kv_figures(name)

@@ -1,7 +1,7 @@
-"""What encoding a query takes in each precision, and what it costs: `python benchmarks/query_encoding.py DATA`.
+"""Benchmark of query encoding: time and quality of each precision. `python benchmarks/query_encoding.py DATA`.
 
-DATA holds cranfield. Documents are encoded in float32 once; only queries change. Each query goes through all precisions
-before the next one, at one thread; queries are not remembered here.
+DATA holds cranfield. Documents are encoded once in float32; only the precision of queries changes. Each query runs in
+all precisions before the next one, on one thread; encoded queries are not cached.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def main() -> None:
-    """Encode, search, compare, write the JSON."""
+    """Encode and search with each precision, and write the JSON."""
     import torch
 
     parser = argparse.ArgumentParser()
@@ -46,8 +46,8 @@ def main() -> None:
             started = time.perf_counter()
             query = encoder.encode_queries([text])
             taken[precision].append(1e3 * (time.perf_counter() - started))
-            found, _ = kind.search(searcher, query, 100, XTRSettings(), None)
-            rankings[precision][name] = evaluation.ranked_ids([documents[d].id for d in found.tolist()])
+            results, _ = kind.search(searcher, query, 100, XTRSettings(), None)
+            rankings[precision][name] = evaluation.ranked_ids([documents[d].id for d in results.tolist()])
     records = []
     for precision in PRECISIONS:
         quality = evaluation.compute_metrics(collection.judged, rankings[precision])

@@ -1,8 +1,8 @@
-"""Sixteen people ask at once, while documents come and go: no error, no growth, and the times.
+"""Load test of RAG: 16 concurrent users ask questions while documents change. Checks errors, memory and latency.
 
     python benchmarks/rag_load.py DATA [--seconds 300] [--people 16]
 
-DATA holds xquad. Index and engine, which drafts with RASD, share the machine, as does this program.
+DATA holds xquad. The index, the engine (which drafts with RASD) and this program share the machine.
 """
 
 import argparse
@@ -25,32 +25,32 @@ from pilotfish.integrations.rag import engine, questions
 from pilotfish.retrieval import Index
 
 MODEL = "smollm2-135m-instruct"
-SETTLED = 0.4  # of the time: until then caches fill, and memory is expected to grow
-CHANGED = 10  # documents, each second
+SETTLED = 0.4  # share of the time until caches are filled; memory is expected to grow before
+CHANGED = 10  # documents changed per second
 OUT = Path(__file__).parent / "results" / "rag_load.json"
 
 
 async def ask(client: httpx.AsyncClient, url: str, question: str) -> dict[str, Any]:
-    """One question; what came of it."""
+    """Ask one question; return times and whether it was answered, or an error."""
     begun = time.perf_counter()
     first = None
     async with client.stream("POST", f"{url}/ask", json={"question": question}) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
-            told = json.loads(line)
-            if "error" in told:
-                return {"error": told["error"]}
-            if "text" in told and first is None:
+            payload = json.loads(line)
+            if "error" in payload:
+                return {"error": payload["error"]}
+            if "text" in payload and first is None:
                 first = time.perf_counter() - begun
-            if "done" in told:
-                return {"seconds": time.perf_counter() - begun, "first": first, "known": told["done"]["known"]}
+            if "done" in payload:
+                return {"seconds": time.perf_counter() - begun, "first": first, "known": payload["done"]["known"]}
     return {"error": "the answer ended early"}
 
 
 async def load(
     url: str, asked: list[str], documents: list[str], seconds: float, people: int, pids: dict[str, int]
 ) -> Any:
-    """Ask, change documents, and look at memory."""
+    """Ask questions, change documents, and sample memory and health, all at the same time."""
     until = time.monotonic() + seconds
     answers: list[dict[str, Any]] = []
     changes: list[float] = []
@@ -75,7 +75,7 @@ async def load(
                     json.dumps({"id": f"new-{(number + i) % 200}", "text": f"{rng.choice(documents)} {number + i}"})
                     for i in range(CHANGED)
                 ]
-                number += CHANGED  # from two hundred on, each replaces an earlier one
+                number += CHANGED  # beyond 200 documents, each replaces an earlier one
                 answer = await client.post(f"{url}/documents", params={"name": "new.jsonl"}, content="\n".join(lines))
                 if answer.status_code != 200:
                     answers.append({"error": f"documents: {answer.text}"})
@@ -95,17 +95,17 @@ async def load(
 
 
 def main() -> int:
-    """Measure, and write the JSON; exit code 1 where something failed."""
+    """Run the load and write the JSON; return exit code 1 if a request failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--people", type=int, default=16)
-    parser.add_argument("--drafter", default="rasd", help="of the engine; empty for none")
+    parser.add_argument("--drafter", default="rasd", help="drafter of the engine; empty for none")
     parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args()
-    record.check_output_path(given.out)
-    collection = questions.read_questions(given.data / "xquad")
-    drafting = ["--drafter", given.drafter] if given.drafter else []
+    arguments = parser.parse_args()
+    record.check_output_path(arguments.out)
+    collection = questions.read_questions(arguments.data / "xquad")
+    drafting = ["--drafter", arguments.drafter] if arguments.drafter else []
     texts = [d["text"] for d in collection.documents.values()]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -119,16 +119,16 @@ def main() -> int:
         with engine.running_server(serve, options) as page:
             pids = {"index and page": page.pid, "engine": server.pid}
             asked = [c.question for c in collection.cases]
-            found = load(page.url, asked, texts, given.seconds, given.people, pids)
-            answers, changes, memory, health = asyncio.run(found)
+            run = load(page.url, asked, texts, arguments.seconds, arguments.people, pids)
+            answers, changes, memory, health = asyncio.run(run)
             documents = httpx.get(f"{page.url}/health").json()["documents"]
         with Index.open(Path(folder) / "index") as index:
             index.check()
             assert len(index) == documents
     errors = [a["error"] for a in answers if "error" in a]
     good = [a for a in answers if "error" not in a]
-    records = figures(good, errors, changes, memory, health, given)
-    record.write_records(given.out, records, {"answers": answers, "memory": memory})
+    records = figures(good, errors, changes, memory, health, arguments)
+    record.write_records(arguments.out, records, {"answers": answers, "memory": memory})
     for r in records:
         sys.stdout.write(f"{r.arm:18} {r.metric:24} {r.value:10.3f} {r.unit}\n")
     for error in dict.fromkeys(errors):
@@ -139,7 +139,7 @@ def main() -> int:
 def figures(
     good: list[Any], errors: list[str], changes: list[float], memory: list[Any], health: list[float], given: Any
 ) -> list[Record]:
-    """Of the whole time; memory at 40 % of it and at its end."""
+    """Return the records: times over the whole run, memory at 40 % of the run and at its end."""
     seconds, first = sorted(a["seconds"] for a in good), sorted(a["first"] for a in good if a["first"])
     settled = memory[int(SETTLED * len(memory)) :]
     window = max(len(settled) // 6, 1)

@@ -1,4 +1,4 @@
-"""Tables of questions answered from documents."""
+"""Tables of question answering from documents: `pilotfish bench rag`."""
 
 from common import figures, load, markdown, provenance
 
@@ -12,8 +12,8 @@ ARMS = {
 
 
 def _figures(result: dict) -> dict[tuple[str, str], dict[str, float]]:
-    """``(dataset, arm) -> metric -> value``."""
-    return {(dataset, arm): found for (dataset, _, arm), found in figures(result).items()}
+    """Return ``(dataset, arm) -> metric -> value``."""
+    return {(dataset, arm): values for (dataset, _, arm), values in figures(result).items()}
 
 
 def _cell(found: dict[str, float], metric: str, form: str) -> str:
@@ -21,7 +21,7 @@ def _cell(found: dict[str, float], metric: str, form: str) -> str:
 
 
 def speed() -> str:
-    """Each plugin against stock of the same questions."""
+    """Return the table of speeds of each plugin against stock on the same questions."""
     result = load("rag")
     found = _figures(result)
     rows = [
@@ -54,7 +54,7 @@ def speed() -> str:
 
 
 def load_table() -> str:
-    """Many people at once."""
+    """Return the table of the load test with concurrent users."""
     result = load("rag_load")
     found = {(r["arm"], r["metric"]): r["value"] for r in result["records"]}
     params = result["records"][0]["params"]
@@ -76,7 +76,7 @@ def load_table() -> str:
 
 
 def quality() -> str:
-    """What is found and said, by dataset."""
+    """Return the table of retrieval and answer quality, by dataset."""
     found = _figures(load("rag"))
     datasets = [d for d, a in found if a == "retrieval"]
     rows = []
@@ -84,18 +84,18 @@ def quality() -> str:
         searched = found[dataset, "retrieval"]
         recall = next(v for m, v in searched.items() if m.startswith("recall@"))
         for arm in ("none|rasd", "razor_attention"):
-            said = found.get((dataset, arm), {})
+            answers = found.get((dataset, arm), {})
             rows.append(
                 [
                     dataset,
                     "stock" if arm.startswith("none") else ARMS[arm],
                     f"{recall:.0%}",
-                    _cell(said, "contains", "{:.0%}"),
-                    _cell(said, "exact_match", "{:.0%}"),
-                    _cell(said, "f1", "{:.2f}"),
-                    _cell(said, "citation_precision", "{:.0%}"),
-                    _cell(said, "honest_refusals", "{:.0%}"),
-                    _cell(said, "wrong_refusals", "{:.0%}"),
+                    _cell(answers, "contains", "{:.0%}"),
+                    _cell(answers, "exact_match", "{:.0%}"),
+                    _cell(answers, "f1", "{:.2f}"),
+                    _cell(answers, "citation_precision", "{:.0%}"),
+                    _cell(answers, "honest_refusals", "{:.0%}"),
+                    _cell(answers, "wrong_refusals", "{:.0%}"),
                     f"{searched['search_ms']:.0f}",
                 ]
             )

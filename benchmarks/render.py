@@ -3,7 +3,7 @@
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    exit code 1 when one is not current
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; the text of a file of the project between
+Tables are written between ``<!-- table NAME -->`` and ``<!-- end -->``, and the text of a file of the project between
 ``<!-- file PATH -->`` and ``<!-- end -->``.
 """
 
@@ -32,7 +32,7 @@ ARMS = {
 
 
 def drafters() -> str:
-    """All datasets and batch sizes."""
+    """Return the table of drafters for all datasets and batch sizes."""
     result = load("drafters")
     rows = []
     for (dataset, batch, arm), f in figures(result).items():
@@ -56,7 +56,7 @@ def drafters() -> str:
 
 
 def drafters_by_category() -> str:
-    """Accepted length and speed-up by category of Spec-Bench."""
+    """Return the table of speed-up and acceptance length, by category of Spec-Bench."""
     result = load("drafters")
     table = figures(result)
     arms = list(dict.fromkeys(arm for _, _, arm in table))
@@ -79,7 +79,7 @@ def drafters_by_category() -> str:
 
 
 def drafters_short() -> str:
-    """For the README: the whole set, one request at a time."""
+    """Return the table of the README: whole data sets, one request at a time."""
     table = figures(load("drafters"))
     rows = [
         [
@@ -95,10 +95,10 @@ def drafters_short() -> str:
 
 
 def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, context: int) -> float:
-    """How much faster a step could be if attention cost nothing.
+    """Return the speed-up that a step would have if attention were free.
 
-    Full attention's time over the median of all settings' at the shortest context, where they do the same but for a
-    budget below it.
+    It is the time of full attention over the median time of all settings at the shortest context, where they all read
+    the same tokens unless their budget is below that context.
     """
     shortest = min(c for _, _, c, b in table if b == batch)
     short = [x["step_ms"] for (_, _, c, b), x in table.items() if (b, c) == (batch, shortest)]
@@ -106,7 +106,7 @@ def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, 
 
 
 def kv_speed() -> str:
-    """Decode steps by context and batch; the last row is what would be left if attention cost nothing."""
+    """Return the table of decode step speed-ups by context and batch; the last row is the `bound`."""
     result, arms, table = kv_figures("kv")
     places = sorted({(b, c) for _, _, c, b in table if b})
     stock = [table[STOCK, f"context_{c}", c, b]["step_ms"] for b, c in places]
@@ -120,7 +120,7 @@ def kv_speed() -> str:
 
 
 def kv_quality() -> str:
-    """Distance from full attention on texts."""
+    """Return the table of perplexity and divergence from full attention on texts."""
     _, arms, table = kv_figures("kv")
     places = [(d, c) for arm, d, c, b in table if arm == STOCK and not b and "nll" in table[arm, d, c, b]]
     rows = []
@@ -134,7 +134,7 @@ def kv_quality() -> str:
 
 
 def kv_recall() -> str:
-    """Needles and keys found again."""
+    """Return the table of needle recall and key-value retrieval."""
     _, arms, table = kv_figures("kv")
     needles = sorted({(c, d) for _, d, c, b in table if not b and "needle_recall" in table[STOCK, d, c, b]})
     keys = sorted({(c, d) for _, d, c, b in table if not b and "exact_match" in table[STOCK, d, c, b]})
@@ -151,7 +151,7 @@ def kv_recall() -> str:
 
 
 def kv_short() -> str:
-    """For the README: steps at the longest context, and what they cost in quality."""
+    """Return the table of the README: step speed-ups at the longest context, and quality."""
     _, arms, table = kv_figures("kv")
     places = sorted({(b, c) for _, _, c, b in table if b})
     longest = max(c for _, c in places)
@@ -206,20 +206,20 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """A document with its tables and files written anew."""
+    """Return a document with its tables and files rewritten."""
     text = BLOCK.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
     return FILE.sub(lambda m: f"{m[1]}{_fenced(m[2])}{m[3]}", text)
 
 
 def _fenced(name: str) -> str:
-    """A file's text as a block of code."""
+    """Return the text of a file as a block of code."""
     path = ROOT / name
     language = {".py": "python", ".toml": "toml", ".sh": "sh"}.get(path.suffix, "")
     return f"```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
 def main() -> int:
-    """Write or check all documents."""
+    """Write or check all documents; return the exit code."""
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         before = path.read_text(encoding="utf-8")

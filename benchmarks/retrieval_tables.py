@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def label(arm: str) -> str:
-    """An arm as readers know it."""
+    """Return the label of an arm."""
     kind, *options = arm.split("@")
     rest = ", ".join("k' = 1000 over everything" if o == "exact" else f"`{o}`" for o in options)
     if kind in NAMES:
@@ -36,7 +36,7 @@ MORE = (("postings_per_document", "words a document", "{:.0f}"), ("index_mib", "
 
 
 def _table(benchmark: str, kinds: tuple[str, ...], more: tuple[tuple[str, str, str], ...] = ()) -> str:
-    """Arms of some kinds, by collection."""
+    """Return a table of the arms of some index kinds, by collection."""
     result = load(benchmark)
     columns = (*(c for c in COLUMNS if not more or c[0] != "bytes_per_token"), *more)
     rows = [
@@ -48,12 +48,12 @@ def _table(benchmark: str, kinds: tuple[str, ...], more: tuple[tuple[str, str, s
 
 
 def retrieval() -> str:
-    """Tokens: XTR and other packages."""
+    """Return the table of multi-vector indexes: XTR and other packages."""
     return _table("retrieval", TOKENS)
 
 
 def retrieval_memory() -> str:
-    """What building takes, arm by arm."""
+    """Return the table of peak memory and time to build, by arm."""
     found = {k: v for k, v in figures(load("retrieval_memory")).items() if "build_peak_mib" in v}
     rows = [
         [
@@ -69,22 +69,22 @@ def retrieval_memory() -> str:
 
 
 def retrieval_scifact() -> str:
-    """The same on scifact, whose queries are those of its training part."""
+    """Return the table of all indexes on scifact, with the queries of its training split."""
     return _table("retrieval_scifact", (*TOKENS, *WORDS, "dense", "hybrid"))
 
 
 def retrieval_words() -> str:
-    """Words: VDR in its forms."""
+    """Return the table of sparse indexes: VDR with its query and document encodings, and BM25."""
     return _table("retrieval", WORDS, MORE)
 
 
 def retrieval_sparse_encoder() -> str:
-    """Beside sentence-transformers' own."""
+    """Return the table of sparse indexes and SparseEncoder of sentence-transformers."""
     return _table("retrieval_sparse_encoder", WORDS, MORE)
 
 
 def retrieval_hybrid() -> str:
-    """Hybrids and their members."""
+    """Return the table of hybrid indexes and their members."""
     result = load("retrieval")
     plain = ("xtr", "vdr", "bm25", "dense")
     columns = (*COLUMNS[:4], ("index_mib", "MiB", "{:.1f}"))
@@ -97,7 +97,7 @@ def retrieval_hybrid() -> str:
 
 
 def training() -> str:
-    """Checkpoints of ours beside the embedded defaults."""
+    """Return the table of trained checkpoints and the embedded defaults."""
     result = load("training")
     names = {
         "vdr@encoder=out/vdr": "VDR trained",
@@ -113,7 +113,7 @@ def training() -> str:
 
 
 def token_scale() -> str:
-    """Millions of tokens."""
+    """Return the table of token indexes with millions of tokens."""
     result = load("token_scale")
     table = figures(result)
     names = (
@@ -134,7 +134,7 @@ def token_scale() -> str:
 
 
 def query_encoding() -> str:
-    """Precisions of the encoder of queries."""
+    """Return the table of precisions of the query encoder."""
     result = load("query_encoding")
     rows = [
         [f"`{precision}`", f"{values['query_ms_median']:.1f}", f"{values['ndcg@10']:.3f}"]
@@ -144,7 +144,7 @@ def query_encoding() -> str:
 
 
 def sparse_scale() -> str:
-    """Millions of documents made of words."""
+    """Return the table of sparse indexes with millions of documents."""
     result = load("sparse_scale")
     titles = {
         "blocks": "**blocks skipped**",

@@ -1,4 +1,4 @@
-"""Pictures of the page for docs/images: real documents, a real engine that drafts with RASD, headless Chromium.
+"""Screenshots of the RAG page for docs/images: real documents, a real engine with RASD, headless Chromium.
 
 python benchmarks/screenshots.py [FOLDER]
 """
@@ -33,7 +33,7 @@ OPTIONS = [
 
 
 def main() -> None:
-    """Start the page, use it as a person does, and take the pictures."""
+    """Start the page, use it like a user, and take the screenshots."""
     root = Path(__file__).parent.parent
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else root / "docs" / "images"
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def ask(page: Page) -> None:
-    """Type the question, and wait for the whole answer."""
+    """Type the question, and wait for the complete answer."""
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
     page.wait_for_selector("#figures dt", timeout=120_000)

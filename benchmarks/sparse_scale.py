@@ -1,7 +1,7 @@
-"""The sparse index at a million documents: `python benchmarks/sparse_scale.py`.
+"""Benchmark of the sparse index with a million documents: `python benchmarks/sparse_scale.py`.
 
-Documents are synthetic: a hundred words each, drawn by Zipf's law, with weights that rarity scales, as learned weights
-are. Each query goes through all arms before the next one. All have to give the same scores.
+Documents are synthetic: 100 terms each, sampled by Zipf's law, with weights that grow with the rarity of a term, like
+learned weights. Each query runs on all arms before the next one. All arms have to return the same scores.
 """
 
 import argparse
@@ -21,7 +21,7 @@ VOCABULARY, WORDS, ASKED, QUERIES, EXPONENT = 30_000, 100, 20, 40, 0.8
 
 
 def main() -> None:
-    """Build, ask, compare, write the JSON."""
+    """Build the index, run the queries, compare the scores, and write the JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--documents", type=int, default=1_000_000)
     count = parser.parse_args().documents
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def drawn(rng: np.random.Generator, count: int, odds: np.ndarray, rarity: np.ndarray) -> SparseVectors:
-    """Random documents."""
+    """Sample random documents."""
     ids = np.sort(rng.choice(VOCABULARY, (count, WORDS), p=odds), axis=1)
     first = np.ones(ids.shape, np.bool_)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -87,10 +87,10 @@ def asked(
     rows: sparse.csr_matrix,
     lists: sparse.csr_matrix,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each arm for each query.
+    """Return the milliseconds of each arm for each query.
 
     Raises:
-        AssertionError: two arms differ in their scores.
+        AssertionError: The scores of two arms differ.
     """
     taken: dict[str, list[float]] = {"blocks": [], "exhaustive": [], "scipy_lists": [], "scipy_rows": []}
     for number in range(QUERIES + 1):
@@ -119,7 +119,7 @@ def asked(
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k largest, in order."""
+    """Return the k largest scores in descending order."""
     return np.sort(np.partition(scores, -k)[-k:])[::-1]
 
 

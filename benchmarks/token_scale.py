@@ -1,8 +1,8 @@
-"""A token index of millions: `python benchmarks/token_scale.py DATA --tokens 10000000`.
+"""Benchmark of a token index with millions of tokens: `python benchmarks/token_scale.py DATA --tokens 10000000`.
 
-DATA holds vaswani and cranfield. Tokens are drawn from the documents of both, again and again, each with some noise,
-so that lists are as uneven as real ones are. Told are times of a search at one thread, memory of the process that
-searches, and how long it takes until 100 new documents are found.
+DATA holds vaswani and cranfield. Documents are sampled from both with replacement, and noise is added to their tokens,
+so that inverted lists are as uneven as real ones. Reported are search times on one thread, the memory of the process
+that searches, and the time until 100 new documents are found.
 """
 
 import argparse
@@ -26,7 +26,7 @@ NOISE, PART, QUERIES = 0.02, 500_000, 60
 
 
 def main() -> None:
-    """Build one index a codec, search each in a process of its own."""
+    """Build one index per codec, and search each in a separate process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000_000)
@@ -44,23 +44,23 @@ def main() -> None:
             np.save(place / "queries.npy", queries)
             command = [sys.executable, __file__, str(arguments.data), "--search", str(place)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = {**json.loads(done.stdout.splitlines()[-1]), "build_s": seconds}
+            results = {**json.loads(done.stdout.splitlines()[-1]), "build_s": seconds}
             rows += [
                 Record(
                     "token_scale", f"tokens_{arguments.tokens}", f"xtr@codec={codec}", name, round(value, 3), unit(name)
                 )
-                for name, value in found.items()
+                for name, value in results.items()
             ]
     record.write_records(RESULTS / "token_scale.json", rows)
 
 
 def unit(metric: str) -> str:
-    """Of a metric's name."""
+    """Return the unit of a metric."""
     return "ms" if "_ms" in metric else "MiB" if metric.endswith("mib") else "s"
 
 
 def prepare(data: Path, folder: Path) -> np.ndarray:
-    """Encode documents into files; returns queries, [60, 16, width]."""
+    """Encode documents into files, and return encoded queries, [60, 16, width]."""
     from pilotfish.retrieval import evaluation
     from pilotfish.retrieval.encoders import load_multi_vector_encoder
     from pilotfish.retrieval.loaders import DocumentSource
@@ -75,12 +75,12 @@ def prepare(data: Path, folder: Path) -> np.ndarray:
         asked += list(collection.queries.values())[: QUERIES // 2]
     tokens = TokenEmbeddings.concatenate(parts)
     np.savez(folder / "tokens.npz", vectors=tokens.vectors, ids=tokens.token_ids, counts=tokens.counts)
-    found = [encoder.encode_queries([q]).vectors for q in asked]
-    return np.stack([np.resize(q, (16, q.shape[1])) for q in found])
+    encoded = [encoder.encode_queries([q]).vectors for q in asked]
+    return np.stack([np.resize(q, (16, q.shape[1])) for q in encoded])
 
 
 def build(place: Path, codec: str, folder: Path, count: int) -> float:
-    """Write an index of ``count`` tokens; returns seconds, those of drawing left out."""
+    """Write an index of ``count`` tokens; return the seconds without those of sampling."""
     from pilotfish.plugins.xtr import XTR, XTROptions
     from pilotfish.retrieval.store import Change, Store
     from pilotfish.retrieval.store.documents import Document
@@ -92,19 +92,19 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
     kind, total, seconds = XTR(XTROptions(codec=codec)), 0, 0.0
     store = Store.create(place, "xtr", {"codec": codec}, {"name": "minilm", "fingerprint": ""})
     while total < count:
-        chosen = rng.integers(0, len(counts), PART // int(counts.mean()))
-        rows = np.concatenate([np.arange(int(starts[d]), int(starts[d + 1])) for d in chosen])
+        sampled = rng.integers(0, len(counts), PART // int(counts.mean()))
+        rows = np.concatenate([np.arange(int(starts[d]), int(starts[d + 1])) for d in sampled])
         noisy = vectors[rows].astype(np.float32)
         noisy += rng.normal(0, NOISE, noisy.shape).astype(np.float32)
-        tokens = TokenEmbeddings(noisy, ids[rows], counts[chosen])
+        tokens = TokenEmbeddings(noisy, ids[rows], counts[sampled])
         started = time.perf_counter()
         first = store.snapshot.manifest.next_document
-        shared = store.snapshot.shared or kind.train(tokens, round(len(chosen) * count / len(rows)))
-        n, arrays = kind.segment(tokens, np.arange(first, first + len(chosen)), shared)
+        shared = store.snapshot.shared or kind.train(tokens, round(len(sampled) * count / len(rows)))
+        n, arrays = kind.segment(tokens, np.arange(first, first + len(sampled)), shared)
         with store.writer() as writer:
-            documents = [Document(str(first + i), "", {}) for i in range(len(chosen))]
+            documents = [Document(str(first + i), "", {}) for i in range(len(sampled))]
             new = shared if not store.snapshot.shared else None
-            writer.commit(Change(documents, segments=[(len(chosen), n, arrays)], shared=new))
+            writer.commit(Change(documents, segments=[(len(sampled), n, arrays)], shared=new))
         seconds += time.perf_counter() - started
         total += n
     started = time.perf_counter()
@@ -118,7 +118,7 @@ def build(place: Path, codec: str, folder: Path, count: int) -> float:
 
 
 def search(place: Path) -> dict[str, float]:
-    """Times and memory of searches in a process that does nothing else."""
+    """Measure times and memory of searches, in a process that does nothing else."""
     from threadpoolctl import threadpool_limits
 
     from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
@@ -132,7 +132,7 @@ def search(place: Path) -> dict[str, float]:
     snapshot = store.snapshot
     kind = XTR(XTROptions(**snapshot.manifest.options))
     searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(snapshot.live))
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     with threadpool_limits(1):
         for probes in (8, 16, 32):
             taken = []
@@ -143,9 +143,9 @@ def search(place: Path) -> dict[str, float]:
                     kind.search(searcher, tokens, 100, XTRSettings(nprobe=probes), None)
                     if turn:
                         taken.append(1e3 * (time.perf_counter() - started))
-            found[f"query_ms_median_{probes}"] = statistics.median(taken)
-        found["resident_mib"] = _memory() - before
-        found["peak_mib"] = _memory("VmHWM")
+            results[f"query_ms_median_{probes}"] = statistics.median(taken)
+        results["resident_mib"] = _memory() - before
+        results["peak_mib"] = _memory("VmHWM")
         new = TokenEmbeddings(
             np.tile(queries.reshape(-1, queries.shape[-1]), (7, 1))[:6000],
             np.arange(6000, dtype=np.int32) % 900,
@@ -161,17 +161,17 @@ def search(place: Path) -> dict[str, float]:
         kind.search(
             searcher, TokenEmbeddings(queries[0], np.zeros(16, np.int32), np.array([16])), 10, XTRSettings(), None
         )
-        found["add_100_documents_s"] = time.perf_counter() - started
-    found["files_mib"] = sum(p.stat().st_size for p in place.glob("s*-*.npy")) / 2**20
-    return found
+        results["add_100_documents_s"] = time.perf_counter() - started
+    results["files_mib"] = sum(p.stat().st_size for p in place.glob("s*-*.npy")) / 2**20
+    return results
 
 
 def _memory(what: str = "VmRSS") -> float:
-    """MiB that are resident, or, as ``VmHWM``, that ever were."""
-    found = status(what)
-    if found is None:
-        raise RuntimeError(f"this system tells no {what}")
-    return found
+    """Return the resident memory of this process in MiB, or its peak for ``VmHWM``."""
+    mib = status(what)
+    if mib is None:
+        raise RuntimeError(f"{what} is not available on this system")
+    return mib
 
 
 if __name__ == "__main__":

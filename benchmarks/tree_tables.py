@@ -1,4 +1,4 @@
-"""Tables of drafters on prompts that come twice, chains beside trees: `pilotfish bench drafters --twice`."""
+"""Tables of drafters that verify chains or trees, on prompts that run twice: `pilotfish bench drafters --twice`."""
 
 from common import figures, load, markdown, provenance
 
@@ -7,7 +7,7 @@ NAMES = {"ngram": "vLLM `ngram`", "suffix": "`suffix` (arctic-inference)"}
 
 
 def label(arm: str) -> str:
-    """An arm as readers know it."""
+    """Return the label of an arm."""
     name, *options = arm.split("@")
     title = {"token_recycling": "Token Recycling", "rasd": "RASD"}.get(name, name)
     kind = "tree" if "verification=tree" in options else "chain"
@@ -16,7 +16,7 @@ def label(arm: str) -> str:
 
 
 def twice() -> str:
-    """Speed and tokens per step: the first time, the second, both."""
+    """Return the table of speed-up and acceptance length of the first run, the second, and both."""
     result = load(RESULT)
     table = figures(result)
     arms = list(dict.fromkeys(arm for _, _, arm in table))
@@ -34,7 +34,7 @@ def twice() -> str:
 
 
 def twice_by_category() -> str:
-    """Speed and tokens per step of prompts seen for the first time, by category."""
+    """Return the table of speed-up and acceptance length of the first run, by category."""
     table = figures(load(RESULT))
     arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
     places = {d for d, *_ in table if "/" in d and not d.split("/")[0].endswith(("_again", "_twice"))}
@@ -46,7 +46,7 @@ def twice_by_category() -> str:
 
 
 def twice_short() -> str:
-    """For the README: whole settings on the first set of prompts."""
+    """Return the table of the README: the main settings on the first set of prompts."""
     table = figures(load(RESULT))
     arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
     dataset = next(d for d, *_ in table)
@@ -58,23 +58,23 @@ def twice_short() -> str:
 
 
 def budget() -> str:
-    """Speed of trees whose size the budget decides beside trees of fixed sizes, by category."""
+    """Return the table of speed-ups of trees sized by the draft budget and of trees of fixed sizes, by category."""
     result = load("drafters_budget")
     table = figures(result)
     arms = list(dict.fromkeys(arm for _, _, arm in table))
     fixed = [arm for arm in arms if "@nodes=" in arm]
-    mine = fixed[0].rpartition("@")[0]  # the same without a size
+    budgeted = fixed[0].rpartition("@")[0]  # the same arm without a fixed size
     rows = []
     for dataset in sorted(dict.fromkeys(d for d, *_ in table if d != "humaneval/code"), key=lambda d: ("/" in d, d)):
         speeds = {arm: table[dataset, 1, arm]["speedup"] for arm in arms}
         best = max(speeds[arm] for arm in fixed)
-        rows.append([dataset, *(f"{speeds[arm]:.2f}" for arm in arms), f"{speeds[mine] / best:.0%}"])
+        rows.append([dataset, *(f"{speeds[arm]:.2f}" for arm in arms), f"{speeds[budgeted] / best:.0%}"])
     heads = [label(arm) for arm in arms]
     return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
 
 
 def sources() -> str:
-    """Speed and tokens per step by what is retrieved from, on documents and on a domain."""
+    """Return the table of speed-up and acceptance length by source of retrieval, on documents and on a domain."""
     result = load("drafters_sources")
     table = figures(result)
     rows = []
@@ -88,7 +88,7 @@ def sources() -> str:
 
 
 def lookups() -> str:
-    """Times of look-ups."""
+    """Return the table of look-up times."""
     result = load("datastore")
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for r in result["records"]:

@@ -1,10 +1,10 @@
-"""Kernels on a GPU: what a decode step's attention costs with a choice of positions, beside vLLM's stock Triton kernel.
+"""Benchmark of GPU kernels: attention of a decode step with top-k token selection, and vLLM's stock Triton kernel.
 
 python benchmarks/triton_decode.py [--contexts 32768,65536,131072] [--batch 1] [--budget 4096] [--out FILE.json]
 
-The shapes are those of Llama-3-8B. For each context: vLLM's `unified_attention` over everything, the same through a
-shortened block table, and the choice itself, in median microseconds; and the bytes of keys and values that each reads
-over its time, beside the bandwidth that a plain copy reaches on the same card.
+The shapes are those of Llama-3-8B. For each context, it reports median microseconds of vLLM's `unified_attention` over
+all tokens, of the same kernel with a shortened block table, and of the token selection; and the bandwidth at which each
+reads keys and values, relative to that of a plain copy on the same GPU.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pilotfish.kvcache.kernels.paged_triton import DeviceBatch
 from pilotfish.kvcache.selection import SelectionRule
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
-SEGMENTS = 16  # of vLLM's kernel for few requests
+SEGMENTS = 16  # softmax segments of vLLM's kernel for few requests
 
 
 def microseconds(call: Callable[[], Any], repeats: int = 50) -> list[float]:
-    """Times of a call on the device, after a warm-up, with a cold L2 cache."""
+    """Return device times of a call in microseconds, after a warm-up, with a cold L2 cache."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     times = []
     for i in range(repeats + 5):
@@ -42,14 +42,14 @@ def microseconds(call: Callable[[], Any], repeats: int = 50) -> list[float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy moves, read and written."""
+    """Return the bytes per second that a copy reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / (statistics.median(microseconds(lambda: target.copy_(source), 20)) * 1e-6)
 
 
 class Step:
-    """One decode step of one layer: queries, a filled cache, and vLLM's kernel over it."""
+    """Decode step of one layer: queries, a filled KV cache, and vLLM's kernel."""
 
     def __init__(self, context: int, batch: int, dtype: torch.dtype) -> None:
         blocks = batch * -(-context // BLOCK)
@@ -67,7 +67,7 @@ class Step:
         )
 
     def attend(self, table: torch.Tensor, lens: torch.Tensor) -> None:
-        """vLLM's kernel, as its backend calls it."""
+        """Run vLLM's kernel as its attention backend does."""
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
         keys, values = self.cache.transpose(1, 2).split(SIZE, dim=-1)
@@ -97,13 +97,13 @@ class Step:
 
 
 def measure(context: int, batch: int, rule: SelectionRule, dtype: torch.dtype, bandwidth: float) -> list[Record]:
-    """The records of one context."""
+    """Measure one context, and return its records."""
     step, scale = Step(context, batch, dtype), SIZE**-0.5
 
     def choose() -> tuple[torch.Tensor, torch.Tensor]:
         scores = paged_triton.token_scores(step.query, step.cache, step.batch, rule, scale)
-        kept = paged_triton.select_tokens(scores, step.batch, rule)
-        return paged_triton.shorten_block_table(kept, step.batch, rule, BLOCK)
+        selected = paged_triton.select_tokens(scores, step.batch, rule)
+        return paged_triton.shorten_block_table(selected, step.batch, rule, BLOCK)
 
     short = choose()
     bytes_each = batch * KV_HEADS * SIZE * step.cache.element_size()
@@ -130,7 +130,7 @@ def measure(context: int, batch: int, rule: SelectionRule, dtype: torch.dtype, b
 
 
 def main() -> None:
-    """Measure and write the JSON."""
+    """Run the benchmark and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="32768,65536,131072")
     parser.add_argument("--batch", type=int, default=1)

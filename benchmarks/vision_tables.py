@@ -17,13 +17,13 @@ QUALITY = ("needle_recall", "coverage", "saliency_kept")
 
 
 def label(arm: str) -> str:
-    """An arm as readers know it."""
+    """Return the label of an arm."""
     name, *options = arm.split("@")
     return ", ".join([f"`{name}`" if name != "stock" else "stock", *(f"`{o}`" for o in options)])
 
 
 def cost() -> str:
-    """What a prompt with pictures costs."""
+    """Return the table of the cost of prompts with images."""
     result = load("vision")
     rows = []
     for (case, _, arm), values in figures(result).items():
@@ -35,16 +35,16 @@ def cost() -> str:
 
 
 def quality() -> str:
-    """Which tokens stay."""
+    """Return the table of the quality of the kept tokens."""
     result = load("vision")
     table: dict[str, dict[str, dict]] = {}
     for r in result["records"]:
         if r["metric"] in QUALITY:
             table.setdefault(r["arm"], {})[r["metric"]] = r
     rows = []
-    for arm, found in table.items():
+    for arm, metrics in table.items():
         name, _, retain = arm.rpartition("@retain=")
-        cells = [f"{found[m]['value']:.2f} ± {found[m]['params']['standard_error']:.2f}" for m in QUALITY]
+        cells = [f"{metrics[m]['value']:.2f} ± {metrics[m]['params']['standard_error']:.2f}" for m in QUALITY]
         rows.append([f"{float(retain):.0%}", label(name), *cells])
     head = ["kept", "by", "needle", "coverage", "saliency"]
     pictures = max(r["params"].get("pictures", 0) for r in result["records"])

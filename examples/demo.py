@@ -38,7 +38,7 @@ def main() -> None:
             dtype="float32",  # outputs can then be compared token by token
             seed=0,
             out=arguments.out / "demo.json",
-            hot=False,
+            warm=False,
         )
     )
     stock = {r.turn: r for r in runs if r.arm.startswith(STOCK)}

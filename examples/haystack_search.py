@@ -1,4 +1,4 @@
-"""An index as Haystack's document store, its retriever in a pipeline. Needs pilotfish[retrieval,haystack]."""
+"""Use an index as Haystack's document store, with a retriever in a pipeline. Needs pilotfish[retrieval,haystack]."""
 
 import tempfile
 
@@ -17,7 +17,7 @@ with tempfile.TemporaryDirectory() as folder:
     store.write_documents(DOCUMENTS)
     pipeline = Pipeline()
     pipeline.add_component("retriever", PilotfishRetriever(store, top_k=2))
-    later = {"field": "meta.year", "operator": ">=", "value": 2020}
-    found = pipeline.run({"retriever": {"query": "Which fish clean sharks?", "filters": later}})
-    for document in found["retriever"]["documents"]:
+    filters = {"field": "meta.year", "operator": ">=", "value": 2020}
+    results = pipeline.run({"retriever": {"query": "Which fish clean sharks?", "filters": filters}})
+    for document in results["retriever"]["documents"]:
         print(document.id, f"{document.score:.3f}", document.content)

@@ -1,4 +1,4 @@
-"""An index in a few lines: add, search with a filter, replace, delete, explain. Run: `python examples/index.py`."""
+"""Use an index: add, search with a filter, replace, delete, explain. Run: `python examples/index.py`."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ DOCUMENTS = [
 
 
 def main() -> None:
-    """Show it."""
+    """Run the example."""
     with tempfile.TemporaryDirectory() as folder, Index.create(Path(folder) / "index") as index:
         index.add(DOCUMENTS)
         for hit in index.search("who follows sharks?", k=2, where="year >= 2020"):
@@ -21,7 +21,7 @@ def main() -> None:
         index.upsert([{"id": "tax", "text": "Tax returns are due in May this year."}])
         index.delete(["shark"])
         for reason in index.explain("tax in May", "tax"):
-            print(f"{reason.query:10} met {reason.document or 'nothing'}, adds {reason.score:.3f}")
+            print(f"{reason.query:10} matches {reason.document or 'nothing'}, adds {reason.score:.3f}")
 
 
 if __name__ == "__main__":

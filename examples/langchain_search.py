@@ -1,4 +1,4 @@
-"""An index as LangChain's vector store: added, filtered, used as a retriever. Needs pilotfish[retrieval,langchain]."""
+"""Use an index as LangChain's vector store: add, filter, retrieve. Needs pilotfish[retrieval,langchain]."""
 
 import tempfile
 

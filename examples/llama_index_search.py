@@ -1,4 +1,4 @@
-"""An index as a retriever in LlamaIndex, nodes reranked by tokens. Needs pilotfish[retrieval,llama-index]."""
+"""Use an index as a LlamaIndex retriever, and re-rank nodes by MaxSim. Needs pilotfish[retrieval,llama-index]."""
 
 import tempfile
 

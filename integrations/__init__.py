@@ -1,1 +1,1 @@
-"""Where Pilotfish meets other software; only ``integrations.vllm`` imports vLLM."""
+"""Integrations with other software; only ``integrations.vllm`` imports vLLM."""

@@ -1,4 +1,7 @@
-"""What filters of RAG frameworks share: a field that is missing and one that is null are the same there."""
+"""Shared parts of the filters of RAG frameworks.
+
+In these frameworks a missing field and a field that is null are the same.
+"""
 
 import datetime
 from collections.abc import Sequence
@@ -8,10 +11,15 @@ from ..retrieval.filters import All, Any_, Compare, Filter, FilterError, Not, Va
 
 
 def compare(field: tuple[str, ...], operator: str, value: Any) -> Filter:
-    """A comparison by one of = != in, not in, contains, < <= > >=.
+    """Build a comparison.
+
+    Args:
+        field: Name of the field; names of nested objects are the items before the last.
+        operator: One of = != in, not in, contains, < <= > >=.
+        value: Value to compare with; a list for ``in`` and ``not in``.
 
     Raises:
-        FilterError: it has no such value.
+        FilterError: The operator does not support the value.
     """
     match operator:
         case "=":
@@ -28,47 +36,47 @@ def compare(field: tuple[str, ...], operator: str, value: Any) -> Filter:
 
 
 def equal(field: tuple[str, ...], value: Any) -> Filter:
-    """The field has that value; or none, for None."""
+    """Build a test that the field has a value; for None, that it is missing or null."""
     if value is None:
         return Any_((Not(Compare(field, "exists")), Compare(field, "=", (None,))))
     return Compare(field, "=", (scalar(field, value),))
 
 
 def among(field: tuple[str, ...], values: Any) -> Filter:
-    """The field has one of the values.
+    """Build a test that the field has one of the values.
 
     Raises:
-        FilterError: they are no list.
+        FilterError: ``values`` is not a list.
     """
     if not isinstance(values, list):
-        raise FilterError(f"filter: {'.'.join(field)} is to be one of a list, not of {values!r}")
+        raise FilterError(f"filter: {'.'.join(field)} in {values!r}: expected a list")
     return Any_(tuple(equal(field, value) for value in values))
 
 
 def ordered(field: tuple[str, ...], operator: str, value: Any) -> Filter:
-    """The field is less, or more; nothing is less or more than None.
+    """Build a comparison by order, which is false for None.
 
     Raises:
-        FilterError: such values have no order.
+        FilterError: The value is not a number or an ISO date.
     """
     if value is None:
         return Any_(())
     plain = scalar(field, value)
     if isinstance(plain, bool) or (isinstance(plain, str) and not _is_date(plain)):
-        raise FilterError(f"filter: {'.'.join(field)} {operator} {value!r}: numbers and ISO dates have an order")
+        raise FilterError(f"filter: {'.'.join(field)} {operator} {value!r}: expected a number or an ISO date")
     return Compare(field, operator, (plain,))
 
 
 def every(parts: Sequence[Filter]) -> Filter:
-    """All of it holds."""
+    """Build the conjunction of filters."""
     return parts[0] if len(parts) == 1 else All(tuple(parts))
 
 
 def scalar(field: tuple[str, ...], value: Any) -> Value:
-    """A value that a filter may have.
+    """Return a value for a comparison; a date becomes text in ISO format.
 
     Raises:
-        FilterError: it is none.
+        FilterError: The value is not text, a number, true, false or null.
     """
     if isinstance(value, datetime.date):
         return value.isoformat()

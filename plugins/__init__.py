@@ -1,4 +1,4 @@
-"""Hook specifications, configuration and contracts of Pilotfish, and one module per built-in plugin."""
+"""Hook specifications, configuration and contracts of Pilotfish plugins, and one module for each built-in plugin."""
 
 from .hookspecs import hookimpl
 

@@ -1,10 +1,12 @@
-"""BM25 (Robertson and others, TREC-3, in Lucene's form): words that query and document share, rare ones the more.
+"""BM25 (Robertson and others, TREC-3), in Lucene's form.
 
-    score = sum over words of the query of idf(w) tf(w) / (tf(w) + k1 (1 - b + b length / mean length))
+Documents are scored by the terms that they share with the query:
+
+    score = sum over the terms w of the query of idf(w) tf(w) / (tf(w) + k1 (1 - b + b length / mean length))
     idf(w) = log(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
 
-The fraction is what the sparse index keeps of a document; idf follows from its lists when it is searched. The mean
-length is that of the first documents; the index learns it anew while it has few.
+The inverted lists hold the fraction as the impact of a term; idf is computed from the lengths of the lists at search
+time. The mean length is that of the first documents. It is recomputed while the index is small.
 """
 
 from dataclasses import dataclass, replace
@@ -21,17 +23,17 @@ if TYPE_CHECKING:
     from ..retrieval.sparse_index import InvertedIndexSearcher
     from ..retrieval.sparse_vectors import SparseVectors
 
-BITS = 8
+BITS = 8  # of a quantised impact
 
 
 @dataclass(frozen=True)
 class BM25Options:
-    """Options of BM25, fixed when an index is made.
+    """Options of BM25, fixed when an index is built.
 
     Attributes:
-        k1: How soon more of the same word counts no more.
-        b: How much long documents are held against.
-        language: Of the stemmer, one of Snowball's; `none` for words as they are.
+        k1: Term frequency saturation: the lower, the less repetitions of a term count.
+        b: Length normalisation, 0 to 1: the higher, the lower long documents score.
+        language: Language of the Snowball stemmer; ``none`` for unstemmed terms.
     """
 
     k1: float = 0.9
@@ -46,7 +48,7 @@ class BM25Options:
 
 
 class BM25(InvertedIndexKind):
-    """Shared words; see the module."""
+    """BM25 over inverted lists; needs no model."""
 
     name: ClassVar[str] = "bm25"
     default_encoder: ClassVar[str] = "stems"
@@ -57,18 +59,18 @@ class BM25(InvertedIndexKind):
         self.options = options
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
-        """``stems``."""
+        """Load the encoder ``stems``, the only one of this index type."""
         from ..retrieval.encoders import stems
         from ..retrieval.errors import RetrievalError
 
         if (device, precision) not in (("auto", "float32"), ("cpu", "float32")):
-            raise RetrievalError("bm25 runs no model: --device and --precision are not for it")
+            raise RetrievalError("bm25 uses no model; remove --device and --precision")
         if name != stems.STEMS:
-            raise RetrievalError(f"encoder {name}: bm25 has {stems.STEMS} alone")
+            raise RetrievalError(f"encoder {name}: bm25 supports the encoder {stems.STEMS} only")
         return stems.load_stem_encoder(self.options.language)
 
     def train(self, encoded: "SparseVectors", expected: int) -> Arrays:
-        """The mean length of a document."""
+        """Compute the mean length of a document."""
         del expected
         mean = float(encoded.values.sum()) / max(len(encoded), 1)
         step = np.array([1 / ((1 << BITS) - 1)], np.float32)
@@ -79,16 +81,16 @@ class BM25(InvertedIndexKind):
         }
 
     def segment(self, encoded: "SparseVectors", numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
-        """Inverted lists of tf parts."""
+        """Build inverted lists, whose impacts are the fractions of the formula."""
         from ..retrieval import sparse_index
 
         o, tf = self.options, encoded.values
         lengths = np.bincount(encoded.text_ids, tf).astype(np.float32)[encoded.text_ids]
         parts = tf / (tf + o.k1 * (1 - o.b + o.b * lengths / shared["mean"][0]))
-        made = sparse_index.build_sparse_segment(
+        built = sparse_index.build_sparse_segment(
             replace(encoded, values=parts.astype(np.float32)), numbers, shared, BITS
         )
-        return len(made["places"]), made
+        return len(built["places"]), built
 
     def search(
         self,
@@ -98,12 +100,12 @@ class BM25(InvertedIndexKind):
         settings: NoOptions,
         allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The greatest sums."""
+        """Return the documents with the highest scores."""
         del settings
         return searcher.search(self.weighted(searcher, query), k, allow)
 
     def weighted(self, searcher: "InvertedIndexSearcher", query: "SparseVectors") -> "SparseVectors":
-        """A query's stems with their idf, as often as it has them."""
+        """Return the query with each term weighted by its idf times its number of occurrences."""
         df = searcher.frequencies(query.indices)
         idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
         return replace(query, values=(query.values * idf).astype(np.float32))
@@ -118,16 +120,16 @@ class BM25(InvertedIndexKind):
         settings: Any,
         allow: Any,
     ) -> list[ScoreExplanation]:
-        """The stems that query and document share, and what each adds."""
+        """Return the stems that query and document share, with their contributions to the score."""
         from ..retrieval.encoders import stems
 
         del text, settings, allow
         names = {stems.stem_id(s): s for s in encoder.stems(query)}
-        mine = self.weighted(searcher, encoder.encode_queries([query])[0])
-        return explain_shared_terms(searcher, mine, number, names.__getitem__)
+        weighted = self.weighted(searcher, encoder.encode_queries([query])[0])
+        return explain_shared_terms(searcher, weighted, number, names.__getitem__)
 
 
 @hookimpl
 def register_indexes(register: Register) -> None:
-    """Built-ins come through the same door as anybody's plugin."""
+    """Register the plugin."""
     register(BM25)

@@ -1,6 +1,6 @@
-"""The configuration key ``pilotfish`` and the options of plugins: parsed, checked, refused with the full path.
+"""Parsing and validation of the configuration key ``pilotfish`` and of plugin options.
 
-Imports the standard library only, since vLLM's entry-point module leads here.
+This module imports the standard library only, since vLLM imports it in all of its processes.
 """
 
 import contextlib
@@ -14,17 +14,22 @@ from typing import Any, Literal, TypeVar
 
 ROOT = "pilotfish"
 KINDS = ("kv", "drafter", "pruner")
-MAX_NODES = 127  # drafted tokens of a request that vLLM verifies in one step, beside the one before them
+MAX_NODES = 127  # draft tokens of a request that can be verified in one step, in addition to the root
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line that begins with the path of the fault."""
+    """Error for an invalid configuration; the message is one line that begins with the path of the invalid value."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One plugin chosen by name, with its options as they were written."""
+    """A plugin that the user selected.
+
+    Attributes:
+        name: Name of the plugin.
+        options: Options as the user wrote them, not validated.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -32,11 +37,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Verification:
-    """How the engine verifies drafts; written among the options of a drafter, any drafter.
+    """How the engine verifies drafts; users write these fields among the options of any drafter.
 
     Attributes:
-        verification: A `chain` is one path of the drafter's tree, in vLLM's own way; a `tree` takes part whole.
-        nodes: Drafted tokens of a request in each step; as many as pay by what steps cost when None.
+        verification: ``chain`` verifies the best path of the draft tree, as vLLM does; ``tree`` verifies the whole tree
+            in one step.
+        nodes: Number of draft tokens per request and step; if not given, as many as pay by the measured cost of a step.
     """
 
     verification: Literal["chain", "tree"] = "chain"
@@ -47,13 +53,21 @@ class Verification:
             raise ValueError(f"nodes: expected 0 to {MAX_NODES}, got {self.nodes}")
 
 
-# Options that all plugins of a kind have.
+# Options of all plugins of a type, by type.
 COMMON = {"drafter": tuple(f.name for f in dataclasses.fields(Verification))}
 
 
 @dataclass(frozen=True)
 class PilotfishConfig:
-    """The value of the key ``pilotfish`` in vLLM's ``additional_config``."""
+    """The value of the key ``pilotfish`` in vLLM's ``additional_config``.
+
+    Attributes:
+        kv: Selected KV policy.
+        drafter: Selected drafter.
+        pruner: Selected visual pruner.
+        allow_untested_vllm: Whether versions of vLLM are accepted with which Pilotfish was not tested.
+        verification: How the engine verifies the drafter's drafts.
+    """
 
     kv: Selection | None = None
     drafter: Selection | None = None
@@ -62,15 +76,15 @@ class PilotfishConfig:
     verification: Verification = Verification()
 
     def selected(self) -> dict[str, Selection]:
-        """The kinds for which a plugin was chosen."""
+        """Return the selected plugins by type."""
         return {kind: choice for kind in KINDS if (choice := getattr(self, kind)) is not None}
 
 
 def parse_config(value: object) -> PilotfishConfig:
-    """Read ``{"drafter": {"name": ..., **options}, ...}``; plugin options are checked later, by `build_options`.
+    """Parse ``{"drafter": {"name": ..., **options}, ...}``; `build_options` validates the options of plugins later.
 
     Raises:
-        ConfigError: on an unknown key or a wrong type.
+        ConfigError: A key is unknown, or a value has a wrong type.
     """
     mapping = _mapping(value, ROOT)
     parsed: dict[str, Any] = {}
@@ -97,23 +111,24 @@ def _parse_selection(entry: object, path: str) -> Selection:
 
 
 def _split_verification(selection: Selection, path: str) -> tuple[Selection, Verification]:
-    """A drafter's own options, and those of its verification."""
+    """Split the options of a drafter into its own and those of `Verification`."""
     ours = {key: value for key, value in selection.options.items() if key in COMMON["drafter"]}
     rest = {key: value for key, value in selection.options.items() if key not in COMMON["drafter"]}
     return Selection(selection.name, rest), build_options(Verification, ours, path)
 
 
 def build_options(cls: type[T], values: Mapping[str, Any], path: str, others: Iterable[str] = ()) -> T:
-    """Build the options dataclass ``cls`` of a plugin from what a user wrote.
+    """Build an options dataclass from the values that a user wrote.
 
     Args:
-        cls: A frozen dataclass; its ``__post_init__`` may raise `ValueError` on a value out of range.
+        cls: Frozen dataclass of the options; its ``__post_init__`` may raise `ValueError` for an invalid value.
         values: Option names and values.
-        path: Where the options stand, for messages, as ``pilotfish.drafter``.
-        others: Names that may stand there too, for messages.
+        path: Path of the options in the configuration, such as ``pilotfish.drafter``, for messages.
+        others: Names of further options that are valid at this path, for messages.
 
     Raises:
-        ConfigError: an unknown option (with the nearest known one), a wrong type, a value out of range.
+        ConfigError: An option is unknown (the message suggests the nearest known one), or a value has a wrong type or
+            is out of range.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -130,7 +145,11 @@ def build_options(cls: type[T], values: Mapping[str, Any], path: str, others: It
 
 
 def parse_assignments(text: str) -> Selection:
-    """Read the command line's ``NAME[,key=value...]``; values are read as JSON where they are, else as text."""
+    """Parse ``NAME[,key=value...]`` from the command line; a value that is not JSON is taken as text.
+
+    Raises:
+        ConfigError: The text has another form, or a key occurs twice.
+    """
     import json
 
     name, *assignments = _split_outside_brackets(text)
@@ -145,7 +164,7 @@ def parse_assignments(text: str) -> Selection:
             raise ConfigError(f"{name}: '{key.strip()}' is given twice")
         try:
             options[key.strip()] = json.loads(value)
-        except (ValueError, RecursionError):  # text, or a number too long to be one
+        except (ValueError, RecursionError):  # plain text, or a number with too many digits
             options[key.strip()] = value
     if not name.strip():
         raise ConfigError("no plugin named, write NAME[,key=value...]")
@@ -153,7 +172,7 @@ def parse_assignments(text: str) -> Selection:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    """Split at commas, but for those inside a value, as in ``select_layers=[2,13]``."""
+    """Split at commas outside brackets, as in ``budget=512,select_layers=[2,13]``."""
     parts, depth, begin = [], 0, 0
     for i, character in enumerate(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
@@ -166,7 +185,7 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 
 def unknown_key_message(path: str, name: str, known: Iterable[str]) -> str:
-    """The message for an unknown name: its path, and the nearest known name or all of them."""
+    """Return the error message for an unknown name, with the nearest known name or all known names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
@@ -181,7 +200,11 @@ def _mapping(value: object, path: str) -> Mapping[str, Any]:
 
 
 def _coerce(value: Any, expected: Any, path: str) -> Any:
-    """Return ``value`` if it is of type ``expected`` (an int passes for a float, a list for a tuple), else refuse."""
+    """Return ``value`` as type ``expected``; an int is accepted for a float, and a list for a tuple.
+
+    Raises:
+        ConfigError: The value has another type.
+    """
     origin = typing.get_origin(expected)
     if origin is typing.Literal:
         choices = typing.get_args(expected)
@@ -217,7 +240,7 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
 
 
 def type_name(expected: Any) -> str:
-    """A type as users write it: ``int``, ``str | None``, ``'a' | 'b'``."""
+    """Return a type as text for users, such as ``int``, ``str | None`` or ``'a' | 'b'``."""
     origin = typing.get_origin(expected)
     if origin is typing.Literal:
         return " | ".join(map(repr, typing.get_args(expected)))

@@ -1,9 +1,10 @@
-"""Several kinds of index in one folder, asked together: reciprocal-rank fusion (SIGIR 2009), or a sum of scores.
+"""A hybrid of several index types in one folder, whose rankings are fused.
 
-    rrf    sum over members of weight / (constant + rank)
-    score  sum over members of weight * (score - least) / (greatest - least), least and greatest of those it found
+    rrf    reciprocal-rank fusion (SIGIR 2009): sum over members of weight / (constant + rank)
+    score  sum over members of weight * (score - lowest) / (highest - lowest), over the documents that the member found
 
-Every member keeps arrays of its own under its name; documents, filters, deletion and commits are shared.
+Each member has its own arrays, whose names begin with the member's name. Documents, filters, deletion and commits are
+shared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,17 @@ from .contracts import Arrays, IndexKind, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
-MAX_CANDIDATES = 1e6  # of a weight
-BETWEEN = "."  # a member's name and that of its array
+MAX_CANDIDATES = 1e6  # largest weight of a member
+BETWEEN = "."  # separates the names of a member and its array
 
 
 @dataclass(frozen=True)
 class HybridOptions:
-    """Options of a hybrid, fixed when an index is made.
+    """Options of a hybrid, fixed when an index is built.
 
     Attributes:
-        members: Kinds of index, with a + between them.
-        options: Of members, by their names.
+        members: Names of two or more index types, separated by ``+``.
+        options: Options of members, by name of the member.
     """
 
     members: str = "xtr+vdr+bm25+dense"
@@ -46,14 +47,14 @@ class HybridOptions:
 
 @dataclass(frozen=True)
 class HybridSettings:
-    """How a hybrid is searched.
+    """Search settings of a hybrid.
 
     Attributes:
-        fusion: `rrf` by ranks, `score` by scores.
-        constant: Of rrf: the greater, the less a first rank is above the next ones.
-        depth: Documents that each member finds.
-        weights: Of members, 1 where nothing is said; 0 leaves one out.
-        settings: Of members, by their names.
+        fusion: ``score`` for a weighted sum of normalised scores, ``rrf`` for reciprocal-rank fusion.
+        constant: Constant of reciprocal-rank fusion: the larger, the smaller the difference between the first ranks.
+        depth: Number of documents that each member finds.
+        weights: Weights of members, by name of the member; 1 by default, 0 disables a member.
+        settings: Search settings of members, by name of the member.
     """
 
     fusion: Literal["rrf", "score"] = "score"
@@ -72,14 +73,19 @@ class HybridSettings:
 
 @dataclass(frozen=True)
 class HybridSearcher:
-    """Those of members, and how many documents there are."""
+    """Searchers of the members.
+
+    Attributes:
+        parts: Searcher of each member, by name of the member.
+        documents: Upper bound of the internal doc ids.
+    """
 
     parts: Mapping[str, Any]
     documents: int
 
 
 class Hybrid(IndexKind):
-    """Members that are asked together; see the module."""
+    """Fusion of the rankings of several index types."""
 
     name: ClassVar[str] = "hybrid"
     default_encoder: ClassVar[str] = "default"
@@ -94,41 +100,51 @@ class Hybrid(IndexKind):
             self.members[name] = cls(parsed)
 
     def load_encoder(self, name: str, device: str = "auto", precision: str = "float32") -> Any:
-        """``default``, or an encoder for some members: ``xtr=FOLDER,vdr=FOLDER``."""
+        """Load the encoders of the members.
+
+        Args:
+            name: ``default`` for the default encoder of each member, or encoders for some members, such as
+                ``xtr=FOLDER,vdr=FOLDER``.
+            device: Device of the models; ``auto`` for a GPU if there is one.
+            precision: Dtype of the models.
+
+        Raises:
+            RetrievalError: A member or an encoder does not exist.
+        """
         from ..retrieval.encoders.multi_encoder import MultiEncoder
         from ..retrieval.errors import RetrievalError
         from ..retrieval.registry import resolve_encoder
 
-        chosen = {m: kind.default_encoder for m, kind in self.members.items()}
+        names = {m: kind.default_encoder for m, kind in self.members.items()}
         if name != self.default_encoder:
             for part in name.split(","):
                 member, _, encoder = part.partition("=")
-                if member not in chosen or not encoder:
-                    raise RetrievalError(f"encoder {part}: expected MEMBER=ENCODER of {', '.join(chosen)}")
-                chosen[member] = encoder
-        made = {m: resolve_encoder(self.members[m], encoder, device, precision) for m, encoder in chosen.items()}
-        return MultiEncoder(made)
+                if member not in names or not encoder:
+                    raise RetrievalError(f"encoder {part}: expected MEMBER=ENCODER with a member of {', '.join(names)}")
+                names[member] = encoder
+        encoders = {m: resolve_encoder(self.members[m], encoder, device, precision) for m, encoder in names.items()}
+        return MultiEncoder(encoders)
 
     def train(self, encoded: Any, expected: int) -> Arrays:
-        """What each learns."""
+        """Train each member."""
         return _joined({m: kind.train(encoded.parts[m], expected) for m, kind in self.members.items()})
 
     def needs_retraining(self, shared: Arrays, documents: int) -> bool:
-        """When one of them is."""
+        """Return whether any member needs retraining."""
         return any(kind.needs_retraining(_of(m, shared), documents) for m, kind in self.members.items())
 
     def segment(self, encoded: Any, numbers: NDArray[np.int64], shared: Arrays) -> tuple[int, Arrays]:
-        """Postings of each."""
-        made = {m: kind.segment(encoded.parts[m], numbers, _of(m, shared)) for m, kind in self.members.items()}
-        return _together(made, numbers.astype(np.int32))
+        """Build a segment of each member."""
+        built = {m: kind.segment(encoded.parts[m], numbers, _of(m, shared)) for m, kind in self.members.items()}
+        return _together(built, numbers.astype(np.int32))
 
     def merge(self, segments: Sequence[Arrays], live: NDArray[np.bool_]) -> tuple[int, Arrays]:
-        """Postings of each, merged."""
-        made = {m: kind.merge([_of(m, s) for s in segments], live) for m, kind in self.members.items()}
-        return _together(made, np.sort(np.concatenate([s["documents"][live[s["documents"]]] for s in segments])))
+        """Merge the segments of each member."""
+        merged = {m: kind.merge([_of(m, s) for s in segments], live) for m, kind in self.members.items()}
+        return _together(merged, np.sort(np.concatenate([s["documents"][live[s["documents"]]] for s in segments])))
 
     def searcher(self, shared: Arrays, segments: Sequence[Arrays], documents: int) -> HybridSearcher:
-        """Those of all members."""
+        """Return the searchers of all members."""
         parts = {
             m: kind.searcher(_of(m, shared), [_of(m, s) for s in segments], documents)
             for m, kind in self.members.items()
@@ -136,7 +152,7 @@ class Hybrid(IndexKind):
         return HybridSearcher(parts, documents)
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: HybridSettings) -> Any:
-        """What each member takes."""
+        """Encode queries for each member."""
         from ..retrieval.encoders.multi_encoder import MultiEncoded
 
         return MultiEncoded(
@@ -151,45 +167,45 @@ class Hybrid(IndexKind):
         settings: HybridSettings,
         allow: NDArray[np.uint8] | None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The best of what all found."""
+        """Return the best documents of the fused rankings."""
         from ..retrieval.ranking import top_documents
 
-        found = self._found(searcher, query, k, settings, allow)
-        documents, place = np.unique(np.concatenate([d for d, _ in found.values()]), return_inverse=True)
-        shares = np.concatenate([s for _, s in found.values()])
-        return top_documents(documents, np.bincount(place, shares, len(documents)).astype(np.float32), k)
+        rankings = self._found(searcher, query, k, settings, allow)
+        documents, index = np.unique(np.concatenate([d for d, _ in rankings.values()]), return_inverse=True)
+        addends = np.concatenate([s for _, s in rankings.values()])
+        return top_documents(documents, np.bincount(index, addends, len(documents)).astype(np.float32), k)
 
     def explain(
         self, searcher: HybridSearcher, encoder: Any, query: str, text: str, number: int, settings: Any, allow: Any
     ) -> list[ScoreExplanation]:
-        """What each member adds, and at which rank it found the document."""
+        """Return the contribution of each member, and the rank at which it found the document."""
         del text
-        found = self._found(searcher, self.queries(encoder, [query], settings)[0], 1, settings, allow)
+        rankings = self._found(searcher, self.queries(encoder, [query], settings)[0], 1, settings, allow)
         reasons = []
-        for member, (documents, shares) in found.items():
-            place = np.flatnonzero(documents == number)
-            if len(place):
-                reasons.append(ScoreExplanation(member, f"rank {place[0] + 1}", float(shares[place[0]])))
+        for member, (documents, addends) in rankings.items():
+            index = np.flatnonzero(documents == number)
+            if len(index):
+                reasons.append(ScoreExplanation(member, f"rank {index[0] + 1}", float(addends[index[0]])))
             else:
                 reasons.append(ScoreExplanation(member, None, 0.0, imputed=True))
         return reasons
 
     def term_weights(self, encoder: Any, query: str, text: str, settings: HybridSettings) -> TermWeights | None:
-        """That of the first member that reads words."""
+        """Return the term weights from the first member that uses terms."""
         asked = self._asked(settings).items()
-        readings = (kind.term_weights(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)
-        return next((found for found in readings if found is not None), None)
+        results = (kind.term_weights(encoder.encoders[m], query, text, own) for m, (kind, own, _) in asked)
+        return next((weights for weights in results if weights is not None), None)
 
     def _asked(self, settings: HybridSettings) -> dict[str, tuple[Any, Any, float]]:
-        """Members that take part, their settings and weights.
+        """Return the enabled members, with their settings and weights.
 
         Raises:
-            RetrievalError: a setting is wrong.
+            RetrievalError: A setting is invalid.
         """
         from ..retrieval.errors import RetrievalError
 
-        for given in (settings.weights, settings.settings):
-            if stray := sorted(set(given) - set(self.members)):
+        for by_member in (settings.weights, settings.settings):
+            if stray := sorted(set(by_member) - set(self.members)):
                 raise RetrievalError(f"hybrid setting: {stray[0]!r} is none of {', '.join(self.members)}")
         asked = {}
         for m, kind in self.members.items():
@@ -208,21 +224,21 @@ class Hybrid(IndexKind):
     def _found(
         self, searcher: HybridSearcher, query: Any, k: int, settings: HybridSettings, allow: NDArray[np.uint8] | None
     ) -> dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]]:
-        """Documents that each member found, best first, and what each adds to their scores."""
+        """Return for each member the documents that it found, best first, and their addends to the fused scores."""
         from ..retrieval.ranking import search_until_found
 
         depth = max(k, settings.depth)
         possible = min(depth, searcher.documents if allow is None else int(np.unpackbits(allow).sum()))
-        found = {}
+        rankings = {}
         for m, (kind, own, weight) in self._asked(settings).items():
             documents, scores = search_until_found(kind, searcher.parts[m], query.parts[m], depth, own, possible, allow)
             if settings.fusion == "rrf":
-                shares = 1 / (settings.constant + 1 + np.arange(len(documents), dtype=np.float32))
+                addends = 1 / (settings.constant + 1 + np.arange(len(documents), dtype=np.float32))
             else:
                 low, high = scores.min(initial=np.inf), scores.max(initial=-np.inf)
-                shares = (scores - low) / (high - low) if high > low else np.ones(len(scores), np.float32)
-            found[m] = documents, (weight * shares).astype(np.float32)
-        return found
+                addends = (scores - low) / (high - low) if high > low else np.ones(len(scores), np.float32)
+            rankings[m] = documents, (weight * addends).astype(np.float32)
+        return rankings
 
 
 def _joined(parts: Mapping[str, Arrays]) -> dict[str, NDArray]:
@@ -235,12 +251,12 @@ def _together(parts: Mapping[str, tuple[int, Arrays]], numbers: NDArray[np.int32
 
 
 def _of(member: str, arrays: Arrays) -> dict[str, NDArray]:
-    """A member's own arrays."""
-    begin = f"{member}{BETWEEN}"
-    return {name.removeprefix(begin): a for name, a in arrays.items() if name.startswith(begin)}
+    """Return the arrays of a member."""
+    prefix = f"{member}{BETWEEN}"
+    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
 
 
 @hookimpl
 def register_indexes(register: Register) -> None:
-    """Built-ins come through the same door as anybody's plugin."""
+    """Register the plugin."""
     register(Hybrid)

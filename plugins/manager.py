@@ -1,7 +1,7 @@
-"""Finds plugins by entry point, keeps what they register, and says what failed.
+"""The plugin manager: it loads plugins from entry points, and looks up the classes that they register.
 
-``PILOTFISH_LOAD_PLUGINS`` (names of entry points, comma separated) is an allow-list; the empty string allows none.
-``PILOTFISH_DISABLE=1`` is the kill switch: the configuration is not read, and nothing is attached to an engine.
+``PILOTFISH_LOAD_PLUGINS`` (names of entry points, separated by commas) is an allow-list; the empty string allows none.
+``PILOTFISH_DISABLE=1`` is the kill switch: the configuration is not read, and no plugin is attached to an engine.
 """
 
 import functools
@@ -18,7 +18,7 @@ from .config import COMMON, ConfigError, Selection, build_options, unknown_key_m
 
 GROUP = hookspecs.PROJECT
 
-# kind in the configuration -> the hook that registers classes of that kind
+# plugin type in the configuration -> hook that registers its classes
 HOOKS = {
     "kv": "register_kv_policies",
     "drafter": "register_drafters",
@@ -30,25 +30,30 @@ HOOKS = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A plugin that could not be imported or registered."""
+    """A plugin that could not be imported or registered.
+
+    Attributes:
+        plugin: Name of the entry point.
+        error: Type and message of the exception.
+    """
 
     plugin: str
     error: str
 
 
 def disabled() -> bool:
-    """Whether the kill switch is set: any value counts but for the usual words for no."""
+    """Return whether the kill switch is set, to any value except "", 0, false, no and off."""
     return os.environ.get("PILOTFISH_DISABLE", "").strip().lower() not in {"", "0", "false", "no", "off"}
 
 
 def allowed_plugins(name: str) -> bool:
-    """Whether the allow-list lets the entry point ``name`` be loaded."""
+    """Return whether the allow-list permits loading the entry point ``name``."""
     names = os.environ.get("PILOTFISH_LOAD_PLUGINS")
     return names is None or name in {n.strip() for n in names.split(",")}
 
 
 class PluginManager:
-    """Registered classes by kind and name; built-ins come through the same door as anybody's."""
+    """The registered classes by type and name; built-in plugins are registered like third-party plugins."""
 
     def __init__(self) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.PROJECT)
@@ -58,21 +63,31 @@ class PluginManager:
         self.failures: list[Failure] = []
 
     def load(self, points: Iterable[EntryPoint] | None = None) -> "PluginManager":
-        """Load the entry points of group ``pilotfish`` that the allow-list admits; a failure is kept, not raised."""
+        """Load the entry points of the group ``pilotfish`` that the allow-list permits.
+
+        Exceptions are recorded in ``failures``, not raised.
+
+        Args:
+            points: Entry points to load; those of the group if not given.
+        """
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=lambda p: p.name):
             if not allowed_plugins(point.name):
                 continue
             try:
                 self.register(point.load(), point.name)
-            except Exception as error:  # a foreign module may raise anything; it stops only those who chose it
+            except Exception as error:  # a third-party module may raise anything; only users who select it are affected
                 self.failures.append(Failure(point.name, f"{type(error).__name__}: {error}"))
         return self
 
     def register(self, plugin: object, name: str) -> None:
-        """Register a plugin (module or object) and the classes it brings.
+        """Register a plugin and its classes.
+
+        Args:
+            plugin: Module or object that implements hooks.
+            name: Name of the plugin.
 
         Raises:
-            ValueError: when a class has no name, or a name of that kind is taken.
+            ValueError: A class has no name, or its name is taken by another class of the same type.
         """
         self._pluggy.register(plugin, name)
         try:
@@ -86,7 +101,7 @@ class PluginManager:
                 self._origins[cls] = name
 
     def unregister(self, name: str) -> None:
-        """Forget a plugin and its classes."""
+        """Unregister a plugin and its classes."""
         self._pluggy.unregister(name=name)
         gone = {cls for cls, origin in self._origins.items() if origin == name}
         for cls in gone:
@@ -96,7 +111,7 @@ class PluginManager:
                 del classes[key]
 
     def _collect(self, plugin: object, name: str) -> dict[str, list[type]]:
-        # Only the new plugin's own hooks are called, so that nothing is registered twice.
+        # Only the hooks of the new plugin are called, so that no class is registered twice.
         others = [p for p in self._pluggy.get_plugins() if p is not plugin]
         brought: dict[str, list[type]] = {kind: [] for kind in HOOKS}
         for kind, hook in HOOKS.items():
@@ -113,23 +128,28 @@ class PluginManager:
         return brought
 
     def classes(self, kind: str) -> dict[str, type]:
-        """Registered classes of a kind, by name."""
+        """Return the registered classes of a type, by name."""
         return dict(self._classes[kind])
 
     def origin(self, cls: type) -> str:
-        """The entry point that brought a class."""
+        """Return the name of the plugin that registered a class."""
         return self._origins[cls]
 
     def add_commands(self, cli: Any) -> None:
-        """Let every plugin add its commands to the command line."""
+        """Call the hook `register_commands` of all plugins."""
         self._pluggy.hook.register_commands(cli=cli)
 
     def get(self, kind: str, name: str, path: str | None = None) -> type:
-        """The class registered under ``name``.
+        """Return the class of a type that is registered under ``name``.
+
+        Args:
+            kind: Plugin type, a key of `HOOKS`.
+            name: Name of the class.
+            path: Path of the name in the configuration, for messages.
 
         Raises:
-            ConfigError: it is not registered; the message has the nearest name, and the import errors of plugins that
-                may have brought it.
+            ConfigError: No such class is registered. The message suggests the nearest name, and contains the errors of
+                plugins that failed to load and may have registered the class.
         """
         try:
             return self._classes[kind][name]
@@ -141,7 +161,11 @@ class PluginManager:
             raise ConfigError(message) from None
 
     def resolve(self, kind: str, selection: Selection) -> tuple[type, Any]:
-        """The class that a selection names, and its options, built and checked."""
+        """Return the class of a selection and its validated options.
+
+        Raises:
+            ConfigError: No such class is registered, or an option is invalid.
+        """
         cls = self.get(kind, selection.name)
         others = COMMON.get(kind, ())
         return cls, build_options(cls.Options, selection.options, f"pilotfish.{kind}", others)  # type: ignore[attr-defined]
@@ -149,5 +173,5 @@ class PluginManager:
 
 @functools.cache
 def plugins() -> PluginManager:
-    """The plugins of this process, loaded once."""
+    """Return the plugin manager of this process; it loads all plugins at the first call."""
     return PluginManager().load()

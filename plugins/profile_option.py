@@ -1,4 +1,4 @@
-"""Where a KV policy's settings for a model come from: a file from tuning, or the profile that is shipped."""
+"""The option ``profile`` of KV policies: settings for a model, from a file or from the profile that is shipped."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +11,24 @@ from .contracts import Engine, Unsupported
 
 
 def resolve_profile_option(policy: str, named: str | None, engine: Engine, tune: str) -> Mapping[str, Any] | None:
-    """The setting that an option ``profile`` names, or the model's default.
+    """Return the setting that the option ``profile`` names, or the model's default setting.
 
     Args:
         policy: Name of the policy.
-        named: ``NAME`` of the shipped profile's settings, ``FILE.json`` or ``FILE.json#NAME``; None: the default.
-        engine: Whose model it has to be of.
-        tune: The command that makes a profile, for messages.
+        named: Value of the option: ``NAME`` of a setting in the shipped profile, ``FILE.json`` or ``FILE.json#NAME``;
+            None for the default setting of the shipped profile.
+        engine: Properties of the engine, whose model the profile must fit.
+        tune: Command that creates a profile, for messages.
 
     Returns:
-        None when nothing was named and no profile is shipped for the model.
+        The options of the setting; None if the option is not given and no profile is shipped for the model.
 
     Raises:
-        ConfigError: the profile cannot be read, or has no such setting.
-        Unsupported: the profile is of another model.
+        ConfigError: The profile cannot be read, or has no such setting.
+        Unsupported: The profile belongs to another model.
     """
-    where, _, name = (named or "").partition("#")
-    path = Path(where)
+    source, _, name = (named or "").partition("#")
+    path = Path(source)
     profile: Profile | None
     if path.suffix == ".json":
         try:
@@ -35,16 +36,16 @@ def resolve_profile_option(policy: str, named: str | None, engine: Engine, tune:
         except ProfileError as error:
             raise ConfigError(f"pilotfish.kv.profile: {error}") from None
         if profile.policy != policy:
-            raise ConfigError(f"pilotfish.kv.profile: {path}: of the policy {profile.policy}")
+            raise ConfigError(f"pilotfish.kv.profile: {path}: is a profile of {profile.policy}, not of {policy}")
         if engine.fingerprint and profile.fingerprint != engine.fingerprint:
             reason = f"the profile {path} is of the model {profile.model}"
             raise Unsupported(policy, reason, f"run `{tune}` for this model", engine.model)
         name = name or "default"
     else:
-        profile, name = profiles.shipped_profile(policy, engine.fingerprint), where or "default"
-        if profile is None and where and engine.fingerprint:
-            reason = f"no profile is shipped for it, so that there is no '{where}'"
-            raise Unsupported(policy, reason, f"run `{tune}` for this model, and name the file", engine.model)
+        profile, name = profiles.shipped_profile(policy, engine.fingerprint), source or "default"
+        if profile is None and source and engine.fingerprint:
+            reason = f"no profile is shipped for it, so there is no setting '{source}'"
+            raise Unsupported(policy, reason, f"run `{tune}` for this model and name its file", engine.model)
     if profile is None:
         return None
     if name not in profile.settings:

@@ -113,7 +113,9 @@ class _Reader:
         kind, word = self._peek()
         position = f"at character {self._words[self._at][2] + 1}" if kind != "end" else "at the end"
         actual = f", found {word}" if kind != "end" else ""
-        raise FilterError(f"filter: expected {expected} {position}{actual}; for example: year >= 2020 AND lang in (en, de)")
+        raise FilterError(
+            f"filter: expected {expected} {position}{actual}; for example: year >= 2020 AND lang in (en, de)"
+        )
 
     def _any(self) -> Filter:
         parts = [self._all()]

@@ -77,9 +77,14 @@ def shared_terms(index: Index, query: str, text: str, most: int = 12) -> list[tu
     """
     term_weights = index.kind.term_weights(index.encoder, query, text, index.settings())
     if term_weights is None:
-        return [] document_weights = dict(term_weights.document) both = [(word, round(weight * document_weights[word],
-    4)) for word, weight in term_weights.query if word in document_weights] return sorted(both, key=lambda pair:
-    -pair[1])[:most]
+        return []
+    document_weights = dict(term_weights.document)
+    both = [
+        (word, round(weight * document_weights[word], 4))
+        for word, weight in term_weights.query
+        if word in document_weights
+    ]
+    return sorted(both, key=lambda pair: -pair[1])[:most]
 
 
 def _tokens(encoder: Any) -> Any | None:

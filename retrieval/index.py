@@ -84,11 +84,13 @@ class Index:
         Raises:
             RetrievalError: The folder is not empty, or the index type, an option or the encoder is invalid.
             OSError: The folder cannot be written.
-        """ index_kind, parsed = resolve_index_kind(kind, options or {}) name = absolute_encoder_name(encoder) if
-        encoder and encoder != index_kind.default_encoder else index_kind.default_encoder loaded =
-        resolve_encoder(index_kind, name, device, precision) about = {"name": name, "fingerprint": loaded.fingerprint,
-        "dimension": loaded.dimension} return cls(Store.create(Path(folder), kind, asdict(parsed), about), index_kind,
-        lambda: loaded)
+        """
+        index_kind, parsed = resolve_index_kind(kind, options or {})
+        default = index_kind.default_encoder
+        name = absolute_encoder_name(encoder) if encoder and encoder != default else default
+        loaded = resolve_encoder(index_kind, name, device, precision)
+        about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
+        return cls(Store.create(Path(folder), kind, asdict(parsed), about), index_kind, lambda: loaded)
 
     @classmethod
     def open(

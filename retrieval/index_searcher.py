@@ -61,17 +61,21 @@ class IndexSearcher:
             for i in range(len(queries))
         ]
         if rerank_depth:
-            results = [self._rescored(encoded[i], *pair, rerank_depth, search_settings) for i, pair in
-        enumerate(results)] return [(numbers[:k], scores[:k]) for numbers, scores in results]
+            results = [
+                self._rescored(encoded[i], *pair, rerank_depth, search_settings) for i, pair in enumerate(results)
+            ]
+        return [(numbers[:k], scores[:k]) for numbers, scores in results]
 
     def _rescored(
         self, query: Any, numbers: NDArray[np.int32], scores: NDArray[np.float32], count: int, settings: Any
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Re-rank the best ``count`` documents by scores computed from their texts; the others follow unchanged."""
-        documents = self._store.documents.get(numbers[:count].tolist()) existing = np.array([n for n in
-        numbers[:count].tolist() if n in documents], np.int32) new_scores = self._kind.rescore(self._encoder(), query,
-        [documents[n].text for n in existing.tolist()], settings) order = np.argsort(-new_scores, kind="stable") return
-        np.concatenate([existing[order], numbers[count:]]), np.concatenate([new_scores[order], scores[count:]])
+        documents = self._store.documents.get(numbers[:count].tolist())
+        existing = np.array([n for n in numbers[:count].tolist() if n in documents], np.int32)
+        texts = [documents[n].text for n in existing.tolist()]
+        new_scores = self._kind.rescore(self._encoder(), query, texts, settings)
+        order = np.argsort(-new_scores, kind="stable")
+        return np.concatenate([existing[order], numbers[count:]]), np.concatenate([new_scores[order], scores[count:]])
 
     def encoded(self, query: Any, k: int, where: Filter | None, settings: Any, snapshot: Snapshot) -> Ranked:
         """Return the best documents for an encoded query, without widening the search (`IndexKind.wider`)."""

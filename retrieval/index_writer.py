@@ -52,8 +52,11 @@ class IndexWriter:
                     raise RetrievalError(f"document {next(iter(existing))!r} is in the index already; use upsert")
                 batch = [d for d in incoming if not (skip and d.id in existing)]
                 if batch:
-                    self._commit(writer, batch, list(existing.values()) if replace else [], on_progress, added, total,
-        learn) added += len(batch) self._merge(writer) return added
+                    replaced = list(existing.values()) if replace else []
+                    self._commit(writer, batch, replaced, on_progress, added, total, learn)
+                added += len(batch)
+            self._merge(writer)
+        return added
 
     def _commit(
         self,

@@ -1,6 +1,6 @@
-"""An index over HTTP.
+"""HTTP server of an index.
 
-All answers are JSON. Errors have ``detail``, one line. Searches run side by side; writes wait for each other.
+All responses are JSON. Errors have a one-line ``detail``. Searches run concurrently, writes one after the other.
 """
 
 import logging
@@ -29,22 +29,24 @@ Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year
 
 
 class Model(BaseModel):
-    """Unknown fields are refused: a misspelt one would be ignored."""
+    """Base class of requests and responses; unknown fields are refused, because they may be misspelt."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SearchRequest(Model):
-    """What to look for."""
+    """Search request."""
 
     query: Annotated[str, Field(max_length=20_000)]
     k: Annotated[int, Field(ge=1, le=1000)] = 10
     where: Filter | None = None
-    settings: Annotated[dict[str, JsonValue], Field(description="In place of the index's own")] = {}
+    settings: Annotated[
+        dict[str, JsonValue], Field(description="Search settings that override those of the index")
+    ] = {}
 
 
 class SearchHit(Model):
-    """A hit."""
+    """Search result."""
 
     id: str
     score: float
@@ -54,14 +56,14 @@ class SearchHit(Model):
 
 
 class SearchResponse(Model):
-    """Hits, best first, and how long it took."""
+    """Hits, best first, and the time of the search."""
 
     hits: list[SearchHit]
     milliseconds: float
 
 
 class NewDocument(Model):
-    """A document."""
+    """Document with id, text and metadata."""
 
     id: Name
     text: Annotated[str, Field(max_length=1 << 20)]
@@ -69,48 +71,48 @@ class NewDocument(Model):
 
 
 class AddRequest(Model):
-    """Documents to be added."""
+    """Documents to add."""
 
     documents: Annotated[list[NewDocument], Field(min_length=1, max_length=1000)]
-    upsert: Annotated[bool, Field(description="Replace documents whose ids are there already")] = False
+    upsert: Annotated[bool, Field(description="Replace documents whose ids are in the index already")] = False
 
 
 class DeleteRequest(Model):
-    """Documents to be deleted."""
+    """Documents to delete, by id or by filter."""
 
     ids: Annotated[list[Name], Field(max_length=10_000)] = []
     where: Filter | None = None
 
 
 class Count(Model):
-    """How many documents were changed, and how many there are now."""
+    """Number of changed documents, and number of documents after the change."""
 
     changed: int
     documents: int
 
 
 class Problem(BaseModel):
-    """What was wrong."""
+    """Error message."""
 
     detail: str
 
 
 def create_index_app(index: Index | ShardedIndex, token: str | None = None, read_only: bool = False) -> FastAPI:
-    """The application.
+    """Create the application.
 
     Args:
-        index: Which.
-        token: What clients have to send as a bearer token; None for no question.
-        read_only: Take no documents; shards take none.
+        index: Index to serve.
+        token: Bearer token that clients have to send; None if no token is required.
+        read_only: Whether documents cannot be added or deleted; shards are always read-only.
     """
     wrong: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
         for code, text in (
-            (400, "A wrong request"),
-            (401, "No token"),
-            (403, "From another page"),
-            (413, "Too large"),
-            (422, "Not of the form that is asked for"),
+            (400, "Invalid request"),
+            (401, "Token missing or wrong"),
+            (403, "Request from another page"),
+            (413, "Body too large"),
+            (422, "Request does not match the schema"),
             (503, "Index not readable"),
         )
     }
@@ -146,33 +148,36 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
 
     answer_errors(app)
 
-    @app.get("/health", summary="Whether the index can be read")
+    @app.get("/health", summary="Check that the index can be read")
     def health() -> dict[str, Any]:
         return {"status": "ok", "documents": len(index)}
 
-    @app.get("/stats", dependencies=[Depends(guard.known)], summary="What the index holds")
+    @app.get("/stats", dependencies=[Depends(guard.known)], summary="Contents and sizes of the index")
     def stats() -> dict[str, Any]:
         return index.stats()
 
     @app.get(
-        "/metrics", dependencies=[Depends(guard.known)], response_class=PlainTextResponse, summary="For Prometheus"
+        "/metrics",
+        dependencies=[Depends(guard.known)],
+        response_class=PlainTextResponse,
+        summary="Metrics for Prometheus",
     )
     def metrics() -> str:
         return generate_latest(registry).decode()
 
-    @app.post("/search", dependencies=[Depends(guard.known)], summary="Find documents")
+    @app.post("/search", dependencies=[Depends(guard.known)], summary="Search documents")
     def search(question: SearchRequest) -> SearchResponse:
         started = time.perf_counter()
         hits = index.search(question.query, question.k, question.where, **check_settings(question.settings))
-        found = [
+        results = [
             SearchHit(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits
         ]
-        return SearchResponse(hits=found, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
+        return SearchResponse(hits=results, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
 
     @app.get(
         "/documents/{name:path}",
         dependencies=[Depends(guard.known)],
-        summary="A document",
+        summary="Get a document",
         responses={404: {"model": Problem, "description": "No such document"}},
     )
     def get(name: Annotated[str, Path(min_length=1, max_length=1024)]) -> NewDocument:
@@ -182,8 +187,8 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
         return NewDocument(id=document.id, text=document.text, metadata=dict(document.metadata))
 
     if not read_only and isinstance(index, Index):
-        changes = {409: {"model": Problem, "description": "Somebody else writes to the index"}}
-        changes[507] = {"model": Problem, "description": "No room"}
+        changes = {409: {"model": Problem, "description": "Another process writes to the index"}}
+        changes[507] = {"model": Problem, "description": "Disk full or not writable"}
 
         async def changed(change: Callable[..., int], *args: Any) -> Count:
             count = await writes(change, *args)
@@ -192,8 +197,8 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
 
         @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
         async def add(addition: AddRequest) -> Count:
-            given = [d.model_dump() for d in addition.documents]
-            return await changed(index.upsert if addition.upsert else index.add, given)
+            payload = [d.model_dump() for d in addition.documents]
+            return await changed(index.upsert if addition.upsert else index.add, payload)
 
         @app.post("/delete", dependencies=[Depends(guard.known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
         async def delete(deletion: DeleteRequest) -> Count:
@@ -205,12 +210,12 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
 
 
 def _problem(text: str, status: int) -> JSONResponse:
-    """An answer that says what was wrong; half characters, which no encoding has, by their numbers."""
+    """Build an error response; lone surrogates, which cannot be encoded, are written as escapes."""
     return JSONResponse({"detail": text.encode("utf-8", "backslashreplace").decode()}, status)
 
 
 def answer_errors(app: FastAPI) -> None:
-    """What goes wrong becomes an answer that says so."""
+    """Register handlers that convert errors to responses with a ``detail``."""
 
     @app.exception_handler(RetrievalError)
     async def refused(_: Request, error: RetrievalError) -> JSONResponse:
@@ -220,10 +225,10 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        # What was sent is not repeated: JSON cannot hold all that it may have been.
+        # The input is not quoted: it may contain values that JSON cannot represent.
         first = error.errors()[0]
-        told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        return _problem(told, 422)
+        detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return _problem(detail, 422)
 
     @app.exception_handler(OSError)
     async def no_room(_: Request, error: OSError) -> JSONResponse:
@@ -234,10 +239,10 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
 def run_server(app: FastAPI, host: str, port: int) -> None:
-    """Serve until told to stop.
+    """Run the server until it is stopped.
 
     Raises:
-        OSError: nothing can listen there.
+        OSError: The server cannot listen on the address and port.
     """
     config = uvicorn.Config(app, host=host, port=port, log_level="info", server_header=False)
     try:

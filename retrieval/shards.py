@@ -1,12 +1,12 @@
-"""An index in shards: documents are partitioned, all shards are searched, and the answer is that of one index.
+"""Sharded index: the documents are partitioned, all shards are searched, and their results are merged.
 
-It is the same to the last bit. All shards have the centroids and codec of the first, and what is imputed for a query
-token follows from the lists of all of them together, so a document's score does not depend on where it lies. Each shard
-finds its best k, and the best k of those are the best of all; equal scores go by the order of shards, which is that
-of documents.
+The result is bit-identical to that of one index. All shards have the centroids and the codec of the first one, and the
+imputed similarities follow from the list sizes of all shards together, so the score of a document does not depend on
+its shard. The best k documents of all shards are among the best k of each; ties are in the order of shards, which is
+that of documents.
 
-A folder of shards holds ``shards.json`` and an index for each. Shards may be opened in this process, or on a Ray
-cluster whose machines see the folder.
+The folder of a sharded index contains ``shards.json`` and one index per shard. Shards can be opened in this process, or
+on a Ray cluster whose machines can access the folder.
 """
 
 import itertools
@@ -36,63 +36,63 @@ FORMAT = 1
 
 
 class Shard:
-    """One shard, where it is opened."""
+    """Open shard, in the process or actor that searches it."""
 
     def __init__(self, folder: str) -> None:
         self._index = Index.open(folder)
 
     def sizes(self) -> NDArray[np.int64]:
-        """Tokens of each list, [lists]; nothing of kinds that impute nothing."""
+        """Return the number of tokens of each inverted list, [lists]; empty if the index type does not impute."""
         tokens = getattr(self._index.searcher(), "tokens", None)
         return np.empty(0, np.int64) if tokens is None else np.array(tokens.sizes)
 
     def impute_by(self, sizes: NDArray[np.int64]) -> None:
-        """Be told those of all shards together."""
+        """Set the list sizes of all shards together, from which similarities are imputed, [lists]."""
         if len(sizes):
             self._index.searcher().tokens.impute_by(sizes)
 
     def count(self, where: Filter | None) -> int:
-        """Documents that pass a filter."""
+        """Return the number of documents that pass a filter."""
         return self._index.count(where)
 
     def search(self, query: Any, text: str, k: int, where: Filter | None, settings: Any) -> list[Hit]:
-        """The best of this shard for an encoded query, by these settings and no wider ones."""
+        """Return the best documents of this shard for an encoded query, without widening the search."""
         return self._index.search_encoded(query, text, k, where, settings)
 
     def get(self, name: str) -> Document | None:
-        """A document by its id."""
+        """Return the document with an id, or None."""
         return self._index.get(name)
 
     def stats(self) -> dict[str, Any]:
-        """See `Index.stats`."""
+        """Return the statistics of the shard; see `Index.stats`."""
         return self._index.stats()
 
     def wider(self, settings: Any) -> Any | None:
-        """See `contracts.IndexKind.wider`."""
+        """Return settings of a wider search, or None; see `contracts.IndexKind.wider`."""
         return self._index.kind.wider(settings, self._index.searcher())
 
 
 class Handle(Protocol):
-    """How a shard is asked, wherever it is: ``ask("search", ...)`` begins, calling the answer ends."""
+    """Handle of a local or remote shard, whose methods are called asynchronously."""
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Begin to call a method of the shard; call what is returned for the result."""
+        """Start a call of a method of the shard; return a function that waits for the result."""
         ...
 
 
 class LocalHandle:
-    """A shard in this process, asked by a thread."""
+    """Handle of a shard in this process, with one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._shard, self._pool = Shard(str(folder)), ThreadPoolExecutor(1)
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """See `Handle`."""
+        """Start a call; see `Handle`."""
         return self._pool.submit(getattr(self._shard, method), *arguments).result
 
 
 class RayHandle:
-    """A shard in an actor of a Ray cluster."""
+    """Handle of a shard in an actor of a Ray cluster."""
 
     def __init__(self, folder: Path) -> None:
         import ray
@@ -100,7 +100,7 @@ class RayHandle:
         self._actor = ray.remote(Shard).remote(str(folder))
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """See `Handle`."""
+        """Start a call; see `Handle`."""
         import ray
 
         answer = getattr(self._actor, method).remote(*arguments)
@@ -108,17 +108,18 @@ class RayHandle:
 
 
 class ShardedIndex:
-    """Shards, searched as one index."""
+    """Index over all shards of a folder."""
 
     def __init__(self, folder: str | Path, ray_address: str | None = None) -> None:
         """Open all shards.
 
         Args:
-            folder: That `build` made.
-            ray_address: Of a cluster, ``auto`` for one that runs here; None for this process.
+            folder: Folder that `build_shards` wrote.
+            ray_address: Address of a Ray cluster, ``auto`` for a running one, ``local`` for a new one on this machine;
+                None to open the shards in this process.
 
         Raises:
-            RetrievalError: there is none, it is damaged, or Ray is not there.
+            RetrievalError: The folder contains no shards, a shard is damaged, or Ray cannot be reached.
         """
         self.folder = Path(folder)
         names = read_shards(self.folder)
@@ -131,7 +132,7 @@ class ShardedIndex:
         self._all("impute_by", total)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Ask all shards at once."""
+        """Call a method of all shards concurrently, and return the results in the order of shards."""
         waiting = [shard.ask(method, *arguments) for shard in self._shards]
         return [answer() for answer in waiting]
 
@@ -139,37 +140,38 @@ class ShardedIndex:
         return sum(self._all("count", None))
 
     def search(self, query: str, k: int = 10, where: Filter | None = None, **settings: Any) -> list[Hit]:
-        """As `Index.search`.
+        """Return the best documents for a query; see `Index.search`.
 
         Raises:
-            RetrievalError: as there; and ``impute=kprime``, which no shard can tell alone.
+            RetrievalError: The filter or a setting is invalid, or a setting needs all documents in one index:
+                ``impute=kprime`` or ``rerank``.
         """
-        chosen = self._first.settings(**settings)
-        if getattr(chosen, "impute", "") == "kprime":
+        search_settings = self._first.settings(**settings)
+        if getattr(search_settings, "impute", "") == "kprime":
             raise RetrievalError("impute=kprime needs all tokens in one place; use warp with shards")
-        if getattr(chosen, "rerank", 0):
-            raise RetrievalError("rerank needs all documents in one place; leave it out with shards")
-        encoded = self._first.kind.queries(self._first.encoder, [query], chosen)[0]
+        if getattr(search_settings, "rerank", 0):
+            raise RetrievalError("rerank needs all documents in one place; use rerank=0 with shards")
+        encoded = self._first.kind.queries(self._first.encoder, [query], search_settings)[0]
         possible = min(k, sum(self._all("count", where)))
         while True:
-            found = [hit for part in self._all("search", encoded, query, k, where, chosen) for hit in part]
-            found.sort(key=lambda hit: -hit.score)  # stable: shards come in the order of documents
-            if len(found) >= possible or (more := self._shards[0].ask("wider", chosen)()) is None:
-                return found[:k]
-            chosen = more
+            hits = [hit for part in self._all("search", encoded, query, k, where, search_settings) for hit in part]
+            hits.sort(key=lambda hit: -hit.score)  # stable, because shards are in the order of documents
+            if len(hits) >= possible or (more := self._shards[0].ask("wider", search_settings)()) is None:
+                return hits[:k]
+            search_settings = more
 
     def get(self, name: str) -> Document | None:
-        """A document by its id; None where there is none."""
+        """Return the document with an id, or None if there is none."""
         return next((d for d in self._all("get", name) if d is not None), None)
 
     def stats(self) -> dict[str, Any]:
-        """What the shards hold together."""
+        """Return the statistics of all shards together."""
         parts = self._all("stats")
         added = ("documents", "deleted", "segments", "postings", "bytes", "text_bytes")
         return {**parts[0], "shards": len(parts), **{name: sum(p[name] for p in parts) for name in added}}
 
     def close(self) -> None:
-        """Let go of the files of the first shard; the others go with the process, or with the cluster."""
+        """Close the first shard; the other shards are closed with the process or the cluster."""
         self._first.close()
 
     def __enter__(self) -> "ShardedIndex":
@@ -180,15 +182,16 @@ class ShardedIndex:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a folder has shards in it."""
+    """Return whether a folder contains a sharded index."""
     return (folder / NAME).exists()
 
 
 def read_shards(folder: Path) -> list[str]:
-    """Names of the shards in a folder.
+    """Return the names of the shards in a folder.
 
     Raises:
-        RetrievalError: there are none.
+        NoIndex: The folder contains no shards.
+        DamagedIndex: ``shards.json`` cannot be read.
     """
     try:
         about = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -203,10 +206,10 @@ def read_shards(folder: Path) -> list[str]:
 
 
 def connect_shards(address: str) -> None:
-    """Join a Ray cluster.
+    """Connect to a Ray cluster.
 
     Raises:
-        RetrievalError: Ray is not installed, or not there.
+        RetrievalError: Ray is not installed, or the cluster cannot be reached.
     """
     try:
         import ray
@@ -232,70 +235,73 @@ def build_shards(
     ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Make an index in ``count`` shards; each is encoded by itself, on a cluster all at once. Returns the documents.
+    """Build an index in ``count`` shards and return the number of documents.
 
-    What all shards share is learned from the first documents, as with one index.
+    Shards are filled one after the other, or concurrently on a Ray cluster. The shared arrays are trained on the first
+    documents, as in a single index.
 
     Raises:
-        RetrievalError: as `Index.create` and `Index.add`.
-        OSError: it cannot be written.
+        RetrievalError: `Index.create` or `Index.add` fails, ids are not unique, or the index type cannot be sharded.
+        OSError: The folder cannot be written.
     """
     if count < 1:
         raise RetrievalError(f"shards: expected 1 or more, got {count}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RetrievalError(f"{folder}: exists, and is not empty; shards are built into a folder of their own")
-    every = _distinct(documents)
+        raise RetrievalError(f"{folder}: exists, and is not empty; build shards into a new folder")
+    all_documents = _distinct(documents)
     if not resolve_index_kind(kind, options or {})[0].divisible:
-        raise RetrievalError(f"{kind} cannot be in shards: what a document scores there depends on all others")
+        raise RetrievalError(f"{kind} cannot be in shards: a document's score depends on all other documents")
     with Index.create(folder / "shard-0", kind, encoder, options) as first:
         about = first.snapshot.manifest
-        learned = first.kind.train(first.encoder.encode_documents([d.text for d in every[:BATCH]]), len(every))
+        shared = first.kind.train(
+            first.encoder.encode_documents([d.text for d in all_documents[:BATCH]]), len(all_documents)
+        )
     names = [f"shard-{i}" for i in range(count)]
     for i, name in enumerate(names):
         store = (
             Store(folder / name) if i == 0 else Store.create(folder / name, about.kind, about.options, about.encoder)
         )
         with store.writer() as writer:
-            writer.commit(Change(shared=learned))
+            writer.commit(Change(shared=shared))
         store.close()
-    bounds = np.linspace(0, len(every), count + 1).astype(int)
-    parts = [[asdict(d) for d in every[b:e]] for b, e in itertools.pairwise(bounds)]
-    places = [str((folder / name).absolute()) for name in names]
-    told = progress or (lambda *_: None)
+    bounds = np.linspace(0, len(all_documents), count + 1).astype(int)
+    parts = [[asdict(d) for d in all_documents[b:e]] for b, e in itertools.pairwise(bounds)]
+    folders = [str((folder / name).absolute()) for name in names]
+    on_progress = progress or (lambda *_: None)
     done = 0
-    for n in _filled(places, parts, ray_address):
+    for n in _filled(folders, parts, ray_address):
         done += n
-        told("indexing", done, len(every))
+        on_progress("indexing", done, len(all_documents))
     atomic_write.write_bytes(folder / NAME, json.dumps({"format": FORMAT, "shards": names}).encode())
-    return len(every)
+    return len(all_documents)
 
 
 def _distinct(documents: Iterable[Any]) -> list[Document]:
-    """Checked documents.
+    """Validate documents and check that their ids are unique.
 
     Raises:
-        RetrievalError: one is wrong, two have one id, or there is none.
+        RetrievalError: A document is invalid, two documents have the same id, or there are no documents.
     """
-    every = list(map(as_document, documents))
-    if len({d.id for d in every}) < len(every):
+    all_documents = list(map(as_document, documents))
+    if len({d.id for d in all_documents}) < len(all_documents):
         raise RetrievalError("two documents have the same id")
-    if not every:
+    if not all_documents:
         raise RetrievalError("there are no documents")
-    return every
+    return all_documents
 
 
 def fill_shard(folder: str, documents: Sequence[Mapping[str, Any]]) -> int:
-    """Put documents into a shard."""
+    """Add documents to a shard, without retraining, and return how many were added."""
     with Index.open(folder) as index:
         return index.add(documents, learn=False)
 
 
 def _filled(places: list[str], parts: list[list[dict[str, Any]]], ray_address: str | None) -> Iterable[int]:
     if ray_address is None:
-        return (fill_shard(place, part) for place, part in zip(places, parts, strict=True))
+        return (fill_shard(folder, part) for folder, part in zip(places, parts, strict=True))
     connect_shards(ray_address)
     import ray
 
     task = ray.remote(fill_shard)
-    waiting = [task.remote(place, part) for place, part in zip(places, parts, strict=True)]
+    waiting = [task.remote(folder, part) for folder, part in zip(places, parts, strict=True)]
     return (ray.get(answer) for answer in waiting)

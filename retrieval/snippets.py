@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 LENGTH = 240  # characters of a snippet
-MARGIN = 30  # characters before the first query term, and at least after the last one
+MARGIN = 30  # characters before the first query term, and the minimum after the last one
 _WORD = re.compile(r"\w+")
 
 

@@ -41,7 +41,7 @@ def test_it_is_listed_with_its_options(cli: Callable, installed: str) -> None:
             "name": "confidence",
             "type": "float",
             "default": 0.6,
-            "help": "Estimated probability that a copied token is right.",
+            "help": "Estimated probability that a draft token is accepted.",
         }
     ]
     assert "repeat_last" not in {p["name"] for p in json.loads(cli("plugins", "--json").stdout)["plugins"]}

@@ -1,14 +1,16 @@
-"""What drafting costs on the host for each step: Token Recycling and RASD in vLLM's V1 runner, random weights.
+"""Host time of drafting per step: Token Recycling and RASD in vLLM's V1 model runner, with random weights.
 
-ARMS=token_recycling,rasd   which arms; all if not given
-MODEL=llama-3-8b | qwen2.5-7b
+Environment variables:
+ARMS=token_recycling,rasd       arms to run, in this order; default: all
+MODEL=llama-3-8b | qwen2.5-7b   shape of the model
+BATCHES=1,8,64                  batch sizes
 
-The model decodes nonsense, so acceptance and speed-up mean nothing here; the milliseconds of a proposal do.
+The output of random weights is meaningless, so acceptance rates and speed-ups are too. The time per proposal is valid.
 """
 
 import os
 
-from gpu_arms import Arm, model, run_arms
+from gpu_arms import Arm, engine_arguments, run_arms
 from gpu_common import Step
 from gpu_engine import EAGER, V1
 
@@ -24,27 +26,31 @@ DRAFTERS = {
 
 
 def arms(name: str) -> list[Arm]:
-    """Stock, and the drafters."""
+    """Return the arms: vLLM without a drafter, and each drafter with chains and with trees."""
     batches = [int(b) for b in os.environ.get("BATCHES", "1,8,64").split(",")]
     points = [(batch, 1024) for batch in batches]
-    base = model(name) | EAGER | {"max_model_len": 4096, "max_num_seqs": max(batches), "max_num_batched_tokens": 8192}
+    base = (
+        engine_arguments(name)
+        | EAGER
+        | {"max_model_len": 4096, "max_num_seqs": max(batches), "max_num_batched_tokens": 8192}
+    )
     common = {"points": points, "environment": V1, "phrase": 48, "steps": 50}
-    found = [Arm("stock_v1", base, **common)]
+    results = [Arm("stock_v1", base, **common)]
     for label, drafter in DRAFTERS.items():
         drafting = {"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": 12}
         config = {"speculative_config": drafting, "additional_config": {"pilotfish": {"drafter": drafter}}}
-        found.append(Arm(label, base | config, **common))
-    return found
+        results.append(Arm(label, base | config, **common))
+    return results
 
 
 def work(step: Step) -> None:
-    """Run them."""
+    """Run the arms that ``ARMS`` selects."""
     name = os.environ.get("MODEL", "llama-3-8b")
-    chosen = {a.name: a for a in arms(name)}
-    if asked := os.environ.get("ARMS"):
-        chosen = {label: chosen[label] for label in asked.split(",")}
+    selected = {a.name: a for a in arms(name)}
+    if requested := os.environ.get("ARMS"):
+        selected = {label: selected[label] for label in requested.split(",")}
     step.notes["model"] = f"{name}, random weights"
-    run_arms(step, list(chosen.values()), SECONDS, name)
+    run_arms(step, list(selected.values()), SECONDS, name)
 
 
 if __name__ == "__main__":

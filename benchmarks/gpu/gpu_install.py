@@ -1,4 +1,4 @@
-"""Can vLLM be imported from the folder that unpack.py filled, and do its compiled libraries load? Needs no card."""
+"""Check that vLLM can be imported from the folder of unpack.py and that its libraries load. No GPU is needed."""
 
 import importlib
 import time
@@ -24,11 +24,11 @@ MODULES = (
     "pilotfish.integrations.vllm.attention.windowed.triton",
     "pilotfish.integrations.vllm.drafting.v1.proposer",
 )
-LIBRARIES = {"_C": 100, "_C_cache_ops": 10, "_vllm_fa3_C": 2}  # operators that each namespace has at least
+LIBRARIES = {"_C": 100, "_C_cache_ops": 10, "_vllm_fa3_C": 2}  # namespace: smallest number of operators expected
 
 
 def work(step: Step) -> None:
-    """Import them in turn, then ask for operators, the platform and the plugins."""
+    """Import every module, then check the operators, the platform, the plugins and the vLLM APIs."""
     for name in MODULES:
         started = time.perf_counter()
         try:
@@ -38,11 +38,11 @@ def work(step: Step) -> None:
             continue
         step.add("import", name, "seconds", time.perf_counter() - started, "s")
     names = [schema.name.split("::") for schema in torch._C._jit_get_all_schemas()]
-    for space, least in LIBRARIES.items():
-        count = sum(name[0] == space for name in names)
-        step.add("operators", space, "count", count, "")
-        if count < least:
-            step.fail(f"{space}: {count} operators, at least {least} expected")
+    for namespace, minimum in LIBRARIES.items():
+        count = sum(name[0] == namespace for name in names)
+        step.add("operators", namespace, "count", count, "")
+        if count < minimum:
+            step.fail(f"{namespace}: {count} operators, at least {minimum} expected")
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
@@ -55,7 +55,7 @@ def work(step: Step) -> None:
     if problem := vllm_api.version_problem():
         step.fail(f"pilotfish: {problem[0]}")
     if torch.cuda.is_available() and not current_platform.is_cuda():
-        step.fail(f"vLLM chose the platform {type(current_platform).__name__}")
+        step.fail(f"vLLM selected the platform {type(current_platform).__name__}, not CUDA")
 
 
 if __name__ == "__main__":

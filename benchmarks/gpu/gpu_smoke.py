@@ -1,43 +1,43 @@
-"""Does anything run here? Card, driver, torch, one Triton kernel compiled and checked, copy and matrix rates."""
+"""Smoke test: GPU, driver and torch, one compiled Triton kernel, and the rates of a copy and a matrix product."""
 
 import argparse
 import statistics
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
-from gpu_common import Clock, Step, say
+from gpu_common import Clock, Step, print_now
 
-jit: Any = triton.jit  # whose stub hides that kernels are launched by subscripts
+jit = cast(Any, triton.jit)  # its stub does not declare that kernels are launched by subscripts
 
 
 @jit
 def scale_and_add(x, y, out, n, factor, BLOCK: tl.constexpr):  # noqa: N803
-    """The smallest kernel that reads, computes and writes."""
+    """Store ``factor * x + y`` in ``out``."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = factor * tl.load(x + at, mask=at < n) + tl.load(y + at, mask=at < n)
     tl.store(out + at, value, mask=at < n)
 
 
 def work(step: Step) -> None:
-    """All of it."""
-    parser = argparse.ArgumentParser()
+    """Describe the device, then check a kernel and measure the rates."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     device = parser.parse_args().device
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError("torch sees no CUDA device")
-        about = torch.cuda.get_device_properties(0)
+            raise RuntimeError("torch finds no CUDA device")
+        properties = torch.cuda.get_device_properties(0)
         step.notes["device"] = {
-            "name": about.name,
-            "capability": f"{about.major}.{about.minor}",
-            "multiprocessors": about.multi_processor_count,
-            "memory_gib": round(about.total_memory / 2**30, 1),
-            "l2_mib": about.L2_cache_size >> 20,
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": properties.L2_cache_size >> 20,
         }
-        say(str(step.notes["device"]))
+        print_now(str(step.notes["device"]))
     n = 1_000_003
     x, y = (torch.randn(n, device=device) for _ in range(2))
     out = torch.full_like(x, float("nan"))
@@ -49,7 +49,7 @@ def work(step: Step) -> None:
     error = float((out - (2 * x + y)).abs().max())
     step.add("smoke", "triton", "worst_error", error, "")
     if not error < 1e-5:
-        step.fail(f"the Triton kernel is off by {error}")
+        step.fail(f"the Triton kernel is wrong: largest absolute error {error:.3g}, allowed 1e-05")
     clock = Clock(device, 20)
     step.add("smoke", "copy", "bandwidth", clock.copy_bandwidth() / 1e9, "GB/s")
     size = 8192 if device == "cuda" else 256

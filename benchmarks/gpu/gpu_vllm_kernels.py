@@ -1,9 +1,10 @@
-"""vLLM's own attention kernels over the shapes of gpu_kernels.py: FlashAttention 3 and Triton, whole and shortened.
+"""vLLM's attention kernels with the shapes of gpu_kernels.py: FlashAttention 3 and Triton, full and sparse attention.
 
 python gpu_vllm_kernels.py [--contexts 8192,32768,131072] [--batches 1,8]
 
-``shortened`` reads what TidalDecode's default rule chose, through the block table that the project's kernel wrote: what
-the sparse layers of an engine do.
+Arms that end with ``_whole`` attend to the full context. Arms that end with ``_shortened`` attend to the pages that
+TidalDecode's default rule selects, through the shortened block table that the project's kernel writes, as the sparse
+layers of an engine do.
 """
 
 import argparse
@@ -11,24 +12,24 @@ from collections.abc import Callable
 
 import torch
 from gpu_common import Clock, Step
-from gpu_kernels import Paged, Run, Shape, mixed, weights
+from gpu_kernels import Paged, Run, Shape, attention_weights, weighted_values
 from torch import Tensor
 
 from pilotfish.kvcache.kernels import paged_triton
 from pilotfish.kvcache.selection import SelectionRule
 
-SEGMENTS = 16  # of vLLM's Triton kernel for few requests
-Attend = Callable[[Tensor, Tensor, int], Tensor]  # block table, lengths, longest
+SEGMENTS = 16  # parts of a context in vLLM's Triton kernel for small batches
+Attend = Callable[[Tensor, Tensor, int], Tensor]  # (block_table, seq_lens, max_seq_len) -> output
 
 
-def flash(run: Run, paged: Paged) -> Attend:
-    """FlashAttention 3, as vLLM's backend calls it."""
+def flash_attention(run: Run, paged: Paged) -> Attend:
+    """Return a function that calls FlashAttention 3 as vLLM's backend does."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     keys, values = paged.cache.transpose(1, 2).split(run.shape.size, dim=-1)
     output = torch.empty_like(paged.query)
 
-    def attend(table: Tensor, lens: Tensor, longest: int) -> Tensor:
+    def attend(table: Tensor, lens: Tensor, max_len: int) -> Tensor:
         flash_attn_varlen_func(
             q=paged.query,
             k=keys,
@@ -37,7 +38,7 @@ def flash(run: Run, paged: Paged) -> Attend:
             cu_seqlens_q=paged.batch.query_start_loc,
             max_seqlen_q=1,
             seqused_k=lens,
-            max_seqlen_k=longest,
+            max_seqlen_k=max_len,
             softmax_scale=run.shape.scale,
             causal=True,
             block_table=table,
@@ -48,16 +49,16 @@ def flash(run: Run, paged: Paged) -> Attend:
     return attend
 
 
-def unified(run: Run, paged: Paged) -> Attend:
-    """vLLM's Triton kernel, as its backend calls it."""
+def triton_attention(run: Run, paged: Paged) -> Attend:
+    """Return a function that calls vLLM's Triton kernel as its backend does."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     keys, values = paged.cache.transpose(1, 2).split(run.shape.size, dim=-1)
     output, shape = torch.empty_like(paged.query), (paged.requests, run.shape.heads, SEGMENTS)
-    parts = torch.empty(*shape, run.shape.size, dtype=torch.float32, device=run.device)
-    tops, sums = torch.empty(2, *shape, dtype=torch.float32, device=run.device)
+    segment_output = torch.empty(*shape, run.shape.size, dtype=torch.float32, device=run.device)
+    segment_max, segment_expsum = torch.empty(2, *shape, dtype=torch.float32, device=run.device)
 
-    def attend(table: Tensor, lens: Tensor, longest: int) -> Tensor:
+    def attend(table: Tensor, lens: Tensor, max_len: int) -> Tensor:
         unified_attention(
             q=paged.query,
             k=keys,
@@ -66,7 +67,7 @@ def unified(run: Run, paged: Paged) -> Attend:
             cu_seqlens_q=paged.batch.query_start_loc,
             max_seqlen_q=1,
             seqused_k=lens,
-            max_seqlen_k=longest,
+            max_seqlen_k=max_len,
             softmax_scale=run.shape.scale,
             causal=True,
             window_size=(-1, -1),
@@ -77,9 +78,9 @@ def unified(run: Run, paged: Paged) -> Attend:
             v_descale=None,
             seq_threshold_3D=128 // run.shape.kv_heads,
             num_par_softmax_segments=SEGMENTS,
-            softmax_segm_output=parts,
-            softmax_segm_max=tops,
-            softmax_segm_expsum=sums,
+            softmax_segm_output=segment_output,
+            softmax_segm_max=segment_max,
+            softmax_segm_expsum=segment_expsum,
         )
         return output
 
@@ -87,25 +88,27 @@ def unified(run: Run, paged: Paged) -> Attend:
 
 
 def measure(run: Run, context: int, batch: int) -> None:
-    """Both kernels over one context."""
+    """Measure both kernels at one context length and batch size."""
     dataset, rule = f"context_{context}_batch_{batch}", SelectionRule(512, 4, 64, "max", "page")
     paged = Paged(run, context, batch)
     scores = paged_triton.token_scores(paged.query, paged.cache, paged.batch, rule, run.shape.scale)
-    kept = paged_triton.select_tokens(scores, paged.batch, rule)
-    short_table, short_lens = paged_triton.shorten_block_table(kept, paged.batch, rule, run.shape.block)
-    texts = [paged.text(r) for r in range(batch)]
-    expected = torch.stack([mixed(weights(paged.query[r], k, run.shape), v) for r, (k, v) in enumerate(texts)])
+    selected = paged_triton.select_tokens(scores, paged.batch, rule)
+    short_table, short_lens = paged_triton.shorten_block_table(selected, paged.batch, rule, run.shape.block)
+    pairs = [paged.text(r) for r in range(batch)]
+    expected = torch.stack(
+        [weighted_values(attention_weights(paged.query[r], k, run.shape), v) for r, (k, v) in enumerate(pairs)]
+    )
     short_expected = torch.full_like(paged.query, float("nan"))
     paged_triton.paged_decode_attention(
-        paged.query, paged.cache, paged.batch, rule, run.shape.scale, short_expected, kept
+        paged.query, paged.cache, paged.batch, rule, run.shape.scale, short_expected, selected
     )
-    for name, make in (("flash_attention_3", flash), ("triton_unified", unified)):
+    for name, make in (("flash_attention_3", flash_attention), ("triton_unified", triton_attention)):
         try:
             attend = make(run, paged)
-            whole = paged.batch.block_table, paged.batch.seq_lens, context
-            run.check(dataset, f"{name}_whole", attend(*whole), expected)
-            run.time(dataset, f"{name}_whole", lambda call=attend, of=whole: call(*of), 2 * paged.row_bytes * context)
-            # The longest length is the whole one, as in an engine, where the host does not know the shortened ones.
+            full = paged.batch.block_table, paged.batch.seq_lens, context
+            run.check(dataset, f"{name}_whole", attend(*full), expected)
+            run.time(dataset, f"{name}_whole", lambda call=attend, of=full: call(*of), 2 * paged.row_bytes * context)
+            # max_seq_len stays that of the full context, as in an engine: the host does not know the shortened lengths.
             short = short_table, short_lens, context
             run.check(dataset, f"{name}_shortened", attend(*short), short_expected.double())
             moved = 2 * paged.row_bytes * rule.budget
@@ -115,13 +118,13 @@ def measure(run: Run, context: int, batch: int) -> None:
 
 
 def work(step: Step) -> None:
-    """Shapes in turn."""
+    """Measure every combination of context length and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", default="8192,32768,131072")
-    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--contexts", default="8192,32768,131072", help="context lengths (default: %(default)s)")
+    parser.add_argument("--batches", default="1,8", help="batch sizes (default: %(default)s)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
+        raise RuntimeError("torch finds no CUDA device")
     torch.manual_seed(0)
     clock, shape = Clock("cuda", 30), Shape(32, 8, 128, 16)
     run = Run(step, clock, shape, torch.bfloat16, "cuda", clock.copy_bandwidth())

@@ -1,4 +1,4 @@
-"""The smallest useful drafter: whatever followed the last two tokens earlier in the same text follows them again."""
+"""A minimal drafter: it proposes the tokens that followed the last two tokens earlier in the same text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class RepeatLastOptions:
     """Options of the example.
 
     Attributes:
-        confidence: Estimated probability that a copied token is right.
+        confidence: Estimated probability that a draft token is accepted.
     """
 
     confidence: float = 0.6
@@ -26,7 +26,7 @@ class RepeatLastOptions:
 
 
 class RepeatLast(Drafter):
-    """Copies from the text of the request itself; keeps no state."""
+    """Drafter that copies from the text of the request itself and keeps no state."""
 
     name: ClassVar[str] = "repeat_last"
     Options: ClassVar[type] = RepeatLastOptions
@@ -39,7 +39,7 @@ class RepeatLast(Drafter):
     def finish(self, request: str) -> None: ...
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
-        """A chain for each request."""
+        """Propose a chain for each request."""
         return [self._chain(r.tokens, max(0, min(budget.nodes, budget.depth, r.limit))) for r in requests]
 
     def _chain(self, text: Int32, depth: int) -> DraftTree:

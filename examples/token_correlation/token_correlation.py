@@ -1,9 +1,10 @@
-"""Token-level Correlation-guided Compression (arXiv 2407.14439): crops full of repetition keep less.
+"""Token-level Correlation-guided Compression (arXiv 2407.14439): repetitive crops keep fewer tokens.
 
-Two correlations, both of the paper: between the patches of a crop (how much of it repeats itself, and so how dense its
-information is) and between [CLS] and each patch (which patches carry it). The paper lets the density decide how many
-tokens a picture keeps; an engine has to know that before it sees the picture, so that here the density divides a fixed
-number among the crops. Patches are compared by the features that the language model gets, not by keys of the tower.
+The method uses two correlations of the paper: between the patches of a crop (how repetitive it is, and so how dense its
+information), and between [CLS] and each patch (which patches carry the information). In the paper, the density decides
+how many tokens an image keeps; an engine has to know that number before it processes the image, so here the density
+divides a fixed number of tokens among the crops. Patches are compared by the features that the language model gets, not
+by keys of the vision encoder.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ class TokenCorrelationOptions:
     """Options of the example.
 
     Attributes:
-        retain: Share of the visual tokens that is kept; newline tokens stay besides.
-        similar: Cosine above which two patches show the same.
-        repeats: So many others that show the same make a patch redundant.
+        retain: Share of the visual tokens to keep; newline tokens are kept in addition.
+        similar: Cosine similarity above which two patches count as repetitions.
+        repeats: Number of other repetitions that make a patch redundant.
     """
 
     retain: float = 0.25
@@ -40,7 +41,7 @@ class TokenCorrelationOptions:
 
 
 class TokenCorrelation(VisualPruner):
-    """Shares by density of information, tokens by [CLS]."""
+    """Visual pruner that allocates tokens to crops by information density, and selects them by [CLS] attention."""
 
     name: ClassVar[str] = "token_correlation"
     Options: ClassVar[type] = TokenCorrelationOptions
@@ -50,23 +51,23 @@ class TokenCorrelation(VisualPruner):
         self.options = options
 
     def plan(self, layout: ImageLayout) -> PrunePlan:
-        """The same share of the thumbnail and of all crops together."""
+        """Keep the same share of the base view and of all crops together."""
         return token_budget.plan_tokens(layout, self.options.retain)
 
-    def select(self, layout: ImageLayout, plan: PrunePlan, picture: ImageFeatures) -> Tensor:
-        """The patches of highest score, of each crop as many as its density earns."""
-        assert picture.scores is not None
-        thumbnail = token_budget.top_indices(picture.scores[0], plan.parts["base_view"]).sort().values
-        blocks = grids.view_token_indices(layout, picture.tokens.device)[layout.frames :]
-        earned = iter([self.density(picture.tokens[block]) for block in blocks])
-        weights = [n * next(earned) if n else 0.0 for n in layout.crop_tokens]  # a crop of padding alone is no block
+    def select(self, layout: ImageLayout, plan: PrunePlan, features: ImageFeatures) -> Tensor:
+        """Select the patches with the highest scores, in each crop as many as its density allows."""
+        assert features.scores is not None
+        base_view = token_budget.top_indices(features.scores[0], plan.parts["base_view"]).sort().values
+        blocks = grids.view_token_indices(layout, features.tokens.device)[layout.frames :]
+        densities = iter([self.density(features.tokens[block]) for block in blocks])
+        weights = [n * next(densities) if n else 0.0 for n in layout.crop_tokens]  # crops of padding have no block
         wanted = [plan.parts["crops"] * w / (sum(weights) or 1.0) for w in weights]
         counts = token_budget.allocate_tokens(layout.crop_tokens, wanted, plan.parts["crops"])
-        keep = grids.top_patches_per_crop(layout, grids.stitch_crops(layout, picture.scores), counts)
-        return grids.token_indices(layout, thumbnail, keep)
+        keep = grids.top_patches_per_crop(layout, grids.stitch_crops(layout, features.scores), counts)
+        return grids.token_indices(layout, base_view, keep)
 
     def density(self, tokens: Tensor) -> float:
-        """Share of the tokens [n, width] that are not redundant."""
+        """Return the share of the tokens, [n, width], that are not redundant."""
         unit = functional.normalize(tokens.float(), dim=-1)
         alike = (unit @ unit.T > self.options.similar).sum(1) - 1
         return float((alike < self.options.repeats).float().mean())

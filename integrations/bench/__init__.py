@@ -1,1 +1,1 @@
-"""What all measurements share, and the measurement of retrieval; those of engines are in `vllm.bench`."""
+"""Code shared by all benchmarks, and the retrieval benchmark; benchmarks of engines are in `vllm.bench`."""

@@ -1,8 +1,8 @@
-"""Other packages' indexes, in a process and an environment of their own: they pin other builds of torch.
+"""Indexes of other packages, in a separate process and environment because they pin other builds of torch.
 
-`pilotfish bench retrieval --peers PYTHON` runs this file with that interpreter. It must not import Pilotfish. It reads
-vectors from a folder, builds, and then answers a line for each query, with the time that the call itself took, so that
-its arms can be interleaved with those of other processes.
+`pilotfish bench retrieval --peers PYTHON` runs this file with that interpreter, so it must not import Pilotfish. It
+reads vectors from a folder, builds an index, and answers each query with a line that holds the time of the call itself,
+so that its queries can be interleaved with those of other processes.
 """
 
 import json
@@ -19,17 +19,17 @@ NAMES = ("fast_plaid", "xtr_warp")
 
 
 def fast_plaid(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any:
-    """PLAID (arXiv 2205.09707) in Rust, which PyLate uses, too."""
+    """Build a PLAID index (arXiv 2205.09707) in Rust, which PyLate also uses, and return its search function."""
     from fast_plaid import search
 
     index = search.FastPlaid(str(folder / "fast_plaid"), device="cpu")
     index.create(documents, nbits=4)
-    given = {"top_k": DEPTH, "n_full_scores": 4096, "n_ivf_probe": 8, **options}
-    return lambda query: index.search(query[None], show_progress=False, n_processes=1, **given)[0]
+    settings = {"top_k": DEPTH, "n_full_scores": 4096, "n_ivf_probe": 8, **options}
+    return lambda query: index.search(query[None], show_progress=False, n_processes=1, **settings)[0]
 
 
 def xtr_warp(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any:
-    """WARP (arXiv 2501.17788) in Rust."""
+    """Build a WARP index (arXiv 2501.17788) in Rust, and return its search function."""
     from xtr_warp.search import XTRWarp
 
     index = XTRWarp(str(folder / "xtr_warp"))
@@ -39,11 +39,11 @@ def xtr_warp(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any
 
 
 def main() -> None:
-    """``peers.py NAME FOLDER THREADS OPTIONS``: build, say so, then answer numbers of queries."""
+    """Run ``baselines.py NAME FOLDER THREADS OPTIONS``: build, report it, then answer query numbers line by line."""
     import torch
 
     name, folder, threads, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-    said = os.fdopen(os.dup(1), "w")  # what packages print goes elsewhere
+    answers = os.fdopen(os.dup(1), "w")  # output of packages goes to standard error
     os.dup2(2, 1)
     documents, queries = (_split(folder, what) for what in ("documents", "queries"))
     began = time.perf_counter()
@@ -51,19 +51,19 @@ def main() -> None:
     seconds = time.perf_counter() - began
     size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
     torch.set_num_threads(threads)
-    said.write(json.dumps({"build_s": seconds, "bytes": size}) + "\n")
-    said.flush()
+    answers.write(json.dumps({"build_s": seconds, "bytes": size}) + "\n")
+    answers.flush()
     for line in sys.stdin:
         query = queries[int(line)]
         began = time.perf_counter()
-        found = search(query)
+        results = search(query)
         ms = 1e3 * (time.perf_counter() - began)
-        said.write(json.dumps({"ms": ms, "documents": [int(d) for d, _ in found]}) + "\n")
-        said.flush()
+        answers.write(json.dumps({"ms": ms, "documents": [int(d) for d, _ in results]}) + "\n")
+        answers.flush()
 
 
 def _split(folder: Path, what: str) -> list[Any]:
-    """Vectors of each text, [tokens, dimension] float32."""
+    """Load the vectors of each text, [tokens, dimension] float32."""
     import torch
 
     vectors = torch.from_numpy(np.load(folder / f"{what}.npy").astype(np.float32))

@@ -1,4 +1,4 @@
-"""`pilotfish bench retrieval`."""
+"""`pilotfish bench retrieval` and `pilotfish report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import MEASURING
 from ...retrieval.cli.options import refusals
 
-bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
+bench = typer.Typer(help="Compare plugins with baselines.")
 ARMS = (
     "bm25s,faiss_flat,maxsim,xtr@exact,xtr@nprobe=8,xtr,xtr@nprobe=32,bm25,dense,"
     "vdr,vdr@query_encoding=bag_of_words,vdr@document_encoding=bag_of_words,vdr@document_encoding=bag_of_words@rerank=100,hybrid"
@@ -19,47 +19,50 @@ ARMS = (
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     extend_group(cli, "bench", bench, MEASURING)
     cli.command("report", rich_help_panel=MEASURING)(report)
 
 
 def report(
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Files of measurements, or folders [default: benchmarks/results].")
+        list[Path] | None, typer.Argument(help="Result files, or folders of them [default: benchmarks/results].")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="Path of the HTML page.")] = Path("report.html"),
 ) -> None:
-    """Write one page from the results of benchmarks: gains, costs, where a plugin loses, and how to repeat it."""
+    """Write an HTML page from benchmark results. It shows gains, costs, losses, and how to reproduce them."""
     from ...plugins.manager import plugins
     from . import record
     from . import report as page
 
     record.check_output_path(out)
-    found = page.read_results(results or [Path("benchmarks/results")])
+    records = page.read_results(results or [Path("benchmarks/results")])
     with refusals():
         page.write_report(
-            found, [name for kind in ("drafter", "kv", "pruner", "index") for name in plugins().classes(kind)], out
+            records, [name for kind in ("drafter", "kv", "pruner", "index") for name in plugins().classes(kind)], out
         )
     typer.echo(f"written to {out}")
 
 
 @bench.command("retrieval")
 def bench_retrieval(
-    data: Annotated[list[Path], typer.Option("--data", help="A BEIR folder; may be repeated.")],
-    arms: Annotated[str, typer.Option(help="KIND[@name=value...], bm25s, faiss_flat, maxsim, sparse_encoder.")] = ARMS,
-    queries: Annotated[int, typer.Option(min=1, help="Queries of each collection, at most.")] = 10_000,
-    union: Annotated[bool, typer.Option(help="Also all collections in one index, for times.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a search.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Searches of each query, interleaved; the median counts.")] = 3,
-    encoder: Annotated[str | None, typer.Option(help="A multi-vector encoder.")] = None,
+    data: Annotated[list[Path], typer.Option("--data", help="BEIR folder; can be repeated.")],
+    arms: Annotated[
+        str,
+        typer.Option(help="Indexes, comma-separated: KIND[@name=value...], bm25s, faiss_flat, maxsim, sparse_encoder."),
+    ] = ARMS,
+    queries: Annotated[int, typer.Option(min=1, help="Maximum number of queries per collection.")] = 10_000,
+    union: Annotated[bool, typer.Option(help="Also search all collections in one index.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads per search.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved searches per query; the median is reported.")] = 3,
+    encoder: Annotated[str | None, typer.Option(help="Multi-vector encoder.")] = None,
     peers: Annotated[
         Path | None,
-        typer.Option(exists=True, help="A Python that has what arms fast_plaid and xtr_warp need."),
+        typer.Option(exists=True, help="Python interpreter with the packages of the arms fast_plaid and xtr_warp."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/retrieval.json"),
+    out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/retrieval.json"),
 ) -> None:
-    """Compare indexes on judged queries: quality, time of a search, time to build, memory."""
+    """Compare indexes on collections with qrels. Measures quality, search time, build time and memory."""
     from . import retrieval
 
     with refusals():

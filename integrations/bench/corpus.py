@@ -1,4 +1,4 @@
-"""Judged collections, encoded once for all indexes that are compared."""
+"""Collections with qrels, encoded once for all indexes that are compared."""
 
 import statistics
 import time
@@ -13,42 +13,42 @@ from ...retrieval.token_embeddings import TokenEmbeddings
 
 @dataclass(frozen=True)
 class Corpus:
-    """A collection, encoded."""
+    """Collection with its encoded documents and queries."""
 
     name: str
     ids: list[str]
     texts: list[str]
-    asked: list[str]  # ids of queries
+    asked: list[str]  # ids of the queries
     queries: list[str]
-    judged: dict[str, dict[str, int]]
+    judged: dict[str, dict[str, int]]  # qrels
     tokens: TokenEmbeddings
     query_tokens: list[TokenEmbeddings]
     seconds: dict[str, float]
-    encoder: str  # of tokens
-    parts: "tuple[Corpus, ...]" = ()  # of a union
-    made: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # encoders by their identity, and what they made
+    encoder: str  # name of the encoder of ``tokens``
+    parts: "tuple[Corpus, ...]" = ()  # collections of a union
+    made: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # id of an encoder -> encoder, encoded documents
 
     def by(self, encoder: Any) -> Any:
-        """All documents as an encoder makes them, once for all arms."""
+        """Return all documents as encoded by an encoder; they are encoded once for all arms."""
         if isinstance(encoder, MultiEncoder):
             return MultiEncoded({name: self.by(part) for name, part in encoder.encoders.items()})
         if id(encoder) not in self.made:
             if self.parts:
                 pieces = [p.by(encoder) for p in self.parts]
-                found = type(pieces[0]).join(pieces)
+                encoded = type(pieces[0]).join(pieces)
             else:
-                found = encoder.encode_documents(self.texts)
-            self.made[id(encoder)] = encoder, found
+                encoded = encoder.encode_documents(self.texts)
+            self.made[id(encoder)] = encoder, encoded
         return self.made[id(encoder)][1]
 
 
 def encode_collection(collection: Collection, encoder_name: str | None, at_most: int) -> Corpus:
-    """Encode documents, and ``at_most`` queries."""
+    """Encode the documents and at most ``at_most`` queries of a collection."""
     from ...retrieval.encoders import MINILM, load_multi_vector_encoder
 
     encoder = load_multi_vector_encoder(
         encoder_name or MINILM, "auto", "float32"
-    )  # as kinds of index load it: then it is the same one
+    )  # loaded as index kinds load it, so that it is the same object
     documents = list(DocumentSource([collection.corpus], lambda text: [text]))
     asked = list(collection.queries)[:at_most]
     queries = [collection.queries[q] for q in asked]
@@ -77,7 +77,7 @@ def encode_collection(collection: Collection, encoder_name: str | None, at_most:
 
 
 def union_of_collections(parts: list[Corpus]) -> Corpus:
-    """All collections in one; queries of all, judged on their own."""
+    """Merge collections into one, with the queries and qrels of each."""
     return Corpus(
         "union",
         [f"{p.name}:{i}" for p in parts for i in p.ids],

@@ -1,4 +1,4 @@
-"""What answers queries in `pilotfish bench retrieval`: our indexes, and what people use without them."""
+"""Indexes of `pilotfish bench retrieval`: those of Pilotfish, and baselines."""
 
 import json
 import os
@@ -26,76 +26,76 @@ from .memory import PeakMemory
 
 DEPTH = 100
 EXACT = {"nprobe": 1 << 20, "impute": "kprime", "kprime": 1000}
-Search = Callable[[int], Sequence[int]]  # number of a query -> numbers of documents, best first
-Timed = Callable[[int], tuple[float, Sequence[int]]]  # the same, and milliseconds
+Search = Callable[[int], Sequence[int]]  # index of a query -> internal document ids, best first
+Timed = Callable[[int], tuple[float, Sequence[int]]]  # the same, with milliseconds
 
 
 @dataclass(frozen=True)
 class RetrievalArm:
-    """Something that answers queries."""
+    """Index that is measured, with its search function."""
 
     name: str
     search: Timed
     build_seconds: float
     bytes: int
-    postings: float = 0  # of a document
-    peak_mib: float | None = None  # of building; None where another process built
+    postings: float = 0  # per document
+    peak_mib: float | None = None  # while building; None if built in another process
 
 
 def _timed(search: Search) -> Timed:
     def timed(number: int) -> tuple[float, Sequence[int]]:
         started = time.perf_counter()
-        found = search(number)
-        return 1e3 * (time.perf_counter() - started), found
+        results = search(number)
+        return 1e3 * (time.perf_counter() - started), results
 
     return timed
 
 
 def parse_arm(arm: str) -> Selection:
-    """An arm's name and options.
+    """Parse the name and options of an arm.
 
     Raises:
-        ConfigError: there is no such arm.
+        ConfigError: There is no such arm, or it has no such option.
     """
-    chosen = parse_assignments(arm.replace("@exact", "").replace("@", ","))
-    if "@exact" in arm and chosen.name != "xtr":
+    selected = parse_assignments(arm.replace("@exact", "").replace("@", ","))
+    if "@exact" in arm and selected.name != "xtr":
         raise ConfigError(f"arm {arm}: only xtr has @exact")
-    if chosen.name not in (*OTHERS, *baselines.NAMES):
-        cls: Any = plugins().get("index", chosen.name, "arm")
-        _split(cls, chosen.options)
-    return chosen
+    if selected.name not in (*OTHERS, *baselines.NAMES):
+        cls: Any = plugins().get("index", selected.name, "arm")
+        _split(cls, selected.options)
+    return selected
 
 
 def _split(cls: Any, options: Any) -> tuple[Any, dict[str, Any]]:
-    """Options of making an index, and those of searching it."""
+    """Return the options for building an index, and the settings for searching it."""
     making = {k: v for k, v in options.items() if k in cls.Options.__dataclass_fields__}
     searching = {k: v for k, v in options.items() if k not in making and k != "encoder"}
     return build_options(cls.Options, making, cls.name), asdict(build_options(cls.Settings, searching, cls.name))
 
 
 def make_arm(name: str, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
-    """An arm over a collection; ``python`` has other packages, for those arms that are other packages.
+    """Build an arm over a collection; ``python`` is the interpreter with the packages in `baselines`.
 
     Raises:
-        ConfigError: what it needs is not there.
+        ConfigError: A package that the arm needs is not installed.
     """
-    chosen = parse_arm(name)
+    selected = parse_arm(name)
     started = time.perf_counter()
-    if chosen.name in OTHERS:
-        package, other = OTHERS[chosen.name]
+    if selected.name in OTHERS:
+        package, other = OTHERS[selected.name]
         if find_spec(package) is None:
-            raise ConfigError(f"arm {chosen.name} needs {package}; pip install pilotfish[bench]")
+            raise ConfigError(f"arm {selected.name} needs {package}; pip install pilotfish[bench]")
         with PeakMemory() as peak:
             search, size = other(corpus)
-    elif chosen.name in baselines.NAMES:
-        return _peer(name, chosen, corpus, threads, python)
+    elif selected.name in baselines.NAMES:
+        return _peer(name, selected, corpus, threads, python)
     else:
-        return _index(name, chosen, corpus)
+        return _index(name, selected, corpus)
     return RetrievalArm(name, _timed(search), time.perf_counter() - started, size, peak_mib=peak.mib)
 
 
 def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
-    """Another package, in a process of its own that ends with the arm; it gets the vectors that our index has."""
+    """Run another package in a separate process that ends with the arm; it gets the same vectors as our index."""
     from ...retrieval.xtr import index
 
     if python is None:
@@ -112,25 +112,25 @@ def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Pa
         stdout=subprocess.PIPE,
         stderr=log.open("w"),
         text=True,
-        # Threads that wait must not take time from the arm that is measured.
+        # Waiting threads must not take CPU time from the arm that is measured.
         env={**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
     )
     weakref.finalize(process, shutil.rmtree, folder, ignore_errors=True)
 
-    def heard() -> dict[str, Any]:
+    def read_answer() -> dict[str, Any]:
         assert process.stdout is not None
         if not (line := process.stdout.readline()):
-            said = log.read_text().strip().splitlines() or ["it ended"]
-            raise ConfigError(f"arm {name}: {said[-1]}")
+            lines = log.read_text().strip().splitlines() or ["the process ended"]
+            raise ConfigError(f"arm {name}: {lines[-1]}")
         return json.loads(line)
 
-    about = heard()
+    about = read_answer()
 
     def search(number: int) -> tuple[float, Sequence[int]]:
         assert process.stdin is not None
         process.stdin.write(f"{number}\n")
         process.stdin.flush()
-        answer = heard()
+        answer = read_answer()
         return answer["ms"], answer["documents"]
 
     return RetrievalArm(name, search, about["build_s"], about["bytes"])
@@ -141,50 +141,50 @@ def _bm25(corpus: Corpus) -> tuple[Search, int]:
     import Stemmer
 
     stemmer = Stemmer.Stemmer("english")
-    made = bm25s.BM25(k1=0.9, b=0.4)
-    made.index(bm25s.tokenize(corpus.texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
+    index = bm25s.BM25(k1=0.9, b=0.4)
+    index.index(bm25s.tokenize(corpus.texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
 
     def search(number: int) -> Sequence[int]:
-        words = bm25s.tokenize([corpus.queries[number]], stopwords="en", stemmer=stemmer, show_progress=False)
+        terms = bm25s.tokenize([corpus.queries[number]], stopwords="en", stemmer=stemmer, show_progress=False)
         depth = min(DEPTH, len(corpus.ids))
-        return made.retrieve(words, k=depth, show_progress=False, n_threads=1)[0][0].tolist()
+        return index.retrieve(terms, k=depth, show_progress=False, n_threads=1)[0][0].tolist()
 
-    return search, sum(np.asarray(v).nbytes for v in made.scores.values())
+    return search, sum(np.asarray(v).nbytes for v in index.scores.values())
 
 
 def _faiss(corpus: Corpus) -> tuple[Search, int]:
     import faiss
 
     vectors = document_vectors(corpus.tokens)
-    made = faiss.IndexFlatIP(vectors.shape[1])
-    made.add(vectors)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
     queries = [document_vectors(q) for q in corpus.query_tokens]
-    return lambda number: made.search(queries[number], DEPTH)[1][0].tolist(), vectors.nbytes
+    return lambda number: index.search(queries[number], DEPTH)[1][0].tolist(), vectors.nbytes
 
 
 def _sparse_encoder(corpus: Corpus) -> tuple[Search, int]:
-    """The embedded masked language model as sentence-transformers has it, and its own search."""
+    """Run the embedded masked language model in sentence-transformers, with that package's search."""
     import torch
     from sentence_transformers import SparseEncoder, util
     from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 
-    words = vdr.read_form(vdr.find_packaged_masked_lm(), embedded=True).lengths[1]
+    max_length = vdr.read_form(vdr.find_packaged_masked_lm(), embedded=True).lengths[1]
     model = SparseEncoder(
-        modules=[MLMTransformer(str(vdr.find_packaged_masked_lm()), max_seq_length=words), SpladePooling("max")]
+        modules=[MLMTransformer(str(vdr.find_packaged_masked_lm()), max_seq_length=max_length), SpladePooling("max")]
     )
     documents: Any = model.encode_document(corpus.texts, show_progress_bar=False)
     queries: Any = model.encode_query(corpus.queries, show_progress_bar=False)
-    kept = documents.coalesce()
+    matrix = documents.coalesce()
 
     def search(number: int) -> Sequence[int]:
-        found = util.semantic_search(queries[number].unsqueeze(0), kept, top_k=DEPTH, score_function=util.dot_score)
-        return [int(hit["corpus_id"]) for hit in found[0]]
+        hits = util.semantic_search(queries[number].unsqueeze(0), matrix, top_k=DEPTH, score_function=util.dot_score)
+        return [int(hit["corpus_id"]) for hit in hits[0]]
 
-    return search, kept.values().nbytes + kept.indices().to(torch.int32).nbytes
+    return search, matrix.values().nbytes + matrix.indices().to(torch.int32).nbytes
 
 
 def _maxsim(corpus: Corpus) -> tuple[Search, int]:
-    """Every token of every document, in whole precision."""
+    """Score every token of every document exactly, in float32 (MaxSim)."""
     vectors = corpus.tokens.vectors.astype(np.float32)
     starts = np.concatenate([[0], np.cumsum(corpus.tokens.counts)[:-1]])
 
@@ -196,7 +196,7 @@ def _maxsim(corpus: Corpus) -> tuple[Search, int]:
 
 
 def _index(name: str, chosen: Selection, corpus: Corpus) -> RetrievalArm:
-    """An index of ours, in its store, opened as readers open it."""
+    """Build an index of Pilotfish in a store, and open it as readers do."""
     from ...retrieval.store import Change, Store
     from ...retrieval.store.documents import Document
 
@@ -220,38 +220,38 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> RetrievalArm:
         snapshot = store.snapshot
         store.close()
         size = sum(f.bytes for f in snapshot.manifest.files().values())
-        # The files go with the folder; what is mapped stays.
+        # The files are deleted with the folder; their mappings stay valid.
         searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(corpus.ids))
     chosen_settings = cls.Settings(**settings)
     queries = kind.queries(encoder, corpus.queries, chosen_settings)
     each = [queries[i] for i in range(len(corpus.queries))]
-    again = _rescoring(encoder, corpus, each, kind.rescored(chosen_settings))
+    rerank = _rescoring(encoder, corpus, each, kind.rescored(chosen_settings))
 
     def search(number: int) -> Sequence[int]:
-        found = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
-        return again(number, found).tolist()
+        results = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
+        return rerank(number, results).tolist()
 
     return RetrievalArm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak.mib)
 
 
 def _usual(kind: Any, tokens: str) -> str:
-    """The encoder of an arm that names none: the one the collection was encoded with, where it is one of tokens."""
+    """Return the default encoder of an arm: for multi-vector indexes, the one that encoded the collection."""
     if isinstance(getattr(kind, "members", None), dict):
         return ",".join(f"{m}={_usual(member, tokens)}" for m, member in kind.members.items())
     return tokens if kind.default_encoder == MINILM else kind.default_encoder
 
 
 def _rescoring(encoder: Any, corpus: Corpus, queries: Sequence[Any], count: int) -> Callable[[int, Any], Any]:
-    """What orders the best ``count`` anew by weights; those of documents are made before, as all encoding is."""
+    """Return a function that re-ranks the best ``count`` by term weights; documents are encoded beforehand."""
     if not count:
-        return lambda number, found: found
+        return lambda number, results: results
     weighted = corpus.by(vdr.load_vocabulary_encoder(encoder.name, "auto", "float32", encoder.activation, encoder.top))
 
-    def again(number: int, found: Any) -> Any:
-        scores = weighted.take(found[:count]).dot(queries[number])
-        return np.concatenate([found[:count][np.argsort(-scores, kind="stable")], found[count:]])
+    def rerank(number: int, results: Any) -> Any:
+        scores = weighted.take(results[:count]).dot(queries[number])
+        return np.concatenate([results[:count][np.argsort(-scores, kind="stable")], results[count:]])
 
-    return again
+    return rerank
 
 
 OTHERS: dict[str, tuple[str, Callable[[Corpus], tuple[Search, int]]]] = {

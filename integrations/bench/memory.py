@@ -1,13 +1,13 @@
-"""How much memory something takes while it is done."""
+"""Resident and peak memory of processes."""
 
 import threading
 from pathlib import Path
 
-EVERY = 0.005  # seconds
+EVERY = 0.005  # seconds between samples
 
 
 def status(what: str, process: int | str = "self") -> float | None:
-    """MiB of a process as Linux has it: ``VmRSS`` in memory, ``VmHWM`` that ever were; None where it does not tell."""
+    """Return memory of a Linux process in MiB: resident (``VmRSS``) or its peak (``VmHWM``); None if unavailable."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -16,12 +16,12 @@ def status(what: str, process: int | str = "self") -> float | None:
 
 
 def resident() -> float:
-    """MiB of this process that are in memory; 0 where the system does not tell."""
+    """Return the resident memory of this process in MiB; 0 if unavailable."""
     return status("VmRSS") or 0.0
 
 
 def of_all(process: int) -> float:
-    """MiB of a process and of those that it started that are in memory; of those that are there still."""
+    """Return the resident memory in MiB of a process and its descendants, 0 for those that ended."""
     try:
         threads = list(Path(f"/proc/{process}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
@@ -31,9 +31,9 @@ def of_all(process: int) -> float:
 
 
 class PeakMemory:
-    """Looks while a block runs: ``mib`` is then the most that was resident, beyond what was before it.
+    """Context manager that samples memory: ``mib`` is the peak of resident memory above its value at entry, in MiB.
 
-    Memory that the process had free already is not counted; so it is a lower bound where much was done before.
+    It is a lower bound: memory that the process had allocated and freed before is reused without an increase.
     """
 
     mib = 0.0

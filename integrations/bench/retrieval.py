@@ -1,7 +1,8 @@
-"""Indexes side by side on judged queries.
+"""Benchmark of indexes on queries with qrels.
 
-Documents and queries are encoded once for all arms, and neither encoding is part of a time: it is the same for all, and
-told by itself. Every query goes through all arms before the next one, so that a machine whose speed drifts slows all.
+Documents and queries are encoded once for all indexes (arms); encoding times are reported separately, and are not part
+of build and search times. Every query runs on all indexes before the next one, so that a drift of the machine's speed
+affects all of them.
 """
 
 import statistics
@@ -20,7 +21,7 @@ from .record import Record
 
 @dataclass(frozen=True)
 class RetrievalBenchmark:
-    """What to measure; see `pilotfish bench retrieval --help`."""
+    """Settings of the benchmark; see `pilotfish bench retrieval --help`."""
 
     data: tuple[Path, ...]
     arms: tuple[str, ...]
@@ -30,11 +31,11 @@ class RetrievalBenchmark:
     repeats: int
     encoder: str | None
     out: Path
-    peers: Path | None = None  # an interpreter that has other packages
+    peers: Path | None = None  # Python interpreter that has the other packages
 
 
 def run_retrieval_benchmark(plan: RetrievalBenchmark) -> list[Record]:
-    """Measure, write the JSON, print a table."""
+    """Run the benchmark, write the JSON, and print a table."""
     record.check_output_path(plan.out)
     collections = [evaluation.read_collection(folder) for folder in plan.data]
     for arm in plan.arms:
@@ -47,7 +48,7 @@ def run_retrieval_benchmark(plan: RetrievalBenchmark) -> list[Record]:
         records += _measured(parts[-1], plan, raw)
         record.write_records(plan.out, records, raw)
     if plan.union and len(parts) > 1:
-        # For times. These would take most of them, and are known from the parts.
+        # The union is for timings; these arms are slow, and are known from the single collections.
         quick = tuple(arm for arm in plan.arms if not arm.startswith(("maxsim", "sparse_encoder", "fast_plaid")))
         records += _measured(corpus.union_of_collections(parts), replace(plan, arms=quick), raw)
         record.write_records(plan.out, records, raw)
@@ -56,7 +57,7 @@ def run_retrieval_benchmark(plan: RetrievalBenchmark) -> list[Record]:
 
 
 def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[Record]:
-    """All arms on one collection."""
+    """Measure all arms on one collection."""
     arms = [indexes.make_arm(name, c, plan.threads, plan.peers) for name in plan.arms]
     rankings: dict[str, dict[str, dict[str, float]]] = {a.name: {} for a in arms}
     taken: dict[str, list[float]] = {a.name: [] for a in arms}
@@ -66,9 +67,9 @@ def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[
             for turn in range(plan.repeats):
                 begin = (number + turn) % len(arms)
                 for arm in arms[begin:] + arms[:begin]:
-                    ms, found = arm.search(number)
+                    ms, results = arm.search(number)
                     times[arm.name].append(ms)
-                    rankings[arm.name][query] = evaluation.ranked_ids([c.ids[d] for d in found])
+                    rankings[arm.name][query] = evaluation.ranked_ids([c.ids[d] for d in results])
             for name, values in times.items():
                 taken[name].append(statistics.median(values))
     judged = {q: c.judged[q] for q in c.asked}
@@ -95,7 +96,7 @@ def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[
 
 
 class _threads:  # noqa: N801 -- used as a function
-    """So many threads for numpy, FAISS and torch."""
+    """Context manager that limits the threads of NumPy, FAISS and torch."""
 
     def __init__(self, count: int) -> None:
         self._count = count

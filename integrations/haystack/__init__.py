@@ -1,4 +1,4 @@
-"""Indexes in Haystack: `PilotfishDocumentStore` and `PilotfishRetriever`."""
+"""Integration with Haystack: `PilotfishDocumentStore` and `PilotfishRetriever`."""
 
 from .document_store import PilotfishDocumentStore
 from .retriever import PilotfishRetriever

@@ -1,4 +1,4 @@
-"""Haystack's filters as ours."""
+"""Translation of Haystack's filters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ OPERATORS = {"==": "=", **{name: name for name in ("!=", "<", "<=", ">", ">=", "
 
 
 def to_pilotfish_filter(given: Mapping[str, Any] | None) -> Filter | None:
-    """A filter over metadata.
+    """Translate a Haystack filter over metadata to a Pilotfish filter.
 
     Raises:
-        FilterError: Haystack's: it is none, or is about something else than metadata.
+        FilterError: The filter is invalid, or concerns a field that is not metadata; a `haystack.errors.FilterError`.
     """
     if not given:
         return None
@@ -50,7 +50,7 @@ def _part(given: Any) -> Filter:
 
 def _comparison(name: str, operator: Any, value: Any) -> Filter:
     if name in ("id", "content", "score", "embedding", "blob", "sparse_embedding"):
-        raise FilterError(f"filter: {name!r} is not of the metadata; filters are about meta.NAME")
+        raise FilterError(f"filter: {name!r} is not a metadata field; expected meta.NAME")
     if operator not in OPERATORS:
         raise FilterError(f"filter: unknown operator {operator!r}; known are {', '.join(OPERATORS)}")
     return filtering.compare(tuple(name.removeprefix("meta.").split(".")), OPERATORS[operator], value)

@@ -1,4 +1,4 @@
-"""The component of a Haystack pipeline that finds documents in an index."""
+"""A Haystack component that searches a Pilotfish index."""
 
 import asyncio
 from typing import Any
@@ -13,13 +13,13 @@ from .filters import to_pilotfish_filter
 
 @component
 class PilotfishRetriever:
-    """Finds documents.
+    """A component that retrieves documents.
 
     Args:
-        document_store: Where.
-        filters: Haystack's; those of a question take their place.
-        top_k: Documents at most.
-        settings: Of searches, in place of the index's own.
+        document_store: Store of the documents.
+        filters: Haystack's filters; can be overridden in each call of `run`.
+        top_k: Largest number of documents to return.
+        settings: Search settings that override those of the index.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PilotfishRetriever:
         document_store.index.settings(**self.settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As pipelines are written down."""
+        """Serialize the component, for pipelines."""
         store = self.document_store.to_dict()
         return default_to_dict(
             self, document_store=store, filters=self.filters, top_k=self.top_k, settings=self.settings
@@ -41,27 +41,32 @@ class PilotfishRetriever:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "PilotfishRetriever":
-        """What `to_dict` wrote."""
-        given = dict(data["init_parameters"])
-        given["document_store"] = PilotfishDocumentStore.from_dict(given["document_store"])
-        return default_from_dict(cls, {**data, "init_parameters": given})
+        """Restore a component from the output of `to_dict`."""
+        parameters = dict(data["init_parameters"])
+        parameters["document_store"] = PilotfishDocumentStore.from_dict(parameters["document_store"])
+        return default_from_dict(cls, {**data, "init_parameters": parameters})
 
     @component.output_types(documents=list[Document])
     def run(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """The best documents for a query, with scores.
+        """Return the best documents for a query, with their scores.
+
+        Args:
+            query: Text of the query.
+            filters: Haystack's filters; those of the component if not given.
+            top_k: Largest number of documents; that of the component if not given.
 
         Raises:
-            FilterError: the filter is none.
+            FilterError: The filter is invalid.
         """
         index, where = self.document_store.index, to_pilotfish_filter(filters or self.filters)
         hits = index.search(query, top_k or self.top_k, where, **self.settings)
-        return {"documents": [from_stored_document(hit, hit.score) for hit in hits]}  # type: ignore[arg-type] -- has all of it
+        return {"documents": [from_stored_document(hit, hit.score) for hit in hits]}  # type: ignore[arg-type] -- has the same fields
 
     @component.output_types(documents=list[Document])
     async def run_async(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """See `run`."""
+        """Run `run` in a thread."""
         return await asyncio.to_thread(self.run, query, filters, top_k)

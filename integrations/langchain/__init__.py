@@ -1,4 +1,4 @@
-"""Indexes in LangChain: `PilotfishVectorStore` and `PilotfishRetriever`."""
+"""Integration with LangChain: `PilotfishVectorStore` and `PilotfishRetriever`."""
 
 from .retriever import PilotfishRetriever
 from .vectorstore import PilotfishVectorStore

@@ -1,4 +1,7 @@
-"""Filters as LangChain's stores have them: ``{"year": {"$gte": 2020}, "$or": [{"lang": "en"}, {"lang": "de"}]}``."""
+"""Translation of LangChain's filters.
+
+Example: ``{"year": {"$gte": 2020}, "$or": [{"lang": "en"}, {"lang": "de"}]}``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +23,16 @@ OPERATORS = {
 
 
 def to_pilotfish_filter(given: str | Filter | Mapping[str, Any] | None) -> str | Filter | None:
-    """A filter of ours, of a mapping with ``$`` operators; ours and None as they are.
+    """Translate a mapping with ``$`` operators to a Pilotfish filter.
 
-    Fields are joined by dots. Operators are $eq, $ne, $lt, $lte, $gt, $gte, $in, $nin, $exists, $contains, and $and,
-    $or, $not of filters.
+    Names of nested fields are joined by dots. The operators of a field are $eq, $ne, $lt, $lte, $gt, $gte, $in, $nin,
+    $exists and $contains. Filters are combined by $and, $or and $not.
+
+    Args:
+        given: Mapping; a Pilotfish filter and None are returned unchanged.
 
     Raises:
-        FilterError: it is none.
+        FilterError: The filter is invalid.
     """
     if given is None or isinstance(given, str | Filter):
         return given
@@ -61,8 +67,8 @@ def _part(key: str, value: Any) -> Filter:
 
 def _comparison(field: tuple[str, ...], operator: str, value: Any) -> Filter:
     if operator == "$exists":
-        there = Compare(field, "exists")
-        return there if value else Not(there)
+        exists = Compare(field, "exists")
+        return exists if value else Not(exists)
     if operator not in OPERATORS:
         raise FilterError(f"filter: unknown operator {operator}; known are {', '.join(OPERATORS)}, $exists")
     return filtering.compare(field, OPERATORS[operator], value)

@@ -1,4 +1,4 @@
-"""An index as a retriever of LangChain's."""
+"""A LangChain retriever over a Pilotfish index."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from .vectorstore import to_langchain_document
 
 
 class PilotfishRetriever(BaseRetriever):
-    """Finds documents in the index of a folder.
+    """A retriever that searches the index in a folder.
 
     Attributes:
-        folder: Of the index.
-        k: Documents at most.
-        filter: See `filters.translate`; may be given anew with each question.
-        settings: Of searches, in place of the index's own.
+        folder: Folder of the index.
+        k: Largest number of documents to return.
+        filter: Filter over metadata, see `filters.to_pilotfish_filter`; can be overridden in each call.
+        settings: Search settings that override those of the index.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -36,7 +36,7 @@ class PilotfishRetriever(BaseRetriever):
         """Open the index.
 
         Raises:
-            RetrievalError: it cannot be opened.
+            RetrievalError: The index cannot be opened, or a setting is invalid.
         """
         super().model_post_init(context)
         self._index = Index.open(self.folder)
@@ -45,7 +45,7 @@ class PilotfishRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        """The best documents; ``k`` and ``filter`` in place of the retriever's, others are settings."""
+        """Return the best documents; ``k`` and ``filter`` override the attributes, further arguments are settings."""
         k, where = kwargs.pop("k", self.k), kwargs.pop("filter", self.filter)
         hits = self._index.search(query, k, to_pilotfish_filter(where), **{**self.settings, **kwargs})
         return [to_langchain_document(hit) for hit in hits]
@@ -53,7 +53,7 @@ class PilotfishRetriever(BaseRetriever):
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        """The same, on a thread."""
+        """Run `_get_relevant_documents` in a thread."""
         return await asyncio.to_thread(
             self._get_relevant_documents, query, run_manager=run_manager.get_sync(), **kwargs
         )

@@ -1,4 +1,4 @@
-"""An index as a vector store of LangChain's."""
+"""A LangChain vector store over a Pilotfish index."""
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ AnyFilter = str | Filter | Mapping[str, Any]
 
 
 class PilotfishVectorStore(VectorStore):
-    """Documents of LangChain's in an index; it encodes by itself, so no embeddings are given.
+    """A vector store whose index encodes documents itself, so it takes no embeddings.
 
-    Filters are ours, as ``year >= 2020 AND lang in (en, de)``, or mappings, see `filters.translate`. Methods that are
-    asked for vectors, and those for diversity (``mmr``), are not there: documents have one vector for each token, or
-    weights of words.
+    Filters are Pilotfish's, such as ``year >= 2020 AND lang in (en, de)``, or mappings, see
+    `filters.to_pilotfish_filter`. Methods that take vectors, and maximal marginal relevance (``mmr``), are not
+    supported, since a document has one vector for each token, or term weights.
     """
 
     def __init__(
@@ -33,25 +33,25 @@ class PilotfishVectorStore(VectorStore):
         options: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """Open the index in a folder; make it where there is none.
+        """Open the index in a folder, or create it if there is none.
 
         Args:
-            folder: Of the index.
-            kind: Of the index, where it is made: ``xtr``, ``vdr``, ``hybrid``, ...
-            encoder: See `Index.create`.
-            options: Of the kind.
-            settings: Of searches, in place of the index's own.
+            folder: Folder of the index.
+            kind: Type of a new index: ``xtr``, ``vdr``, ``hybrid``, ...
+            encoder: Encoder of a new index, see `Index.create`.
+            options: Options of a new index.
+            settings: Search settings that override those of the index.
 
         Raises:
-            RetrievalError: it cannot be opened or made.
+            RetrievalError: The index cannot be opened or created, or a setting is invalid.
         """
         self.index = Index.open_or_create(folder, kind, encoder, options)
         self._search_settings = settings
-        self.index.settings(**settings)  # wrong ones are refused now
+        self.index.settings(**settings)  # validates them
 
     @property
     def embeddings(self) -> Embeddings | None:
-        """None: see the class."""
+        """None, since the index encodes documents itself."""
         return None
 
     @classmethod
@@ -65,13 +65,13 @@ class PilotfishVectorStore(VectorStore):
         folder: str | Path,
         **kwargs: Any,
     ) -> "PilotfishVectorStore":
-        """Put texts into the index in ``folder``; further arguments are those of the class.
+        """Create a store in ``folder`` and add texts; further arguments are those of the class.
 
         Raises:
-            RetrievalError: an embedding is given, which nothing would be done with.
+            RetrievalError: An embedding is given, which the index does not use.
         """
         if embedding is not None:
-            raise RetrievalError("embedding: the index encodes by itself; leave it out, or name an encoder")
+            raise RetrievalError("embedding: the index encodes by itself; remove it, or name an encoder")
         store = cls(folder, **kwargs)
         store.add_texts(texts, metadatas, ids=ids)
         return store
@@ -84,24 +84,33 @@ class PilotfishVectorStore(VectorStore):
         ids: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Add texts, in the place of those with the same ids; returns ids, drawn where none is given.
+        """Add texts; existing documents with the same ids are replaced.
+
+        Args:
+            texts: Texts of the documents.
+            metadatas: Metadata of each document.
+            ids: Id of each document; a missing id is generated.
+            kwargs: Not used.
+
+        Returns:
+            The ids of the documents.
 
         Raises:
-            RetrievalError: one is wrong, or there are not as many of everything.
+            RetrievalError: A document is invalid, or the arguments have different lengths.
         """
         if kwargs:
             raise RetrievalError(f"add: unknown argument {next(iter(kwargs))!r}")
-        given = list(texts)
-        names = [name or uuid.uuid4().hex for name in (ids if ids is not None else [None] * len(given))]
-        about = metadatas if metadatas is not None else [{}] * len(given)
-        if not len(given) == len(names) == len(about):
-            raise RetrievalError(f"add: {len(given)} texts, {len(about)} metadata, {len(names)} ids")
-        documents = zip(names, given, about, strict=True)
+        all_texts = list(texts)
+        names = [name or uuid.uuid4().hex for name in (ids if ids is not None else [None] * len(all_texts))]
+        metadata = metadatas if metadatas is not None else [{}] * len(all_texts)
+        if not len(all_texts) == len(names) == len(metadata):
+            raise RetrievalError(f"add: {len(all_texts)} texts, {len(metadata)} metadata, {len(names)} ids")
+        documents = zip(names, all_texts, metadata, strict=True)
         self.index.upsert([{"id": n, "text": t, "metadata": m} for n, t, m in documents])
         return names
 
     def delete(self, ids: list[str] | None = None, *, where: AnyFilter | None = None, **kwargs: Any) -> bool | None:
-        """Delete by ids, or all that pass a filter; with neither, everything."""
+        """Delete documents by ids, or all that match a filter; without both, delete all documents."""
         if kwargs:
             raise RetrievalError(f"delete: unknown argument {next(iter(kwargs))!r}")
         everything = ids is None and where is None
@@ -109,20 +118,20 @@ class PilotfishVectorStore(VectorStore):
         return True
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
-        """Documents by ids; unknown ones are passed over."""
-        found = (self.index.get(name) for name in ids)
-        return [Document(id=d.id, page_content=d.text, metadata=dict(d.metadata)) for d in found if d is not None]
+        """Return documents by ids; unknown ids are ignored."""
+        stored = (self.index.get(name) for name in ids)
+        return [Document(id=d.id, page_content=d.text, metadata=dict(d.metadata)) for d in stored if d is not None]
 
     def similarity_search(
         self, query: str, k: int = 4, filter: AnyFilter | None = None, **kwargs: Any
     ) -> list[Document]:
-        """The best ``k`` documents that pass a filter; further arguments are settings of the search."""
+        """Return the best ``k`` documents that match a filter; further arguments are search settings."""
         return [document for document, _ in self.similarity_search_with_score(query, k, filter, **kwargs)]
 
     def similarity_search_with_score(  # type: ignore[override]
         self, query: str, k: int = 4, filter: AnyFilter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """The same with scores: higher is better, comparable within one search."""
+        """Return the best documents and their scores: higher is better, and only scores of one search are comparable."""
         hits = self.index.search(query, k, to_pilotfish_filter(filter), **{**self._search_settings, **kwargs})
         return [(to_langchain_document(hit), hit.score) for hit in hits]
 
@@ -131,5 +140,5 @@ class PilotfishVectorStore(VectorStore):
 
 
 def to_langchain_document(hit: Hit) -> Document:
-    """A hit as LangChain has documents."""
+    """Convert a hit to a LangChain document."""
     return Document(id=hit.id, page_content=hit.text, metadata=dict(hit.metadata))

@@ -1,4 +1,4 @@
-"""Indexes in LlamaIndex: `PilotfishRetriever` and `PilotfishRerank`."""
+"""Integration with LlamaIndex: `PilotfishRetriever` and `PilotfishRerank`."""
 
 from .rerank import PilotfishRerank
 from .retriever import PilotfishRetriever

@@ -1,4 +1,4 @@
-"""LlamaIndex's metadata filters as ours."""
+"""Translation of LlamaIndex's metadata filters."""
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
@@ -17,23 +17,26 @@ OPERATORS = {
 
 
 def to_pilotfish_filter(given: MetadataFilters | str | None) -> Filter | str | None:
-    """A filter of ours; ours and None as they are.
+    """Translate LlamaIndex's metadata filters to a Pilotfish filter.
+
+    Args:
+        given: LlamaIndex's filters; a Pilotfish filter as text and None are returned unchanged.
 
     Raises:
-        FilterError: something of it has no counterpart: matches in texts without regard to case.
+        FilterError: An operator is not supported, such as a case-insensitive text match, or a value is invalid.
     """
     if given is None or isinstance(given, str):
         return given
     parts = [_comparison(f) if isinstance(f, MetadataFilter) else to_pilotfish_filter(f) for f in given.filters]
-    found = [part for part in parts if part is not None and not isinstance(part, str)]
-    if not found:
+    conditions = [part for part in parts if part is not None and not isinstance(part, str)]
+    if not conditions:
         return None
     match given.condition:
         case FilterCondition.OR:
-            return Any_(tuple(found))
+            return Any_(tuple(conditions))
         case FilterCondition.NOT:
-            return Not(filtering.every(found))
-    return filtering.every(found)
+            return Not(filtering.every(conditions))
+    return filtering.every(conditions)
 
 
 def _comparison(given: MetadataFilter) -> Filter:
@@ -48,4 +51,4 @@ def _comparison(given: MetadataFilter) -> Filter:
             return filtering.every(each) if given.operator == FilterOperator.ALL else Any_(tuple(each))
         case FilterOperator.IS_EMPTY:
             return Any_((filtering.equal(field, None), filtering.equal(field, "")))
-    raise FilterError(f"filter: {given.operator.value} is not possible; texts are compared as they are")
+    raise FilterError(f"filter: operator {given.operator.value} is not supported; text matches are case-sensitive")

@@ -1,4 +1,4 @@
-"""Nodes of any retriever in the order of their tokens' similarity to the query's."""
+"""A LlamaIndex postprocessor that re-ranks the nodes of any retriever by late interaction (MaxSim)."""
 
 from typing import Any
 
@@ -12,12 +12,14 @@ from ...retrieval.registry import resolve_encoder, resolve_index_kind
 
 
 class PilotfishRerank(BaseNodePostprocessor):
-    """Scores nodes by late interaction: the mean over the query's tokens of the best product with the node's (MaxSim).
+    """A postprocessor that re-ranks nodes by MaxSim.
+
+    The score of a node is the mean over the query's tokens of the largest inner product with a token of the node.
 
     Attributes:
-        top_n: Nodes that are kept.
-        encoder: A registered multi-vector encoder, or the folder of a checkpoint.
-        device: For it: cpu, cuda or auto.
+        top_n: Number of nodes to return.
+        encoder: Name of a multi-vector encoder, or the folder of a checkpoint.
+        device: Device of the encoder: ``cpu``, ``cuda`` or ``auto``.
     """
 
     top_n: int = 5
@@ -29,7 +31,7 @@ class PilotfishRerank(BaseNodePostprocessor):
         """Load the encoder.
 
         Raises:
-            RetrievalError: there is none.
+            RetrievalError: There is no such encoder, or ``top_n`` is invalid.
         """
         super().model_post_init(context)
         if self.top_n < 1:
@@ -38,7 +40,7 @@ class PilotfishRerank(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """As LlamaIndex names components."""
+        """Return the name under which LlamaIndex serializes the component."""
         return "PilotfishRerank"
 
     def _postprocess_nodes(

@@ -1,4 +1,4 @@
-"""An index as a retriever of LlamaIndex's."""
+"""A LlamaIndex retriever over a Pilotfish index."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from ...retrieval.errors import RetrievalError
 from ...retrieval.index import Hit, Index
 from .filters import to_pilotfish_filter
 
-REST = "_llama_index"  # in metadata: what LlamaIndex's nodes have besides text and metadata
+REST = "_llama_index"  # metadata key for the fields of LlamaIndex's nodes other than text and metadata
 KEPT = {
     "relationships",
     "excluded_embed_metadata_keys",
@@ -25,23 +25,24 @@ KEPT = {
     "end_char_idx",
     "mimetype",
 }
-USUAL = TextNode().model_dump(mode="json", include=KEPT)  # which need not be kept
+USUAL = TextNode().model_dump(mode="json", include=KEPT)  # defaults, which are not stored
 
 
 class PilotfishRetriever(BaseRetriever):
-    """Finds nodes in the index of a folder, which is made where there is none.
+    """A retriever that searches the index in a folder; the index is created if there is none.
 
     Args:
-        folder: Of the index.
-        top_k: Nodes at most.
-        filters: LlamaIndex's, or ours as ``year >= 2020 AND lang in (en, de)``.
-        kind: Of the index, where it is made.
-        encoder: See `Index.create`.
-        options: Of the kind.
-        settings: Of searches, in place of the index's own.
+        folder: Folder of the index.
+        top_k: Largest number of nodes to return.
+        filters: LlamaIndex's filters, or a Pilotfish filter such as ``year >= 2020 AND lang in (en, de)``.
+        kind: Type of a new index: ``xtr``, ``vdr``, ``hybrid``, ...
+        encoder: Encoder of a new index, see `Index.create`.
+        options: Options of a new index.
+        settings: Search settings that override those of the index.
+        kwargs: Arguments of LlamaIndex's ``BaseRetriever``.
 
     Raises:
-        RetrievalError: the index cannot be opened or made.
+        RetrievalError: The index cannot be opened or created, or a setting is invalid.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class PilotfishRetriever(BaseRetriever):
         super().__init__(**kwargs)
 
     def add(self, nodes: Sequence[BaseNode]) -> list[str]:
-        """Put nodes into the index, in the place of those with the same ids; returns their ids.
+        """Add nodes to the index, and return their ids; existing nodes with the same ids are replaced.
 
         Raises:
-            RetrievalError: one cannot be written, or its metadata use the key that is ours.
+            RetrievalError: A node is invalid, or its metadata contains the reserved key.
         """
         self.index.upsert(map(to_stored_node, nodes))
         return [node.node_id for node in nodes]
@@ -82,20 +83,20 @@ class PilotfishRetriever(BaseRetriever):
 
 
 def to_stored_node(node: BaseNode) -> dict[str, Any]:
-    """A node as the index takes it: metadata at the top, relationships and the like beside them.
+    """Convert a node to a document of the index; relationships and other fields are stored under a reserved key.
 
     Raises:
-        RetrievalError: its metadata use the key that is ours.
+        RetrievalError: The node's metadata contains the reserved key.
     """
     if REST in node.metadata:
-        raise RetrievalError(f"node {node.node_id!r}: {REST} is no key for metadata, it holds what LlamaIndex adds")
+        raise RetrievalError(f"node {node.node_id!r}: the metadata key {REST} is reserved")
     rest = {k: v for k, v in node.model_dump(mode="json", include=KEPT).items() if v != USUAL.get(k)}
     metadata = node.metadata | ({REST: rest} if rest else {})
     return {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": metadata}
 
 
 def from_stored_node(hit: Hit) -> TextNode:
-    """What `as_stored` made, or a document that came into the index in another way."""
+    """Convert a document of the index to a node; the document need not come from `to_stored_node`."""
     metadata, rest = {k: v for k, v in hit.metadata.items() if k != REST}, hit.metadata.get(REST)
     known = {k: v for k, v in rest.items() if k in KEPT} if isinstance(rest, Mapping) else {}
     return TextNode.model_validate({"id_": hit.id, "text": hit.text, "metadata": metadata, **known})

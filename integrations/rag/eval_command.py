@@ -70,9 +70,15 @@ def evaluate(
     if drawn:
         chosen = setup if setup.threshold is not None else replace(setup, threshold=told.get("threshold"))
         with chosen.ready(arguments) as answerer:
-            outcomes = with_bar(lambda bar: evaluation.ask_questions(answerer, drawn, _counted(bar, "asking",
-            len(drawn)))) told |= evaluation.compute_rag_metrics(outcomes) if as_json: typer.echo(json.dumps(told))
-            else: for name, value in told.items(): typer.echo(f"{name.replace('_', ' '):24} {value:10.3f}")
+            outcomes = with_bar(
+                lambda bar: evaluation.ask_questions(answerer, drawn, _counted(bar, "asking", len(drawn)))
+            )
+        told |= evaluation.compute_rag_metrics(outcomes)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        for name, value in told.items():
+            typer.echo(f"{name.replace('_', ' '):24} {value:10.3f}")
 
 
 @bench.command("rag")

@@ -1,4 +1,5 @@
-// Vectors, number types, and the inner loops of attention: scores of a group of transposed keys, weights, sums of values.
+// Vector types, number types, and the inner loops of attention: query-key products of a group of transposed keys,
+// softmax weights, and weighted sums of values.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +11,11 @@
 
 namespace {
 
-constexpr int GROUP = 32;  // tokens chosen or left together by page; one cache line of 16-bit keys
+constexpr int GROUP = 32;  // tokens in a page, see `selection.PAGE_SIZE`; one cache line of 16-bit keys
 constexpr int HEADS = 4;   // query heads whose sums stay in registers
 constexpr float LOWEST = -1e30f;
 
-// As wide as the processor's registers: compilers keep wider vectors in memory, which costs a factor of ten.
+// As wide as the processor's registers: compilers spill wider vectors to memory, which is ten times slower.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -22,7 +23,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int PAIR = 2 * LANES;  // what inner loops go on by
+constexpr int PAIR = 2 * LANES;  // step of the inner loops
 static_assert(GROUP % PAIR == 0, "groups are whole pairs of vectors");
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -82,7 +83,7 @@ inline Vec exponential(Vec x) {
 
 inline float sum(Vec v) { float s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
 
-// The greatest of x[0..n). Up to LANES - 1 values behind it are overwritten with LOWEST.
+// Return the maximum of x[0..n). Up to LANES - 1 values after x[n - 1] are overwritten with LOWEST.
 inline float greatest(float* x, int64_t n) {
     for (int64_t i = n; i % LANES; ++i) x[i] = LOWEST;
     Vec top = splat(LOWEST);
@@ -95,7 +96,7 @@ inline float greatest(float* x, int64_t n) {
     return result;
 }
 
-// x[0..n) becomes e^(x - top) for its greatest element top; returns their sum. As above for what lies behind.
+// Replace x[0..n) by e^(x - top), where top is its maximum, and return the sum. `greatest` must have padded x.
 inline float exponentials(float* x, int64_t n, float top) {
     Vec total{};
     for (int64_t i = 0; i < n; i += LANES) {
@@ -106,7 +107,7 @@ inline float exponentials(float* x, int64_t n, float top) {
     return sum(total);
 }
 
-// logits[h][0..GROUP) of M query heads against one group of transposed keys.
+// Compute logits[h][0..GROUP) of M query heads with one group of transposed keys.
 template <int M, typename T>
 inline void score(const float* q, int head_size, const T* keys, int64_t row_stride, float* logits, int64_t out_stride) {
     for (int part = 0; part < GROUP; part += PAIR) {
@@ -128,7 +129,7 @@ inline void score(const float* q, int head_size, const T* keys, int64_t row_stri
     }
 }
 
-// sums[h] += weights[h] @ values, for M query heads over n positions; BLOCK lanes of the head at a time.
+// Compute sums[h] = weights[h] @ values for M query heads over n positions; BLOCK vectors of the head at a time.
 template <int M, int BLOCK, typename T>
 inline void mix(const float* weights, int64_t weight_stride, const T* const* values, int n, int head_size, float* sums) {
     for (int d = 0; d < head_size; d += BLOCK * LANES) {

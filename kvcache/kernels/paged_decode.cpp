@@ -1,13 +1,13 @@
-// Decode attention over a paged KV cache that reads all of it or chosen positions only, and the choice itself.
+// Decode attention over a paged KV cache, full or over selected tokens, and top-k token selection.
 //
-// All KV heads share their blocks here. A plain C interface, nothing of torch: pointers, strides in elements, sizes.
+// All KV heads share their blocks here. The interface is plain C without torch: pointers, strides in elements, sizes.
 
 #include "attend.hpp"
 
 extern "C" {
 
-struct Rule {  // how positions are chosen, see `selection.Rule`
-    int32_t sets, aggregate, budget, sinks, recent, by_page;
+struct Rule {  // selection rule, see `selection.SelectionRule`
+    int32_t num_head_groups, aggregate, budget, sinks, recent, by_page;
 };
 
 }  // extern "C"
@@ -16,7 +16,7 @@ namespace {
 
 enum Aggregate { SUM, MAX, UNION };
 
-// The k-th largest of x[0..n), k >= 1.
+// Return the k-th largest value of x[0..n), k >= 1; the smallest if k >= n.
 float kth_largest(const float* x, int n, int k, std::vector<float>& scratch) {
     if (k >= n) return *std::min_element(x, x + n);
     scratch.assign(x, x + n);
@@ -28,9 +28,9 @@ float kth_largest(const float* x, int n, int k, std::vector<float>& scratch) {
 
 extern "C" {
 
-// Attention of one query token per row. type: 0 float32, 1 bfloat16, 2 float16. Strides are in elements.
-// logits: null, or [count, query_heads, logits_stride] float32 that takes the scaled scores of all positions.
-// Returns 0, or 1 for an unknown type.
+// Compute the attention of a batch of query tokens. type: 0 float32, 1 bfloat16, 2 float16. Strides are in elements.
+// logits: null, or [count, num_heads, logits_stride] float32, to which the scaled query-key products are written.
+// Return 0, or 1 for an unknown type.
 int pilotfish_decode(int type, const Cache* cache, const Rows* rows, const Choice* choice, float scale, const void* query,
                      int64_t query_stride, void* output, int64_t output_stride, float* logits, int64_t logits_stride,
                      int threads) {
@@ -39,11 +39,12 @@ int pilotfish_decode(int type, const Cache* cache, const Rows* rows, const Choic
                        logits, logits_stride, threads))
 }
 
-// How much each position matters: softmax over positions for each head, then one number for each set and position.
-// importance: [count, sets, stride] float32. The logits are overwritten.
+// Compute the attention weight of each token: a softmax for each head, then the sum or maximum over each head group.
+// importance: [count, num_head_groups, stride] float32. The logits are overwritten.
 void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, float* importance, int64_t stride,
                           int threads) {
-    const int heads = rows->query_heads, sets = rule->sets, share = heads / sets;
+    const int heads = rows->query_heads, num_head_groups = rule->num_head_groups;
+    const int num_queries_per_group = heads / num_head_groups;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scratch;
@@ -51,7 +52,7 @@ void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, flo
         for (int item = 0; item < rows->count * heads; ++item) {  // softmax in place
             float* s = logits + (int64_t)item * stride;
             const int n = rows->context[item / heads];
-            const float inverse = 1.0f / exponentials(s, n, greatest(s, n));  // stride is a whole number of groups
+            const float inverse = 1.0f / exponentials(s, n, greatest(s, n));  // stride is a multiple of GROUP
             float least = 0;
             if (rule->aggregate == UNION) least = kth_largest(s, n, rule->budget - rule->recent, scratch);
             for (int t = 0; t < n; ++t) s[t] = s[t] >= least ? s[t] * inverse : 0.0f;
@@ -59,12 +60,13 @@ void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, flo
         constexpr int PIECE = 1024;
         const int pieces = (int)((stride + PIECE - 1) / PIECE);
 #pragma omp for schedule(static)
-        for (int item = 0; item < rows->count * sets * pieces; ++item) {
-            const int piece = item % pieces, set = item / pieces % sets, r = item / pieces / sets;
+        for (int item = 0; item < rows->count * num_head_groups * pieces; ++item) {
+            const int piece = item % pieces, head_group = item / pieces % num_head_groups;
+            const int r = item / pieces / num_head_groups;
             const int begin = piece * PIECE, end = std::min(rows->context[r], begin + PIECE);
-            float* to = importance + ((int64_t)r * sets + set) * stride;
-            for (int h = 0; h < share; ++h) {
-                const float* s = logits + ((int64_t)r * heads + set * share + h) * stride;
+            float* to = importance + ((int64_t)r * num_head_groups + head_group) * stride;
+            for (int h = 0; h < num_queries_per_group; ++h) {
+                const float* s = logits + ((int64_t)r * heads + head_group * num_queries_per_group + h) * stride;
                 if (h == 0)
                     for (int t = begin; t < end; ++t) to[t] = s[t];
                 else if (rule->aggregate == MAX)
@@ -76,23 +78,23 @@ void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, flo
     }
 }
 
-// Choose positions by importance; sinks, recent tokens and the current one are always among them.
-// Ties go to the earlier position. Rows whose context fits the budget keep everything.
+// Select the tokens of highest importance; sinks, recent tokens and the current token are always selected.
+// Of equally important tokens the earlier one is selected. If the context fits the budget, all tokens are selected.
 void pilotfish_choose(const Rows* rows, const Rule* rule, const float* importance, int64_t stride, Choice* choice,
                       int threads) {
-    const int sets = rule->sets;
+    const int num_head_groups = rule->num_head_groups;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> score, scratch;
         std::vector<uint32_t> mask;
 #pragma omp for schedule(dynamic)
-        for (int item = 0; item < rows->count * sets; ++item) {
-            const int n = rows->context[item / sets], groups = (n + GROUP - 1) / GROUP;
+        for (int item = 0; item < rows->count * num_head_groups; ++item) {
+            const int n = rows->context[item / num_head_groups], groups = (n + GROUP - 1) / GROUP;
             const float* x = importance + (int64_t)item * stride;
-            const int unit = rule->by_page ? GROUP : 1;  // tokens that are kept or left together
+            const int unit = rule->by_page ? GROUP : 1;  // tokens that are selected together
             const int units = (n + unit - 1) / unit, budget = rule->budget / unit;
             const int sinks = std::min(units, (rule->sinks + unit - 1) / unit);
-            const int recent = std::max(0, n - 1 - rule->recent) / unit;  // first unit that is recent
+            const int recent = std::max(0, n - 1 - rule->recent) / unit;  // first unit with a recent token
             score.resize(units);
             for (int u = 0; u < units; ++u) {
                 float total = 0;
@@ -113,14 +115,14 @@ void pilotfish_choose(const Rows* rows, const Rule* rule, const float* importanc
                 for (int u = sinks; u < recent && ties > 0; ++u)
                     if (score[u] == least) keep(u), --ties;
             }
-            int size = 0;
+            int count = 0;
             for (int g = 0; g < groups; ++g)
                 if (mask[g]) {
-                    choice->groups[(int64_t)item * choice->capacity + size] = g;
-                    choice->masks[(int64_t)item * choice->capacity + size] = mask[g];
-                    ++size;
+                    choice->groups[(int64_t)item * choice->capacity + count] = g;
+                    choice->masks[(int64_t)item * choice->capacity + count] = mask[g];
+                    ++count;
                 }
-            choice->sizes[item] = size;
+            choice->sizes[item] = count;
         }
     }
 }

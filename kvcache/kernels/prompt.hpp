@@ -1,9 +1,10 @@
 // Attention of prompts, many query tokens of a request at a time, over the caches of `attend.hpp`.
 //
-// Work is cut into (tile, KV head): a tile is consecutive tokens of a request, so that all their query heads share what
-// is read. Keys and values are taken CHUNK positions at a time and laid out anew in cells of what one multiply-add sums:
-// one float, or two bfloat16 where the processor multiplies pairs. Softmax runs online in float32. Chunks begin at
-// multiples of CHUNK whatever the tile, so a token's result does not depend on how its prompt was cut.
+// Work is divided into (tile, KV head): a tile is consecutive query tokens of a request, whose query heads share the
+// keys and values that are read. Keys and values are processed CHUNK positions at a time. They are copied into cells,
+// the operands of one multiply-add: one float, or two bfloat16 where the processor multiplies pairs. The softmax is
+// online, in float32. Chunks begin at multiples of CHUNK whatever the tile, so the result of a token does not depend on
+// how the scheduler split its prompt.
 #pragma once
 
 #include "attend.hpp"
@@ -14,16 +15,16 @@
 
 extern "C" {
 
-struct Prompts {  // stretches of consecutive query tokens of one request each
+struct Prompts {  // spans of consecutive query tokens, each of one request
     int32_t count, query_heads;
-    const int32_t* request;  // [count] row of the block tables
-    const int32_t* token;    // [count] row of the first in query and output
-    const int32_t* context;  // [count] tokens to look at by the first, itself included
-    const int32_t* length;   // [count]
-    // Where the tokens of a stretch are a tree: bits [length, (length + 31) / 32] for each, which of the stretch it sees.
-    // Null: those up to itself.
+    const int32_t* request;  // [count] row of the block table
+    const int32_t* token;    // [count] row of the first token in query and output
+    const int32_t* context;  // [count] number of tokens that the first token attends to, itself included
+    const int32_t* length;   // [count] number of query tokens
+    // If the tokens of a span are a tree: its attention mask as bits, [length, (length + 31) / 32]. Null for causal
+    // attention.
     const uint32_t* seen;
-    const int64_t* first_seen;  // [count] where a stretch's bits begin
+    const int64_t* first_seen;  // [count] offset of each span's mask in ``seen``
 };
 
 }  // extern "C"
@@ -32,7 +33,7 @@ namespace {
 
 constexpr int CHUNK = 128;
 constexpr int GROUPS = CHUNK / GROUP;
-constexpr int TILE = 96;  // rows: query tokens times the query heads of a KV head
+constexpr int TILE = 96;  // rows: query tokens times num_queries_per_kv
 #if defined(__AVX512F__)
 constexpr int BAND = 12;  // rows whose scores stay in registers, 2 vectors each
 #else
@@ -42,7 +43,7 @@ static_assert(TILE % BAND == 0, "tiles are whole bands");
 
 typedef uint32_t Cell;
 
-// How numbers of a type enter a multiply-add: DEEP of them in a cell.
+// The operands of a multiply-add for a number type: DEEP numbers in a cell.
 template <typename T>
 struct Product {
     static constexpr int DEEP = 1;
@@ -51,7 +52,7 @@ struct Product {
         std::memcpy(&x, &a, sizeof x);
         return to + splat(x) * b;
     }
-    // Cells of rows [DEEP][LANES].
+    // Pack rows [DEEP][LANES] into cells.
     static Vec pack(const T* rows, int64_t stride) { (void)stride; return load(rows); }
     static void pack_left(const T* from, int n, Cell* to) {
         for (int i = 0; i < n; i += LANES) store((float*)to + i, load(from + i));
@@ -82,7 +83,7 @@ struct Product<BFloat16> {
 };
 #endif
 
-// Lay a matrix [depth][width] out as cells [depth / DEEP][width].
+// Copy a matrix [depth][width] into cells [depth / DEEP][width].
 template <typename T>
 inline void pack(const T* from, int64_t stride, int depth, int width, Cell* to) {
     constexpr int DEEP = Product<T>::DEEP;
@@ -90,7 +91,7 @@ inline void pack(const T* from, int64_t stride, int depth, int width, Cell* to) 
         for (int i = 0; i < width; i += LANES) store((float*)to + i, Product<T>::pack(from + i, stride));
 }
 
-// to[m] = to[m] * factor[m] + left[m] @ right, for M rows and N vectors; without factors: to[m] = left[m] @ right.
+// Compute to[m] = to[m] * factor[m] + left[m] @ right for M rows and N vectors. A null factor counts as 0.
 template <int M, int N, typename T>
 inline void multiply(const Cell* left, int64_t left_stride, const Cell* right, int64_t right_stride, int steps, float* to,
                      int64_t to_stride, const float* factor) {
@@ -115,33 +116,36 @@ inline void multiply(const Cell* left, int64_t left_stride, const Cell* right, i
         for (int n = 0; n < N; ++n) store(to + m * to_stride + n * LANES, total[m][n]);
 }
 
-// sums[BAND][size] = sums * factor + weights @ values.
+// Compute sums[BAND][head_size] = sums * factor + weights @ values.
 template <typename T>
-inline void add_values(const Cell* weights, int64_t stride, const Cell* values, int steps, int size, float* sums,
+inline void add_values(const Cell* weights, int64_t stride, const Cell* values, int steps, int head_size, float* sums,
                        const float* factor) {
     constexpr int HALF = BAND / 2;
     int d = 0;
-    for (; LANES == 16 && d + 4 * LANES <= size; d += 4 * LANES)
+    for (; LANES == 16 && d + 4 * LANES <= head_size; d += 4 * LANES)
         for (int m = 0; m < BAND; m += HALF)
-            multiply<HALF, 4, T>(weights + m * stride, stride, values + d, size, steps, sums + m * size + d, size, factor + m);
-    for (; d + 2 * LANES <= size; d += 2 * LANES)
-        multiply<BAND, 2, T>(weights, stride, values + d, size, steps, sums + d, size, factor);
-    for (; d < size; d += LANES) multiply<BAND, 1, T>(weights, stride, values + d, size, steps, sums + d, size, factor);
+            multiply<HALF, 4, T>(weights + m * stride, stride, values + d, head_size, steps, sums + m * head_size + d,
+                                 head_size, factor + m);
+    for (; d + 2 * LANES <= head_size; d += 2 * LANES)
+        multiply<BAND, 2, T>(weights, stride, values + d, head_size, steps, sums + d, head_size, factor);
+    for (; d < head_size; d += LANES)
+        multiply<BAND, 1, T>(weights, stride, values + d, head_size, steps, sums + d, head_size, factor);
 }
 
 inline uint32_t first_bits(int n) { return n <= 0 ? 0 : n >= GROUP ? ~0u : (1u << n) - 1; }
 
-// Which of the GROUP tokens from ``at`` on are seen by a token of a tree; what lies before the tree (at < 0) is.
+// Return which of the GROUP tokens from ``at`` on a token of a tree attends to. The tree begins at 0, and its tokens
+// attend to all tokens before it.
 inline uint32_t seen_from(const uint32_t* bits, int words, int at) {
     if (at <= -GROUP) return ~0u;
     if (at < 0) return first_bits(-at) | bits[0] << -at;
     const int word = at / GROUP, shift = at % GROUP;
-    uint32_t found = word < words ? bits[word] >> shift : 0;
-    if (shift && word + 1 < words) found |= bits[word + 1] << (GROUP - shift);
-    return found;
+    uint32_t result = word < words ? bits[word] >> shift : 0;
+    if (shift && word + 1 < words) result |= bits[word + 1] << (GROUP - shift);
+    return result;
 }
 
-// Softmax of one row of scores going on: weights in place, hidden ones 0. seen: of each group which tokens count.
+// Update the online softmax of one row with CHUNK scores, which become weights (0 if masked). seen: mask of each group.
 inline void go_on(float* scores, const uint32_t* seen, float scale, float& top, float& total, float& factor) {
     UintVec bit;
     for (int i = 0; i < LANES; ++i) bit[i] = 1u << i;
@@ -166,42 +170,45 @@ inline void go_on(float* scores, const uint32_t* seen, float scale, float& top, 
     top = now;
 }
 
-struct Tile { int prompt, begin, count; };  // tokens begin .. begin + count of a prompt
+struct Tile { int prompt, begin, count; };  // query tokens begin .. begin + count of a span
 
 template <typename T>
 void read_tile(const Cache& cache, const Prompts& prompts, const Window& window, float scale, const T* query,
                int64_t query_stride, T* output, int64_t output_stride, Tile tile, int kv_head, std::vector<Cell>& cells,
                std::vector<float>& numbers) {
     constexpr int DEEP = Product<T>::DEEP;
-    const int size = cache.head_size, share = prompts.query_heads / cache.kv_heads, rows = tile.count * share;
+    const int head_size = cache.head_size, num_queries_per_kv = prompts.query_heads / cache.kv_heads;
+    const int rows = tile.count * num_queries_per_kv;
     const int bands = (rows + BAND - 1) / BAND, request = prompts.request[tile.prompt];
     const int token = prompts.token[tile.prompt] + tile.begin, context = prompts.context[tile.prompt] + tile.begin;
     const Head& head = cache.heads[kv_head];
     const int* gaps = window.gaps && head.windowed ? window.gaps + token : nullptr;  // [tile.count]
     const int least = gaps ? *std::min_element(gaps, gaps + tile.count) : 0;
     const int length = prompts.length[tile.prompt], words = (length + GROUP - 1) / GROUP;
-    const int before = prompts.context[tile.prompt] - 1;  // the stretch
+    const int before = prompts.context[tile.prompt] - 1;  // number of tokens before the span
     const uint32_t* tree = prompts.seen ? prompts.seen + prompts.first_seen[tile.prompt] : nullptr;
     const auto query_of = [&](int row) {
-        return query + (token + row / share) * query_stride + (int64_t)(kv_head * share + row % share) * size;
+        return query + (token + row / num_queries_per_kv) * query_stride +
+               (int64_t)(kv_head * num_queries_per_kv + row % num_queries_per_kv) * head_size;
     };
 
-    cells.assign((size_t)(bands * BAND + CHUNK * 2) * size / DEEP + BAND * CHUNK / DEEP, 0);
-    Cell* left = cells.data();                                // [rows][size]
-    Cell* keys = left + (size_t)bands * BAND * size / DEEP;   // GROUPS of [size][GROUP]
-    Cell* values = keys + (size_t)CHUNK * size / DEEP;        // [CHUNK][size]
-    Cell* weights = values + (size_t)CHUNK * size / DEEP;     // [BAND][CHUNK]
-    numbers.assign((size_t)bands * BAND * (size + 2) + BAND * CHUNK, 0);
-    float* sums = numbers.data();                             // [rows][size]
-    float* top = sums + (size_t)bands * BAND * size;          // [rows]
-    float* total = top + bands * BAND;                        // [rows]
-    float* scores = total + bands * BAND;                     // [BAND][CHUNK]
+    cells.assign((size_t)(bands * BAND + CHUNK * 2) * head_size / DEEP + BAND * CHUNK / DEEP, 0);
+    Cell* left = cells.data();                                     // [rows][head_size]
+    Cell* keys = left + (size_t)bands * BAND * head_size / DEEP;   // GROUPS of [head_size][GROUP]
+    Cell* values = keys + (size_t)CHUNK * head_size / DEEP;        // [CHUNK][head_size]
+    Cell* weights = values + (size_t)CHUNK * head_size / DEEP;     // [BAND][CHUNK]
+    numbers.assign((size_t)bands * BAND * (head_size + 2) + BAND * CHUNK, 0);
+    float* sums = numbers.data();                                  // [rows][head_size]
+    float* top = sums + (size_t)bands * BAND * head_size;          // [rows]
+    float* total = top + bands * BAND;                             // [rows]
+    float* scores = total + bands * BAND;                          // [BAND][CHUNK]
     std::fill(top, top + bands * BAND, LOWEST);
-    for (int row = 0; row < rows; ++row) Product<T>::pack_left(query_of(row), size, left + (size_t)row * size / DEEP);
+    for (int row = 0; row < rows; ++row)
+        Product<T>::pack_left(query_of(row), head_size, left + (size_t)row * head_size / DEEP);
 
-    const int end = tree ? before + length : context + tile.count - 1;  // positions that any token of the tile sees
+    const int end = tree ? before + length : context + tile.count - 1;  // first position that no token attends to
     for (int begin = 0; begin < end; begin += CHUNK) {
-        int valid[GROUPS];  // tokens of each group that any may see; 0: no token of the tile sees it
+        int valid[GROUPS];  // number of tokens of each group that any token of the tile attends to
         bool any = false;
         for (int g = 0; g < GROUPS; ++g) {
             const int position = begin + g * GROUP, group = position / GROUP;
@@ -211,33 +218,33 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
         }
         if (!any) continue;
         for (int g = 0; g < GROUPS; ++g) {
-            Cell* to = values + (size_t)g * GROUP * size / DEEP;
+            Cell* to = values + (size_t)g * GROUP * head_size / DEEP;
             if (!valid[g]) {
-                std::fill(to, to + (size_t)GROUP * size / DEEP, 0);
+                std::fill(to, to + (size_t)GROUP * head_size / DEEP, 0);
                 continue;
             }
             const int position = begin + g * GROUP, offset = position % cache.block_size;
             const T* block = block_at<T>(cache, head, request, position);
-            pack(block + offset, cache.block_size, size, GROUP, keys + (size_t)g * size * GROUP / DEEP);
-            const T* value = block + (int64_t)(cache.block_size + offset) * size;
+            pack(block + offset, cache.block_size, head_size, GROUP, keys + (size_t)g * head_size * GROUP / DEEP);
+            const T* value = block + (int64_t)(cache.block_size + offset) * head_size;
             if (valid[g] == GROUP) {
-                pack(value, size, GROUP, size, to);
-            } else {  // what lies behind may be anything, and 0 times anything is not always 0
-                std::vector<T> whole((size_t)GROUP * size, T{});
-                std::copy(value, value + (size_t)valid[g] * size, whole.begin());
-                pack(whole.data(), size, GROUP, size, to);
+                pack(value, head_size, GROUP, head_size, to);
+            } else {  // the rest of the block is uninitialised, and 0 times inf or nan is not 0
+                std::vector<T> padded((size_t)GROUP * head_size, T{});
+                std::copy(value, value + (size_t)valid[g] * head_size, padded.begin());
+                pack(padded.data(), head_size, GROUP, head_size, to);
             }
         }
         for (int band = 0; band < bands; ++band) {
             const int first = band * BAND;
             for (int g = 0; g < GROUPS; ++g)
                 for (int part = 0; valid[g] && part < GROUP; part += PAIR)
-                    multiply<BAND, 2, T>(left + (size_t)first * size / DEEP, size / DEEP,
-                                         keys + (size_t)g * size * GROUP / DEEP + part, GROUP, size / DEEP,
+                    multiply<BAND, 2, T>(left + (size_t)first * head_size / DEEP, head_size / DEEP,
+                                         keys + (size_t)g * head_size * GROUP / DEEP + part, GROUP, head_size / DEEP,
                                          scores + g * GROUP + part, CHUNK, nullptr);
             float factor[BAND];
             for (int m = 0; m < BAND; ++m) {
-                const int t = std::min((first + m) / share, tile.count - 1);
+                const int t = std::min((first + m) / num_queries_per_kv, tile.count - 1);
                 uint32_t seen[GROUPS];
                 for (int g = 0; g < GROUPS; ++g) {
                     const int position = begin + g * GROUP, group = position / GROUP;
@@ -251,19 +258,23 @@ void read_tile(const Cache& cache, const Prompts& prompts, const Window& window,
                 go_on(scores + m * CHUNK, seen, scale, top[first + m], total[first + m], factor[m]);
                 Product<T>::pack_weights(scores + m * CHUNK, CHUNK, weights + m * CHUNK / DEEP);
             }
-            add_values<T>(weights, CHUNK / DEEP, values, CHUNK / DEEP, size, sums + (size_t)first * size, factor);
+            add_values<T>(weights, CHUNK / DEEP, values, CHUNK / DEEP, head_size, sums + (size_t)first * head_size,
+                          factor);
         }
     }
 
     for (int row = 0; row < rows; ++row) {
-        const float* from = sums + (size_t)row * size;
-        const LeftOut rest = left_out(cache, head, window, request, gaps ? gaps[row / share] : 0, scale, query_of(row));
+        const float* from = sums + (size_t)row * head_size;
+        const LeftOut rest = left_out(cache, head, window, request, gaps ? gaps[row / num_queries_per_kv] : 0, scale,
+                                      query_of(row));
         const float most = std::max(top[row], rest.logit);
-        const float mine = std::exp(top[row] - most), other = rest.means ? std::exp(rest.logit - most) : 0;
-        const float whole = total[row] * mine + other;
-        T* to = output + (token + row / share) * output_stride + (int64_t)(kv_head * share + row % share) * size;
-        for (int d = 0; d < size; ++d)
-            narrow((from[d] * mine + (rest.means ? other * rest.means[size + d] : 0)) / whole, to + d);
+        const float kept_scale = std::exp(top[row] - most), means_scale = rest.means ? std::exp(rest.logit - most) : 0;
+        const float sum_of_weights = total[row] * kept_scale + means_scale;
+        T* to = output + (token + row / num_queries_per_kv) * output_stride +
+                (int64_t)(kv_head * num_queries_per_kv + row % num_queries_per_kv) * head_size;
+        for (int d = 0; d < head_size; ++d)
+            narrow((from[d] * kept_scale + (rest.means ? means_scale * rest.means[head_size + d] : 0)) / sum_of_weights,
+                   to + d);
     }
 }
 
@@ -281,7 +292,7 @@ void read_prompts(const Cache& cache, const Prompts& prompts, const Window& wind
         std::vector<float> numbers;
         const int works = (int)tiles.size() * cache.kv_heads;
 #pragma omp for schedule(dynamic)
-        for (int work = 0; work < works; ++work)  // the last tiles of a prompt are the longest
+        for (int work = 0; work < works; ++work)  // the last tiles of a prompt take the longest
             read_tile(cache, prompts, window, scale, query, query_stride, output, output_stride,
                       tiles[tiles.size() - 1 - work / cache.kv_heads], work % cache.kv_heads, cells, numbers);
     }

@@ -1,6 +1,7 @@
-"""What a plugin promises to whoever calls it: one abstract class for each kind, and the values that cross the border.
+"""Contracts of plugins: one abstract base class for each plugin type, and the values that its methods take and return.
 
-Token ids are ``int32``, probabilities ``float32``. ``n`` is a number of tokens, ``k`` of candidates per token.
+Token ids are ``int32`` and probabilities ``float32``. In shapes, ``n`` is a number of tokens, and ``k`` a number of
+candidates per token.
 """
 
 from .base import Engine, NoOptions, Plugin, Unsupported

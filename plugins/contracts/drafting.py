@@ -1,4 +1,8 @@
-"""Drafters: what they are told, and the trees that they propose."""
+"""The contract of drafters: what they observe of every decode step, and the draft trees that they propose.
+
+In each step the engine calls, in this order, `Drafter.start` for new requests, `Drafter.observe` for each request of
+the step, and `Drafter.propose` once for all requests that want a draft. It calls `Drafter.finish` when a request ends.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,17 +18,17 @@ from .base import Engine, Plugin
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
-ROOT = -1  # the parent of a node that follows the last accepted token directly
+ROOT = -1  # parent of a node that follows the last accepted token directly
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """Tokens that may follow the last accepted one; a chain is a tree with one leaf.
+    """A tree of draft tokens, which may follow the last accepted token; a chain is a tree with one leaf.
 
     Attributes:
         tokens: [n] token ids, parents before their children.
-        parents: [n] index of the parent in ``tokens``, `ROOT` for children of the last accepted token.
-        scores: [n] estimated probability that the node is accepted, never above its parent's.
+        parents: [n] index of the parent in ``tokens``; `ROOT` for children of the last accepted token.
+        scores: [n] estimated probability that the node is accepted, at most that of its parent.
     """
 
     tokens: Int32
@@ -44,7 +48,10 @@ class DraftTree:
         return len(self.tokens)
 
     def best_path(self) -> Int32:
-        """Nodes of the root-to-leaf path with the most expected accepted tokens (the sum of its scores), [depth]."""
+        """Return the nodes of the root-to-leaf path with the largest expected number of accepted tokens, [depth].
+
+        The expected number is the sum of the path's scores.
+        """
         if not len(self):
             return np.empty(0, np.int32)
         value = self.scores.astype(np.float64)
@@ -59,16 +66,16 @@ class DraftTree:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the target model thought at every position that one step verified for a request.
+    """The target model's top-k next tokens at each position that one step verified for a request.
 
-    Row 0 is the last token accepted before the step; the others are drafted tokens, in the order of their tree.
+    Row 0 is the last token accepted before the step. The other rows are the draft tokens, in the order of their tree.
 
     Attributes:
-        context: [m] tokens before row 0, the latest last; may be a short tail of the text.
-        inputs: [n] the token at each row.
-        parents: [n] the row that each row follows; `ROOT` for row 0.
-        ids: [n, k] the model's most probable next tokens at each row, best first; -1 where there is none.
-        probs: [n, k] their probabilities among the k.
+        context: [m] tokens before row 0, the latest last; may be only the end of the text.
+        inputs: [n] token of each row.
+        parents: [n] row of the preceding token; `ROOT` for row 0.
+        ids: [n, k] most probable next tokens of each row, best first; -1 for a missing candidate.
+        probs: [n, k] probabilities of these tokens, normalised over the k candidates.
     """
 
     context: Int32
@@ -83,10 +90,10 @@ class DraftRequest:
     """A request that wants a draft.
 
     Attributes:
-        id: Its name.
-        tokens: [t] token ids of its text so far, the root last.
-        limit: How many tokens it can take.
-        drafted: [d] what a draft model that the engine runs proposed; empty where there is none.
+        id: Id of the request.
+        tokens: [t] token ids of the request's text so far; the last one is the root of the tree.
+        limit: Largest number of draft tokens that the request can take.
+        drafted: [d] tokens proposed by the engine's draft model; empty without a draft model.
     """
 
     id: str
@@ -97,30 +104,53 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class DraftBudget:
-    """The largest tree worth proposing for one request."""
+    """The size of the largest tree that is useful for one request.
+
+    Attributes:
+        nodes: Largest number of nodes.
+        depth: Largest length of a path.
+    """
 
     nodes: int
     depth: int
 
 
 class Drafter(Plugin, ABC):
-    """Guesses the next tokens of requests. It never changes the output distribution: the engine verifies each guess."""
+    """Base class of drafters, which propose the next tokens of requests for speculative decoding.
 
-    default_depth: ClassVar[int] = 8  # longest path that is drafted when the user names no number
-    default_nodes: ClassVar[int] = 64  # and, where trees are verified, most nodes
-    candidates: int = 8  # how many of the model's next tokens `observe` is shown
-    state_path: str | None = None  # where `save` and `load` keep the state between runs, if anywhere
-    fixed_size: bool = False  # its trees have a size of their own: the engine verifies all of what it proposes
+    The target model verifies all draft tokens, so a drafter never changes the distribution of outputs. Drafters run in
+    the engine's worker process, on the first tensor-parallel rank. At start, a few steps are run on a second instance,
+    so that compiled code is ready for the first request.
+
+    Attributes:
+        default_depth: Longest path that is drafted if the user does not set ``num_speculative_tokens``.
+        default_nodes: Largest number of nodes, with tree verification, if the user does not set one.
+        candidates: Number k of the target model's top next tokens that `observe` gets.
+        state_path: File in which `save` and `load` keep the learned state between runs; None for no such file.
+        fixed_size: Whether the engine verifies each proposed tree as a whole. Else it truncates trees to the size that
+            pays, by their scores and the measured cost of a step.
+    """
+
+    default_depth: ClassVar[int] = 8
+    default_nodes: ClassVar[int] = 64
+    candidates: int = 8
+    state_path: str | None = None
+    fixed_size: bool = False
 
     @classmethod
     def needs_draft_model(cls, options: Any) -> bool:
-        """Whether requests have to bring what a draft model proposed, which the engine then runs."""
+        """Return whether the drafter uses `DraftRequest.drafted`, so that the engine must run a draft model."""
         del options
         return False
 
     @classmethod
     def tokenizer(cls, options: Any) -> tuple[str, str] | None:
-        """Fingerprint of the tokenizer whose ids it was given, see `retrieval.datastore.fingerprint`, and where."""
+        """Return the tokenizer that the model must have, for a drafter with a datastore of token ids.
+
+        Returns:
+            The tokenizer's fingerprint, see `drafting.datastore.vocabulary_fingerprint`, and its origin, for error
+            messages; None if any tokenizer fits.
+        """
         del options
         return None
 
@@ -129,26 +159,54 @@ class Drafter(Plugin, ABC):
 
     @abstractmethod
     def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None:
-        """Begin a request; ``prompt`` is [t] token ids."""
+        """Begin a request; called before the first `observe` with its id.
+
+        Args:
+            request: Id of the request.
+            prompt: [t] token ids of the request's text before the step, in general its prompt.
+            tenant: Tenant that the request names, for drafters that do not share state between tenants.
+        """
 
     @abstractmethod
     def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None:
-        """Learn from a step: ``tokens`` [a] were accepted or sampled (none while a prompt is still processed)."""
+        """Learn from a step; called for each request of the step.
+
+        Args:
+            request: Id of the request.
+            tokens: [a] tokens that the step accepted or sampled; empty while the prompt is processed in chunks.
+            candidates: The target model's top next tokens at the positions of the step.
+        """
 
     @abstractmethod
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
-        """A tree for each request, at most ``budget`` and the request's limit large; an empty one for no draft."""
+        """Propose draft trees; called once per step.
+
+        Args:
+            requests: Requests that want a draft.
+            budget: Size of the largest useful tree; each request's `DraftRequest.limit` applies as well.
+
+        Returns:
+            One tree for each request, in the same order; an empty tree for no draft.
+        """
 
     @abstractmethod
     def finish(self, request: str) -> None:
-        """Forget a request; unknown ones are ignored."""
+        """Forget a request; called when it has ended. Unknown ids are ignored."""
 
     def save(self, path: Path) -> None:
-        """Write the learned state atomically."""
+        """Write the learned state to a file atomically.
+
+        Called from a background thread, when the engine is idle and about once a minute under load, if `state_path` is
+        set.
+        """
 
     def load(self, path: Path) -> None:
-        """Read the state that `save` wrote; raises `ValueError` when it belongs to another model or version."""
+        """Read the state that `save` wrote; the drafter itself calls this when it is constructed.
+
+        Raises:
+            ValueError: The state belongs to another model or version.
+        """
 
     def stats(self) -> dict[str, float]:
-        """Figures for reports: sizes, counts."""
+        """Return numbers for logs and reports, such as sizes and counts."""
         return {}

@@ -1,1 +1,1 @@
-"""What drafters and the engine's side of drafting share: the adjacency of tokens, and the budget of a step."""
+"""Shared parts of drafters and the engine: draft trees, adjacency rows, token suffix indexes and draft lengths."""

@@ -1,14 +1,15 @@
-"""The matrix of Token Recycling (arXiv 2408.08696, section 3), and rows for longer contexts beside it.
+"""The adjacency matrix of Token Recycling (arXiv 2408.08696, section 3), with further rows for longer contexts.
 
-A *row* lists the k tokens that the model thought most probable after some context. Rows 0 .. vocab-1 belong to one
-token, as in the paper. Behind them lie ``2**bits`` rows for contexts of 2 .. ``order`` tokens, addressed by a hash:
-direct-mapped, the newest context wins. A row under a longer context is preferred; the paper's row is the fallback.
+A *row* lists the model's k most probable tokens after a context. Rows 0 .. vocab-1 belong to contexts of one token, as
+in the paper. After them follow ``2**bits`` rows for contexts of 2 .. ``order`` tokens. They are addressed by a hash
+(direct-mapped, the newest context replaces an older one). The row of the longest known context is used; the paper's row
+is the fallback.
 
-Next to each candidate stands a one-byte *confidence*: the bin of its probability, or `FROM_TEXT` when it was read in a
-prompt and no probability is known. How often candidates of a given order, rank and confidence are really accepted is
-counted (`calibrate`), and that share scores the nodes of a draft (`expand`).
+Each candidate has a one-byte *confidence*: the bin of its probability, or `FROM_TEXT` if it comes from a prompt and no
+probability is known. `update_acceptance_rates` counts how often candidates of each order, rank and confidence are
+right. `grow_tree` scores the nodes of a draft tree with these rates.
 
-Compiled with numba, single-threaded; every array is allocated once.
+Compiled with numba, single-threaded. All arrays are allocated once.
 """
 
 import numpy as np
@@ -21,8 +22,8 @@ from .adjacency_table import BIN_EDGES, FROM_TEXT, NONE, AcceptanceRates, Adjace
 
 @jit
 def _context_hash(tail: NDArray[np.int32], length: int) -> np.uint64:
-    """Hash of the last ``length`` tokens of ``tail``, never 0 (an empty slot)."""
-    x = np.uint64(length) * np.uint64(0xC2B2AE3D27D4EB4F)  # contexts of different lengths must not begin alike
+    """Return a hash of the last ``length`` tokens of ``tail``; never 0, which marks an empty slot."""
+    x = np.uint64(length) * np.uint64(0xC2B2AE3D27D4EB4F)  # so that contexts of different lengths differ
     for i in range(tail.shape[0] - length, tail.shape[0]):
         x = (x ^ np.uint64(tail[i])) * np.uint64(0x9E3779B97F4A7C15)
         x ^= x >> np.uint64(29)
@@ -31,13 +32,13 @@ def _context_hash(tail: NDArray[np.int32], length: int) -> np.uint64:
 
 @jit
 def _row_of_token(token: int, vocab: int) -> "int | np.int64":
-    """The token's own row; placeholders outside the vocabulary share row 0, since compiled code checks no bounds."""
+    """Return the row of a token; ids outside the vocabulary use row 0, since compiled code does not check bounds."""
     return np.int64(token) if 0 <= token < vocab else np.int64(0)
 
 
 @jit
 def find_row(rows: AdjacencyTable, tail: NDArray[np.int32], order: int) -> "tuple[int | np.int64, int]":
-    """Row of the longest known context that ends ``tail`` ([t], at least one token), and that context's length."""
+    """Return the row of the longest known context at the end of ``tail`` [t >= 1], and the length of that context."""
     slots = rows.keys.shape[0]
     vocab = rows.tokens.shape[0] - slots
     for length in range(min(order, tail.shape[0]), 1, -1):
@@ -50,7 +51,7 @@ def find_row(rows: AdjacencyTable, tail: NDArray[np.int32], order: int) -> "tupl
 
 @jit
 def _claim_row(rows: AdjacencyTable, tail: NDArray[np.int32], length: int) -> "int | np.int64":
-    """Row for the context of ``length`` tokens, emptied if another context had its place."""
+    """Return the row for the last ``length`` tokens of ``tail``; clear it if it belonged to another context."""
     slots = rows.keys.shape[0]
     if length == 1:
         return _row_of_token(tail[-1], rows.tokens.shape[0] - slots)
@@ -67,7 +68,7 @@ def _claim_row(rows: AdjacencyTable, tail: NDArray[np.int32], length: int) -> "i
 def _path_context(
     context: NDArray[np.int32], inputs: NDArray[np.int32], parents: NDArray[np.int32], node: int, out: NDArray[np.int32]
 ) -> NDArray[np.int32]:
-    """The latest tokens up to and including ``node`` of a tree whose root follows ``context``, as a view of ``out``."""
+    """Return the latest tokens up to and including ``node`` of a tree after ``context``, as a view of ``out``."""
     filled = 0
     size = out.shape[0]
     while node != NONE and filled < size:
@@ -84,7 +85,7 @@ def _path_context(
 
 @jit
 def confidence_bin(prob: float) -> int:
-    """The bin of a probability."""
+    """Return the confidence bin of a probability."""
     for i in range(BIN_EDGES.shape[0]):
         if prob > BIN_EDGES[i]:
             return i
@@ -102,10 +103,10 @@ def update_rows(
     ids: NDArray[np.int32],
     probs: NDArray[np.float32],
 ) -> None:
-    """Overwrite the rows of all verified tokens, rejected ones too, with the model's fresh candidates (section 3.2).
+    """Overwrite the rows of all verified tokens, rejected ones included, with the model's top-k tokens (section 3.2).
 
-    Where one row is written twice, the deepest accepted position wins, else the first: so rejected positions are
-    written backwards, then accepted ones forwards.
+    If several positions write the same row, the deepest accepted one must win, else the first one. So rejected
+    positions are written in reverse order, and then accepted ones in order.
     """
     buffer = np.empty(order, np.int32)
     n = inputs.shape[0]
@@ -123,7 +124,7 @@ def update_rows(
 
 @jit
 def prime_from_text(rows: AdjacencyTable, order: int, text: NDArray[np.int32]) -> None:
-    """Put every bigram (and longer context) of a text ([t]) at the head of its row, moving the others back."""
+    """Insert the token after each context of a text [t] at the first rank of the context's rows."""
     k = rows.tokens.shape[1]
     for i in range(text.shape[0] - 1):
         follower = text[i + 1]
@@ -145,9 +146,9 @@ def prime_from_text(rows: AdjacencyTable, order: int, text: NDArray[np.int32]) -
 def update_acceptance_rates(
     rows: AdjacencyTable, acceptance: AcceptanceRates, order: int, context: NDArray[np.int32], tokens: NDArray[np.int32]
 ) -> None:
-    """Count, for each of ``tokens`` [a] that followed ``context`` [m >= 1], which candidate of its row was right.
+    """Count which candidates were right for each of ``tokens`` [a] that followed ``context`` [m >= 1].
 
-    Old evidence fades: a cell is halved when it has 2,000 sightings.
+    The counts of a cell are halved at 2,000 observations, so that recent ones weigh more.
     """
     text = np.concatenate((context, tokens))
     for i in range(context.shape[0], text.shape[0]):
@@ -178,16 +179,16 @@ def grow_tree(
     parents: NDArray[np.int32],
     scores: NDArray[np.float32],
 ) -> int:
-    """Grow a tree below the last token of ``context`` [m >= 1], always at the likeliest place.
+    """Grow a draft tree below the last token of ``context`` [m >= 1], at each step by the node of highest score.
 
     Nodes are written to the three output arrays, parents before children; their number is returned. The frontier holds
-    for each open row its next candidate only, since rows list the model's favourites first; it never exceeds `room`.
+    only the next candidate of each open row, since rows are sorted by probability. It has at most ``room`` entries.
     """
     k = rows.tokens.shape[1]
     room = 2 * max_nodes + 2
     f_score, f_parent = np.empty(room, np.float32), np.empty(room, np.int32)
     f_row, f_length, f_rank = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    f_base = np.empty(room, np.float32)  # the score of the parent
+    f_base = np.empty(room, np.float32)  # score of the parent
     depths = np.empty(max_nodes, np.int32)
     buffer = np.empty(order, np.int32)
     f, n = 0, 0
@@ -195,7 +196,7 @@ def grow_tree(
     row, length = find_row(rows, context[max(0, context.shape[0] - order) :], order)
     parent, rank, base = NONE, 0, np.float32(1.0)
     while True:
-        if rank < k and rows.tokens[row, rank] != NONE:  # open a place: the next candidate of (row, parent)
+        if rank < k and rows.tokens[row, rank] != NONE:  # add the next candidate of (row, parent) to the frontier
             f_row[f], f_length[f], f_rank[f], f_parent[f], f_base[f] = row, length, rank, parent, base
             f_score[f] = base * rate[length, rank, rows.confidence[row, rank]]
             f += 1
@@ -207,7 +208,7 @@ def grow_tree(
         tokens[n], parents[n], scores[n] = rows.tokens[row, rank], parent, score
         depths[n] = 1 if parent == NONE else depths[parent] + 1
 
-        f -= 1  # the place is taken; its sibling may use it
+        f -= 1  # remove the node from the frontier
         f_row[best], f_length[best], f_rank[best] = f_row[f], f_length[f], f_rank[f]
         f_parent[best], f_base[best], f_score[best] = f_parent[f], f_base[f], f_score[f]
         if depths[n] < max_depth:
@@ -236,25 +237,25 @@ def fill_static_tree(
 ) -> int:
     """Fill a static tree below the last token of ``context`` [m >= 1] from the rows (section 3.3).
 
-    Nodes whose row holds no candidate of their rank are left out, with all below them.
+    Nodes for which the row has no candidate of their rank are omitted, with their descendants.
 
     Args:
-        rows: All rows.
-        rate: See `make_acceptance`.
-        order: Longest context with rows of its own.
-        context: The text's latest tokens.
+        rows: Adjacency table.
+        rate: Acceptance rates, see `make_acceptance_rates`.
+        order: Longest context with its own rows, in tokens.
+        context: [m] latest tokens of the text.
         shape: [nodes] parents of the static tree's nodes, level by level.
-        ranks: [nodes] which candidate of its parent's row each node is.
-        max_nodes: Nodes at most, the first.
-        max_depth: Levels at most.
-        tokens: Result, [max_nodes]; as the next two.
-        parents: Result.
-        scores: Result.
+        ranks: [nodes] rank of each node among its parent's candidates.
+        max_nodes: Largest number of nodes; later ones are omitted.
+        max_depth: Largest depth of a node.
+        tokens: [max_nodes] tokens of the nodes; output.
+        parents: [max_nodes] parents of the nodes; output.
+        scores: [max_nodes] scores of the nodes; output.
 
     Returns:
         The number of nodes.
     """
-    place = np.full(shape.shape[0], NONE, np.int32)
+    index = np.full(shape.shape[0], NONE, np.int32)  # position of each static node in the output
     depths = np.empty(max_nodes, np.int32)
     buffer = np.empty(order, np.int32)
     tail = context[max(0, context.shape[0] - order) :]
@@ -262,7 +263,7 @@ def fill_static_tree(
     for node in range(shape.shape[0]):
         if n == max_nodes:
             break
-        parent = NONE if shape[node] == NONE else int(place[shape[node]])
+        parent = NONE if shape[node] == NONE else int(index[shape[node]])
         if shape[node] != NONE and parent == NONE:
             continue
         depth = 1 if parent == NONE else depths[parent] + 1
@@ -277,6 +278,6 @@ def fill_static_tree(
         above = np.float32(1.0) if parent == NONE else scores[parent]
         tokens[n], parents[n], depths[n] = token, parent, depth
         scores[n] = above * rate[length, ranks[node], rows.confidence[row, ranks[node]]]
-        place[node] = n
+        index[node] = n
         n += 1
     return n

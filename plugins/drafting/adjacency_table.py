@@ -1,4 +1,7 @@
-"""The arrays of `adjacency` without its compiled code: numba imported before vLLM 0.32 starts breaks its CPU engine."""
+"""The arrays of `adjacency`, without its compiled code.
+
+They are in a module without numba, since numba imported before vLLM 0.32 starts breaks vLLM's CPU engine.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,13 @@ NUM_CONFIDENCES = FROM_TEXT + 1
 
 
 class AdjacencyTable(NamedTuple):
-    """All rows. ``tokens``, ``confidence``: [vocab + 2**bits, k]; ``keys`` [2**bits] names the hashed contexts."""
+    """The adjacency matrix, with hashed rows for longer contexts.
+
+    Attributes:
+        tokens: [vocab + 2**bits, k] candidate tokens of each row, most probable first; `NONE` for a missing candidate.
+        confidence: [vocab + 2**bits, k] confidence bin of each candidate.
+        keys: [2**bits] hashes of the contexts that own the hashed rows; 0 for an empty row.
+    """
 
     tokens: NDArray[np.int32]
     confidence: NDArray[np.uint8]
@@ -20,7 +29,13 @@ class AdjacencyTable(NamedTuple):
 
 
 class AcceptanceRates(NamedTuple):
-    """Counts of candidates seen and found right, and their ratio; each [order + 1, k, CONFIDENCES], index 0 unused."""
+    """The acceptance rates of candidates, each [order + 1, k, NUM_CONFIDENCES]; order 0 is not used.
+
+    Attributes:
+        seen: Number of tokens that followed a context with a candidate of this order, rank and confidence.
+        right: Number of those tokens that were the candidate.
+        rate: Ratio of both.
+    """
 
     seen: NDArray[np.float32]
     right: NDArray[np.float32]
@@ -28,7 +43,14 @@ class AcceptanceRates(NamedTuple):
 
 
 def make_adjacency_table(vocab_size: int, k: int, order: int, bits: int) -> AdjacencyTable:
-    """Empty rows; with ``order`` 1 only the paper's matrix."""
+    """Return an empty table.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        k: Number of candidates in a row.
+        order: Longest context with its own rows, in tokens; with 1 there is only the paper's matrix.
+        bits: Logarithm of the number of hashed rows.
+    """
     hashed = 1 << bits if order > 1 else 0
     return AdjacencyTable(
         np.full((vocab_size + hashed, k), NONE, np.int32),
@@ -38,7 +60,10 @@ def make_adjacency_table(vocab_size: int, k: int, order: int, bits: int) -> Adja
 
 
 def make_acceptance_rates(order: int, k: int) -> AcceptanceRates:
-    """A weak prior (four sightings): likelier candidates are right more often, later ranks and order 1 less often."""
+    """Return initial acceptance rates, a prior with the weight of four observations.
+
+    Candidates of higher probability have a higher rate; later ranks and contexts of one token have a lower rate.
+    """
     by_confidence = np.array([0.85, 0.65, 0.5, 0.35, 0.2, 0.1, 0.04, 0.01, 0.5], np.float32)
     by_rank = 1 / np.arange(1, k + 1, dtype=np.float32)
     rate = np.multiply(by_confidence, by_rank[None, :, None], dtype=np.float32) * np.ones((order + 1, 1, 1), np.float32)

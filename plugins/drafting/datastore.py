@@ -1,8 +1,8 @@
-"""A corpus of token ids on disk, in which a drafter looks up how a text went on elsewhere.
+"""A corpus of token ids on disk, in which a drafter looks up continuations.
 
-A datastore is a folder of three files: ``tokens.npy`` int32 [n], texts one behind the other; ``order.npy`` uint32 [n],
-its suffix array; ``datastore.json``, what they are. Both arrays are mapped into memory: engines on one machine share
-them, and only what is looked at is read.
+A datastore is a folder of three files: ``tokens.npy`` int32 [n], the concatenated texts; ``order.npy`` uint32 [n],
+their suffix array; and ``datastore.json``, a description of both. The arrays are memory-mapped: engines on one machine
+share them, and only the parts in use are read.
 """
 
 import hashlib
@@ -25,21 +25,22 @@ ABOUT, TOKENS, ORDER = "datastore.json", "tokens.npy", "order.npy"
 
 
 class DatastoreError(ValueError):
-    """A folder that is no datastore, or a damaged one."""
+    """Error for a folder that is not a datastore, or for a damaged datastore."""
 
 
 @dataclass(frozen=True)
 class DatastoreInfo:
-    """What a datastore holds.
+    """The description of a datastore.
 
     Attributes:
-        tokenizer: Name of the tokenizer, for people.
-        fingerprint: Of the tokenizer; token ids mean nothing to another one.
-        texts: How many texts.
-        tokens: How many tokens, breaks between texts included.
-        largest: The largest token id.
-        depth: Tokens by which the suffixes are ordered.
-        digests: SHA-256 of the arrays' files, by name.
+        tokenizer: Name of the tokenizer, for information only.
+        fingerprint: Fingerprint of the tokenizer, see `vocabulary_fingerprint`; the token ids are valid for this
+            tokenizer only.
+        texts: Number of texts.
+        tokens: Number of tokens, breaks between texts included.
+        largest: Largest token id.
+        depth: Number of tokens by which the suffixes are ordered.
+        digests: SHA-256 of the arrays' files, by file name.
     """
 
     tokenizer: str
@@ -55,14 +56,14 @@ class Datastore:
     """An opened datastore."""
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
-        """Map a datastore into memory.
+        """Open a datastore.
 
         Args:
-            folder: That `build` wrote.
-            verify: Read all of it, and compare checksums.
+            folder: Folder that `build_datastore` wrote.
+            verify: Whether to read all files and compare their checksums.
 
         Raises:
-            DatastoreError: it is none, of another version, or damaged.
+            DatastoreError: The folder is not a datastore, has another format version, or is damaged.
         """
         self.folder = folder
         try:
@@ -74,7 +75,7 @@ class Datastore:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise DatastoreError(f"{folder}: {ABOUT} cannot be read") from None
         if version != FORMAT or self.info.depth != SUFFIX_DEPTH:
-            raise DatastoreError(f"{folder}: of version {version}, expected {FORMAT}; build it anew")
+            raise DatastoreError(f"{folder}: of version {version}, expected {FORMAT}; build it again")
         self.tokens, self.order = self._map(TOKENS, np.int32), self._map(ORDER, np.uint32)
         if verify:
             self.verify()
@@ -85,50 +86,50 @@ class Datastore:
         except (OSError, ValueError) as error:
             raise DatastoreError(f"{self.folder}: {name} cannot be read ({error})") from None
         if array.dtype != dtype or array.shape != (self.info.tokens,):
-            raise DatastoreError(f"{self.folder}: {name} holds {array.dtype} {array.shape}")
+            raise DatastoreError(f"{self.folder}: {name} has unexpected contents, {array.dtype} {array.shape}")
         return np.asarray(array)
 
     def verify(self) -> None:
-        """Compare checksums.
+        """Compare the checksums of all files.
 
         Raises:
-            DatastoreError: a file is not what was written.
+            DatastoreError: A checksum differs.
         """
         for name, expected in self.info.digests.items():
             if file_sha256(self.folder / name) != expected:
-                raise DatastoreError(f"{self.folder}: {name} is damaged; build it anew")
+                raise DatastoreError(f"{self.folder}: {name} is damaged; build it again")
 
     @cached_property
     def _search(self):
-        from . import suffix_search  # compiles
+        from . import suffix_search  # compiled with numba, which must not be imported early
 
         return suffix_search
 
     def find_longest_suffix(
         self, tail: NDArray[np.int32], longest: int = SUFFIX_DEPTH, shortest: int = 2
     ) -> SuffixMatch:
-        """Where the longest possible end of ``tail`` [t] occurs, see `suffix_search.find`."""
+        """Find the longest suffix of ``tail`` [t] that occurs; see `suffix_search.find_longest_suffix`."""
         return self._search.find_longest_suffix(self.tokens, self.order, tail, longest, shortest)
 
     def continuations(self, match: SuffixMatch, width: int, most: int) -> NDArray[np.int32]:
-        """What followed there, [at most ``most``, width], see `suffix_search.followers`."""
+        """Return the tokens after a match, [at most ``most``, width]; see `suffix_search.continuations`."""
         return self._search.continuations(self.tokens, self.order, match, width, most)
 
 
 def build_datastore(
     folder: Path, texts: Iterable[list[int]], tokenizer: str, fingerprint: str, most: int
 ) -> DatastoreInfo:
-    """Write a datastore, whole or not at all; an older one in its place is replaced.
+    """Write a datastore atomically; an existing datastore in the same folder is replaced.
 
     Args:
-        folder: Where it goes.
-        texts: Token ids of texts, taken until there are ``most``.
-        tokenizer: Its name.
-        fingerprint: See `About`.
-        most: Tokens at most; sorting takes about 40 bytes of memory for each.
+        folder: Folder of the datastore.
+        texts: Token ids of each text; texts are read until there are ``most`` tokens.
+        tokenizer: Name of the tokenizer.
+        fingerprint: Fingerprint of the tokenizer, see `vocabulary_fingerprint`.
+        most: Largest number of tokens; sorting takes about 40 bytes of memory per token.
 
     Raises:
-        DatastoreError: there is no token, or the folder holds something else.
+        DatastoreError: The texts contain no tokens, or the folder contains something else than a datastore.
     """
     check_datastore_path(folder)
     try:
@@ -156,23 +157,23 @@ def build_datastore(
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """Hex digest of a tokenizer's vocabulary: ids mean the same where it is the same."""
+    """Return a hex digest of a tokenizer's vocabulary, which decides the meaning of token ids."""
     return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
 def check_datastore_path(folder: Path) -> None:
-    """Refuse a place that holds something else.
+    """Check that a datastore can be written to a folder.
 
     Raises:
-        DatastoreError: it does.
+        DatastoreError: The folder contains something else than a datastore, or its parent is not a folder.
     """
     if folder.is_symlink() or (folder.exists() and not (folder / ABOUT).is_file() and is_occupied(folder)):
         raise DatastoreError(f"{folder}: exists, and is no datastore")
-    there = next(path for path in folder.absolute().parents if path.exists())
-    if not there.is_dir():
-        raise DatastoreError(f"{folder}: {there} is no folder")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise DatastoreError(f"{folder}: {parent} is not a folder")
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether a path is a file, or a folder that is not empty."""
+    """Return whether a path is a file, or a folder that is not empty."""
     return not folder.is_dir() or any(folder.iterdir())

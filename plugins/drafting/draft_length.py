@@ -1,12 +1,13 @@
-"""How many drafted tokens are worth verifying: expected tokens per second over a cost measured as steps happen.
+"""Choice of the number of draft tokens to verify: it maximises the expected number of tokens per second.
 
-A step in which ``b`` requests have ``d`` drafted tokens verified takes ``T(b, d)`` seconds and yields, for each
-request, one token and those of its drafts that are accepted. The best drafts, chains or trees, maximise
+A step that verifies ``d`` draft tokens of ``b`` requests takes ``T(b, d)`` seconds. It yields one token for each
+request, and the accepted draft tokens. The best drafts, chains or trees, maximise
 
-    (b + sum of the acceptance probabilities of the chosen tokens) / T(b, number of chosen tokens).
+    (b + sum of the acceptance probabilities of the selected tokens) / T(b, number of selected tokens).
 
-Scores fall along every path, so taking the likeliest tokens of the whole batch one by one never leaves a parent out,
-and no tree of as many nodes has more accepted.
+Scores decrease along every path. So selecting the most probable tokens of the whole batch one after the other never
+selects a node without its parent, and no other trees with as many nodes have a larger expected number of accepted
+tokens. `StepCostModel` learns T from the duration of steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,51 +22,66 @@ from ..contracts import Float32
 
 @dataclass
 class _Cell:
-    """Steps of about the same shape: running means of requests and drafted tokens, running median of the duration."""
+    """Steps of similar size.
+
+    Attributes:
+        requests: Running mean of the number of requests.
+        drafted: Running mean of the number of draft tokens.
+        seconds: Running median of the duration.
+        weight: Weight of the observations.
+        last: Index of the last observed step.
+    """
 
     requests: float
     drafted: float
     seconds: float
     weight: float
-    last: int  # the step that was seen last
+    last: int
 
 
 class StepCostModel:
-    """Seconds of an engine step by its requests and its drafted tokens, learned from the steps themselves.
+    """Cost model of an engine step: its duration by the number of requests and draft tokens, learned from steps.
 
-    Near any number of requests the cost is taken for a plane: a further request costs more than a further token of the
-    same request. It is not one plane for all: a small batch waits for memory and verifies tokens almost for nothing, a
-    large one computes and pays for each. How further tokens of a step grow dearer, or stay cheap up to a bound, a
-    measurement at start may tell (`shape`); then the plane is over what it says, and over the number of tokens as well,
-    for what that measurement leaves out: attention to the text before, sampling, choosing candidates.
+    Near each number of requests, the cost is modelled as a plane, since another request costs more than another token
+    of the same request. There is no common plane for all batch sizes: a small batch is limited by memory bandwidth and
+    verifies tokens at almost no cost, while a large batch is limited by compute.
 
-    Durations are noisy and their outliers are long (other processes, page faults), so steps of like shape keep a
-    running median, and the planes are fitted through the medians. They fade, as contexts grow and the machine's load
-    changes.
+    A latency profile measured at start (`set_latency_profile`) may describe how the cost grows with the number of
+    tokens. The plane is then a function of the profile's cost, and also of the number of tokens, for costs that are not
+    in the profile: attention over the context, sampling, and the selection of candidates.
+
+    Durations are noisy, and outliers are long (other processes, page faults). So steps of similar size share a running
+    median, and the planes are fitted to the medians. Old observations lose weight, since contexts grow and the load of
+    the machine changes.
 
     Args:
-        slope: The cost of one drafted token relative to a whole step, believed until steps tell otherwise.
-        memory: Steps after which an observation has lost 63 % of its weight.
+        slope: Prior cost of one draft token, relative to a step without drafts.
+        memory: Number of steps after which an observation has lost 63 % of its weight.
     """
 
     MAX_CELLS = 256
-    NEAR = 0.5  # octaves of the number of requests within which steps tell about each other
+    NEAR = 0.5  # bandwidth of the fit, in octaves of the number of requests
 
     def __init__(self, slope: float = 0.05, memory: float = 400.0) -> None:
         self._prior, self._memory = slope, memory
         self._cells: dict[tuple[int, int], _Cell] = {}
         self._coefficients: dict[int, tuple[float, float, float]] = {}
         self._rows, self._units = np.array([0.0, 1.0]), np.array([0.0, 1.0])
-        # In squared units: how much evidence it takes to move the believed slope. A measured shape deserves more trust:
-        # small drafts, whose units hardly differ, must not say that large ones are dear.
+        # Regularisation of the prior slope, in squared units. A latency profile gets more, since small drafts, whose
+        # units hardly differ, must not decide the cost of large ones.
         self._trust = 20.0
-        self._slack = 1e12  # in squared tokens, as much for what a measured shape leaves out: nothing, there is none
+        self._slack = 1e12  # the same for costs outside the latency profile, in squared tokens; none without a profile
         self.steps = 0
 
     def set_latency_profile(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
-        """Take over how long steps of so many rows, ascending and beginning with 1, took; their proportions count.
+        """Set the latency profile, of which only the proportions matter.
 
-        Times rise with rows: where noise says otherwise, the middle of what comes before and behind is taken.
+        Times must increase with the batch size. Where they do not, because of noise, the mean of the running maximum
+        and of the reversed running minimum is used.
+
+        Args:
+            rows: Batch sizes in query tokens, ascending, from 1 on.
+            seconds: Duration of a step of each batch size.
         """
         taken = np.asarray(seconds, np.float64)
         times = (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
@@ -74,33 +90,35 @@ class StepCostModel:
         self._coefficients.clear()
 
     def units(self, requests: "float | np.ndarray", drafted: "float | np.ndarray") -> "float | np.ndarray":
-        """What drafted tokens cost, in tokens of the believed slope; without a measured shape, their number."""
+        """Return the cost of draft tokens, in tokens of the prior slope; without a latency profile, their number."""
         return self._at(requests + drafted) - self._at(requests)  # type: ignore[operator]
 
     def _at(self, rows: "float | np.ndarray") -> "float | np.ndarray":
-        """Units of a step, continued in a line behind the last that was measured."""
+        """Return the units of a step of ``rows`` query tokens, extrapolated linearly beyond the latency profile."""
         (x0, x1), (u0, u1) = self._rows[-2:], self._units[-2:]
         beyond = np.maximum(np.asarray(rows) - x1, 0) * (u1 - u0) / (x1 - x0)
         return np.interp(rows, self._rows, self._units) + beyond
 
     def __call__(self, requests: int, drafted: "int | np.ndarray") -> "float | np.ndarray":
-        """Estimated seconds of a step."""
+        """Return the estimated duration of a step, in seconds."""
         without, per_unit, per_token = self.coefficients(requests)
         return without + per_unit * self.units(requests, drafted) + per_token * drafted
 
     def coefficients(self, requests: int) -> tuple[float, float, float]:
-        """Seconds of a step of ``requests`` without drafts, of each unit, and of each drafted token beside its units.
+        """Return the coefficients of the plane for a number of requests.
 
-        Without a measured shape units are tokens, and the last is 0.
+        Returns:
+            The duration of a step without drafts, and the additional duration per unit and per draft token, in seconds.
+            Without a latency profile, units are tokens and the last coefficient is 0.
         """
-        if not self._cells:  # only their proportion matters
+        if not self._cells:  # only the proportions of the coefficients matter
             return 1.0, self._prior, 0.0
         if requests not in self._coefficients:
             self._coefficients[requests] = self._fit(requests)
         return self._coefficients[requests]
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
-        """Take in one step that verified drafts and did nothing else (no prompt)."""
+        """Record the duration of a decode step, which may verify drafts but processes no prompt."""
         if requests < 1 or drafted < 0 or seconds <= 0:
             return
         self.steps += 1
@@ -115,7 +133,7 @@ class StepCostModel:
             share = 1.0 / cell.weight
             cell.requests += share * (requests - cell.requests)
             cell.drafted += share * (drafted - cell.drafted)
-            # A step towards the sample, bounded whatever its distance, settles at the median.
+            # Steps of bounded size towards the sample converge to the median.
             bound = cell.seconds * max(0.02, min(0.3, share))
             cell.seconds += min(max(seconds - cell.seconds, -bound), bound)
             cell.last = self.steps
@@ -126,13 +144,13 @@ class StepCostModel:
         return float(np.exp((cell.last - self.steps) / self._memory))
 
     def _fit(self, requests: int) -> tuple[float, float, float]:
-        """Weighted ridge regression through the medians near ``requests``, drawn towards the believed slope."""
+        """Fit a weighted ridge regression to the medians near ``requests``, regularised towards the prior slope."""
         cells = list(self._cells.values())
         x = np.array([[c.requests, c.drafted, c.drafted] for c in cells])
         x[:, 1] = self.units(x[:, 0], x[:, 1])
         y = np.array([c.seconds for c in cells])
         distance = np.log2(x[:, 0] / requests) / self.NEAR
-        distance -= np.abs(distance).min() * np.sign(distance)  # the nearest cells count whole, however far
+        distance -= np.abs(distance).min() * np.sign(distance)  # the nearest cells have full weight at any distance
         w = np.array([min(c.weight * self._fade(c), 50.0) for c in cells]) * np.exp(-0.5 * distance**2)
         mean_x, mean_y = np.average(x, axis=0, weights=w), float(np.average(y, weights=w))
         believed = np.array([0.0, mean_y * self._prior / (1.0 + self._prior * mean_x[1]), 0.0])
@@ -146,63 +164,67 @@ class StepCostModel:
 
 
 def _solve_nonnegative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What solves a normal equation with no coefficient below 0: those that would be leave, the others take over."""
-    found, used = np.zeros(len(target)), np.ones(len(target), np.bool_)
+    """Solve a normal equation with non-negative coefficients.
+
+    Coefficients that would be negative are set to 0, one after the other, and the others are solved for again.
+    """
+    solution, used = np.zeros(len(target)), np.ones(len(target), np.bool_)
     while used.any():
-        found[:] = 0.0
-        found[used] = np.linalg.solve(gram[np.ix_(used, used)], target[used])
-        if found.min() >= 0.0:
+        solution[:] = 0.0
+        solution[used] = np.linalg.solve(gram[np.ix_(used, used)], target[used])
+        if solution.min() >= 0.0:
             break
-        used[found.argmin()] = False
-    return np.maximum(found, 0.0)
+        used[solution.argmin()] = False
+    return np.maximum(solution, 0.0)
 
 
 class AcceptanceRecord:
-    """How one request's drafts fare beside their scores, which are rates over all requests.
+    """The acceptance rate of one request's drafts, relative to their scores, which are rates over all requests.
 
-    One answer follows its sources closely, another hardly; what was accepted of the first drafts tells about the next.
-    Expected and accepted tokens are counted with a fading memory, from a prior of as many of both. Steps without a
-    draft fade as well, so that a request that was believed too little for any draft is tried again.
+    Some answers follow their sources closely, others hardly, so the acceptance of earlier drafts predicts that of later
+    ones. Expected and accepted tokens are counted with exponential decay, from a prior with equal counts of both.
+    Counts decay in steps without a draft too, so that a request whose factor was too low for a draft gets drafts again.
     """
 
     PRIOR = 2.0  # tokens
-    MEMORY = 0.95  # what a step leaves of the count
-    LOW = 0.25  # a request is never given up: its text may turn
+    MEMORY = 0.95  # decay of the counts per step
+    LOW = 0.25  # smallest factor: later text of a request may be easier to predict
 
     def __init__(self) -> None:
         self._expected = self._accepted = 0.0
 
     def observe(self, scores: Float32, accepted: int) -> None:
-        """Take in one step.
+        """Record one step.
 
         Args:
-            scores: Of all that was verified, [n], perhaps nothing; their sum was expected to be accepted.
-            accepted: Tokens that were.
+            scores: [n] scores of the verified draft tokens; their sum is the expected number of accepted tokens.
+            accepted: Number of accepted draft tokens.
         """
         self._expected = self.MEMORY * self._expected + float(scores.sum())
         self._accepted = self.MEMORY * self._accepted + accepted
 
     @property
     def factor(self) -> float:
-        """What the next scores are worth, at most 1."""
+        """Factor for the scores of the next draft, at most 1."""
         return min(1.0, max(self.LOW, (self.PRIOR + self._accepted) / (self.PRIOR + self._expected)))
 
 
 def _size_class(count: int) -> int:
-    """A count with its three leading bits: exact up to 7, then within a quarter."""
+    """Return a count rounded down to its three leading bits: exact up to 7, then within a quarter."""
     shift = max(0, count.bit_length() - 3)
     return count >> shift << shift
 
 
 def allocate_draft_tokens(scores: Sequence[Float32], cost: Callable[[int, Any], Any]) -> list[int]:
-    """How many leading tokens of each request's draft to verify.
+    """Return how many leading tokens of each request's draft to verify.
 
     Args:
-        scores: For each request of the step the acceptance probabilities along its draft, [n_i], falling.
-        cost: Of a step, by requests and drafted tokens, as `StepCost`.
+        scores: For each request of the step, the acceptance probabilities of its draft tokens, [n_i], descending.
+        cost: Function that returns the duration of a step by the number of requests and draft tokens, such as
+            `StepCostModel`.
 
     Returns:
-        The number of tokens to keep for each request, 0 .. n_i.
+        The number of tokens to verify for each request, 0 .. n_i.
     """
     if not scores:
         return []
@@ -210,5 +232,5 @@ def allocate_draft_tokens(scores: Sequence[Float32], cost: Callable[[int, Any], 
     flat = np.concatenate([np.asarray(s, np.float64) for s in scores])
     order = np.argsort(-flat, kind="stable")  # stable: equal scores keep parents before children
     yields = len(scores) + np.concatenate(([0.0], np.cumsum(flat[order])))
-    chosen = int(np.argmax(yields / cost(len(scores), np.arange(len(flat) + 1))))
-    return np.bincount(owners[order[:chosen]], minlength=len(scores)).tolist()
+    num_selected = int(np.argmax(yields / cost(len(scores), np.arange(len(flat) + 1))))
+    return np.bincount(owners[order[:num_selected]], minlength=len(scores)).tolist()

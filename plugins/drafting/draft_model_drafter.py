@@ -1,7 +1,7 @@
-"""What a draft model that the engine runs proposed, as a drafter that others can build on.
+"""The drafts of the engine's draft model, as a drafter on which other drafters can build.
 
-Such a chain comes without probabilities, so how far it holds is counted: the rate at which its i-th token was right
-where all before it were.
+The engine passes the draft model's tokens without probabilities. So the drafter counts how often the i-th token was
+accepted, given that all tokens before it were.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy as np
 
 from ..contracts import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32
 
-PRIOR_RIGHT, PRIOR_SEEN = 1.2, 2.0  # before anything was counted
-FADE = 0.995  # of older counts, each time one is added: texts change
+PRIOR_RIGHT, PRIOR_SEEN = 1.2, 2.0  # initial counts of accepted and verified tokens
+FADE = 0.995  # decay of the counts at each update, since texts change
 
 
 class DraftModelDrafter(Drafter):
-    """The engine's own drafts, scored."""
+    """Drafter that proposes the chains of the engine's draft model, with estimated acceptance probabilities."""
 
     name: ClassVar[str] = "engine"
     candidates = 1
@@ -25,25 +25,25 @@ class DraftModelDrafter(Drafter):
         del options
         depth = max(engine.num_speculative_tokens, 1)
         self._right, self._seen = np.full(depth, PRIOR_RIGHT), np.full(depth, PRIOR_SEEN)
-        self._last: dict[str, Int32] = {}  # request -> the chain that was proposed last
+        self._last: dict[str, Int32] = {}  # request -> its last proposed chain
 
     def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None:
-        """Nothing is kept of a prompt: the engine's model reads it."""
+        """Do nothing: the engine's draft model reads the prompt."""
 
     def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None:
-        """Count how far the last chain was right."""
+        """Count the accepted tokens of the last chain."""
         del candidates
         drafted = self._last.pop(request, None)
         if drafted is None:
             return
-        for i, (token, came) in enumerate(zip(drafted[: len(self._seen)], tokens, strict=False)):
+        for i, (token, accepted) in enumerate(zip(drafted[: len(self._seen)], tokens, strict=False)):
             self._seen[i] = self._seen[i] * FADE + 1
-            self._right[i] = self._right[i] * FADE + (token == came)
-            if token != came:
+            self._right[i] = self._right[i] * FADE + (token == accepted)
+            if token != accepted:
                 return
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
-        """The chains that the requests bring, with the probability that all of each path is right."""
+        """Return the draft model's chains; a token's score is the probability that the path up to it is accepted."""
         return [self._chain(request, budget) for request in requests]
 
     def _chain(self, request: DraftRequest, budget: DraftBudget) -> DraftTree:
@@ -57,5 +57,5 @@ class DraftModelDrafter(Drafter):
         self._last.pop(request, None)
 
     def stats(self) -> dict[str, float]:
-        """The rate at which the first token was right."""
+        """Return the acceptance rate of the first draft token."""
         return {"engine_draft_first": float(self._right[0] / self._seen[0])}

@@ -1,11 +1,11 @@
-"""Texts of an engine, as they come: where the end of a text was seen before, and what followed there.
+"""The latest tokens of an engine's texts, with a search for earlier occurrences of the end of a text.
 
-A ring of the latest tokens. Every position is chained to the one before it at which the same two tokens end; a look-up
-goes down that chain from the newest, and keeps where the most tokens agree. Appending takes constant time for each
-token, memory is fixed, and the oldest tokens make room. What suffix decoding (arXiv 2411.04975) keeps in trees, at a
-fraction of the memory.
+The tokens are in a ring buffer. Each position is chained to the previous position at which the same two tokens end. A
+search follows that chain from the newest position, and keeps the positions at which the most tokens match. Appending
+takes constant time per token, the memory is fixed, and new tokens overwrite the oldest ones. Suffix decoding (arXiv
+2411.04975) keeps the same information in suffix trees, which need several times the memory.
 
-Compiled, so import it late (see `compiled`).
+Compiled with numba, so import it late (see `_internal.jit`).
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ from pilotfish._internal.jit import jit
 from .suffix_array import TEXT_BREAK
 
 Int32, Int64 = NDArray[np.int32], NDArray[np.int64]
-MAX_CANDIDATES = 128  # positions of a chain that are looked at
+MAX_CANDIDATES = 128  # positions of a chain that are compared
 
 
 @jit
 def _slot(before: int, last: int, size: int) -> "int | np.int64":
-    """Where the chain of two tokens begins."""
+    """Return the hash slot of the chain of two tokens."""
     x = (np.uint64(before) * np.uint64(0x9E3779B97F4A7C15)) ^ (np.uint64(last) * np.uint64(0xC2B2AE3D27D4EB4F))
     x ^= x >> np.uint64(31)
     return np.int64(x & np.uint64(size - 1))
@@ -29,7 +29,7 @@ def _slot(before: int, last: int, size: int) -> "int | np.int64":
 
 @jit
 def _append(ring: Int32, earlier: Int64, heads: Int64, written: int, tokens: Int32) -> int:
-    """Write tokens behind the first ``written``; returns how many there have been then."""
+    """Append tokens to the ``written`` earlier ones; return the new number of tokens."""
     mask = ring.shape[0] - 1
     for token in tokens:
         at = written & mask
@@ -46,14 +46,18 @@ def _append(ring: Int32, earlier: Int64, heads: Int64, written: int, tokens: Int
 def _find(
     ring: Int32, earlier: Int64, heads: Int64, written: int, tail: Int32, longest: int, shortest: int, out: Int32
 ) -> "tuple[int, int]":
-    """See `History.find`; returns how many tokens agree, and how many rows of ``out`` are filled."""
+    """Find the longest suffix; see `TokenHistory.find_longest_suffix`.
+
+    Returns:
+        The number of matching tokens, and the number of rows written to ``out``.
+    """
     rows, width = out.shape
     n, mask = tail.shape[0], ring.shape[0] - 1
     if n < 2 or tail[n - 1] < 0 or tail[n - 2] < 0:
         return 0, 0
     oldest = max(0, written - ring.shape[0])
-    best, found = 0, 0
-    places = np.empty(rows, np.int64)
+    best, count = 0, 0
+    positions = np.empty(rows, np.int64)
     at = heads[_slot(int(tail[n - 2]), int(tail[n - 1]), heads.shape[0])]
     for _ in range(MAX_CANDIDATES):
         if at < oldest:
@@ -61,46 +65,46 @@ def _find(
         length = 0
         while length < longest and length < n and at - length >= oldest:
             token = ring[(at - length) & mask]
-            if token != tail[n - 1 - length]:  # a break agrees with nothing
+            if token != tail[n - 1 - length]:  # a break matches no token
                 break
             length += 1
         if length >= shortest and at + 1 < written and ring[(at + 1) & mask] >= 0:
             if length > best:
-                best, found = length, 0
-            if length == best and found < rows:
-                places[found] = at
-                found += 1
+                best, count = length, 0
+            if length == best and count < rows:
+                positions[count] = at
+                count += 1
         at = earlier[at & mask]
-    for r in range(found):
-        going = True
+    for r in range(count):
+        in_text = True
         for i in range(width):
-            follower = places[r] + 1 + i
-            going = going and follower < written and ring[follower & mask] >= 0
-            out[r, i] = ring[follower & mask] if going else TEXT_BREAK
-    return best, found
+            follower = positions[r] + 1 + i
+            in_text = in_text and follower < written and ring[follower & mask] >= 0
+            out[r, i] = ring[follower & mask] if in_text else TEXT_BREAK
+    return best, count
 
 
 class TokenHistory:
-    """The latest tokens of one text, or of many."""
+    """A ring buffer of the latest tokens of one or more texts."""
 
     def __init__(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens, rounded up to a power of two; it takes 16 bytes for each."""
+        """Allocate memory for ``capacity`` tokens, rounded up to a power of two; each token takes 16 bytes."""
         size = 1 << max(4, (capacity - 1).bit_length())
         self._ring = np.full(size, TEXT_BREAK, np.int32)
         self._earlier, self._heads = np.full(size, -1, np.int64), np.full(max(16, size // 2), -1, np.int64)
         self._written = 0
 
     def __len__(self) -> int:
-        """Tokens held, breaks between texts included."""
+        """Return the number of tokens in memory, breaks between texts included."""
         return min(self._written, len(self._ring))
 
     @property
     def nbytes(self) -> int:
-        """Memory."""
+        """Size of the arrays, in bytes."""
         return self._ring.nbytes + self._earlier.nbytes + self._heads.nbytes
 
     def with_capacity(self, tokens: int) -> "TokenHistory":
-        """Itself if so many more tokens fit without dropping any, else a larger history of the same text."""
+        """Return this history if ``tokens`` more tokens fit without overwriting any, else a larger copy."""
         if self._written + tokens <= len(self._ring):
             return self
         larger = TokenHistory(max(2 * len(self._ring), self._written + tokens))
@@ -109,7 +113,12 @@ class TokenHistory:
         return larger
 
     def append(self, tokens: Int32, ends: bool = False) -> None:
-        """Add tokens [t] to the text that is being written; ``ends``: the next ones belong to another."""
+        """Append tokens to the current text.
+
+        Args:
+            tokens: [t] token ids.
+            ends: Whether the text ends with these tokens, so that later tokens belong to another text.
+        """
         pieces = [np.ascontiguousarray(tokens, np.int32)]
         if ends:
             pieces.append(np.array([TEXT_BREAK], np.int32))
@@ -119,20 +128,21 @@ class TokenHistory:
     def find_longest_suffix(
         self, tail: Int32, width: int, most: int, longest: int, shortest: int = 2
     ) -> tuple[int, Int32]:
-        """Where the longest possible end of a text was seen, and what followed.
+        """Find the longest suffix of a text that occurred before, and the tokens that followed it.
 
         Args:
-            tail: [t] the text's latest tokens.
-            width: Tokens of what followed.
-            most: Occurrences at most, the newest first.
-            longest: Tokens that are compared.
-            shortest: Tokens that have to agree, at least 2.
+            tail: [t] latest tokens of the text.
+            width: Number of following tokens to return.
+            most: Largest number of occurrences to return, the newest first.
+            longest: Largest number of tokens to match.
+            shortest: Smallest number of tokens that must match, at least 2.
 
         Returns:
-            How many tokens agree (0: too few anywhere), and what followed, [occurrences, width]; `BREAK` behind an end.
+            The number of matching tokens (0 if fewer than ``shortest`` match), and the tokens after each occurrence,
+            [occurrences, width]; `TEXT_BREAK` after the end of a text.
         """
         out = np.empty((most, width), np.int32)
         tail = np.ascontiguousarray(tail[-longest:], np.int32)
         state = (self._ring, self._earlier, self._heads, self._written)
-        length, found = _find(*state, tail, longest, shortest, out)
-        return length, out[:found]
+        length, count = _find(*state, tail, longest, shortest, out)
+        return length, out[:count]

@@ -1,8 +1,8 @@
-"""Suffix arrays over token ids, sorted to a limited depth: where the end of a text has been seen before.
+"""Suffix arrays over token ids, sorted to a limited depth.
 
-Drafting from text needs the longest suffix of a request that a corpus holds, a few tokens long at most (REST, arXiv
-2311.08252, looks up 16 down to 2). So suffixes are compared by their first `DEPTH` tokens only, which numpy sorts by
-prefix doubling in four passes.
+Drafting from a corpus needs the longest suffix of a request's text that occurs in the corpus, of at most a few tokens
+(REST, arXiv 2311.08252, looks up 16 down to 2 tokens). So suffixes are compared by their first `SUFFIX_DEPTH` tokens
+only, and NumPy sorts them by prefix doubling in four passes.
 """
 
 from typing import NamedTuple
@@ -10,14 +10,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SUFFIX_DEPTH = 16  # tokens by which suffixes are ordered
-TEXT_BREAK = -1  # stands between two texts; no request holds it, so no match crosses it
+SUFFIX_DEPTH = 16  # number of tokens by which suffixes are ordered
+TEXT_BREAK = -1  # separates two texts; no request contains it, so no match crosses it
 
 Int32, UInt32 = NDArray[np.int32], NDArray[np.uint32]
 
 
 class SuffixMatch(NamedTuple):
-    """Where the last ``length`` tokens of a text occur: suffixes ``begin`` to ``end`` of the order; none: length 0."""
+    """The occurrences of the last ``length`` tokens of a text: suffixes ``begin`` to ``end`` of a suffix array.
+
+    Without a match, the length is 0.
+    """
 
     length: int
     begin: int
@@ -25,23 +28,23 @@ class SuffixMatch(NamedTuple):
 
     @property
     def occurrences(self) -> int:
-        """How often they occur."""
+        """Number of occurrences."""
         return self.end - self.begin
 
 
 def build_suffix_array(tokens: Int32) -> UInt32:
-    """The suffixes of ``tokens`` [n] in the order of their first `DEPTH` tokens, equal ones by position.
+    """Return the suffixes of ``tokens`` [n], ordered by their first `SUFFIX_DEPTH` tokens, equal ones by position.
 
-    Takes about 40 bytes of memory for each token while it works.
+    This takes about 40 bytes of memory per token temporarily.
 
     Raises:
-        ValueError: there are more tokens than 32 bits number, or one below `BREAK`.
+        ValueError: There are 2**32 tokens or more, or a token id is below `TEXT_BREAK`.
     """
     n = len(tokens)
     if n >= 1 << 32:
-        raise ValueError(f"{n} tokens, at most {(1 << 32) - 1} can be numbered")
+        raise ValueError(f"{n} tokens, expected at most {(1 << 32) - 1}")
     if n and tokens.min() < TEXT_BREAK:
-        raise ValueError(f"a token is {tokens.min()}")
+        raise ValueError(f"token id {tokens.min()}, expected {TEXT_BREAK} or more")
     rank = tokens.astype(np.int64) - TEXT_BREAK
     compared, order = 1, np.empty(0, np.int64)
     while compared < SUFFIX_DEPTH:

@@ -1,8 +1,8 @@
 """The static tree of Token Recycling (arXiv 2408.08696, section 3.3): 80 nodes below the root, six deep, 40 leaves.
 
-The paper gives the tree's counts: 8, 21, 25, 15, 8 and 3 nodes a level; 49, 10, 6, 5, 3, 3, 2 and 2 below and with the
-root's children, the likeliest first. Where within those counts a node stands is ours: the likelier a path, the more
-children it has.
+The paper gives the number of nodes in each level (8, 21, 25, 15, 8 and 3), and in the subtree of each child of the
+root, most probable first (49, 10, 6, 5, 3, 3, 2 and 2). It does not give the position of each node. Here a node has the
+more children the more probable its path is.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ CHILDREN = (
 
 
 def static_tree() -> tuple[Int32, Int32]:
-    """Of each node its parent and its rank among the parent's candidates, [80] each, level by level."""
+    """Return the parent of each node, and its rank among the parent's candidates, [80] each, level by level."""
     parents: list[int] = []
     ranks: list[int] = []
     above = [ROOT]

@@ -1,6 +1,6 @@
-"""What a draft tree means to the engine that verifies it: depths, who sees whom, and the walk along what was drawn.
+"""Operations on draft trees for their verification: depths, the attention mask, sampling, sorting and truncation.
 
-In verification the root, the last accepted token, is row 0, and node i of a `contracts.DraftTree` row i + 1.
+In verification the root, which is the last accepted token, is row 0. Node i of a `contracts.DraftTree` is row i + 1.
 """
 
 from collections.abc import Sequence
@@ -12,40 +12,40 @@ from ..contracts import ROOT, DraftTree, Int32
 
 
 def is_chain(parents: Int32) -> bool:
-    """Whether each node follows the one before it."""
+    """Return whether the tree is a chain: each node is the child of the node before it."""
     return bool((parents == np.arange(ROOT, len(parents) - 1)).all())
 
 
 def node_depths(parents: Int32) -> Int32:
-    """How far each node is from the root, [n]; 1 for its children."""
-    found = np.empty(len(parents), np.int32)
+    """Return the depth of each node, [n]; children of the root have depth 1."""
+    depths = np.empty(len(parents), np.int32)
     for node, parent in enumerate(parents.tolist()):
-        found[node] = 1 if parent == ROOT else found[parent] + 1
-    return found
+        depths[node] = 1 if parent == ROOT else depths[parent] + 1
+    return depths
 
 
 def tree_attention_mask(parents: Int32) -> NDArray[np.bool_]:
-    """What each row sees of the tree, [n + 1, n + 1]: the root, its ancestors and itself."""
-    seen = np.eye(len(parents) + 1, dtype=bool)
-    seen[0, 0] = True
+    """Return the attention mask of a tree, [n + 1, n + 1]: each row attends to the root, its ancestors and itself."""
+    mask = np.eye(len(parents) + 1, dtype=bool)
+    mask[0, 0] = True
     for row, parent in enumerate(parents.tolist(), start=1):
-        seen[row] |= seen[parent + 1]
-    return seen
+        mask[row] |= mask[parent + 1]
+    return mask
 
 
 def accept_sampled_path(
     tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Follow the model's draws down the tree.
+    """Accept draft tokens along the path of the tokens sampled from the target model.
 
-    At every row a token was drawn from the model's distribution there. Where it is a child of the row, that child is
-    accepted and the walk goes on below it; else it ends with that token. So each token of the output was drawn from
-    the model's distribution behind those before it, whatever the tree.
+    At each row a token was sampled from the target model's distribution. If it is a child of the row, the child is
+    accepted, and sampling continues at the child. Else it is the last output token. So each output token is a sample of
+    the target model's distribution given the tokens before it, whatever the tree.
 
     Args:
-        tokens: [n] of the nodes.
-        parents: [n] of the nodes.
-        drawn: [n + 1] the token drawn at each row.
+        tokens: [n] token ids of the nodes.
+        parents: [n] parents of the nodes.
+        drawn: [n + 1] token sampled at each row.
 
     Returns:
         The accepted nodes from the root down, [a], and the output tokens, [a + 1].
@@ -63,20 +63,20 @@ def accept_sampled_path(
 
 
 def sort_by_score(tree: DraftTree) -> DraftTree:
-    """The same tree in the order of falling scores, in which every beginning is the best tree of its size.
+    """Sort the nodes of a tree by descending score, so that its first nodes are the best subtree of any size.
 
-    No score is above its parent's, and equal ones keep their order, so parents stay before their children.
+    The score of a node is at most that of its parent, and the sort is stable, so parents stay before their children.
     """
     if (np.diff(tree.scores) <= 0).all():
         return tree
     order = np.argsort(-tree.scores, kind="stable")
-    place = np.empty(len(order) + 1, np.int32)
-    place[order], place[ROOT] = np.arange(len(order)), ROOT
-    return DraftTree(tree.tokens[order], place[tree.parents[order]], tree.scores[order])
+    new_index = np.empty(len(order) + 1, np.int32)
+    new_index[order], new_index[ROOT] = np.arange(len(order)), ROOT
+    return DraftTree(tree.tokens[order], new_index[tree.parents[order]], tree.scores[order])
 
 
 def truncate_tree(tree: DraftTree, nodes: int) -> DraftTree:
-    """The first ``nodes`` of a tree; parents come before their children, so it is one too."""
+    """Return the first ``nodes`` nodes of a tree, which are a tree too, since parents precede their children."""
     if nodes >= len(tree):
         return tree
     return DraftTree(tree.tokens[:nodes], tree.parents[:nodes], tree.scores[:nodes])

@@ -1,11 +1,12 @@
-"""Trees of retrieved continuations: grown, scored by what came of earlier ones, fused with a drafter's own tree.
+"""Tries of retrieved continuations: construction, scores, and fusion with the draft tree of a base drafter.
 
-A trie has one node for each beginning of a continuation, counted. Its score is learned on line: how often a node was
-right once its parent was, by its source, by how many tokens agreed up to it, by its share among its parent's
-continuations, and by what the drafter's own tree says of its token (RASD's pruning by the drafter's distribution, arXiv
-2503.03434, as a rate instead of a threshold).
+A trie has one node for each distinct prefix of the continuations, with the number of continuations that share it. The
+score of a node is an acceptance rate, given that its parent was accepted. It is learned online, by four properties of
+the node: its source, the number of matching tokens up to it, its share among the continuations of its parent, and the
+base drafter's opinion of its token. The last one is RASD's pruning by the drafter's distribution (arXiv 2503.03434), as
+a rate instead of a threshold.
 
-Compiled with numba; nodes stand behind their parents in every array.
+Compiled with numba. Nodes follow their parents in every array.
 """
 
 import numpy as np
@@ -17,15 +18,15 @@ from ..contracts import ROOT
 
 Int32, Float32 = NDArray[np.int32], NDArray[np.float32]
 
-LENGTHS = np.array([2, 3, 4, 5, 7, 9, 13, 17, 25, 33], np.int32)  # upper ends of bins of agreeing tokens
-SHARES = np.array([0.95, 0.65, 0.45, 0.25, 0.1], np.float32)  # lower ends of bins of shares
-FIRST, LISTED, ABSENT, UNKNOWN = range(4)  # what the drafter's tree says: its favourite, listed, not listed, nothing
+LENGTHS = np.array([2, 3, 4, 5, 7, 9, 13, 17, 25, 33], np.int32)  # upper edges of the bins of matching tokens
+SHARES = np.array([0.95, 0.65, 0.45, 0.25, 0.1], np.float32)  # lower edges of the bins of shares
+FIRST, LISTED, ABSENT, UNKNOWN = range(4)  # in the base drafter's tree: best child, child, no child, no such parent
 SHAPE = (len(LENGTHS) + 1, len(SHARES) + 1, 4)
-FADE = 1000  # sightings after which a cell's evidence is halved
+FADE = 1000  # observations at which the counts of a cell are halved
 
 
 def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
-    """Counts of nodes seen and found right, each [sources, lengths, shares, opinions], with a weak prior."""
+    """Return a weak prior of the counts of verified and accepted nodes, each [sources, lengths, shares, opinions]."""
     by_length = np.array([0.3, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95], np.float32)
     by_share = np.array([1.0, 0.75, 0.5, 0.35, 0.2, 0.08], np.float32)
     by_opinion = np.array([1.0, 0.8, 0.6, 0.8], np.float32)
@@ -36,7 +37,7 @@ def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
 
 @jit
 def _bin(value: float, ends: NDArray) -> int:
-    """The first bin whose upper end a number does not reach."""
+    """Return the first bin whose upper edge is above ``value``."""
     for i in range(ends.shape[0]):
         if value < ends[i]:
             return i
@@ -53,7 +54,7 @@ def _share_bin(share: float) -> int:
 
 @jit
 def _child(tokens: Int32, parents: Int32, n: int, parent: int, token: int) -> int:
-    """The child of a node that holds a token, ROOT if there is none; children stand behind their parents."""
+    """Return the child of a node with a given token, or ROOT if there is none."""
     for i in range(parent + 1, n):
         if parents[i] == parent and tokens[i] == token:
             return i
@@ -62,9 +63,20 @@ def _child(tokens: Int32, parents: Int32, n: int, parent: int, token: int) -> in
 
 @jit
 def build_trie(followers: Int32, tokens: Int32, parents: Int32, counts: Int32, depths: Int32) -> int:
-    """The trie of continuations [rows, width], -1 behind an end, in arrays of at most so many nodes; returns how many.
+    """Build the trie of continuations.
 
-    Where the nodes run out, those begun last are missing: rows come with the best first.
+    If the output arrays are full, further nodes are omitted. They belong to the last continuations, which are the
+    worst.
+
+    Args:
+        followers: [rows, width] continuations, best first; -1 after the end of a text.
+        tokens: [max_nodes] tokens of the nodes; output, like the next three.
+        parents: [max_nodes] parents of the nodes.
+        counts: [max_nodes] number of continuations through each node.
+        depths: [max_nodes] depths of the nodes, from 1.
+
+    Returns:
+        The number of nodes.
     """
     n, most = 0, tokens.shape[0]
     for r in range(followers.shape[0]):
@@ -93,9 +105,9 @@ def match_base_tree(
     base_scores: Float32,
     opinions: Int32,
 ) -> None:
-    """What a drafter's tree says of each node of a trie: FIRST, LISTED, ABSENT or UNKNOWN, into ``opinions`` [n]."""
+    """Write the base drafter's opinion of each node, FIRST, LISTED, ABSENT or UNKNOWN, to ``opinions`` [n]."""
     n, base = tokens.shape[0], base_tokens.shape[0]
-    same = np.full(n, -2, np.int32)  # the node of the drafter's tree with the same path
+    same = np.full(n, -2, np.int32)  # node of the base tree with the same path; -2 for none
     for i in range(n):
         above = ROOT if parents[i] == ROOT else same[parents[i]]
         opinions[i] = UNKNOWN
@@ -126,25 +138,25 @@ def score_trie(
     scores: Float32,
     cells: Int32,
 ) -> None:
-    """Estimated probability of each node's path, into ``scores`` [n], and its cell of the counts into ``cells`` [n, 3].
+    """Compute the estimated acceptance probability of each node's path.
 
     Args:
-        source: Whose continuations they are.
-        length: Tokens that agreed.
-        rows: Continuations.
-        parents: [n] of the trie, as the next three.
-        counts: [n] continuations through each node.
-        depths: [n] from 1.
-        opinions: [n] of `judge`.
-        seen: See `make_rates`.
-        right: The same.
-        scores: Result.
-        cells: Result.
+        source: Index of the source of the continuations.
+        length: Number of tokens that matched in the search.
+        rows: Number of continuations.
+        parents: [n] parents of the nodes.
+        counts: [n] number of continuations through each node.
+        depths: [n] depths of the nodes, from 1.
+        opinions: [n] opinions from `match_base_tree`.
+        seen: Counts of verified nodes, see `make_acceptance_counts`.
+        right: Counts of accepted nodes.
+        scores: [n] acceptance probabilities; output.
+        cells: [n, 3] indices of the nodes' counts; output.
     """
     for i in range(parents.shape[0]):
-        whole = rows if parents[i] == ROOT else counts[parents[i]]
+        parent_count = rows if parents[i] == ROOT else counts[parents[i]]
         cells[i, 0] = _bin(length + depths[i] - 1, LENGTHS)
-        cells[i, 1] = _share_bin(counts[i] / whole)
+        cells[i, 1] = _share_bin(counts[i] / parent_count)
         cells[i, 2] = opinions[i]
         cell = source, cells[i, 0], cells[i, 1], cells[i, 2]
         scores[i] = right[cell] / seen[cell] * (np.float32(1.0) if parents[i] == ROOT else scores[parents[i]])
@@ -154,7 +166,17 @@ def score_trie(
 def update_acceptance_counts(
     source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32, seen: Float32, right: Float32
 ) -> None:
-    """Count which nodes of a trie were right, of those whose parent was: ``came`` [a] are the tokens that followed."""
+    """Count the verified and the accepted nodes of a trie, among the children of accepted nodes.
+
+    Args:
+        source: Index of the source of the continuations.
+        tokens: [n] tokens of the nodes.
+        parents: [n] parents of the nodes.
+        cells: [n, 3] indices from `score_trie`.
+        came: [a] tokens that followed in the text.
+        seen: Counts of verified nodes; updated.
+        right: Counts of accepted nodes; updated.
+    """
     node = ROOT
     for token in came:
         below = ROOT
@@ -184,17 +206,20 @@ def merge_tries(
     more_parents: Int32,
     more_scores: Float32,
 ) -> int:
-    """Add a tree to one of ``n`` nodes, in arrays with room for both; where they agree the better score holds."""
-    place = np.empty(more_tokens.shape[0], np.int32)
+    """Merge a second tree into a tree of ``n`` nodes, and return the number of nodes; equal paths get the higher score.
+
+    The arrays of the first tree have room for all nodes.
+    """
+    index = np.empty(more_tokens.shape[0], np.int32)
     for i in range(more_tokens.shape[0]):
-        parent = ROOT if more_parents[i] == ROOT else int(place[more_parents[i]])
+        parent = ROOT if more_parents[i] == ROOT else int(index[more_parents[i]])
         at = _child(tokens, parents, n, parent, more_tokens[i])
         if at == ROOT:
             tokens[n], parents[n], scores[n] = more_tokens[i], parent, more_scores[i]
             at, n = n, n + 1
         else:
             scores[at] = max(scores[at], more_scores[i])
-        place[i] = at
+        index[i] = at
     return n
 
 
@@ -208,19 +233,20 @@ def fuse_trees(
     base_parents: Int32,
     base_scores: Float32,
 ) -> int:
-    """Graft a drafter's tree onto the retrieved one of ``n`` nodes: where paths agree they are one (longest prefix).
+    """Merge the base drafter's tree into a retrieved tree of ``n`` nodes, and return the number of nodes.
 
-    What the drafter puts beside retrieved tokens shares the probability that those leave: the drafter does not know
-    what was retrieved. Below a token that both expect, its children count as much more as the token does.
+    Equal paths become one (longest prefix). The base drafter does not know the retrieved tokens, so its additional
+    children of a retrieved node share the probability that the retrieved children leave. If the score of a node that
+    both trees contain rises, the scores of its children in the base tree rise in proportion.
     """
     retrieved = n
-    taken = np.zeros(retrieved + 1, np.float32)  # of each node what its retrieved children take, [0] the root's
+    taken = np.zeros(retrieved + 1, np.float32)  # probability of each node's retrieved children; [0] for the root
     for i in range(retrieved):
         above = np.float32(1.0) if parents[i] == ROOT else scores[parents[i]]
         taken[parents[i] + 1] += scores[i] / max(above, np.float32(1e-9))
-    place = np.empty(base_tokens.shape[0], np.int32)
+    index = np.empty(base_tokens.shape[0], np.int32)
     for i in range(base_tokens.shape[0]):
-        parent = ROOT if base_parents[i] == ROOT else int(place[base_parents[i]])
+        parent = ROOT if base_parents[i] == ROOT else int(index[base_parents[i]])
         above = np.float32(1.0) if parent == ROOT else scores[parent]
         alone = np.float32(1.0) if base_parents[i] == ROOT else base_scores[base_parents[i]]
         conditional = base_scores[i] / max(alone, np.float32(1e-9))
@@ -231,8 +257,8 @@ def fuse_trees(
             at, n = n, n + 1
         else:
             scores[at] = max(scores[at], above * conditional)
-        place[i] = at
-    # A raised score must not lie above its parent's.
+        index[i] = at
+    # The score of a node must not exceed that of its parent.
     for i in range(n):
         if parents[i] != ROOT and scores[i] > scores[parents[i]]:
             scores[i] = scores[parents[i]]
@@ -240,15 +266,15 @@ def fuse_trees(
 
 
 def best_nodes(tokens: Int32, parents: Int32, scores: Float32, most: int) -> tuple[Int32, Int32, Float32]:
-    """The likeliest nodes of a tree, at most ``most``, likeliest first; parents stay before their children."""
+    """Return the nodes of highest score, at most ``most``, in descending order; parents stay before their children."""
     return keep_nodes(np.argsort(-scores, kind="stable")[:most], tokens, parents, scores)
 
 
 def keep_nodes(
     nodes: NDArray[np.int64], tokens: Int32, parents: Int32, scores: Float32
 ) -> tuple[Int32, Int32, Float32]:
-    """Some ``nodes`` of a tree in their new order, each with its ancestors before it, numbered anew."""
-    place = np.empty(len(tokens) + 1, np.int32)
-    place[0] = ROOT  # of ROOT itself
-    place[nodes + 1] = np.arange(len(nodes), dtype=np.int32)
-    return tokens[nodes], place[parents[nodes] + 1], scores[nodes]
+    """Return the subtree of ``nodes`` in the given order, with new indices; ancestors come before their descendants."""
+    index = np.empty(len(tokens) + 1, np.int32)
+    index[0] = ROOT  # the parent of the root's children
+    index[nodes + 1] = np.arange(len(nodes), dtype=np.int32)
+    return tokens[nodes], index[parents[nodes] + 1], scores[nodes]

@@ -72,7 +72,7 @@ def check_host(host: str, token: str | None, danger: str) -> None:
 
 
 def with_bar(work: Callable[[Callable[[str, int, int | None], None]], T]) -> T:
-    """Run ``work`` with a progress bar; its argument is the callback that updates the bar."""
+    """Run ``work`` under a progress bar, and pass it the callback that updates the bar."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -117,23 +117,23 @@ def _run(
         from ..encoders import tokenization
 
         if find_spec("matplotlib") is None:
-            raise ConfigError("train: the plot of the loss needs matplotlib; pip install pilotfish[train]")
+            raise ConfigError("train: the loss curve needs matplotlib; pip install pilotfish[train]")
         from ..training import loop, pairs, tasks
 
         examples = [p for folder in judged or [] for p in pairs.judged_pairs(folder)]
         examples += pairs.inverse_cloze_pairs(text, plan[3]) if text else []
         random.Random(plan[3]).shuffle(examples)
         with tokenization.quiet_loading(f"--base {base}"):
-            task = make(tasks.base_of(base), tasks.Lengths(*lengths))
+            task = make(tasks.base_folder(base), tasks.Lengths(*lengths))
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(f"{len(examples)} pairs", total=plan[0])
-            loop.run(
+            loop.train(
                 task,
                 examples,
-                loop.Plan(*plan),
+                loop.TrainingPlan(*plan),
                 out,
                 resume,
                 lambda step, loss: progress.update(bar, completed=step, description=f"loss {loss:.3f}"),
             )
-        console.print(f"{out}: checkpoint written; the plot of the loss is {out / 'training' / loop.CURVE}")
+        console.print(f"{out}: checkpoint written; the loss curve is {out / 'training' / loop.CURVE}")

@@ -1,4 +1,4 @@
-"""Encoders of texts: one vector for each token, from checkpoints on disk; see `multi_vector`."""
+"""Text encoders: multi-vector, learned sparse (VDR, SPLADE), and stems for BM25."""
 
 from .multi_vector import MINILM, MultiVectorEncoder, load_multi_vector_encoder
 

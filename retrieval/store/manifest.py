@@ -1,7 +1,7 @@
-"""What an index consists of at one moment: an immutable file, and one that names the latest.
+"""Manifests: immutable files that list the files of an index at one commit.
 
-``CURRENT`` holds the name of a ``manifest-N.json``. A commit writes new files, then a new manifest, then replaces
-``CURRENT``: whoever opens the index finds it as it was before or as it is after.
+``CURRENT`` contains the name of the latest ``manifest-N.json``. A commit writes new files, then a new manifest, and
+then replaces ``CURRENT`` atomically, so a reader opens the index in the state before or after the commit.
 """
 
 import hashlib
@@ -16,18 +16,18 @@ from ..errors import DamagedIndex, NewerFormat, NoIndex
 
 FORMAT = 1
 CURRENT = "CURRENT"
-SHARDS = "shards.json"  # what a folder of shards holds in its place, see `retrieval.shards`
+SHARDS = "shards.json"  # file of a sharded index instead of ``CURRENT``, see `retrieval.shards`
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """An array on disk.
+    """Array file of an index.
 
     Attributes:
-        name: Of its file, within the index.
-        bytes: Size of the file.
-        sha256: Of the file.
-        form: Type and shape of the array.
+        name: Name of the file in the folder of the index.
+        bytes: Size of the file in bytes.
+        sha256: SHA-256 of the file, as hex digits.
+        form: Dtype and shape of the array.
     """
 
     name: str
@@ -38,13 +38,13 @@ class ArrayFile:
 
 @dataclass(frozen=True)
 class SegmentFiles:
-    """A segment: documents that were added together, or merged.
+    """Files of a segment: documents that were added together or merged.
 
     Attributes:
-        number: Its number; none is used twice.
-        documents: How many it was made of.
-        rows: Its postings, tokens of an XTR index.
-        arrays: Its files by name.
+        number: Number of the segment; never reused.
+        documents: Number of documents when the segment was written.
+        rows: Number of postings (tokens of an XTR index).
+        arrays: Array files by array name.
     """
 
     number: int
@@ -55,21 +55,21 @@ class SegmentFiles:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An index at one moment.
+    """State of an index at one commit.
 
     Attributes:
-        number: Grows with each commit.
-        kind: Of the index, as plugins register it.
-        options: Of that kind.
-        encoder: Which encoder, and the fingerprint of its files.
-        identity: Of the index, drawn when it was made: another one in its place is told apart.
-        settings: How it is searched; may change.
-        shared: Arrays that all segments need.
-        segments: In the order of their making.
-        live: A bit for each internal number of a document: it was not deleted.
-        next_document: Internal numbers are below; none is used twice.
-        next_segment: Likewise.
-        count: Documents that can be found.
+        number: Number of the commit; grows with each commit.
+        kind: Registered name of the index type.
+        options: Options of the index type.
+        encoder: Name, fingerprint and dimension of the encoder.
+        identity: Random identity of the index, by which another index in the same folder is detected.
+        settings: Search settings that were set with `Index.configure`.
+        shared: Files of the shared arrays: trained quantiser state that all segments need.
+        segments: Segments in the order in which they were written.
+        live: File of the bitmap of live documents, by internal doc id; None before the first commit.
+        next_document: Next internal doc id; doc ids are never reused.
+        next_segment: Next segment number; segment numbers are never reused.
+        count: Number of documents, without deleted ones.
     """
 
     number: int
@@ -87,20 +87,20 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the file of the manifest."""
         return f"manifest-{self.number}.json"
 
     def files(self) -> dict[str, ArrayFile]:
-        """All files that it needs, by name."""
-        found = [*self.shared.values(), *(f for s in self.segments for f in s.arrays.values())]
-        return {f.name: f for f in [*found, *([self.live] if self.live else [])]}
+        """Return all array files of the manifest by file name."""
+        files = [*self.shared.values(), *(f for s in self.segments for f in s.arrays.values())]
+        return {f.name: f for f in [*files, *([self.live] if self.live else [])]}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest and make it the current one.
 
     Raises:
-        OSError: nothing has changed.
+        OSError: The manifest cannot be written; the index is unchanged.
     """
     body = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
@@ -109,11 +109,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def current_manifest(folder: Path) -> str:
-    """Name of the current manifest.
+    """Return the file name of the current manifest.
 
     Raises:
-        NoIndex: there is none.
-        DamagedIndex: what is there is no such name.
+        NoIndex: The folder contains no index.
+        DamagedIndex: ``CURRENT`` cannot be read, or does not contain the name of a manifest.
     """
     try:
         name = (folder / CURRENT).read_text(encoding="utf-8").strip()
@@ -125,16 +125,16 @@ def current_manifest(folder: Path) -> str:
         ) from None
     number = name.removeprefix("manifest-").removesuffix(".json")
     if name != f"manifest-{number}.json" or not (number.isascii() and number.isdigit()):
-        raise DamagedIndex(f"{folder}: {CURRENT} names no manifest")
+        raise DamagedIndex(f"{folder}: {CURRENT} does not name a manifest")
     return name
 
 
 def read_manifest(folder: Path, name: str) -> Manifest:
-    """A manifest.
+    """Read a manifest.
 
     Raises:
-        DamagedIndex: it is missing or not what was written.
-        NewerFormat: a later version wrote it.
+        DamagedIndex: The manifest is missing, or differs from what was written.
+        NewerFormat: The manifest was written by a later version of Pilotfish.
     """
     try:
         body = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,14 +1,14 @@
-"""An index as a folder: snapshots for readers, one writer, commits that are whole or not there.
+"""Folder of an index: snapshots for readers, one writer, atomic commits.
 
     CURRENT, manifest-N.json    see `manifest`
-    shared-*.npy                what all segments need: centroids, codec
-    segment-*.npy               postings; mapped into memory
-    live-N.npy                  a bit for each document: not deleted
-    documents.db                ids, text and metadata; see `documents`
-    write.lock                  held by the writer
+    shared-*.npy                shared arrays (trained quantiser state): centroids, codec
+    segment-*.npy               inverted lists; mapped into memory
+    live-N.npy                  bitmap of the documents that are not deleted
+    documents.db                ids, texts and metadata; see `documents`
+    write.lock, write.pid       lock that the writer holds, and its process id
 
-Readers pin a snapshot: its files are mapped, so a later commit may remove them. What a crash leaves behind (files that
-no manifest names, rows that no manifest knows) has no effect, and goes with the next writer.
+Readers pin a snapshot: its files are mapped into memory, so a later commit may remove them. Remains of a crash (files
+and rows that belong to no manifest) have no effect and are removed by the next writer.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from .documents import Document, Documents
 from .manifest import ArrayFile, Manifest, SegmentFiles
 
 LOCK = "write.lock"
-ATTEMPTS = 20  # to open what a writer replaces in the same moment
+ATTEMPTS = 20  # attempts to open a commit while a writer replaces it
 Arrays = Mapping[str, NDArray]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment that is open: what the manifest says of it, and its arrays."""
+    """Open segment: its entry in the manifest, and its arrays."""
 
     about: SegmentFiles
     arrays: Arrays
@@ -46,14 +46,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An index at one moment, open.
+    """Open state of an index at one commit.
 
     Attributes:
-        manifest: What it consists of.
-        shared: Arrays that all segments need.
-        segments: The segments.
-        live: [documents] whether each internal number is a document that was not deleted.
-        bits: The same as bits, the lowest of a byte first.
+        manifest: Manifest of the commit.
+        shared: Shared arrays (trained quantiser state) by name.
+        segments: Open segments.
+        live: [documents] bool, whether the document with this internal doc id is not deleted.
+        bits: [ceil(documents / 8)] uint8 bitmap of ``live``, least significant bit first.
     """
 
     manifest: Manifest
@@ -65,15 +65,15 @@ class Snapshot:
 
 @dataclass
 class Change:
-    """What a commit changes.
+    """Changes of one commit.
 
     Attributes:
-        documents: To be added, under the numbers from the snapshot's ``next_document`` on.
-        dead: Internal numbers to be deleted.
-        segments: (documents, rows, arrays) of new segments.
-        replaces: Numbers of segments that the new ones replace.
-        shared: New shared arrays, if they change; all of them.
-        settings: New settings, if they change.
+        documents: Documents to add, with internal doc ids from ``next_document`` of the snapshot on.
+        dead: Internal doc ids of documents to delete.
+        segments: New segments as (number of documents, number of postings, arrays).
+        replaces: Numbers of the segments that the new ones replace.
+        shared: All shared arrays if they change, else None.
+        settings: All settings if they change, else None.
     """
 
     documents: Sequence[Document] = ()
@@ -85,51 +85,51 @@ class Change:
 
 
 class Store:
-    """A folder with an index."""
+    """Storage of an index in a folder."""
 
     def __init__(self, folder: Path) -> None:
         """Open an index at its latest commit.
 
         Raises:
-            RetrievalError: there is none, or it cannot be read.
+            RetrievalError: There is no index in the folder, or it cannot be read.
         """
         self.folder = folder
         self.documents = Documents(folder)
-        self._mutex = threading.Lock()  # of `refresh`: a thread that is late never goes back to an earlier commit
+        self._mutex = threading.Lock()  # of `refresh`: a slow thread must not return to an earlier commit
         self._seen: tuple[int, int] | None = None
         self.snapshot = self._open()
         self.documents.ask("SELECT 1")
 
     @classmethod
     def create(cls, folder: Path, kind: str, options: Mapping[str, Any], encoder: Mapping[str, Any]) -> "Store":
-        """Make an empty index.
+        """Create an empty index.
 
         Raises:
-            RetrievalError: the folder holds something.
-            OSError: it cannot be written.
+            RetrievalError: The folder is not empty, or lies in another index.
+            OSError: The folder cannot be written.
         """
         if folder.exists() and (not folder.is_dir() or any(not _begun(p.name) for p in folder.iterdir())):
-            what = (
+            reason = (
                 "holds an index already; add to it, or go on with --resume"
                 if (folder / manifest.CURRENT).exists()
                 else "exists, and is not empty"
             )
-            raise RetrievalError(f"{folder}: {what}")
+            raise RetrievalError(f"{folder}: {reason}")
         if outer := next((p for p in folder.absolute().parents if (p / manifest.CURRENT).exists()), None):
-            raise RetrievalError(f"{folder}: lies in another index, {outer}, whose files are its own")
+            raise RetrievalError(f"{folder}: lies in another index, {outer}; choose a folder outside of it")
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
         manifest.write_manifest(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
         return cls(folder)
 
     def close(self) -> None:
-        """Let go of the database; arrays stay mapped as long as somebody holds the snapshot."""
+        """Close the database. Arrays stay mapped as long as their snapshot is referenced."""
         self.documents.close()
 
     # -------------------------------------------------------------------------------------------------- for readers
 
     def refresh(self) -> Snapshot:
-        """The latest commit; costs one look at ``CURRENT`` where nothing has changed."""
+        """Return the snapshot of the latest commit; without a new commit, the cost is one ``stat`` of ``CURRENT``."""
         if self._stamp() != self._seen:
             with self._mutex:
                 if self._stamp() != self._seen:
@@ -150,12 +150,12 @@ class Store:
             try:
                 snapshot = self._load(manifest.read_manifest(self.folder, name))
             except DamagedIndex:
-                # A writer may just have replaced it, and removed what the one before needed.
+                # A writer may have replaced the manifest meanwhile, and removed files of the old one.
                 if attempt + 1 == ATTEMPTS or manifest.current_manifest(self.folder) == name:
                     raise
                 continue
             if identity is not None and snapshot.manifest.identity != identity:
-                raise DamagedIndex(f"{self.folder}: another index is there now; open it anew")
+                raise DamagedIndex(f"{self.folder}: another index is there now; open it again")
             self.documents.renew()
             self._seen = stamp
             return snapshot
@@ -189,10 +189,10 @@ class Store:
             raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({first_line(error)})") from None
 
     def check(self) -> Manifest:
-        """Read everything, and compare checksums.
+        """Read all files and compare their checksums.
 
         Raises:
-            DamagedIndex: a file is not what was written.
+            DamagedIndex: A file differs from what was written.
         """
         snapshot = self.refresh()
         for file in snapshot.manifest.files().values():
@@ -201,22 +201,22 @@ class Store:
             except OSError as error:
                 raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({error.strerror})") from None
             if damaged:
-                raise DamagedIndex(f"{self.folder}: {file.name} is damaged; restore it, or build the index anew")
+                raise DamagedIndex(f"{self.folder}: {file.name} is damaged; restore it, or build the index again")
         if problem := self.documents.check():
             raise DamagedIndex(f"{self.folder}: documents.db is damaged ({problem})")
         known = {row[0] for row in self.documents.ask("SELECT number FROM documents")}
-        if gone := set(np.flatnonzero(snapshot.live).tolist()) - known:
-            raise DamagedIndex(f"{self.folder}: documents.db lacks {len(gone)} documents, number {min(gone)} first")
+        if lost := set(np.flatnonzero(snapshot.live).tolist()) - known:
+            raise DamagedIndex(f"{self.folder}: documents.db lacks {len(lost)} documents, doc id {min(lost)} first")
         return snapshot.manifest
 
     # --------------------------------------------------------------------------------------------------- for writers
 
     @contextlib.contextmanager
     def writer(self) -> Iterator["Writer"]:
-        """The only one who writes.
+        """Lock the index for writing, remove documents that belong to no manifest, and yield the writer.
 
         Raises:
-            LockedIndex: somebody else does.
+            LockedIndex: Another process writes to the index, or the index is not writable.
         """
         from filelock import FileLock, Timeout
 
@@ -238,35 +238,35 @@ class Store:
 
 
 class Writer:
-    """Commits changes; made by `Store.writer`."""
+    """Writer of an index; created by `Store.writer`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def commit(self, change: Change) -> Snapshot:
-        """Make a change last: documents first, then arrays, then the manifest that names them.
+        """Commit a change durably: first the documents, then the arrays, then the manifest that lists them.
 
         Raises:
-            OSError: the disk is full or may not be written; the index is as it was.
+            OSError: The disk is full or not writable; the index is unchanged.
         """
         store, before = self._store, self._store.snapshot
         about, folder = before.manifest, self._store.folder
-        made: list[Path] = []
+        created: list[Path] = []
         number = about.number + 1
 
         def write(name: str, array: NDArray) -> ArrayFile:
             path = folder / name
-            made.append(path)
+            created.append(path)
             sha256 = atomic_write.write_array(path, array)
             return ArrayFile(name, path.stat().st_size, sha256, form(array))
 
         try:
             if change.documents:
                 store.documents.add(about.next_document, change.documents)
-            kept = [s for s in about.segments if s.number not in set(change.replaces)]
+            segments = [s for s in about.segments if s.number not in set(change.replaces)]
             for i, (count, rows, arrays) in enumerate(change.segments):
                 n = about.next_segment + i
-                kept.append(
+                segments.append(
                     SegmentFiles(n, count, rows, {k: write(f"segment-{n}-{k}.npy", a) for k, a in arrays.items()})
                 )
             shared = about.shared
@@ -279,19 +279,19 @@ class Writer:
                 number=number,
                 settings=about.settings if change.settings is None else dict(change.settings),
                 shared=shared,
-                segments=tuple(kept),
+                segments=tuple(segments),
                 live=write(f"live-{number}.npy", np.packbits(live, bitorder="little")),
                 next_document=len(live),
                 next_segment=about.next_segment + len(change.segments),
                 count=int(live.sum()),
             )
-            made.append(folder / after.name)
+            created.append(folder / after.name)
             manifest.write_manifest(folder, after)
         except BaseException:
-            # ``CURRENT`` may have been replaced all the same, when its folder could not be synced.
+            # ``CURRENT`` may have been replaced anyway, if only the sync of its folder failed.
             with contextlib.suppress(RetrievalError, OSError):
                 if manifest.current_manifest(folder) == about.name:
-                    for path in made:
+                    for path in created:
                         path.unlink(missing_ok=True)
             raise
         store.refresh()
@@ -299,25 +299,25 @@ class Writer:
         return store.snapshot
 
     def _tidy(self) -> None:
-        """Remove files that the latest manifest does not name, of this and of earlier commits."""
+        """Remove the files of an index that the latest manifest does not list."""
         about, folder = self._store.snapshot.manifest, self._store.folder
         needed = {*about.files(), about.name, manifest.CURRENT}
         for path in folder.iterdir():
-            ours = path.name.startswith(
+            is_index_file = path.name.startswith(
                 ("segment-", "shared-", "live-", "manifest-", ".segment-", ".shared-", ".live-")
             )
-            if ours and path.name not in needed:
+            if is_index_file and path.name not in needed:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
 def form(array: NDArray) -> str:
-    """Type and shape of an array, as a manifest keeps them."""
+    """Return dtype and shape of an array in the format of manifests."""
     return f"{array.dtype.str}{list(array.shape)}"
 
 
 def _begun(name: str) -> bool:
-    """Whether a file is what an index leaves behind whose making was cut short: it may be begun anew."""
+    """Return whether a file is from an interrupted `Store.create`, which may be repeated."""
     return name.startswith(("documents.db", ".manifest-", ".CURRENT", "manifest-0.json"))
 
 

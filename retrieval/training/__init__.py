@@ -1,1 +1,1 @@
-"""Training of encoders: the papers' objectives over pairs of queries and documents."""
+"""Training of encoders: the objectives of VDR and XTR over pairs of queries and documents."""

@@ -1,37 +1,43 @@
-"""Steps of training that can be interrupted anywhere, and a curve of how they went."""
+"""The training loop of `pilotfish train`: transformers' Trainer over batches of pairs, with checkpoints and a loss curve.
 
-import contextlib
-import itertools
+sentence-transformers' trainers subclass the same Trainer, but train models in their own module format, which VDR's
+published checkpoints do not have. So the losses, the tasks and the batches without duplicates are code of this package,
+and the optimiser, the learning rate schedule, checkpoints and resuming are transformers'.
+"""
+
 import json
+import pickle
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from pilotfish._internal.atomic_write import write_text
 
 from ..errors import RetrievalError
-from . import pairs as data
-from .pairs import Pair
+from .pairs import Pair, digest, pair_batches
 from .tasks import Task
 
-STATE, LOG, CURVE = "state.pt", "log.jsonl", "curve.png"
-HELD_OUT = 64  # pairs that are only measured
-Told = Callable[[int, float], None]  # step, loss
+OPTIONS, CURVE = "options.json", "curve.png"
+HELD_OUT = 64  # pairs of the validation loss
+OnStep = Callable[[int, float], None]  # step, loss
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train.
+class TrainingPlan:
+    """Options of a training.
 
     Attributes:
-        steps: Of the optimiser.
-        batch: Pairs of a step.
-        rate: Greatest learning rate; it rises over the first tenth and falls to nothing.
-        seed: Of the order of pairs.
-        every: Steps between two states that training can go on from.
+        steps: Number of optimiser steps.
+        batch: Pairs per step.
+        rate: Peak learning rate; it rises linearly over the first tenth of the steps and falls linearly to 0.
+        seed: Seed of the order of pairs and of dropout.
+        every: Steps between checkpoints, and between validations.
     """
 
     steps: int
@@ -41,160 +47,199 @@ class Plan:
     every: int = 50
 
 
-def run(task: Task, pairs: Sequence[Pair], plan: Plan, out: Path, resume: bool, told: Told) -> None:
-    """Train, and write a checkpoint to ``out``; what training itself needs lies in ``out/training``.
+def train(task: Task, pairs: Sequence[Pair], plan: TrainingPlan, out: Path, resume: bool, on_step: OnStep) -> None:
+    """Train, and write the encoder to ``out``; checkpoints and the loss curve go to ``out/training``.
 
     Raises:
-        RetrievalError: pairs are too few, or there is a state already, or another one.
+        RetrievalError: There are too few pairs, ``out`` is occupied, or a checkpoint cannot be resumed.
     """
     place = out / "training"
-    held = [*{p.document: p for p in pairs[: 4 * HELD_OUT]}.values()][:HELD_OUT]
-    apart = {p.document for p in held}
-    taught = [p for p in pairs if p.document not in apart]
-    if len(held) < 2 or len(taught) < plan.batch:
+    held_out = list({p.document: p for p in pairs[: 4 * HELD_OUT]}.values())[:HELD_OUT]
+    held_documents = {p.document for p in held_out}
+    training = [p for p in pairs if p.document not in held_documents]
+    if len(held_out) < 2 or len(training) < plan.batch:
         raise RetrievalError(f"{len(pairs)} pairs are too few: {HELD_OUT} are held out, and a batch is {plan.batch}")
-    if not resume and (place / STATE).exists():
-        raise RetrievalError(f"{place} holds a state already; go on from it with --resume, or remove the folder")
-    if out.exists() and not (place / STATE).exists() and any(p != place for p in out.iterdir()):
-        raise RetrievalError(f"{out} is not empty; a checkpoint needs a folder of its own")
-    optimiser = torch.optim.AdamW(task.model.parameters(), lr=plan.rate, weight_decay=0.01)
-    about = {**asdict(plan), **task.about, "pairs": data.digest(pairs)}
-    first = _restored(task, optimiser, about, place) if resume else 0
+    started = place.is_dir() and get_last_checkpoint(str(place)) is not None
+    if started and not resume:
+        raise RetrievalError(f"{place} has a checkpoint; continue it with --resume, or remove the folder")
+    if out.exists() and not started and any(p != place for p in out.iterdir()):
+        raise RetrievalError(f"{out} is not empty; choose a new folder for the encoder")
+    options = {**asdict(plan), **task.about, "pairs": digest(pairs)}
+    if started:
+        _check_options(place, options)
     place.mkdir(parents=True, exist_ok=True)
-    _cut_log(place / LOG, first)
-    task.model.train()
-    batches = itertools.islice(data.pair_batches(taught, plan.batch, plan.seed), first, None)
-    if first == 0:
-        _note(place, 0, {"held_out": _measured(task, held, plan.batch)})
-    for step, batch in zip(range(first, plan.steps), batches, strict=False):
-        torch.manual_seed(plan.seed * 1_000_003 + step)  # dropout, the same when it is done again
-        for group in optimiser.param_groups:
-            group["lr"] = plan.rate * _share(step, plan.steps)
-        started = time.perf_counter()
-        loss, right = task.loss(batch)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
-        optimiser.step()
-        line: dict[str, Any] = {"loss": loss.item(), "right": right, "seconds": time.perf_counter() - started}
-        told(step + 1, loss.item())
-        last = step + 1 == plan.steps
-        if last or (step + 1) % plan.every == 0:
-            line["held_out"] = _measured(task, held, plan.batch)
-        _note(place, step + 1, line)
-        if last or (step + 1) % plan.every == 0:
-            _keep(task, optimiser, about, step + 1, place)
-            curve(place)
+    write_text(place / OPTIONS, json.dumps(options, indent=1, default=str))
+    trainer = PairTrainer(task, training, held_out, plan, place, on_step)
+    checkpoint = get_last_checkpoint(str(place)) if started else None
+    if checkpoint is None:
+        trainer.evaluate()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if checkpoint is None:
+            raise
+        raise RetrievalError(f"{checkpoint}: cannot be read ({type(error).__name__}); remove {place}") from None
+    draw_curve(trainer.state.log_history, place / CURVE)
     _publish(task, out)
 
 
-def _share(step: int, steps: int) -> float:
-    """Of the greatest learning rate."""
-    rise = max(steps // 10, 1)
-    return min((step + 1) / rise, (steps - step) / max(steps - rise, 1))
+class PairTrainer(Trainer):
+    """transformers' Trainer for a `Task`: a batch is a list of pairs, and the task computes its loss.
+
+    Args:
+        task: Model and loss.
+        training: Training pairs.
+        held_out: Validation pairs.
+        plan: Options of the training.
+        folder: Folder of the checkpoints.
+        on_step: Called after every step with the number of the step and its loss.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        training: Sequence[Pair],
+        held_out: Sequence[Pair],
+        plan: TrainingPlan,
+        folder: Path,
+        on_step: OnStep,
+    ) -> None:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=plan.steps,
+            learning_rate=plan.rate,
+            warmup_steps=max(plan.steps // 10, 1),
+            weight_decay=0.01,
+            seed=plan.seed,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=plan.every,
+            save_steps=plan.every,
+            save_total_limit=1,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        super().__init__(
+            task.model, arguments, eval_dataset=list(held_out), callbacks=[_StepCallback(on_step)]  # type: ignore[arg-type]
+        )
+        self.remove_callback(_printer())
+        self._task = task
+        self._batches = _Batches(training, plan.batch, plan.seed)
+        self._held_out = held_out
+        self._batch = plan.batch
+
+    def get_train_dataloader(self) -> Any:
+        """Return the endless batches of pairs; a resumed training skips those of earlier steps."""
+        loader: Any = torch.utils.data.DataLoader(self._batches, batch_size=None)
+        return loader
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the task's loss of a batch of pairs."""
+        del model, args, kwargs
+        return self._task.loss(inputs["pairs"])[0]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compute loss and accuracy over the held-out pairs, in batches of the training's size."""
+        del args, kwargs
+        size = min(self._batch, len(self._held_out))
+        self._task.model.eval()
+        with torch.no_grad():
+            begins = range(0, len(self._held_out) - size + 1, size)
+            results = [self._task.loss(self._held_out[b : b + size]) for b in begins]
+        self._task.model.train()
+        metrics = {
+            "eval_loss": sum(float(loss) for loss, _ in results) / len(results),
+            "eval_accuracy": sum(accuracy for _, accuracy in results) / len(results),
+        }
+        self.log(metrics)
+        return metrics
 
 
-def _measured(task: Task, held: Sequence[Pair], batch: int) -> dict[str, float]:
-    """Loss and share of right answers on pairs that are not learned from."""
-    size = min(batch, len(held))
-    task.model.eval()
-    losses, rights = [], []
-    with torch.no_grad():
-        for begin in range(0, len(held) - size + 1, size):
-            loss, right = task.loss(held[begin : begin + size])
-            losses.append(loss.item())
-            rights.append(right)
-    task.model.train()
-    return {"loss": sum(losses) / max(len(losses), 1), "right": sum(rights) / max(len(rights), 1)}
+class _Batches(torch.utils.data.IterableDataset):
+    """Batches of pairs without end, as inputs of a Trainer."""
+
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int) -> None:
+        self._pairs, self._size, self._seed = pairs, size, seed
+
+    def __iter__(self) -> Iterator[dict[str, list[Pair]]]:
+        for batch in pair_batches(self._pairs, self._size, self._seed):
+            yield {"pairs": batch}
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+class _StepCallback(TrainerCallback):
+    """Reports the loss of every step."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report a step; called by the Trainer."""
+        del args, control, kwargs
+        if logs and "loss" in logs:
+            self._on_step(state.global_step, float(logs["loss"]))
 
 
-def _keep(task: Task, optimiser: torch.optim.Optimizer, about: dict[str, Any], step: int, place: Path) -> None:
-    state = {"step": step, "about": about, "model": task.model.state_dict(), "optimiser": optimiser.state_dict()}
-    partial = place / f".{STATE}"
-    torch.save(state, partial)
-    partial.replace(place / STATE)
+def _printer() -> type[TrainerCallback]:
+    """Return the Trainer's callback that prints every log entry to standard output."""
+    from transformers import PrinterCallback
+
+    return PrinterCallback
 
 
-def _restored(task: Task, optimiser: torch.optim.Optimizer, about: dict[str, Any], place: Path) -> int:
-    """The step that a state stands at.
+def _check_options(place: Path, options: Mapping[str, Any]) -> None:
+    """Refuse to resume a training that was begun with other options or pairs.
 
     Raises:
-        RetrievalError: it was begun with other options or pairs, or cannot be read.
+        RetrievalError: An option differs, or the options cannot be read.
     """
-    if not (place / STATE).exists():
-        return 0
     try:
-        state = torch.load(place / STATE, map_location="cpu", weights_only=True)
-        other = next((name for name in about if state["about"].get(name) != about[name]), None)
-        if other is not None:
-            raise RetrievalError(f"{place}: was begun with {other} {state['about'].get(other)}, not {about[other]}")
-        task.model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        return int(state["step"])
-    except RetrievalError:
-        raise
-    except Exception:  # torch raises many kinds for a file that is none of its own
-        raise RetrievalError(f"{place / STATE}: cannot be read; remove the folder to begin anew") from None
+        begun = json.loads((place / OPTIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RetrievalError(f"{place / OPTIONS}: cannot be read; remove {place} to start again") from None
+    now = json.loads(json.dumps(options, default=str))
+    different = next((name for name in now if begun.get(name) != now[name]), None)
+    if different is not None:
+        raise RetrievalError(f"{place}: was begun with {different} {begun.get(different)}, not {now[different]}")
 
 
-def _note(place: Path, step: int, line: dict[str, Any]) -> None:
-    with (place / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **line}) + "\n")
+def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss of batches and the validation loss and accuracy by step.
 
+    Args:
+        history: ``log_history`` of a Trainer.
+        path: Path of the PNG file.
+    """
+    from matplotlib.figure import Figure
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """What was noted of each step."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last one may be half
-            found.append(json.loads(line))
-    return found
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Forget what was noted behind the state that training goes on from."""
-    kept = [line for line in read_log(path) if line["step"] <= step] if step else []
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-
-def curve(place: Path) -> None:
-    """Draw loss and right answers by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_log(place / LOG)
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5))
-    for axis, name in ((above, "loss"), (below, "right")):
-        steps = [x for x in lines if name in x]
-        axis.plot([x["step"] for x in steps], [x[name] for x in steps], lw=0.8, alpha=0.6, label="batches")
-        held = [x for x in lines if "held_out" in x]
-        axis.plot([x["step"] for x in held], [x["held_out"][name] for x in held], "o-", ms=3, label="held out")
-        axis.set_ylabel("loss" if name == "loss" else "right document first")
-        axis.legend(frameon=False)
+    figure = Figure(figsize=(7, 5), layout="tight")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for axis, name, label in ((above, "loss", "training"), (above, "eval_loss", "held out")):
+        entries = [e for e in history if name in e]
+        axis.plot([e["step"] for e in entries], [e[name] for e in entries], label=label)
+    entries = [e for e in history if "eval_accuracy" in e]
+    below.plot([e["step"] for e in entries], [e["eval_accuracy"] for e in entries], "o-", ms=3, label="held out")
+    above.set_ylabel("loss")
+    below.set_ylabel("correct document first")
     below.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(place / CURVE, dpi=110)
-    pyplot.close(figure)
+    for axis in (above, below):
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def _publish(task: Task, out: Path) -> None:
-    """Write the checkpoint beside, then move its files into place, the weights last."""
-    beside = out / ".checkpoint"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    """Write the encoder to a temporary folder, then move its files into place, the weights last."""
+    partial = out / ".checkpoint"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     task.model.eval()
-    task.save(beside)
-    for weights in beside.rglob("*.safetensors"):
-        weights.chmod(0o644)  # which safetensors keeps to the owner
-    for path in sorted(beside.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+    task.save(partial)
+    for weights in partial.rglob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors allows the owner only
+    for path in sorted(partial.iterdir(), key=lambda p: p.suffix == ".safetensors"):
         target = out / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
-    beside.rmdir()
+    partial.rmdir()

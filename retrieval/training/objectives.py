@@ -1,4 +1,4 @@
-"""What VDR and XTR are trained for, over a batch of pairs: text i of one side belongs to text i of the other."""
+"""Training objectives of VDR and XTR over a batch of pairs, in which document i is relevant to query i."""
 
 import torch
 from torch.nn import functional
@@ -13,19 +13,20 @@ def vdr_loss(
     semi: bool = False,
     mask_weight: float | None = None,
 ) -> torch.Tensor:
-    """VDR's loss (ICLR 2024, section 3.2), or with ``semi`` that of its semi-parametric form, SVDR.
+    """Compute VDR's loss (ICLR 2024, section 3.2), or with ``semi`` that of its semi-parametric form, SVDR.
 
-    Half of it compares the sparse weights of one side with the other's, half the bag of words; SVDR does both both ways
-    round. Each comparison is a negative log-likelihood at temperature 1 along rows and along columns.
+    One half compares the sparse weights of queries with the weights of documents, the other half the bags of words of
+    queries; SVDR does both in both directions. Each comparison is a negative log-likelihood at temperature 1, along rows
+    and along columns.
 
     Args:
-        query: [batch, words] weights, all of them.
-        document: [batch, words].
-        query_bag: [batch, words] 1 for the text's own words.
-        document_bag: [batch, words].
-        top: Weights that the sparse side keeps beside its own words.
-        semi: Both ways round.
-        mask_weight: Of the contrastive mask, see `contrastive_mask`; None for none.
+        query: [batch, terms] term weights, before sparsification.
+        document: [batch, terms].
+        query_bag: [batch, terms] 1 for the text's own terms.
+        document_bag: [batch, terms].
+        top: Number of largest weights that the sparse side keeps, in addition to those of its own terms.
+        semi: Whether both directions are compared.
+        mask_weight: Weight of the contrastive mask, see `contrastive_mask`; None for no mask.
     """
     sparse_query, sparse_document = sparsity_loss(query, query_bag, top), sparsity_loss(document, document_bag, top)
     terms = [symmetric(sparse_query @ document.t())]
@@ -40,27 +41,27 @@ def vdr_loss(
 
 
 def symmetric(scores: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of the diagonal, [batch, batch], along rows and along columns."""
-    right = torch.arange(len(scores), device=scores.device)
-    return functional.cross_entropy(scores, right) + functional.cross_entropy(scores.t(), right)
+    """Return the negative log-likelihood of the diagonal of scores [batch, batch], along rows and along columns."""
+    diagonal = torch.arange(len(scores), device=scores.device)
+    return functional.cross_entropy(scores, diagonal) + functional.cross_entropy(scores.t(), diagonal)
 
 
 def sparsity_loss(weights: torch.Tensor, bag: torch.Tensor, top: int) -> torch.Tensor:
-    """The ``top`` largest weights and those of the text's own words, the others 0."""
-    kept = bag.bool()
+    """Keep the ``top`` largest weights and those of the text's own terms; set the others to 0."""
+    mask = bag.bool()
     if top < weights.shape[1]:
-        kept = kept.scatter(1, weights.topk(top, dim=1).indices, True)
-    return weights * kept
+        mask = mask.scatter(1, weights.topk(top, dim=1).indices, True)
+    return weights * mask
 
 
 def contrastive_mask(bag: torch.Tensor) -> torch.Tensor:
-    """[batch, words] whether a word is made one text's alone.
+    """Return the contrastive mask [batch, terms] (section 3.3).
 
-    Word v goes to text v mod batch, unless a text of the batch has it: weight on words that mean nothing here is taken
-    from a text's partner, and costs all others (section 3.3).
+    Term v belongs to text v mod batch, unless a text of the batch contains it. Weight on irrelevant terms then counts for
+    no pair, and against all others.
     """
-    batch, words = bag.shape
-    owner = torch.arange(words, device=bag.device) % batch
+    batch, terms = bag.shape
+    owner = torch.arange(terms, device=bag.device) % batch
     return (owner == torch.arange(batch, device=bag.device).unsqueeze(1)) & ~bag.bool().any(0)
 
 
@@ -69,31 +70,34 @@ def _masked(bag: torch.Tensor, other: torch.Tensor, weight: float) -> tuple[torc
     return bag + weight * functional.normalize(mask.float()), other * ~mask
 
 
-def xtr_loss(
+def xtr_scores(
     query: torch.Tensor, query_mask: torch.Tensor, document: torch.Tensor, document_mask: torch.Tensor, retrieved: int
 ) -> torch.Tensor:
-    """XTR's scores in a batch (arXiv 2304.01982, section 3.1), [batch, batch]; the loss is `rows` of them.
+    """Compute XTR's scores within a batch, [batch, batch] (arXiv 2304.01982, section 3.1); see `row_cross_entropy`.
 
-    For each query token, the ``retrieved`` best tokens of all documents of the batch count. A document's score is the
-    sum of its best retrieved products over the number of query tokens that retrieved something of it.
+    Each query token retrieves the ``retrieved`` most similar tokens of all documents of the batch. The score of a
+    document is the sum of its largest retrieved similarities, over the number of query tokens that retrieved one of its
+    tokens.
 
     Args:
-        query: [batch, tokens, d] of length one.
-        query_mask: [batch, tokens].
-        document: [batch, tokens, d].
+        query: [batch, tokens, d] vectors of length one.
+        query_mask: [batch, tokens] 1 for tokens, 0 for padding.
+        document: [batch, tokens, d] vectors of length one.
         document_mask: [batch, tokens].
-        retrieved: Of all tokens of the batch.
+        retrieved: Number of tokens that each query token retrieves.
     """
     products = torch.einsum("qid,bjd->qibj", query, document)
     products = products.masked_fill(~document_mask.bool(), -torch.inf)
     every = products.flatten(2)
-    least = every.topk(min(retrieved, every.shape[2]), dim=2).values[..., -1]
-    found = products.masked_fill(products < least[..., None, None], -torch.inf).amax(3)  # [queries, tokens, documents]
-    there = torch.isfinite(found) & query_mask.bool().unsqueeze(2)
-    sums = torch.where(there, found, 0.0).sum(1)
-    return sums / there.sum(1).clamp(min=1)
+    threshold = every.topk(min(retrieved, every.shape[2]), dim=2).values[..., -1]
+    best = products.masked_fill(products < threshold[..., None, None], -torch.inf).amax(
+        3
+    )  # [queries, tokens, documents]
+    retrieved_any = torch.isfinite(best) & query_mask.bool().unsqueeze(2)
+    sums = torch.where(retrieved_any, best, 0.0).sum(1)
+    return sums / retrieved_any.sum(1).clamp(min=1)
 
 
-def rows(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of each query over the batch's documents."""
+def row_cross_entropy(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the cross-entropy of each query over the documents of the batch."""
     return functional.cross_entropy(scores / temperature, torch.arange(len(scores), device=scores.device))

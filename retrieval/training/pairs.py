@@ -1,4 +1,4 @@
-"""Pairs of a query and a document that answers it: judged ones, or a sentence and what stands around it."""
+"""Training pairs of a query and a relevant document: from qrels, or a sentence and its passage."""
 
 import hashlib
 import random
@@ -12,24 +12,24 @@ from ..errors import RetrievalError
 from ..loaders import DocumentSource
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
-AROUND = 5  # sentences of a passage
-KEPT = 0.1  # of the passages keep the sentence that asks for them (inverse cloze task, arXiv 1906.00300)
-FEWEST_WORDS = 5
+PASSAGE_SENTENCES = 5
+KEEP_QUERY = 0.1  # share of passages that keep the sentence used as query (inverse cloze task, arXiv 1906.00300)
+MIN_QUERY_WORDS = 5
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and a document that it should find."""
+    """A query and a document that is relevant to it."""
 
     query: str
     document: str
 
 
 def judged_pairs(folder: Path) -> list[Pair]:
-    """Of a BEIR folder: every query of its training part with every document that is judged relevant to it.
+    """Read the training queries of a BEIR folder, each with every document that its qrels mark as relevant.
 
     Raises:
-        RetrievalError: the folder has no such judgements, or those of its test part alone.
+        RetrievalError: The folder has no training qrels.
     """
     if not (folder / "qrels" / "train.tsv").is_file() and (folder / "qrels" / "test.tsv").is_file():
         raise RetrievalError(f"{folder}: has no qrels/train.tsv, and test.tsv is not to be learned from")
@@ -44,39 +44,39 @@ def judged_pairs(folder: Path) -> list[Pair]:
 
 
 def inverse_cloze_pairs(paths: Sequence[str], seed: int) -> list[Pair]:
-    """Of any texts: a sentence, and the passage that it was taken from (inverse cloze task)."""
+    """Make pairs of unlabelled texts: a sentence, and the passage that it is taken from (inverse cloze task)."""
     rng = random.Random(seed)
-    found = []
+    pairs = []
     for document in DocumentSource(list(paths), lambda text: [text], number_ids=True):
         sentences = [s for s in SENTENCE.split(" ".join(document.text.split())) if s]
-        for begin in range(0, len(sentences) - 2, AROUND):
-            passage = sentences[begin : begin + AROUND]
+        for begin in range(0, len(sentences) - 2, PASSAGE_SENTENCES):
+            passage = sentences[begin : begin + PASSAGE_SENTENCES]
             place = rng.randrange(len(passage))
-            rest = passage if rng.random() < KEPT else passage[:place] + passage[place + 1 :]
-            if len(passage[place].split()) >= FEWEST_WORDS and rest:
-                found.append(Pair(passage[place], " ".join(rest)))
-    return found
+            rest = passage if rng.random() < KEEP_QUERY else passage[:place] + passage[place + 1 :]
+            if len(passage[place].split()) >= MIN_QUERY_WORDS and rest:
+                pairs.append(Pair(passage[place], " ".join(rest)))
+    return pairs
 
 
 def digest(pairs: Sequence[Pair]) -> str:
-    """Of all pairs in their order."""
-    found = hashlib.sha256()
+    """Return a hex digest of pairs in their order."""
+    hashed = hashlib.sha256()
     for pair in pairs:
-        found.update(f"{pair.query}\0{pair.document}\0".encode())
-    return found.hexdigest()[:16]
+        hashed.update(f"{pair.query}\0{pair.document}\0".encode())
+    return hashed.hexdigest()[:16]
 
 
 def pair_batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[Pair]]:
-    """Batches without end, in another order in each round; no document comes twice in one.
+    """Yield batches without end, in a different order in each epoch; no document occurs twice in a batch.
 
     Raises:
-        RetrievalError: there are fewer different documents than a batch holds.
+        RetrievalError: There are fewer distinct documents than a batch holds.
     """
     if len({p.document for p in pairs}) < size:
         raise RetrievalError(f"{len(pairs)} pairs are too few for batches of {size}")
-    turn = 0
+    epoch = 0
     while True:
-        waiting = random.Random(seed * 1_000_003 + turn).sample(list(pairs), len(pairs))
+        waiting = random.Random(seed * 1_000_003 + epoch).sample(list(pairs), len(pairs))
         while waiting:
             batch: dict[str, Pair] = {}
             later = []
@@ -89,7 +89,7 @@ def pair_batches(pairs: Sequence[Pair], size: int, seed: int) -> Iterator[list[P
                 else:
                     batch[pair.document] = pair
             if len(batch) < size:
-                break  # what is left goes with the next round
+                break  # the rest takes part in the next epoch
             waiting = later
             yield list(batch.values())
-        turn += 1
+        epoch += 1

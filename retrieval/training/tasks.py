@@ -1,4 +1,4 @@
-"""Models under training: from pairs to a loss, and to a checkpoint that encoders load."""
+"""Training tasks: a model, its loss over a batch of pairs, and the checkpoint that encoders load."""
 
 import json
 from abc import ABC, abstractmethod
@@ -17,35 +17,40 @@ from ..errors import RetrievalError
 from . import objectives
 from .pairs import Pair
 
-FLOOR = -4.0  # logits of words that mean nothing begin about here: elu1p makes .02 of it
-SPREAD = 0.5  # of LayerNorm at the beginning
+INITIAL_LOGIT = -4.0  # of irrelevant terms: elu1p makes a weight of .02 of it
+INITIAL_SCALE = 0.5  # of LayerNorm
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of queries and documents at most."""
+    """Largest number of tokens of queries and of documents."""
 
     query: int
     document: int
 
 
 class Task(ABC):
-    """A model that is trained; see `VDRTask` and `XTRTask`.
+    """Base class of training tasks.
 
     Attributes:
-        model: It.
-        about: With what it was begun: training that goes on has to be the same.
-        families: Model types that it can be; empty for any encoder.
+        model: The model that is trained.
+        about: The options with which the task was made; a resumed training must have the same.
+        families: Model types that can be trained; empty for any encoder.
     """
 
     families: ClassVar[tuple[str, ...]] = ()
     model: torch.nn.Module
 
     def __init__(self, base: Path, lengths: Lengths, **options: Any) -> None:
-        """Begin with a folder.
+        """Load the initial model.
+
+        Args:
+            base: Folder of the initial model.
+            lengths: Largest numbers of tokens.
+            options: Options of the task, kept in ``about``.
 
         Raises:
-            RetrievalError: its model is of a family that cannot be trained for this.
+            RetrievalError: The folder has no model, or one of a type that cannot be trained for this task.
         """
         from transformers import AutoTokenizer
 
@@ -61,18 +66,19 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, float]:
-        """The loss of a batch, and the share of queries whose own document is the best of it."""
+        """Return the loss of a batch, and the share of queries whose document has the highest score of the batch."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
+        """Write the encoder to a folder."""
 
     def _tokens(self, texts: list[str], length: int) -> Any:
-        return self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        encoded = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return encoded.to(next(self.model.parameters()).device)
 
 
 class VDRTask(Task):
-    """VDR from a BERT encoder whose word embeddings become the vocabulary's side."""
+    """Train VDR from a BERT encoder, whose word embeddings become the output vocabulary."""
 
     families: ClassVar[tuple[str, ...]] = ("bert",)
 
@@ -86,14 +92,14 @@ class VDRTask(Task):
         bert = BertModel.from_pretrained(base, local_files_only=True, add_pooling_layer=False)
         self.model = TiedVocabulary(bert, vdr.SHIFT)
         with torch.no_grad():
-            # Published checkpoints have no bias for words. What LayerNorm adds comes nearest to one the same for all.
-            words = bert.embeddings.word_embeddings.weight[vdr.SHIFT :]
-            floor = torch.linalg.lstsq(words, torch.full((len(words), 1), FLOOR)).solution
-            self.model.ln.weight.fill_(SPREAD)
+            # Published checkpoints have no bias per term: use LayerNorm's bias that is closest to one logit for all.
+            terms = bert.embeddings.word_embeddings.weight[vdr.SHIFT :]
+            floor = torch.linalg.lstsq(terms, torch.full((len(terms), 1), INITIAL_LOGIT)).solution
+            self.model.ln.weight.fill_(INITIAL_SCALE)
             self.model.ln.bias.copy_(floor.squeeze(1))
 
     def loss(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, float]:
-        """See `objectives.vdr`."""
+        """Compute VDR's loss, see `objectives.vdr_loss`."""
         sides = [
             self._tokens([p.query for p in batch], self.lengths.query),
             self._tokens([p.document for p in batch], self.lengths.document),
@@ -101,14 +107,15 @@ class VDRTask(Task):
         weights = [vdr.activate(self.model(s["input_ids"], s["attention_mask"]), "elu1p") for s in sides]
         bags = [self._bag(s["input_ids"], weights[0].shape[1]) for s in sides]
         loss = objectives.vdr_loss(*weights, *bags, top=self.top, semi=self.semi, mask_weight=self.mask_weight)
-        return loss, _right(objectives.sparsity_loss(weights[0], bags[0], self.top) @ weights[1].t())
+        return loss, _accuracy(objectives.sparsity_loss(weights[0], bags[0], self.top) @ weights[1].t())
 
     @staticmethod
-    def _bag(ids: torch.Tensor, words: int) -> torch.Tensor:
-        return torch.zeros(len(ids), words + vdr.SHIFT).scatter(1, ids, 1.0)[:, vdr.SHIFT :]
+    def _bag(ids: torch.Tensor, terms: int) -> torch.Tensor:
+        bags = torch.zeros(len(ids), terms + vdr.SHIFT, device=ids.device)
+        return bags.scatter(1, ids, 1.0)[:, vdr.SHIFT :]
 
     def save(self, folder: Path) -> None:
-        """In the form of published checkpoints, one encoder for both sides."""
+        """Write the encoder in the format of published VDR checkpoints, one encoder for queries and documents."""
         config = self.model.bert_model.config.to_dict()
         side = {**config, "type": "vdr", "model_id": "", "shift_vocab_num": vdr.SHIFT, "topk": self.top}
         side |= {"pooling": "max", "norm": False}
@@ -124,7 +131,7 @@ class VDRTask(Task):
 
 
 class ProjectedTokens(torch.nn.Module):
-    """A vector of length one for each token: a backbone and a linear layer without bias."""
+    """A vector of length one for each token: a backbone and a linear projection without bias."""
 
     def __init__(self, backbone: Any, width: int) -> None:
         super().__init__()
@@ -132,13 +139,13 @@ class ProjectedTokens(torch.nn.Module):
         self.linear = torch.nn.Linear(backbone.config.hidden_size, width, bias=False)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[texts, tokens] to [texts, tokens, width]."""
+        """Return token vectors [texts, tokens, width] of token ids and mask [texts, tokens]."""
         hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         return torch.nn.functional.normalize(self.linear(hidden), dim=-1)
 
 
 class XTRTask(Task):
-    """XTR from any encoder of transformers."""
+    """Train XTR from any encoder of transformers."""
 
     def __init__(
         self, base: Path, lengths: Lengths, width: int = 128, retrieved: int = 256, temperature: float = 0.05
@@ -151,20 +158,20 @@ class XTRTask(Task):
         torch.nn.init.orthogonal_(self.model.linear.weight)
 
     def loss(self, batch: Sequence[Pair]) -> tuple[torch.Tensor, float]:
-        """See `objectives.xtr`."""
+        """Compute the cross-entropy of XTR's scores, see `objectives.xtr_scores`."""
         q = self._tokens([p.query for p in batch], self.lengths.query)
         d = self._tokens([p.document for p in batch], self.lengths.document)
-        scores = objectives.xtr_loss(
+        scores = objectives.xtr_scores(
             self.model(q["input_ids"], q["attention_mask"]),
             q["attention_mask"],
             self.model(d["input_ids"], d["attention_mask"]),
             d["attention_mask"],
             self.retrieved,
         )
-        return objectives.rows(scores, self.temperature), _right(scores)
+        return objectives.row_cross_entropy(scores, self.temperature), _accuracy(scores)
 
     def save(self, folder: Path) -> None:
-        """In the form of sentence-transformers and PyLate."""
+        """Write the encoder in the format of sentence-transformers and PyLate."""
         self.model.backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         dense = folder / "1_Dense"
@@ -177,15 +184,15 @@ class XTRTask(Task):
         kinds = (("", "sentence_transformers.models.Transformer"), ("1_Dense", "sentence_transformers.models.Dense"))
         modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
         (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-        told = {"query_length": self.lengths.query, "document_length": self.lengths.document}
-        (folder / "config_sentence_transformers.json").write_text(json.dumps(told), encoding="utf-8")
+        settings = {"query_length": self.lengths.query, "document_length": self.lengths.document}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def _right(scores: torch.Tensor) -> float:
-    """The share of rows whose greatest score is on the diagonal."""
-    return float((scores.argmax(1) == torch.arange(len(scores))).float().mean())
+def _accuracy(scores: torch.Tensor) -> float:
+    """Return the share of rows whose largest score is on the diagonal."""
+    return float((scores.argmax(1) == torch.arange(len(scores), device=scores.device)).float().mean())
 
 
-def base_of(name: str) -> Path:
-    """The folder of an encoder to begin with: ``minilm``, or a folder itself."""
+def base_folder(name: str) -> Path:
+    """Return the folder of the initial model: that of ``minilm``, or the named folder."""
     return multi_vector.find_packaged_minilm() if name == multi_vector.MINILM else Path(name)

@@ -1,1 +1,1 @@
-"""XTR, contextualised token retrieval (arXiv 2304.01982): documents are ranked with the retrieved tokens alone."""
+"""XTR, contextualised token retrieval (arXiv 2304.01982): documents are scored with their retrieved tokens only."""

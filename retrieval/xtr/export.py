@@ -1,4 +1,4 @@
-"""The tokens of an index as a plain FAISS index."""
+"""Export of the token vectors of an index to FAISS."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from ..errors import RetrievalError
 
 
 def export_to_faiss(index: Any, out: Path) -> int:
-    """Write an ``IndexIVFFlat`` by inner product of all live tokens, decoded; returns how many.
+    """Write the decoded vectors of all live tokens as an inner-product ``IndexIVFFlat``; return their number.
 
-    A vector's number in FAISS is its line in ``OUT.documents.jsonl``, whose lines hold the ids of documents. Queries
-    have to be projected as the index projects them: ``OUT.projection.npy``.
+    The id of a vector in FAISS is a line number, from 0 on, of ``OUT.documents.jsonl``; the line contains the id of its
+    document. Query vectors have to be multiplied with ``OUT.projection.npy`` and normalised.
 
     Raises:
-        RetrievalError: the index is of another kind, or empty.
-        OSError: the files cannot be written.
+        RetrievalError: The index is not an XTR index, or is empty.
+        OSError: The files cannot be written.
     """
     import faiss
 
@@ -30,31 +30,31 @@ def export_to_faiss(index: Any, out: Path) -> int:
     lists, d = centroids.shape
     coarse = faiss.IndexFlatIP(d)
     coarse.add(centroids)
-    made = faiss.IndexIVFFlat(coarse, d, lists, faiss.METRIC_INNER_PRODUCT)
-    made.is_trained = True
+    faiss_index = faiss.IndexIVFFlat(coarse, d, lists, faiss.METRIC_INNER_PRODUCT)
+    faiss_index.is_trained = True
     numbers: list[np.ndarray] = []
     total = 0
     for segment in snapshot.segments:
         s = segment.arrays
         for i in np.flatnonzero(np.diff(s["starts"])):
             part = slice(int(s["starts"][i]), int(s["starts"][i + 1]))
-            kept = snapshot.live[s["documents"][part]]
-            if not kept.any():
+            mask = snapshot.live[s["documents"][part]]
+            if not mask.any():
                 continue
-            vectors = centroids[i] + layout.coder.decode(snapshot.shared, s["codes"][part][kept])
+            vectors = centroids[i] + layout.coder.decode(snapshot.shared, s["codes"][part][mask])
             ids = np.arange(total, total + len(vectors), dtype=np.int64)
-            made.invlists.add_entries(
+            faiss_index.invlists.add_entries(
                 int(i),
                 len(ids),
                 faiss.swig_ptr(ids),
                 faiss.swig_ptr(np.ascontiguousarray(vectors, np.float32).view(np.uint8)),
             )
-            numbers.append(s["documents"][part][kept])
+            numbers.append(s["documents"][part][mask])
             total += len(ids)
-    made.ntotal = total
+    faiss_index.ntotal = total
     partial = out.with_name(f".{out.name}.partial")
     try:
-        faiss.write_index(made, str(partial))
+        faiss.write_index(faiss_index, str(partial))
         partial.replace(out)
     except RuntimeError as error:
         raise OSError(None, str(error).splitlines()[-1], str(out)) from None

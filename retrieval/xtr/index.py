@@ -1,10 +1,11 @@
-"""Arrays of an XTR index: what all segments share, postings of a segment, and the search over them.
+"""Arrays of an XTR index: shared arrays, inverted lists of a segment, and the search in them.
 
-    shared    projection [in, d], centroids [lists, d], owners [lists], trained [1] documents, and the codec's own
-    segment   starts [lists + 1], documents [rows], codes [rows, size]; with `vectors` also vectors [tokens, d] float16
-              and offsets [documents + 1], numbers [documents], in the order of documents, for exact re-ranking
+    shared    projection [in, d], centroids [lists, d], owners [lists], trained [1] number of training documents, and
+              the arrays of the codec
+    segment   starts [lists + 1], documents [rows], codes [rows, size]; with ``vectors`` also vectors [tokens, d]
+              float16, offsets [documents + 1] and numbers [documents], in doc id order, for exact re-ranking
 
-d is a multiple of 64, so that kernels meet whole vectors.
+d is a multiple of 64, so that the kernels process full vector registers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,20 +22,20 @@ from .codecs import CODECS, SAMPLE, Codec
 
 Arrays = Mapping[str, NDArray]
 ALIGN = 64
-ROWS = 1 << 16  # tokens that are coded at once
-FEW = 4096  # residuals
+ROWS = 1 << 16  # tokens encoded at once
+FEW = 4096  # with fewer training residuals, random ones are added
 
 
 @dataclass(frozen=True)
 class TokenIndexLayout:
-    """What an index is made of.
+    """Layout of a token index.
 
     Attributes:
-        codec: Of residuals; see `codecs`.
-        dimension: Vectors are projected to so many dimensions where they have more; 0 for never.
-        lists: Of tokens; 0 for four times the square root of their number.
-        by_token: Cluster the tokens of each vocabulary entry by themselves.
-        vectors: Keep whole vectors too, for exact re-ranking.
+        codec: Codec of the residuals; see `codecs`.
+        dimension: Dimension to which longer vectors are projected; 0 for no projection.
+        lists: Number of inverted lists; 0 for four times the square root of the number of tokens.
+        by_token: Whether the tokens of each vocabulary entry are clustered separately.
+        vectors: Whether uncompressed vectors are kept too, for exact re-ranking.
     """
 
     codec: str = "sq4"
@@ -45,14 +46,14 @@ class TokenIndexLayout:
 
     @property
     def coder(self) -> Codec:
-        """The codec itself."""
+        """Codec of the residuals."""
         return CODECS[self.codec]
 
 
 def train_token_index(
     tokens: TokenEmbeddings, layout: TokenIndexLayout, expected: int, seed: int = 0
 ) -> dict[str, NDArray]:
-    """The shared arrays, from the first of ``expected`` documents of an index."""
+    """Train the shared arrays on the first documents of an index that will have about ``expected`` documents."""
     projection = make_projection(tokens.vectors, layout, seed)
     vectors = project(tokens.vectors, projection)
     all_tokens = round(len(vectors) * max(expected, len(tokens)) / max(len(tokens), 1))
@@ -60,14 +61,14 @@ def train_token_index(
     clusters = clustering.train_centroids(
         vectors, tokens.token_ids if layout.by_token else None, min(lists, len(vectors)), seed
     )
-    chosen = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
-    residuals = vectors[chosen] - clusters.centroids[clusters.assign(vectors[chosen], tokens.token_ids[chosen])]
+    sample = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
+    residuals = vectors[sample] - clusters.centroids[clusters.assign(vectors[sample], tokens.token_ids[sample])]
     if len(residuals) < FEW:
-        # Few tokens have centroids almost to themselves, and their residuals say nothing of those of tokens to come:
-        # these are like a good part of a vector.
+        # With few tokens, almost every token has its own centroid, and the residuals are far smaller than those of
+        # later tokens. Random residuals with a norm of about 0.7 represent these.
         d = residuals.shape[1]
-        unknown = np.random.default_rng(seed).normal(0, 0.7 / np.sqrt(d), (FEW, d)).astype(np.float32)
-        residuals = np.concatenate([residuals, unknown])
+        random = np.random.default_rng(seed).normal(0, 0.7 / np.sqrt(d), (FEW, d)).astype(np.float32)
+        residuals = np.concatenate([residuals, random])
     return {
         "projection": projection,
         "centroids": clusters.centroids,
@@ -78,7 +79,11 @@ def train_token_index(
 
 
 def make_projection(vectors: NDArray, layout: TokenIndexLayout, seed: int) -> NDArray[np.float32]:
-    """[in, d]: onto the principal axes where that saves dimensions, rotated where the codec wants it, padded."""
+    """Compute the projection, [in, d].
+
+    It projects to the principal axes if that reduces the dimension, pads the dimension to a multiple of `ALIGN`, and
+    rotates if the codec needs it.
+    """
     wide = vectors.shape[1]
     narrow = min(wide, layout.dimension or wide)
     d = -(-narrow // ALIGN) * ALIGN
@@ -95,57 +100,57 @@ def make_projection(vectors: NDArray, layout: TokenIndexLayout, seed: int) -> ND
 
 
 def project(vectors: NDArray, projection: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[n, d] vectors of length one."""
-    found = vectors.astype(np.float32) @ projection
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+    """Project vectors and scale them to unit length, [n, d]."""
+    projected = vectors.astype(np.float32) @ projection
+    return projected / np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-9)
 
 
 def build_token_segment(
     tokens: TokenEmbeddings, numbers: NDArray[np.int64], shared: Arrays, layout: TokenIndexLayout
 ) -> dict[str, NDArray]:
-    """Postings of some documents.
+    """Build the inverted lists of documents.
 
     Args:
-        tokens: Theirs.
-        numbers: [documents] their internal numbers, ascending.
-        shared: See `train`.
-        layout: Of the index.
+        tokens: Token embeddings of the documents.
+        numbers: [documents] internal doc ids, ascending.
+        shared: Shared arrays; see `train_token_index`.
+        layout: Layout of the index.
     """
     clusters = Clusters(shared["centroids"], shared["owners"])
     lists = np.empty(len(tokens.token_ids), np.int32)
     codes = np.empty((len(lists), layout.coder.size(shared["centroids"].shape[1])), np.uint8)
-    whole = np.empty((len(lists), shared["centroids"].shape[1]), np.float16) if layout.vectors else None
+    uncompressed = np.empty((len(lists), shared["centroids"].shape[1]), np.float16) if layout.vectors else None
     for begin in range(0, len(lists), ROWS):
         part = slice(begin, begin + ROWS)
         vectors = project(tokens.vectors[part], shared["projection"])
         lists[part] = clusters.assign(vectors, tokens.token_ids[part])
         codes[part] = layout.coder.encode(shared, vectors - clusters.centroids[lists[part]])
-        if whole is not None:
-            whole[part] = vectors
-    order = np.argsort(lists, kind="stable")  # documents stay in order within a list
+        if uncompressed is not None:
+            uncompressed[part] = vectors
+    order = np.argsort(lists, kind="stable")  # stable: doc id order within a list
     documents = numbers[tokens.text_ids].astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=len(clusters.centroids)))])
-    found = {"starts": starts.astype(np.int64), "documents": documents[order], "codes": codes[order]}
-    if whole is not None:
+    segment = {"starts": starts.astype(np.int64), "documents": documents[order], "codes": codes[order]}
+    if uncompressed is not None:
         offsets = np.concatenate([[0], np.cumsum(tokens.counts)]).astype(np.int64)
-        found |= {"vectors": whole, "offsets": offsets, "numbers": numbers.astype(np.int64)}
-    return found
+        segment |= {"vectors": uncompressed, "offsets": offsets, "numbers": numbers.astype(np.int64)}
+    return segment
 
 
 def merge_token_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) -> dict[str, NDArray]:
-    """One segment of several, without the documents that are not ``live``."""
-    kept = [live[s["documents"]] for s in segments]
+    """Merge segments into one, without the documents that are not ``live``."""
+    masks = [live[s["documents"]] for s in segments]
     lists = np.concatenate(
         [
             np.repeat(np.arange(len(s["starts"]) - 1, dtype=np.int32), np.diff(s["starts"]))[k]
-            for s, k in zip(segments, kept, strict=True)
+            for s, k in zip(segments, masks, strict=True)
         ]
     )
     order = np.argsort(lists, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(lists, minlength=len(segments[0]["starts"]) - 1))])
-    found = {"starts": starts.astype(np.int64)}
+    merged = {"starts": starts.astype(np.int64)}
     for name in ("documents", "codes"):
-        found[name] = np.concatenate([s[name][k] for s, k in zip(segments, kept, strict=True)])[order]
+        merged[name] = np.concatenate([s[name][k] for s, k in zip(segments, masks, strict=True)])[order]
     if "vectors" in segments[0]:
         alive = [live[s["numbers"]] for s in segments]
         counts = [np.diff(s["offsets"]) for s in segments]
@@ -154,21 +159,21 @@ def merge_token_segments(segments: Sequence[Arrays], live: NDArray[np.bool_]) ->
             [s["vectors"][np.repeat(a, c)] for s, a, c in zip(segments, alive, counts, strict=True)]
         )
         remaining = np.concatenate([c[a] for a, c in zip(alive, counts, strict=True)])
-        order = np.argsort(numbers)  # a segment that was merged before stands behind younger ones
-        found["numbers"] = numbers[order]
-        found["vectors"] = vectors[np.argsort(np.repeat(numbers, remaining), kind="stable")]
-        found["offsets"] = np.concatenate([[0], np.cumsum(remaining[order])]).astype(np.int64)
-    return found
+        order = np.argsort(numbers)  # a merged segment may come after newer ones
+        merged["numbers"] = numbers[order]
+        merged["vectors"] = vectors[np.argsort(np.repeat(numbers, remaining), kind="stable")]
+        merged["offsets"] = np.concatenate([[0], np.cumsum(remaining[order])]).astype(np.int64)
+    return merged
 
 
 class TokenIndexSearcher:
-    """The segments of one snapshot, ready to be searched."""
+    """Searcher of the segments of one snapshot."""
 
     def __init__(self, shared: Arrays, segments: Sequence[Arrays], documents: int, layout: TokenIndexLayout) -> None:
-        """Look at arrays.
+        """Wrap and check the arrays of a snapshot.
 
         Raises:
-            ValueError: they do not fit each other.
+            ValueError: The arrays do not fit each other.
         """
         self._shared, self._segments, self._documents = shared, segments, documents
         self.centroids = np.ascontiguousarray(shared["centroids"], np.float32)
@@ -192,27 +197,27 @@ class TokenIndexSearcher:
         allow: NDArray[np.uint8] | None = None,
         traced: int | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], Trace | None]:
-        """The best documents and their scores, the mean over query tokens (XTR, equation 4).
+        """Return the best documents and their scores, means over query tokens (XTR, equation 4).
 
         Args:
-            query: [tokens, in] as the encoder made them.
-            k: Documents at most.
-            settings: See `Settings`.
-            allow: A bit for each document, packed; None for all.
-            traced: A document whose scores are told, too.
+            query: [tokens, in] query vectors from the encoder.
+            k: Maximum number of documents.
+            settings: Search settings.
+            allow: Bitmap of the allowed documents, least significant bit first; None for all.
+            traced: Internal doc id of a document whose score is returned by query token; None for no trace.
         """
         vectors = project(query, self._shared["projection"])
-        near = self.centroids @ vectors.T  # this way round BLAS is the faster for a few tokens
+        near = self.centroids @ vectors.T  # in this order BLAS is faster for few query tokens
         return self.tokens.search(vectors, near, k, settings, allow, traced)
 
     def exact(self, query: NDArray, documents: Sequence[int]) -> NDArray[np.float32]:
-        """Scores of documents by all their tokens: the mean over query tokens of the best product (MaxSim).
+        """Compute exact MaxSim scores of documents: the mean over query tokens of the largest inner product.
 
         Raises:
-            KeyError: the index keeps no vectors.
+            KeyError: The index has no uncompressed vectors.
         """
         vectors = project(query, self._shared["projection"])
-        found = np.full(len(documents), -np.inf, np.float32)
+        scores = np.full(len(documents), -np.inf, np.float32)
         for s in self._segments:
             at = np.searchsorted(s["numbers"], documents)
             for i, place in enumerate(at.tolist()):
@@ -220,5 +225,5 @@ class TokenIndexSearcher:
                     begin, end = s["offsets"][place : place + 2]
                     if end > begin:
                         products = vectors @ s["vectors"][begin:end].astype(np.float32).T
-                        found[i] = products.max(1).mean()
-        return found
+                        scores[i] = products.max(1).mean()
+        return scores

@@ -90,7 +90,7 @@ def test_questions_are_asked_under_every_arm() -> None:
         (("--contexts", "8190"), "smollm2-135m-instruct has 8192 positions"),
         (("--haystack", "none.txt"), "--haystack none.txt: No such file"),
         (("--kv-retrieval", "{short}"), "not a file of dictionaries"),
-        (("--data", "no-such-folder"), "--data no-such-folder: there is no wikitext2"),
+        (("--data", "no-such-folder"), "--data no-such-folder: wikitext2 is missing"),
         (("--dtype", "foo"), "expected one of auto"),
         (("--setting", "select_layers=[99]"), "layers 0 to 29"),
         (("--setting", "profile=nosuch.json"), "nosuch.json"),

@@ -55,7 +55,7 @@ def test_doctor_finds_nothing_here(cli: Callable) -> None:
     assert len(report["seams"]) > 20
     shown = cli("doctor")
     assert shown.returncode == 0
-    assert "nothing found" in shown.stdout
+    assert "no problems found" in shown.stdout
 
 
 def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
@@ -111,7 +111,7 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "rasd,nodes=200"), ("pilotfish.drafter.nodes: expected 0 to 127, got 200",)),
         (("--drafter", "rasd,datastore=nowhere"), ("pilotfish.drafter.datastore: nowhere: not a datastore",)),
         (("--drafter", "token_recycling,order"), ("not of the form key=value",)),
-        (("--drafter", "token_recycling", "--speculative-config", "{}"), ("leave one out",)),
+        (("--drafter", "token_recycling", "--speculative-config", "{}"), ("remove one",)),
         (("--drafter", "token_recycling", "--additional-config", "{"), ("--additional-config: not JSON",)),
         (("--drafter", "token_recycling", "--additional-config"), ("a value is missing",)),
         (("--additional-config", '{"pilotfish": {"drafters": {}}}'), ("did you mean 'drafter'?",)),
@@ -150,7 +150,7 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
             ("pilotfish: expected an object",),
         ),
         (("--drafter", "token_recycling", "--additional-config.a", "1"), ("the dotted form cannot be merged",)),
-        (("--drafter", "token_recycling", "--speculative_config", "{}"), ("leave one out",)),
+        (("--drafter", "token_recycling", "--speculative_config", "{}"), ("remove one",)),
         (("--drafter", "token_recycling,state_path=no/such/folder/x"), ("not a folder that can be written",)),
     ],
 )
@@ -166,8 +166,8 @@ def test_serve_refuses_models_that_are_not_there(cli: Callable, tmp_path: Path) 
 
 def test_serve_wants_the_model_first(cli: Callable) -> None:
     refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
-    refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a name")
-    refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a name that can be used")
+    refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a valid hub name")
+    refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a valid name")
     refused(cli("serve", MODEL, "--pruner", "aim", "--pruner", "globalcom2"), "--pruner", "given 2 times")
 
 

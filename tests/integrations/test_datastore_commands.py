@@ -32,7 +32,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     answer = cli("datastore", "build", str(corpus), *TOKENIZER, "--out", str(store))
     assert answer.returncode == 0, answer.stderr
-    assert "passed over 1 files that are no UTF-8 text" in answer.stderr
+    assert "skipped 1 files that are not UTF-8 text" in answer.stderr
     opened = Datastore(store, verify=True)
     assert opened.info.texts == 2
     tokenizer = corpora.tokenizer_of(str(fetch_model(SMOLLM2)))
@@ -59,7 +59,7 @@ def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.Monke
 def test_endings_choose_files(corpus: Path) -> None:
     assert [p.name for p in commands.find([corpus], ())] == ["a.txt", "c.bin", "b.py"]
     assert [p.name for p in commands.find([corpus], (".py",))] == ["b.py"]
-    with pytest.raises(ConfigError, match="no files with such an ending"):
+    with pytest.raises(ConfigError, match="no files with this suffix"):
         commands.find([corpus], (".md",))
 
 
@@ -72,7 +72,7 @@ def test_bad_input_is_refused(inside: Callable, corpus: Path, tmp_path: Path) ->
         (("build", str(corpus), *TOKENIZER, "--out", str(tmp_path / "mine")), "exists, and is no datastore"),
         (("build", str(corpus / "c.bin"), *TOKENIZER, "--out", str(tmp_path / "s")), "contain no tokens"),
         (("info", str(corpus)), "not a datastore"),
-        (("build", str(corpus), *TOKENIZER, "--out", str(corpus / "c.bin" / "x")), "c.bin is no folder"),
+        (("build", str(corpus), *TOKENIZER, "--out", str(corpus / "c.bin" / "x")), "c.bin is not a folder"),
     ):
         answer = inside("datastore", *arguments)
         assert answer.returncode == 2, answer

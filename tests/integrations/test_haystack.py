@@ -102,7 +102,7 @@ def test_documents_of_other_ways_in(tmp_path: Path) -> None:
     store = PilotfishDocumentStore(str(tmp_path / "index"))
     (document,) = store.filter_documents()
     assert document == Document(id="a", content="sharks", meta={"year": 2020})
-    with pytest.raises(ValueError, match="_haystack is no key"):
+    with pytest.raises(ValueError, match="key _haystack is reserved"):
         store.write_documents([Document(content="x", meta={"_haystack": "mine"})])
     store.index.upsert([{"id": "a", "text": "sharks", "metadata": {"_haystack": "mine", "year": 1}}])
     assert store.filter_documents()[0].meta == {"year": 1}

@@ -48,7 +48,7 @@ def test_what_llama_index_adds_to_nodes_comes_back(retriever: PilotfishRetriever
     assert found.ref_doc_id == "source" and found.relationships == node.relationships
     assert (found.metadata, found.excluded_llm_metadata_keys) == ({"year": 1}, ["year"])
     assert (found.start_char_idx, found.end_char_idx) == (3, 14)
-    with pytest.raises(RetrievalError, match="_llama_index is no key"):
+    with pytest.raises(RetrievalError, match="key _llama_index is reserved"):
         retriever.add([TextNode(id_="x", text="x", metadata={"_llama_index": 1})])
 
 
@@ -77,7 +77,7 @@ def test_filters(one: MetadataFilter, ids: set[str]) -> None:
 
 def test_what_has_no_counterpart_is_refused() -> None:
     wrong = MetadataFilter(key="a", value="x", operator=FilterOperator.TEXT_MATCH_INSENSITIVE)
-    with pytest.raises(filters.FilterError, match="not possible"):
+    with pytest.raises(filters.FilterError, match="not supported"):
         to_pilotfish_filter(MetadataFilters(filters=[wrong]))
     assert to_pilotfish_filter(MetadataFilters(filters=[])) is None
 

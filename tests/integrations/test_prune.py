@@ -54,7 +54,7 @@ def test_all_sorts_of_pictures(inside: Callable, pictures: Path, tmp_path: Path)
     ("arguments", "message"),
     [
         (("corrupt.png",), "corrupt.png"),
-        (("text.png",), "not a picture"),
+        (("text.png",), "not an image file"),
         (("huge.png",), "pixels"),
         (("none.png",), "No such file"),
         (("photo.png", "--pruner", "globalcom"), "did you mean 'globalcom2'"),

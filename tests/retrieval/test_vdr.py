@@ -125,7 +125,7 @@ def test_what_is_no_encoder_of_words_is_refused(tmp_path: Path) -> None:
     for name, message in (
         ("none", "no such folder"),
         ("empty", "there is no config.json"),
-        ("plain", "gives no weights to words"),
+        ("plain", "has no term weights"),
         ("mean", "only max pooling"),
         ("wordless", "has no tokenizer"),
         ("cut", "encoder"),

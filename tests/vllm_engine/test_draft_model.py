@@ -74,7 +74,7 @@ def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, o
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"verification": "tree"}, "the draft model's cache knows no trees; use verification=chain"),
+        ({}, {"verification": "tree"}, "the draft model's cache does not support trees; use verification=chain"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}, {}, "rasd builds on a draft model"),
     ],
 )

@@ -80,7 +80,12 @@ def test_streams_aborts_metrics_and_shutdown(
             time.sleep(0.2)
         assert "drafter token_recycling is active" in server.log.read_text(errors="replace")
     finally:
-        code = server.interrupt() left = server.left_over() server.kill() assert code in (0, 130, -signal.SIGINT),
-    server.tail() assert left == [] assert state.is_file() # vLLM kills its workers at once; one that was writing leaves
-    a part, which the next writer sweeps. assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} ==
-    {"plain.log", "server.log", "state.npz"}
+        code = server.interrupt()
+        left = server.left_over()
+        server.kill()
+    assert code in (0, 130, -signal.SIGINT), server.tail()
+    assert left == []
+    assert state.is_file()
+    # vLLM kills its workers at once; one that was writing leaves a temporary file, which the next writer removes.
+    files = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert files == {"plain.log", "server.log", "state.npz"}

@@ -152,7 +152,7 @@ def test_pruned_answers(
         (7, "expected a name or an object"),
         ({"name": ["aim"]}, "expected a name, got"),
         ({"temperature": 5e-324}, "expected a number of 1e-06 or more"),
-        ({"name": "aim", "experimental_layers": [0, 1]}, "for the engine to choose"),
+        ({"name": "aim", "experimental_layers": [0, 1]}, "set for the whole engine"),
     ):
         assert message in ours.ask(do="look", requests=[{**requests[0], "pruner": bad}])["error"]
     assert ours.ask(do="look", requests=requests) == full, "the engine lives on"
@@ -372,7 +372,7 @@ def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_mode
 @pytest.mark.parametrize(
     ("pruner", "config", "reason"),
     [
-        ({"name": "aim", "experimental_layers": [0, 2]}, {"enable_chunked_prefill": True}, "a chunk does not know"),
+        ({"name": "aim", "experimental_layers": [0, 2]}, {"enable_chunked_prefill": True}, "a chunk of a prompt"),
         ({"name": "aim", "experimental_layers": [0, 9]}, {}, "the language model has 2 layers"),
         ("globalcom2", {"mm_processor_kwargs": {"pruner": "aim"}}, "is for requests"),
     ],
@@ -388,5 +388,5 @@ def test_engines_that_cannot_are_refused(seeing_model: str, pruner: Any, config:
 def test_a_model_without_pictures_is_refused(tiny_model: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    with pytest.raises(ValueError, match=r"globalcom2 does not support model .*: it takes no pictures"):
+    with pytest.raises(ValueError, match=r"globalcom2 does not support model .*: it takes no images"):
         EngineArgs(model=tiny_model, additional_config={"pilotfish": {"pruner": "globalcom2"}}).create_engine_config()

@@ -14,7 +14,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
         vllm_config: vLLM's configuration of the engine.
 
     Raises:
-        Unsupported: No subclass of ours exists for this backend.
+        Unsupported: We have no subclass of this backend.
     """
     config = read_config(vllm_config.additional_config)
     name = stock.get_name()  # type: ignore[attr-defined]

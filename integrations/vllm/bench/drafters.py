@@ -2,7 +2,7 @@
 
 Two engines run at a time: stock vLLM and one with a drafter. Each prompt runs on both, in alternating order, so that a
 drift of the machine's speed affects both. A Pilotfish drafter can be measured twice in its engine: *cold*, with a cache
-that is empty at the first prompt, and *hot*, with a cache that is warm from other prompts (never the measured ones). Or
+that is empty at the first prompt, and *warm*, with a cache that is warm from other prompts (never the measured ones). Or
 all prompts run a second time (``twice``), from which drafters that store outputs benefit.
 """
 
@@ -34,7 +34,7 @@ from .prompts import Prompt
 
 STOCK = "none"
 Arm = tuple[str, EngineProcess, str]  # label, engine, name of the drafter instance ("" for the only one)
-HOT_PROMPTS = 16  # prompts that fill the warm cache before the measurement
+WARM_PROMPTS = 16  # prompts that fill the warm cache before the measurement
 QUEUES = 4  # number of queues
 QUEUE = 3  # length of a queue, in batches
 MAX_MODEL_LEN = 4096
@@ -54,7 +54,7 @@ class DrafterBenchmark:
     dtype: str
     seed: int
     out: Path
-    hot: bool = True  # also measure with a warm cache
+    warm: bool = True  # also measure with a warm cache
     twice: bool = False  # run all prompts a second time, from a cold cache only
 
 
@@ -139,7 +139,7 @@ def measure_arms(plan: DrafterBenchmark) -> Iterator[list[DrafterRun]]:
         prompt_files.sample_prompts(f, plan.sample if i == 0 else plan.sample_others, plan.seed)
         for i, f in enumerate(files)
     ]
-    others = prompt_files.remaining_prompts(files[0], samples[0], HOT_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
+    others = prompt_files.remaining_prompts(files[0], samples[0], WARM_PROMPTS + QUEUES * QUEUE * plan.batch, plan.seed)
     folder = registry.resolve_model(plan.model)
     with counting_bar() as bar:
         for arm in arms:
@@ -172,10 +172,10 @@ def measure_pair(
         "seed": 0,
     }
     states = ("",)
-    if plan.hot and not plan.twice and "additional_config" in speculation(arm):
-        states = ("cold", "hot")
+    if plan.warm and not plan.twice and "additional_config" in speculation(arm):
+        states = ("cold", "warm")
     passes = (False, True) if plan.twice else (False,)
-    warm_up, batched = others[:HOT_PROMPTS], others[HOT_PROMPTS:]
+    warm_up, batched = others[:WARM_PROMPTS], others[WARM_PROMPTS:]
     queues = len(batched) // (QUEUE * plan.batch) if plan.batch else 0
     total = len(passes) * len(drawn) * (1 + len(states)) + 2 * queues
     task = bar.add_task(f"{arm}: starting engines", total=total)
@@ -186,9 +186,9 @@ def measure_pair(
     ):
         for engine in (stock, drafted):  # an engine's first steps are slow
             engine.ask(do="generate", prompts=[encoded[0][:32]], max_tokens=8)
-        if "hot" in states:
+        if "warm" in states:
             bar.update(task, description=f"{arm}: warming up")
-            drafted.ask(do="use", drafter="hot")
+            drafted.ask(do="use", drafter="warm")
             for i in range(0, len(warm_up), 8):
                 drafted.ask(do="generate", prompts=[encode(p) for p in warm_up[i : i + 8]], max_tokens=plan.max_tokens)
         bar.update(task, description=arm)
@@ -217,7 +217,7 @@ def _queues(
     A queue is longer than a batch because the time of a single batch is that of its slowest request, while the other
     slots are idle: a speed-up of the others would not be measured.
     """
-    arms = [(arm, engine, state) for arm, engine, state in arms if state != "hot"]
+    arms = [(arm, engine, state) for arm, engine, state in arms if state != "warm"]
     runs, length = [], QUEUE * plan.batch
     for turn, start in enumerate(range(0, len(prompts) - length + 1, length)):
         queue = encoded[start : start + length]

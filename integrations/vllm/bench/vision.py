@@ -54,7 +54,7 @@ def run_vision_benchmark(plan: VisionBenchmark) -> None:
     """
     record.check_output_path(plan.out)
     if len(plan.pictures) < 4:
-        raise ConfigError("--image: name four or more")
+        raise ConfigError(f"--image: expected at least four images, got {len(plan.pictures)}")
     for path in (*plan.pictures, *plan.quality):
         if not path.exists():
             raise ConfigError(f"{path}: no such file")

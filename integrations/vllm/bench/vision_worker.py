@@ -20,7 +20,7 @@ class VisionWorker(Worker):
         model = self.runner.model
         self._timed(model, "embed_multimodal", "tower")
         self._timed(model, "forward", "language", prefill=True)
-        self._timed(models, "pruned", "selection")
+        self._timed(models, "prune_features", "selection")
         for layer in model.language_model.model.layers:
             layer.register_forward_pre_hook(lambda _, inputs: self.layer_rows.append(len(inputs[0])))
 

@@ -9,6 +9,7 @@ import typer
 
 from ....plugins.config import ConfigError
 from ....plugins.hookspecs import hookimpl
+from ....plugins.terminal import TUNING
 
 PIECE = 1 << 20  # characters tokenized at once
 
@@ -18,7 +19,7 @@ datastore = typer.Typer(help="Build and inspect a corpus from which drafts are r
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
-    cli.add_typer(datastore, name="datastore")
+    cli.add_typer(datastore, name="datastore", rich_help_panel=TUNING)
 
 
 @datastore.command("build")

@@ -8,6 +8,7 @@ import typer
 
 from ....plugins.cli import extend_group, single_line
 from ....plugins.hookspecs import hookimpl
+from ....plugins.terminal import MEASURING, SERVING, TUNING
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # as in vLLM
 DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
@@ -30,25 +31,26 @@ def _dtype(value: str) -> str:
 def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
-    cli.command("serve", context_settings=passes_on)(serve)
-    cli.command("doctor")(doctor)
-    cli.command("models")(models)
-    extend_group(cli, "bench", bench)
-    cli.add_typer(tune, name="tune")
+    cli.command("serve", context_settings=passes_on, rich_help_panel=SERVING)(serve)
+    cli.command("doctor", rich_help_panel=SERVING)(doctor)
+    cli.command("models", rich_help_panel=TUNING)(models)
+    extend_group(cli, "bench", bench, MEASURING)
+    cli.add_typer(tune, name="tune", rich_help_panel=TUNING)
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    model: Annotated[str, typer.Argument(help="Model folder, Hugging Face Hub name, or name of an embedded model.")],
     drafter: Annotated[list[str] | None, typer.Option(help="Drafter to use: NAME[,key=value...].")] = None,
     kv: Annotated[list[str] | None, typer.Option(help="KV policy to use: NAME[,key=value...].")] = None,
     pruner: Annotated[list[str] | None, typer.Option(help="Visual pruner to use: NAME[,key=value...].")] = None,
-    num_speculative_tokens: Annotated[ int | None, typer.Option(min=1, max=127, help="Maximum number of draft tokens per
-    step [default: set by the drafter].") ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, max=127, help="Maximum draft tokens per step [default: set by the drafter].")
+    ] = None,
     allow_untested_vllm: Annotated[bool, typer.Option(help="Allow an untested vLLM version.")] = False,
     print_only: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
 ) -> None:
-    """Serve MODEL with the selected plugins: compose and run `vllm serve`. Other arguments are passed to vLLM."""
+    """Serve MODEL with plugins by `vllm serve`. Other arguments are passed to vLLM."""
     from ..serving import command
 
     plan = command.compose_serve_command(
@@ -81,7 +83,7 @@ def models(
     verify: Annotated[bool, typer.Option("--verify", help="Also verify the checksum of the cached weights.")] = False,
     list_only: Annotated[bool, typer.Option("--list", help="List the embedded models.")] = False,
 ) -> None:
-    """Fetch an embedded model into the user's cache and print its folder."""
+    """Fetch an embedded model and print its folder."""
     from ....plugins.config import ConfigError, unknown_key_message
     from ..models import registry as store
     from ..serving.progress import fetch_with_bar
@@ -105,7 +107,7 @@ def models(
 @bench.command("drafters")
 def bench_drafters(
     prompts: Annotated[list[Path], typer.Option(help="File of prompts: .jsonl, .jsonl.gz or .json; can be repeated.")],
-    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    model: Annotated[str, typer.Option(help="Model to serve.")] = "smollm2-135m-instruct",
     arms: Annotated[
         str, typer.Option(help="Drafters to compare with no speculation: NAME[@option=value...], comma-separated.")
     ] = "ngram,suffix,token_recycling",
@@ -113,14 +115,15 @@ def bench_drafters(
     sample_others: Annotated[int, typer.Option(min=1, help="Prompts sampled from each further file.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to generate per prompt.")] = 128,
     batch: Annotated[int, typer.Option(min=0, help="Also measure at this batch size; 0 to skip.")] = 8,
-    dtype: Annotated[ str, typer.Option(callback=_dtype, help="Data type of the model; float32 makes outputs comparable
-    token by token.") ] = "float32",
+    dtype: Annotated[
+        str, typer.Option(callback=_dtype, help="Data type; float32 makes outputs comparable token by token.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
-    hot: Annotated[bool, typer.Option(help="Also measure with a cache that is warm from other prompts.")] = True,
+    warm: Annotated[bool, typer.Option(help="Also measure with a cache that is warm from other prompts.")] = True,
     twice: Annotated[bool, typer.Option(help="Run all prompts a second time, from a cold cache only.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/drafters.json"),
+    out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
-    """Compare drafters with no speculation, in interleaved runs of two engines."""
+    """Compare drafters with no speculation, in interleaved runs."""
     from ....plugins.config import ConfigError
     from ..bench import drafters
 
@@ -138,7 +141,7 @@ def bench_drafters(
             dtype=dtype,
             seed=seed,
             out=out,
-            hot=hot,
+            warm=warm,
             twice=twice,
         )
     )
@@ -162,7 +165,7 @@ def bench_kv(
         Path | None, typer.Option(help="Text in which needles are hidden [default: the first text].")
     ] = None,
     kv_retrieval: Annotated[Path | None, typer.Option(help="File of dictionaries for key-value retrieval.")] = None,
-    model: Annotated[str, typer.Option(help="The model to serve.")] = "smollm2-135m-instruct",
+    model: Annotated[str, typer.Option(help="Model to serve.")] = "smollm2-135m-instruct",
     contexts: Annotated[
         str, typer.Option(help="Context lengths at which steps are timed, in tokens; '' to skip.")
     ] = "400,1000,2000,4000,8000",
@@ -176,12 +179,12 @@ def bench_kv(
     ] = "1000,2000,4000,7900",
     needles: Annotated[int, typer.Option(min=1, max=10, help="Needles at each of ten depths.")] = 5,
     questions: Annotated[int, typer.Option(min=1, help="Number of dictionaries to query.")] = 40,
-    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="Data type of the model, as in vLLM.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Random seed of the needles.")] = 0,
     eager: Annotated[bool, typer.Option(help="Do not compile the model: faster start, slower steps.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/kv.json"),
+    out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/kv.json"),
 ) -> None:
-    """Compare settings of a KV policy with stock attention: decode step time, divergence and needle recall."""
+    """Compare settings of a KV policy with stock attention. Measures step times, divergence and needle recall."""
     from ....plugins.config import ConfigError
     from ..bench import kv, kv_work
 
@@ -236,7 +239,7 @@ def _numbers(text: str, flag: str, none: bool = False) -> tuple[int, ...]:
 
 @tune.command("tidal")
 def tune_tidal(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    model: Annotated[str, typer.Argument(help="Model folder, Hugging Face Hub name, or name of an embedded model.")],
     text: Annotated[Path | None, typer.Option(help="Long text to read [default: Python's reference pages].")] = None,
     budget: Annotated[int, typer.Option(help="Tokens that sparse layers read.")] = 512,
     context: Annotated[
@@ -253,10 +256,10 @@ def tune_tidal(
     needle_loss: Annotated[
         float, typer.Option(callback=_finite, help="Maximum loss of needle recall against full attention.")
     ] = 0.02,
-    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
-    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("tidal_decode.json"),
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="Data type of the model, as in vLLM.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Path of the profile.")] = Path("tidal_decode.json"),
 ) -> None:
-    """Find the layers of MODEL that should select tokens for TidalDecode, and write them to a profile."""
+    """Find the layers of MODEL that select tokens for TidalDecode. Writes a profile."""
     from ..tuning import tidal
 
     tidal.find_selection_layers(
@@ -266,16 +269,14 @@ def tune_tidal(
 
 @tune.command("razor")
 def tune_razor(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or the name of an embedded model.")],
+    model: Annotated[str, typer.Argument(help="Model folder, Hugging Face Hub name, or name of an embedded model.")],
     sequences: Annotated[int, typer.Option(min=1, help="Number of random sequences to read.")] = 1,
-    longest: Annotated[
-        int, typer.Option(min=256, help="Maximum number of tokens of a sequence.")
-    ] = 10_001,
-    dtype: Annotated[str, typer.Option(callback=_dtype, help="As vLLM's.")] = "bfloat16",
-    out: Annotated[Path, typer.Option(help="Where the profile goes.")] = Path("razor_attention.json"),
+    longest: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of a sequence.")] = 10_001,
+    dtype: Annotated[str, typer.Option(callback=_dtype, help="Data type of the model, as in vLLM.")] = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Path of the profile.")] = Path("razor_attention.json"),
     plot: Annotated[Path | None, typer.Option(help="PNG file to write a heat map of the heads to.")] = None,
 ) -> None:
-    """Find the retrieval heads of MODEL for RazorAttention, and write them to a profile."""
+    """Find the retrieval heads of MODEL for RazorAttention. Writes a profile."""
     from ..tuning import razor
 
     razor.find_retrieval_heads(razor.RazorTuning(model, sequences, longest, dtype, out, plot))

@@ -9,7 +9,7 @@ from ....plugins.cli import extend_group
 from ....plugins.hookspecs import hookimpl
 from ....plugins.terminal import MEASURING, TUNING
 
-bench = typer.Typer(help="Measure plugins side by side with stock vLLM.", no_args_is_help=True)
+bench = typer.Typer(help="Compare plugins with stock vLLM.", no_args_is_help=True)
 ARMS = (
     *(f"globalcom2,retain={retain}" for retain in (0.75, 0.5, 0.25, 0.1)),
     "aim",
@@ -27,40 +27,40 @@ def register_commands(cli: typer.Typer) -> None:
 
 
 def prune(
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
     pruner: Annotated[
-        list[str] | None, typer.Option(help="A visual pruner: NAME[,key=value...]; may be repeated [default: all].")
+        list[str] | None, typer.Option(help="Visual pruner: NAME[,key=value...]; can be repeated [default: all].")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="A LLaVA checkpoint on disk, or the name of an embedded model.")
+        str, typer.Option(help="Folder of a LLaVA checkpoint, or name of an embedded model.")
     ] = "test-llava-next",
-    out: Annotated[Path, typer.Option(help="The folder that the drawings go to.")] = Path("out/pruned"),
-    draw: Annotated[bool, typer.Option(help="Draw; else only count.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder to write the drawings to.")] = Path("out/pruned"),
+    draw: Annotated[bool, typer.Option(help="Draw the kept tokens, or only count them.")] = True,
 ) -> None:
-    """Show which visual tokens of PICTURES stay: what is kept clear, the rest dimmed, each crop's share written in."""
+    """Show which visual tokens of IMAGES are kept. Drawings dim pruned patches and label each crop with its share."""
     from ..vision import visualize
 
-    visualize.visualize_pruning(pictures, pruner, model, out if draw else None)
+    visualize.visualize_pruning(images, pruner, model, out if draw else None)
 
 
 @bench.command("vision")
 def bench_vision(
-    picture: Annotated[list[Path], typer.Option(help="A picture for requests; name four.")],
+    image: Annotated[list[Path], typer.Option(help="Image file for the requests; give at least four.")],
     quality: Annotated[
-        list[Path] | None, typer.Option(help="A folder of pictures, one with chelsea.png, to hide needles in.")
+        list[Path] | None, typer.Option(help="Folder of images to hide needles in, with chelsea.png; can be repeated.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="A LLaVA checkpoint on disk, or the name of an embedded model.")
+        str, typer.Option(help="Folder of a LLaVA checkpoint, or name of an embedded model.")
     ] = "test-llava-next",
     arm: Annotated[
-        list[str] | None, typer.Option(help="A pruner beside stock: NAME[,key=value...]; may be repeated.")
+        list[str] | None, typer.Option(help="Pruner to compare with stock: NAME[,key=value...]; can be repeated.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=0, help="Runs of each arm; 0 for quality alone.")] = 3,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/vision.json"),
+    repeats: Annotated[int, typer.Option(min=0, help="Number of runs of each arm; 0 to measure quality only.")] = 3,
+    out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/vision.json"),
 ) -> None:
-    """Compare visual pruners with stock: tokens, cache, time of each part, and which tokens stay."""
+    """Compare visual pruners with stock vLLM. Measures tokens, KV blocks, times, and quality of the kept tokens."""
     from ..bench import vision
 
     vision.run_vision_benchmark(
-        vision.VisionBenchmark(tuple(picture), tuple(quality or ()), model, tuple(arm or ARMS), repeats, out)
+        vision.VisionBenchmark(tuple(image), tuple(quality or ()), model, tuple(arm or ARMS), repeats, out)
     )

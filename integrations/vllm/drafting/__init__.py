@@ -1,1 +1,1 @@
-"""Speculative decoding in vLLM: attachments for drafters, and what they share."""
+"""Speculative decoding in vLLM with our drafters."""

@@ -1,4 +1,4 @@
-"""What in an engine's configuration would keep a selected plugin from working as promised."""
+"""Engine settings that the selected drafter cannot serve."""
 
 import json
 from typing import Any
@@ -12,18 +12,27 @@ DRAFT_MODEL_CONFIG = json.dumps({"method": "draft_model", "model": "DRAFT", "num
 
 
 def default_draft_tokens(drafter: Any, verification: Verification) -> int:
-    """Drafted tokens of a request and step at most, where nobody says how many."""
+    """Return the default of ``num_speculative_tokens``: the maximum number of draft tokens per request and step.
+
+    Args:
+        drafter: Class of the drafter.
+        verification: Settings of verification.
+    """
     if verification.verification == "chain":
         return drafter.default_depth
     return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
 
 
 def check(attachment: Attachment, vllm_config: Any) -> None:
-    """Check everything that the selected drafter needs of an engine.
+    """Check the engine settings that the selected drafter requires.
+
+    Args:
+        attachment: The attached drafter.
+        vllm_config: vLLM's configuration of the engine.
 
     Raises:
-        ConfigError: The engine would not call the drafter: its ``speculative_config`` is missing or another.
-        Unsupported: The engine cannot serve it.
+        ConfigError: The engine would not call the drafter, since ``speculative_config`` is missing or does not name it.
+        Unsupported: The engine cannot serve the drafter.
     """
     _check_speculation(attachment.cls, attachment.options, attachment.config, vllm_config)
     if attachment.config.verification.verification == "tree":
@@ -49,19 +58,17 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
         raise Unsupported(
             plugin,
             f"rejection_sample_method={speculative.rejection_sample_method!r} changes the output distribution",
-            "leave it out of --speculative-config",
+            "remove it from --speculative-config",
             model,
         )
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-        raise Unsupported(
-            plugin, "prompts given as embeddings have no tokens", "leave out --enable-prompt-embeds", model
-        )
+        raise Unsupported(plugin, "prompts given as embeddings have no tokens", "omit --enable-prompt-embeds", model)
     if vllm_config.model_config.runner_type == "pooling":
-        raise Unsupported(plugin, "a pooling model generates no tokens", "leave the drafter out", model)
+        raise Unsupported(plugin, "pooling models generate no tokens", "run without the drafter", model)
 
 
 def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
-    """What a drafter over vLLM's own draft model needs of it."""
+    """Check that the engine runs a draft model in the way that the drafter requires."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
     if speculative is None or speculative.method != "draft_model":
         raise ConfigError(
@@ -69,44 +76,47 @@ def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -
         )
     if vllm_config.scheduler_config.async_scheduling:
         raise Unsupported(
-            plugin, "steps are scheduled before it is known what is drafted", "use --no-async-scheduling", model
+            plugin, "steps are scheduled before the draft tokens are known", "use --no-async-scheduling", model
         )
     if config.verification.verification == "tree":
         raise Unsupported(
-            plugin, "the draft model's cache knows no trees", "use verification=chain, or another base", model
+            plugin, "the draft model's cache does not support trees", "use verification=chain, or another base", model
         )
 
 
 def _check_tokenizer(cls: Any, options: Any, model_config: Any) -> None:
-    """Refuse a drafter whose token ids were made by a tokenizer with another vocabulary than the model's.
+    """Check that the token ids of a drafter come from a tokenizer with the model's vocabulary.
 
     Raises:
-        Unsupported: it is another.
+        Unsupported: The vocabularies differ.
     """
-    if (wanted := cls.tokenizer(options)) is None:
+    if (expected := cls.tokenizer(options)) is None:
         return
     from vllm.tokenizers.registry import cached_tokenizer_from_config
 
     from ....plugins.drafting.datastore import vocabulary_fingerprint
 
-    found = cached_tokenizer_from_config(model_config)
-    if found is not None and vocabulary_fingerprint(found.get_vocab()) != wanted[0]:
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is not None and vocabulary_fingerprint(tokenizer.get_vocab()) != expected[0]:
         raise Unsupported(
             cls.name,
-            f"its token ids are those of another tokenizer ({wanted[1]})",
-            "build it with --tokenizer of the model that is served",
+            f"its token ids are those of another tokenizer ({expected[1]})",
+            "build the datastore with --tokenizer of the served model",
             model_config.model,
         )
 
 
 def _check_trees(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
-    """What keeps trees from being verified, beside what our attention does not serve anywhere."""
+    """Check that draft trees can be verified."""
     model = vllm_config.model_config
     for present, reason in (
-        (config.kv is not None, "trees are verified over stock attention, not under a KV policy"),
-        (getattr(model, "uses_mrope", False), "positions of more than one dimension (M-RoPE)"),
-        (getattr(model, "is_hybrid", False), "a model with states beside attention cannot drop a branch"),
-        (vllm_config.kv_transfer_config is not None, "a KV connector may take what is still to be moved"),
+        (config.kv is not None, "tree verification does not work together with a KV policy"),
+        (
+            getattr(model, "uses_mrope", False),
+            "tree verification does not support multi-dimensional positions (M-RoPE)",
+        ),
+        (getattr(model, "is_hybrid", False), "hybrid models cannot roll back the recurrent state of a rejected branch"),
+        (vllm_config.kv_transfer_config is not None, "a KV connector may read keys and values before they are moved"),
     ):
         if present:
             raise Unsupported(plugin, reason, "use verification=chain", model.model)

@@ -1,7 +1,7 @@
-"""Keeps a drafter's state on disk while the engine runs.
+"""Background thread that saves a drafter's state to disk while the engine runs.
 
-vLLM's server ends its workers at once unless told otherwise (`--shutdown-timeout` is 0 by default), so saving at
-shutdown is not enough. A thread saves when the engine has fallen idle, and now and then under load.
+vLLM's server kills its workers at shutdown by default (`--shutdown-timeout` is 0), so saving at shutdown is not enough.
+The thread saves when the engine becomes idle, and periodically under load.
 """
 
 import logging
@@ -14,13 +14,18 @@ from ....plugins.contracts import Drafter
 logger = logging.getLogger("vllm.pilotfish")
 
 IDLE = 1.0  # seconds without a step after which the engine counts as idle
-EVERY = 60.0  # seconds between saves of an engine that is never idle
+EVERY = 60.0  # seconds between saves while the engine is never idle
 
 
 class StateSaver:
-    """Saves ``drafter`` to ``path`` whenever it has learned something and the moment is good.
+    """Background saver of a drafter's state.
 
-    Saving while another thread learns is harmless: a row half written is a bad draft at worst, and drafts are verified.
+    Saving while the drafter learns in another thread is harmless: a partly written row yields at worst a bad draft,
+    which verification rejects.
+
+    Args:
+        drafter: The drafter.
+        path: File of the state.
     """
 
     def __init__(self, drafter: Drafter, path: Path) -> None:
@@ -32,11 +37,11 @@ class StateSaver:
         self._thread.start()
 
     def touch(self) -> None:
-        """The drafter has learned from a step."""
+        """Record that the drafter has learned from a step."""
         self._touched = time.monotonic()
 
     def close(self) -> None:
-        """Save what is new, and stop."""
+        """Save unsaved state and stop the thread."""
         self._stop.set()
         self._save()
 
@@ -47,14 +52,14 @@ class StateSaver:
                 self._save()
 
     def _save(self) -> None:
-        """Save if there is news; a full disk must not take the server down."""
+        """Save if the state has changed; errors such as a full disk must not stop the server."""
         with self._lock:
             if self._touched <= self._saved:
                 return
             before, self._saved = self._saved, time.monotonic()
             try:
                 self._drafter.save(self._path)
-            except Exception as error:  # whatever it is, serving goes on; the next quiet moment tries again
+            except Exception as error:  # serving continues; the thread tries again when the engine is next idle
                 self._saved = before
                 if not self._failing:
                     logger.error("pilotfish: the drafter's state could not be written: %s", error)

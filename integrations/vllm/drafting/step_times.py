@@ -1,8 +1,8 @@
-"""How long this machine takes for steps of more and more rows: measured when an engine starts.
+"""Batch-size latency profile: duration of a step by its number of query tokens, measured when an engine starts.
 
-The times are kept in the user's cache, the least of each size over the first starts of a model: one start may meet a
-busy machine, and would be believed for ever. They tell how further rows of a step grow dearer, which `StepCost` goes on
-to correct by the steps that really happen.
+The times are stored in the user's cache folder. For each size the minimum over the first starts of a model is kept,
+since the machine may be busy during one of them. The profile gives the relative cost of larger steps, which
+`StepCostModel` then corrects by the durations of real steps.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from ....plugins.contracts import Engine
 from ..engine import log, vllm_api
 from .top_k import top_k
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # rows of a step
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # numbers of query tokens of a step
 REPEATS = 7
-STARTS = 3  # that measure
-StepTimes = dict[int, float]  # rows -> seconds
+STARTS = 3  # number of starts that measure
+StepTimes = dict[int, float]  # number of query tokens -> seconds
 
 
 def measure_when_ready(runner: Any, engine: Engine, most: int, receive: Callable[[StepTimes], None]) -> None:
-    """Measure as soon as the runner can run steps, or take what was measured before.
+    """Wrap the model runner so that step times are measured, or read from the cache, once it can run steps.
 
     Args:
-        runner: vLLM's model runner, on every tensor-parallel rank.
-        engine: The facts that decide whether earlier times hold.
-        most: Largest number of rows that matters.
-        receive: Is given the times.
+        runner: vLLM's model runner; to be called on every tensor-parallel rank.
+        engine: Facts about the engine, which decide whether cached times apply.
+        most: Largest number of query tokens to measure.
+        receive: Callback that receives the times.
     """
     if runner.vllm_config.parallel_config.data_parallel_size > 1:
-        return  # the ranks would have to agree, also across machines
+        return  # the ranks would have to agree, across machines too
     graphs = engine.device == "cuda" and not runner.vllm_config.model_config.enforce_eager
     name = "capture_model" if graphs else "initialize_kv_cache"
     original = getattr(runner, name)
@@ -55,7 +55,7 @@ def measure_when_ready(runner: Any, engine: Engine, most: int, receive: Callable
 
 
 def _times(runner: Any, engine: Engine, most: int) -> StepTimes:
-    """Times from the cache, or measured; all ranks do the same."""
+    """Return the times from the cache, or measure them; all ranks do the same."""
     sizes, path, tp = [n for n in SIZES if n <= most], _path(runner, engine), get_tp_group()
     known, starts = tp.broadcast_object(_read(path) if tp.rank_in_group == 0 else None)
     if starts < STARTS or not set(sizes) <= known.keys():
@@ -63,25 +63,30 @@ def _times(runner: Any, engine: Engine, most: int) -> StepTimes:
         known = known | {n: min(t, known.get(n, t)) for n, t in now.items()}
         if tp.rank_in_group == 0:
             _write(path, known, starts + 1)
-            rows = ", ".join(f"{n}: {1000 * t:.1f}" for n, t in known.items())
-            log.logger.info("pilotfish: milliseconds of a step by its rows, measured: %s", rows)
+            text = ", ".join(f"{n}: {1000 * t:.1f}" for n, t in known.items())
+            log.logger.info("pilotfish: measured step times in ms, by number of query tokens: %s", text)
     return {n: known[n] for n in sizes}
 
 
 @torch.inference_mode()
 def measure_step_times(runner: Any, sizes: list[int]) -> StepTimes:
-    """Least seconds of the model, its logits and their candidates for steps of ``sizes`` rows.
+    """Measure steps: the model, its logits and their top-k candidates, without attention to earlier tokens.
 
-    Attention to earlier tokens is left out.
+    Args:
+        runner: vLLM's model runner.
+        sizes: Numbers of query tokens.
+
+    Returns:
+        Minimum seconds for each size.
     """
     model, taken = runner.model, {n: [] for n in sizes}
     for repeat in range(REPEATS + 1):
-        for n in sizes:  # in turn, so that a busy moment meets all
+        for n in sizes:  # interleaved, so that other load on the machine affects all sizes
             started = time.perf_counter()
             hidden, _ = runner._dummy_run(n, skip_eplb=True)
             logits = model.compute_logits(hidden[:n])
             if logits is not None:
-                top_k(logits, 8)[1].sum().item()  # waits for the device
+                top_k(logits, 8)[1].sum().item()  # synchronises with the device
                 logits.argmax(-1).sum().item()
             if repeat:  # the first round warms up
                 taken[n].append(time.perf_counter() - started)
@@ -105,18 +110,18 @@ def _path(runner: Any, engine: Engine) -> Path:
 
 
 def _read(path: Path) -> tuple[StepTimes, int]:
-    """What is known, and of how many starts."""
+    """Return the cached times and the number of starts that measured them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         times = {int(n): float(t) for n, t in content["times"].items()}
         starts = int(content["starts"])
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return {}, 0  # none yet, or not ours
+        return {}, 0  # missing or not in our format
     return {n: t for n, t in times.items() if 0 < t < float("inf")}, starts
 
 
 def _write(path: Path, times: StepTimes, starts: int) -> None:
     try:
         write_text(path, json.dumps({"times": dict(sorted(times.items())), "starts": starts}))
-    except OSError as error:  # a cache is a convenience
-        log.logger.warning("pilotfish: step times are not kept: %s", error)
+    except OSError as error:  # the cache is optional
+        log.logger.warning("pilotfish: step times could not be cached: %s", error)

@@ -34,10 +34,11 @@ SAMPLING_CONSTRAINTS = Patch("vllm.v1.sample.rejection_sampler", "apply_sampling
 
 
 def draft_sampling_is_broken() -> bool:
-    """Self-test of how vLLM hands a request's temperature, top-p and top-k to its drafted tokens.
+    """Return whether vLLM fails to pass a request's temperature, top-p and top-k to its draft tokens.
 
-    In vLLM 0.32's CPU build ``_expand_kernel_impl`` converts its output to int64 when it has another type, writes into
-    that copy and drops it: every speculative method, vLLM's own too, then samples with uninitialised memory.
+    In the CPU build of vLLM 0.32, ``_expand_kernel_impl`` converts its output tensor to int64 if it has another type,
+    writes into that copy and discards it. All speculative methods, including vLLM's, then sample with uninitialised
+    memory.
     """
     import torch
     from vllm.v1.sample import rejection_sampler
@@ -46,15 +47,18 @@ def draft_sampling_is_broken() -> bool:
     ends = torch.tensor([1, 3, 4], dtype=torch.int32)
     try:
         return rejection_sampler.expand_batch_to_tokens(x, ends, 4).tolist() != [0.5, 2.0, 2.0, 0.25]
-    except Exception:  # a kernel that cannot even run has to be replaced too
+    except Exception:  # a kernel that cannot run has to be replaced too
         return True
 
 
 def empty_steps_fail(device: str) -> bool:
-    """Self-test of a step in which no request has a draft, while one asks for top-k.
+    """Return whether vLLM fails on a step in which no request has draft tokens but one uses top-k.
 
-    In vLLM 0.32's CPU build the maximum of an empty tensor is taken there, which ends the engine; every speculative
-    method that may propose nothing meets it.
+    The CPU build of vLLM 0.32 computes the maximum of an empty tensor in such a step, which stops the engine. This
+    affects every speculative method that may propose no tokens.
+
+    Args:
+        device: Device of the logits.
     """
     import torch
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p

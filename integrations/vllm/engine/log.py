@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.pilotfish")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Under vLLM's command line, print our errors as one line on standard error and exit with code 2.
+    """Print our errors as one line on standard error and exit with code 2, if vLLM's command line is running.
 
     In a program that embeds vLLM the exception propagates.
     """

@@ -1,1 +1,1 @@
-"""Embedded models and test models, built from packages on the registry."""
+"""Embedded models and test models, built from packages on PyPI."""

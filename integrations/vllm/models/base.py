@@ -1,4 +1,4 @@
-"""Models that are built on this machine and kept in the cache folder."""
+"""Base class of models that are built on this machine and stored in the cache folder."""
 
 import contextlib
 import hashlib
@@ -11,51 +11,59 @@ from pilotfish._internal.cache_dir import cache_dir
 
 from ....plugins.config import ConfigError
 
-Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
+Progress = Callable[[int, int], None]  # (bytes written, total bytes)
 
 
 class ModelError(ConfigError):
-    """The embedded model cannot be had; the message says what to do."""
+    """Raised if an embedded model cannot be built; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model whose folder is made here."""
+    """Model whose folder is built on this machine.
+
+    Attributes:
+        name: Name of the model.
+    """
 
     name: str
 
     @property
     def folder(self) -> Path:
-        """Where the model lies once fetched."""
+        """Folder of the model in the cache."""
         return cache_dir() / "models" / self.name
 
     @property
     def fetched(self) -> bool:
-        """Whether the model lies in the cache."""
+        """Whether the model exists in the cache."""
         return (self.folder / "config.json").is_file()
 
     def check_source(self) -> None:
-        """See, before anything is begun, whether what it is made of is there.
+        """Check that the sources of the model exist, before it is built.
 
         Raises:
-            ModelError: it is not.
+            ModelError: A source is missing or damaged.
         """
 
     def build(self, folder: Path, progress: Progress | None) -> None:
         """Write the model into an empty folder.
 
+        Args:
+            folder: The folder.
+            progress: Callback that receives the numbers of written and of all bytes.
+
         Raises:
-            ModelError: what it is made of is missing or damaged.
+            ModelError: A source is missing or damaged.
         """
-        raise NotImplementedError(f"{self.name}: a model of a kind that does not say how it is made")
+        raise NotImplementedError(f"{self.name}: {type(self).__name__} does not implement build")
 
     def verify(self) -> bool:
-        """Whether the weights in the cache can be read, and are the ones expected where that is known."""
+        """Return whether the weights in the cache can be read and, if their digest is known, match it."""
         return readable_digest(self.folder / "model.safetensors") is not None
 
 
 def weights_digest(path: Path) -> str:
-    """Hex digest of the tensors in a safetensors file, by name, whatever its header looks like."""
+    """Return the SHA-256 hex digest of the tensors in a safetensors file, independent of its header."""
     from safetensors.numpy import load_file
 
     digest = hashlib.sha256()
@@ -66,18 +74,22 @@ def weights_digest(path: Path) -> str:
 
 
 def readable_digest(weights: Path) -> str | None:
-    """Digest of weights; None where they cannot be read."""
+    """Return the digest of a safetensors file; None if it cannot be read."""
     try:
         return weights_digest(weights) if weights.is_file() else None
-    except Exception:  # safetensors has errors of its own
+    except Exception:  # safetensors raises its own exception types
         return None
 
 
 def fetch_model(model: LocalModel, progress: Progress | None = None) -> Path:
-    """Make sure that the model lies in the cache, and return its folder.
+    """Build the model in the cache if it does not exist there, and return its folder.
+
+    Args:
+        model: The model.
+        progress: Callback that receives the numbers of written and of all bytes.
 
     Raises:
-        ModelError: the package is missing or damaged, or the cache cannot be written.
+        ModelError: A source is missing or damaged, or the cache cannot be written.
     """
     if model.fetched:
         return model.folder
@@ -91,7 +103,7 @@ def fetch_model(model: LocalModel, progress: Progress | None = None) -> Path:
         model.build(building, progress)
         try:
             building.rename(model.folder)
-        except OSError:  # another process was first; its folder is complete, since it was renamed too
+        except OSError:  # another process was first; its folder is complete, since it was renamed as well
             if not model.fetched:
                 raise
     return model.folder

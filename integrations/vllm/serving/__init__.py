@@ -1,1 +1,1 @@
-"""Composing and running ``vllm serve``, and `pilotfish doctor`."""
+"""Composition of ``vllm serve`` commands, and `pilotfish doctor`."""

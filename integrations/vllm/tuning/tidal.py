@@ -200,7 +200,7 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
         best = next((t for t in tried if t.kl <= target and t.needles >= needles), None)
         if best is None:
             status.print(
-                f"{name}: no set of layers stays below {target} and finds the needles; using the least divergence, {closest.kl:.3f}",
+                f"{name}: no set of layers stays below {target} and finds the needles; the least is {closest.kl:.3f}",
                 markup=False,
             )
         choice = (best or closest).choice

@@ -1,1 +1,1 @@
-"""Visual pruners in stock vLLM: subclasses of its LLaVA family, chosen by configuration, through its own registry."""
+"""Visual pruners in stock vLLM: subclasses of its LLaVA models, selected by model class overrides."""

@@ -1,4 +1,4 @@
-"""A model's tower and projector, without language model and engine: for looking at what a pruner keeps."""
+"""Vision tower and projector of a model, without language model and engine: used to visualise pruning."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline")
 
 
 class VisionEncoder:
-    """Sees pictures as a LLaVA checkpoint does, in plain torch and transformers.
+    """Vision encoder and projector of a LLaVA checkpoint, in plain torch and transformers.
 
     Args:
-        folder: A checkpoint of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision with safetensors.
+        folder: Folder of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision checkpoint with safetensors.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: The folder holds no such checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class VisionEncoder:
                 f"model {folder}: of type {self.config.model_type}, expected {', '.join(layouts.BY_MODEL)}"
             )
         if not isinstance(self.config.vision_feature_layer, int):
-            raise ConfigError(f"model {folder}: features of several layers are stacked")
+            raise ConfigError(f"model {folder}: vision_feature_layer stacks features of several layers")
         self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
         weights = _weights(folder)
         self.tower: Any = AutoModel.from_config(self.config.vision_config, attn_implementation="sdpa").eval().float()
@@ -47,7 +47,7 @@ class VisionEncoder:
             inside = {k.removeprefix("vision_model."): v for k, v in inside.items()}
         missing = self.tower.load_state_dict(inside, strict=False).missing_keys
         if any("encoder.layers" in k for k in missing):
-            raise ConfigError(f"model {folder}: the tower lacks {missing[0]}")
+            raise ConfigError(f"model {folder}: the vision tower lacks {missing[0]}")
         first, second = (weights[f"multi_modal_projector.linear_{i}.weight"] for i in (1, 2))
         act = ACT2FN[self.config.projector_hidden_act]
         self.projector = nn.Sequential(nn.Linear(*first.shape[::-1]), act, nn.Linear(*second.shape[::-1])).eval()
@@ -59,12 +59,20 @@ class VisionEncoder:
         self.newline = weights.get("image_newline")
 
     def layout(self, height: int, width: int) -> ImageLayout:
-        """Of a picture of that size."""
+        """Return the layout of the visual tokens for an image of this size in pixels."""
         return layouts.BY_MODEL[self.config.model_type](self.config, height, width)
 
     @torch.inference_mode()
     def encode(self, image: Any) -> tuple[ImageLayout, ImageFeatures, Tensor]:
-        """A PIL picture's layout, its tokens with scores, and the tower's features [views, side * side, width]."""
+        """Encode a PIL image.
+
+        Args:
+            image: The image, in RGB.
+
+        Returns:
+            Layout of its visual tokens, the tokens with their scores, and the features of the vision tower
+            [views, side * side, width].
+        """
         layout = self.layout(image.height, image.width)
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         pixels = pixels[0] if pixels.dim() == 5 else pixels
@@ -79,7 +87,7 @@ class VisionEncoder:
         return layout, ImageFeatures(self._assemble(layout, embedded), scores), features
 
     def _cls(self, hidden: tuple[Tensor, ...], at: int) -> Tensor:
-        """As `scores.cls_logits`, on the layers of transformers."""
+        """Compute the same as `patch_scores.cls_logits`, on layers of transformers."""
         layers = getattr(self.tower, "vision_model", self.tower).encoder.layers
         layer, entering = (layers[at], hidden[at]) if at < len(layers) else (layers[-1], hidden[-2])
         normed, attention = layer.layer_norm1(entering), layer.self_attn
@@ -100,15 +108,15 @@ class VisionEncoder:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint says of tower and projector, in float32, by names without ``model.``."""
+    """Return the weights of vision tower and projector in float32, by names without ``model.``."""
     from safetensors import safe_open
 
-    found = {}
+    weights = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 -- no mapping
                 if (short := name.removeprefix("model.")).startswith(PREFIXES):
-                    found[short] = file.get_tensor(name).float()
-    if not any(name.startswith("vision_tower.") for name in found):
+                    weights[short] = file.get_tensor(name).float()
+    if not any(name.startswith("vision_tower.") for name in weights):
         raise ConfigError(f"model {folder}: no safetensors with a vision tower")
-    return found
+    return weights

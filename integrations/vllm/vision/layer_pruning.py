@@ -1,10 +1,11 @@
-"""EXPERIMENTAL: visual tokens leave a prompt inside the language model (AIM, arXiv 2412.03248, section 3.3).
+"""EXPERIMENTAL: pruning of visual tokens inside the language model (AIM, arXiv 2412.03248, section 3.3).
 
-Rows of tokens that leave are dropped after a layer. Deeper layers get attention metadata of their own: fewer queries,
-and keys and values packed into the first slots of the same blocks. Keys carry their positions since they were rotated,
-so that packing changes nothing for attention. Later steps of the request read each layer by how much it dropped.
+Hidden states of pruned tokens are dropped after a layer. Deeper layers get separate attention metadata: fewer query
+tokens, and keys and values packed into the first slots of the same blocks. Keys are stored after the rotary embedding,
+so packing does not change attention. In later steps of the request, each layer subtracts the number of its pruned
+tokens from the sequence length.
 
-Prompts have to be whole, and no blocks are shared or freed; `support.check_layers` sees to the first two.
+Prompts must be processed whole, and blocks must not be shared or freed; `compatibility.check` checks the first two.
 """
 
 from dataclasses import dataclass, field
@@ -21,13 +22,13 @@ from ....plugins.pruning.importance import keep_visual_tokens, page_rank
 
 @dataclass
 class PrunedBatch:
-    """One step's requests, on the host.
+    """Requests of one step, on the host.
 
     Attributes:
-        starts: [requests + 1] rows at which each begins.
-        lengths: [requests] tokens of each with those of this step.
-        table: [requests, blocks] of the cache.
-        names: A name for each while it runs: its first block, which is nobody else's.
+        starts: [requests + 1] index of the first query token of each request.
+        lengths: [requests] number of tokens of each request, including those of this step.
+        table: [requests, blocks] block table.
+        names: [requests] key of each request while it runs: its first block, which no other request uses.
     """
 
     starts: list[int]
@@ -39,29 +40,29 @@ class PrunedBatch:
         self.names = self.table[: len(self.lengths), 0].tolist()
 
     def rows(self, request: int) -> slice:
-        """Of a request."""
+        """Return the slice of a request's query tokens."""
         return slice(self.starts[request], self.starts[request + 1])
 
     def counts(self) -> list[int]:
-        """Rows of each request."""
+        """Return the number of query tokens of each request."""
         return [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
 
 
 class LayerPruning:
-    """Runs the layers of a language model with fewer visual tokens each.
+    """Forward pass of a language model with fewer visual tokens in each deeper layer.
 
     Args:
         layers: Decoder layers, each called with positions, hidden states and residual.
-        norm: What follows the last.
-        schedule: Which leave where.
-        vllm_config: Of the engine.
+        norm: Norm after the last layer.
+        schedule: Share of visual tokens that each layer keeps.
+        vllm_config: vLLM's configuration of the engine.
     """
 
     def __init__(self, layers: Any, norm: Any, schedule: LayerSchedule, vllm_config: Any) -> None:
         self._layers, self._norm, self._schedule, self._config = list(layers), norm, schedule, vllm_config
         self._attention = [layer.self_attn.attn for layer in self._layers]
         self._builder: Any = None
-        self._dropped: dict[int, list[int]] = {}  # by request: tokens that each layer lacks
+        self._dropped: dict[int, list[int]] = {}  # by request: number of tokens that each layer lacks
         self._seen: tuple[Tensor, Tensor] | None = None
         for attention in self._attention[schedule.first : schedule.last]:
             attention.register_forward_pre_hook(self._see)
@@ -70,21 +71,24 @@ class LayerPruning:
         self._seen = inputs[0], inputs[1]
 
     def forward(self, positions: Tensor, embeds: Tensor, visual: Tensor | None) -> Tensor | None:
-        """Hidden states of a step with whole prompts that have pictures; None where vLLM's own forward serves.
+        """Compute the hidden states of a step that contains prompts with images.
 
         Args:
-            positions: [rows] of tokens.
-            embeds: [rows, width].
-            visual: [rows] bool, whether a row stands for a picture; None in a step without any.
+            positions: [rows] position of each query token.
+            embeds: [rows, width] input embeddings.
+            visual: [rows] bool mask of visual tokens; None in a step without images.
+
+        Returns:
+            [rows, width] hidden states, 0 for pruned tokens; None in other steps, which vLLM's forward computes.
         """
         context = get_forward_context()
-        if not isinstance(context.attn_metadata, dict):  # the engine measures its memory
+        if not isinstance(context.attn_metadata, dict):  # memory profiling
             return None
         stock = context.attn_metadata[self._attention[0].layer_name]
         batch = PrunedBatch(stock.query_start_loc.tolist(), stock.seq_lens.tolist(), stock.block_table)
         pruned = []
         for request, (rows, length) in enumerate(zip(batch.counts(), batch.lengths, strict=True)):
-            if rows == length:  # begins in this step: what had its first block before is gone
+            if rows == length:  # a new request: the previous owner of its first block has ended
                 self._dropped.pop(batch.names[request], None)
                 if visual is not None and bool(visual[batch.rows(request)].any()):
                     pruned.append(request)
@@ -109,14 +113,14 @@ class LayerPruning:
         prunable = torch.zeros(requests, dtype=torch.bool, device=hidden.device)
         prunable[pruned] = True
         visual = visual[:n].to(hidden.device) & prunable[request]
-        visual[torch.tensor(batch.starts[1:]) - 1] = False  # what is sampled from stays, whatever it stands for
-        whole = torch.bincount(request[visual], minlength=requests).tolist()
+        visual[torch.tensor(batch.starts[1:]) - 1] = False  # the token to sample from is always kept
+        num_visual = torch.bincount(request[visual], minlength=requests).tolist()
         for r in pruned:
             self._dropped[batch.names[r]] = [0] * len(self._layers)
-        gone = [0] * requests
+        num_pruned = [0] * requests
         for i, layer in enumerate(self._layers):
             for r in pruned:
-                self._dropped[batch.names[r]][i] = gone[r]
+                self._dropped[batch.names[r]][i] = num_pruned[r]
             counts = torch.bincount(request, minlength=requests).tolist()
             self._place(context, i, batch, counts, self._lacking(batch, i))
             hidden, residual = layer(positions, hidden, residual)
@@ -125,9 +129,9 @@ class LayerPruning:
                 continue
             keep = torch.ones_like(visual)
             for r in pruned:
-                mine = (request == r).nonzero().flatten()
-                keep[mine] = self._kept(i, mine, visual[mine], int(whole[r] * share))
-                gone[r] += int((~keep[mine]).sum())
+                indices = (request == r).nonzero().flatten()
+                keep[indices] = self._kept(i, indices, visual[indices], int(num_visual[r] * share))
+                num_pruned[r] += int((~keep[indices]).sum())
             hidden, residual, positions = hidden[keep], residual[keep], positions[keep]
             row, request, visual = row[keep], request[keep], visual[keep]
         hidden, _ = self._norm(hidden, residual)
@@ -136,7 +140,14 @@ class LayerPruning:
         return out
 
     def _kept(self, layer: int, mine: Tensor, visual: Tensor, count: int) -> Tensor:
-        """Which rows of one request stay after a layer."""
+        """Return the mask of one request's tokens that are kept after a layer.
+
+        Args:
+            layer: Index of the layer.
+            mine: Indices of the request's tokens among those of the step.
+            visual: Mask of the request's visual tokens.
+            count: Number of visual tokens to keep.
+        """
         if count == 0:
             return ~visual
         attention = self._layers[layer].self_attn
@@ -148,15 +159,16 @@ class LayerPruning:
         return keep_visual_tokens(rank, visual, count)
 
     def _place(self, context: Any, layer: int, batch: PrunedBatch, counts: list[int], lacking: list[int]) -> None:
-        """Tell a layer's attention which rows there are, and where keys and values go."""
+        """Set the attention metadata and slot mapping of a layer for the tokens that it processes."""
         if not any(lacking) and counts == batch.counts():
             return
-        name, size, device = self._attention[layer].layer_name, self._config.cache_config.block_size, batch.table.device
-        lengths = [length - gone for length, gone in zip(batch.lengths, lacking, strict=True)]
+        name, device = self._attention[layer].layer_name, batch.table.device
+        block_size = self._config.cache_config.block_size
+        lengths = [length - missing for length, missing in zip(batch.lengths, lacking, strict=True)]
         slots = []
         for r, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             at = torch.arange(length - count, length, device=device)
-            slots.append(batch.table[r, at // size].long() * size + at % size)
+            slots.append(batch.table[r, at // block_size].long() * block_size + at % block_size)
         slot_mapping = torch.cat(slots).to(context.slot_mapping[name].dtype)
         starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
         starts[1:] = torch.tensor(counts).cumsum(0)

@@ -1,7 +1,7 @@
 """vLLM's LLaVA models with a pruner between their projector and their language model.
 
-Each is vLLM's own class, with the step replaced in which tokens of a picture are put together. They are registered
-under names of their own, so that other engines in the same process have vLLM's.
+Each is a subclass of vLLM's class that replaces the step in which the tokens of an image are assembled. The subclasses
+are registered under separate names, so that other engines in the same process use vLLM's classes.
 """
 
 from collections.abc import Sequence
@@ -23,27 +23,37 @@ from ..engine import log
 from . import layouts, processing, request_pruner
 from .patch_scores import ClsAttentionScorer, mean_dissimilarity
 
-TOWER_VIEWS = 16  # views that a tower sees at once: the scheduler counts pruned tokens, of which many views fit
+TOWER_VIEWS = 16  # views per call of the vision tower: the scheduler counts pruned tokens, and so admits many views
 
 
 class PrunedModel:
-    """What the models share; goes before one of vLLM's classes."""
+    """Mixin for all models; vLLM's class has to follow it in the bases.
 
-    model: ClassVar[str]  # as `layouts.BY_MODEL` names it
+    Attributes:
+        model: Model type, a key of `layouts.BY_MODEL`.
+    """
+
+    model: ClassVar[str]
     config: Any
     vision_tower: Any
     multi_modal_projector: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg] self._engine: str =
-            getattr(self.config, request_pruner.CONFIG_KEY) self._wanted: dict[str, list[str]] = {}  # by modality,
-            while pictures are embedded self._scorer = None if isinstance(self.vision_tower, CLIPVisionModel):  # not
-            where pictures are switched off tower = f"{prefix}.vision_tower".removeprefix(".") with
-            self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined] scorer =
-            ClsAttentionScorer(self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower)
-            self._scorer = scorer self._inside = self._visual = None schedule =
-            request_pruner.make_pruner(self._engine).layer_schedule() if schedule is not None: from .layer_pruning
-            import LayerPruning
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._engine: str = getattr(self.config, request_pruner.CONFIG_KEY)
+        self._wanted: dict[str, list[str]] = {}  # pruner of each item by modality, during `embed_multimodal`
+        self._scorer = None
+        if isinstance(self.vision_tower, CLIPVisionModel):  # not if images are disabled
+            tower = f"{prefix}.vision_tower".removeprefix(".")
+            with self._mark_tower_model(vllm_config, "image"):  # type: ignore[attr-defined]
+                scorer = ClsAttentionScorer(
+                    self.vision_tower, self.config.vision_config, vllm_config.quant_config, tower
+                )
+            self._scorer = scorer
+        self._inside = self._visual = None
+        schedule = request_pruner.make_pruner(self._engine).layer_schedule()
+        if schedule is not None:
+            from .layer_pruning import LayerPruning
 
             model = self.language_model.model  # type: ignore[attr-defined]
             self._inside = LayerPruning(model.layers, model.norm, schedule, vllm_config)
@@ -52,7 +62,7 @@ class PrunedModel:
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
     ) -> Tensor:
-        """Embeddings of a step; which rows stand for pictures is kept until its `forward`."""
+        """Embed the tokens of a step, and keep the mask of visual tokens until its `forward`."""
         self._visual = is_multimodal if multimodal_embeddings else None
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)  # type: ignore[misc]
 
@@ -64,7 +74,7 @@ class PrunedModel:
         inputs_embeds: Any = None,
         **more: Any,
     ) -> Any:
-        """vLLM's own, but for prompts that visual tokens leave inside the language model."""
+        """Run vLLM's forward pass, or ours for prompts whose visual tokens are pruned inside the language model."""
         if self._inside is not None and inputs_embeds is not None:
             hidden = self._inside.forward(positions, inputs_embeds, self._visual)
             if hidden is not None:
@@ -72,28 +82,36 @@ class PrunedModel:
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)  # type: ignore[misc]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Tokens of pictures and videos, as many as were announced."""
+        """Encode images and videos, and prune their tokens to the number of placeholder tokens."""
         for modality, field in processing.FIELDS.items():
             rows = kwargs.pop(field, ())
             self._wanted[modality] = [request_pruner.from_tensor(row) for row in rows]
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def _process_image_input(self, image_input: Any) -> Sequence[Tensor]:
-        if image_input["type"] == "image_embeds":  # made by a tower elsewhere
+        if image_input["type"] == "image_embeds":  # embeddings that the client sent are not pruned
             return super()._process_image_input(image_input)  # type: ignore[misc]
         sizes = image_input.get("image_sizes")
-        made = []
+        pruned = []
         for i, pixels in enumerate(image_input["pixel_values"]):
             height, width = (0, 0) if sizes is None else (int(n) for n in sizes[i])
             layout = layouts.BY_MODEL[self.model](self.config, height, width)
             pruner, plan = request_pruner.resolve_selection(self._engine, self._wanted["image"][i], layout, "image")
             features, scores = self._see(pixels if pixels.dim() == 4 else pixels[None], pruner.needs_scores)
             tokens = self._assemble(self.multi_modal_projector(features), None if sizes is None else sizes[i])
-            made.append(prune_features(pruner, layout, plan, ImageFeatures(tokens, scores)))
-        return made
+            pruned.append(prune_features(pruner, layout, plan, ImageFeatures(tokens, scores)))
+        return pruned
 
     def _see(self, pixels: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
-        """Features [views, patches, width] of views [views, 3, h, w], a few at a time, and scores of their patches."""
+        """Run the vision tower on at most `TOWER_VIEWS` views at a time.
+
+        Args:
+            pixels: [views, 3, height, width].
+            scored: Whether to compute patch scores.
+
+        Returns:
+            Features [views, patches, width], and patch scores [views, patches] or None.
+        """
         scorer = self._scorer
         if scorer is not None:
             scorer.begin(scored)
@@ -104,21 +122,31 @@ class PrunedModel:
         return features, mean_dissimilarity(features) if scorer is None else scorer.take()
 
     def _assemble(self, embedded: Tensor, size: Tensor | None) -> Tensor:
-        """A picture's tokens as vLLM puts them together, from its views [views, patches, width]."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its tokens are put together")
+        """Assemble the tokens of an image as vLLM does, from its embedded views [views, patches, width]."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _assemble")
 
 
 def prune_features(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) -> Tensor:
-    """What the language model gets of a picture.
+    """Prune the visual tokens of an image.
+
+    Args:
+        pruner: The pruner.
+        layout: Layout of the visual tokens.
+        plan: The pruner's plan for this layout.
+        picture: Visual tokens and scores of the image.
+
+    Returns:
+        [plan.num_tokens, width] tokens for the language model.
 
     Raises:
-        RuntimeError: the pruner breaks its word, or vLLM put tokens together in an unknown way.
+        RuntimeError: The pruner returned another number of tokens than it planned, or the layout does not match the
+            tokens that vLLM assembled.
     """
     if len(picture.tokens) != layout.num_tokens:
         raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.num_tokens}")
     kept = pruner.apply(layout, plan, picture)
     if len(kept) != plan.num_tokens:
-        raise RuntimeError(f"pilotfish: {pruner.name} announced {plan.num_tokens} tokens and kept {len(kept)}")
+        raise RuntimeError(f"pilotfish: {pruner.name} planned {plan.num_tokens} tokens and kept {len(kept)}")
     return kept
 
 
@@ -126,7 +154,7 @@ def prune_features(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFe
     processing.LlavaProcessor, info=processing.LlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
-    """LLaVA-1.5."""
+    """LLaVA-1.5 with pruning of visual tokens."""
 
     model = "llava"
 
@@ -134,7 +162,7 @@ class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
         return embedded[0]
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
-        """What tower and projector see of a picture: all of it."""
+        """Return the number of tokens that vision tower and projector process for an image: all, unpruned."""
         tokens = layouts.single_view(self.config, 0, 0).num_tokens
         return tokens, tokens
 
@@ -143,7 +171,7 @@ class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
     processing.LlavaNextProcessor, info=processing.LlavaNextInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class PrunedLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT."""
+    """LLaVA-NeXT with pruning of visual tokens."""
 
     model = "llava_next"
 
@@ -158,7 +186,7 @@ class PrunedLlavaNext(PrunedModel, LlavaNextForConditionalGeneration):
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
-    """LLaVA-OneVision: frames of videos are taken, too, by pruners that do."""
+    """LLaVA-OneVision with pruning of visual tokens, including video frames if the pruner supports them."""
 
     model = "llava_onevision"
 
@@ -169,7 +197,7 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
         )
 
     def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
-        made = []
+        pruned = []
         if self._scorer is not None:
             self._scorer.begin(False)
         for video, wanted in zip(inputs["pixel_values_videos"], self._wanted["video"], strict=True):
@@ -177,6 +205,6 @@ class PrunedLlavaOnevision(PrunedModel, LlavaOnevisionForConditionalGeneration):
             tokens = torch.cat([torch.cat(parts).flatten(0, 1), self.image_newline[None]])
             layout = layouts.video_layout(self.config, len(video))
             pruner, plan = request_pruner.resolve_selection(self._engine, wanted, layout, "video")
-            whole = plan.num_tokens == layout.num_tokens
-            made.append(tokens if whole else prune_features(pruner, layout, plan, ImageFeatures(tokens)))
-        return made
+            unpruned = plan.num_tokens == layout.num_tokens
+            pruned.append(tokens if unpruned else prune_features(pruner, layout, plan, ImageFeatures(tokens)))
+        return pruned

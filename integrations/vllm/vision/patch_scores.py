@@ -1,4 +1,4 @@
-"""How much each patch matters to its view: what `Picture.scores` holds."""
+"""Importance scores of patches within their view, for `ImageFeatures.scores`."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from torch.nn import functional
 
 
 def cls_logits(layer: Any, hidden: Tensor) -> Tensor:
-    """Logits between the [CLS] query and the keys of all patches, averaged over heads, before the softmax.
+    """Compute the attention logits (before the softmax) of the [CLS] query for all patches, averaged over heads.
 
-    Only the query of [CLS] meets the keys, so that it costs patches times width. Where heads are spread over
-    tensor-parallel ranks, each gives its part of the mean.
+    Only the [CLS] query is multiplied with the keys, at a cost of patches times width. Under tensor parallelism each
+    rank contributes the part of its heads to the mean.
 
     Args:
-        layer: One of vLLM's CLIP encoder layers.
-        hidden: [views, 1 + patches, width] what enters the layer.
+        layer: A CLIP encoder layer of vLLM.
+        hidden: [views, 1 + patches, width] input of the layer.
 
     Returns:
-        [views, patches] in float32.
+        [views, patches] float32.
     """
     attention = layer.self_attn
     projected, _ = attention.qkv_proj(layer.layer_norm1(hidden))
@@ -34,16 +34,29 @@ def cls_logits(layer: Any, hidden: Tensor) -> Tensor:
 
 
 def mean_dissimilarity(features: Tensor) -> Tensor:
-    """For towers without [CLS]: minus the cosine between a patch and the mean of its view, [views, patches]."""
+    """Compute the negative cosine similarity of each patch to the mean of its view, for vision towers without [CLS].
+
+    Args:
+        features: [views, patches, width].
+
+    Returns:
+        [views, patches] float32.
+    """
     features = features.float()
     return -functional.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1)
 
 
 class ClsAttentionScorer:
-    """Takes the logits of [CLS] as a CLIP tower runs, in the layer behind the one that features are taken from.
+    """Recorder of [CLS] logits while a CLIP tower runs, in the layer after the one that features are taken from.
 
-    For LLaVA that is the tower's last, which the published code reads. vLLM builds a tower only as far as it needs
-    features, so that the layer is added to it, for its weights; it passes on what it is given.
+    For LLaVA that is the last layer of the tower, as in the published code. vLLM builds a tower only up to the layer
+    whose features it uses, so the next layer is added for its weights; its forward pass returns its input.
+
+    Args:
+        tower: vLLM's vision tower.
+        config: Hugging Face configuration of the vision tower.
+        quant_config: vLLM's quantisation configuration.
+        prefix: Prefix of the tower's weight names.
     """
 
     def __init__(self, tower: Any, config: Any, quant_config: Any, prefix: str) -> None:
@@ -67,15 +80,15 @@ class ClsAttentionScorer:
             layers[-1].register_forward_pre_hook(lambda layer, inputs: self.record_layer(layer, inputs[0]))
 
     def record_layer(self, layer: Any, hidden: Tensor) -> None:
-        """What enters the layer, if anybody wants it."""
+        """Record the logits of a layer's input, if scores are wanted."""
         if self.wanted:
             self._taken.append(cls_logits(layer, hidden))
 
     def begin(self, wanted: bool) -> None:
-        """What runs from now on is one picture, whose scores are wanted or not."""
+        """Start a new image, and set whether its scores are wanted."""
         self.wanted, self._taken = wanted, []
 
     def take(self) -> Tensor:
-        """[views, patches] of all that ran since `begin`."""
+        """Return the scores [views, patches] of all views since `begin`."""
         scores, self._taken = torch.cat(self._taken), []
         return scores

@@ -1,6 +1,6 @@
-"""What the front of an engine does for a pruner: it announces fewer tokens, and keeps caches apart.
+"""Multimodal processors in the engine's front end: numbers of placeholder tokens, and cache keys per pruner.
 
-Processors are shared by threads, so that nothing of a request is kept on them.
+Processors are shared by threads, so they keep no state of a request.
 """
 
 import contextvars
@@ -19,34 +19,38 @@ from . import layouts, request_pruner
 
 FIELDS = {"image": "pilotfish_image_pruner", "video": "pilotfish_video_pruner"}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-EMBEDDED = (ImageEmbeddingItems, VideoEmbeddingItems)  # made by a tower elsewhere: they pass as they are
+EMBEDDED = (ImageEmbeddingItems, VideoEmbeddingItems)  # sent by the client: not pruned
 
-_rehearsing = contextvars.ContextVar("rehearsing", default=False)  # while the engine measures its memory
+_rehearsing = contextvars.ContextVar("rehearsing", default=False)  # during memory profiling
 
 
 class PrunedInfo:
-    """Counts of tokens with the engine's pruner; goes before one of vLLM's classes."""
+    """Mixin that computes numbers of tokens after pruning; vLLM's class has to follow it in the bases.
 
-    model: str  # as `layouts.BY_MODEL` names it
+    Attributes:
+        model: Model type, a key of `layouts.BY_MODEL`.
+    """
+
+    model: str
     get_hf_config: Callable[[], Any]
 
     @property
     def selection(self) -> str:
-        """The engine's pruner, see `choice`."""
+        """The engine's pruner, encoded by `request_pruner.encode_selection`."""
         return getattr(self.get_hf_config(), request_pruner.CONFIG_KEY)
 
     def layout(self, modality: str, items: Any, index: int) -> ImageLayout:
-        """Of one picture or video of a request."""
+        """Return the layout of the visual tokens for one image or video of a request."""
         if modality == "video":
             return layouts.video_layout(self.get_hf_config(), items.get_num_frames(index))
         size = items.get_image_size(index)
         return self.image_layout(size.height, size.width)
 
     def image_layout(self, height: int, width: int) -> ImageLayout:
-        """Of a picture of that size.
+        """Return the layout of the visual tokens for an image of this size in pixels.
 
         Raises:
-            RuntimeError: vLLM counts its tokens in another way than we do.
+            RuntimeError: vLLM computes another number of tokens than our layout.
         """
         layout = layouts.BY_MODEL[self.model](self.get_hf_config(), height, width)
         stock = super().get_num_image_tokens(image_width=width, image_height=height)  # type: ignore[misc]
@@ -55,13 +59,13 @@ class PrunedInfo:
         return layout
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """After pruning."""
+        """Return the number of tokens of an image after pruning."""
         return request_pruner.plan_for_modality(
             self.selection, self.image_layout(image_height, image_width), "image"
         ).num_tokens
 
     def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
-        """After pruning, where the pruner takes videos."""
+        """Return the number of tokens of a video, after pruning if the pruner supports videos."""
         del image_width, image_height
         return request_pruner.plan_for_modality(
             self.selection, layouts.video_layout(self.get_hf_config(), num_frames), "video"
@@ -69,12 +73,12 @@ class PrunedInfo:
 
 
 class PrunedProcessor:
-    """Announces the tokens that stay; goes before one of vLLM's classes."""
+    """Mixin that sets the number of placeholder tokens after pruning; vLLM's class has to follow it in the bases."""
 
     info: Any
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Pictures that nobody sent are not counted."""
+        """Return vLLM's dummy inputs without counting their visual tokens."""
         token = _rehearsing.set(True)
         try:
             return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -123,13 +127,13 @@ class PrunedProcessor:
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> tuple[list[int], Mapping[str, Any]]:
         prompt, placeholders = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
         if not _rehearsing.get():
-            for modality, found in placeholders.items():
+            for modality, ranges in placeholders.items():
                 items = mm_items[modality]
                 if not isinstance(items, EMBEDDED):
-                    # One that is known by its id alone was counted when it came.
-                    here = [i for i in range(len(found)) if items.get(i) is not None]
-                    full = sum(self.info.layout(modality, items, i).tokens for i in here)
-                    kept = sum(len(found[i].tokens) for i in here)
+                    # Items without data are cached; they were counted when they were first sent.
+                    indices = [i for i in range(len(ranges)) if items.get(i) is not None]
+                    full = sum(self.info.layout(modality, items, i).num_tokens for i in indices)
+                    kept = sum(len(ranges[i].tokens) for i in indices)
                     metrics.count_visual_tokens(request_pruner.decode_selection(self.info.selection).name, full, kept)
         return prompt, placeholders
 
@@ -141,30 +145,30 @@ class PrunedProcessor:
 
 
 class LlavaInfo(PrunedInfo, LlavaProcessingInfo):
-    """LLaVA-1.5."""
+    """Numbers of tokens for LLaVA-1.5."""
 
     model = "llava"
 
 
 class LlavaNextInfo(PrunedInfo, LlavaNextProcessingInfo):
-    """LLaVA-NeXT."""
+    """Numbers of tokens for LLaVA-NeXT."""
 
     model = "llava_next"
 
 
 class LlavaOnevisionInfo(PrunedInfo, LlavaOnevisionProcessingInfo):
-    """LLaVA-OneVision."""
+    """Numbers of tokens for LLaVA-OneVision."""
 
     model = "llava_onevision"
 
 
 class LlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
-    """LLaVA-1.5."""
+    """Multimodal processor of LLaVA-1.5."""
 
 
 class LlavaNextProcessor(PrunedProcessor, LlavaNextMultiModalProcessor):
-    """LLaVA-NeXT."""
+    """Multimodal processor of LLaVA-NeXT."""
 
 
 class LlavaOnevisionProcessor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
-    """LLaVA-OneVision."""
+    """Multimodal processor of LLaVA-OneVision."""

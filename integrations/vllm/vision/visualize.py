@@ -1,4 +1,4 @@
-"""What a pruner keeps of a picture, as a picture."""
+"""Visualisation of pruning: an image in which pruned patches are darkened."""
 
 from pathlib import Path
 from typing import Any
@@ -14,38 +14,44 @@ from ....plugins.pruning import grids
 from ..models import registry
 from .image_encoder import VisionEncoder
 
-DIM = 0.25  # brightness of what is dropped
-THUMBNAIL = 0.4  # height of the thumbnail's drawing, of the picture's
-MOST_PIXELS = 89_478_485  # beyond which Pillow suspects an attack
+DIM = 0.25  # brightness of pruned patches
+THUMBNAIL = 0.4  # height of the base view, relative to the image
+MOST_PIXELS = 89_478_485  # above this, Pillow warns of a decompression bomb
 
 
 def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str, out: Path | None) -> None:
-    """See, select, draw, and print how many tokens there are.
+    """Print the number of visual tokens of images before and after pruning, and draw the kept patches.
+
+    Args:
+        pictures: Image files.
+        chosen: Pruners as ``name,option=value,...``; all registered pruners if empty.
+        model: Name of an embedded model, or folder of a LLaVA checkpoint.
+        out: Folder for the drawings; None for no drawings.
 
     Raises:
-        ConfigError: a picture, a pruner or the model cannot be used.
+        ConfigError: An image, a pruner, the model or the folder cannot be used.
     """
     pruners = {text: _make(text) for text in chosen or sorted(plugins().classes("pruner"))}
     images = {path: _open(path) for path in pictures}
-    eye = VisionEncoder(Path(registry.resolve_model(model)))
+    encoder = VisionEncoder(Path(registry.resolve_model(model)))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror}") from None
     table = Table()
-    for column in ("picture", "size", "pruner", "tokens", "kept", "share", "drawing"):
-        table.add_column(column, overflow="fold")  # what is cut cannot be read
+    for column in ("image", "size", "pruner", "tokens", "kept", "share", "drawing"):
+        table.add_column(column, overflow="fold")  # the default would truncate
     for path, image in images.items():
-        layout, seen, _ = eye.encode(image)
+        layout, features, _ = encoder.encode(image)
         for text, pruner in pruners.items():
             plan = pruner.plan(layout)
-            kept = torch.zeros(layout.num_tokens, dtype=torch.bool)
-            kept[pruner.select(layout, plan, seen)] = True
+            mask = torch.zeros(layout.num_tokens, dtype=torch.bool)
+            mask[pruner.select(layout, plan, features)] = True
             drawing = None
             if out is not None:
                 drawing = out / f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in text)}.png"
-                draw_overlay(image, layout, kept).save(drawing)
+                draw_overlay(image, layout, mask).save(drawing)
             size, share = f"{image.width} x {image.height}", f"{plan.num_tokens / layout.num_tokens:.1%}"
             row = (path.name, size, text, str(layout.num_tokens), str(plan.num_tokens), share, str(drawing or ""))
             table.add_row(*row)
@@ -53,28 +59,37 @@ def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str
 
 
 def draw_overlay(image: Any, layout: ImageLayout, kept: Any) -> Any:
-    """A drawing of a PIL picture; ``kept`` is [layout.num_tokens] bool."""
+    """Draw an image with its pruned patches darkened: the base view and, if there are crops, the grid.
+
+    Args:
+        image: PIL image in RGB.
+        layout: Layout of its visual tokens.
+        kept: [layout.num_tokens] bool mask of the kept tokens.
+
+    Returns:
+        A PIL image.
+    """
     from PIL import Image, ImageDraw
 
     side = layout.side
     small = max(round(image.height * THUMBNAIL), side)
-    thumbnail = _dimmed(image.resize((small, small)), kept[: side * side].view(side, side))
+    base_view = _dimmed(image.resize((small, small)), kept[: side * side].view(side, side))
     if not layout.grid_tokens:
-        return thumbnail
+        return base_view
     height, width = layout.grid
     grid = grids.grid_values(layout, kept)
-    whole = _dimmed(image, grid)
-    pen = ImageDraw.Draw(whole)
-    for box in layout.crop_regions:
-        _label(pen, box, grid, image.width / width, image.height / height)
-    canvas = Image.new("RGB", (whole.width + thumbnail.width + 8, max(whole.height, thumbnail.height)), "white")
-    canvas.paste(thumbnail, (0, 0))
-    canvas.paste(whole, (thumbnail.width + 8, 0))
+    crops = _dimmed(image, grid)
+    pen = ImageDraw.Draw(crops)
+    for region in layout.crop_regions:
+        _label(pen, region, grid, image.width / width, image.height / height)
+    canvas = Image.new("RGB", (crops.width + base_view.width + 8, max(crops.height, base_view.height)), "white")
+    canvas.paste(base_view, (0, 0))
+    canvas.paste(crops, (base_view.width + 8, 0))
     return canvas
 
 
 def _dimmed(image: Any, kept: Any) -> Any:
-    """The picture with the cells that are not kept, [rows, columns] bool, darkened."""
+    """Darken the patches of an image that are not in ``kept``, a [rows, columns] bool mask."""
     from PIL import Image, ImageEnhance
 
     mask = Image.fromarray((kept.numpy() * 255).astype("uint8")).resize(image.size, Image.Resampling.NEAREST)
@@ -97,20 +112,20 @@ def _make(text: str) -> VisualPruner:
 
 
 def _open(path: Path) -> Any:
-    """A picture as RGB, its first frame where it has several; what is transparent becomes white."""
+    """Read an image as RGB; only the first frame is read, and transparent pixels become white."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
             if file.width * file.height > MOST_PIXELS:
-                raise ConfigError(f"{path}: {file.width} x {file.height} pixels are too many")
+                raise ConfigError(f"{path}: {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
             if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
                 clear = file.convert("RGBA")
                 white = Image.new("RGBA", clear.size, "white")
                 return Image.alpha_composite(white, clear).convert("RGB")
             return file.convert("RGB")
     except UnidentifiedImageError:
-        raise ConfigError(f"{path}: not a picture") from None
+        raise ConfigError(f"{path}: not an image file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, ConfigError):
             raise

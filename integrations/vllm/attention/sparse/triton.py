@@ -1,8 +1,8 @@
 """Sparse attention on vLLM's GPU backends: layers that read only the tokens that an earlier layer selected.
 
 Replaces ``TRITON_ATTN`` (here) and ``FLASH_ATTN`` (`flash_attn`) if a KV policy is selected. Full-attention layers use
-vLLM's kernel; a layer that selects tokens also scores the cache (`kernels.paged_triton`). Sparse layers use vLLM's
-kernel with a block table of the selected pages only or, if heads do not share a selection or single tokens are
+vLLM's kernel; a layer that selects tokens also scores the cache (`kvcache.kernels.paged_triton`). Sparse layers use
+vLLM's kernel with a block table of the selected pages only or, if heads do not share a selection or single tokens are
 selected, our kernel. Requests that process a prompt or fit the budget keep their block table, so that one call serves
 a mixed batch.
 

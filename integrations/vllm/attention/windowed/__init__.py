@@ -1,1 +1,1 @@
-"""Attention backends with one KV cache per head, most of them windowed (RazorAttention)."""
+"""Attention backends with one KV cache per head, most of which keep only a window (RazorAttention)."""

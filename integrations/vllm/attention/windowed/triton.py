@@ -54,18 +54,17 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build vLLM's metadata, extended by our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        requests, is_prefilling = len(stock.seq_lens), common_attn_metadata.is_prefilling
+        requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
         in_prompt = self._in_prompt[:requests]
-        if is_prefilling is None:  # a CUDA graph is being captured
+        if known is None:  # a CUDA graph is being captured
             in_prompt.zero_()
         else:
-            in_prompt.copy_(is_prefilling[:requests], non_blocking=True)
+            in_prompt.copy_(known[:requests], non_blocking=True)
         stock.step = TritonWindowedStep(
             stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
-        evicted = is_prefilling is not None and self.window.num_evicted(longest - 1, self.block_size)
-        stock.windowed = longest if evicted else 0
+        stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
         return stock
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:

@@ -1,1 +1,1 @@
-"""Drafters on the V1 model runner, attached as a ``custom_class`` proposer."""
+"""Drafters on vLLM's V1 model runner, attached as a ``custom_class`` proposer."""

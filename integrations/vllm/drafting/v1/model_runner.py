@@ -1,7 +1,7 @@
-"""What our drafter sees of vLLM's model runner: the logits of a step, the rows they belong to, the life of requests.
+"""Access of a drafter to vLLM's model runner: logits of a step, their query tokens, and the end of requests.
 
-vLLM hands a custom drafter its configuration only. The runner that makes it is found on the call stack, and three of
-its methods are wrapped on that one instance; classes stay as they are.
+vLLM passes only its configuration to a custom proposer. The model runner that constructs the proposer is found on the
+call stack, and three of its methods are wrapped on that instance; vLLM's classes remain unchanged.
 """
 
 import sys
@@ -16,21 +16,28 @@ import torch
 from .....plugins.contracts import ROOT, Candidates, DraftTree, Int32
 from ..top_k import top_k
 
-CONTEXT = 16  # tokens before the first verified row that a drafter is shown
+CONTEXT = 16  # number of tokens before the first verified one that a drafter receives
 
 
 @dataclass
 class Verified:
-    """What one step did for one request."""
+    """Result of one step for one request.
+
+    Attributes:
+        request: Id of the request.
+        tokens: [a] accepted and sampled tokens; empty while the prompt is processed.
+        candidates: Top-k candidates of the model at each verified token.
+        text: [t] token ids of the whole text so far.
+    """
 
     request: str
-    tokens: Int32  # sampled or accepted, [a]; none while a prompt is still processed
+    tokens: Int32
     candidates: Candidates
-    text: Int32  # the whole text so far, [t]
+    text: Int32
 
 
 def find_runner() -> Any:
-    """The model runner that is being constructed, or None when somebody else made the drafter."""
+    """Return the model runner whose code constructs the proposer, or None if it was constructed elsewhere."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -41,26 +48,39 @@ def find_runner() -> Any:
 
 
 class RunnerBinding:
-    """Our hold on one model runner."""
+    """Access to one model runner.
+
+    Args:
+        runner: vLLM's model runner.
+        k: Number of candidates per query token.
+
+    Attributes:
+        seconds: Time spent on top-k of logits.
+    """
 
     def __init__(self, runner: Any, k: int) -> None:
         self._runner, self._k = runner, k
         self._top: tuple[torch.Tensor, torch.Tensor] | None = None
         self._metadata: Any = None
-        self.seconds = 0.0  # spent on choosing candidates
+        self.seconds = 0.0
 
     def attach(self, finished: Callable[[str], None], closing: Callable[[], None]) -> None:
-        """Start to listen: to logits, to requests that end, and to the shutdown of the worker."""
+        """Wrap the runner's methods to receive logits, the end of requests and the shutdown of the worker.
+
+        Args:
+            finished: Callback that receives the id of a request that ends.
+            closing: Callback at shutdown.
+        """
         runner = self._runner
         sample, removed, shutdown = runner._sample, runner._on_request_state_removed, runner.shutdown
 
         def _sample(logits: Any, spec_decode_metadata: Any) -> Any:
-            # Before sampling, which may change logits in place; after the grammar's mask.
+            # Before sampling, which may change logits in place, and after the grammar bitmask is applied.
             started = time.perf_counter()
-            # Within num_speculative_tokens of max_model_len vLLM would drop the drafts of the whole batch, and verify
-            # zeros in their place. We clip for each request instead (`room`), so the limit can lie behind the end.
-            # Set at each step, since fitting the context to memory resets it.
-            # A draft model of vLLM's has to keep its limit.
+            # If a text is within num_speculative_tokens of max_model_len, vLLM drops the drafts of the whole batch and
+            # verifies zeros instead. We clip drafts per request (`free_slots`), so the limit can exceed max_model_len.
+            # It is set at each step, since fitting the context length to memory resets it.
+            # A draft model that vLLM runs has to keep its limit.
             if not runner.speculative_config.uses_draft_model():
                 runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
             self._metadata = spec_decode_metadata
@@ -81,21 +101,27 @@ class RunnerBinding:
         runner.shutdown = _shutdown
 
     def prompt(self, index: int) -> Int32:
-        """Token ids of the prompt at a batch index, [t]."""
+        """Return the token ids of the prompt at a batch index, [t]."""
         batch = self._runner.input_batch
         return batch.token_ids_cpu[index, : int(batch.num_prompt_tokens[index])]
 
     def sampling_params(self, request: str) -> Any:
-        """The request's sampling parameters."""
+        """Return the sampling parameters of a request."""
         return self._runner.requests[request].sampling_params
 
     def free_slots(self, request: str, index: int, length: int) -> int:
-        """How many drafted tokens the request can still take: neither its own limit nor the model's is passed."""
+        """Return how many draft tokens a request can take within ``max_tokens`` and the model's context length.
+
+        Args:
+            request: Id of the request.
+            index: Index of the request in the batch.
+            length: Number of tokens of its text so far.
+        """
         batch, params = self._runner.input_batch, self.sampling_params(request)
         left = self._runner.max_model_len - length
         if params is not None and params.max_tokens is not None:
             left = min(left, params.max_tokens - (length - int(batch.num_prompt_tokens[index])))
-        return left - 1  # the step yields one more token than it accepts
+        return left - 1  # a step yields one token more than it accepts
 
     def step(
         self,
@@ -104,13 +130,13 @@ class RunnerBinding:
         token_ids: np.ndarray,
         tree_of: Callable[[int], DraftTree | None] | None = None,
     ) -> list[Verified]:
-        """The rows of the step that was just sampled, by request, in the order of the batch.
+        """Return the results of the step that was just sampled, one per request, in batch order.
 
         Args:
             sampled: Accepted and sampled tokens of each request.
-            num_tokens: [b] length of each text, those tokens included.
-            token_ids: [b, max_model_len] the texts.
-            tree_of: The tree that was verified for a request, by its index; None for a chain.
+            num_tokens: [b] length of each text, including those tokens.
+            token_ids: [b, max_model_len] token ids of the texts.
+            tree_of: Function from a batch index to the tree that was verified for the request, or None for a chain.
         """
         if self._top is None:
             return []
@@ -121,10 +147,10 @@ class RunnerBinding:
         drafted = [0] * len(sampled) if metadata is None else metadata.num_draft_tokens
         drafts = np.empty(0, np.int32) if metadata is None else metadata.draft_token_ids.cpu().numpy()
         scheduled = np.diff(self._runner.query_start_loc.np[: len(sampled) + 1])
-        rows, row, draft = [], 0, 0
+        results, row, draft = [], 0, 0
         for i, tokens in enumerate(sampled):
             d = drafted[i]
-            at = int(batch.num_computed_tokens_cpu[i]) + int(scheduled[i]) - 1 - d  # position of row 0
+            at = int(batch.num_computed_tokens_cpu[i]) + int(scheduled[i]) - 1 - d  # position of the first query token
             inputs = np.empty(d + 1, np.int32)
             inputs[0] = token_ids[i, at]
             inputs[1:] = drafts[draft : draft + d]
@@ -139,12 +165,12 @@ class RunnerBinding:
                 probs=probs[row : row + d + 1],
             )
             text = token_ids[i, : int(num_tokens[i])]
-            rows.append(Verified(batch.req_ids[i], np.array(tokens, np.int32), candidates, text))
+            results.append(Verified(batch.req_ids[i], np.array(tokens, np.int32), candidates, text))
             row, draft = row + d + 1, draft + d
         self._top = None
-        return rows
+        return results
 
     def is_decode_only(self, rows: int) -> bool:
-        """Whether the step processed nothing but the ``rows`` that it verified."""
+        """Return whether the step processed only the query tokens that it verified, ``rows`` in number."""
         requests = self._runner.input_batch.num_reqs
         return int(self._runner.query_start_loc.np[requests]) == rows

@@ -1,7 +1,8 @@
 """The proposer that vLLM constructs for ``--speculative-config '{"method": "custom_class", ...}'``.
 
-It stands between vLLM's model runner and a registered `contracts.Drafter`: shows it what every step verified, asks it
-for trees, and has of each as much verified as pays: its best root-to-leaf path, or the tree itself (see `trees`).
+It connects vLLM's model runner with a registered `contracts.Drafter`: passes it the results of every step, asks it for
+trees, and has the part of each tree verified that the step-cost model finds worthwhile: its best root-to-leaf path, or
+the tree itself (see `tree_verification`).
 """
 
 import time
@@ -27,20 +28,27 @@ from .tree_verification import TreeVerifier
 
 logger = log.logger
 
-NODES_PER_TOKEN = 4  # nodes grown for each token of a path that is verified
+NODES_PER_TOKEN = 4  # tree nodes requested per token of a verified path
 
 
 @dataclass
 class _LiveRequest:
-    """A live request."""
+    """State of a running request.
 
-    wanted: bool  # whether it wants drafts
+    Attributes:
+        wanted: Whether the request accepts drafts.
+        record: Acceptance of its drafts so far.
+        draft: Its last draft.
+        length: Length of its text after the last observed step; negative before the first.
+    """
+
+    wanted: bool
     record: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    draft: DraftTree | None = None  # the last
-    length: int = -1  # of its text when it was seen last; not yet, if negative
+    draft: DraftTree | None = None
+    length: int = -1
 
     def record_step(self, verified: Verified) -> None:
-        """What came of the last draft, or of as much of it as was verified."""
+        """Record how many tokens of the last draft, or of its verified part, were accepted."""
         self.length = len(verified.text)
         if self.draft is None or not len(verified.tokens):
             return
@@ -51,12 +59,22 @@ class _LiveRequest:
             self.record.observe(draft.scores, len(verified.tokens) - 1)
 
     def missed_steps(self, verified: Verified) -> bool:
-        """Whether steps went by that we were not shown, as vLLM does near the end of a draft model's context."""
+        """Return whether steps were not observed, as happens near the end of a draft model's context in vLLM."""
         return 0 <= self.length != len(verified.text) - len(verified.tokens)
 
 
 class PilotfishProposer:
-    """A custom proposer of vLLM; see `vllm.v1.spec_decode.custom_class_proposer`."""
+    """Custom proposer of vLLM that calls a drafter; see `vllm.v1.spec_decode.custom_class_proposer`.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+
+    Attributes:
+        trees: Tree verification; None if chains are verified.
+        plugin: The drafter; None on all ranks but the first, and if plugins are disabled.
+        cost: Cost model of a step.
+        counts: Totals over all steps.
+    """
 
     def __init__(self, vllm_config: Any) -> None:
         drafting = None if disabled() else attach("drafter", vllm_config)
@@ -70,7 +88,7 @@ class PilotfishProposer:
         self._requests: dict[str, _LiveRequest] = {}
         self._step_ended: float | None = None
         self._last_batch: set[str] = set()
-        if drafting is None:  # the kill switch: vLLM keeps its proposer, which proposes nothing
+        if drafting is None:  # PILOTFISH_DISABLE is set: the proposer proposes nothing
             return
         runner = find_runner()
         if runner is None:
@@ -81,7 +99,7 @@ class PilotfishProposer:
             self.trees = TreeVerifier(runner, drafting.name, get_tp_group())
         self._tp = get_tp_group()
         self._device = drafting.engine.device
-        if self._tp.rank_in_group != 0:  # the scheduler takes drafts from the first rank only
+        if self._tp.rank_in_group != 0:  # the scheduler uses drafts of the first rank only
             return
         self._most = drafting.engine.num_speculative_tokens
         self._depth = self._most if self.trees is None else min(self._most, drafting.cls.default_depth)  # type: ignore[attr-defined]
@@ -91,11 +109,11 @@ class PilotfishProposer:
         self._saver = None if path is None else StateSaver(plugin, Path(path))
         self._binding = RunnerBinding(runner, plugin.candidates)
         self._active = False
-        how = f"proposer, at most {self._most} drafted tokens a step, verified as a {self._verification.verification}"
+        how = f"proposer, up to {self._most} draft tokens per step, verified as a {self._verification.verification}"
         logger.info(log.start_up_table("drafter", drafting, how))
 
     def load_model(self, target_model: Any) -> None:
-        """vLLM has loaded the model: compile our kernels, test vLLM's sampling, start to listen."""
+        """Compile our kernels, test vLLM's sampling and attach to the runner; vLLM calls it after loading the model."""
         del target_model
         if disabled() or self._drafting is None:
             return
@@ -113,40 +131,40 @@ class PilotfishProposer:
         self._binding.attach(self._finish, self.close)
 
     def _work_around_vllm(self) -> None:
-        """Replace what vLLM's build gets wrong in sampling drafts, where its self-tests fail."""
+        """Replace functions of vLLM that sample draft tokens incorrectly, if their self-tests fail."""
         if self._device == "cpu" and vllm_fixes.draft_sampling_is_broken():
             vllm_fixes.EXPAND_BATCH.apply()
             if vllm_fixes.draft_sampling_is_broken():
-                raise RuntimeError("pilotfish: vLLM's expand_batch_to_tokens fails its self-test, even replaced")
+                raise RuntimeError("pilotfish: vLLM's expand_batch_to_tokens fails its self-test, even if replaced")
             logger.warning(
-                "pilotfish: this vLLM build hands uninitialised temperature, top-p and top-k to drafted tokens "
+                "pilotfish: this vLLM build passes uninitialised temperature, top-p and top-k to draft tokens "
                 "(utils/cpu_triton_utils._expand_kernel_impl writes into a copy); expand_batch_to_tokens was replaced"
             )
         if vllm_fixes.empty_steps_fail(self._device):
             vllm_fixes.SAMPLING_CONSTRAINTS.apply()
             logger.warning(
-                "pilotfish: this vLLM build fails on a step without drafts when a request asks for top-k; "
+                "pilotfish: this vLLM build fails on a step without draft tokens if a request uses top-k; "
                 "apply_sampling_constraints was wrapped"
             )
 
     def _use_latency_profile(self, times: step_times.StepTimes) -> None:
-        """Step times were measured; one size alone tells nothing."""
+        """Pass measured step times to the cost model; a single size contains no information."""
         if len(times) > 1:
             self.cost.set_latency_profile(list(times), list(times.values()))
 
     @staticmethod
     def _warm_up(plugin: DrafterPlugin) -> None:
-        """Run every compiled kernel once, on an instance of its own, so that no request waits for a compiler."""
-        name, text = "pilotfish-warm-up", np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)  # it repeats: there is a draft
-        nothing = np.full((1, 8), -1, np.int32)  # candidates that no row can learn from
-        seen = Candidates(text[:-1], text[-1:], np.full(1, -1, np.int32), nothing, np.zeros((1, 8), np.float32))
+        """Run every compiled kernel once, on a separate instance, so that no request waits for compilation."""
+        name, text = "pilotfish-warm-up", np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)  # repeats, so there is a draft
+        no_ids = np.full((1, 8), -1, np.int32)  # candidates from which no adjacency-matrix row learns
+        candidates = Candidates(text[:-1], text[-1:], np.full(1, -1, np.int32), no_ids, np.zeros((1, 8), np.float32))
         plugin.start(name, text)
-        for _ in range(2):  # the second time there is a draft to learn from
-            plugin.observe(name, text[2:3], seen)
+        for _ in range(2):  # the second iteration has a draft to learn from
+            plugin.observe(name, text[2:3], candidates)
             plugin.propose([DraftRequest(name, text, 2)], DraftBudget(4, 2))
         plugin.finish(name)
 
-    # ------------------------------------------------------------------------------------------------- every step
+    # --------------------------------------------------------------------------------------------------- each step
 
     def propose(
         self,
@@ -156,14 +174,14 @@ class PilotfishProposer:
         slot_mappings: Any = None,
         drafted: list[list[int]] | None = None,
     ) -> list[list[int]]:
-        """Drafts for each request of the batch; an empty list where there is none.
+        """Return the draft tokens of each request of the batch; an empty list for a request without a draft.
 
         Args:
-            sampled_token_ids: Tokens that this step gave each request; none while its prompt is still processed.
-            num_tokens_no_spec: [b] length of each text, those tokens included.
-            token_ids_cpu: [b, max_model_len] the texts.
+            sampled_token_ids: Accepted and sampled tokens of each request; none while its prompt is processed.
+            num_tokens_no_spec: [b] length of each text, including those tokens.
+            token_ids_cpu: [b, max_model_len] token ids of the texts.
             slot_mappings: Not used.
-            drafted: What vLLM's draft model proposed for each request, where there is one.
+            drafted: Tokens that vLLM's draft model proposed for each request; None without a draft model.
         """
         del slot_mappings
         if self.plugin is None:
@@ -192,25 +210,25 @@ class PilotfishProposer:
         return drafts
 
     def _draft(self, verified: list[Verified], drafted: list[list[int]] | None) -> list[list[int]]:
-        """Ask for trees, and take of each as much as the cost of a step allows."""
+        """Ask the drafter for trees, and cut each to the size that the cost model allows."""
         assert self.plugin is not None
         drafts: list[list[int]] = [[] for _ in verified]
-        wanting = []
+        pending = []
         for i, request in enumerate(verified):
             if len(request.tokens) and self._requests[request.request].wanted:
-                room = min(self._binding.free_slots(request.request, i, len(request.text)), self._most)
+                limit = min(self._binding.free_slots(request.request, i, len(request.text)), self._most)
                 proposed = np.array([] if drafted is None else drafted[i], np.int32)
-                wanting.append((i, DraftRequest(request.request, request.text, room, proposed)))
-        kept: dict[str, DraftTree] = {}
-        if wanting:
+                pending.append((i, DraftRequest(request.request, request.text, limit, proposed)))
+        selected: dict[str, DraftTree] = {}
+        if pending:
             nodes = NODES_PER_TOKEN * self._depth if self.trees is None else self._most
-            proposed = self.plugin.propose([r for _, r in wanting], DraftBudget(nodes, self._depth))
-            trees = [self._verifiable(r, tree) for (_, r), tree in zip(wanting, proposed, strict=True)]
-            live = [self._requests[r.id] for _, r in wanting]
+            proposed = self.plugin.propose([r for _, r in pending], DraftBudget(nodes, self._depth))
+            trees = [self._verifiable(r, tree) for (_, r), tree in zip(pending, proposed, strict=True)]
+            live = [self._requests[r.id] for _, r in pending]
             sizes = self._allocate(trees, live)
-            for (i, request), tree, size, one in zip(wanting, trees, sizes, live, strict=True):
-                kept[request.id] = one.draft = truncate_tree(tree, size)
-                drafts[i] = kept[request.id].tokens.tolist()
+            for (i, request), tree, size, one in zip(pending, trees, sizes, live, strict=True):
+                selected[request.id] = one.draft = truncate_tree(tree, size)
+                drafts[i] = selected[request.id].tokens.tolist()
             total = sum(map(len, drafts))
             self.counts["proposals"] += sum(map(bool, drafts))
             self.counts["proposed_tokens"] += total
@@ -218,11 +236,11 @@ class PilotfishProposer:
                 self._active = True
                 logger.info("pilotfish: drafter %s is active, its first draft has %d tokens", self.plugin.name, total)
         if self.trees is not None:
-            self.trees.set_drafts(self._tp.broadcast_object(kept))
+            self.trees.set_drafts(self._tp.broadcast_object(selected))
         return drafts
 
     def _verifiable(self, request: DraftRequest, tree: DraftTree) -> DraftTree:
-        """Of a tree what the request can have verified: all of it, or its best path."""
+        """Return the part of a tree that can be verified for the request: the whole tree, or its best path."""
         if self.trees is None or not self.trees.can_verify_tree(request.id):
             path = tree.best_path()
             tree = DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
@@ -231,7 +249,7 @@ class PilotfishProposer:
         return truncate_tree(tree, max(request.limit, 0))
 
     def _allocate(self, trees: list[DraftTree], live: "list[_LiveRequest]") -> list[int]:
-        """How many nodes of each request's tree to verify."""
+        """Return how many nodes of each request's tree to verify."""
         if self._verification.nodes is not None:
             return [min(len(tree), self._verification.nodes) for tree in trees]
         if self.plugin is not None and self.plugin.fixed_size:
@@ -241,17 +259,17 @@ class PilotfishProposer:
         )
 
     def _time_step(self, verified: list[Verified], now: float) -> None:
-        """Learn the cost of a step from the time since the last one, when both did nothing but decode."""
+        """Update the cost model with the time since the last step, if both steps only decoded."""
         rows = sum(len(v.candidates.inputs) for v in verified)
         batch = {v.request for v in verified}
         if self._step_ended is not None and batch <= self._last_batch and self._binding.is_decode_only(rows):
             self.cost.observe(len(verified), rows - len(verified), now - self._step_ended)
         self._last_batch = batch
 
-    # ----------------------------------------------------------------------------------------- the life of things
+    # ------------------------------------------------------------------------------------- start and end of requests
 
     def _start(self, request: str, index: int, seen: Verified) -> None:
-        """Tell the plugin of a request; of its text all that stands before what this step brought."""
+        """Start a request in the drafter, with its text before the tokens of this step."""
         assert self.plugin is not None
         params = self._binding.sampling_params(request)
         extra = (params.extra_args if params is not None else None) or {}
@@ -267,6 +285,6 @@ class PilotfishProposer:
             self.plugin.finish(request)
 
     def close(self) -> None:
-        """The worker shuts down."""
+        """Save the drafter's state at shutdown of the worker."""
         if self._saver is not None:
             self._saver.close()

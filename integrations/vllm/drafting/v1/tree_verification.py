@@ -1,15 +1,15 @@
-"""Tree verification in vLLM's V1 model runner: where the nodes stand, what is drawn at them, what is accepted.
+"""Tree verification in vLLM's V1 model runner: positions of nodes, sampling, and acceptance.
 
-The scheduler sees a request with n drafted tokens, of which some are accepted, and nothing of a tree. On the runner
-(one instance, its class stays as it is) two methods are wrapped:
+The scheduler handles a request with n draft tokens, of which some are accepted; it has no notion of trees. Two methods
+of the runner instance are wrapped, its class remains unchanged:
 
-- behind ``_prepare_inputs``, nodes get the positions of their depth; their slots in the cache stay as they are;
-- in place of ``_sample``, a token is drawn at every node and the tree walked along the draws. So outputs have the
-  distribution of plain decoding at any temperature, top-k and top-p. What was accepted is then moved to the slots
-  where a chain would have left it, in every layer.
+- after ``_prepare_inputs``, nodes get positions by their depth; their slots in the cache are unchanged;
+- in place of ``_sample``, a token is sampled at every node, and the sampled tokens are followed along the tree. Outputs
+  therefore have the distribution of plain decoding at any temperature, top-k and top-p. The keys and values of accepted
+  tokens are then moved, in every layer, to the slots where a chain would have stored them.
 
-Requests whose sampling depends on the path (penalties, grammars, ...) or which ask for log-probabilities are drafted
-chains, and sampled by vLLM.
+Requests whose sampling depends on the path (penalties, grammars, ...) or which ask for log-probabilities get chains as
+drafts and are sampled by vLLM.
 """
 
 from collections.abc import Mapping
@@ -25,22 +25,26 @@ from ...engine import log
 
 
 class TreeVerifier:
-    """Our hold on one model runner, on every tensor-parallel rank."""
+    """Tree verification on one model runner; one instance on every tensor-parallel rank.
+
+    Attributes:
+        num_moved_tokens: Number of accepted tokens whose keys and values were moved.
+    """
 
     def __init__(self, runner: Any, plugin: str, tp: Any = None) -> None:
-        """Hold a runner.
+        """Initialise without changing the runner.
 
         Args:
-            runner: vLLM's.
+            runner: vLLM's model runner.
             plugin: Name of the drafter, for messages.
             tp: vLLM's group of tensor-parallel ranks; None for one rank.
         """
         self._runner, self._plugin, self._tp = runner, plugin, tp
-        self._trees: dict[str, DraftTree] = {}  # request -> what was drafted for its next step
-        self._scheduled: dict[int, ScheduledTree] = {}  # index in the batch -> what its step verifies
+        self._trees: dict[str, DraftTree] = {}  # request -> draft for its next step
+        self._scheduled: dict[int, ScheduledTree] = {}  # batch index -> tree in the current step
         self._builders: list[Any] | None = None
         self._announced = False
-        self.num_moved_tokens = 0  # tokens that were not where they belong
+        self.num_moved_tokens = 0
 
     def attach(self) -> None:
         """Wrap the runner's methods."""
@@ -62,46 +66,46 @@ class TreeVerifier:
 
     @property
     def builders(self) -> list[Any]:
-        """The builders of attention metadata, which know the caches; empty when trees cannot be verified."""
+        """Builders of attention metadata, which hold the KV caches; empty if trees cannot be verified."""
         if self._builders is None:
             groups = [group for groups in self._runner.attn_groups for group in groups]
             self._builders = [builder for group in groups for builder in group.metadata_builders]
-            strange = [type(b).__name__ for b in self._builders if not hasattr(b, "scheduled_trees")]
-            errors = [f"{strange[0]} knows no trees"] if strange else [b.error for b in self._builders]
-            if self._tp is not None and self._tp.world_size > 1:  # where one rank cannot, none does
+            unsupported = [type(b).__name__ for b in self._builders if not hasattr(b, "scheduled_trees")]
+            errors = [f"{unsupported[0]} does not support trees"] if unsupported else [b.error for b in self._builders]
+            if self._tp is not None and self._tp.world_size > 1:  # if one rank cannot verify trees, none does
                 everywhere: list[Any] = [None] * self._tp.world_size
                 torch.distributed.all_gather_object(everywhere, errors, group=self._tp.cpu_group)
                 errors = [error for rank in everywhere for error in rank]
             if reason := next(filter(None, errors), None):
                 log.logger.warning(
-                    "pilotfish: %s: trees are NOT verified, chains are drafted instead: %s", self._plugin, reason
+                    "pilotfish: %s: trees are NOT verified, chains are used instead: %s", self._plugin, reason
                 )
                 self._builders = []
         return self._builders
 
     def can_verify_tree(self, request: str) -> bool:
-        """Whether a tree can be verified for a request; if not, a chain can."""
+        """Return whether a tree can be verified for a request; otherwise a chain can."""
         return self._has_path_independent_sampling(request) and bool(self.builders)
 
     def set_drafts(self, drafts: Mapping[str, DraftTree]) -> None:
-        """Remember what was drafted for next steps, until something else is or the request ends.
+        """Store the drafts for the next step; each is kept until it is replaced or its request ends.
 
-        A step may pass a request by, whose draft then comes in a later one.
+        A request may not be scheduled in the next step; its draft is then verified in a later one.
         """
         waiting = {r: tree for r, tree in self._trees.items() if r in self._runner.requests}
         self._trees = {**waiting, **drafts}
 
     def tree_of(self, index: int) -> DraftTree | None:
-        """The tree that the step under way verifies for a request, by its index; None for a chain or nothing."""
-        placed = self._scheduled.get(index)
-        return None if placed is None else placed.tree
+        """Return the tree of the request at a batch index in the current step; None for a chain or no draft."""
+        scheduled = self._scheduled.get(index)
+        return None if scheduled is None else scheduled.tree
 
-    # -------------------------------------------------------------------------------------------- before the model
+    # -------------------------------------------------------------------------------------- before the forward pass
 
     def _schedule_trees(self, scheduled: Mapping[str, list[int]]) -> None:
-        """Find the trees among what was scheduled, and give their nodes the positions of their depth."""
+        """Find the trees among the scheduled drafts, and set the positions of their nodes by depth."""
         runner, self._scheduled = self._runner, {}
-        # On every rank alike, or some would not be asked for drafts near the end of the context (see `RunnerBinding`).
+        # Set on every rank, otherwise some would propose no drafts near the end of the context (see `RunnerBinding`).
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens + 2
         if not self.builders:
             return
@@ -110,26 +114,26 @@ class TreeVerifier:
             tree = self._trees.pop(request, None)
             if tree is None or len(tokens) > len(tree) or tree.tokens[: len(tokens)].tolist() != list(tokens):
                 continue
-            tree = truncate_tree(tree, len(tokens))  # the scheduler may have had no room for all of it
+            tree = truncate_tree(tree, len(tokens))  # the scheduler may have cut the draft
             if is_chain(tree.parents):
                 continue
             index = runner.input_batch.req_id_to_index[request]
             first = int(starts[index + 1]) - len(tree) - 1
             position = int(runner.positions[first])
-            below = torch.from_numpy(node_depths(tree.parents).astype(np.int64))
-            runner.positions[first + 1 : first + 1 + len(tree)] = (position + below).to(runner.positions.device)
+            depths = torch.from_numpy(node_depths(tree.parents).astype(np.int64))
+            runner.positions[first + 1 : first + 1 + len(tree)] = (position + depths).to(runner.positions.device)
             self._scheduled[index] = ScheduledTree(index, first, position, tree, tree_attention_mask(tree.parents))
         for builder in self.builders:
             builder.scheduled_trees = list(self._scheduled.values())
         if self._scheduled and not self._announced:
             self._announced = True
-            nodes = max(len(placed.tree) for placed in self._scheduled.values())
+            nodes = max(len(scheduled_tree.tree) for scheduled_tree in self._scheduled.values())
             log.logger.info("pilotfish: trees are verified, the first has %d nodes", nodes)
 
-    # -------------------------------------------------------------------------------------------- behind the model
+    # --------------------------------------------------------------------------------------- after the forward pass
 
     def _verify(self, logits: torch.Tensor, metadata: Any, sample: Any) -> Any:
-        """Draw at every row, walk each request's tree or chain, move what was accepted."""
+        """Sample at every query token, accept along each tree or chain, and move keys and values of accepted tokens."""
         from vllm.v1.outputs import SamplerOutput
 
         batch = self._runner.input_batch
@@ -140,10 +144,12 @@ class TreeVerifier:
             if not self._has_path_independent_sampling(request)
         ]
         seeded = batch.sampling_metadata.generators
-        theirs = {i: seeded[i].get_state() for i in others if i in seeded}
-        drawn = sample_rows(logits.clone() if others else logits, metadata, batch.sampling_metadata)
-        if others:  # vLLM's, with the seeds they had; what it samples for the rest is overwritten, their seeds set back
-            for i, state in theirs.items():
+        states_before = {i: seeded[i].get_state() for i in others if i in seeded}
+        sampled = sample_rows(logits.clone() if others else logits, metadata, batch.sampling_metadata)
+        if others:
+            # vLLM samples these requests, with their generators as before. Its samples of the remaining requests are
+            # overwritten, and their generators restored.
+            for i, state in states_before.items():
                 seeded[i].set_state(state)
             states = {i: g.get_state() for i, g in seeded.items() if i not in others}
             result = sample(logits, metadata)
@@ -159,15 +165,15 @@ class TreeVerifier:
         row = draft = 0
         for i, d in enumerate(drafted):
             if i not in others:
-                placed = self._scheduled.get(i)
-                parents = list(range(ROOT, d - 1)) if placed is None else placed.tree.parents.tolist()
-                path, tokens = accept_sampled_path(drafts[draft : draft + d], parents, drawn[row : row + d + 1])
+                scheduled = self._scheduled.get(i)
+                parents = list(range(ROOT, d - 1)) if scheduled is None else scheduled.tree.parents.tolist()
+                path, tokens = accept_sampled_path(drafts[draft : draft + d], parents, sampled[row : row + d + 1])
                 output[i] = -1
                 output[i, : len(tokens)] = torch.tensor(tokens, dtype=output.dtype, device=output.device)
-                if placed is not None:
-                    astray = [(node, at) for at, node in enumerate(path) if node != at]
-                    source += [placed.first + 1 + node for node, _ in astray]
-                    target += [placed.first + 1 + at for _, at in astray]
+                if scheduled is not None:
+                    moves = [(node, at) for at, node in enumerate(path) if node != at]
+                    source += [scheduled.first + 1 + node for node, _ in moves]
+                    target += [scheduled.first + 1 + at for _, at in moves]
             row, draft = row + d + 1, draft + d
         if source:
             self.num_moved_tokens += len(source)
@@ -180,12 +186,15 @@ class TreeVerifier:
 
 
 def sample_rows(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]:
-    """A token from the model's distribution at every row, [rows]; seeded requests use their own generators.
+    """Sample a token from the model's distribution at every query token; seeded requests use their own generators.
 
     Args:
-        logits: [rows, vocabulary]; overwritten.
-        metadata: vLLM's, of the step's drafts.
-        sampling: vLLM's, of the batch's requests.
+        logits: [rows, vocabulary] logits of the query tokens; overwritten.
+        metadata: vLLM's `SpecDecodeMetadata` of the step.
+        sampling: vLLM's `SamplingMetadata` of the batch.
+
+    Returns:
+        [rows] sampled token ids.
     """
     from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
 
@@ -202,17 +211,17 @@ def sample_rows(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]
         if (generator := sampling.generators.get(i)) is not None:
             noise[first : first + count].exponential_(generator=generator)
         first += count
-    drawn = probs.div_(noise).argmax(-1)
+    sampled = probs.div_(noise).argmax(-1)
     if greedy is not None:
-        cold = torch.repeat_interleave(sampling.temperature < 1e-5, torch.tensor(counts, device=logits.device))
-        drawn = torch.where(cold, greedy, drawn)
-    return drawn.tolist()
+        is_greedy = torch.repeat_interleave(sampling.temperature < 1e-5, torch.tensor(counts, device=logits.device))
+        sampled = torch.where(is_greedy, greedy, sampled)
+    return sampled.tolist()
 
 
 def has_path_independent_sampling(params: Any) -> bool:
-    """Whether a request's distribution at a node depends on its logits, temperature, top-k and top-p alone.
+    """Return whether a request asks for tokens only and samples by logits, temperature, top-k and top-p alone.
 
-    And whether nothing but tokens is asked for. vLLM refuses min-p and a bias of logits with any speculation.
+    vLLM rejects min-p and logit bias with any speculative method.
     """
     if params is None:
         return False
