@@ -10,22 +10,32 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
 
-test: check  ## lint, types, and every test, those with a real engine too
-	$(BIN)/python -m pytest -m 'not long and not engine' -n 2 --dist loadfile
+test: $(VENV)/.ready  ## lint, types and all tests, some of them with real engines; a failed part does not skip the next
+	@failed=; for part in check test-without-engine test-engine; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	  [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+test-quick: $(VENV)/.ready  ## all tests that need no engine and take no minute, in three minutes
+	$(BIN)/python -m pytest -m 'not long and not engine and not slow' -n 2
+
+test-without-engine: $(VENV)/.ready
+	$(BIN)/python -m pytest -m 'not long and not engine' -n 2
+
+test-engine: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not long and engine'
 
-test-all: check  ## and those that take long: GPU kernels interpreted in real engines, further tensor-parallel ranks
+test-all: check  ## also the long ones: GPU kernels interpreted in real engines, further tensor-parallel ranks
 	$(BIN)/python -m pytest -m ''
 
-check: $(VENV)/.ready
+check: $(VENV)/.ready  ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
 	$(BIN)/pip install -q '.[bench]'
@@ -157,9 +167,10 @@ bench-memory: $(VENV)/.ready  ## the same for policies that free memory
 	  --quality-contexts 4000 --needle-contexts 4000 --needles 3 --out benchmarks/results/kv_memory_controls.json
 	$(MAKE) tables
 
-tables: $(VENV)/.ready  ## write the tables and figures of README and docs anew from benchmarks/results
+tables: $(VENV)/.ready  ## write the tables, figures and diagrams of README and docs from results and code
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/package_diagram.py
 
 setup: $(VENV)/.ready
 

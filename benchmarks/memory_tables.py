@@ -72,7 +72,7 @@ def quality() -> str:
 
 
 def short() -> str:
-    """Render memory, speed and quality of each setting. Needles are compared with full attention at the same places."""
+    """Return the summary of memory, speed and quality; needle recall is beside that of full attention."""
     _, arms, table = kv_figures("kv_memory")
     longest = max(c for _, _, c, b in table if b)
     batch = max(b for *_, b in table)

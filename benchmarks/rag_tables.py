@@ -44,7 +44,7 @@ def speed() -> str:
         "with",
         "whole answer",
         "decoding",
-        "first token",
+        "TTFT",
         "ms",
         "stock, ms",
         "prompt cached",
@@ -59,11 +59,11 @@ def load_table() -> str:
     found = {(r["arm"], r["metric"]): r["value"] for r in result["records"]}
     params = result["records"][0]["params"]
     rows = [
-        ["people, minutes", f"{params['people']}, {params['seconds'] / 60:.0f}"],
+        ["users, minutes", f"{params['people']}, {params['seconds'] / 60:.0f}"],
         ["answers, errors", f"{found['all', 'answers']:.0f}, {found['all', 'errors']:.0f}"],
         ["answer, median and 95 %", f"{found['all', 'answer_s_median']:.1f} s, {found['all', 'answer_s_p95']:.1f} s"],
         [
-            "first token, median and 95 %",
+            "TTFT, median and 95 %",
             f"{found['all', 'first_token_s_median']:.1f} s, {found['all', 'first_token_s_p95']:.1f} s",
         ],
         ["documents changed meanwhile", f"{found['all', 'documents_changed']:.0f}"],
@@ -99,6 +99,6 @@ def quality() -> str:
                     f"{searched['search_ms']:.0f}",
                 ]
             )
-    head = ["questions", "with", "found", "answer held", "exact match", "F1", "citations right", "honest refusals",
-            "wrong refusals", "search, ms"]  # fmt: skip
+    head = ["questions", "with", "passage recall", "contains answer", "exact match", "F1", "citation precision"]
+    head += ["true abstentions", "false abstentions", "search, ms"]
     return markdown(head, rows)

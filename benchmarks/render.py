@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import compatibility
 import memory_tables
+import plugin_table
 import rag_tables
 import retrieval_tables
 import tree_tables
@@ -26,8 +27,8 @@ FILE = re.compile(r"(<!-- file (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ARMS = {
     "ngram": "vLLM `ngram`",
     "suffix": "vLLM `suffix`",
-    "token_recycling@cold": "**Token Recycling**, cold",
-    "token_recycling@warm": "**Token Recycling**, hot",
+    "token_recycling@cold": "**Token Recycling**, cold cache",
+    "token_recycling@warm": "**Token Recycling**, warm cache",
 }
 
 
@@ -51,7 +52,16 @@ def drafters() -> str:
             ]
         )
     rows.sort(key=lambda r: r[0].replace("spec_bench, batch 1", ""))
-    head = ["prompts", "drafter", "speed-up", "decoding only", "median", "accepted length", "identical", "proposal ms"]
+    head = [
+        "prompts",
+        "drafter",
+        "speed-up",
+        "decoding only",
+        "median",
+        "acceptance length",
+        "identical",
+        "proposal ms",
+    ]
     return markdown(head, rows) + provenance(result)
 
 
@@ -79,7 +89,7 @@ def drafters_by_category() -> str:
 
 
 def drafters_short() -> str:
-    """Return the table of the README: whole data sets, one request at a time."""
+    """Return the table of drafters over whole datasets, one request at a time."""
     table = figures(load("drafters"))
     rows = [
         [
@@ -91,7 +101,9 @@ def drafters_short() -> str:
         for arm in ARMS
         if ("spec_bench", 1, arm) in table and ("humaneval", 1, arm) in table
     ]
-    return markdown(["drafter", "speed-up on Spec-Bench", "on HumanEval", "tokens per step", "identical outputs"], rows)
+    return markdown(
+        ["drafter", "speed-up on Spec-Bench", "on HumanEval", "acceptance length", "identical outputs"], rows
+    )
 
 
 def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, context: int) -> float:
@@ -151,7 +163,7 @@ def kv_recall() -> str:
 
 
 def kv_short() -> str:
-    """Return the table of the README: step speed-ups at the longest context, and quality."""
+    """Return the table of step speed-ups at the longest context, and of quality, by setting."""
     _, arms, table = kv_figures("kv")
     places = sorted({(b, c) for _, _, c, b in table if b})
     longest = max(c for _, c in places)
@@ -169,6 +181,7 @@ def kv_short() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "plugins": plugin_table.table,
     "kv_short": kv_short,
     "kv_speed": kv_speed,
     "kv_quality": kv_quality,
@@ -177,7 +190,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,
     "memory_short": memory_tables.short,
-    "drafters_twice_short": tree_tables.twice_short,
     "drafters_twice": tree_tables.twice,
     "drafters_budget": tree_tables.budget,
     "retrieval": retrieval_tables.retrieval,

@@ -45,18 +45,6 @@ def twice_by_category() -> str:
     return markdown(["category", *map(label, arms)], rows)
 
 
-def twice_short() -> str:
-    """Return the table of the README: the main settings on the first set of prompts."""
-    table = figures(load(RESULT))
-    arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
-    dataset = next(d for d, *_ in table)
-    rows = []
-    for arm in arms:
-        cells = [table[dataset + ending, 1, arm] for ending in ("", "_again", "_twice")]
-        rows.append([label(arm), *(f"{x['speedup']:.2f}x" for x in cells), f"{cells[0]['accepted_length']:.2f}"])
-    return markdown(["drafter", "first time", "second time", "both", "tokens per step, first time"], rows)
-
-
 def budget() -> str:
     """Return the table of speed-ups of trees sized by the draft budget and of trees of fixed sizes, by category."""
     result = load("drafters_budget")

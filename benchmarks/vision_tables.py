@@ -2,7 +2,7 @@
 
 from common import figures, load, markdown, provenance
 
-CASES = {"single": "one picture", "two_pictures": "two in a prompt", "batch_4": "four requests"}
+CASES = {"single": "one image", "two_images": "two in a prompt", "batch_4": "four requests"}
 COST = (
     ("prompt_tokens", "tokens", "{:.0f}"),
     ("kv_blocks", "blocks", "{:.0f}"),
@@ -47,5 +47,5 @@ def quality() -> str:
         cells = [f"{metrics[m]['value']:.2f} ± {metrics[m]['params']['standard_error']:.2f}" for m in QUALITY]
         rows.append([f"{float(retain):.0%}", label(name), *cells])
     head = ["kept", "by", "needle", "coverage", "saliency"]
-    pictures = max(r["params"].get("pictures", 0) for r in result["records"])
-    return markdown(head, rows) + f"\n\n{pictures} pictures.\n"
+    images = max(r["params"].get("images", 0) for r in result["records"])
+    return markdown(head, rows) + f"\n\n{images} images.\n"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Console, RenderableType
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -38,15 +39,29 @@ def make_table(*headers: str, numbers: Iterable[str] = (), title: str | None = N
     """Make a table that stays readable at 80 columns.
 
     Args:
-        headers: Column headers; they wrap at spaces.
+        headers: Column headers; a header of numbers has one word per line, to keep the column narrow.
         numbers: The headers of columns that hold numbers: right-aligned, and never wrapped.
         title: Title above the table.
     """
     numeric = set(numbers)
-    table = Table(title=title, pad_edge=False, padding=(0, 1), title_justify="left")
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for header in headers:
         if header in numeric:
-            table.add_column(header, justify="right", no_wrap=True)
+            table.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
         else:
             table.add_column(header, overflow="fold")  # text that is cut off cannot be copied
     return table
+
+
+def print_plain(*objects: RenderableType) -> None:
+    """Print tables and text to standard output, separated by empty lines; their strings are not parsed as markup."""
+    console = Console(markup=False, emoji=False)
+    for number, item in enumerate(objects):
+        if number:
+            console.print()
+        console.print(item)
+
+
+def format_number(value: float) -> str:
+    """Return a number with four significant digits, and with all digits before the decimal point."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

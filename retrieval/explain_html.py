@@ -1,10 +1,8 @@
-"""Score explanations as bar charts: in a terminal, and as one self-contained HTML page."""
+"""Score explanations as bar charts in one self-contained HTML page."""
 
 import html
 from collections.abc import Sequence
 from typing import Any
-
-WIDTH = 24  # length of the longest bar in a terminal, in characters
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1c2430;
@@ -60,31 +58,3 @@ def _column(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
         for word, value, imputed in rows
     )
     return f"<section><h2>{title}</h2><table>{body or '<tr><td>nothing</td></tr>'}</table></section>"
-
-
-def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
-    """Print a score explanation in a terminal."""
-    from rich.columns import Columns
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    def bar(value: float, most: float, style: str = "green") -> Text:
-        return Text("█" * max(round(WIDTH * value / (most or 1.0)), 0), style=style)
-
-    most = max((r.score for r in reasons), default=0.0)
-    table = Table("query", "document", "adds", "")
-    for r in reasons:
-        met = Text("not retrieved, imputed", style="dim") if r.imputed else Text(r.document or "")
-        table.add_row(Text(r.query), met, f"{r.score:.4f}", bar(r.score, most, "dim" if r.imputed else "green"))
-    table.caption = f"score {sum(r.score for r in reasons):.4f}"
-    console = Console()
-    console.print(table)
-    if reading is not None:
-        sides = []
-        for title, words in (("terms of the query", reading.query), ("terms of the document", reading.document)):
-            side = Table(title, "weight", "")
-            for word, weight in words:
-                side.add_row(Text(word), f"{weight:.3f}", bar(weight, words[0][1]))
-            sides.append(side)
-        console.print(Columns(sides))

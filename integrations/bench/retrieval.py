@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
+from ...plugins.terminal import format_number, make_table, print_plain
 from ...retrieval import evaluation
 from . import corpus, indexes, record
 from .corpus import Corpus
@@ -52,7 +54,7 @@ def run_retrieval_benchmark(plan: RetrievalBenchmark) -> list[Record]:
         quick = tuple(arm for arm in plan.arms if not arm.startswith(("maxsim", "sparse_encoder", "fast_plaid")))
         records += _measured(corpus.union_of_collections(parts), replace(plan, arms=quick), raw)
         record.write_records(plan.out, records, raw)
-    _show(records)
+    print_retrieval_table(records)
     return records
 
 
@@ -114,13 +116,23 @@ class _threads:  # noqa: N801 -- used as a function
         self._limits.restore_original_limits()
 
 
-def _show(records: Sequence[Record]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+SHOWN = {
+    "ndcg@10": "nDCG@10",
+    "recall@100": "R@100",
+    "query_ms_median": "median ms",
+    "query_ms_p95": "p95 ms",
+    "build_s": "build s",
+    "index_mib": "index MiB",
+}
 
-    metrics = ("ndcg@10", "recall@100", "query_ms_median", "query_ms_p95", "build_s", "index_mib")
-    table = Table("collection", "arm", *metrics)
+
+def print_retrieval_table(records: Sequence[Record]) -> None:
+    """Print the main metrics, one table per collection."""
+    tables: dict[str, Table] = {}
     for (dataset, arm), values in record.figures_by_arm(records).items():
-        if "ndcg@10" in values:
-            table.add_row(dataset, arm, *(f"{values[m]:.4g}" for m in metrics))
-    Console().print(table)
+        if "ndcg@10" not in values:
+            continue
+        if dataset not in tables:
+            tables[dataset] = make_table("index", *SHOWN.values(), numbers=SHOWN.values(), title=dataset)
+        tables[dataset].add_row(arm, *(f"{values[m]:.4f}" if "@" in m else format_number(values[m]) for m in SHOWN))
+    print_plain(*tables.values())

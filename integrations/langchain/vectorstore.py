@@ -131,7 +131,7 @@ class PilotfishVectorStore(VectorStore):
     def similarity_search_with_score(  # type: ignore[override]
         self, query: str, k: int = 4, filter: AnyFilter | None = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        """Return the best documents and their scores: higher is better, and only scores of one search are comparable."""
+        """Return the best documents and their scores. Higher is better; only scores of one search are comparable."""
         hits = self.index.search(query, k, to_pilotfish_filter(filter), **{**self._search_settings, **kwargs})
         return [(to_langchain_document(hit), hit.score) for hit in hits]
 

@@ -1,1 +1,1 @@
-"""Answers from an index and a language model: `answering.Answerer` in Python, `pilotfish rag` on the command line."""
+"""Retrieval-augmented generation: `answering.Answerer` in Python, and `pilotfish rag` on the command line."""

@@ -1,4 +1,4 @@
-"""How near a passage has to come to a question: calibrated by `rag eval`, kept beside the index."""
+"""The abstention threshold: the smallest similarity of the best passage. `rag eval` calibrates it for an index."""
 
 import itertools
 import json
@@ -11,21 +11,21 @@ from pilotfish._internal import atomic_write
 from ...retrieval.errors import RetrievalError
 
 NAME = "rag.json"
-WRONG = 0.1  # of questions that can be answered: more may not be refused, or nobody would ask again
-MIN_QUESTIONS = 5  # questions of each kind that a threshold is kept for
+WRONG = 0.1  # largest share of false abstentions among answerable questions
+MIN_QUESTIONS = 5  # smallest number of answerable and of unanswerable questions for which a threshold is saved
 
 
 def read_threshold(folder: Path) -> float:
-    """The threshold of an index; 0 where none was calibrated.
+    """Read the threshold of an index; 0 if none was calibrated.
 
     Raises:
-        RetrievalError: the file is none of ours.
+        RetrievalError: The file cannot be read, or contains no threshold.
     """
     try:
-        found = float(json.loads((folder / NAME).read_text(encoding="utf-8"))["threshold"])
-        if not math.isfinite(found):
+        threshold = float(json.loads((folder / NAME).read_text(encoding="utf-8"))["threshold"])
+        if not math.isfinite(threshold):
             raise ValueError
-        return found
+        return threshold
     except FileNotFoundError:
         return 0.0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -35,33 +35,42 @@ def read_threshold(folder: Path) -> float:
 
 
 def write_threshold(folder: Path, threshold: float, told: dict[str, float]) -> None:
-    """Keep a threshold, with what it was found by.
+    """Write the threshold of an index atomically.
+
+    Args:
+        folder: Folder of the index.
+        threshold: Threshold.
+        told: Further values that describe the calibration.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     atomic_write.write_bytes(folder / NAME, json.dumps({"threshold": round(threshold, 4), **told}, indent=1).encode())
 
 
 def calibrate_threshold(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
-    """The threshold that tells best, and how well: the mean share of both kinds on their right side of it.
+    """Calibrate the threshold that best separates answerable and unanswerable questions.
 
-    At most a tenth of the questions that can be answered fall below it. None where one kind is missing.
+    At most a tenth of the answerable questions are below the threshold.
 
     Args:
-        answerable: Similarities of the best passages of questions that the documents answer.
-        others: Of questions that they do not.
+        answerable: Similarities of the best passage of each answerable question.
+        others: The same of unanswerable questions.
+
+    Returns:
+        The threshold and its balanced accuracy: the mean of the shares of both on the correct side. None if there are
+        no questions of one of the two.
     """
     if not answerable or not others:
         return None
     both = sorted({*answerable, *others})
     candidates = [min([0.0, *both]), *((a + b) / 2 for a, b in itertools.pairwise(both))]
 
-    def kept(threshold: float) -> float:
+    def share_above(threshold: float) -> float:
         return sum(s >= threshold for s in answerable) / len(answerable)
 
     def balance(threshold: float) -> float:
-        return (kept(threshold) + sum(s < threshold for s in others) / len(others)) / 2
+        return (share_above(threshold) + sum(s < threshold for s in others) / len(others)) / 2
 
-    best = max((t for t in candidates if kept(t) >= 1 - WRONG), key=balance)
+    best = max((t for t in candidates if share_above(t) >= 1 - WRONG), key=balance)
     return best, balance(best)

@@ -1,4 +1,4 @@
-"""A question, an index, a language model behind an OpenAI-compatible server: an answer with citations, as it comes."""
+"""Streamed answers with citations, from an index and a language model on an OpenAI-compatible server."""
 
 import asyncio
 import re
@@ -14,10 +14,10 @@ from . import citations, engine_metrics, prompt
 from .citations import Citation
 from .connection import Clients, ServerError, named, parse_address, translate_errors
 
-SILENCE = 60  # seconds for which a server that names no counters is not asked for them again
-NOTHING = "I do not know: nothing in the documents comes near the question."
-_THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|$)", re.DOTALL)  # of servers that leave it in the answer
-_REFUSAL = re.compile(  # and not: ..., but; ..., see [1]; ... But
+SILENCE = 60  # seconds before a server without counters is asked for them again
+NOTHING = "I do not know: no document is similar enough to the question."
+_THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|$)", re.DOTALL)  # some servers leave reasoning in the answer
+_REFUSAL = re.compile(  # does not match if "but", "however" or "see" follows
     r"\W*(?:answer: )?(?:(?:i am |i'm )?(?:sorry|afraid),? (?:but |that )?)?i do not know\b"
     r"(?![^.!?]*\b(?:but|however|see)\b)(?![^.!?]*[.!?]+\s*(?:but|however)\b)"
 )
@@ -25,7 +25,16 @@ _REFUSAL = re.compile(  # and not: ..., but; ..., see [1]; ... But
 
 @dataclass(frozen=True)
 class RetrievedPassage:
-    """A hit as an answer cites it."""
+    """A passage that an answer can cite.
+
+    Attributes:
+        number: Number of the passage in the prompt, from 1.
+        id: Id of the document.
+        text: Text of the passage.
+        snippet: Excerpt that matches the question.
+        score: Score of the search.
+        metadata: Metadata of the document.
+    """
 
     number: int
     id: str
@@ -37,12 +46,13 @@ class RetrievedPassage:
 
 @dataclass(frozen=True)
 class PassagesFound:
-    """Passages were found.
+    """The event that the search has finished.
 
     Attributes:
-        passages: What the model will see; none where nothing comes near enough.
-        similarity: Of the best one to the question, what the threshold is compared with; None where nothing was found.
-        milliseconds: Of the search.
+        passages: Passages in the prompt; none if the best one is below the threshold.
+        similarity: Similarity of the best passage to the question, which is compared with the threshold; None if the
+            search found no passage.
+        milliseconds: Duration of the search.
     """
 
     passages: Sequence[RetrievedPassage]
@@ -52,25 +62,26 @@ class PassagesFound:
 
 @dataclass(frozen=True)
 class AnswerText:
-    """More of the answer."""
+    """The event that more text of the answer has arrived."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class AnswerDone:
-    """The answer is whole.
+    """The event that the answer is complete.
 
     Attributes:
-        text: All of it.
-        known: Whether it is one: not that nothing was found, or that the model does not know.
-        citations: Where it names passages.
-        attributed: Where it names none, those that have its words.
-        milliseconds: ``retrieval``, ``first_token`` (both from the question on) and ``total``.
-        tokens: ``prompt`` and ``answer``, and ``cached`` of the prompt, as the server counts.
-        saved: What plugins counted meanwhile; of other requests too, where such ran.
-        ended: Why the model stopped, as the server says: ``stop``, ``length`` where the answer is cut at
-            ``max_tokens``, or what else it knows; None where it does not say.
+        text: Text of the answer.
+        known: False if the answer is an abstention: no passage was similar enough, or the model does not know.
+        citations: Citations in the text.
+        attributed: Numbers of the passages that share the words of the answer, if it has no citations.
+        milliseconds: ``retrieval``, the duration of the search; ``first_token`` (TTFT) and ``total``, since the
+            question.
+        tokens: Token counts of the server: ``prompt``, ``answer``, and ``cached`` prompt tokens.
+        saved: Increase of the plugins' counters during the answer, including that by concurrent requests.
+        ended: The server's finish reason: ``stop``, ``length`` if the answer was cut off at ``max_tokens``, or another
+            one; None if the server gives none.
     """
 
     text: str
@@ -84,11 +95,11 @@ class AnswerDone:
 
     @property
     def cited(self) -> list[int]:
-        """Numbers of passages that it names, in its order."""
+        """Numbers of the cited passages, in the order of the text."""
         return list(dict.fromkeys(n for c in self.citations for n in c.numbers))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the event as a dictionary for JSON."""
         return {**asdict(self), "cited": self.cited}
 
 
@@ -99,19 +110,19 @@ class Answerer:
     """Answers questions from the documents of an index.
 
     Args:
-        index: Where passages are found.
-        url: Of the server's API, as ``http://127.0.0.1:8000/v1``.
-        model: As the server names it; None for the first that it has.
-        key: For the server; most on one's own machine ask for none.
-        k: Passages of a prompt.
-        threshold: Similarity of the best passage below which nothing is asked of the model; None for what
-            `rag eval --save` kept beside the index, or 0.
-        max_tokens: Of an answer, at most.
-        options: Further fields of requests, as ``temperature`` or vLLM's ``vllm_xargs``.
+        index: Index of the documents.
+        url: URL of the server's API, such as ``http://127.0.0.1:8000/v1``.
+        model: Name of the model at the server; None for the server's first model.
+        key: API key of the server; most local servers need none.
+        k: Number of passages in a prompt.
+        threshold: Smallest similarity of the best passage; below it, the model is not asked. None for the threshold
+            that `rag eval --save` wrote next to the index, or 0.
+        max_tokens: Maximum number of tokens in an answer.
+        options: Further fields of requests, such as ``temperature`` or vLLM's ``vllm_xargs``.
 
     Raises:
-        ServerError: ``url`` is none.
-        RetrievalError: the threshold beside the index cannot be read.
+        ServerError: ``url`` is not a valid URL.
+        RetrievalError: The file with the threshold cannot be read.
     """
 
     def __init__(
@@ -133,29 +144,29 @@ class Answerer:
         self._silent_until = 0.0
 
     def _clients(self) -> Clients:
-        """Connections belong to the event loop that opened them: another, as of a second `asyncio.run`, has its own."""
+        """Return the connections of the current event loop; a second `asyncio.run`, for example, needs new ones."""
         loop = asyncio.get_running_loop()
         if self._connected is None or self._connected[0] is not loop:
             self._connected = loop, Clients(self.url, self._key)
         return self._connected[1]
 
     async def close(self) -> None:
-        """Let go of connections; the next question opens new ones."""
+        """Close the connections; the next question opens new ones."""
         if self._connected is not None and self._connected[0] is asyncio.get_running_loop():
             await self._connected[1].close()
         self._connected = None
 
     async def counters(self) -> engine_metrics.EngineCounters | None:
-        """Of the server; see `savings`."""
-        found = await engine_metrics.read_counters(self._clients().plain, self.url)
-        self._silent_until = time.monotonic() + SILENCE if found is None else 0.0
-        return found
+        """Return the counters of the server; see `engine_metrics.read_counters`."""
+        counters = await engine_metrics.read_counters(self._clients().plain, self.url)
+        self._silent_until = time.monotonic() + SILENCE if counters is None else 0.0
+        return counters
 
     def retrieve(self, question: str, where: str | None = None) -> PassagesFound:
-        """Passages for a question.
+        """Search passages for a question; return none if the best one is below the threshold.
 
         Raises:
-            RetrievalError: the filter is wrong, or the index cannot be read.
+            RetrievalError: The filter is invalid, or the index cannot be read.
         """
         found = retrieve_passages(self.index, question, self.k, where)
         near = found.similarity is not None and found.similarity >= self.threshold
@@ -164,11 +175,16 @@ class Answerer:
     async def answer(
         self, question: str, history: Sequence[prompt.Message] = (), where: str | None = None
     ) -> AsyncIterator[Event]:
-        """What happens, as it happens: `Found`, `Text` by `Text`, `Done`.
+        """Answer a question, as a stream of events: one `PassagesFound`, then `AnswerText`, and at last `AnswerDone`.
+
+        Args:
+            question: Text of the question.
+            history: Earlier turns of the conversation, see `prompt.follow_up_question`.
+            where: Filter over metadata.
 
         Raises:
-            ServerError: the server fails; nothing more comes then.
-            RetrievalError: see `retrieve`.
+            ServerError: The server fails; no further event follows.
+            RetrievalError: The filter is invalid, or the index cannot be read.
         """
         begun = time.perf_counter()
         counts = time.monotonic() >= self._silent_until
@@ -204,12 +220,14 @@ class Answerer:
                     if chunk.choices:
                         ended = chunk.choices[0].finish_reason or ended
                         if sent := chunk.choices[0].delta.content:
-                            text = sent.encode("utf-8", "replace").decode()  # halves of pairs, which nobody could write
+                            text = sent.encode(
+                                "utf-8", "replace"
+                            ).decode()  # replaces lone surrogates, which cannot be encoded
                             first = first or _since(begun)
                             parts.append(text)
                             yield AnswerText(text)
         if not parts and not tokens:
-            raise ServerError(f"{self.url}: the answer held nothing that OpenAI's protocol knows")
+            raise ServerError(f"{self.url}: the answer contains no field of OpenAI's protocol")
         if ended is None and not tokens:
             raise ServerError(f"{self.url}: the server broke off in the middle of the answer")
         took = {"retrieval": found.milliseconds, "first_token": first or _since(begun), "total": _since(begun)}
@@ -217,15 +235,15 @@ class Answerer:
         saved = after.since(before) if before is not None and after is not None else {}
         text = "".join(parts).strip()
         thought = _THOUGHT.match(text)
-        said = text[thought.end() :] if thought else text
-        cited = [c for c in citations.find_citations(text, found.passages) if c.begin >= len(text) - len(said)]
-        known = not is_abstention(said)
-        guessed = citations.attribute_sentences(said, found.passages) if known and not cited else []
-        yield AnswerDone(text, known, cited, guessed, took, tokens, saved, ended)
+        reply = text[thought.end() :] if thought else text
+        cited = [c for c in citations.find_citations(text, found.passages) if c.begin >= len(text) - len(reply)]
+        known = not is_abstention(reply)
+        attributed = citations.attribute_sentences(reply, found.passages) if known and not cited else []
+        yield AnswerDone(text, known, cited, attributed, took, tokens, saved, ended)
 
 
 def retrieve_passages(index: Index, question: str, k: int, where: str | None = None) -> PassagesFound:
-    """The ``k`` passages that an index finds, however far they are; see `Answerer.retrieve`."""
+    """Search the best ``k`` passages, without a threshold; see `Answerer.retrieve`."""
     started = time.perf_counter()
     hits = index.search(question, k, where)
     nearest = highlights.similarity(index, question, hits[0].text) if hits else None
@@ -235,7 +253,7 @@ def retrieve_passages(index: Index, question: str, k: int, where: str | None = N
 
 
 def is_abstention(text: str) -> bool:
-    """Whether a model says that it does not know, and no more of the question than that."""
+    """Return whether an answer is an abstention: it only states that the model does not know."""
     plain = text.lower().replace("’", "'").replace("don't", "do not")
     return not plain.strip() or _REFUSAL.match(plain) is not None
 

@@ -1,7 +1,7 @@
-"""`pilotfish bench rag`: the same questions to a stock server and to one with a plugin, question by question.
+"""`pilotfish bench rag`: the same questions to a stock vLLM server and to a server with a plugin.
 
-Two servers live at a time, stock vLLM and the arm; each question goes to both, in alternating order, so that a machine
-whose speed drifts slows both. Both see the same passages. Conversations, whose prompts only grow, come last.
+Both servers run at the same time. Each question goes to both, in alternating order, so that a change in the machine's
+speed affects both. Both get the same passages. Conversations, whose prompts only grow, come last.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ...plugins.config import ConfigError, parse_assignments, unknown_key_message
 from ...plugins.manager import plugins
+from ...plugins.terminal import make_table, print_plain
 from ...retrieval.index import Index
 from ..bench import record
 from ..bench.record import Record
@@ -29,12 +30,12 @@ from .questions import Case, QuestionSet
 
 STOCK = "none"
 UNCACHED = "no_prefix_caching"
-SURVEYED = 300  # questions of a dataset whose retrieval is looked at, and by which thresholds are found
+SURVEYED = 300  # questions of a dataset for which retrieval is evaluated and the threshold is calibrated
 
 
 @dataclass(frozen=True)
 class RagBenchmark:
-    """What to measure; see `pilotfish bench rag --help`."""
+    """The options of a benchmark run; see `pilotfish bench rag --help`."""
 
     data: tuple[Path, ...]
     arms: tuple[str, ...]
@@ -53,7 +54,16 @@ class RagBenchmark:
 
 @dataclass(frozen=True)
 class PreparedCollection:
-    """A dataset whose passages are in an index."""
+    """A dataset whose passages are in an index.
+
+    Attributes:
+        name: Name of the dataset.
+        index: Index of the passages.
+        threshold: Abstention threshold.
+        cases: Questions to ask.
+        conversations: Questions to ask one after the other, with the earlier turns in the prompt.
+        survey: Metrics of retrieval.
+    """
 
     name: str
     index: Index
@@ -64,30 +74,33 @@ class PreparedCollection:
 
 
 def arguments(arm: str) -> list[str]:
-    """What `pilotfish serve` is told for an arm: a drafter or a KV policy, its options behind an @ each.
+    """Return the arguments of `pilotfish serve` for a configuration.
+
+    Args:
+        arm: Name of a drafter or a KV policy, each option after an ``@``; or ``no_prefix_caching``.
 
     Raises:
-        ConfigError: there is no such arm.
+        ConfigError: There is no such plugin.
     """
     if arm == UNCACHED:
         return ["--no-enable-prefix-caching"]
-    chosen = parse_assignments(arm.replace("@", ","))
+    selection = parse_assignments(arm.replace("@", ","))
     kinds = {kind: plugins().classes(kind) for kind in ("drafter", "kv")}
     for kind, known in kinds.items():
-        if chosen.name in known:
+        if selection.name in known:
             return [f"--{kind}", arm.replace("@", ",")]
-    raise ConfigError(unknown_key_message(f"arm '{arm}'", chosen.name, [*kinds["drafter"], *kinds["kv"], UNCACHED]))
+    raise ConfigError(unknown_key_message(f"arm '{arm}'", selection.name, [*kinds["drafter"], *kinds["kv"], UNCACHED]))
 
 
 def run_rag_benchmark(plan: RagBenchmark) -> None:
-    """Measure, write the JSON anew after every arm, print the table."""
+    """Run the benchmark, write the JSON file after each configuration, and print the table."""
     record.check_output_path(plan.out)
     for arm in plan.arms:
         arguments(arm)
     collections = [questions.read_questions(path) for path in plan.data]
     for collection in collections:
         if not collection.documents:
-            raise ConfigError(f"--data {collection.name}: has questions, but no passages for an index")
+            raise ConfigError(f"--data {collection.name}: contains questions, but no passages for an index")
     console = Console(stderr=True)
     with ExitStack() as stack:
         bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal))
@@ -95,15 +108,15 @@ def run_rag_benchmark(plan: RagBenchmark) -> None:
         records = [
             Record("rag", r.name, "retrieval", m, v, "", [], {"k": plan.k}) for r in ready for m, v in r.survey.items()
         ]
-        kept: list[dict[str, Any]] = []
+        raw: list[dict[str, Any]] = []
         for arm in plan.arms:
             runs = measure_arm(plan, arm, ready, bar)
             records += list(summarize_outcomes(arm, runs, plan))
-            kept += [
+            raw += [
                 {"arm": f"{STOCK}|{arm}" if a == STOCK else a, "dataset": d, **evaluation.raw_values(o)}
                 for a, d, o in runs
             ]
-            record.write_records(plan.out, records, {"runs": kept})
+            record.write_records(plan.out, records, {"runs": raw})
     print_rag_table(records)
     console.print(f"written to {plan.out}", markup=False)
 
@@ -111,20 +124,22 @@ def run_rag_benchmark(plan: RagBenchmark) -> None:
 def prepare_collection(
     plan: RagBenchmark, collection: QuestionSet, stack: ExitStack, bar: Progress
 ) -> PreparedCollection:
-    """Put a dataset's passages into an index, but those held out; find its threshold by questions not asked later."""
+    """Index a dataset's passages, without those held out, and calibrate the threshold on questions not asked later."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index"
     task = bar.add_task(f"{collection.name}: indexing", total=None)
     index = stack.enter_context(Index.create(folder, plan.index))
     index.add(collection.indexed_documents(plan.hold_out, plan.seed))
-    drawn, others = questions.split_cases(collection.cases, plan.sample, SURVEYED, plan.seed)
-    found = evaluation.ask_for_passages(index, others, plan.k)
+    sampled, others = questions.split_cases(collection.cases, plan.sample, SURVEYED, plan.seed)
+    survey = evaluation.ask_for_passages(index, others, plan.k)
     bar.remove_task(task)
-    least = found.get("threshold", 0.0)
-    return PreparedCollection(collection.name, index, least, drawn, list(conversations(plan, collection, index)), found)
+    threshold = survey.get("threshold", 0.0)
+    return PreparedCollection(
+        collection.name, index, threshold, sampled, list(conversations(plan, collection, index)), survey
+    )
 
 
 def conversations(plan: RagBenchmark, collection: QuestionSet, index: Index) -> Iterator[Sequence[Case]]:
-    """Questions that are asked one after the other, on one document where there are enough."""
+    """Yield conversations: answerable questions about the same document, for documents with enough of them."""
     by_document: dict[tuple[str, ...], list[Case]] = {}
     for case in collection.cases:
         if evaluation.answerable(index, case):
@@ -136,7 +151,7 @@ def conversations(plan: RagBenchmark, collection: QuestionSet, index: Index) -> 
 def measure_arm(
     plan: RagBenchmark, arm: str, ready: Sequence[PreparedCollection], bar: Progress
 ) -> list[tuple[str, str, Outcome]]:
-    """Outcomes by arm and dataset."""
+    """Ask all questions of both servers, and return the configuration, dataset and outcome of each."""
     total = 2 * sum(len(r.cases) + sum(map(len, r.conversations)) for r in ready)
     task = bar.add_task(f"{arm}: starting servers", total=total)
     runs: list[tuple[str, str, Outcome]] = []
@@ -154,7 +169,7 @@ def measure_arm(
                     a: Answerer(r.index, url, None, k=plan.k, threshold=r.threshold, max_tokens=plan.max_tokens)
                     for a, url in urls.items()
                 }
-                for answerer in answerers.values():  # the first request of a server is slow
+                for answerer in answerers.values():  # warm up: the first request of a server is slow
                     await evaluation.ask(answerer, Case("What is this about?"))
                 for talk in [[case] for case in r.cases] + [list(c) for c in r.conversations]:
                     dataset = r.name if len(talk) == 1 else f"{r.name}, conversation"
@@ -177,7 +192,7 @@ def measure_arm(
 
 
 def summarize_outcomes(arm: str, runs: Sequence[tuple[str, str, Outcome]], plan: RagBenchmark) -> Iterator[Record]:
-    """Figures of both arms, and of one against the other."""
+    """Yield the metrics of both configurations, and those that compare them."""
     params = {"k": plan.k, "max_tokens": plan.max_tokens}
     for dataset in dict.fromkeys(d for _, d, _ in runs):
         by_arm = {a: [o for b, d, o in runs if (b, d) == (a, dataset)] for a in (STOCK, arm)}
@@ -186,36 +201,35 @@ def summarize_outcomes(arm: str, runs: Sequence[tuple[str, str, Outcome]], plan:
             for metric, value in evaluation.compute_rag_metrics(outcomes).items():
                 yield Record("rag", dataset, label, metric, value, "", [], params)
         pairs = [
-            (mine.done, stock.done)
-            for mine, stock in zip(by_arm[arm], by_arm[STOCK], strict=True)
-            if "first_token" in mine.done.milliseconds and "first_token" in stock.done.milliseconds
+            (plugin.done, stock.done)
+            for plugin, stock in zip(by_arm[arm], by_arm[STOCK], strict=True)
+            if "first_token" in plugin.done.milliseconds and "first_token" in stock.done.milliseconds
         ]
         if not pairs:
             continue
-        same = statistics.fmean(mine.text == stock.text for mine, stock in pairs)
+        same = statistics.fmean(plugin.text == stock.text for plugin, stock in pairs)
         yield Record("rag", dataset, arm, "identical_share", round(same, 4), "", [], params)
         for metric, time in (("answer_speedup", "total"), ("first_token_speedup", "first_token")):
-            ratios = [stock.milliseconds[time] / mine.milliseconds[time] for mine, stock in pairs]
+            ratios = [stock.milliseconds[time] / plugin.milliseconds[time] for plugin, stock in pairs]
             mean = round(statistics.geometric_mean(ratios), 4)
             yield Record("rag", dataset, arm, metric, mean, "x", [round(x, 4) for x in ratios], params)
-        decoding = [(_decoding(mine), _decoding(stock)) for mine, stock in pairs]
-        ratios = [stock / mine for mine, stock in decoding if mine > 0 and stock > 0]
+        decoding = [(_decoding(plugin), _decoding(stock)) for plugin, stock in pairs]
+        ratios = [stock / plugin for plugin, stock in decoding if plugin > 0 and stock > 0]
         if ratios:
             mean = round(statistics.geometric_mean(ratios), 4)
             yield Record("rag", dataset, arm, "decode_speedup", mean, "x", [round(x, 4) for x in ratios], params)
 
 
 def _decoding(done: Any) -> float:
-    """Milliseconds of a token behind the first."""
+    """Return the time per output token (TPOT) in milliseconds: the mean over all tokens after the first."""
     more = done.tokens.get("answer", 0) - 1
     return (done.milliseconds["total"] - done.milliseconds["first_token"]) / more if more > 0 else 0.0
 
 
 SHOWN = {
-    "contains": "answer held",
+    "contains": "contains answer",
     "f1": "F1",
-    "citation_precision": "citations right",
-    "honest_refusals": "honest refusals",
+    "citation_precision": "citation precision",
     "answer_ms_median": "ms",
     "answer_speedup": "speed-up",
     "identical_share": "identical",
@@ -223,9 +237,14 @@ SHOWN = {
 
 
 def print_rag_table(records: Sequence[Record]) -> None:
-    """The main figures as a table."""
-    table = Table("dataset", "arm", *SHOWN.values())
-    for (dataset, arm), found in record.figures_by_arm(records).items():
-        if arm != "retrieval":
-            table.add_row(dataset, arm, *(f"{found[m]:.2f}" if m in found else "" for m in SHOWN))
-    Console().print(table)
+    """Print the main metrics, one table per dataset; a row of stock vLLM precedes the arm that it was paired with."""
+    tables: dict[str, Table] = {}
+    for (dataset, arm), metrics in record.figures_by_arm(records).items():
+        if arm == "retrieval":
+            continue
+        if dataset not in tables:
+            tables[dataset] = make_table("configuration", *SHOWN.values(), numbers=SHOWN.values(), title=dataset)
+        is_stock = arm.startswith(f"{STOCK}|")
+        values = (f"{metrics[m]:.{0 if m.endswith('_median') else 2}f}" if m in metrics else "" for m in SHOWN)
+        tables[dataset].add_row(STOCK if is_stock else arm, *values, end_section=not is_stock)
+    print_plain(*tables.values())

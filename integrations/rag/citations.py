@@ -1,4 +1,4 @@
-"""Which passages an answer stands on."""
+"""Citations in an answer, and attribution of sentences to supporting passages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import regex
 
 from .prompt import CITATION, PromptPassage
 
-SHARE = 0.6  # of a sentence's words that a passage must have to be named for it
-MOST = 100  # passages that one citation can stand for
+SHARE = 0.6  # smallest share of a sentence's words that a passage must contain to be attributed
+MOST = 100  # largest range of passages in one citation
 _PART = regex.compile(r"(\d{1,3})(?:\s*[-‑–—]\s*(\d{1,3}))?")
 _SENTENCE = regex.compile(r"[^.!?。！？\n]+[.!?。！？]*")
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
@@ -17,12 +17,12 @@ _WORD = regex.compile(r"\w{3,}|" + _UNSPACED.pattern)
 
 @dataclass(frozen=True)
 class Citation:
-    """A place in an answer that names passages.
+    """A citation in an answer.
 
     Attributes:
-        begin: Its first character.
-        end: The one behind its last.
-        numbers: Of the passages.
+        begin: Index of the first character.
+        end: Index after the last character.
+        numbers: Numbers of the cited passages.
     """
 
     begin: int
@@ -31,41 +31,42 @@ class Citation:
 
 
 def find_citations(answer: str, passages: Sequence[PromptPassage]) -> list[Citation]:
-    """All citations of an answer, as ``[1]``, ``[2, 3]``, ``[Passage 1]``, ``[1-3]``.
+    """Find all citations of an answer, such as ``[1]``, ``[2, 3]``, ``[Passage 1]`` and ``[1-3]``.
 
-    Numbers of passages that are none are left out, and citations of none such.
+    Numbers that are not those of a passage are ignored.
     """
     known = {p.number for p in passages}
-    found = []
+    results = []
     for match in CITATION.finditer(answer):
         numbers: dict[int, None] = {}
         for first, last in _PART.findall(match["numbers"]):
             begin, end = int(first), int(last or first)
             numbers |= dict.fromkeys(n for n in range(begin, min(end, begin + MOST) + 1) if n in known)
         if numbers:
-            found.append(Citation(match.start(), match.end(), list(numbers)))
-    return found
+            results.append(Citation(match.start(), match.end(), list(numbers)))
+    return results
 
 
 def attribute_sentences(answer: str, passages: Sequence[PromptPassage]) -> list[int]:
-    """For an answer that names none: for each sentence the passage that has most of its words, if that is most of them.
+    """Attribute the sentences of an answer without citations to passages.
 
-    A guess from words, and shown as one.
+    A sentence is attributed to the passage that contains most of its words, if it contains at least `SHARE` of them.
+    This is an estimate, and users see it as such.
     """
     words = {p.number: set(_words(p.text)) for p in passages}
-    found = []
+    attributed = []
     for sentence in _SENTENCE.findall(answer):
-        said = set(_words(sentence))
-        if said and words:
-            shares = {number: len(said & theirs) / len(said) for number, theirs in words.items()}
+        in_sentence = set(_words(sentence))
+        if in_sentence and words:
+            shares = {number: len(in_sentence & own) / len(in_sentence) for number, own in words.items()}
             best = max(shares, key=lambda number: shares[number])
             if shares[best] >= SHARE:
-                found.append(best)
-    return list(dict.fromkeys(found))
+                attributed.append(best)
+    return list(dict.fromkeys(attributed))
 
 
 def spaced(text: str) -> str:
-    """A text with spaces around each character of scripts that put none between words."""
+    """Return a text with spaces around each character of scripts that are written without spaces between words."""
     return _UNSPACED.sub(r" \g<0> ", text)
 
 

@@ -1,4 +1,4 @@
-"""`pilotfish rag`: ask an index through a language model, on the command line or on a page."""
+"""`pilotfish rag`: answers from an index and a language model, on the command line or on a web page."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from .cli_options import RagOptions, rag, rag_command
 
 @hookimpl
 def register_commands(cli: typer.Typer) -> None:
-    """Add the commands."""
+    """Register the plugin."""
     cli.add_typer(rag, name="rag", rich_help_panel=SEARCH)
     extend_group(cli, "bench", eval_command.bench, MEASURING)
 
@@ -28,11 +28,11 @@ def register_commands(cli: typer.Typer) -> None:
 def ask(
     setup: RagOptions,
     arguments: list[str],
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[str, typer.Argument(help="Question to answer.")],
     where: Where = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question, with citations and times. Arguments after `--` go to the server that is started."""
+    """Answer one question, with citations and times. With --start, arguments after `--` are passed to the server."""
 
     async def work() -> None:
         async with contextlib.aclosing(answerer.answer(question, (), where)) as events:
@@ -43,14 +43,14 @@ def ask(
         await answerer.close()
 
     if not question.strip():
-        raise ConfigError("QUESTION: says nothing")
+        raise ConfigError("QUESTION: is empty")
     with setup.ready(arguments) as answerer:
         asyncio.run(work())
 
 
 @rag_command("chat")
 def chat(setup: RagOptions, arguments: list[str], where: Where = None) -> None:
-    """Ask again and again, each question read from a line; what was said before is remembered."""
+    """Answer questions from standard input, one per line. Earlier turns are part of the prompt."""
     from . import prompt
 
     async def work() -> None:
@@ -59,7 +59,7 @@ def chat(setup: RagOptions, arguments: list[str], where: Where = None) -> None:
             try:
                 async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
                     found, text = await _shown(events)
-            except (ConfigError, RetrievalError) as error:  # the next question may fare better
+            except (ConfigError, RetrievalError) as error:  # the next question may succeed
                 typer.echo(strip_control_characters(f"\npilotfish: {error}"), err=True)
                 continue
             history = prompt.follow_up_question(history, found, question, text)
@@ -74,11 +74,11 @@ def serve(
     setup: RagOptions,
     arguments: list[str],
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8090,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8090,
     token: Token = None,
-    read_only: Annotated[bool, typer.Option(help="Take no documents.")] = False,
+    read_only: Annotated[bool, typer.Option(help="Disable uploads of documents.")] = False,
 ) -> None:
-    """Serve a page that answers questions; the folder's index is made where there is none."""
+    """Serve a web page that answers questions. The index is created if there is none."""
     check_host(host, token, "others could read and add documents")
     with setup.ready(arguments, make=not read_only) as answerer:
         from ...retrieval import server as serving
@@ -88,7 +88,7 @@ def serve(
 
 
 async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
-    """Print an answer as it comes, then what it stands on; returns passages and text."""
+    """Print an answer while it is streamed, then its supporting passages; return the passages and the text."""
     from .answering import AnswerDone, AnswerText, PassagesFound
 
     passages: Any = ()
@@ -107,24 +107,24 @@ async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:
 
 
 def _grounds(done: Any, passages: Any) -> None:
-    named = set(done.cited) | set(done.attributed)
+    supporting = set(done.cited) | set(done.attributed)
     if done.cited or done.attributed:
         typer.echo("")
-        how = "" if done.cited else "  (by its words; the answer names none)"
+        how = "" if done.cited else "  (by its words; the answer cites no passage)"
         for p in passages:
-            if p.number in named:
+            if p.number in supporting:
                 typer.echo(strip_control_characters(f"[{p.number}] {p.id}: {p.snippet}{how}"))
     elif done.known:
-        typer.echo("\n(the answer names no passage, and its words are those of none: do not rely on it)")
+        typer.echo("\n(the answer cites no passage, and no passage contains its words: do not rely on it)")
     if done.ended == "length":
-        typer.echo("\n(the answer is cut off; --max-tokens allows longer ones)")
+        typer.echo("\n(the answer is cut off; raise --max-tokens for longer answers)")
     elif not done.text:
-        typer.echo(f"(the model said nothing; the server gives {done.ended or 'nothing'} as its reason)")
+        typer.echo(f"(the answer is empty; finish reason of the server: {done.ended or 'none'})")
     took = done.milliseconds
     parts = [f"search {took['retrieval']:.0f} ms"]
     if "first_token" in took:
         parts.append(f"first token {took['first_token']:.0f} ms")
-    parts.append(f"all {took['total']:.0f} ms")
+    parts.append(f"total {took['total']:.0f} ms")
     if done.tokens:
         parts.append(f"{done.tokens['prompt']} + {done.tokens['answer']} tokens")
     parts += [f"{value} {name.replace('_', ' ')}" for name, value in done.saved.items()]
@@ -137,10 +137,10 @@ async def _as_json(question: str, events: AsyncIterator[Any]) -> None:
 
     from .answering import AnswerDone, PassagesFound
 
-    told: dict[str, Any] = {"question": question}
+    payload: dict[str, Any] = {"question": question}
     async for event in events:
         if isinstance(event, PassagesFound):
-            told |= {"passages": [asdict(p) for p in event.passages], "similarity": event.similarity}
+            payload |= {"passages": [asdict(p) for p in event.passages], "similarity": event.similarity}
         elif isinstance(event, AnswerDone):
-            told |= event.as_dict()
-    typer.echo(json.dumps(told, ensure_ascii=False))
+            payload |= event.as_dict()
+    typer.echo(json.dumps(payload, ensure_ascii=False))

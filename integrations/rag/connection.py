@@ -1,4 +1,4 @@
-"""The server of a language model: its address, its models, connections, and what goes wrong with it, in one line."""
+"""Connections to the server of a language model, the names of its models, and one-line error messages."""
 
 import contextlib
 import urllib.parse
@@ -9,15 +9,15 @@ import openai
 
 from ...plugins.config import ConfigError
 
-PATIENCE = 30  # seconds for a server to name its models
+PATIENCE = 30  # timeout of the request for the list of models, in seconds
 
 
 class ServerError(ConfigError):
-    """The server cannot be reached, or does not answer."""
+    """Error for a server that cannot be reached, or does not answer as expected."""
 
 
 class Clients:
-    """Connections to a server: by OpenAI's library, and for what that does not know."""
+    """Connections to a server: a client of OpenAI's library, and a plain HTTP client for other requests."""
 
     def __init__(self, url: str, key: str) -> None:
         self.openai = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
@@ -29,10 +29,10 @@ class Clients:
 
 
 async def named(url: str, model: str | None, key: str) -> str:
-    """The model's name at a server: the first that it has, where none is given.
+    """Return the name of a model at a server; the server's first model if ``model`` is None.
 
     Raises:
-        ServerError: there is no server, or it has no such model.
+        ServerError: The server cannot be reached, or has no such model.
     """
     with translate_errors(url):
         async with openai.AsyncOpenAI(
@@ -45,10 +45,10 @@ async def named(url: str, model: str | None, key: str) -> str:
 
 
 def parse_address(url: str) -> str:
-    """A server's URL, if it is one.
+    """Check the URL of a server, and return it unchanged.
 
     Raises:
-        ServerError: it is none.
+        ServerError: The URL is invalid.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -56,15 +56,15 @@ def parse_address(url: str) -> str:
             return url
     except ValueError:
         pass
-    raise ServerError(f"{url or 'the empty text'}: is no server's address; expected http://HOST:PORT/v1")
+    raise ServerError(f"{url or 'the empty text'}: is not a valid server address; expected http://HOST:PORT/v1")
 
 
 @contextlib.contextmanager
 def translate_errors(url: str) -> Iterator[None]:
-    """What goes wrong between us and a server becomes one line.
+    """Turn exceptions of requests to a server into a `ServerError` with a one-line message.
 
     Raises:
-        ServerError: it did.
+        ServerError: A request failed.
     """
     try:
         yield
@@ -72,33 +72,33 @@ def translate_errors(url: str) -> Iterator[None]:
         raise
     except openai.APIError as error:
         raise ServerError(f"{url}: {_reason(error)}") from None
-    except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library trusts what it is sent
-        raise ServerError(f"{url}: does not answer as OpenAI's protocol has it ({_line(error)[:100]})") from None
+    except (ValueError, AttributeError, TypeError, KeyError) as error:  # OpenAI's library does not validate answers
+        raise ServerError(f"{url}: the answer does not follow OpenAI's protocol ({_line(error)[:100]})") from None
     except Exception as error:
-        if not _is(error, "TransportError"):  # which OpenAI's library lets through once an answer has begun
+        if not _is(error, "TransportError"):  # OpenAI's library does not catch it in a stream
             raise
         raise ServerError(f"{url}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """In one line."""
+    """Return the reason of an error in one line."""
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
     if _is(cause, "ConnectError", "ConnectTimeout"):
         return "no server answers there; start one with `pilotfish serve MODEL`, or give --start MODEL"
     if _is(cause, "TimeoutException"):
-        return "the server takes too long"
+        return "the server did not answer in time"
     if _is(cause, "LocalProtocolError"):
-        return f"cannot be asked so: {_line(cause)}; look at the key"
+        return f"the request cannot be sent: {_line(cause)}; check the key"
     if _is(cause, "TransportError"):
-        return f"the server broke off: {_line(cause)}"
+        return f"the server broke off the connection: {_line(cause)}"
     body = getattr(error, "body", None)
     return _line((isinstance(body, dict) and body.get("message")) or error)
 
 
 def _is(error: BaseException | None, *names: str) -> bool:
-    """Whether an error is of a class of httpx, by name: OpenAI's library has changed from httpx to its successor."""
+    """Return whether an error's class has one of the names in httpx, or in its successor in newer OpenAI libraries."""
     return any(c.__name__ in names and c.__module__.startswith("httpx") for c in type(error).__mro__)
 
 
-def _line(told: object) -> str:
-    return " ".join(str(told).split())[:500]
+def _line(message: object) -> str:
+    return " ".join(str(message).split())[:500]

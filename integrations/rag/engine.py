@@ -1,4 +1,4 @@
-"""A vLLM server with chosen plugins, for as long as a command runs."""
+"""A vLLM server with selected plugins, started for the duration of a command."""
 
 import contextlib
 import os
@@ -17,20 +17,20 @@ import httpx
 
 from ...plugins.config import ConfigError
 
-PATIENCE = 600  # seconds until a server answers: large models load for minutes
-END = 30  # seconds for it to end
-# vLLM's CPU build takes nearly all memory for its cache otherwise, and ends where that is not free.
+PATIENCE = 600  # timeout until a server answers, in seconds: large models load for minutes
+END = 30  # timeout until a server ends, in seconds
+# Otherwise vLLM's CPU build takes nearly all memory for its KV cache, and fails if that is not free.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2"}
 _ERROR = re.compile(r"\b[A-Z]\w+(?:Error|Exception): .+")
 
 
 @dataclass(frozen=True)
 class Server:
-    """A process that answers.
+    """A running server.
 
     Attributes:
-        url: Without a path.
-        pid: Of the process.
+        url: URL without a path.
+        pid: Process id.
     """
 
     url: str
@@ -39,17 +39,17 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(words: Sequence[str], arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[Server]:
-    """Run a command of `pilotfish` that serves, on a free port of this machine; it is there once it answers.
+    """Run a server command of `pilotfish` on a free local port, and wait until it answers.
 
-    It is ended with all its processes.
+    At exit the server and all of its child processes are ended.
 
     Args:
-        words: The command and what it serves: ``serve MODEL``, ``rag serve INDEX``.
-        arguments: Further ones, behind its address.
-        log: Where its output goes; a temporary file without.
+        words: Command and its object, such as ``serve MODEL`` or ``rag serve INDEX``.
+        arguments: Further arguments, after host and port.
+        log: File for the output of the server; a temporary file if not given.
 
     Raises:
-        ConfigError: it ended before it answered, with its last line.
+        ConfigError: The server ended before it answered, or did not answer in time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,17 +70,17 @@ def running_server(words: Sequence[str], arguments: Sequence[str] = (), log: Pat
 
 @contextlib.contextmanager
 def started_server(model: str, arguments: Sequence[str] = (), log: Path | None = None) -> Iterator[str]:
-    """Run `pilotfish serve`; gives the URL of its API.
+    """Run `pilotfish serve`, and yield the URL of its API.
 
     Args:
-        model: A folder, a hub name or the name of an embedded model.
-        arguments: Further ones of `pilotfish serve` and of vLLM.
-        log: See `running`.
+        model: Folder, hub name, or name of an embedded model.
+        arguments: Further arguments of `pilotfish serve` and vLLM.
+        log: File for the output of the server, see `running_server`.
 
     Raises:
-        ConfigError: see `running`.
+        ConfigError: The server cannot be started, see `running_server`.
     """
-    # How many of a prompt's tokens were cached, in each answer.
+    # The option adds the number of cached prompt tokens to each answer.
     with running_server(["serve", model], ["--enable-prompt-tokens-details", *arguments], log) as server:
         yield f"{server.url}/v1"
 
@@ -99,15 +99,15 @@ def _await(server: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _cause(log: str) -> str:
-    """What ended a server: our own refusal, or the first error, from which others follow."""
+    """Return why a server ended: Pilotfish's own message, else the first error in its log, else the last line."""
     lines = [line for line in log.splitlines() if line.strip()]
     refusal = next((line.removeprefix("pilotfish: ") for line in lines if line.startswith("pilotfish: ")), None)
-    error = next((found[0] for line in lines if (found := _ERROR.search(line))), None)
-    return refusal or error or (lines[-1] if lines else "it said nothing")
+    error = next((match[0] for line in lines if (match := _ERROR.search(line))), None)
+    return refusal or error or (lines[-1] if lines else "its log is empty")
 
 
 def _end(server: subprocess.Popen) -> None:
-    """As by Ctrl-C; what does not end is killed."""
+    """Interrupt a server, and kill the processes that do not end in time."""
     if server.poll() is None:
         server.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What an engine's plugins did, by its own counters."""
+"""Counters of an engine's plugins and of its prefix cache, from its metrics endpoint."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import httpx
 
-PATIENCE = 1.0  # seconds: an answer does not wait for figures
+PATIENCE = 1.0  # seconds: an answer does not wait for metrics
 _LINE = re.compile(
     r"^(pilotfish_\w+?|vllm:kv_cache_usage_perc|vllm:prefix_cache_hits)(?:_total)?\{([^}]*)\} (\S+)$", re.M
 )
@@ -15,28 +15,29 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 @dataclass(frozen=True)
 class EngineCounters:
-    """Of an engine at one moment.
+    """The counters of an engine at one point in time.
 
     Attributes:
-        values: Ours by name, summed over engines, without ``pilotfish_``; and what vLLM says of its cache.
-        plugins: Those that count.
+        values: Values by name without the prefix, summed over engines: Pilotfish's counters, and vLLM's usage and hits
+            of the prefix cache.
+        plugins: Names of the plugins that have counters.
     """
 
     values: Mapping[str, float]
     plugins: tuple[str, ...]
 
     def since(self, before: "EngineCounters") -> dict[str, int]:
-        """What was counted in between, of all requests that ran meanwhile."""
-        grown = {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
-        return {name: round(n) for name, n in grown.items() if n > 0 and name != "kv_cache_usage_perc"}
+        """Return the increase of each counter since ``before``, by all requests that ran in between."""
+        increase = {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
+        return {name: round(n) for name, n in increase.items() if n > 0 and name != "kv_cache_usage_perc"}
 
 
 async def read_counters(client: httpx.AsyncClient, url: str) -> EngineCounters | None:
-    """Counters of a vLLM server; None of servers that have none.
+    """Read the counters of a vLLM server; None for a server without metrics.
 
     Args:
-        client: To ask with.
-        url: Of the server's API, which ends in ``/v1`` as a rule.
+        client: HTTP client.
+        url: URL of the server's API, which usually ends in ``/v1``.
     """
     try:
         answer = await client.get(f"{url.rstrip('/').removesuffix('/v1')}/metrics", timeout=PATIENCE)
@@ -52,7 +53,7 @@ async def read_counters(client: httpx.AsyncClient, url: str) -> EngineCounters |
             continue
         try:
             values[short] = values.get(short, 0.0) + float(value)
-        except ValueError:  # not as Prometheus has it: nothing to count
+        except ValueError:  # not a number
             continue
         if plugin := dict(_LABEL.findall(labels)).get("plugin"):
             plugins[plugin] = True

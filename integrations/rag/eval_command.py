@@ -1,4 +1,4 @@
-"""`pilotfish rag eval`: how good answers are; `pilotfish bench rag`: and what plugins do to them."""
+"""`pilotfish rag eval`, which measures answer quality, and `pilotfish bench rag`, which compares plugins."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from ...retrieval.cli.options import AsJson, refusals, with_bar
 from ...retrieval.errors import RetrievalError
 from .cli_options import RagOptions, new_index_folder, rag_command
 
-bench = typer.Typer(help="Measure plugins side by side with what is there without them.")
+bench = typer.Typer(help="Compare plugins with stock vLLM.")
 ARMS = "token_recycling,rasd,tidal_decode@budget=8192,no_prefix_caching"
 
 
@@ -26,88 +26,87 @@ def evaluate(
     questions: Annotated[
         Path,
         typer.Argument(
-            help="Questions with answers: a file, or those of a folder, in the form of SQuAD, HotpotQA or DPR, "
-            "or lines of question, answers and ids of documents.",
+            help="Questions with answers: a file, or a folder of files, in the format of SQuAD, HotpotQA or DPR, "
+            "or JSON lines with question, answers and ids of documents.",
         ),
     ],
-    sample: Annotated[
-        int, typer.Option(min=0, help="Questions that are asked of the model, at most half of all.")
-    ] = 50,
-    survey: Annotated[int, typer.Option(min=1, help="Questions that are searched for, at most.")] = 500,
+    sample: Annotated[int, typer.Option(min=0, help="Number of questions for the model, at most half of all.")] = 50,
+    survey: Annotated[int, typer.Option(min=1, help="Maximum number of questions for the retrieval metrics.")] = 500,
     hold_out: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the file's passages that a new index goes without.")
+        float, typer.Option(min=0, max=0.9, help="Share of the file's passages held out of a new index.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option(help="For what is drawn.")] = 0,
-    save: Annotated[bool, typer.Option(help="Keep the threshold that is found, for ask, chat and serve.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of random samples.")] = 0,
+    save: Annotated[bool, typer.Option(help="Save the calibrated threshold for ask, chat and serve.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how good answers are: what is found, right, cited, honestly refused, and how long it takes.
+    """Measure answer quality. Covers retrieval, correctness, citations, abstention and latency.
 
-    Where there is no index, one is made of the passages that come with the questions.
+    If there is no index, one is created from the passages that come with the questions.
     """
     from . import abstention, connection, evaluation
     from . import questions as files
 
     with refusals():
         collection = files.read_questions(questions)
-        drawn, rest = files.split_cases(collection.cases, sample, survey, seed)
-        if drawn and setup.start is None:  # before the index takes its time
+        sampled, rest = files.split_cases(collection.cases, sample, survey, seed)
+        if sampled and setup.start is None:  # fail before the index is built
             asyncio.run(connection.named(setup.server, setup.model, setup.key))
         with _opened(setup.folder, collection, hold_out, seed) as index:
-            told = with_bar(
+            metrics = with_bar(
                 lambda bar: evaluation.ask_for_passages(index, rest, setup.k, _counted(bar, "searching", len(rest)))
             )
         if save:
-            kinds = {"with": told["with_answer"], "without": told["without_answer"]}
+            kinds = {"with": metrics["with_answer"], "without": metrics["without_answer"]}
             if few := next((kind for kind, count in kinds.items() if count < abstention.MIN_QUESTIONS), None):
                 raise ConfigError(
-                    f"--save: {kinds[few]:.0f} of the questions that were searched for are {few} an answer in the "
-                    f"index, a threshold wants {abstention.MIN_QUESTIONS} of each kind; --sample 0 searches for all"
+                    f"--save: {kinds[few]:.0f} of the surveyed questions are {few} an answer in the index, "
+                    f"{abstention.MIN_QUESTIONS} of each are needed for a threshold; use --sample 0 to survey all"
                 )
             abstention.write_threshold(
-                setup.folder, told["threshold"], {"balance": told["threshold_balance"], "questions": len(rest)}
+                setup.folder, metrics["threshold"], {"balance": metrics["threshold_balance"], "questions": len(rest)}
             )
-    if drawn:
-        chosen = setup if setup.threshold is not None else replace(setup, threshold=told.get("threshold"))
-        with chosen.ready(arguments) as answerer:
+    if sampled:
+        options = setup if setup.threshold is not None else replace(setup, threshold=metrics.get("threshold"))
+        with options.ready(arguments) as answerer:
             outcomes = with_bar(
-                lambda bar: evaluation.ask_questions(answerer, drawn, _counted(bar, "asking", len(drawn)))
+                lambda bar: evaluation.ask_questions(answerer, sampled, _counted(bar, "asking", len(sampled)))
             )
-        told |= evaluation.compute_rag_metrics(outcomes)
+        metrics |= evaluation.compute_rag_metrics(outcomes)
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(metrics))
     else:
-        for name, value in told.items():
+        for name, value in metrics.items():
             typer.echo(f"{name.replace('_', ' '):24} {value:10.3f}")
 
 
 @bench.command("rag")
 def bench_rag(
     data: Annotated[
-        list[Path], typer.Option("--data", help="Questions with their passages, as for `rag eval`; may be repeated.")
+        list[Path],
+        typer.Option("--data", help="Questions with their passages, in a format of `rag eval`; can be repeated."),
     ],
-    arms: Annotated[str, typer.Option(help="Drafters and KV policies, NAME[@key=value...]; no_prefix_caching.")] = ARMS,
+    arms: Annotated[
+        str, typer.Option(help="Drafters and KV policies, NAME[@key=value...], or no_prefix_caching.")
+    ] = ARMS,
     model: Annotated[
-        str, typer.Option(help="A model folder, a hub name, or the name of an embedded model.")
+        str, typer.Option(help="Model folder, Hugging Face Hub name, or name of an embedded model.")
     ] = "smollm2-135m-instruct",
-    index: Annotated[str, typer.Option(help="Kind of the index.")] = "xtr",
-    sample: Annotated[int, typer.Option(min=1, help="Questions of each dataset.")] = 20,
+    index: Annotated[str, typer.Option(help="Type of the index.")] = "xtr",
+    sample: Annotated[int, typer.Option(min=1, help="Number of questions of each dataset.")] = 20,
     conversations: Annotated[
-        int, typer.Option(min=0, help="Of each dataset that has several questions on a document.")
+        int, typer.Option(min=0, help="Number of conversations of each dataset with several questions per document.")
     ] = 3,
-    turns: Annotated[int, typer.Option(min=2, help="Questions of a conversation.")] = 3,
-    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Passages of a prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 128,
-    hold_out: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of passages that the index goes without.")
-    ] = 0.2,
-    seed: Annotated[int, typer.Option(help="For what is drawn.")] = 0,
+    turns: Annotated[int, typer.Option(min=2, help="Number of questions in a conversation.")] = 3,
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Number of passages in a prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 128,
+    hold_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of passages held out of the index.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of random samples.")] = 0,
     server: Annotated[
         str, typer.Option(help="Further arguments of both servers.")
     ] = "--dtype float32 --max-model-len 8192",
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results/rag.json"),
+    out: Annotated[Path, typer.Option(help="Output file, JSON.")] = Path("benchmarks/results/rag.json"),
 ) -> None:
-    """Ask the same questions of a stock server and of one with a plugin: quality, time, identity of answers."""
+    """Compare answers of stock vLLM and of vLLM with plugins. Measures quality, latency and identity of the text."""
     from . import bench as measuring
 
     with refusals():
@@ -131,10 +130,10 @@ def bench_rag(
 
 
 def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
-    """The index, made of a collection's passages where there is none.
+    """Open the index, or create it from the passages of a question set.
 
     Raises:
-        RetrievalError: there are no passages either, or it has none of the documents that questions name.
+        RetrievalError: There is neither an index nor passages, or the index contains no needed document.
     """
     from ...retrieval.index import Index
     from ...retrieval.store.manifest import CURRENT
@@ -147,17 +146,17 @@ def _opened(folder: Path, collection: Any, hold_out: float, seed: int) -> Any:
             with_bar(lambda bar: index.add(collection.indexed_documents(hold_out, seed), bar))
     if not any(evaluation.answerable(index, case) for case in collection.cases):
         index.close()
-        raise RetrievalError(f"{folder}: holds no document that answers one of the questions of {collection.name}")
+        raise RetrievalError(f"{folder}: contains no document that answers one of the questions of {collection.name}")
     return index
 
 
 def _counted(bar: Callable[[str, int, int | None], None], stage: str, total: int) -> Callable[[], None]:
-    """What counts questions on a bar, one at each call."""
+    """Return a function that advances a progress bar by one question at each call."""
     done = 0
 
-    def told() -> None:
+    def advance() -> None:
         nonlocal done
         done += 1
         bar(stage, done, total)
 
-    return told
+    return advance

@@ -1,4 +1,4 @@
-"""How good answers are: what was found, what was said, what it stands on, what was honestly refused, and the time."""
+"""Evaluation of answers: retrieval, correctness, citations, abstention and latency."""
 
 import asyncio
 import math
@@ -17,7 +17,14 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A question and what came of it."""
+    """A question and its answer.
+
+    Attributes:
+        case: Question.
+        answerable: Whether the index contains the documents that the question needs.
+        found: Result of the search.
+        done: Complete answer.
+    """
 
     case: Case
     answerable: bool
@@ -26,16 +33,17 @@ class Outcome:
 
 
 def answerable(index: Index, case: Case) -> bool:
-    """Whether an index holds what a question needs."""
+    """Return whether an index contains the documents that a question needs."""
     needed = all if case.together else any
     return bool(case.answers) and (not case.documents or needed(d in index for d in case.documents))
 
 
 async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] = ()) -> Outcome:
-    """Ask one question, and wait for all of the answer.
+    """Ask one question, and wait for the complete answer.
 
     Raises:
-        ServerError, RetrievalError: see `Answerer.answer`.
+        ServerError: The server fails.
+        RetrievalError: The index cannot be read.
     """
     found, done = None, None
     async for event in answerer.answer(case.question, history):
@@ -49,7 +57,13 @@ async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] 
 
 
 def ask_questions(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None]) -> list[Outcome]:
-    """Ask one question after the other."""
+    """Ask questions one after the other.
+
+    Args:
+        answerer: Answerer to ask.
+        cases: Questions.
+        told: Function that is called after each question.
+    """
 
     async def work() -> list[Outcome]:
         outcomes = []
@@ -63,19 +77,26 @@ def ask_questions(answerer: Answerer, cases: Sequence[Case], told: Callable[[], 
 
 
 def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None) -> Metrics:
-    """What the index alone does with questions, and the threshold that tells best between those it answers and others.
+    """Evaluate the retrieval of passages, and calibrate the threshold of abstention.
+
+    Args:
+        index: Index to search.
+        cases: Questions.
+        k: Number of passages.
+        told: Function that is called after each question.
 
     Returns:
-        What can be told of these questions:
+        The metrics that are defined for these questions:
 
-        - ``recall@K``: of questions that can be answered, the share of the documents needed that are among the first
-          ``k``; where any one will do, whether one is.
-        - ``answer_in_passages``: of the same, whether one of the passages holds a known answer.
-        - ``threshold`` and ``threshold_balance``; see `threshold.calibrate`.
-        - ``with_answer`` and ``without_answer``: how many questions that was found by.
-        - ``search_ms``: the median.
+        - ``recall@K``: share of the needed documents among the first ``k``, over answerable questions; if any one of
+        the
+          documents is enough, whether one of them is.
+        - ``answer_in_passages``: share of answerable questions for which a passage contains a known answer.
+        - ``threshold`` and ``threshold_balance``: see `abstention.calibrate_threshold`.
+        - ``with_answer`` and ``without_answer``: numbers of answerable and unanswerable questions.
+        - ``search_ms``: median duration of a search.
     """
-    recalls, held, milliseconds = [], [], []
+    recalls, contained, milliseconds = [], [], []
     sides: dict[bool, list[float]] = {True: [], False: []}
     for case in cases:
         found = retrieve_passages(index, case.question, k)
@@ -83,7 +104,7 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
         sides[can].append(found.similarity or 0.0)
         milliseconds.append(found.milliseconds)
         if can:
-            held.append(float(any(scoring.contains(p.text, case.answers) for p in found.passages)))
+            contained.append(float(any(scoring.contains(p.text, case.answers) for p in found.passages)))
             ids = {p.id for p in found.passages}
             hit = [d in ids for d in case.documents]
             if hit:
@@ -92,7 +113,7 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
     least, balance = abstention.calibrate_threshold(sides[True], sides[False]) or (None, None)
     figures = {
         f"recall@{k}": _mean(recalls),
-        "answer_in_passages": _mean(held),
+        "answer_in_passages": _mean(contained),
         "threshold": least,
         "threshold_balance": balance,
         "with_answer": len(sides[True]),
@@ -103,40 +124,42 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
 
 
 def compute_rag_metrics(outcomes: Sequence[Outcome]) -> Metrics:
-    """Shares and times over questions; what cannot be told of these is left out.
+    """Compute metrics over questions; metrics that are not defined for these questions are omitted.
 
-    - ``exact_match``, ``f1`` as SQuAD has them, ``contains``: answers that hold a known one word by word. Of questions
-      that can be answered; a refusal is a wrong answer.
-    - ``cites``: answers that name a passage; ``citation_precision``: of the passages that they name, those that hold a
-      known answer or are of its documents; ``attribution_precision``: the same of passages that were attributed.
-    - ``honest_refusals``: of questions without an answer; ``wrong_refusals``: of those with one.
-    - ``first_token_ms``, ``answer_ms_median`` (both medians), ``answer_ms_p95``.
-    - ``cached_share``: of prompt tokens, those that the server had in its prefix cache.
+    - ``exact_match`` and ``f1`` as in SQuAD, and ``contains``: share of the answers that contain a known answer word by
+      word. All three are over answerable questions; an abstention counts as a wrong answer.
+    - ``cites``: share of the answers with a citation.
+    - ``citation_precision``: share of the cited passages that contain a known answer or belong to a needed document.
+    - ``attribution_precision``: the same for attributed passages.
+    - ``honest_refusals``: true abstentions, over unanswerable questions.
+    - ``wrong_refusals``: false abstentions, over answerable questions.
+    - ``first_token_ms`` and ``answer_ms_median``: medians of TTFT and of the total duration; ``answer_ms_p95``.
+    - ``cached_share``: share of the prompt tokens that the server found in its prefix cache.
     """
-    told: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     good = [o for o in outcomes if o.answerable]
     others = [o for o in outcomes if not o.answerable]
-    told["exact_match"] = _mean([float(scoring.exact_match(o.done.text, o.case.answers)) for o in good])
-    told["f1"] = _mean([scoring.f1(o.done.text, o.case.answers) for o in good])
-    told["contains"] = _mean([float(scoring.contains(o.done.text, o.case.answers)) for o in good])
+    metrics["exact_match"] = _mean([float(scoring.exact_match(o.done.text, o.case.answers)) for o in good])
+    metrics["f1"] = _mean([scoring.f1(o.done.text, o.case.answers) for o in good])
+    metrics["contains"] = _mean([float(scoring.contains(o.done.text, o.case.answers)) for o in good])
     said = [o for o in outcomes if o.done.known]
-    told["cites"] = _mean([float(bool(o.done.cited)) for o in said])
-    told["citation_precision"] = _mean([x for o in said for x in _right(o, o.done.cited)])
-    told["attribution_precision"] = _mean([x for o in said for x in _right(o, o.done.attributed)])
-    told["honest_refusals"] = _mean([float(not o.done.known) for o in others])
-    told["wrong_refusals"] = _mean([float(not o.done.known) for o in good])
-    asked = [o.done for o in outcomes if "first_token" in o.done.milliseconds]  # of the model
-    told["first_token_ms"] = _median([d.milliseconds["first_token"] for d in asked])
-    told["answer_ms_median"] = _median([d.milliseconds["total"] for d in asked])
-    told["answer_ms_p95"] = _p95([d.milliseconds["total"] for d in asked])
+    metrics["cites"] = _mean([float(bool(o.done.cited)) for o in said])
+    metrics["citation_precision"] = _mean([x for o in said for x in _right(o, o.done.cited)])
+    metrics["attribution_precision"] = _mean([x for o in said for x in _right(o, o.done.attributed)])
+    metrics["honest_refusals"] = _mean([float(not o.done.known) for o in others])
+    metrics["wrong_refusals"] = _mean([float(not o.done.known) for o in good])
+    asked = [o.done for o in outcomes if "first_token" in o.done.milliseconds]  # those for which the model was asked
+    metrics["first_token_ms"] = _median([d.milliseconds["first_token"] for d in asked])
+    metrics["answer_ms_median"] = _median([d.milliseconds["total"] for d in asked])
+    metrics["answer_ms_p95"] = _p95([d.milliseconds["total"] for d in asked])
     prompts = [d.tokens for d in asked if "cached" in d.tokens]
     if total := sum(t["prompt"] for t in prompts):
-        told["cached_share"] = sum(t["cached"] for t in prompts) / total
-    return _known(told)
+        metrics["cached_share"] = sum(t["cached"] for t in prompts) / total
+    return _known(metrics)
 
 
 def raw_values(outcome: Outcome) -> dict[str, Any]:
-    """What is kept of one question."""
+    """Return the values of one question that are written to the results."""
     done = outcome.done
     return {
         "question": outcome.case.question,
@@ -157,10 +180,10 @@ def _known(figures: Mapping[str, float | None]) -> Metrics:
 
 
 def _right(outcome: Outcome, numbers: Sequence[int]) -> list[float]:
-    """Of passages that an answer names, whether they hold what is asked."""
+    """Return for each of the passages 1.0 if it contains a known answer or belongs to a needed document, else 0.0."""
     by_number = {p.number: p for p in outcome.found.passages}
-    chosen = [by_number[n] for n in numbers]
-    return [float(p.id in outcome.case.documents or scoring.contains(p.text, outcome.case.answers)) for p in chosen]
+    passages = [by_number[n] for n in numbers]
+    return [float(p.id in outcome.case.documents or scoring.contains(p.text, outcome.case.answers)) for p in passages]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""Questions with their answers, and the passages that came with them, from files that others wrote."""
+"""Question sets: questions with their answers and passages, from files in the formats of common datasets."""
 
 import gzip
 import json
@@ -11,19 +11,19 @@ from typing import Any
 
 from ...plugins.config import ConfigError
 
-GOLD = ("has_answer", "hasanswer", "isgold")  # of a passage that holds the answer
+GOLD = ("has_answer", "hasanswer", "isgold")  # flags of a passage that contains the answer
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question.
+    """A question with its known answers.
 
     Attributes:
-        question: What is asked.
-        answers: Any of which is right; none where the documents cannot answer.
-        documents: Ids of those that hold the answer; none where that is not known.
-        together: Whether the answer needs all of them; else any one of them holds it.
+        question: Text of the question.
+        answers: Correct answers; none if the documents do not contain the answer.
+        documents: Ids of the documents that contain the answer; none if they are not known.
+        together: Whether the answer needs all of the documents; else any one of them contains it.
     """
 
     question: str
@@ -34,41 +34,54 @@ class Case:
 
 @dataclass
 class QuestionSet:
-    """Questions of one dataset, and its passages: ``{"id", "text", "metadata"}`` each."""
+    """The questions and passages of one dataset.
+
+    Attributes:
+        name: Name of the dataset.
+        cases: Questions.
+        documents: Passages by id, each with ``id``, ``text`` and ``metadata``.
+    """
 
     name: str
     cases: list[Case] = field(default_factory=list)
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def held_out(self, share: float, seed: int = 0) -> set[str]:
-        """Ids of passages to be left out of an index, so that some questions have no answer there.
+        """Sample the ids of passages to hold out of an index, so that some questions are unanswerable.
 
-        Passages that no question needs stay.
+        Only passages that a question needs are held out.
+
+        Args:
+            share: Share of those passages to hold out.
+            seed: Seed of the sample.
         """
         needed = sorted({d for case in self.cases for d in case.documents})
         return set(random.Random(seed).sample(needed, round(share * len(needed))))
 
     def indexed_documents(self, share: float, seed: int = 0) -> list[dict[str, Any]]:
-        """Passages for an index, without those that `held_out` names."""
-        away = self.held_out(share, seed)
-        return [document for id, document in self.documents.items() if id not in away]
+        """Return the passages for an index, without those of `held_out`."""
+        excluded = self.held_out(share, seed)
+        return [document for id, document in self.documents.items() if id not in excluded]
 
 
 def read_questions(path: Path) -> QuestionSet:
-    """Questions of a file, or of those in a folder, in one of these forms.
+    """Read the questions of a file, or of all files in a folder.
 
-    - SQuAD: articles of paragraphs of questions (``data``, ``paragraphs``, ``qas``); those marked ``is_impossible``
-      have no answer.
-    - HotpotQA: a list of ``question``, ``answer``, ``context``, ``supporting_facts``.
-    - DPR: a list or lines of ``question``, ``answers``, ``ctxs`` (each passage with ``has_answer``, ``hasanswer`` or
-      ``isgold`` holds the answer), or ``positive_ctxs`` (which all do), ``negative_ctxs``, ``hard_negative_ctxs``.
-    - Lines of ``question`` and maybe ``answers`` and ``documents``, ids in one's own index each of which holds the
-      answer, or with ``together: true`` all of them.
+    The formats are:
 
-    Passages of one name that differ are numbered.
+    - SQuAD: articles with paragraphs with questions (``data``, ``paragraphs``, ``qas``); questions with
+      ``is_impossible`` have no answer.
+    - HotpotQA: a list of objects with ``question``, ``answer``, ``context`` and ``supporting_facts``.
+    - DPR: a list or lines of objects with ``question``, ``answers`` and ``ctxs``, of which passages with
+      ``has_answer``, ``hasanswer`` or ``isgold`` contain the answer; or with ``positive_ctxs``, which all contain it,
+      ``negative_ctxs`` and ``hard_negative_ctxs``.
+    - Lines of objects with ``question`` and optionally ``answers`` and ``documents``: ids of documents in your own
+      index, any of which contains the answer, or with ``together: true`` all of which are needed.
+
+    Different passages with the same title get numbers.
 
     Raises:
-        ConfigError: a file cannot be read, or none holds questions.
+        ConfigError: A file cannot be read, or no file contains questions.
     """
     files = [f for f in sorted(path.iterdir()) if f.name.endswith(ENDINGS)] if path.is_dir() else [path]
     collection = QuestionSet(path.name if path.is_dir() else path.name.partition(".")[0])
@@ -81,17 +94,24 @@ def read_questions(path: Path) -> QuestionSet:
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error, RecursionError) as error:
         raise ConfigError(f"{path}: not a file of questions ({error})") from None
     if not collection.cases:
-        raise ConfigError(f"{path}: holds no questions")
+        raise ConfigError(f"{path}: contains no questions")
     return collection
 
 
 def sample_cases(cases: Sequence[Case], count: int, seed: int = 0) -> list[Case]:
-    """``count`` of them, drawn by a seed."""
+    """Return a random sample of at most ``count`` questions."""
     return random.Random(seed).sample(list(cases), min(count, len(cases)))
 
 
 def split_cases(cases: Sequence[Case], count: int, more: int, seed: int = 0) -> tuple[list[Case], list[Case]]:
-    """``count`` of them, but at most half, and ``more`` of the others; of a single one both."""
+    """Split questions into two random samples without common questions; a single question is in both.
+
+    Args:
+        cases: Questions.
+        count: Largest size of the first sample, which is at most half of the questions.
+        more: Largest size of the second sample.
+        seed: Seed of the samples.
+    """
     mixed = sample_cases(cases, len(cases), seed)
     count = min(count, len(mixed) // 2 if len(mixed) > 1 else 1)
     return mixed[:count], mixed[count:][:more] or mixed[:more]
@@ -109,13 +129,13 @@ def _items(file: Path) -> Iterator[Any]:
             for number, paragraph in enumerate(article["paragraphs"]):
                 yield {"article": article.get("title", ""), "number": number, **paragraph}
     elif isinstance(whole, list):
-        yield from whole  # other files of such a folder, as a corpus, are no lists
+        yield from whole  # other JSON files in such a folder, such as a corpus, are not lists
 
 
 def _take(item: Any, to: QuestionSet) -> None:
-    """Put what an item holds into a collection."""
+    """Add the questions and passages of an item to a question set."""
     if not isinstance(item, dict):
-        raise ValueError("an item is no object")
+        raise ValueError("an item is not an object")
     if "qas" in item:
         article = item["article"] or "document"
         id = _document(to, f"{article}/{item['number']}", item["context"], article)
@@ -146,19 +166,19 @@ def _take(item: Any, to: QuestionSet) -> None:
 
 
 def _case(question: Any, answers: Any, documents: Any, together: bool = False) -> Case:
-    """A question, checked."""
+    """Build a question from validated values."""
     if not isinstance(question, str):
         raise ValueError(f"question: expected a text, got {question!r}")
-    for what, given in (("answers", answers), ("documents", documents)):
-        if not isinstance(given, list) or not all(type(g) in (str, int, float) for g in given):
-            raise ValueError(f"{what}: expected a list of texts, got {given!r}")
+    for name, values in (("answers", answers), ("documents", documents)):
+        if not isinstance(values, list) or not all(type(v) in (str, int, float) for v in values):
+            raise ValueError(f"{name}: expected a list of texts, got {values!r}")
     return Case(question, tuple(map(str, answers)), tuple(dict.fromkeys(map(str, documents))), together)
 
 
 def _document(to: QuestionSet, name: str, text: str, title: str) -> str:
-    """The id of a passage, by its name where that is free; the same text twice is one."""
+    """Add a passage and return its id: its name, with a number if another passage has that name."""
     if not isinstance(name, str) or not isinstance(text, str):
-        raise ValueError(f"a passage has a title and a text, not {name!r} and {type(text).__name__}")
+        raise ValueError(f"expected a title and a text of a passage, got {name!r} and {type(text).__name__}")
     id, number = name, 1
     while (known := to.documents.get(id)) is not None and known["text"] != text:
         number += 1

@@ -1,4 +1,4 @@
-"""The page: ask, watch the answer come, open what it stands on, add documents."""
+"""The web application: streamed answers, their supporting passages, and uploads of documents."""
 
 import json
 import logging
@@ -35,20 +35,20 @@ HEADERS = {
 
 
 class QuestionBody(Model):
-    """What is asked."""
+    """The body of a request for an answer."""
 
     question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4_000)]
     where: Filter | None = None
 
 
 def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, read_only: bool = False) -> FastAPI:
-    """The application.
+    """Create the web application.
 
     Args:
-        index: Whose documents are asked, shown and added to.
-        answerer: On the same index.
-        token: What clients have to send as a bearer token; None for no question.
-        read_only: Take no documents.
+        index: Index of the documents.
+        answerer: Answerer on the same index.
+        token: Bearer token that clients must send; None for no access control.
+        read_only: Whether uploads are disabled.
     """
 
     @asynccontextmanager
@@ -71,7 +71,9 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
         response = await call_next(request)
         response.headers["X-Frame-Options"] = "DENY"
         for name, value in HEADERS.items():
-            if not request.url.path.startswith(("/docs", "/redoc")):  # FastAPI's pages load scripts from elsewhere
+            if not request.url.path.startswith(
+                ("/docs", "/redoc")
+            ):  # FastAPI's documentation pages load scripts from other hosts
                 response.headers.setdefault(name, value)
         return response
 
@@ -85,17 +87,20 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
             raise HTTPException(404, "there is no such file")
         return FileResponse(PAGE / name, media_type=FILES[name])
 
-    @app.get("/health", summary="Whether the index can be read")
+    @app.get("/health", summary="Check that the index can be read")
     def health() -> dict[str, Any]:
         return {"status": "ok", "documents": len(index)}
 
     @app.get(
-        "/metrics", dependencies=[Depends(guard.known)], response_class=PlainTextResponse, summary="For Prometheus"
+        "/metrics",
+        dependencies=[Depends(guard.known)],
+        response_class=PlainTextResponse,
+        summary="Metrics for Prometheus",
     )
     def metrics() -> str:
         return count.text()
 
-    @app.get("/status", dependencies=[Depends(guard.known)], summary="Documents, model, and which plugins are on")
+    @app.get("/status", dependencies=[Depends(guard.known)], summary="Number of documents, model, and active plugins")
     async def status() -> dict[str, Any]:
         counters = await answerer.counters()
         return {
@@ -108,10 +113,10 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
             "endings": sorted([*RECORDS, *TEXTS, ".gz"]),
         }
 
-    @app.post("/ask", dependencies=[Depends(guard.known)], summary="An answer, as lines of JSON while it comes")
+    @app.post("/ask", dependencies=[Depends(guard.known)], summary="Answer a question, streamed as lines of JSON")
     async def ask(question: QuestionBody) -> StreamingResponse:
         if question.where is not None:
-            index.count(question.where)  # a wrong filter is refused before anything is streamed
+            index.count(question.where)  # validates the filter before the stream begins
 
         async def lines() -> AsyncIterator[str]:
             with count.asking():
@@ -121,14 +126,14 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
                 except (RetrievalError, ConfigError) as error:
                     count.failed.inc()
                     yield json.dumps({"error": str(error)}) + "\n"
-                except Exception:  # the answer has begun: it is too late for a status
+                except Exception:  # the stream has begun, so the HTTP status cannot change
                     count.failed.inc()
                     logger.exception("pilotfish: an answer failed")
-                    yield json.dumps({"error": "the answer failed here; the server's log says why"}) + "\n"
+                    yield json.dumps({"error": "the answer failed; see the server's log"}) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"Cache-Control": "no-store"})
 
-    @app.get("/passage", dependencies=[Depends(guard.known)], summary="A passage, and what of it met the question")
+    @app.get("/passage", dependencies=[Depends(guard.known)], summary="A passage, with its matches of the question")
     def passage(
         id: Annotated[str, Query(min_length=1, max_length=1024)],
         question: Annotated[str, Query(max_length=4_000)],
@@ -146,7 +151,11 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
 
     if not read_only:
 
-        @app.post("/documents", dependencies=[Depends(guard.known)], summary="Add a file, which is the body")
+        @app.post(
+            "/documents",
+            dependencies=[Depends(guard.known)],
+            summary="Add the documents of a file, which is the request body",
+        )
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
             return await writes(uploads.add_upload, index, Path(name).name, await request.body())
 
@@ -157,17 +166,17 @@ def _line(event: PassagesFound | AnswerText | AnswerDone, count: "_Counters") ->
     match event:
         case PassagesFound(passages, similarity, milliseconds):
             shown = [{k: v for k, v in asdict(p).items() if k != "text"} for p in passages]
-            told = {"passages": shown, "similarity": similarity, "milliseconds": milliseconds}
+            payload = {"passages": shown, "similarity": similarity, "milliseconds": milliseconds}
         case AnswerText(text):
-            told = {"text": text}
+            payload = {"text": text}
         case AnswerDone():
             count.done(event)
-            told = {"done": event.as_dict()}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+            payload = {"done": event.as_dict()}
+    return json.dumps(payload, ensure_ascii=False) + "\n"
 
 
 class _Counters:
-    """For Prometheus."""
+    """Metrics for Prometheus."""
 
     def __init__(self, index: Index) -> None:
         self.registry = CollectorRegistry()
@@ -176,21 +185,21 @@ class _Counters:
         self._running = Gauge("pilotfish_rag_running", "Questions being answered", registry=self.registry)
         buckets = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
         self._seconds = Histogram(
-            "pilotfish_rag_seconds", "From the question on", ["until"], registry=self.registry, buckets=buckets
+            "pilotfish_rag_seconds", "Seconds since the question", ["until"], registry=self.registry, buckets=buckets
         )
-        documents = Gauge("pilotfish_rag_documents", "Documents that can be found", registry=self.registry)
+        documents = Gauge("pilotfish_rag_documents", "Documents in the index", registry=self.registry)
         documents.set_function(lambda: len(index))
 
     def asking(self) -> Any:
-        """For as long as a question is answered."""
+        """Return a context manager that counts a running question."""
         return self._running.track_inprogress()
 
     def done(self, event: AnswerDone) -> None:
-        """An answer is whole."""
+        """Record a complete answer."""
         self._answers.labels(str(event.known).lower()).inc()
         for until, milliseconds in event.milliseconds.items():
             self._seconds.labels(until).observe(milliseconds / 1e3)
 
     def text(self) -> str:
-        """In Prometheus' form."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()

@@ -1,4 +1,4 @@
-"""Files that come by the page: each owns the documents that it brought, and no others."""
+"""Uploads of files through the web page. Each file owns the documents that were read from it."""
 
 import gzip
 import io
@@ -15,24 +15,32 @@ from ...retrieval.loaders import DocumentSource
 from ...retrieval.malloc_trim import release_memory
 from ...retrieval.validation import CHUNK_TOKENS, OVERLAP
 
-UPLOAD = "_upload"  # metadata of documents that came by the page: their file
-LARGEST_FILE = 128 << 20  # bytes, when it is no longer compressed
+UPLOAD = "_upload"  # metadata key for the name of the uploaded file
+LARGEST_FILE = 128 << 20  # maximum size of a file after decompression, in bytes
 
 
 def add_upload(index: Index, name: str, content: bytes) -> dict[str, int]:
-    """Put a file's documents into the index, in the place of those of an earlier upload of that name.
+    """Add the documents of a file to the index, and delete those of an earlier upload with the same name.
 
-    One at a time: nobody else may write meanwhile.
+    No other thread may write to the index at the same time.
+
+    Args:
+        index: Index to write to.
+        name: Name of the file.
+        content: Contents of the file; decompressed if the name ends in ``.gz``.
+
+    Returns:
+        The number of added documents, and the number of documents in the index.
 
     Raises:
-        RetrievalError: it cannot be read, or has a document of an id that is there from elsewhere; nothing was changed.
+        RetrievalError: The file cannot be read, or an id belongs to a document from elsewhere; the index is unchanged.
     """
     if name in ("", "..") or not name.isprintable():
-        raise RetrievalError("name: is no file's")
+        raise RetrievalError("name: is not the name of a file")
     if name.lower().endswith(".gz"):
         name, content = name[:-3], _unpacked(name, content)
         if name.lower().endswith(".gz"):
-            raise RetrievalError(f"{name}.gz: is packed twice")
+            raise RetrievalError(f"{name}.gz: is compressed twice")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
@@ -40,29 +48,31 @@ def add_upload(index: Index, name: str, content: bytes) -> dict[str, int]:
         source = DocumentSource.of(
             path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True
         )
-        given, size = [], 0
+        documents, size = [], 0
         for document in source:
-            given.append(replace(document, metadata={**document.metadata, UPLOAD: name}))
+            documents.append(replace(document, metadata={**document.metadata, UPLOAD: name}))
             size += len(document.text) + len(json.dumps(document.metadata))
-            if size > LARGEST_FILE:  # tables may be packed in themselves
-                raise RetrievalError(f"{name}: holds more than {LARGEST_FILE >> 20} MiB of text")
-    if not given:
-        raise RetrievalError("the file holds no text")
+            if size > LARGEST_FILE:  # tables may be compressed internally
+                raise RetrievalError(f"{name}: contains more than {LARGEST_FILE >> 20} MiB of text")
+    if not documents:
+        raise RetrievalError("the file contains no text")
     old = {d.id for d in index.select(Compare((UPLOAD,), "=", (name,)))}
-    new = {d.id for d in given}
+    new = {d.id for d in documents}
     if others := sorted(index.has(list(new - old))):
-        raise RetrievalError(f"{name}: document {others[0]!r} is in the index already, not by an upload of that name")
-    added = index.upsert(given)
+        raise RetrievalError(
+            f"{name}: document {others[0]!r} is in the index already, but not from an upload of that name"
+        )
+    added = index.upsert(documents)
     index.delete(list(old - new))
     release_memory()
     return {"added": added, "documents": len(index)}
 
 
 def _check_packed(name: str, path: Path) -> None:
-    """Refuse a table whose columns are too large when unpacked.
+    """Check the decompressed size of a Parquet table.
 
     Raises:
-        RetrievalError: it is one, or cannot be read.
+        RetrievalError: The table is too large, or cannot be read.
     """
     if name.lower().endswith(".parquet"):
         import pyarrow
@@ -74,14 +84,14 @@ def _check_packed(name: str, path: Path) -> None:
         except pyarrow.ArrowException as error:
             raise RetrievalError(f"{name}: {first_line(error)}") from None
         if sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)) > LARGEST_FILE:
-            raise RetrievalError(f"{name}: holds more than {LARGEST_FILE >> 20} MiB")
+            raise RetrievalError(f"{name}: contains more than {LARGEST_FILE >> 20} MiB")
 
 
 def _unpacked(name: str, content: bytes) -> bytes:
-    """What gzip packed, if that is not more than anybody would send.
+    """Decompress a gzip file.
 
     Raises:
-        RetrievalError: it is, or cannot be read.
+        RetrievalError: The contents are larger than `LARGEST_FILE`, or cannot be read.
     """
     try:
         with gzip.open(io.BytesIO(content)) as file:
@@ -89,5 +99,5 @@ def _unpacked(name: str, content: bytes) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise RetrievalError(f"{name}: {error}") from None
     if len(plain) > LARGEST_FILE:
-        raise RetrievalError(f"{name}: holds more than {LARGEST_FILE >> 20} MiB")
+        raise RetrievalError(f"{name}: contains more than {LARGEST_FILE >> 20} MiB")
     return plain

@@ -10,7 +10,7 @@ import typer
 from ...plugins.cli import extend_group
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
-from ...plugins.terminal import SEARCH
+from ...plugins.terminal import SEARCH, make_table, print_plain
 from ..validation import CHUNK_TOKENS, OVERLAP
 from .options import (
     AsJson,
@@ -134,14 +134,21 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(statistics))
         return
+    print_statistics(statistics)
+
+
+def print_statistics(statistics: dict[str, Any]) -> None:
+    """Print the statistics of an index as a table."""
+    table = make_table("statistic", "value")
     for name, value in statistics.items():
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
-        typer.echo(f"{name:20}{text}")
+        table.add_row(name, str(text))
+    print_plain(table)
 
 
 @index.command("check")
 def check(folder: Folder) -> None:
-    """Read all files of an index and compare checksums; exit code 2 if it is damaged."""
+    """Read all files of an index and compare checksums. Exit with code 2 if it is damaged."""
     with refusals():
         from .. import shards
 
@@ -170,7 +177,7 @@ def compact(
 
 @index.command("export")
 def export(folder: Folder, out: Annotated[Path, typer.Argument(help="File of the FAISS index.")]) -> None:
-    """Export the token vectors to a FAISS index, and the document id of each vector to a file next to it."""
+    """Export the token vectors to a FAISS index. The document ids of the vectors go to a file next to it."""
     with refusals(), open_whole(folder) as opened:
         from ..xtr import export as exporting
 
@@ -190,7 +197,7 @@ def serve(
     precision: Precision = "float32",
     ray: Ray = None,
 ) -> None:
-    """Serve an index over HTTP: search, add, delete, health, metrics, and an OpenAPI page."""
+    """Serve an index over HTTP. Endpoints: search, add, delete, health, metrics, and an OpenAPI page."""
     with refusals():
         from .. import server
 

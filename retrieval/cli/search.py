@@ -1,6 +1,7 @@
 """`pilotfish index`: commands that search an index, explain scores, evaluate and tune it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from ...plugins.cli import strip_control_characters
 from ...plugins.config import ConfigError
+from ...plugins.terminal import make_table, print_plain
 from .options import (
     AsJson,
     EncoderOption,
@@ -26,6 +28,8 @@ from .options import (
 )
 
 asking = typer.Typer()
+
+BAR_WIDTH = 24  # length of the longest bar of an explanation, in characters
 
 
 @asking.command("search")
@@ -65,7 +69,7 @@ def explain(
     as_json: AsJson = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Explain the score of a document: which query token or term matched which of the document."""
+    """Explain the score of a document. Shows which query token or term matched which of the document."""
     with refusals(), open_whole(folder, encoder) as opened:
         options = _settings(settings) | _edits(word)
         reasons, term_weights = (
@@ -73,10 +77,10 @@ def explain(
             opened.term_weights(query, document, **options),
         )
         stored = opened.get(document)
-    from .. import explain_html
-
     if page is not None:
         with refusals():
+            from .. import explain_html
+
             page.write_text(
                 explain_html.explanation_html(query, document, stored.text, reasons, term_weights), encoding="utf-8"
             )
@@ -85,7 +89,7 @@ def explain(
         payload = {"reasons": [vars(r) for r in reasons]} | (vars(term_weights) if term_weights is not None else {})
         typer.echo(json.dumps(payload if term_weights is not None else payload["reasons"], ensure_ascii=False))
     elif page is None:
-        explain_html.print_explanation(reasons, term_weights)
+        print_explanation(reasons, term_weights)
 
 
 @asking.command("eval")
@@ -118,7 +122,7 @@ def tune(
     dry_run: Annotated[bool, typer.Option(help="Print the trials only; do not change the index.")] = False,
     encoder: EncoderOption = None,
 ) -> None:
-    """Tune nprobe and t' on queries with qrels, and store them in the index."""
+    """Tune nprobe and t' on queries with qrels. Stores them in the index."""
     with refusals():
         from .. import evaluation, tuning
 
@@ -162,11 +166,9 @@ def _edits(words: list[str] | None) -> dict[str, Any]:
 
 
 def _show(hits: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "score", "id", "text")
+    table = make_table("rank", "score", "id", "text", numbers=("rank", "score"))
     for place, hit in enumerate(hits, 1):
         table.add_row(
             str(place),
@@ -174,4 +176,29 @@ def _show(hits: list[Any]) -> None:
             Text(strip_control_characters(hit.id)),
             Text(strip_control_characters(hit.snippet)),
         )
-    Console().print(table if hits else "nothing found")
+    print_plain(table if hits else "nothing found")
+
+
+def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
+    """Print a score explanation in a terminal."""
+    from rich.text import Text
+
+    def bar(value: float, most: float, style: str = "green") -> Text:
+        return Text("█" * max(round(BAR_WIDTH * value / (most or 1.0)), 0), style=style)
+
+    most = max((r.score for r in reasons), default=0.0)
+    table = make_table("query", "document", "contribution", numbers=("contribution",))
+    table.add_column("", no_wrap=True)
+    for r in reasons:
+        met = Text("not retrieved, imputed", style="dim") if r.imputed else Text(r.document or "")
+        table.add_row(Text(r.query), met, f"{r.score:.4f}", bar(r.score, most, "dim" if r.imputed else "green"))
+    table.caption = f"score {sum(r.score for r in reasons):.4f}"
+    tables = [table]
+    if reading is not None:
+        for title, words in (("terms of the query", reading.query), ("terms of the document", reading.document)):
+            side = make_table(title, "weight", numbers=("weight",))
+            side.add_column("", no_wrap=True)
+            for word, weight in words:
+                side.add_row(Text(word), f"{weight:.3f}", bar(weight, words[0][1]))
+            tables.append(side)
+    print_plain(*tables)

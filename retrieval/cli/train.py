@@ -55,7 +55,7 @@ def train_vdr(
     every: Every = 50,
     resume: Resume = False,
 ) -> None:
-    """Train a VDR encoder of term weights: in-batch contrast of weights and of bags of words (VDR, ICLR 2024)."""
+    """Train a VDR encoder of term weights. In-batch contrast of weights and of bags of words (VDR, ICLR 2024)."""
 
     def make(folder: Path, lengths: Any) -> Any:
         from ..training.tasks import VDRTask
@@ -83,7 +83,7 @@ def train_xtr(
     every: Every = 50,
     resume: Resume = False,
 ) -> None:
-    """Train an XTR encoder of token vectors: in-batch token retrieval (XTR, arXiv 2304.01982)."""
+    """Train an XTR encoder of token vectors. In-batch token retrieval (XTR, arXiv 2304.01982)."""
 
     def make(folder: Path, lengths: Any) -> Any:
         from ..training.tasks import XTRTask

@@ -56,6 +56,8 @@ def test_doctor_finds_nothing_here(cli: Callable) -> None:
     shown = cli("doctor")
     assert shown.returncode == 0
     assert "no problems found" in shown.stdout
+    assert f"vLLM APIs: {len(report['seams'])} of {len(report['seams'])} available" in shown.stdout
+    assert "missing vLLM API" not in shown.stdout
 
 
 def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:

@@ -92,14 +92,14 @@ MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 0
 @pytest.mark.parametrize(
     ("models", "chat", "told"),
     [
-        ("<html>", "", "does not answer as OpenAI's protocol"),
-        ("{", "", "does not answer as OpenAI's protocol"),
-        ("[1]", "", "does not answer as OpenAI's protocol"),
+        ("<html>", "", "does not follow OpenAI's protocol"),
+        ("{", "", "does not follow OpenAI's protocol"),
+        ("[1]", "", "does not follow OpenAI's protocol"),
         ("{}", "", "no model at all"),
-        (MODELS, "data: {not json}\n\n", "does not answer as OpenAI's protocol"),
-        (MODELS, "data: [1, 2]\n\n", "does not answer as OpenAI's protocol"),
-        (MODELS, "<html>", "held nothing"),
-        (MODELS, "", "held nothing"),
+        (MODELS, "data: {not json}\n\n", "does not follow OpenAI's protocol"),
+        (MODELS, "data: [1, 2]\n\n", "does not follow OpenAI's protocol"),
+        (MODELS, "<html>", "contains no field"),
+        (MODELS, "", "contains no field"),
     ],
 )
 async def test_servers_of_other_protocols_are_told(documents: Index, models: Any, chat: str, told: str) -> None:
@@ -116,7 +116,7 @@ async def test_servers_of_other_protocols_are_told(documents: Index, models: Any
 async def test_what_is_no_address_is_told(documents: Index, url: str) -> None:
     with pytest.raises(ServerError):
         await events(Answerer(documents, url), "sharks")
-    with pytest.raises(ServerError, match=r"^[^(]*is no server's address"):
+    with pytest.raises(ServerError, match=r"^[^(]*is not a valid server address"):
         await connection.named(url, None, "none")
 
 

@@ -33,7 +33,7 @@ def test_ask(cli: Cli, folder: str, language: LanguageServer) -> None:
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("Pilot fish travel with sharks [1].\n\n[1] sharks: ")
     assert re.search(
-        r"search \d+ ms, first token \d+ ms, all \d+ ms, 40 \+ 9 tokens, 3 drafter accepted tokens", asked.stderr
+        r"search \d+ ms, first token \d+ ms, total \d+ ms, 40 \+ 9 tokens, 3 drafter accepted tokens", asked.stderr
     )
     told = json.loads(cli("rag", "ask", folder, "sharks?", "--server", language.url, "--json").stdout)
     assert (told["text"], told["cited"], told["passages"][0]["id"]) == (
@@ -42,11 +42,11 @@ def test_ask(cli: Cli, folder: str, language: LanguageServer) -> None:
         "sharks",
     )
     shown = cli("rag", "ask", folder, "what is bread, naming nothing?", "--server", language.url).stdout
-    assert "(by its words; the answer names none)" in shown
+    assert "(by its words; the answer cites no passage)" in shown
     filtered = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--where", "year > 3000")
     assert (filtered.returncode, filtered.stdout.strip()) == (
         0,
-        "I do not know: nothing in the documents comes near the question.",
+        "I do not know: no document is similar enough to the question.",
     )
 
 
@@ -95,9 +95,9 @@ def test_what_is_wrong_is_refused(cli: Cli, folder: str, language: LanguageServe
     refused(cli("rag", "serve", folder, *here, "--host", "0.0.0.0"), "--token")
     for token in ("", "two words", "日本", "tab\t"):
         refused(cli("rag", "serve", folder, *here, "--token", token), "--token", "ASCII")
-    refused(cli("rag", "ask", folder, " ", *here), "says nothing")
+    refused(cli("rag", "ask", folder, " ", *here), "is empty")
     refused(cli("rag", "ask", folder, "x", *here, "--treshold", "0.3"), "--treshold", "--threshold")
-    refused(cli("rag", "ask", folder, "x", "y", *here), "y: no option", "--start MODEL")
+    refused(cli("rag", "ask", folder, "x", "y", *here), "y: not an option", "--start MODEL")
     refused(cli("rag", "serve", str(tmp_path / "made"), "--server", "http://127.0.0.1:9/v1"), "no server answers")
     assert not (tmp_path / "made").exists(), "an index that nobody came to use goes again"
     (tmp_path / "there").mkdir()
@@ -125,7 +125,7 @@ def test_eval(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -
     assert (told["recall@4"], told["contains"], told["citation_precision"]) == (1.0, 1.0, 1.0)
     assert (told["honest_refusals"], told["wrong_refusals"]) == (1.0, 0.0)
     assert told["with_answer"] + told["without_answer"] == 8, "the other half is searched for"
-    refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each kind", "--sample 0")
+    refused(cli(*asking, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each are needed", "--sample 0")
     assert not (Path(folder) / abstention.NAME).exists()
     saved = cli(*asking, "--sample", "0", "--save", "--json")
     assert saved.returncode == 0, saved.stderr

@@ -93,9 +93,9 @@ def test_from_documents_to_a_citation(open_page: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#figures dt")
     assert page.get_attribute("#answer", "aria-busy") == "false"
     assert page.inner_text("#answer") == "Pilot fish travel with sharks [1]."
-    assert "It names [1]" in page.inner_text("#grounds")
+    assert "The answer cites [1]" in page.inner_text("#grounds")
     figures = page.inner_text("#figures")
-    assert "drafted tokens accepted" in figures and "first word after" in figures and "40 of the prompt" in figures
+    assert "draft tokens accepted" in figures and "time to first token" in figures and "40 of the prompt" in figures
 
     page.click("#answer .cite")
     page.wait_for_selector("dialog[open]")
@@ -201,4 +201,4 @@ def test_refused_files_are_told(open_page: Any, tmp_path: Path) -> None:
     page = open_page(refusals=True)
     (tmp_path / "empty.txt").write_text("")
     page.set_input_files("#files", str(tmp_path / "empty.txt"))
-    expect(page.locator("#uploads .bad")).to_have_text("empty.txt: the file holds no text")
+    expect(page.locator("#uploads .bad")).to_have_text("empty.txt: the file contains no text")

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pilotfish.kvcache import profiles
 from pilotfish.kvcache.profiles import Profile
+from pilotfish.kvcache.reference import attention
 from pilotfish.kvcache.selection import Role
 from pilotfish.plugins.config import ConfigError, build_options
 from pilotfish.plugins.contracts import Engine, Unsupported
@@ -110,3 +112,56 @@ def test_settings_without_layers_are_refused(tmp_path: Path, setting: dict) -> N
     profiles.write_profile(path, Profile("tidal_decode", "m", "f", {"default": setting}))
     with pytest.raises(ConfigError, match="select_layers"):
         resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)
+
+
+def test_sparse_layers_read_what_the_last_selection_layer_selected() -> None:
+    """The whole decode step (algorithm 1) against loops over heads and tokens."""
+    rng = np.random.default_rng(0)
+    layers, heads, kv_heads, size, context = 6, 4, 2, 8, 90
+    engine = Engine("m", 1000, 8192, 8, layers=layers, fingerprint="f")
+    options = TidalDecodeOptions(
+        budget=16,
+        sinks=2,
+        recent=3,
+        granularity="token",
+        head_aggregation="sum",
+        full_layers=(0,),
+        select_layers=(1, 4),
+    )
+    policy = TidalDecode(options, engine)
+    queries = rng.normal(size=(layers, heads, size)) * 2
+    keys, values = rng.normal(size=(2, layers, context, kv_heads, size))
+
+    def attend(layer: int, head: int, positions: list[int]) -> np.ndarray:
+        kv_head = head // (heads // kv_heads)
+        logits = [float(queries[layer, head] @ keys[layer, t, kv_head]) * 0.4 for t in positions]
+        weights = np.exp(np.array(logits) - max(logits))
+        return sum(w * values[layer, t, kv_head] for w, t in zip(weights, positions, strict=True)) / weights.sum()
+
+    def select(layer: int) -> list[int]:
+        total = np.zeros(context)
+        for head in range(heads):
+            logits = np.array([queries[layer, head] @ keys[layer, t, head // 2] * 0.4 for t in range(context)])
+            total += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        always = {0, 1, *range(context - 4, context)}
+        others = sorted(set(range(context)) - always, key=lambda t: -total[t])
+        return sorted(always | set(others[: 16 - len(always)]))
+
+    everything = list(range(context))
+    reads = [everything, everything, select(1), select(1), everything, select(4)]
+    outputs = policy.decode_step(list(queries), list(keys), list(values), 0.4)
+    for layer in range(layers):
+        expected = np.stack([attend(layer, head, reads[layer]) for head in range(heads)])
+        np.testing.assert_allclose(outputs[layer], expected, rtol=1e-9, err_msg=f"layer {layer}")
+    assert not np.allclose(outputs[2], np.stack([attend(2, head, everything) for head in range(heads)]))
+
+
+def test_a_context_within_the_budget_is_read_in_full() -> None:
+    rng = np.random.default_rng(1)
+    engine = Engine("m", 1000, 8192, 8, layers=3, fingerprint="f")
+    policy = TidalDecode(TidalDecodeOptions(budget=128, full_layers=(), select_layers=(0,)), engine)
+    queries = list(rng.normal(size=(3, 2, 4)))
+    keys, values = (list(x) for x in rng.normal(size=(2, 3, 128, 1, 4)))
+    outputs = policy.decode_step(queries, keys, values, 0.5)
+    for layer, output in enumerate(outputs):
+        np.testing.assert_allclose(output, attention(queries[layer], keys[layer], values[layer], 0.5)[1])

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import ROOT, DraftTree
 from pilotfish.plugins.drafting import tries
+from pilotfish.plugins.rasd import RASD
 
 rows = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -40,6 +41,7 @@ def test_a_trie_counts_beginnings(continuations: list[list[int]]) -> None:
     expected = {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
     assert found == {p: sum(tuple(c[: len(p)]) == p for c in continuations) for p in expected}
     assert depths.tolist() == [len(p) for p in paths(tokens, parents)]
+    assert found == RASD.retrieval_trie(continuations)
     few = grown(continuations, room=3)
     assert len(few[0]) == min(3, len(tokens))
 
@@ -80,6 +82,10 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
             assert retrieved[path] >= score
     n = tries.fuse_trees(n, tokens, parents, scores, *parts[2])
     found = paths(tokens[:n], parents[:n])
+    base = dict(zip(paths(*parts[2][:2]), parts[2][2].tolist(), strict=True))
+    fused = RASD.fuse(retrieved, base)
+    assert set(found) == set(fused)
+    np.testing.assert_allclose(scores[:n], [fused[path] for path in found], rtol=1e-4, atol=1e-6)
     assert len(set(found)) == len(found)
     assert set(found) == {p for part in parts for p in paths(*part[:2])}
     assert all(scores[i] <= scores[parents[i]] for i in range(n) if parents[i] != ROOT)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pilotfish.plugins.xtr import XTR
 from pilotfish.retrieval.kernels import token_search
 from pilotfish.retrieval.kernels.token_search import (
     CodecArrays,
@@ -124,6 +125,25 @@ def test_scores_are_those_of_a_plain_computation(
     assert top.tolist() == documents[:3].tolist()
     for x, y in zip(few.tolist(), best, strict=False):
         assert x == pytest.approx(y, abs=tolerance)
+
+
+@QUIET
+@given(seed=st.integers(0, 1 << 30), segments=st.integers(1, 3), kprime=st.integers(1, 60))
+def test_search_of_all_lists_is_xtr_s_score(seed: int, segments: int, kprime: int) -> None:
+    """`XTR.score_documents` against the kernel, when all inverted lists are read."""
+    c = Collection(seed, sorted(CODECS)[0], 8, segments)
+    if not c.rows:
+        return
+    owners = np.array([d for _, d, _ in c.rows])
+    expected = XTR.score_documents(c.query, np.stack([v for *_, v in c.rows]), owners, kprime)
+    documents, scores, _ = c.search.search(c.query, c.near, 1000, TokenSearchSettings(8, Impute.KPRIME, kth=kprime))
+    found = dict(zip(documents.tolist(), scores.tolist(), strict=True))
+    for document in set(found) & set(expected):
+        assert found[document] == pytest.approx(expected[document], abs=0.02)  # queries are read in 8 bits
+    # Documents that only one of both has are those at the imputed similarity: their scores are the lowest.
+    lowest = min(expected.values())
+    assert all(expected[d] <= lowest + 0.05 for d in set(expected) - set(found))
+    assert all(found[d] <= lowest + 0.05 for d in set(found) - set(expected))
 
 
 @QUIET

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.plugins.vdr import VDR
 from pilotfish.retrieval import Index, RetrievalError
 from pilotfish.retrieval.encoders import vdr
 
@@ -36,7 +37,10 @@ def plain_vdr(model, ids: list[int], top: int) -> dict[int, float]:
         logits = model.ln(hidden) @ model.embeddings.word_embeddings.weight[tiny.SHIFT :].t()
     weights = {tiny.SHIFT + v: max(elu1p(float(x)) for x in logits[:, v]) for v in range(logits.shape[1])}
     best = sorted(weights, key=lambda v: -weights[v])[:top]
-    return {v: weights[v] for v in {*best, *(i for i in ids if i >= tiny.SHIFT)}}
+    expected = {v: weights[v] for v in {*best, *(i for i in ids if i >= tiny.SHIFT)}}
+    reference = VDR.encode(logits.numpy(), [i - tiny.SHIFT for i in ids if i >= tiny.SHIFT], top)
+    assert {tiny.SHIFT + int(v): pytest.approx(reference[v]) for v in reference.nonzero()[0]} == expected
+    return expected
 
 
 @pytest.mark.parametrize(("shared", "suffix"), [(False, "safetensors"), (True, "safetensors"), (False, "bin")])

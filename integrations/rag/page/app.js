@@ -1,6 +1,6 @@
 "use strict";
 
-// Text of documents and of answers is only ever put in as text, never as HTML.
+// The text of documents and answers is inserted as text only, never as HTML.
 const at = (id) => document.getElementById(id);
 const made = (tag, text = "", name = "") => {
   const node = document.createElement(tag);
@@ -9,21 +9,21 @@ const made = (tag, text = "", name = "") => {
   return node;
 };
 
-// A server that asks for a token is opened as /#token=...; the part behind # is never sent.
+// The page of a server with a token is opened as /#token=...; browsers never send the part after #.
 const token = () => {
   const given = /^#token=(.*)$/s.exec(location.hash);
   try {
     return given && decodeURIComponent(given[1]);
   } catch {
-    return given[1]; // a lone % is part of it
+    return given[1]; // a lone % is part of the token
   }
 };
 const asked = async (path, options = {}) => {
   const headers = { ...(options.headers || {}), ...(token() ? { Authorization: `Bearer ${token()}` } : {}) };
   const answer = await fetch(path, { ...options, headers });
   if (!answer.ok) {
-    const told = await answer.json().catch(() => ({}));
-    throw new Error(told.detail || `${answer.status} ${answer.statusText}`);
+    const payload = await answer.json().catch(() => ({}));
+    throw new Error(payload.detail || `${answer.status} ${answer.statusText}`);
   }
   return answer;
 };
@@ -34,21 +34,21 @@ const problem = (error) => {
 };
 
 const NAMES = {
-  drafter_accepted_tokens: "drafted tokens accepted",
-  drafter_drafted_tokens: "drafted tokens checked",
+  drafter_accepted_tokens: "draft tokens accepted",
+  drafter_drafted_tokens: "draft tokens verified",
   drafter_proposals: "drafts",
-  kv_freed_blocks: "cache blocks freed",
+  kv_freed_blocks: "KV blocks freed",
   pruner_dropped_tokens: "visual tokens dropped",
-  prefix_cache_hits: "prompt tokens found in the cache",
+  prefix_cache_hits: "prompt tokens in the prefix cache",
 };
 
 async function status() {
   try {
-    const told = await (await asked("/status")).json();
-    const plugins = told.plugins.length ? `plugins: ${told.plugins.join(", ")}` : "no plugins";
-    at("status").textContent = `${told.documents} passages (${told.kind}) · ${told.model || "model not known yet"} · ${plugins}`;
-    at("add").hidden = !told.uploads;
-    at("files").accept = told.endings.join(",");
+    const payload = await (await asked("/status")).json();
+    const plugins = payload.plugins.length ? `plugins: ${payload.plugins.join(", ")}` : "no plugins";
+    at("status").textContent = `${payload.documents} passages (${payload.kind}) · ${payload.model || "unknown model"} · ${plugins}`;
+    at("add").hidden = !payload.uploads;
+    at("files").accept = payload.endings.join(",");
   } catch (error) {
     problem(error);
   }
@@ -83,11 +83,11 @@ at("ask").addEventListener("submit", async (event) => {
     const where = at("where").value.trim();
     const body = JSON.stringify(where ? { question, where } : { question });
     const answer = await asked("/ask", { method: "POST", body, headers: { "Content-Type": "application/json" } });
-    for await (const told of lines(answer)) {
-      if (told.error) throw new Error(told.error);
-      if (told.passages) passages(told.passages);
-      if (told.text) at("answer").append(told.text);
-      if (told.done) finish(told.done);
+    for await (const payload of lines(answer)) {
+      if (payload.error) throw new Error(payload.error);
+      if (payload.passages) passages(payload.passages);
+      if (payload.text) at("answer").append(payload.text);
+      if (payload.done) finish(payload.done);
     }
   } catch (error) {
     problem(error);
@@ -111,10 +111,10 @@ function passages(found) {
 }
 
 function finish(done) {
-  // Numbers of passages become buttons; everything else stays text.
+  // Citations become buttons; the rest of the answer stays text.
   const known = new Map([...at("passages").children].map((item) => [item.id.replace("passage-", ""), item]));
   const parts = [];
-  const text = Array.from(done.text); // offsets count characters as Python does, not halves of pairs
+  const text = Array.from(done.text); // offsets count code points, as in Python, not UTF-16 units
   let reached = 0;
   for (const { begin, end, numbers } of done.citations) {
     parts.push(text.slice(reached, begin).join(""));
@@ -129,17 +129,17 @@ function finish(done) {
   }
   at("answer").replaceChildren(...parts, text.slice(reached).join(""));
   for (const number of [...done.cited, ...done.attributed]) known.get(String(number)).classList.add("cited");
-  if (done.cited.length) at("grounds").textContent = `It names ${done.cited.map((n) => `[${n}]`).join(" ")}.`;
+  if (done.cited.length) at("grounds").textContent = `The answer cites ${done.cited.map((n) => `[${n}]`).join(" ")}.`;
   else if (done.attributed.length)
-    at("grounds").textContent = `It names no passage; its words are those of ${done.attributed.map((n) => `[${n}]`).join(" ")}.`;
-  else if (done.known) at("grounds").textContent = "It names no passage, and its words are those of none: do not rely on it.";
-  if (done.ended === "length") at("grounds").append(" It is cut off at the greatest length that is allowed.");
-  else if (!done.text) at("grounds").textContent = `The model said nothing; the server gives ${done.ended || "nothing"} as its reason.`;
+    at("grounds").textContent = `The answer cites no passage; its words are those of ${done.attributed.map((n) => `[${n}]`).join(" ")}.`;
+  else if (done.known) at("grounds").textContent = "The answer cites no passage, and no passage contains its words: do not rely on it.";
+  if (done.ended === "length") at("grounds").append(" It is cut off at the maximum length.");
+  else if (!done.text) at("grounds").textContent = `The answer is empty; finish reason of the server: ${done.ended || "none"}.`;
   const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
   const took = done.milliseconds;
   const figures = [["search", `${took.retrieval.toFixed(0)} ms`]];
-  if (took.first_token) figures.push(["first word after", seconds(took.first_token)]);
-  figures.push(["whole answer after", seconds(took.total)]);
+  if (took.first_token) figures.push(["time to first token", seconds(took.first_token)]);
+  figures.push(["total time", seconds(took.total)]);
   if (done.tokens.answer) figures.push(["tokens", `${done.tokens.prompt} of the prompt, ${done.tokens.answer} of the answer`]);
   for (const [name, value] of Object.entries(done.saved)) figures.push([NAMES[name] || name.replaceAll("_", " "), value]);
   for (const [name, value] of figures) at("figures").append(made("dt", name), made("dd", String(value)));
@@ -147,28 +147,28 @@ function finish(done) {
 
 async function show(id) {
   try {
-    const told = await (await asked(`/passage?${new URLSearchParams({ id, question: last })}`)).json();
-    at("passage-id").textContent = told.id;
+    const payload = await (await asked(`/passage?${new URLSearchParams({ id, question: last })}`)).json();
+    at("passage-id").textContent = payload.id;
     const parts = [];
     let reached = 0;
-    const text = Array.from(told.text); // as in `finish`
-    for (const mark of told.marks) {
+    const text = Array.from(payload.text); // as in `finish`
+    for (const mark of payload.marks) {
       if (mark.begin < reached) continue;
       parts.push(text.slice(reached, mark.begin).join(""));
       const strength = mark.weight > 0.8 ? "strong" : mark.weight > 0.65 ? "middle" : "faint";
       const node = made("mark", text.slice(mark.begin, mark.end).join(""), strength);
-      node.title = `met “${mark.query}”, ${mark.weight.toFixed(2)}`;
+      node.title = `matches “${mark.query}”, ${mark.weight.toFixed(2)}`;
       parts.push(node);
       reached = mark.end;
     }
     parts.push(text.slice(reached).join(""));
     at("passage-text").replaceChildren(...parts);
     at("passage-words").replaceChildren(
-      ...(told.words.length ? [made("h2", "Words of both")] : []),
-      ...told.words.map(([word, weight]) => made("span", `${word} ${weight.toFixed(2)}`, "word")),
+      ...(payload.words.length ? [made("h2", "Shared terms")] : []),
+      ...payload.words.map(([word, weight]) => made("span", `${word} ${weight.toFixed(2)}`, "word")),
     );
     at("passage-metadata").replaceChildren(
-      ...Object.entries(told.metadata).flatMap(([k, v]) => [made("dt", k), made("dd", typeof v === "string" ? v : JSON.stringify(v))]),
+      ...Object.entries(payload.metadata).flatMap(([k, v]) => [made("dt", k), made("dd", typeof v === "string" ? v : JSON.stringify(v))]),
     );
     at("passage").showModal();
     at("passage").scrollTop = 0;
@@ -182,7 +182,7 @@ at("close").addEventListener("click", () => at("passage").close());
 let uploaded = Promise.resolve();
 
 at("files").addEventListener("change", () => {
-  // Copied before the field is emptied: others may be chosen while these are on their way.
+  // The list is copied and the field cleared, so that more files can be selected during the uploads.
   for (const file of [...at("files").files]) {
     const item = made("li", `${file.name} …`);
     at("uploads").append(item);
@@ -195,8 +195,8 @@ at("files").addEventListener("change", () => {
 async function upload(file, item) {
   try {
     const answer = await asked(`/documents?${new URLSearchParams({ name: file.name })}`, { method: "POST", body: file });
-    const told = await answer.json();
-    item.textContent = `${file.name}: ${told.added} ${told.added === 1 ? "passage" : "passages"} added`;
+    const payload = await answer.json();
+    item.textContent = `${file.name}: ${payload.added} ${payload.added === 1 ? "passage" : "passages"} added`;
   } catch (error) {
     item.textContent = `${file.name}: ${error.message}`;
     item.className = "bad";

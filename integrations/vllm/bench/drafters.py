@@ -2,8 +2,8 @@
 
 Two engines run at a time: stock vLLM and one with a drafter. Each prompt runs on both, in alternating order, so that a
 drift of the machine's speed affects both. A Pilotfish drafter can be measured twice in its engine: *cold*, with a cache
-that is empty at the first prompt, and *warm*, with a cache that is warm from other prompts (never the measured ones). Or
-all prompts run a second time (``twice``), from which drafters that store outputs benefit.
+that is empty at the first prompt, and *warm*, with a cache that is warm from other prompts (never the measured ones).
+Or all prompts run a second time (``twice``), from which drafters that store outputs benefit.
 """
 
 import statistics
@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, TaskID
+from rich.table import Table
 
 from ....plugins.config import ROOT, ConfigError, parse_assignments, unknown_key_message
 from ....plugins.manager import plugins
+from ....plugins.terminal import make_table, print_plain
 from ...bench import record
 from ...bench.record import Record
 from ..drafting import compatibility
@@ -314,18 +315,18 @@ def _figures(
 
 
 def print_drafter_table(records: Sequence[Record]) -> None:
-    """Print the overall metrics as a table."""
-    from rich.table import Table
-
-    table = Table("dataset", "batch", "arm", "speed-up", "decode only", "acceptance length", "identical", "proposal ms")
+    """Print the overall metrics, one table per dataset and batch size."""
+    numbers = ("speed-up", "decode only", "acceptance length", "identical", "proposal ms")
+    tables: dict[tuple[str, int], Table] = {}
     figures: dict[tuple[str, int, str], dict[str, float]] = defaultdict(dict)
     for r in records:
         if "/" not in r.dataset:
             figures[r.dataset, r.params["batch"], r.arm][r.metric] = r.value
     for (dataset, batch, arm), f in figures.items():
-        table.add_row(
-            dataset,
-            str(batch),
+        if (dataset, batch) not in tables:
+            title = f"{dataset}, batch size {batch}"
+            tables[dataset, batch] = make_table("drafter", *numbers, numbers=numbers, title=title)
+        tables[dataset, batch].add_row(
             arm,
             f"{f['speedup']:.2f}x",
             f"{f['decode_speedup']:.2f}x" if "decode_speedup" in f else "",
@@ -333,4 +334,4 @@ def print_drafter_table(records: Sequence[Record]) -> None:
             f"{f['identical_share']:.0%}",
             f"{f['proposal_ms']:.2f}" if "proposal_ms" in f else "",
         )
-    Console().print(table)
+    print_plain(*tables.values())

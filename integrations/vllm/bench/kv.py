@@ -10,10 +10,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.table import Table
 
 from ....plugins.config import ConfigError, Selection, parse_assignments
 from ....plugins.manager import plugins
+from ....plugins.terminal import format_number, make_table, print_plain
 from ...bench import record
 from ...bench.record import Record
 from ..models import registry
@@ -96,12 +97,14 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
 
 
 def print_kv_table(records: list[Record]) -> None:
-    """Print the results as a table."""
-    from rich.table import Table
-
-    table = Table("dataset", "batch", "context", "arm", "metric", "value")
+    """Print the results, one table per dataset, batch size and context length."""
+    tables: dict[str, Table] = {}
     for r in records:
-        if "depth" not in r.params:
-            columns = (json.dumps(r.params.get(key, "")) for key in ("batch", "context"))
-            table.add_row(r.dataset, *columns, r.arm, r.metric, f"{r.value:.4g} {r.unit}")
-    Console().print(table)
+        if "depth" in r.params:
+            continue
+        conditions = [f"{key} {json.dumps(r.params[key])}" for key in ("batch", "context") if key in r.params]
+        title = ", ".join([r.dataset, *(c for c in conditions if c.replace(" ", "_") != r.dataset)])
+        if title not in tables:
+            tables[title] = make_table("configuration", "metric", "value", "unit", numbers=("value",), title=title)
+        tables[title].add_row(r.arm, r.metric, format_number(r.value), r.unit)
+    print_plain(*tables.values())

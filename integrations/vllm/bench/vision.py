@@ -29,7 +29,7 @@ class VisionBenchmark:
     """Settings of the benchmark.
 
     Attributes:
-        pictures: Images of the requests: the first one alone, the first two in one prompt, and four requests with one
+        images: Images of the requests: the first one alone, the first two in one prompt, and four requests with one
             image each.
         quality: Folders of images in which a needle is hidden; () to skip this part.
         model: LLaVA checkpoint, or name of an embedded model.
@@ -38,7 +38,7 @@ class VisionBenchmark:
         out: Path of the JSON file.
     """
 
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     quality: tuple[Path, ...]
     model: str
     arms: tuple[str, ...]
@@ -53,9 +53,9 @@ def run_vision_benchmark(plan: VisionBenchmark) -> None:
         ConfigError: An image, an arm or the output path cannot be used.
     """
     record.check_output_path(plan.out)
-    if len(plan.pictures) < 4:
-        raise ConfigError(f"--image: expected at least four images, got {len(plan.pictures)}")
-    for path in (*plan.pictures, *plan.quality):
+    if len(plan.images) < 4:
+        raise ConfigError(f"--image: expected at least four images, got {len(plan.images)}")
+    for path in (*plan.images, *plan.quality):
         if not path.exists():
             raise ConfigError(f"{path}: no such file")
     selections = {_label(s): s for s in map(parse_assignments, plan.arms)}
@@ -74,16 +74,16 @@ def _label(selection: Selection) -> str:
     return "@".join([selection.name, *options])
 
 
-def _cases(pictures: tuple[Path, ...]) -> dict[str, list[dict[str, Any]]]:
-    one = [{"prompt": f"<image>\n{PROMPT}", "pictures": [str(p)]} for p in pictures[:4]]
-    two = {"prompt": f"<image> and <image>\n{PROMPT}", "pictures": [str(p) for p in pictures[:2]]}
-    return {"single": one[:1], "two_pictures": [two], "batch_4": one}
+def _cases(images: tuple[Path, ...]) -> dict[str, list[dict[str, Any]]]:
+    one = [{"prompt": f"<image>\n{PROMPT}", "images": [str(p)]} for p in images[:4]]
+    two = {"prompt": f"<image> and <image>\n{PROMPT}", "images": [str(p) for p in images[:2]]}
+    return {"single": one[:1], "two_images": [two], "batch_4": one}
 
 
 def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[Record]:
     """Run all arms interleaved: those that prune between layers have an engine each, the others share one."""
     inside = {label: s for label, s in asked.items() if "experimental_layers" in s}
-    cases, answers = _cases(plan.pictures), {}
+    cases, answers = _cases(plan.images), {}
     config = {
         "model": folder,
         "dtype": "float32",

@@ -66,13 +66,13 @@ def measure_retention(folder: Path, places: tuple[Path, ...]) -> list[Record]:
     return [
         Record(
             "vision",
-            "pictures",
+            "images",
             f"{name}@retain={retain}",
             metric,
             round(statistics.mean(values), 4),
             "",
             [round(v, 4) for v in values],
-            {"standard_error": round(statistics.stdev(values) / len(values) ** 0.5, 4), "pictures": len(values)},
+            {"standard_error": round(statistics.stdev(values) / len(values) ** 0.5, 4), "images": len(values)},
         )
         for (name, retain, metric), values in results.items()
     ]

@@ -43,7 +43,7 @@ class VisionWorker(Worker):
         """Generate two tokens for each request, all together; return times, numbers of tokens and blocks, and GFLOP.
 
         Args:
-            requests: Requests, each with a ``prompt`` and the paths of its ``pictures``.
+            requests: Requests, each with a ``prompt`` and the paths of its ``images``.
             pruner: Pruner of these requests; None for that of the engine.
             run: Number of the run; it sets a pixel, so that no image is in a cache.
         """
@@ -53,7 +53,7 @@ class VisionWorker(Worker):
         inputs = []
         for request in requests:
             images = []
-            for path in request["pictures"]:
+            for path in request["images"]:
                 image = Image.open(path).convert("RGB")
                 image.putpixel((0, 0), (run % 256, run // 256 % 256, 0))
                 images.append(image)

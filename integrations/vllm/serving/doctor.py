@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from ....plugins.manager import HOOKS, disabled, plugins
+from ....plugins.terminal import make_table, print_plain
 from ...bench.record import PACKAGES, package_version
 from ..engine import vllm_api
 
@@ -111,26 +111,31 @@ def _workarounds(package: str) -> bool:
 
 
 def print_report(report: DoctorReport) -> None:
-    """Print the report as tables."""
-    console = Console()
-    facts = Table(show_header=False, title="Machine")
+    """Print the report as tables. Of the vLLM APIs only those that are missing are listed."""
+    facts = make_table("machine", "")
     for key, value in {**report.system, **{k: v for k, v in report.packages.items() if v}}.items():
         facts.add_row(key, str(value))
-    console.print(facts)
+    parts: list[RenderableType] = [facts]
     if report.seams:
-        table = Table("vLLM API", "used for", "state", title="vLLM APIs")
-        for api in report.seams:
-            table.add_row(api["seam"], api["why"], "ok" if api["ok"] else f"[red]{api['fault']}[/]")
-        console.print(table)
-    table = Table("kind", "plugin", "from", "supported here", title="Plugins")
+        missing = [api for api in report.seams if not api["ok"]]
+        parts.append(f"vLLM APIs: {len(report.seams) - len(missing)} of {len(report.seams)} available")
+        if missing:
+            table = make_table("missing vLLM API", "used for", "problem")
+            for api in missing:
+                table.add_row(api["seam"], api["why"], api["fault"])
+            parts.append(table)
+    table = make_table("type", "plugin", "from", "supported here")
     for plugin in report.plugins:
         table.add_row(plugin["kind"], plugin["name"], plugin["origin"], plugin["reason"] or "yes")
-    console.print(table)
+    print_plain(*parts, table)
+    console = Console(markup=False, emoji=False)
+    console.print()
+    whole = not console.is_terminal  # a message is one line in a file
     for key, value in report.settings.items():
-        console.print(f"{key}={value}", markup=False)
+        console.print(f"{key}={value}", soft_wrap=whole)
     for note in report.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=whole)
     for finding in report.findings:
-        console.print(f"finding: {finding}", markup=False, style="red", soft_wrap=True)
+        console.print(f"finding: {finding}", style="red", soft_wrap=whole)
     if not report.findings:
         console.print("no problems found", style="green")

@@ -18,6 +18,7 @@ from ....kvcache import profiles, retrieval_heads
 from ....kvcache.profiles import Profile
 from ....plugins.config import ConfigError
 from ....plugins.razor_attention import RazorAttention, RazorAttentionOptions
+from ....plugins.terminal import make_table, print_plain
 from ...bench import record
 from ..bench.engine import EngineProcess
 from ..bench.kv_work import max_positions
@@ -111,13 +112,11 @@ def selected_heads(echo: NDArray[np.floating], induction: NDArray[np.floating]) 
 
 def print_razor_profile(echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:
     """Print the retrieval heads as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "KV head", "induction", "echo", title="Retrieval heads by default")
+    headers = ("layer", "KV head", "induction", "echo")
+    table = make_table(*headers, numbers=headers, title="Retrieval heads by default")
     for layer, head in selected_heads(echo, induction):
         table.add_row(str(layer), str(head), f"{induction[layer, head]:.3f}", f"{echo[layer, head]:.3f}")
-    Console().print(table)
+    print_plain(table)
 
 
 def draw_head_map(path: Path, model: str, echo: NDArray[np.floating], induction: NDArray[np.floating]) -> None:

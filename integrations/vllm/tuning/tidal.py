@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ....kvcache import profiles
 from ....kvcache.layer_choice import LayerChoice, best_layer_choices
 from ....kvcache.profiles import Profile
 from ....plugins.config import ConfigError, build_options
+from ....plugins.terminal import make_table, print_plain
 from ....plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from ...bench import record
 from ..bench import corpora, needle_in_haystack
@@ -233,12 +233,12 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
 
 def print_tidal_profile(full: float, tried: list[LayerTrial]) -> None:
     """Print the measured sets of layers as a table."""
-    from rich.table import Table
-
-    table = Table("full-attention layers", "full", "select", "KL", "same top token", "needles")
-    table.add_row("all", "", "", "0", "", f"{full:.0%}")
+    numbers = ("layers", "KL", "same top token", "needle recall")
+    table = make_table("layers", "full attention", "token selection", *numbers[1:], numbers=numbers)
+    table.title = "Sets of full-attention layers"
+    table.add_row("all", "all", "", "0", "", f"{full:.0%}")
     for t in tried:
         layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
         row = (str(t.choice.num_full_layers), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
         table.add_row(*row)
-    Console().print(table)
+    print_plain(table)

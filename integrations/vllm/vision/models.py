@@ -126,14 +126,14 @@ class PrunedModel:
         raise NotImplementedError(f"{type(self).__name__} does not implement _assemble")
 
 
-def prune_features(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFeatures) -> Tensor:
+def prune_features(pruner: Any, layout: ImageLayout, plan: Any, features: ImageFeatures) -> Tensor:
     """Prune the visual tokens of an image.
 
     Args:
         pruner: The pruner.
         layout: Layout of the visual tokens.
         plan: The pruner's plan for this layout.
-        picture: Visual tokens and scores of the image.
+        features: Visual tokens and scores of the image.
 
     Returns:
         [plan.num_tokens, width] tokens for the language model.
@@ -142,9 +142,9 @@ def prune_features(pruner: Any, layout: ImageLayout, plan: Any, picture: ImageFe
         RuntimeError: The pruner returned another number of tokens than it planned, or the layout does not match the
             tokens that vLLM assembled.
     """
-    if len(picture.tokens) != layout.num_tokens:
-        raise RuntimeError(f"pilotfish: {len(picture.tokens)} visual tokens, expected {layout.num_tokens}")
-    kept = pruner.apply(layout, plan, picture)
+    if len(features.tokens) != layout.num_tokens:
+        raise RuntimeError(f"pilotfish: {len(features.tokens)} visual tokens, expected {layout.num_tokens}")
+    kept = pruner.apply(layout, plan, features)
     if len(kept) != plan.num_tokens:
         raise RuntimeError(f"pilotfish: {pruner.name} planned {plan.num_tokens} tokens and kept {len(kept)}")
     return kept

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ....plugins.config import ConfigError, parse_assignments
 from ....plugins.contracts import ImageLayout, Region, VisualPruner
 from ....plugins.manager import plugins
 from ....plugins.pruning import grids
+from ....plugins.terminal import make_table, print_plain
 from ..models import registry
 from .image_encoder import VisionEncoder
 
@@ -39,23 +38,24 @@ def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror}") from None
-    table = Table()
-    for column in ("image", "size", "pruner", "tokens", "kept", "share", "drawing"):
-        table.add_column(column, overflow="fold")  # the default would truncate
     for path, image in images.items():
         layout, features, _ = encoder.encode(image)
+        title = f"{path.name}: {image.width} x {image.height} pixels, {layout.num_tokens} visual tokens"
+        headers = ("pruner", "kept", "share", *(["drawing"] if out else []))
+        table = make_table(*headers, numbers=("kept", "share"), title=title)
         for text, pruner in pruners.items():
             plan = pruner.plan(layout)
             mask = torch.zeros(layout.num_tokens, dtype=torch.bool)
             mask[pruner.select(layout, plan, features)] = True
-            drawing = None
+            row = [text, str(plan.num_tokens), f"{plan.num_tokens / layout.num_tokens:.1%}"]
             if out is not None:
                 drawing = out / f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in text)}.png"
                 draw_overlay(image, layout, mask).save(drawing)
-            size, share = f"{image.width} x {image.height}", f"{plan.num_tokens / layout.num_tokens:.1%}"
-            row = (path.name, size, text, str(layout.num_tokens), str(plan.num_tokens), share, str(drawing or ""))
+                row.append(drawing.name)
             table.add_row(*row)
-    Console().print(table)
+        print_plain(table)
+    if out is not None:
+        print_plain(f"drawings written to {out}")
 
 
 def draw_overlay(image: Any, layout: ImageLayout, kept: Any) -> Any:

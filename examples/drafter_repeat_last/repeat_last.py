@@ -1,4 +1,4 @@
-"""A minimal drafter: it proposes the tokens that followed the last two tokens earlier in the same text."""
+"""A drafter: it proposes the tokens that followed the last two tokens earlier in the same text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pilotfish.plugins import hookimpl
-from pilotfish.plugins.contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32
+from pilotfish import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, hookimpl
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class RepeatLast(Drafter):
     def __init__(self, options: RepeatLastOptions, engine: Engine) -> None:
         self.options = options
 
-    def start(self, request: str, prompt: Int32, tenant: str | None = None) -> None: ...
-    def observe(self, request: str, tokens: Int32, candidates: Candidates) -> None: ...
+    def start(self, request: str, prompt: np.ndarray, tenant: str | None = None) -> None: ...
+    def observe(self, request: str, tokens: np.ndarray, candidates: Candidates) -> None: ...
     def finish(self, request: str) -> None: ...
 
     def propose(self, requests: Sequence[DraftRequest], budget: DraftBudget) -> list[DraftTree]:
         """Propose a chain for each request."""
         return [self._chain(r.tokens, max(0, min(budget.nodes, budget.depth, r.limit))) for r in requests]
 
-    def _chain(self, text: Int32, depth: int) -> DraftTree:
+    def _chain(self, text: np.ndarray, depth: int) -> DraftTree:
         earlier = np.flatnonzero((text[:-2] == text[-2]) & (text[1:-1] == text[-1])) if len(text) > 2 else []
         copied = text[earlier[-1] + 2 :][:depth] if len(earlier) else text[:0]
         n = len(copied)

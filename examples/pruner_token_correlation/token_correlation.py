@@ -13,8 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from pilotfish.plugins import hookimpl
-from pilotfish.plugins.contracts import ImageFeatures, ImageLayout, PrunePlan, VisualPruner
+from pilotfish import ImageFeatures, ImageLayout, PrunePlan, VisualPruner, hookimpl
 from pilotfish.plugins.pruning import grids, token_budget
 
 
