@@ -62,8 +62,9 @@ FLOWS: dict[str, tuple[tuple[str, str], ...]] = {
 
 BOX_HEIGHT, GAP, WIDTH = 34, 30, 860
 STYLE = """<style>
-text { font: 12px system-ui, sans-serif; fill: #1b2733 } .title { font-weight: 600 } .small { font-size: 10px; fill: #51606d }
-rect { fill: #eef3f7; stroke: #5d7183 } line { stroke: #8795a1; marker-end: url(#arrow) } .background { fill: #fff; stroke: none }
+text { font: 12px system-ui, sans-serif; fill: #1b2733 } .title { font-weight: 600 }
+.small { font-size: 10px; fill: #51606d } rect { fill: #eef3f7; stroke: #5d7183 }
+line { stroke: #8795a1; marker-end: url(#arrow) } .background { fill: #fff; stroke: none }
 </style><defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">
 <path d="M0 0 8 4 0 8z" fill="#8795a1"/></marker></defs>
 """
@@ -127,9 +128,8 @@ def draw_packages(imports: Mapping[str, set[str]]) -> str:
     for package, (x, y, width) in places.items():
         for target in sorted(direct(package, imports)):
             to_x, to_y, to_width = places[target]
-            lines.append(
-                f'<line x1="{x + width / 2:.0f}" y1="{y + BOX_HEIGHT:.0f}" x2="{to_x + to_width / 2:.0f}" y2="{to_y:.0f}"/>'
-            )
+            begin, end = x + width / 2, to_x + to_width / 2
+            lines.append(f'<line x1="{begin:.0f}" y1="{y + BOX_HEIGHT:.0f}" x2="{end:.0f}" y2="{to_y:.0f}"/>')
         name = escape(package.removeprefix("pilotfish."))
         boxes.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{BOX_HEIGHT}" rx="4"/>'

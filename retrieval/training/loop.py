@@ -1,4 +1,4 @@
-"""The training loop of `pilotfish train`: transformers' Trainer over batches of pairs, with checkpoints and a loss curve.
+"""The training loop of `pilotfish train`: transformers' Trainer over batches of pairs.
 
 sentence-transformers' trainers subclass the same Trainer, but train models in their own module format, which VDR's
 published checkpoints do not have. So the losses, the tasks and the batches without duplicates are code of this package,
@@ -122,7 +122,10 @@ class PairTrainer(Trainer):
             report_to=[],
         )
         super().__init__(
-            task.model, arguments, eval_dataset=list(held_out), callbacks=[_StepCallback(on_step)]  # type: ignore[arg-type]
+            task.model,
+            arguments,
+            eval_dataset=list(held_out),
+            callbacks=[_StepCallback(on_step)],  # type: ignore[arg-type]
         )
         self.remove_callback(_printer())
         self._task = task

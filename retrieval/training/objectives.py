@@ -16,8 +16,8 @@ def vdr_loss(
     """Compute VDR's loss (ICLR 2024, section 3.2), or with ``semi`` that of its semi-parametric form, SVDR.
 
     One half compares the sparse weights of queries with the weights of documents, the other half the bags of words of
-    queries; SVDR does both in both directions. Each comparison is a negative log-likelihood at temperature 1, along rows
-    and along columns.
+    queries; SVDR does both in both directions. Each comparison is a negative log-likelihood at temperature 1, along
+    rows and along columns.
 
     Args:
         query: [batch, terms] term weights, before sparsification.
@@ -57,8 +57,8 @@ def sparsity_loss(weights: torch.Tensor, bag: torch.Tensor, top: int) -> torch.T
 def contrastive_mask(bag: torch.Tensor) -> torch.Tensor:
     """Return the contrastive mask [batch, terms] (section 3.3).
 
-    Term v belongs to text v mod batch, unless a text of the batch contains it. Weight on irrelevant terms then counts for
-    no pair, and against all others.
+    Term v belongs to text v mod batch, unless a text of the batch contains it. Weight on irrelevant terms then counts
+    for no pair, and against all others.
     """
     batch, terms = bag.shape
     owner = torch.arange(terms, device=bag.device) % batch

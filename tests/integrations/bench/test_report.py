@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from test_cli import refused
+from refusals import refused
 
 from pilotfish.integrations.bench import report
 

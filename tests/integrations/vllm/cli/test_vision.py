@@ -85,12 +85,12 @@ def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path, count: 
     """The loop over tokens of `test_pruners`, on scores that a real tower gives."""
     from importlib.util import module_from_spec, spec_from_file_location
 
-    spec = spec_from_file_location("pruners", Path(__file__).parents[1] / "plugins" / "test_pruners.py")
+    spec = spec_from_file_location("pruners", Path(__file__).parents[3] / "plugins" / "pruning" / "test_pruners.py")
     assert spec is not None and spec.loader is not None
     pruners = module_from_spec(spec)
     spec.loader.exec_module(pruners)
     eye = VisionEncoder(base.fetch_model(registry.EMBEDDED["test-llava-next"]))
-    data = Path(__file__).parents[2].parent / "shared" / "data"
+    data = Path(__file__).parents[4].parent / "shared" / "data"
     folders = (data / "skimage_samples", data / "owleval")
     real = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
     for path in (pictures / "photo.png", pictures / "line.png", *real):
