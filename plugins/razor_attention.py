@@ -1,7 +1,7 @@
 """RazorAttention: KV cache compression through retrieval heads (arXiv 2407.15891).
 
 Few KV heads, the *retrieval heads*, attend to the whole context. They keep every key and value. All other heads keep
-attention sinks and a window of recent tokens; one compensation token stands for the tokens that they drop (section
+attention sinks and a window of recent tokens; one compensation token represents the tokens that they drop (section
 3.3):
 
     N tokens so far, N0 sinks, L = max(S0, N / C)
@@ -51,7 +51,7 @@ class RazorAttentionOptions:
         window: Smallest number of recent tokens that non-retrieval heads keep (S0 in the paper).
         ratio: The window grows to 1/ratio of the context (C in the paper); 0 for a window that does not grow.
         protect_layers: Number of first layers in which every head is a retrieval head.
-        compensation: Whether a compensation token stands for the dropped tokens.
+        compensation: Whether a compensation token represents the dropped tokens.
         prefill: ``exact`` processes a prompt with full attention and frees its blocks afterwards; ``streaming`` applies
             the window during the prompt too.
     """

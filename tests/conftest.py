@@ -46,6 +46,23 @@ def interpreted_triton() -> Iterator[None]:
 
 
 @pytest.fixture
+def create(tmp_path: Path) -> Callable[..., Any]:
+    """Create indexes whose encoders are fast."""
+    import words
+
+    from pilotfish.retrieval import Index
+
+    words.use()
+
+    def make(name: str = "index", kind: str = "xtr", **options: Any) -> Index:
+        encoder, usual = words.KINDS[kind]
+        return Index.create(tmp_path / name, kind, encoder, {**(usual if kind != "xtr" else {}), **options})
+
+    make.folder = tmp_path / "index"  # type: ignore[attr-defined]
+    return make
+
+
+@pytest.fixture
 def cli() -> Cli:
     """Run `pilotfish` in a process of its own."""
 

@@ -40,7 +40,7 @@ class EngineProcess:
             worker: Arguments with which Python runs the worker.
             env: Further environment variables of the worker.
         """
-        self._log = log
+        self.log = log
         environment = {**ENVIRONMENT, **os.environ, **env}
         if "kv_cache_memory_bytes" in config:  # vLLM's CPU platform would silently prefer the variable
             del environment["VLLM_CPU_KVCACHE_SPACE"]
@@ -74,8 +74,8 @@ class EngineProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            tail = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise RuntimeError(f"the engine ended: {tail[0]} (whole log: {self._log})")
+            tail = self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise RuntimeError(f"the engine ended: {tail[0]} (whole log: {self.log})")
         return json.loads(line)
 
     @property

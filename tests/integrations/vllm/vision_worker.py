@@ -72,17 +72,6 @@ class PicturesWorker(TestWorker):
         visual = model._visual[: len(embeds)].tolist()
         return {"embeds": embeds.tolist(), "visual": visual, "positions": positions, "last": last[0], **answer}
 
-    def metrics(self) -> dict[str, float]:
-        """Our counters."""
-        import prometheus_client
-
-        found = {}
-        for family in prometheus_client.REGISTRY.collect():
-            for sample in family.samples:
-                if sample.name.startswith("pilotfish_pruner") and sample.name.endswith("_total"):
-                    found[sample.name] = sample.value
-        return found
-
 
 if __name__ == "__main__":
     main(PicturesWorker)

@@ -196,6 +196,17 @@ class TestWorker(Worker):
         vllm_fixes.EXPAND_BATCH.apply()
         return {"before": before, "after": vllm_fixes.draft_sampling_is_broken()}
 
+    def metrics(self) -> dict[str, float]:
+        """Pilotfish's counters in this process, by name; labels are added up."""
+        import prometheus_client
+
+        values: dict[str, float] = {}
+        for family in prometheus_client.REGISTRY.collect():
+            for sample in family.samples:
+                if sample.name.startswith("pilotfish_") and sample.name.endswith("_total"):
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        return values
+
     def shut_down(self) -> dict[str, Any]:
         """What a server does when it ends."""
         self.core.shutdown()

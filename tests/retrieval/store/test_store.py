@@ -25,7 +25,7 @@ EVERYWHERE: dict[str, Any] = {  # all lists are read: what is there is found
     "xtr": {"nprobe": 1 << 20},
     "hybrid": {"settings": {"xtr": {"nprobe": 1 << 20}}},
 }
-CHILD = Path(__file__).with_name("crash_child.py")
+CHILD = Path(__file__).parents[2] / "support" / "crash_child.py"
 
 
 def kill_and_look(folder: Path, kills: int, seed: int) -> int:

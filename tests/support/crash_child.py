@@ -1,4 +1,4 @@
-"""Changes an index for ever, and says what it has committed; killed by `test_crashes`.
+"""Changes an index for ever, and says what it has committed; killed by `test_store`.
 
 Each line of stdin (folder, seed, first number) forks such a writer off a process that has imported everything once:
 200 kills would otherwise spend their time on imports.
