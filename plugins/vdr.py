@@ -120,23 +120,23 @@ class VDR(InvertedIndexKind):
         """Build inverted lists."""
         from ..retrieval import sparse_index
 
-        made = sparse_index.build_sparse_segment(encoded, numbers, shared, self.options.bits)
-        return len(made["places"]), made
+        arrays = sparse_index.build_sparse_segment(encoded, numbers, shared, self.options.bits)
+        return len(arrays["places"]), arrays
 
     def queries(self, encoder: Any, texts: Sequence[str], settings: VDRSettings) -> "SparseVectors":
         """Encode queries, and apply ``term_boosts``."""
         from ..retrieval.sparse_vectors import SparseVectors
 
         if settings.query_encoding == "weights":
-            found = encoder.encode_queries(texts)
+            encoded = encoder.encode_queries(texts)
         elif hasattr(encoder, "bags_of_words"):
-            found = encoder.bags_of_words(texts)
+            encoded = encoder.bags_of_words(texts)
         else:  # a third-party encoder without bags of words
-            found = encoder.encode_queries(texts).bag_of_words()
+            encoded = encoder.encode_queries(texts).bag_of_words()
         if not settings.term_boosts:
-            return found
+            return encoded
         return SparseVectors.concatenate(
-            [apply_term_edits(found[i], settings.term_boosts, encoder) for i in range(len(found))]
+            [apply_term_edits(encoded[i], settings.term_boosts, encoder) for i in range(len(encoded))]
         )
 
     def search(
@@ -201,8 +201,8 @@ class VDR(InvertedIndexKind):
     ) -> list[ScoreExplanation]:
         """Return the terms that query and document share, and the contribution of each to the score."""
         del text, allow
-        mine = self.queries(encoder, [query], settings)
-        return explain_shared_terms(searcher, mine, number, _able(encoder, "term"))
+        encoded = self.queries(encoder, [query], settings)
+        return explain_shared_terms(searcher, encoded, number, _able(encoder, "term"))
 
     def term_weights(self, encoder: Any, query: str, text: str, settings: VDRSettings) -> TermWeights | None:
         """Return the terms of largest weight of both texts; None where the encoder has no names for terms."""
@@ -243,9 +243,9 @@ def _able(encoder: Any, method: str) -> Any:
     """
     from ..retrieval.errors import RetrievalError
 
-    if (found := getattr(encoder, method, None)) is None:
+    if (function := getattr(encoder, method, None)) is None:
         raise RetrievalError(f"encoder {encoder.name}: lacks the method `{method}`, which is needed here")
-    return found
+    return function
 
 
 def _heaviest(words: "SparseVectors", encoder: "VocabularyEncoder") -> list[tuple[str, float]]:

@@ -76,7 +76,7 @@ class XTRSettings:
         kprime: For ``kprime``: number of retrieved tokens per query token (k' of the paper).
         rerank: Rerank depth: number of best documents that are scored with all their tokens (exact MaxSim); the index
             needs ``vectors``.
-        all: Whether documents are found too of which no token beats the imputed similarity; they are ranked last.
+        all: Whether documents of which no token beats the imputed similarity are results too; they are ranked last.
     """
 
     nprobe: int = 16
@@ -220,10 +220,10 @@ class XTR(IndexKind):
     ) -> list[ScoreExplanation]:
         """Return for each query token its contribution to the score, and the document's most similar token."""
         encoded, words = encoder.encode_queries([query]), encoder.words(query, query=True)
-        mine, tokens = encoder.encode_documents([text]), encoder.words(text, query=False)
+        document, tokens = encoder.encode_documents([text]), encoder.words(text, query=False)
         _, _, trace = searcher.search(encoded.vectors, 1, self.kernel_settings(searcher, settings), allow, number)
         assert trace is not None
-        nearest = (encoded.vectors @ mine.vectors.astype(np.float32).T).argmax(1) if len(tokens) else None
+        nearest = (encoded.vectors @ document.vectors.astype(np.float32).T).argmax(1) if len(tokens) else None
         share = 1 / max(len(words), 1)
         reasons = []
         for i, word in enumerate(words):

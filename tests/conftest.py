@@ -1,4 +1,4 @@
-"""Fixtures that all tests share."""
+"""Fixtures and pytest hooks that all tests share."""
 
 import os
 import signal
@@ -17,26 +17,28 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()
 if INTERPRETED:
-    # Triton decides as it is imported whether it interprets; see `interpreted_triton`. Not for the engines that tests
-    # start: they inherit the environment.
+    # Triton decides at import whether it interprets kernels; see `interpreted_triton`. The variable is removed again,
+    # because the engines that tests start inherit the environment.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
+
+    from pilotfish.kvcache.kernels import programs_heads_triton, programs_tree_triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-SHOWN: list[tuple[str, str, str, bool]] = []  # plugin, feature, test, whether it passed
+FEATURE_RESULTS: list[tuple[str, str, str, bool]] = []  # (plugin, feature, test ID, passed)
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """Return the root folder of the repository."""
     return Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def interpreted_triton() -> Iterator[None]:
-    """Triton's kernels are interpreted where there is no GPU."""
+    """Run Triton kernels in the interpreter if the machine has no GPU."""
     if not INTERPRETED:
         yield
         return
@@ -47,7 +49,7 @@ def interpreted_triton() -> Iterator[None]:
 
 @pytest.fixture
 def create(tmp_path: Path) -> Callable[..., Any]:
-    """Create indexes whose encoders are fast."""
+    """Return a function that creates an index with a fast test encoder."""
     import words
 
     from pilotfish.retrieval import Index
@@ -55,8 +57,8 @@ def create(tmp_path: Path) -> Callable[..., Any]:
     words.use()
 
     def make(name: str = "index", kind: str = "xtr", **options: Any) -> Index:
-        encoder, usual = words.KINDS[kind]
-        return Index.create(tmp_path / name, kind, encoder, {**(usual if kind != "xtr" else {}), **options})
+        encoder, default_options = words.KINDS[kind]
+        return Index.create(tmp_path / name, kind, encoder, {**(default_options if kind != "xtr" else {}), **options})
 
     make.folder = tmp_path / "index"  # type: ignore[attr-defined]
     return make
@@ -64,7 +66,7 @@ def create(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def cli() -> Cli:
-    """Run `pilotfish` in a process of its own."""
+    """Return a function that runs `pilotfish` in a subprocess."""
 
     def run(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -80,7 +82,7 @@ def cli() -> Cli:
 
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run `pilotfish` within this process: for the many inputs that are refused, once `cli` has shown that one is."""
+    """Return a function that runs `pilotfish` in this process, which is faster than `cli`."""
     from pilotfish.__main__ import main
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -88,33 +90,35 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         capsys.readouterr()
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as caught:
                 main()
         finally:
             signal.signal(signal.SIGTERM, handler)
-        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), *capsys.readouterr())
+        return subprocess.CompletedProcess(arguments, int(caught.value.code or 0), *capsys.readouterr())
 
     return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the table of compatibility comes from; see `make compatibility`."""
-    parser.addoption("--compatibility", type=Path, help="write what tests with the marker `shows` have shown")
+    """Add the option `--compatibility`, used by `make compatibility`."""
+    parser.addoption(
+        "--compatibility", type=Path, help="write the results of tests with the marker `shows` to this file"
+    )
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Keep whether a test passed that shows something; one that was skipped shows nothing."""
+    """Record the result of a test with the marker `shows`, unless it was skipped."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    shown = item.get_closest_marker("shows")
-    if shown is not None and not report.skipped and (report.when == "call" or report.failed):
-        plugin, *features = shown.args
-        SHOWN.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
+    marker = item.get_closest_marker("shows")
+    if marker is not None and not report.skipped and (report.when == "call" or report.failed):
+        plugin, *features = marker.args
+        FEATURE_RESULTS.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
     return report  # type: ignore[return-value]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write it."""
+    """Write the recorded results to the file given with `--compatibility`."""
     path = session.config.getoption("--compatibility")
     if path is not None:
         from pilotfish.integrations.bench import record
@@ -123,14 +127,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             path,
             [
                 record.Record("compatibility", feature, plugin, "works", float(passed), "", [], {"test": test})
-                for plugin, feature, test, passed in SHOWN
+                for plugin, feature, test, passed in FEATURE_RESULTS
             ],
             command="make compatibility",
         )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the tests of frameworks that passed: those are promises to people who never see ours."""
+    """List the frameworks' own conformance tests that passed."""
     for framework, module in (("langchain-tests", "test_langchain"), ("Haystack's mixins", "test_haystack")):
         passed = [r.nodeid for r in terminalreporter.stats.get("passed", []) if f"{module}.py::Test" in r.nodeid]
         if passed:
@@ -140,5 +144,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engine tests last: what needs no engine fails first."""
+    """Run engine tests last, so that faster tests fail first."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)

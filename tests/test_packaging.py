@@ -1,4 +1,4 @@
-"""The wheel holds the real folders: a wrong include list would lose packages silently."""
+"""Tests of the sdist and the wheel: a wrong include list would drop packages silently."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ INTERNAL = "src/pilotfish/_internal"
 
 def test_sdist_then_wheel_holds_every_module(root: Path, tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
-    subprocess.run([*build, str(root)], check=True, capture_output=True, timeout=300)  # sdist, and the wheel from it
+    subprocess.run([*build, str(root)], check=True, capture_output=True, timeout=300)  # builds the wheel from the sdist
     (wheel,) = tmp_path.glob("*.whl")
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     expected = {
@@ -27,14 +27,14 @@ def test_sdist_then_wheel_holds_every_module(root: Path, tmp_path: Path) -> None
     assert packed == expected
 
 
-def test_links_lead_to_the_root_folders(root: Path) -> None:
+def test_symlinks_point_to_the_root_folders(root: Path) -> None:
     for folder in FOLDERS:
         link = root / "src" / "pilotfish" / folder
         assert link.is_symlink()
         assert link.resolve() == root / folder
 
 
-def test_core_dependencies_stay_few(root: Path) -> None:
+def test_core_dependencies(root: Path) -> None:
     import tomllib
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
@@ -43,13 +43,13 @@ def test_core_dependencies_stay_few(root: Path) -> None:
 
 
 def test_import_contracts_hold(root: Path) -> None:
-    """The layers in pyproject.toml: who may import whom, and no cycles."""
+    """Test that imports follow the layers in pyproject.toml and have no cycles."""
     lint = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([lint, "--no-cache"], cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:]
+    result = subprocess.run([lint, "--no-cache"], cwd=root, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("name", ["hookimpl", "Drafter", "KVPolicy", "VisualPruner", "IndexKind", "Encoder"])
-def test_authors_import_from_the_top(name: str) -> None:
+def test_public_names_import_without_torch_or_vllm(name: str) -> None:
     code = f"import sys; from pilotfish import {name}; assert not {{'torch', 'vllm'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -1,4 +1,4 @@
-"""The guides for plugin authors and contributors name only what the code has."""
+"""Tests that the guides for plugin authors and contributors name only existing code."""
 
 import ast
 import functools
@@ -20,13 +20,13 @@ FOREIGN = {"Makefile", "Settings", "Options"}  # neither classes nor methods; th
 
 
 def code_spans(path: Path) -> list[str]:
-    """Text in backquotes, without blocks of code."""
+    """Return the texts in backquotes, without code blocks."""
     return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL))
 
 
 @functools.cache
-def defined(root: Path) -> tuple[dict[str, set[str]], set[str], set[str]]:
-    """Members of the package's classes by class name, its functions and methods, and its constants."""
+def defined_names(root: Path) -> tuple[dict[str, set[str]], set[str], set[str]]:
+    """Return the members of each class by class name, all functions and methods, and all constants."""
     classes: dict[str, set[str]] = {}
     functions: set[str] = set()
     constants: set[str] = set()
@@ -46,17 +46,17 @@ def defined(root: Path) -> tuple[dict[str, set[str]], set[str], set[str]]:
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name can be imported, as a module or as an attribute of one."""
+    """Return whether a dotted name is a module or an attribute of a module."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:end]))
+            value = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError:
             continue
         for part in parts[end:]:
-            if not hasattr(found, part):
+            if not hasattr(value, part):
                 return False
-            found = getattr(found, part)
+            value = getattr(value, part)
         return True
     return False
 
@@ -73,22 +73,22 @@ def test_dotted_names_exist(root: Path, guide: str) -> None:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_classes_and_methods_exist(root: Path, guide: str) -> None:
-    classes, functions, constants = defined(root)
-    # The plugin guide names contracts; other classes, such as `pilotfish.retrieval.Index`, by their dotted names.
+    classes, functions, constants = defined_names(root)
+    # The plugin guide names contracts; other classes appear by their dotted names, such as `pilotfish.retrieval.Index`.
     known = {*pilotfish.__all__, *contracts.__all__} if guide == "docs/plugins.md" else set(classes)
 
-    def wrong(span: str) -> bool:
-        if named := re.fullmatch(r"([A-Z][a-z]\w*|KVPolicy)(?:\.(\w+))?(?:\(\))?", span):
-            cls, member = named.groups()
+    def is_wrong(span: str) -> bool:
+        if match := re.fullmatch(r"([A-Z][a-z]\w*|KVPolicy)(?:\.(\w+))?(?:\(\))?", span):
+            cls, member = match.groups()
             return cls not in FOREIGN and (cls not in known or (member is not None and member not in classes[cls]))
-        if named := re.fullmatch(r"(\w+)\(\)", span):
-            return named[1] not in functions
+        if match := re.fullmatch(r"(\w+)\(\)", span):
+            return match[1] not in functions
         return re.fullmatch(r"[A-Z][A-Z_]+", span) is not None and span not in constants
 
-    assert [span for span in code_spans(root / guide) if wrong(span)] == []
+    assert [span for span in code_spans(root / guide) if is_wrong(span)] == []
 
 
-def test_the_guide_names_every_contract_and_hook(root: Path) -> None:
+def test_guide_names_every_contract_and_hook(root: Path) -> None:
     spans = {span.removesuffix("()") for span in code_spans(root / "docs/plugins.md")}
     bases = {n for n in contracts.__all__ if isinstance(getattr(contracts, n), type)}
     plugin_types = {n for n in bases if issubclass(getattr(contracts, n), contracts.Plugin)} - {"Plugin"}
@@ -99,7 +99,7 @@ def test_the_guide_names_every_contract_and_hook(root: Path) -> None:
         assert {f"`{m}`" for m in required} - {f"`{s}`" for s in spans} == set(), name
 
 
-def test_what_the_guide_imports_from_the_top_is_all_there_is(root: Path) -> None:
+def test_guide_names_every_public_name(root: Path) -> None:
     spans = set(code_spans(root / "docs/plugins.md"))
     assert {n for n in pilotfish.__all__ if n != "__version__"} <= spans
     assert {n for n in contracts.__all__ if n[0].isupper() and n not in pilotfish.__all__} == {
@@ -120,7 +120,7 @@ def test_files_and_targets_exist(root: Path, guide: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in pilotfish.__all__ if n != "__version__"])
-def test_names_of_the_top_are_those_of_the_contracts(name: str) -> None:
+def test_public_names_are_those_of_the_contracts(name: str) -> None:
     value = getattr(pilotfish, name)
     assert name in dir(pilotfish)
     assert getattr(value, "__name__", name) == name
@@ -128,6 +128,6 @@ def test_names_of_the_top_are_those_of_the_contracts(name: str) -> None:
         assert value is getattr(contracts, name)
 
 
-def test_names_of_the_top_import_neither_torch_nor_vllm() -> None:
+def test_star_import_loads_neither_torch_nor_vllm() -> None:
     code = "import sys; from pilotfish import *; assert not {'torch', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

@@ -10,6 +10,7 @@ selects a node without its parent, and no other trees with as many nodes have a 
 tokens. `StepCostModel` learns T from the duration of steps.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,18 +165,23 @@ class StepCostModel:
 
 
 def _solve_nonnegative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve a normal equation with non-negative coefficients.
+    """Solve a normal equation with non-negative coefficients, exactly.
 
-    Coefficients that would be negative are set to 0, one after the other, and the others are solved for again.
+    The best solution is the unconstrained one over its positive coefficients, so with few coefficients all sets of them
+    can be tried.
     """
-    solution, used = np.zeros(len(target)), np.ones(len(target), np.bool_)
-    while used.any():
-        solution[:] = 0.0
-        solution[used] = np.linalg.solve(gram[np.ix_(used, used)], target[used])
-        if solution.min() >= 0.0:
-            break
-        used[solution.argmin()] = False
-    return np.maximum(solution, 0.0)
+    solution = np.linalg.solve(gram, target)
+    if solution.min() >= 0.0:
+        return solution
+    best, lowest = np.zeros(len(target)), 0.0
+    for count in range(1, len(target)):
+        for positive in map(list, itertools.combinations(range(len(target)), count)):
+            solution = np.zeros(len(target))
+            solution[positive] = np.linalg.solve(gram[np.ix_(positive, positive)], target[positive])
+            loss = float(solution @ gram @ solution - 2 * solution @ target)
+            if solution.min() >= 0.0 and loss < lowest:
+                best, lowest = solution, loss
+    return best
 
 
 class AcceptanceRecord:

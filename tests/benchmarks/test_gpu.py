@@ -1,4 +1,4 @@
-"""The GPU scripts of ``benchmarks/gpu``, as far as a machine without a card can run them."""
+"""Tests of the scripts in ``benchmarks/gpu``, as far as a machine without a GPU can run them."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_every_step_imports(scripts: Path, step: str) -> None:
+def test_every_step_can_be_imported(scripts: Path, step: str) -> None:
     spec = importlib.util.spec_from_file_location(f"gpu_step_{step}", scripts / f"gpu_{step}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +28,7 @@ def test_every_step_imports(scripts: Path, step: str) -> None:
     assert callable(module.work)
 
 
-def test_the_driver_knows_every_step(scripts: Path) -> None:
+def test_driver_script_knows_every_step(scripts: Path) -> None:
     text = (scripts / "on_device.sh").read_text()
     assert all(f"[{step}]=" in text for step in STEPS)
     assert {p.stem.removeprefix("gpu_") for p in scripts.glob("gpu_*.py")} == {*STEPS, "common", "arms"}
@@ -48,9 +48,9 @@ def test_modules_that_the_install_step_imports_exist(scripts: Path, root: Path, 
     assert (root / "integrations" / Path(*module.split("."))).with_suffix(".py").is_file()
 
 
-def test_kernels_are_right_when_interpreted(scripts: Path, tmp_path: Path) -> None:
-    """Every check of the kernels' step, over tiny shapes on a CPU."""
-    done = subprocess.run(
+def test_kernel_step_passes_in_triton_interpreter(scripts: Path, tmp_path: Path) -> None:
+    """Test that all checks of the step `kernels` pass with tiny shapes on a CPU."""
+    process = subprocess.run(
         [sys.executable, str(scripts / "gpu_kernels.py"), "--device", "cpu", "--tiny"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OUT": str(tmp_path)},
         capture_output=True,
@@ -58,15 +58,15 @@ def test_kernels_are_right_when_interpreted(scripts: Path, tmp_path: Path) -> No
         timeout=1200,
     )
     result = json.loads((tmp_path / "kernels.json").read_text())
-    assert done.returncode == 0, (result["failures"], done.stderr[-2000:])
+    assert process.returncode == 0, (result["failures"], process.stderr[-2000:])
     assert result["ok"] and not result["failures"]
     checked = {r["arm"] for r in result["records"] if r["metric"] == "relative_error"}
     assert {"razor_decode", "razor_prompt", "tree_8"} < checked
     assert any(arm.startswith("tidal_") for arm in checked)
 
 
-def test_the_project_is_found_without_an_installation(scripts: Path, root: Path, tmp_path: Path) -> None:
-    """`unpack.py` writes the metadata by which plugins are found."""
+def test_unpack_script_writes_entry_points(scripts: Path, root: Path, tmp_path: Path) -> None:
+    """Test that `unpack.py` writes the entry points through which plugins are loaded."""
     subprocess.run([sys.executable, scripts / "unpack.py", tmp_path], cwd=root, check=True, timeout=60)
     (info,) = tmp_path.glob("pilotfish-*.dist-info")
     points = (info / "entry_points.txt").read_text()

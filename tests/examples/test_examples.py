@@ -1,4 +1,4 @@
-"""The example packages: installed with pip, found through their entry points, and doing what they say."""
+"""Tests of the example packages, which are installed with pip and loaded through their entry points."""
 
 import json
 import os
@@ -36,7 +36,7 @@ FISH = [
 
 @pytest.fixture(scope="session")
 def install(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Install examples, each into another folder; returns the value of PYTHONPATH."""
+    """Return a function that installs examples, each into its own folder, and returns a value for PYTHONPATH."""
     folders: dict[str, str] = {}
 
     def installed(*names: str) -> str:
@@ -53,7 +53,7 @@ def install(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 @pytest.fixture
 def load(install: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Any]]:
-    """Register an example in this process through its entry point; returns the registered class."""
+    """Return a function that registers an example through its entry point and returns the registered class."""
     manager = plugins()
     loaded: list[str] = []
 
@@ -69,7 +69,7 @@ def load(install: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         manager.unregister(name)
 
 
-def test_there_is_an_example_for_every_hook(root: Path) -> None:
+def test_every_hook_has_an_example(root: Path) -> None:
     kinds = {path.parent.name.partition("_")[0] for path in (root / "examples").glob("*/pyproject.toml")}
     assert kinds == {*HOOKS, "command"}
     assert {kind for kind, _, _ in EXAMPLES} == set(HOOKS)
@@ -78,7 +78,9 @@ def test_there_is_an_example_for_every_hook(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name", "options"), EXAMPLES)
-def test_it_is_listed_with_its_options(cli: Callable, install: Callable, kind: str, name: str, options: list) -> None:
+def test_example_is_listed_with_its_options(
+    cli: Callable, install: Callable, kind: str, name: str, options: list
+) -> None:
     listed = json.loads(cli("plugins", "--json", PYTHONPATH=install(f"{kind}_{name}")).stdout)
     (plugin,) = [p for p in listed["plugins"] if p["name"] == name]
     assert (plugin["kind"], plugin["origin"]) == (kind, name)
@@ -97,7 +99,7 @@ def test_it_is_listed_with_its_options(cli: Callable, install: Callable, kind: s
         ]
 
 
-def test_it_is_not_listed_unless_it_is_installed(inside: Callable) -> None:
+def test_example_is_not_listed_unless_installed(inside: Callable) -> None:
     listed = {p["name"] for p in json.loads(inside("plugins", "--json").stdout)["plugins"]}
     assert not listed & {name for _, name, _ in EXAMPLES}
 
@@ -110,7 +112,7 @@ def test_it_is_not_listed_unless_it_is_installed(inside: Callable) -> None:
         ("kv", "local_global", "windows", "window"),
     ],
 )
-def test_unknown_options_are_refused(
+def test_refuses_unknown_options(
     inside: Callable, load: Callable, kind: str, name: str, written: str, nearest: str
 ) -> None:
     load(kind, name)
@@ -119,18 +121,18 @@ def test_unknown_options_are_refused(
     assert f"pilotfish.{kind}.{written}: unknown, did you mean '{nearest}'?" in refused.stderr
 
 
-def test_a_broken_plugin_stops_only_those_who_choose_it(cli: Callable, tmp_path: Path) -> None:
+def test_broken_plugin_fails_only_if_selected(cli: Callable, tmp_path: Path) -> None:
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[pilotfish]\nbroken = broken_module\n")
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('out of order')\n")
-    here = {"PYTHONPATH": str(tmp_path)}
-    assert cli("serve", MODEL, "--drafter", "token_recycling", "--print", **here).returncode == 0
-    chosen = cli("serve", MODEL, "--drafter", "broken", "--print", **here)
-    assert chosen.returncode == 2
-    assert "broken (RuntimeError: out of order)" in chosen.stderr
-    doctor = cli("doctor", **here)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    assert cli("serve", MODEL, "--drafter", "token_recycling", "--print", **environment).returncode == 0
+    selected = cli("serve", MODEL, "--drafter", "broken", "--print", **environment)
+    assert selected.returncode == 2
+    assert "broken (RuntimeError: out of order)" in selected.stderr
+    doctor = cli("doctor", **environment)
     assert doctor.returncode == 1
     assert "plugin broken failed to load: RuntimeError: out of order" in doctor.stdout
 
@@ -138,16 +140,16 @@ def test_a_broken_plugin_stops_only_those_who_choose_it(cli: Callable, tmp_path:
 # ------------------------------------------------------------------------------------------------------------- drafter
 
 
-def test_the_drafter_can_be_chosen_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
+def test_drafter_is_selected_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
     path = install("drafter_repeat_last")
-    chosen = cli("serve", MODEL, "--drafter", "repeat_last,confidence=0.5", "--print", PYTHONPATH=path)
-    assert '"name": "repeat_last", "confidence": 0.5' in chosen.stdout
+    selected = cli("serve", MODEL, "--drafter", "repeat_last,confidence=0.5", "--print", PYTHONPATH=path)
+    assert '"name": "repeat_last", "confidence": 0.5' in selected.stdout
     bad = cli("serve", MODEL, "--drafter", "repeat_last,confidence=2", "--print", PYTHONPATH=path)
     assert bad.returncode == 2
     assert "pilotfish.drafter.confidence: expected between 0 and 1, got 2.0" in bad.stderr
 
 
-def test_the_drafter_copies(load: Callable) -> None:
+def test_drafter_copies_the_continuation_of_a_repeat(load: Callable) -> None:
     cls = load("drafter", "repeat_last")
     drafter = cls(cls.Options(), Engine("m", 10, 100, 1))
     text = np.array([1, 2, 3, 4, 1, 2], np.int32)
@@ -159,7 +161,7 @@ def test_the_drafter_copies(load: Callable) -> None:
 # -------------------------------------------------------------------------------------------------------------- pruner
 
 
-def test_the_pruner_is_used(cli: Callable, install: Callable, tmp_path: Path) -> None:
+def test_pruner_is_used_by_prune_command(cli: Callable, install: Callable, tmp_path: Path) -> None:
     from PIL import Image
 
     path = install("pruner_token_correlation")
@@ -168,19 +170,19 @@ def test_the_pruner_is_used(cli: Callable, install: Callable, tmp_path: Path) ->
     answer = cli(*arguments, "--out", str(tmp_path / "out"), PYTHONPATH=path)
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "out" / "noise-token-correlation-retain-0-5.png").exists()
-    assert cli(*arguments).returncode == 2, "it is not there without its package"
-    chosen = ("serve", MODEL, "--pruner", "token_correlation,similar=0.9", "--print")
-    assert '"similar": 0.9' in cli(*chosen, PYTHONPATH=path).stdout
+    assert cli(*arguments).returncode == 2, "the pruner does not exist without its package"
+    serve = ("serve", MODEL, "--pruner", "token_correlation,similar=0.9", "--print")
+    assert '"similar": 0.9' in cli(*serve, PYTHONPATH=path).stdout
 
 
-def test_dense_crops_keep_more(load: Callable) -> None:
+def test_repeated_tokens_of_a_crop_are_pruned_first(load: Callable) -> None:
     import torch
 
     cls = load("pruner", "token_correlation")
     layout = ImageLayout(6, (1, 2), (0, 6, 0, 12), (6, 12), row_newlines=True)
     tokens = torch.randn(layout.num_tokens, 16, generator=torch.Generator().manual_seed(0))
     grid = tokens[36:].view(6, 13, 16)
-    grid[:, :6] = 1.0  # the first crop shows one thing over and over
+    grid[:, :6] = 1.0  # all tokens of the first crop are equal
     pruner = cls(cls.Options(0.25))
     plan = pruner.plan(layout)
     features = ImageFeatures(tokens, torch.rand(3, 36, generator=torch.Generator().manual_seed(1)))
@@ -197,30 +199,30 @@ def test_dense_crops_keep_more(load: Callable) -> None:
 ENGINE = Engine("m", 1000, 8192, 8, layers=6, kv_heads=2)
 
 
-def test_the_policy_can_be_chosen_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
+def test_policy_is_selected_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
     path = install("kv_local_global")
-    chosen = cli("serve", MODEL, "--kv", "local_global,window=512,every=3", "--print", PYTHONPATH=path)
-    assert '"kv": {"name": "local_global", "window": 512, "every": 3}' in chosen.stdout
-    assert "--no-enable-prefix-caching" in chosen.stdout, "it frees blocks"
+    selected = cli("serve", MODEL, "--kv", "local_global,window=512,every=3", "--print", PYTHONPATH=path)
+    assert '"kv": {"name": "local_global", "window": 512, "every": 3}' in selected.stdout
+    assert "--no-enable-prefix-caching" in selected.stdout, "it frees blocks"
     bad = cli("serve", MODEL, "--kv", "local_global,every=1", "--print", PYTHONPATH=path)
     assert bad.returncode == 2
     assert "pilotfish.kv.every: expected 2 or more, got 1" in bad.stderr
 
 
-def test_the_policy_refuses_a_model_with_too_few_layers(load: Callable) -> None:
+def test_policy_refuses_model_with_too_few_layers(load: Callable) -> None:
     cls = load("kv", "local_global")
     cls.check(cls.Options(every=5), ENGINE)
     with pytest.raises(Unsupported, match="local_global does not support model m: every=6, but it has 6 layers"):
         cls.check(cls.Options(every=6), ENGINE)
 
 
-def test_the_policy_keeps_global_layers_and_windows(load: Callable) -> None:
+def test_policy_plans_global_layers_and_windows(load: Callable) -> None:
     cls = load("kv", "local_global")
     plan = cls(cls.Options(every=3, window=70, sinks=5), ENGINE).head_plan()
     assert plan.retrieval_heads == ({0, 1}, set(), set(), {0, 1}, set(), set())
     block = 32
     for position in range(600):
-        # Computed token by token: a block is evicted when no token of it is a sink or among the last 70.
+        # Token by token: a block is evicted if none of its tokens is a sink or among the last 70.
         needed = {p // block for p in range(position) if p < 5 or p >= position - 70}
         evicted = block * len(set(range(position // block)) - needed)
         assert plan.window.num_evicted(position, block) == evicted
@@ -228,8 +230,8 @@ def test_the_policy_keeps_global_layers_and_windows(load: Callable) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_kernels_compute_the_attention_of_the_policy(load: Callable, layer: int) -> None:
-    """Global layers attend to everything, local layers to sinks and window; against plain softmax attention."""
+def test_kernels_match_naive_attention_of_the_policy(load: Callable, layer: int) -> None:
+    """Test that global layers attend to all tokens, and local layers to sinks and window only."""
     import torch
 
     cls = load("kv", "local_global")
@@ -248,8 +250,8 @@ def test_kernels_compute_the_attention_of_the_policy(load: Callable, layer: int)
             torch.testing.assert_close(output[0, head], weights @ value, atol=3e-5, rtol=0)
 
 
-def test_the_cache_of_the_policy_has_full_and_windowed_layers(load: Callable) -> None:
-    """The KV cache specs that vLLM gets for this plan, without an engine."""
+def test_policy_gets_full_and_windowed_cache_specs(load: Callable) -> None:
+    """Test the KV cache specs that vLLM gets for this plan, without an engine."""
     import torch
 
     pytest.importorskip("vllm")
@@ -274,7 +276,7 @@ def test_the_cache_of_the_policy_has_full_and_windowed_layers(load: Callable) ->
             spec = head.get_kv_cache_spec(config)
             assert type(spec).__name__ == ("WindowedHeadSpec" if i % 3 else "FullAttentionSpec")
             if i % 3:
-                assert spec.max_decode_blocks * 32 < 256 < spec.max_blocks * 32, "a prompt is read as a whole"
+                assert spec.max_decode_blocks * 32 < 256 < spec.max_blocks * 32, "a prompt attends to all its tokens"
 
 
 # --------------------------------------------------------------------------------------------- index type and encoder
@@ -288,26 +290,26 @@ def documents(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["dense", "binary_vectors"])
-def test_an_index_uses_the_encoder(cli: Callable, install: Callable, tmp_path: Path, documents: str, kind: str) -> None:
-    """Both examples in one command, and the encoder with a built-in index type."""
-    here = {"PYTHONPATH": install("encoder_char_trigrams", "index_binary_vectors")}
+def test_index_uses_the_encoder(cli: Callable, install: Callable, tmp_path: Path, documents: str, kind: str) -> None:
+    """Test both examples in one command, and the encoder with a built-in index type."""
+    environment = {"PYTHONPATH": install("encoder_char_trigrams", "index_binary_vectors")}
     folder = str(tmp_path / "index")
-    built = cli("index", "build", folder, documents, "--kind", kind, "--encoder", "char_trigrams", **here)
+    built = cli("index", "build", folder, documents, "--kind", kind, "--encoder", "char_trigrams", **environment)
     assert built.returncode == 0, built.stderr
-    search = ("index", "search", folder, "pilto fishes", "-k", "2", "--json")  # with a typing error
-    hits = json.loads(cli(*search, **here).stdout)["hits"]
+    search = ("index", "search", folder, "pilto fishes", "-k", "2", "--json")  # with a typo
+    hits = json.loads(cli(*search, **environment).stdout)["hits"]
     assert len(hits) == 2
     assert hits[0]["id"] == "pilot"
-    hits = json.loads(cli(*search, "--where", "year != 2021", **here).stdout)["hits"]
+    hits = json.loads(cli(*search, "--where", "year != 2021", **environment).stdout)["hits"]
     assert [h["id"] for h in hits] == ["shark", "tax"]
-    about = json.loads(cli("index", "stats", folder, "--json", **here).stdout)
+    about = json.loads(cli("index", "stats", folder, "--json", **environment).stdout)
     assert (about["kind"], about["encoder"], about["documents"]) == (kind, "char_trigrams", 3)
     missing = cli(*search)
-    assert missing.returncode == 2, "neither is there without its package"
+    assert missing.returncode == 2, "neither plugin exists without its package"
     assert len(missing.stderr.splitlines()) == 1
 
 
-def test_the_encoder_encodes(load: Callable) -> None:
+def test_encoder_returns_normalized_vectors(load: Callable) -> None:
     cls = load("encoder", "char_trigrams")
     encoder, encoded = cls(cls.Options()), []
     texts = ["pilot fish", "Pilot  FISH", "pilto fish", "income tax", ""]
@@ -317,12 +319,12 @@ def test_the_encoder_encodes(load: Callable) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(vectors[0], vectors[1])
     np.testing.assert_array_equal(encoder.encode_queries(texts)[2].pooled, vectors[2:3])
-    assert vectors[0] @ vectors[2] > 0.5, "a typing error changes few trigrams"
+    assert vectors[0] @ vectors[2] > 0.5, "a typo changes few trigrams"
     assert vectors[0] @ vectors[3] < 0.1
 
 
 @pytest.mark.parametrize("center", [True, False])
-def test_the_index_ranks_like_a_naive_search(load: Callable, tmp_path: Path, center: bool) -> None:
+def test_index_ranking_matches_naive_search(load: Callable, tmp_path: Path, center: bool) -> None:
     from pilotfish.retrieval import Index
 
     encoder, cls = load("encoder", "char_trigrams"), load("index", "binary_vectors")
@@ -342,7 +344,7 @@ def test_the_index_ranks_like_a_naive_search(load: Callable, tmp_path: Path, cen
             hits = index.search("pilot and shark", k=7, where=where)
             best = sorted((scores[n] for n in allowed), reverse=True)[:7]
             np.testing.assert_allclose([h.score for h in hits], best, atol=1e-4)
-            np.testing.assert_allclose([scores[h.id] for h in hits], best, atol=1e-4)  # of equal documents either
+            np.testing.assert_allclose([scores[h.id] for h in hits], best, atol=1e-4)  # ties in any order
             assert {h.id for h in hits} <= set(allowed)
 
         check(names)
@@ -354,7 +356,7 @@ def test_the_index_ranks_like_a_naive_search(load: Callable, tmp_path: Path, cen
         index.check()
 
 
-def test_options_of_the_index_are_checked(load: Callable, tmp_path: Path) -> None:
+def test_refuses_wrong_index_options(load: Callable, tmp_path: Path) -> None:
     from pilotfish.retrieval import Index, RetrievalError
 
     load("index", "binary_vectors")
@@ -367,26 +369,26 @@ def test_options_of_the_index_are_checked(load: Callable, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def test_the_command_runs(cli: Callable, install: Callable, tmp_path: Path) -> None:
-    here = {"PYTHONPATH": install("command_kv_size")}
-    assert "kv-size" in cli("--help", **here).stdout
+def test_command_runs(cli: Callable, install: Callable, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": install("command_kv_size")}
+    assert "kv-size" in cli("--help", **environment).stdout
     assert "kv-size" not in cli("--help").stdout
     config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    # 30 layers, keys and values, 3 heads of 64 numbers, 2 bytes each, 1024 tokens
-    assert cli("kv-size", str(tmp_path), **here).stdout == "22.5 MiB for 1024 tokens\n"
-    wide = cli("kv-size", str(tmp_path), "--tokens", "2048", "--bytes-per-value", "4", **here)
+    # 30 layers * 2 (keys and values) * 3 heads * 64 values * 2 bytes * 1024 tokens
+    assert cli("kv-size", str(tmp_path), **environment).stdout == "22.5 MiB for 1024 tokens\n"
+    wide = cli("kv-size", str(tmp_path), "--tokens", "2048", "--bytes-per-value", "4", **environment)
     assert wide.stdout == "90.0 MiB for 2048 tokens\n"
-    unknown = cli("kv-size", str(tmp_path), "--token", "1", **here)
+    unknown = cli("kv-size", str(tmp_path), "--token", "1", **environment)
     assert unknown.returncode == 2
     assert "--tokens" in unknown.stderr
-    missing = cli("kv-size", str(tmp_path / "none"), **here)
+    missing = cli("kv-size", str(tmp_path / "none"), **environment)
     assert missing.returncode == 2
     assert "no configuration of a decoder model" in missing.stderr
     assert len(missing.stderr.splitlines()) == 1
 
 
-def test_a_plugin_of_commands_registers_no_class(install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_plugin_registers_no_class(install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(install("command_kv_size"))
     manager = PluginManager().load(entry_points(group="pilotfish", name="kv_size"))
     assert manager.failures == []

@@ -1,3 +1,5 @@
+"""Tests of the plugin configuration: parsing, validation and error messages."""
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,13 +31,13 @@ class Options:
             raise ValueError(f"budget: expected at least 1, got {self.budget}")
 
 
-def refusal(values: dict) -> str:
+def error_message(values: dict) -> str:
     with pytest.raises(ConfigError) as caught:
         build_options(Options, values, "pilotfish.drafter")
     return str(caught.value)
 
 
-def test_options_are_built_and_widened() -> None:
+def test_options_are_built_and_integers_become_floats() -> None:
     assert build_options(Options, {"rate": 1, "layers": [1, 2], "path": "x"}, "p") == Options(5, 1.0, "a", "x", (1, 2))
 
 
@@ -55,8 +57,8 @@ def test_options_are_built_and_widened() -> None:
         ({"budget": 0}, "pilotfish.drafter.budget: expected at least 1, got 0"),
     ],
 )
-def test_refusals_name_path_and_remedy(values: dict, message: str) -> None:
-    assert refusal(values) == message
+def test_option_errors_name_path_and_remedy(values: dict, message: str) -> None:
+    assert error_message(values) == message
 
 
 def test_whole_configuration() -> None:
@@ -67,7 +69,7 @@ def test_whole_configuration() -> None:
     assert parse_config({"kv": "razor"}).kv == Selection("razor")
 
 
-def test_how_drafts_are_verified_stands_among_the_drafters_options() -> None:
+def test_verification_is_read_from_drafter_options() -> None:
     config = parse_config({"drafter": {"name": "x", "k": 3, "verification": "tree", "nodes": 5}})
     assert config.drafter == Selection("x", {"k": 3})
     assert config.verification == Verification("tree", 5)
@@ -87,13 +89,13 @@ def test_how_drafts_are_verified_stands_among_the_drafters_options() -> None:
         ({"allow_untested_vllm": "yes"}, "pilotfish.allow_untested_vllm: expected bool, got 'yes'"),
     ],
 )
-def test_bad_configurations(value: object, message: str) -> None:
+def test_refuses_invalid_configuration(value: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(value)
     assert str(caught.value) == message
 
 
-def test_assignments() -> None:
+def test_assignments_are_parsed() -> None:
     assert parse_assignments("tr,order=2,prime=false,path=/a/b") == Selection(
         "tr", {"order": 2, "prime": False, "path": "/a/b"}
     )
@@ -110,7 +112,7 @@ def test_assignments() -> None:
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
     )
 )
-def test_any_value_is_parsed_or_refused_in_one_line(value: object) -> None:
+def test_any_value_is_parsed_or_refused(value: object) -> None:
     try:
         parse_config(value)
     except ConfigError as error:

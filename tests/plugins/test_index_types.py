@@ -1,4 +1,4 @@
-"""Kinds of index beside XTR, through whole histories of changes, against plain formulas; and fusion of several."""
+"""Tests of the index types other than XTR against naive formulas after any changes, and of hybrid fusion."""
 
 import math
 from collections import Counter
@@ -25,42 +25,44 @@ STEPS = st.lists(
 )
 
 
-def vdr(documents: dict[str, str], query: str) -> dict[str, float]:
-    asked = words.weights(query)
-    scores = {n: sum(w * asked.get(i, 0.0) for i, w in words.weights(t).items()) for n, t in documents.items()}
+def naive_vdr(documents: dict[str, str], query: str) -> dict[str, float]:
+    query_weights = words.weights(query)
+    scores = {n: sum(w * query_weights.get(i, 0.0) for i, w in words.weights(t).items()) for n, t in documents.items()}
     return {n: s for n, s in scores.items() if s > 0}
 
 
-def dense(documents: dict[str, str], query: str) -> dict[str, float]:
-    def of(text: str) -> np.ndarray:
+def naive_dense(documents: dict[str, str], query: str) -> dict[str, float]:
+    def pooled(text: str) -> np.ndarray:
         total = np.sum([words.vector(w) for w in words.Words().words(text)], axis=0)
         return total / np.linalg.norm(total)
 
-    return {n: float(of(t) @ of(query)) for n, t in documents.items()}
+    return {n: float(pooled(t) @ pooled(query)) for n, t in documents.items()}
 
 
-def bm25(documents: dict[str, str], query: str, k1: float = 0.9, b: float = 0.4) -> dict[str, float]:
+def naive_bm25(documents: dict[str, str], query: str, k1: float = 0.9, b: float = 0.4) -> dict[str, float]:
     encoder = stems.load_stem_encoder("english")
     counts = {n: Counter(encoder.stems(t)) for n, t in documents.items()}
     mean = max(sum(c.total() for c in counts.values()) / max(len(counts), 1), 1)
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for word in encoder.stems(query):
         df = sum(word in c for c in counts.values())
         idf = math.log1p((len(counts) - df + 0.5) / (df + 0.5))
         for n, c in counts.items():
             if tf := c[word]:
                 part = tf / (tf + k1 * (1 - b + b * c.total() / mean))
-                found[n] = found.get(n, 0.0) + idf * part
-    return found
+                scores[n] = scores.get(n, 0.0) + idf * part
+    return scores
 
 
-PLAIN: dict[str, Any] = {"vdr": vdr, "dense": dense, "bm25": bm25}
+NAIVE: dict[str, Any] = {"vdr": naive_vdr, "dense": naive_dense, "bm25": naive_bm25}
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, "hybrid"])
+@pytest.mark.parametrize("kind", [*NAIVE, "hybrid"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, query=TEXT, least=st.one_of(st.none(), st.integers(0, 12)))
-def test_any_history_of_changes(tmp_path_factory, kind: str, steps, query: str, least: int | None) -> None:
+def test_scores_match_naive_computation_after_any_changes(
+    tmp_path_factory, kind: str, steps, query: str, least: int | None
+) -> None:
     words.use()
     folder = tmp_path_factory.mktemp("index") / "x"
     index = Index.create(folder, kind, *words.KINDS[kind])
@@ -82,15 +84,15 @@ def test_any_history_of_changes(tmp_path_factory, kind: str, steps, query: str, 
     assert {h.id for h in hits} <= passing
     assert all(h.text == model[h.id] for h in hits)
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
-    if kind in PLAIN:
+    if kind in NAIVE:
         index.compact(relearn=True)
-        expected = {n: s for n, s in PLAIN[kind](model, query).items() if n in passing}
-        found = {h.id: h.score for h in index.search(query, 50, where)}
-        assert set(found) == set(expected)
-        for name, score in found.items():
+        expected = {n: s for n, s in NAIVE[kind](model, query).items() if n in passing}
+        actual = {h.id: h.score for h in index.search(query, 50, where)}
+        assert set(actual) == set(expected)
+        for name, score in actual.items():
             assert score == pytest.approx(expected[name], abs=0.03)
     else:
-        assert {h.id for h in hits} == passing  # dense alone finds all
+        assert {h.id for h in hits} == passing  # the dense member finds all documents
     index.close()
 
 
@@ -106,8 +108,8 @@ def hybrid(create) -> Index:
 
 @pytest.mark.parametrize("fusion", ["rrf", "score"])
 @pytest.mark.parametrize("weights", [{}, {"xtr": 2.0, "bm25": 0.5}, {"dense": 0.0}])
-def test_fusion_is_that_of_the_members_answers(hybrid: Index, fusion: str, weights: dict[str, float]) -> None:
-    """Against each member asked alone, by leaving the others out."""
+def test_fusion_matches_naive_fusion_of_member_results(hybrid: Index, fusion: str, weights: dict[str, float]) -> None:
+    """Test fusion against searches in which all members but one have weight 0."""
     members, query, constant, depth = ("xtr", "vdr", "bm25", "dense"), "shark reef word9", 7, 20
     expected: dict[str, float] = {}
     for member in members:
@@ -121,20 +123,20 @@ def test_fusion_is_that_of_the_members_answers(hybrid: Index, fusion: str, weigh
             assert [h.score for h in hits] == pytest.approx([1 / (constant + 1 + i) for i in range(len(hits))])
         else:
             assert (hits[0].score, hits[-1].score) == pytest.approx((1.0, 0.0))
-    found = hybrid.search(query, depth, fusion=fusion, constant=constant, depth=depth, weights=weights)
+    fused = hybrid.search(query, depth, fusion=fusion, constant=constant, depth=depth, weights=weights)
     best = sorted(expected.values(), reverse=True)[:depth]
-    assert [h.score for h in found] == pytest.approx(best, abs=1e-5)
-    assert all(h.score == pytest.approx(expected[h.id], abs=1e-5) for h in found)
+    assert [h.score for h in fused] == pytest.approx(best, abs=1e-5)
+    assert all(h.score == pytest.approx(expected[h.id], abs=1e-5) for h in fused)
 
 
-def test_an_explanation_of_a_hybrid_adds_up(hybrid: Index) -> None:
+def test_hybrid_explanation_sums_to_the_score(hybrid: Index) -> None:
     hit = hybrid.search("shark word9", 1)[0]
     reasons = hybrid.explain("shark word9", hit.id)
     assert [r.query for r in reasons] == ["xtr", "vdr", "bm25", "dense"]
     assert sum(r.score for r in reasons) == pytest.approx(hit.score, abs=1e-5)
 
 
-def test_an_explanation_adds_up(create) -> None:
+def test_bm25_explanation_sums_to_the_score(create) -> None:
     index = create(kind="bm25")
     index.add([{"id": str(i), "text": f"shark word{i} reef"} for i in range(30)])
     hit = index.search("word7 shark", 1)[0]
@@ -144,7 +146,7 @@ def test_an_explanation_adds_up(create) -> None:
     assert hit.id == "7"
 
 
-def test_what_a_hybrid_cannot_be_is_refused(hybrid: Index, tmp_path) -> None:
+def test_refuses_invalid_hybrid_settings(hybrid: Index, tmp_path) -> None:
     for call, message in (
         (lambda: hybrid.search("x", fusion="sum"), "expected one of 'rrf', 'score'"),
         (lambda: hybrid.search("x", weights={"xtra": 1}), "'xtra' is none of xtr, vdr, bm25, dense"),
@@ -167,17 +169,17 @@ def test_what_a_hybrid_cannot_be_is_refused(hybrid: Index, tmp_path) -> None:
     assert not (tmp_path / "y").exists()
 
 
-def test_weights_are_learned_anew_while_documents_are_few(create) -> None:
-    """The first document is empty: what an impact is worth cannot follow from it."""
+def test_impacts_are_retrained_while_documents_are_few(create) -> None:
+    """Test with an empty first document, from which the scale of impacts cannot be derived."""
     index = create(kind="vdr", bits=16)
     index.add([{"id": "none", "text": ""}])
     index.add([{"id": "a", "text": "shark fish"}, {"id": "b", "text": "shark"}])
-    expected = vdr({"a": "shark fish", "b": "shark"}, "shark fish")
-    found = {h.id: h.score for h in index.search("shark fish")}
-    assert {n: found[n] for n in expected} == pytest.approx(expected, abs=1e-3)
+    expected = naive_vdr({"a": "shark fish", "b": "shark"}, "shark fish")
+    actual = {h.id: h.score for h in index.search("shark fish")}
+    assert {n: actual[n] for n in expected} == pytest.approx(expected, abs=1e-3)
 
 
-def test_encoders_of_members_are_found_from_anywhere(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_paths_do_not_depend_on_working_directory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny
 
     words.use()
@@ -191,7 +193,7 @@ def test_encoders_of_members_are_found_from_anywhere(tmp_path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fusion", ["rrf", "score"])
-def test_the_only_hit_of_a_member_counts_whole(tmp_path, fusion: str) -> None:
+def test_only_hit_of_a_member_gets_full_score(tmp_path, fusion: str) -> None:
     words.use()
     index = Index.create(tmp_path / "x", "hybrid", "vdr=word-weights", {"members": "bm25+vdr"})
     index.add([{"id": str(i), "text": f"shark code{i}"} for i in range(20)])
@@ -199,7 +201,7 @@ def test_the_only_hit_of_a_member_counts_whole(tmp_path, fusion: str) -> None:
     assert [(h.id, h.score) for h in alone] == [("7", 1.0 if fusion == "score" else 0.5)]
 
 
-def test_an_encoder_of_somebody_else_may_lack_names(create) -> None:
+def test_third_party_encoder_without_term_names(create) -> None:
     index = create(kind="vdr")
     index.add([{"id": "a", "text": "shark fish"}])
     assert index.term_weights("shark", "a") is None

@@ -1,3 +1,5 @@
+"""Tests of the plugin manager: registration, entry points, failures and environment variables."""
+
 import types
 from importlib.metadata import EntryPoint
 
@@ -32,7 +34,7 @@ class Echo(Drafter):
     def finish(self, request) -> None: ...
 
 
-def test_a_class_registered_inline_is_found_and_forgotten() -> None:
+def test_class_is_registered_and_unregistered() -> None:
     manager = PluginManager()
     manager.register(plugin(Echo), "mine")
     assert manager.classes("drafter") == {"echo": Echo}
@@ -42,13 +44,13 @@ def test_a_class_registered_inline_is_found_and_forgotten() -> None:
     assert manager.classes("drafter") == {}
 
 
-def test_builtins_come_through_entry_points() -> None:
+def test_built_in_plugins_load_through_entry_points() -> None:
     manager = PluginManager().load()
     assert "token_recycling" in manager.classes("drafter")
     assert manager.failures == []
 
 
-def test_names_are_unique_and_present() -> None:
+def test_refuses_duplicate_and_missing_names() -> None:
     manager = PluginManager()
     manager.register(plugin(Echo), "mine")
     with pytest.raises(ValueError, match="registered already"):
@@ -58,7 +60,7 @@ def test_names_are_unique_and_present() -> None:
     assert manager.classes("drafter") == {"echo": Echo}
 
 
-def test_nothing_of_a_failed_plugin_stays() -> None:
+def test_failed_registration_leaves_no_classes() -> None:
     manager = PluginManager()
     with pytest.raises(ValueError, match="registered already"):
         manager.register(plugin(Echo, Echo), "twice")
@@ -66,14 +68,14 @@ def test_nothing_of_a_failed_plugin_stays() -> None:
     manager.register(plugin(Echo), "twice")
 
 
-def test_a_broken_plugin_is_kept_and_named_when_it_was_chosen() -> None:
+def test_broken_plugin_is_named_when_selected() -> None:
     manager = PluginManager().load([EntryPoint("broken", "no.such.module", "pilotfish")])
     assert [f.plugin for f in manager.failures] == ["broken"]
     with pytest.raises(ConfigError, match=r"'broken': unknown.*failed to load: broken \(ModuleNotFoundError"):
         manager.get("drafter", "broken")
 
 
-def test_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_plugins_variable_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFISH_LOAD_PLUGINS", "vllm, other")
     assert PluginManager().load().classes("drafter") == {}
     monkeypatch.setenv("PILOTFISH_LOAD_PLUGINS", "token_recycling")
@@ -83,12 +85,12 @@ def test_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False), ("", False)])
-def test_kill_switch(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -> None:
+def test_disable_variable_is_a_kill_switch(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -> None:
     monkeypatch.setenv("PILOTFISH_DISABLE", value)
     assert disabled() is expected
 
 
-def test_unknown_names_get_the_nearest_one() -> None:
+def test_unknown_name_error_suggests_the_nearest_name() -> None:
     manager = PluginManager()
     manager.register(plugin(Echo), "mine")
     with pytest.raises(ConfigError, match="did you mean 'echo'"):

@@ -1,4 +1,4 @@
-"""RASD on texts that repeat, alone and over a base drafter, without an engine."""
+"""Tests of RASD on repeated texts without an engine, with and without a base drafter."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ ENGINE = Engine("m", vocab_size=1000, max_model_len=2048, max_num_seqs=4, num_sp
 BUDGET = DraftBudget(64, 24)
 
 
-def seen(text: list[int], new: list[int]) -> Candidates:
-    """A step behind ``text`` that verified no draft, and in which the model thought of what came."""
+def candidates_after(text: list[int], new: list[int]) -> Candidates:
+    """Return the candidates of a step without draft tokens after ``text``; the first one is ``new[0]``."""
     return Candidates(
         np.array(text[-9:-1], np.int32),
         np.array(text[-1:], np.int32),
@@ -30,14 +30,14 @@ def seen(text: list[int], new: list[int]) -> Candidates:
 
 
 def step(drafter: RASD, request: str, text: list[int], new: list[int]) -> DraftTree:
-    """``new`` tokens came, then a draft is asked for."""
-    drafter.observe(request, np.array(new, np.int32), seen(text, new))
+    """Observe the accepted tokens ``new``, and return the next draft."""
+    drafter.observe(request, np.array(new, np.int32), candidates_after(text, new))
     text += new
     return drafter.propose([DraftRequest(request, np.array(text, np.int32), 24)], BUDGET)[0]
 
 
-def play(drafter: RASD, request: str, prompt: list[int], output: list[int]) -> int:
-    """Steps of a request by what is accepted of the best path of each draft."""
+def run_request(drafter: RASD, request: str, prompt: list[int], output: list[int]) -> int:
+    """Run a request that accepts matching tokens of each best path, and return the number of steps."""
     drafter.start(request, np.array(prompt, np.int32))
     text, done, steps = list(prompt), 0, 0
     draft: list[int] = []
@@ -54,39 +54,39 @@ def play(drafter: RASD, request: str, prompt: list[int], output: list[int]) -> i
 
 
 @pytest.mark.parametrize("base", ["none", "token_recycling"])
-def test_an_output_that_comes_again_takes_few_steps(base: str) -> None:
+def test_repeated_output_takes_few_steps(base: str) -> None:
     rng = np.random.default_rng(0)
     drafter = RASD(RASDOptions(base=base), ENGINE)
     prompts = [rng.integers(0, 1000, 40).tolist() for _ in range(5)]
     outputs = [rng.integers(0, 1000, 120).tolist() for _ in range(5)]
-    first = [play(drafter, f"a{i}", p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
-    again = [play(drafter, f"b{i}", p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
+    first = [run_request(drafter, f"a{i}", p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
+    again = [run_request(drafter, f"b{i}", p, o) for i, (p, o) in enumerate(zip(prompts, outputs, strict=True))]
     assert min(first) > 80
     assert max(again) < 40
     assert drafter.stats()["requests"] == 0
     assert drafter.stats()["outputs"] > 1000
 
 
-def test_a_prompt_that_is_copied_takes_few_steps() -> None:
+def test_copied_prompt_takes_few_steps() -> None:
     rng = np.random.default_rng(0)
     drafter, passage = RASD(RASDOptions(outputs=0), ENGINE), rng.integers(0, 1000, 150).tolist()
-    assert play(drafter, "a", [*passage, 1, 2, 3], passage) < 60
-    assert play(RASD(RASDOptions(base="none", outputs=0, datastore=None), ENGINE), "a", [1], passage) == 150
+    assert run_request(drafter, "a", [*passage, 1, 2, 3], passage) < 60
+    assert run_request(RASD(RASDOptions(base="none", outputs=0, datastore=None), ENGINE), "a", [1], passage) == 150
 
 
-def test_a_datastore_is_retrieved_from(tmp_path: Path) -> None:
+def test_drafts_are_retrieved_from_datastore(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 1000, 200).tolist() for _ in range(20)]
     datastore.build_datastore(tmp_path / "store", texts, "tokens", "0", 1 << 20)
     options = RASDOptions(base="none", request=False, outputs=0, datastore=str(tmp_path / "store"))
     RASD.check(options, ENGINE)
     drafter = RASD(options, ENGINE)
-    assert play(drafter, "a", [5], texts[3]) < 60
+    assert run_request(drafter, "a", [5], texts[3]) < 60
     with pytest.raises(ValueError, match="beyond the vocabulary of 500"):
         RASD.check(options, Engine("m", 500, 2048, 4))
 
 
-def test_without_fusion_the_base_speaks_only_where_nothing_is_retrieved() -> None:
+def test_without_fusion_base_drafter_is_only_a_fallback() -> None:
     text = [1, 2, 3, 4, 5, 1, 9, 1, 2]
     plain: dict[str, Any] = {"outputs": 0, "base_feedback": False, "prune": 0.0}
     trees = {}
@@ -95,7 +95,7 @@ def test_without_fusion_the_base_speaks_only_where_nothing_is_retrieved() -> Non
         drafter = RASD(RASDOptions(**plain, **options), ENGINE)
         drafter.start("a", np.array(text, np.int32))
         trees[name] = step(drafter, "a", list(text), [3])
-        drafter.observe("a", np.array([777], np.int32), seen([*text, 3], [777]))
+        drafter.observe("a", np.array([777], np.int32), candidates_after([*text, 3], [777]))
         nothing = drafter.propose([DraftRequest("a", np.array([*text, 3, 777, 1], np.int32), 24)], BUDGET)[0]
         assert bool(len(nothing)) == (name != "alone")
     assert trees["alone"].tokens[0] == 4
@@ -103,7 +103,7 @@ def test_without_fusion_the_base_speaks_only_where_nothing_is_retrieved() -> Non
     assert len(trees["fused"]) > len(trees["alone"])
 
 
-def test_the_budget_and_the_limit_hold() -> None:
+def test_drafts_stay_within_budget_and_limit() -> None:
     drafter = RASD(RASDOptions(), ENGINE)
     text = [1, 2, 3, 4, 5, 6, 7, 8] * 20
     drafter.start("a", np.array(text, np.int32))
@@ -125,12 +125,12 @@ def test_the_budget_and_the_limit_hold() -> None:
         ({"outputz": 1}, "did you mean 'outputs'"),
     ],
 )
-def test_wrong_options_are_refused(options: dict, message: str) -> None:
+def test_refuses_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plugins().resolve("drafter", Selection("rasd", options))
 
 
-def test_wrong_surroundings_are_refused(tmp_path: Path) -> None:
+def test_refuses_wrong_base_or_datastore(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'token_recycling'"):
         RASD.check(RASDOptions(base="token_recyclin"), ENGINE)
     with pytest.raises(ConfigError, match=r"pilotfish\.drafter\.datastore: .* not a datastore"):
@@ -140,13 +140,13 @@ def test_wrong_surroundings_are_refused(tmp_path: Path) -> None:
         RASD.check(RASDOptions(datastore=str(tmp_path)), ENGINE)
 
 
-def test_what_a_draft_model_proposed_is_scored_by_how_far_it_held() -> None:
+def test_draft_model_scores_follow_acceptance() -> None:
     base = DraftModelDrafter(None, ENGINE)
     text = np.arange(10, dtype=np.int32)
     request = DraftRequest("a", text, 24, np.array([5, 6, 7], np.int32))
     for _ in range(200):  # the first token is right, the second never
         base.propose([request], BUDGET)
-        base.observe("a", np.array([5, 9], np.int32), seen([1], [5]))
+        base.observe("a", np.array([5, 9], np.int32), candidates_after([1], [5]))
     tree = base.propose([request], BUDGET)[0]
     assert tree.tokens.tolist() == [5, 6, 7]
     assert tree.scores[0] > 0.95
@@ -155,7 +155,7 @@ def test_what_a_draft_model_proposed_is_scored_by_how_far_it_held() -> None:
     assert len(base.propose([DraftRequest("a", text, 1, np.array([5, 6], np.int32))], BUDGET)[0]) == 1
 
 
-def test_what_is_retrieved_goes_on_where_a_draft_model_stops() -> None:
+def test_retrieval_extends_the_draft_of_a_draft_model() -> None:
     drafter = RASD(RASDOptions(base="engine", outputs=0), ENGINE)
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     drafter.start("a", np.array(text, np.int32))

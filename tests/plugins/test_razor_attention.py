@@ -1,4 +1,4 @@
-"""RazorAttention's options, and which heads of a model keep everything."""
+"""Tests of RazorAttention's options and of the selection of retrieval heads."""
 
 from pathlib import Path
 
@@ -35,12 +35,12 @@ def options(**values) -> RazorAttentionOptions:
         ({"windows": 512}, "windows: unknown, did you mean 'window'"),
     ],
 )
-def test_options_out_of_range_are_refused(values: dict, message: str) -> None:
+def test_refuses_options_out_of_range(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         options(**values)
 
 
-def test_heads_are_named_or_come_from_scores(tmp_path: Path) -> None:
+def test_retrieval_heads_come_from_options_or_profile(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
     assert resolve_retrieval_heads(options(keep=[[1, 1], [3, 0]]), ENGINE) == [(1, 1), (3, 0)]
@@ -55,7 +55,7 @@ def test_heads_are_named_or_come_from_scores(tmp_path: Path) -> None:
     assert plan.window.window == 64
 
 
-def test_what_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
+def test_refuses_heads_and_profiles_of_other_models(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": SCORES}))
     other = Engine("other", 1000, 8192, 8, layers=4, kv_heads=2, fingerprint="g")
@@ -67,7 +67,7 @@ def test_what_is_not_of_the_model_is_refused(tmp_path: Path) -> None:
         RazorAttention.check(options(keep=[[9, 0]]), ENGINE)
 
 
-def test_the_shipped_profile_is_of_the_embedded_model() -> None:
+def test_shipped_profile_fits_the_embedded_model() -> None:
     (path,) = profiles.SHIPPED.glob("razor_attention-smollm2*.json")
     scores = profiles.read_profile(path).settings["default"]
     assert (len(scores["echo"]), len(scores["echo"][0])) == (30, 3)
@@ -85,7 +85,7 @@ def test_the_shipped_profile_is_of_the_embedded_model() -> None:
         {**SCORES, "echo": None},
     ],
 )
-def test_scores_of_another_shape_are_refused(tmp_path: Path, scores: dict) -> None:
+def test_refuses_scores_of_wrong_shape(tmp_path: Path, scores: dict) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("razor_attention", "m", "f", {"default": scores}))
     with pytest.raises(ConfigError, match="expected as 4 lists of 2 numbers"):

@@ -1,4 +1,4 @@
-"""Everything that `pilotfish` prints fits a terminal of 80 columns: tables, helps, and lists of plugins."""
+"""Tests that the output of `pilotfish` (tables, help, lists of plugins) fits a terminal of 80 columns."""
 
 import fcntl
 import importlib.util
@@ -67,7 +67,7 @@ def plain(text: str) -> str:
 
 
 def check_lines(text: str) -> None:
-    """Check that no line is too long, and that nothing is cut off."""
+    """Assert that no line is too long or truncated."""
     assert text.strip()
     assert "…" not in text
     for line in text.splitlines():
@@ -98,12 +98,12 @@ def print_drafters(arm: str, scale: float) -> None:
 
 
 def print_kv(arm: str, scale: float) -> None:
-    places = {"context_1000": {"batch": 4, "context": 1000}, "load": {"context": [4000, 7900], "memory_mib": 512}}
+    datasets = {"context_1000": {"batch": 4, "context": 1000}, "load": {"context": [4000, 7900], "memory_mib": 512}}
     metrics = {"capacity_tokens": (123.0, "tokens"), "step_ms": (12.34, "ms"), "exact_match_at_any_depth": (1.0, "")}
     kv.print_kv_table(
         [
             Record("kv", dataset, name, metric, value * scale, unit, [], params)
-            for dataset, params in places.items()
+            for dataset, params in datasets.items()
             for name in ("none", arm)
             for metric, (value, unit) in metrics.items()
         ]
@@ -241,7 +241,7 @@ def cells(text: str) -> set[str]:
         (print_demo, {1: "40.0 1.00x 2.50", 1000: "40000.0 1.00x 2.50"}),
     ],
 )
-def test_tables_fit(
+def test_tables_fit_80_columns(
     function: Callable[..., None], numbers: dict[int, str], scale: int, arm: str, printed: Callable[..., str]
 ) -> None:
     text = printed(function, arm, scale)
@@ -250,7 +250,9 @@ def test_tables_fit(
         assert number in cells(text), number
 
 
-def test_pruning_tables_fit(monkeypatch: pytest.MonkeyPatch, printed: Callable[..., str], tmp_path: Path) -> None:
+def test_pruning_tables_fit_80_columns(
+    monkeypatch: pytest.MonkeyPatch, printed: Callable[..., str], tmp_path: Path
+) -> None:
     layout = SimpleNamespace(num_tokens=1_234_567)
     plan = SimpleNamespace(num_tokens=123_456)
     pruner = SimpleNamespace(plan=lambda layout: plan, select=lambda *arguments: [0])
@@ -261,15 +263,15 @@ def test_pruning_tables_fit(monkeypatch: pytest.MonkeyPatch, printed: Callable[.
     monkeypatch.setattr(visualize, "VisionEncoder", lambda folder: encoder)
     monkeypatch.setattr(visualize.registry, "resolve_model", lambda model: model)
     monkeypatch.setattr(visualize, "draw_overlay", lambda image, layout, mask: image)
-    for chosen in (["aim"], ["aim,experimental_layers=[14,22],merge_steps=3", "globalcom2,retain=0.25"]):
+    for selections in (["aim"], ["aim,experimental_layers=[14,22],merge_steps=3", "globalcom2,retain=0.25"]):
         for out in (None, tmp_path / "drawn"):
-            text = printed(visualize.visualize_pruning, [image], chosen, "model", out)
+            text = printed(visualize.visualize_pruning, [image], selections, "model", out)
             check_lines(text)
             assert {"1234567", "123456", "10.0%"} <= cells(text)
 
 
-def test_names_are_printed_whole(printed: Callable[..., str]) -> None:
-    """A folded name has all its characters, and what looks like markup is text."""
+def test_wrapped_names_keep_all_characters(printed: Callable[..., str]) -> None:
+    """Test that a wrapped name keeps all its characters, and that text like markup is printed unchanged."""
     name = "razor_attention@keep=[[1,2],[5,2],[9,0],[11,0],[12,0],[12,2],[15,0]]@label=[red]"
     for function in (print_kv, print_drafters, print_retrieval, print_rag):
         column = [line.split("│")[0].strip() for line in printed(function, name, 1).splitlines() if "│" in line]
@@ -299,12 +301,12 @@ def output() -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_helps_of_groups_fit(group: str, output: Callable[..., str]) -> None:
+def test_help_of_command_groups_fits_80_columns(group: str, output: Callable[..., str]) -> None:
     check_lines(output(group, "--help"))
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_options_of_plugins_fit(name: str, output: Callable[..., str]) -> None:
+def test_plugin_options_fit_80_columns(name: str, output: Callable[..., str]) -> None:
     check_lines(output("plugins", name))
 
 

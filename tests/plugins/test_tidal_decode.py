@@ -1,4 +1,4 @@
-"""TidalDecode's options, and where its layers come from."""
+"""Tests of TidalDecode: its options, the selection of its layers, and its decode step."""
 
 from pathlib import Path
 
@@ -32,12 +32,12 @@ ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
         ({"correction_interval": -1}, "correction_interval: expected 0 to"),
     ],
 )
-def test_options_out_of_range_are_refused(values: dict, message: str) -> None:
+def test_refuses_options_out_of_range(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_options(TidalDecodeOptions, values, "pilotfish.kv")
 
 
-def test_roles_follow_the_layers() -> None:
+def test_layer_roles_follow_the_options() -> None:
     plan = TidalDecode(TidalDecodeOptions(full_layers=(0, 1), select_layers=(2, 7)), ENGINE).read_plan()
     assert [i for i, role in enumerate(plan.roles) if role is Role.FULL] == [0, 1]
     assert [i for i, role in enumerate(plan.roles) if role is Role.SELECT] == [2, 7]
@@ -45,7 +45,7 @@ def test_roles_follow_the_layers() -> None:
     assert plan.rule.recent == 64
 
 
-def test_a_model_that_was_not_tuned_gets_layers_at_even_distances() -> None:
+def test_untuned_model_gets_evenly_spaced_layers() -> None:
     assert resolve_layers(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
     for layers in range(1, 100):
         full, select = evenly_spaced_layers(layers)
@@ -72,7 +72,7 @@ def test_layers_come_from_a_profile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9, "policy": "a", "model": "b"}'])
-def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
+def test_refuses_invalid_profile(tmp_path: Path, text: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"pilotfish\.kv\.profile: .*not a profile"):
@@ -81,7 +81,7 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
         resolve_layers(TidalDecodeOptions(profile=str(tmp_path / "none.json")), ENGINE)
 
 
-def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_refuses_profile_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("tidal_decode", "m", "f", {}))
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
@@ -89,14 +89,14 @@ def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
         resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)
 
 
-def test_layers_that_the_model_does_not_have_are_named() -> None:
+def test_refuses_layers_that_the_model_does_not_have() -> None:
     with pytest.raises(
         Unsupported, match=r"model m, layer 12: select_layers names it, but the model has layers 0 to 11"
     ):
         TidalDecode.check(TidalDecodeOptions(select_layers=(2, 12)), ENGINE)
 
 
-def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_machine_without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Unsupported, match=r"need a C\+\+ compiler; install g\+\+"):
         TidalDecode.check(TidalDecodeOptions(), ENGINE)
@@ -107,7 +107,7 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     [{}, {"full_layers": "ab", "select_layers": [1]}, {"full_layers": None, "select_layers": [1]}]
     + [{"full_layers": [], "select_layers": layers} for layers in ([], [-3], ["a"])],
 )
-def test_settings_without_layers_are_refused(tmp_path: Path, setting: dict) -> None:
+def test_refuses_profile_settings_without_layers(tmp_path: Path, setting: dict) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("tidal_decode", "m", "f", {"default": setting}))
     with pytest.raises(ConfigError, match="select_layers"):
@@ -115,7 +115,7 @@ def test_settings_without_layers_are_refused(tmp_path: Path, setting: dict) -> N
 
 
 def test_sparse_layers_read_what_the_last_selection_layer_selected() -> None:
-    """The whole decode step (algorithm 1) against loops over heads and tokens."""
+    """Test the whole decode step (algorithm 1) against loops over heads and tokens."""
     rng = np.random.default_rng(0)
     layers, heads, kv_heads, size, context = 6, 4, 2, 8, 90
     engine = Engine("m", 1000, 8192, 8, layers=layers, fingerprint="f")
@@ -147,16 +147,16 @@ def test_sparse_layers_read_what_the_last_selection_layer_selected() -> None:
         others = sorted(set(range(context)) - always, key=lambda t: -total[t])
         return sorted(always | set(others[: 16 - len(always)]))
 
-    everything = list(range(context))
-    reads = [everything, everything, select(1), select(1), everything, select(4)]
+    all_positions = list(range(context))
+    reads = [all_positions, all_positions, select(1), select(1), all_positions, select(4)]
     outputs = policy.decode_step(list(queries), list(keys), list(values), 0.4)
     for layer in range(layers):
         expected = np.stack([attend(layer, head, reads[layer]) for head in range(heads)])
         np.testing.assert_allclose(outputs[layer], expected, rtol=1e-9, err_msg=f"layer {layer}")
-    assert not np.allclose(outputs[2], np.stack([attend(2, head, everything) for head in range(heads)]))
+    assert not np.allclose(outputs[2], np.stack([attend(2, head, all_positions) for head in range(heads)]))
 
 
-def test_a_context_within_the_budget_is_read_in_full() -> None:
+def test_context_within_the_budget_uses_full_attention() -> None:
     rng = np.random.default_rng(1)
     engine = Engine("m", 1000, 8192, 8, layers=3, fingerprint="f")
     policy = TidalDecode(TidalDecodeOptions(budget=128, full_layers=(), select_layers=(0,)), engine)

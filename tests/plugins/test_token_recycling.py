@@ -1,4 +1,4 @@
-"""The drafter as an engine uses it, against a stand-in model whose next token is known."""
+"""Tests of the Token Recycling drafter without an engine, with a toy model whose next token is known."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from pilotfish.plugins.token_recycling import TokenRecyclingOptions as Options
 
 VOCAB, K = 50, 4
 ENGINE = Engine("toy", VOCAB, 512, 8, 6)
-Model = np.ndarray  # [vocab, K] the model's candidates after each token, the first one is what it says
+Model = np.ndarray  # [vocab, K] top-k candidates after each token; the first one is the greedy token
 
 
 def model(seed: int) -> Model:
@@ -36,108 +36,110 @@ def options(**values) -> Options:
 
 
 def decode(
-    drafter: TokenRecycling, says: Model, prompt: list[int], length: int, request: str = "r"
+    drafter: TokenRecycling, next_tokens: Model, prompt: list[int], length: int, request: str = "r"
 ) -> tuple[list[int], int]:
-    """Greedy decoding with verification of a chain, as the engine does it: the text, and the steps it took."""
+    """Decode greedily with chain verification as in the engine, and return the text and the number of steps."""
     cost, text, steps = StepCostModel(0.01), list(prompt), 0
     probs = np.tile(np.array([0.7, 0.2, 0.07, 0.03], np.float32), (32, 1))
     draft: list[int] = []
     drafter.start(request, np.array(prompt, np.int32))
     while len(text) < len(prompt) + length:
         inputs = np.array([text[-1], *draft], np.int32)
-        truth = says[inputs, 0].tolist()
-        right = 0
-        while right < len(draft) and draft[right] == truth[right]:
-            right += 1
-        tokens, n = truth[: right + 1], len(inputs)
+        model_tokens = next_tokens[inputs, 0].tolist()
+        num_accepted = 0
+        while num_accepted < len(draft) and draft[num_accepted] == model_tokens[num_accepted]:
+            num_accepted += 1
+        tokens, n = model_tokens[: num_accepted + 1], len(inputs)
         context = np.array(text[-9:-1], np.int32)
         parents = np.arange(ROOT, n - 1, dtype=np.int32)
         drafter.observe(
-            request, np.array(tokens, np.int32), Candidates(context, inputs, parents, says[inputs], probs[:n])
+            request, np.array(tokens, np.int32), Candidates(context, inputs, parents, next_tokens[inputs], probs[:n])
         )
         text += tokens
         steps += 1
-        left = len(prompt) + length - len(text) - 1
-        tree = drafter.propose([DraftRequest(request, np.array(text, np.int32), max(0, left))], DraftBudget(24, 6))[0]
+        remaining = len(prompt) + length - len(text) - 1
+        tree = drafter.propose(
+            [DraftRequest(request, np.array(text, np.int32), max(0, remaining))], DraftBudget(24, 6)
+        )[0]
         assert len(tree) <= 24
         path = tree.best_path()
-        assert len(path) <= max(0, min(6, left))
+        assert len(path) <= max(0, min(6, remaining))
         draft = tree.tokens[path[: allocate_draft_tokens([tree.scores[path]], cost)[0]]].tolist()
     drafter.finish(request)
     return text, steps
 
 
-def plain(says: Model, prompt: list[int], length: int) -> list[int]:
+def greedy_decode(next_tokens: Model, prompt: list[int], length: int) -> list[int]:
     text = list(prompt)
     for _ in range(length):
-        text.append(int(says[text[-1], 0]))
+        text.append(int(next_tokens[text[-1], 0]))
     return text
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), st.integers(1, 60))
-def test_output_is_that_of_plain_decoding(seed: int, prompt: list[int], length: int) -> None:
+def test_output_matches_greedy_decoding(seed: int, prompt: list[int], length: int) -> None:
     text, _ = decode(TokenRecycling(options(), ENGINE), model(seed), prompt, length)
-    assert text == plain(model(seed), prompt, length)
+    assert text == greedy_decode(model(seed), prompt, length)
 
 
-def test_a_model_that_repeats_itself_is_drafted_well() -> None:
+def test_repetitive_text_takes_few_steps() -> None:
     _, steps = decode(TokenRecycling(options(), ENGINE), model(1), [3], 200)
     assert steps < 60
 
 
-def test_where_drafts_fail_little_is_lost() -> None:
-    """A text of pure chance: after a short while so little is drafted that decoding costs hardly more."""
+def test_rejected_drafts_cost_little() -> None:
+    """Test that drafting for random text soon becomes so short that decoding costs at most 3 % more."""
     rng, drafter, cost = np.random.default_rng(0), TokenRecycling(options(), ENGINE), StepCostModel(0.03)
     text = rng.integers(0, VOCAB, 5).tolist()
     drafter.start("r", np.array(text, np.int32))
     spent, emitted, draft = 0.0, 0, []
     for step in range(600):
         inputs = np.array([text[-1], *draft], np.int32)
-        truth = rng.integers(0, VOCAB, len(inputs)).tolist()
-        right = 0
-        while right < len(draft) and draft[right] == truth[right]:
-            right += 1
+        model_tokens = rng.integers(0, VOCAB, len(inputs)).tolist()
+        num_accepted = 0
+        while num_accepted < len(draft) and draft[num_accepted] == model_tokens[num_accepted]:
+            num_accepted += 1
         ids = np.stack([rng.permutation(VOCAB)[:K] for _ in inputs]).astype(np.int32)
         parents = np.arange(ROOT, len(inputs) - 1, dtype=np.int32)
         candidates = Candidates(
             np.array(text[-9:-1], np.int32), inputs, parents, ids, np.full(ids.shape, 0.25, np.float32)
         )
-        drafter.observe("r", np.array(truth[: right + 1], np.int32), candidates)
-        text += truth[: right + 1]
+        drafter.observe("r", np.array(model_tokens[: num_accepted + 1], np.int32), candidates)
+        text += model_tokens[: num_accepted + 1]
         if step >= 100:
-            spent, emitted = spent + float(cost(1, len(inputs) - 1)), emitted + right + 1
+            spent, emitted = spent + float(cost(1, len(inputs) - 1)), emitted + num_accepted + 1
         tree = drafter.propose([DraftRequest("r", np.array(text, np.int32), 6)], DraftBudget(24, 6))[0]
         path = tree.best_path()
         draft = tree.tokens[path[: allocate_draft_tokens([tree.scores[path]], cost)[0]]].tolist()
     assert spent / emitted < 1.03 * float(cost(1, 0))
 
 
-def test_hot_rows_help_another_request() -> None:
+def test_warm_table_helps_another_request() -> None:
     drafter = TokenRecycling(options(), ENGINE)
-    _, cold = decode(drafter, model(2), [3], 30)
-    _, hot = decode(drafter, model(2), [3], 30)
-    assert hot < cold
+    _, cold_steps = decode(drafter, model(2), [3], 30)
+    _, warm_steps = decode(drafter, model(2), [3], 30)
+    assert warm_steps < cold_steps
 
 
-def test_a_prompt_that_holds_the_answer_is_copied() -> None:
-    answer = plain(model(4), [9], 20)
+def test_prompt_that_contains_the_answer_is_copied() -> None:
+    answer = greedy_decode(model(4), [9], 20)
     primed = decode(TokenRecycling(options(), ENGINE), model(4), [*answer, 9], 20)[1]
     unprimed = decode(TokenRecycling(options(prime=False), ENGINE), model(4), [*answer, 9], 20)[1]
     assert primed < unprimed
 
 
-def test_the_same_requests_give_the_same_drafts() -> None:
+def test_drafts_are_deterministic() -> None:
     assert decode(TokenRecycling(options(), ENGINE), model(5), [1, 2], 50) == decode(
         TokenRecycling(options(), ENGINE), model(5), [1, 2], 50
     )
 
 
-def test_rejected_rows_teach_too() -> None:
+def test_candidates_of_rejected_tokens_are_stored() -> None:
     drafter = TokenRecycling(options(order=1), ENGINE)
     drafter.start("r", np.array([1], np.int32))
     ids = np.array([[2, 3, 4, 5], [30, 31, 32, 33]], np.int32)
-    # Row 1 holds a drafted token, 20, that was rejected: 2 came instead.
+    # Row 1 is the draft token 20, which was rejected in favour of token 2.
     candidates = Candidates(
         np.empty(0, np.int32),
         np.array([1, 20], np.int32),
@@ -157,24 +159,24 @@ class TestTables:
     def drafts(self, drafter: TokenRecycling, request: str) -> int:
         return len(drafter.propose([DraftRequest(request, self.prompt()[:5], 5)], DraftBudget(8, 4))[0])
 
-    def test_shared_by_default(self) -> None:
+    def test_table_is_shared_by_default(self) -> None:
         drafter = TokenRecycling(options(), ENGINE)
         drafter.start("a", self.prompt())
         drafter.start("b", self.prompt()[:1])
         assert self.drafts(drafter, "b") > 0
         assert drafter.stats()["tables"] == 1
 
-    def test_a_tenant_sees_only_its_own(self) -> None:
+    def test_tenant_reads_only_its_own_table(self) -> None:
         drafter = TokenRecycling(options(share="tenant"), ENGINE)
         drafter.start("a", self.prompt(), "one")
         drafter.start("b", self.prompt()[:1], "two")
         drafter.start("c", self.prompt()[:1], "one")
-        drafter.start("d", self.prompt()[:1])  # names no tenant: shares with nobody
+        drafter.start("d", self.prompt()[:1])  # without a tenant: its table is not shared
         assert [self.drafts(drafter, r) > 0 for r in "abcd"] == [True, False, True, False]
         drafter.finish("d")
         assert drafter.stats() == {"tables": 2, "bytes": drafter.stats()["bytes"], "requests": 3}
 
-    def test_requests_apart_leave_nothing(self) -> None:
+    def test_tables_per_request_are_freed(self) -> None:
         drafter = TokenRecycling(options(share="request"), ENGINE)
         for r in "ab":
             drafter.start(r, self.prompt() if r == "a" else self.prompt()[:1])
@@ -183,7 +185,7 @@ class TestTables:
             drafter.finish(r)
         assert drafter.stats()["tables"] == drafter.stats()["requests"] == 0
 
-    def test_tables_are_bounded_and_those_in_use_stay(self) -> None:
+    def test_tables_are_bounded_and_tables_in_use_are_kept(self) -> None:
         drafter = TokenRecycling(options(share="tenant", max_tables=2), ENGINE)
         drafter.start("busy", self.prompt(), "kept")
         for i in range(10):
@@ -192,7 +194,7 @@ class TestTables:
         assert drafter.stats()["tables"] == 2
         assert self.drafts(drafter, "busy") > 0
 
-    def test_tables_of_live_requests_stay_beyond_the_bound_and_go_when_they_finish(self) -> None:
+    def test_tables_above_the_bound_are_freed_when_requests_finish(self) -> None:
         drafter = TokenRecycling(options(share="tenant", max_tables=2), ENGINE)
         for i in range(6):
             drafter.start(f"r{i}", self.prompt(), f"tenant {i}")
@@ -201,7 +203,7 @@ class TestTables:
             drafter.finish(f"r{i}")
         assert drafter.stats()["tables"] <= 2
 
-    def test_finish_twice_or_never_started(self) -> None:
+    def test_finish_ignores_unknown_requests(self) -> None:
         drafter = TokenRecycling(options(), ENGINE)
         drafter.finish("nobody")
         drafter.start("a", self.prompt())
@@ -216,7 +218,7 @@ class TestState:
         decode(drafter, model(7), [3], 40)
         return drafter
 
-    def test_round_trip(self, tmp_path: Path) -> None:
+    def test_state_file_round_trip(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"
         before = self.trained()
         before.save(path)
@@ -225,13 +227,13 @@ class TestState:
         assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
 
     @pytest.mark.parametrize("changed", [{"k": 3}, {"order": 2}, {"bits": 11}])
-    def test_another_shape_is_refused(self, tmp_path: Path, changed: dict) -> None:
+    def test_refuses_state_of_another_shape(self, tmp_path: Path, changed: dict) -> None:
         path = tmp_path / "state.npz"
         self.trained().save(path)
         with pytest.raises(ConfigError, match="was written with"):
             TokenRecycling.check(options(state_path=str(path), **changed), ENGINE)
 
-    def test_what_a_killed_writer_left_is_swept(self, tmp_path: Path) -> None:
+    def test_old_temporary_files_are_removed(self, tmp_path: Path) -> None:
         for name, age in ((".state.npz.abc", 100), (".state.npz.def", 0), (".other.npz.abc", 100)):
             (tmp_path / name).write_bytes(b"half")
             then = time.time() - age
@@ -239,7 +241,7 @@ class TestState:
         self.trained().save(tmp_path / "state.npz")
         assert sorted(p.name for p in tmp_path.iterdir()) == [".other.npz.abc", ".state.npz.def", "state.npz"]
 
-    def test_another_vocabulary_is_refused(self, tmp_path: Path) -> None:
+    def test_refuses_state_of_another_vocabulary(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"
         self.trained().save(path)
         other = Engine("other", VOCAB + 1, 512, 8, 6)
@@ -247,13 +249,13 @@ class TestState:
             TokenRecycling.check(options(state_path=str(path)), other)
 
     @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
-    def test_garbage_is_refused(self, tmp_path: Path, content: bytes) -> None:
+    def test_refuses_invalid_state_file(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "state.npz"
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="not a readable state file"):
             TokenRecycling.check(options(state_path=str(path)), ENGINE)
 
-    def test_a_cut_file_is_refused(self, tmp_path: Path) -> None:
+    def test_refuses_truncated_state_file(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"
         self.trained().save(path)
         path.write_bytes(path.read_bytes()[:-100])
@@ -272,7 +274,7 @@ class TestState:
             lambda a: a["rate"].__setitem__((1, 0, 0), np.nan),
         ],
     )
-    def test_arrays_that_would_lead_compiled_code_astray_are_refused(self, tmp_path: Path, damage) -> None:
+    def test_refuses_arrays_that_compiled_code_cannot_read_safely(self, tmp_path: Path, damage) -> None:
         path = tmp_path / "state.npz"
         self.trained().save(path)
         with np.load(path) as file:
@@ -282,8 +284,11 @@ class TestState:
         with pytest.raises(ConfigError, match="is damaged"):
             TokenRecycling.check(options(state_path=str(path)), ENGINE)
 
-    def test_checking_a_file_keeps_numba_out(self, tmp_path: Path) -> None:
-        """The front process of vLLM 0.32 must not have imported it when a CPU engine starts in that process."""
+    def test_checking_a_state_file_does_not_import_numba(self, tmp_path: Path) -> None:
+        """Test that checking a state file does not import Numba.
+
+        The front-end process of vLLM 0.32 must not import it before a CPU engine starts in that process.
+        """
         path = tmp_path / "state.npz"
         self.trained().save(path)
         code = (
@@ -296,11 +301,11 @@ class TestState:
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
-    def test_no_folder_is_refused_before_anything_is_learned(self, tmp_path: Path) -> None:
+    def test_refuses_missing_state_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="not a folder that can be written"):
             TokenRecycling.check(options(state_path=str(tmp_path / "no" / "state.npz")), ENGINE)
 
-    def test_readers_never_see_half_a_file(self, tmp_path: Path) -> None:
+    def test_readers_never_read_a_partial_state_file(self, tmp_path: Path) -> None:
         path = tmp_path / "state.npz"
         drafter = self.trained()
         drafter.save(path)
@@ -320,7 +325,7 @@ class TestState:
             writer.join()
         assert len(list(tmp_path.iterdir())) == 1
 
-    def test_a_failed_save_keeps_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_save_keeps_the_old_state_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "state.npz"
         drafter = self.trained()
         drafter.save(path)
@@ -332,7 +337,7 @@ class TestState:
         assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_placeholders_outside_the_vocabulary_do_no_harm() -> None:
+def test_token_ids_outside_the_vocabulary_are_ignored() -> None:
     drafter = TokenRecycling(options(), ENGINE)
     odd = np.array([3, VOCAB + 1000, -5, 2**31 - 1, 7, VOCAB + 1000], np.int32)
     drafter.start("r", odd)
@@ -342,7 +347,7 @@ def test_placeholders_outside_the_vocabulary_do_no_harm() -> None:
     assert len(tree) <= 8
 
 
-def test_options_out_of_range() -> None:
+def test_refuses_options_out_of_range() -> None:
     bad: dict[str, Any]
     for bad in ({"k": 0}, {"order": 9}, {"bits": 40}, {"max_tables": 0}):
         with pytest.raises(ValueError, match="expected"):
@@ -351,12 +356,12 @@ def test_options_out_of_range() -> None:
         Options(share="tenant", state_path="x")
 
 
-def test_a_vocabulary_smaller_than_k_is_refused() -> None:
+def test_refuses_vocabulary_smaller_than_k() -> None:
     with pytest.raises(Unsupported, match="lower k"):
         TokenRecycling.check(Options(), Engine("tiny", 4, 8, 1))
 
 
-def test_memory_is_bounded_and_small() -> None:
+def test_memory_per_table_is_small() -> None:
     drafter = TokenRecycling(Options(), Engine("smollm2", 49_152, 8192, 8, 12))
     drafter.start("r", np.zeros(1, np.int32))
     assert drafter.stats()["bytes"] < 6 * 2**20
@@ -364,13 +369,13 @@ def test_memory_is_bounded_and_small() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 12))
-def test_the_compiled_matrix_update_is_the_paper_s(seed: int, n: int) -> None:
-    """`TokenRecycling.update_matrix` against the table of order 1, over several steps."""
+def test_matrix_update_matches_reference(seed: int, n: int) -> None:
+    """Test `adjacency.update_rows` with order 1 against `TokenRecycling.update_matrix`, over several steps."""
     rng = np.random.default_rng(seed)
     rows = adjacency_table.make_adjacency_table(VOCAB, K, 1, 4)
     matrix = rows.tokens.copy()
     for _ in range(3):
-        tokens = rng.integers(0, 6, n).astype(np.int32)  # a token stands at several positions
+        tokens = rng.integers(0, 6, n).astype(np.int32)  # tokens repeat
         parents = np.array([ROOT, *(rng.integers(0, i) for i in range(1, n))], np.int32)
         top_k = np.stack([rng.permutation(VOCAB)[:K] for _ in range(n)]).astype(np.int32)
         accepted = rng.random(n) < 0.5
@@ -382,8 +387,8 @@ def test_the_compiled_matrix_update_is_the_paper_s(seed: int, n: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 1 << 30), st.floats(0, 1))
-def test_the_compiled_static_tree_is_the_paper_s(seed: int, filled: float) -> None:
-    """`TokenRecycling.draft_static_tree` against the kernel, with rows and candidates missing."""
+def test_static_tree_matches_reference(seed: int, filled: float) -> None:
+    """Test the kernel against `TokenRecycling.draft_static_tree`, with missing rows and candidates."""
     rng = np.random.default_rng(seed)
     rows = adjacency_table.make_adjacency_table(VOCAB, K, 1, 4)
     for token in range(VOCAB):

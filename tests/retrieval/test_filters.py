@@ -1,4 +1,4 @@
-"""Filters: SQL and Python say the same; what cannot be read is said in one line."""
+"""Tests of filters: SQL and Python give the same result, and syntax errors are reported in one line."""
 
 import contextlib
 import json
@@ -44,14 +44,14 @@ FILTERS = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(condition=FILTERS, metadata=METADATA)
-def test_sql_and_python_agree(condition: Filter, metadata: dict[str, Any]) -> None:
+def test_sql_and_python_give_the_same_result(condition: Filter, metadata: dict[str, Any]) -> None:
     database = sqlite3.connect(":memory:")
     database.execute("CREATE TABLE documents (metadata TEXT)")
     database.execute("INSERT INTO documents VALUES (?)", [json.dumps(metadata)])
     text, values = filters.to_sql(condition)
-    found = database.execute(f"SELECT COUNT(*) FROM documents WHERE {text}", values).fetchone()[0]
+    count = database.execute(f"SELECT COUNT(*) FROM documents WHERE {text}", values).fetchone()[0]
     database.close()
-    assert bool(found) == filters.matches(condition, metadata)
+    assert bool(count) == filters.matches(condition, metadata)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_sql_and_python_agree(condition: Filter, metadata: dict[str, Any]) -> No
         ("date >= 2020-05-01", {"date": "2021-01-01"}, {"date": "2019-01-01"}),
     ],
 )
-def test_what_filters_mean(text: str, yes: dict, no: dict) -> None:
+def test_filter_expressions_match_metadata(text: str, yes: dict, no: dict) -> None:
     condition = filters.parse(text)
     assert filters.matches(condition, yes)
     assert not filters.matches(condition, no)
@@ -96,7 +96,7 @@ def test_what_filters_mean(text: str, yes: dict, no: dict) -> None:
         ("a = \ud800", "UTF-8"),
     ],
 )
-def test_what_cannot_be_read_is_said(text: str, message: str) -> None:
+def test_refuses_invalid_filters(text: str, message: str) -> None:
     with pytest.raises(FilterError, match=message) as caught:
         filters.parse(text)
     assert "\n" not in str(caught.value)
@@ -104,7 +104,7 @@ def test_what_cannot_be_read_is_said(text: str, message: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.one_of(st.text(), st.text(alphabet="ab=<>!()'\",. \\inNOTandor1", max_size=40)))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     with contextlib.suppress(FilterError):
         filters.to_sql(filters.parse(text))
 
@@ -119,7 +119,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         "x > 1 OR " + "(" * 19 + "x in (1, a, true, null)" + ")" * 19,
     ],
 )
-def test_all_that_can_be_read_can_be_asked(text: str) -> None:
+def test_every_valid_filter_runs_in_sqlite(text: str) -> None:
     condition = filters.parse(text)
     marked, values = filters.to_sql(condition)
     with sqlite3.connect(":memory:") as database:
@@ -128,11 +128,11 @@ def test_all_that_can_be_read_can_be_asked(text: str) -> None:
             assert bool(answer.fetchone()[0]) == filters.matches(condition, {"x": x})
 
 
-def test_the_largest_number_is_found() -> None:
+def test_largest_integer_matches() -> None:
     assert filters.matches(filters.parse(f"m = {2**63 - 1}"), {"m": 2**63 - 1})
 
 
 @pytest.mark.parametrize("name", ["a\0b", 'a"b', "", "a\\b"])
-def test_what_is_no_name_is_refused_whoever_made_the_filter(name: str) -> None:
+def test_refuses_invalid_field_names_in_filter_objects(name: str) -> None:
     with pytest.raises(FilterError, match="no name of a field"):
         filters.to_sql(Compare((name,), "=", (1,)))

@@ -1,4 +1,4 @@
-"""Indexes against a naive one: what is added is found, what is deleted is not, filters are exact, scores are XTR's."""
+"""Tests of XTR indexes against a naive one: added and deleted documents, filters and scores."""
 
 import time
 from typing import Any
@@ -29,14 +29,16 @@ STEPS = st.lists(
 EXACT: dict[str, Any] = {"nprobe": 1 << 20, "impute": "kprime", "kprime": 5}
 
 
-def naive(documents: dict[str, tuple[str, int]], query: str, least: int | None, kprime: int = 5) -> dict[str, float]:
-    """XTR over all tokens of the documents that pass: see the head of `plugins/xtr.py`."""
+def naive_xtr(
+    documents: dict[str, tuple[str, int]], query: str, least: int | None, kprime: int = 5
+) -> dict[str, float]:
+    """Return XTR scores over all tokens of the documents that pass the filter; see `plugins/xtr.py`."""
     encoder = words.Words()
-    asked = [words.vector(w) for w in encoder.words(query)]
+    query_vectors = [words.vector(w) for w in encoder.words(query)]
     passing = {name: text for name, (text, year) in documents.items() if least is None or year >= least}
     scores = dict.fromkeys(passing, 0.0)
     counted: set[str] = set()
-    for q in asked:
+    for q in query_vectors:
         products = [(float(q @ words.vector(w)), name) for name, text in passing.items() for w in encoder.words(text)]
         products.sort(reverse=True)
         if not products:
@@ -48,13 +50,15 @@ def naive(documents: dict[str, tuple[str, int]], query: str, least: int | None, 
                 best[name] = max(best.get(name, -9.0), product)
         counted |= set(best)
         for name in passing:
-            scores[name] += best.get(name, missing) / len(asked)
+            scores[name] += best.get(name, missing) / len(query_vectors)
     return {name: scores[name] for name in counted}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, query=TEXT, least=st.one_of(st.none(), st.integers(0, 3)))
-def test_any_history_of_changes(tmp_path_factory, steps, query: str, least: int | None) -> None:
+def test_scores_match_naive_computation_after_any_changes(
+    tmp_path_factory, steps, query: str, least: int | None
+) -> None:
     words.use()
     folder = tmp_path_factory.mktemp("index") / "x"
     index = Index.create(folder, encoder="words", options={"codec": "float16", "dimension": 0})
@@ -79,11 +83,11 @@ def test_any_history_of_changes(tmp_path_factory, steps, query: str, least: int 
     assert len(index) == len(model)
     assert sorted(index.ids()) == sorted(model)
     where = None if least is None else f"year >= {least}"
-    expected = naive(model, query, least)
+    expected = naive_xtr(model, query, least)
     hits = index.search(query, 50, where, **EXACT)
     passing = {n for n, v in model.items() if least is None or v[1] >= least}
     assert {h.id for h in hits} <= passing
-    if where is not None:  # then all that pass are found
+    if where is not None:  # a filtered search returns all documents that pass
         assert {h.id for h in hits} == passing
     assert set(expected) <= {h.id for h in hits}
     for hit in hits:
@@ -93,15 +97,15 @@ def test_any_history_of_changes(tmp_path_factory, steps, query: str, least: int 
     index.close()
 
 
-def test_what_was_learned_from_one_document_is_learned_anew(create) -> None:
+def test_index_trained_on_one_document_is_retrained(create) -> None:
     index = create(codec="sq4", dimension=0)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(VOCABULARY, 5).tolist()) + f" number{i}" for i in range(300)]
     for begin, end in ((0, 1), (1, 5), (5, 40), (40, 300)):
         index.add([{"id": str(i), "text": texts[i]} for i in range(begin, end)])
     assert int(index.snapshot.shared["trained"][0]) > 1
-    asked = range(0, 300, 7)
-    assert sum(index.search(texts[i], 1)[0].id == str(i) for i in asked) >= 0.9 * len(asked)
+    queries = range(0, 300, 7)
+    assert sum(index.search(texts[i], 1)[0].id == str(i) for i in queries) >= 0.9 * len(queries)
 
 
 @pytest.mark.parametrize("codec", ["sq4", "sq8", "float16", "pq", "rabitq"])
@@ -111,7 +115,7 @@ def test_every_codec_finds_rare_words(create, codec: str) -> None:
     assert [index.search(f"word{i}", 1)[0].id for i in (3, 77, 199)] == ["3", "77", "199"]
 
 
-def test_a_narrow_filter_is_filled(create) -> None:
+def test_narrow_filter_returns_k_documents(create) -> None:
     index = create(dimension=0, nlist=64)
     index.add([{"id": str(i), "text": f"word{i} in text", "metadata": {"n": i}} for i in range(1000)])
     hits = index.search("word5", 10, "n >= 990", nprobe=1)
@@ -119,7 +123,7 @@ def test_a_narrow_filter_is_filled(create) -> None:
     assert index.search("word5", 10, "n > 5000") == []
 
 
-def test_reranking_is_by_all_tokens(create) -> None:
+def test_reranking_uses_all_tokens(create) -> None:
     index = create(dimension=0, vectors=True)
     index.add([{"id": "a", "text": "shark fish"}, {"id": "b", "text": "shark net"}])
     index.add([{"id": "c", "text": "fish net reef"}])
@@ -142,8 +146,8 @@ def test_reranking_is_by_all_tokens(create) -> None:
         plain.search("x", rerank=5)
 
 
-def test_whole_vectors_keep_their_documents_through_merges(create) -> None:
-    """A segment that was written anew stands behind younger ones; merging them again has to put that right."""
+def test_token_vectors_match_their_documents_after_merges(create) -> None:
+    """Test that compaction restores the order of documents after a rewritten segment follows newer ones."""
     index = create(dimension=0, vectors=True, codec="float16")
     texts = {str(i): f"shark word{i}" for i in range(150)}
     documents = [{"id": i, "text": t} for i, t in texts.items()]
@@ -158,7 +162,7 @@ def test_whole_vectors_keep_their_documents_through_merges(create) -> None:
         assert (hit.id, hit.score) == (name, pytest.approx(1.0, abs=5e-3))
 
 
-def test_a_number_and_a_truth_are_not_one_filter(create) -> None:
+def test_filters_distinguish_numbers_and_booleans(create) -> None:
     index = create()
     index.add([{"id": "one", "text": "x", "metadata": {"f": 1}}, {"id": "yes", "text": "x", "metadata": {"f": True}}])
     assert [h.id for h in index.search("x", where="f = 1")] == ["one"]
@@ -167,17 +171,17 @@ def test_a_number_and_a_truth_are_not_one_filter(create) -> None:
     assert list(index.ids()) == ["one"]
 
 
-def test_an_explanation_adds_up(create) -> None:
+def test_explanation_sums_to_the_score(create) -> None:
     index = create(dimension=0)
     index.add([{"id": str(i), "text": f"shark word{i} reef"} for i in range(30)])
     hit = index.search("word7 shark", 1)[0]
     reasons = index.explain("word7 shark", hit.id)
     assert sum(r.score for r in reasons) == pytest.approx(hit.score, abs=1e-5)
-    met = {r.query: r.document for r in reasons if not r.imputed}
-    assert met["word7"] == "word7"
+    matched = {r.query: r.document for r in reasons if not r.imputed}
+    assert matched["word7"] == "word7"
 
 
-def test_segments_are_merged_and_deleted_text_goes(create, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_are_merged_and_deleted_documents_removed(create, monkeypatch: pytest.MonkeyPatch) -> None:
     index = create(dimension=0)
     index.add([{"id": f"first{i}", "text": f"first{i}"} for i in range(200)])
     index.delete([f"first{i}" for i in range(200)])
@@ -185,15 +189,15 @@ def test_segments_are_merged_and_deleted_text_goes(create, monkeypatch: pytest.M
         index.add([{"id": str(i), "text": f"word{i}"}])
     assert index.stats()["segments"] <= index_writer.MAX_SMALL_SEGMENTS + 1
     index.delete([str(i) for i in range(8)])
-    assert index.stats()["deleted"] == 0  # too many of a segment: it was written anew
+    assert index.stats()["deleted"] == 0  # a segment with too many deleted documents was rewritten
     before = index.snapshot.manifest.next_document
     index.compact(relearn=True)
     assert index.stats()["segments"] == 1
-    assert index.snapshot.manifest.next_document == before  # numbers are never used twice
+    assert index.snapshot.manifest.next_document == before  # document numbers are never reused
     assert sorted(h.id for h in index.search("word9", 20)) == ["10", "11", "8", "9"]
 
 
-def test_documents_that_are_wrong_are_refused_and_nothing_is_added(create) -> None:
+def test_refuses_wrong_documents_and_adds_nothing(create) -> None:
     index = create()
     index.add([{"id": "a", "text": "x"}])
     for documents, message in (
@@ -216,7 +220,7 @@ def nested(levels: int) -> Any:
     return [nested(levels - 1)] if levels else 1
 
 
-def test_a_snippet_of_a_long_text_is_found_at_once() -> None:
+def test_snippet_of_a_long_text_is_found_quickly() -> None:
     from pilotfish.retrieval import snippets
 
     text = "fish shark " * 50_000 + "a whale at last " + "fish shark " * 50_000
@@ -225,7 +229,7 @@ def test_a_snippet_of_a_long_text_is_found_at_once() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_wrong_requests_are_refused(create, tmp_path) -> None:
+def test_refuses_wrong_requests(create, tmp_path) -> None:
     index = create()
     index.add([{"id": "a", "text": "x"}])
     for call, message in (
@@ -257,7 +261,7 @@ def test_wrong_requests_are_refused(create, tmp_path) -> None:
     assert not (tmp_path / "y").exists()
 
 
-def test_settings_and_filters_are_kept_and_remembered(create, tmp_path) -> None:
+def test_settings_persist_and_filter_cache_is_invalidated(create, tmp_path) -> None:
     index = create()
     index.add([{"id": "a", "text": "x", "metadata": {"n": 1}}])
     index.configure(nprobe=3)
@@ -265,10 +269,10 @@ def test_settings_and_filters_are_kept_and_remembered(create, tmp_path) -> None:
     condition = filters.Compare(("n",), "=", (1,))
     assert [h.id for h in index.search("x", where=condition)] == ["a"]
     index.upsert([{"id": "a", "text": "x", "metadata": {"n": 2}}])
-    assert index.search("x", where=condition) == []  # what a filter lets pass is not remembered across commits
+    assert index.search("x", where=condition) == []  # filter results are not cached across commits
 
 
-def test_an_empty_index_finds_nothing(create) -> None:
+def test_empty_index_returns_no_hits(create) -> None:
     index = create()
     assert index.search("x") == []
     index.add([])
@@ -281,7 +285,7 @@ def test_an_empty_index_finds_nothing(create) -> None:
     assert index.search("x") == []
 
 
-def test_another_encoder_is_refused(create, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_another_encoder(create, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     create()
     monkeypatch.setattr(words.Words, "fingerprint", "words-2")
     with pytest.raises(RetrievalError, match="made with another encoder than words"):

@@ -1,4 +1,4 @@
-"""Pages of strangers, in a browser on the same machine, get nothing from a server without a token."""
+"""Tests that a server without a token refuses requests from other web pages in a browser on the same machine."""
 
 import pytest
 from fastapi import Depends, FastAPI
@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 from pilotfish.retrieval.request_auth import LARGEST_BODY, RequestAuth
 
 
-def served(token: str | None = None) -> TestClient:
+def make_client(token: str | None = None) -> TestClient:
     app, guard = FastAPI(), RequestAuth(token)
 
     @app.middleware("http")
@@ -24,8 +24,8 @@ def served(token: str | None = None) -> TestClient:
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:8090", "[::1]:8090", "10.1.2.3"]
 )
-def test_names_of_this_machine_and_addresses_are_served(host: str) -> None:
-    assert served().get("/", headers={"Host": host}).status_code == 200
+def test_local_host_names_and_addresses_are_served(host: str) -> None:
+    assert make_client().get("/", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def test_names_of_this_machine_and_addresses_are_served(host: str) -> None:
         "1.2.3",
     ],
 )
-def test_a_name_that_was_made_to_lead_here_is_refused(host: str) -> None:
-    answer = served().get("/", headers={"Host": host})
+def test_refuses_other_host_names(host: str) -> None:
+    answer = make_client().get("/", headers={"Host": host})
     assert (answer.status_code, "secret" in answer.text) == (403, False)
     assert "Host" in answer.json()["detail"] and "token" in answer.json()["detail"]
 
@@ -53,36 +53,36 @@ def test_a_name_that_was_made_to_lead_here_is_refused(host: str) -> None:
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": ""},
-        {"Origin": "http://localhost:3000"},  # another server of this machine
+        {"Origin": "http://localhost:3000"},  # another server on this machine
         {"Origin": "http://localhost:8090.evil.example"},
         {"Origin": "http://user@localhost:8090"},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
     ],
 )
-def test_another_page_is_refused(headers: dict[str, str]) -> None:
+def test_refuses_other_origins(headers: dict[str, str]) -> None:
     for method in ("GET", "POST"):
-        assert served().request(method, "/", headers=headers).status_code == 403
-    assert served("t").post("/", headers={**headers, "Authorization": "Bearer t"}).status_code == 200
+        assert make_client().request(method, "/", headers=headers).status_code == 403
+    assert make_client("t").post("/", headers={**headers, "Authorization": "Bearer t"}).status_code == 200
 
 
-def test_our_own_page_and_links_to_it_are_served() -> None:
-    ours = {"Origin": "http://localhost:8090", "Sec-Fetch-Site": "same-origin"}
-    assert served().post("/", headers=ours).status_code == 200
+def test_same_origin_requests_and_links_are_served() -> None:
+    same_origin = {"Origin": "http://localhost:8090", "Sec-Fetch-Site": "same-origin"}
+    assert make_client().post("/", headers=same_origin).status_code == 200
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
-    assert served().get("/", headers=link).status_code == 200
-    assert served().post("/", headers=link).status_code == 403, "a form of another page"
-    assert served().get("/", headers={**link, "Sec-Fetch-Dest": "document"}).status_code == 200
-    assert served().get("/", headers={**link, "Sec-Fetch-Dest": "iframe"}).status_code == 403
+    assert make_client().get("/", headers=link).status_code == 200
+    assert make_client().post("/", headers=link).status_code == 403, "a form of another page"
+    assert make_client().get("/", headers={**link, "Sec-Fetch-Dest": "document"}).status_code == 200
+    assert make_client().get("/", headers={**link, "Sec-Fetch-Dest": "iframe"}).status_code == 403
 
 
-def test_bodies_say_how_large_they_are() -> None:
+def test_refuses_bodies_without_valid_content_length() -> None:
     for length in (str(LARGEST_BODY + 1), "-1", "x", "9" * 5000, "\u00b2".encode("latin-1")):
-        assert served().post("/", headers={"Content-Length": length}).status_code == 413
-    assert served().post("/", content=(b for b in [b"x"])).status_code == 413, "in chunks of no known end"
+        assert make_client().post("/", headers={"Content-Length": length}).status_code == 413
+    assert make_client().post("/", content=(b for b in [b"x"])).status_code == 413, "a chunked body of unknown length"
 
 
-def test_a_token_is_compared_whole() -> None:
+def test_refuses_wrong_tokens() -> None:
     for given in ("Bearer", "Bearer wrong", "Bearer tt", "Basic t", "Bearer \u00e9".encode()):
-        assert served("t").get("/", headers={"Authorization": given}).status_code == 401
-    assert served("t").get("/", headers={"Authorization": "Bearer t", "Host": "any.example"}).status_code == 200
+        assert make_client("t").get("/", headers={"Authorization": given}).status_code == 401
+    assert make_client("t").get("/", headers={"Authorization": "Bearer t", "Host": "any.example"}).status_code == 200

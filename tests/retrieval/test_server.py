@@ -1,4 +1,4 @@
-"""An index over HTTP: what it answers, what it refuses, and any request that its own description allows."""
+"""Tests of the index server: its answers and errors, and any request that its OpenAPI schema allows."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +17,9 @@ HERE = "http://localhost"
 
 @pytest.fixture
 def index(create) -> Index:
-    made = create(dimension=0)
-    made.add([{"id": f"d/{i}", "text": f"word{i} in text", "metadata": {"n": i}} for i in range(20)])
-    return made
+    created = create(dimension=0)
+    created.add([{"id": f"d/{i}", "text": f"word{i} in text", "metadata": {"n": i}} for i in range(20)])
+    return created
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def client(index: Index) -> TestClient:
     return TestClient(create_index_app(index), base_url=HERE, raise_server_exceptions=False)
 
 
-def test_documents_come_and_go(client: TestClient) -> None:
+def test_documents_are_added_searched_and_deleted(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", "documents": 20}
-    found = client.post("/search", json={"query": "word3", "k": 1}).json()["hits"]
-    assert (found[0]["id"], found[0]["metadata"]) == ("d/3", {"n": 3})
+    hits = client.post("/search", json={"query": "word3", "k": 1}).json()["hits"]
+    assert (hits[0]["id"], hits[0]["metadata"]) == ("d/3", {"n": 3})
     assert client.post("/search", json={"query": "word3", "where": "n > 17"}).json()["hits"][0]["id"] in (
         "d/18",
         "d/19",
@@ -49,7 +49,7 @@ def test_documents_come_and_go(client: TestClient) -> None:
     assert client.get("/docs").status_code == 200
 
 
-def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
+def test_refuses_wrong_requests(client: TestClient, index: Index) -> None:
     for call, status, message in (
         (("/search", {"query": "x", "where": "n >"}), 400, "expected a value"),
         (("/search", {"query": "x", "settings": {"nprobs": 1}}), 400, "did you mean 'nprobe'"),
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_refused(client: TestClient, index: Index) -> None:
     assert (answer.status_code, "writes to this index" in answer.text) == (409, True)
 
 
-def test_other_pages_get_nothing(client: TestClient) -> None:
+def test_refuses_requests_of_other_pages(client: TestClient) -> None:
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         assert client.get("/documents/d/1", headers=headers).status_code == 403
         assert (
@@ -80,7 +80,7 @@ def test_other_pages_get_nothing(client: TestClient) -> None:
     assert client.get("/health").json()["documents"] == 20
 
 
-def test_a_token_is_asked_for(index: Index) -> None:
+def test_requires_token(index: Index) -> None:
     client = TestClient(create_index_app(index, token="secret", read_only=True))
     assert client.get("/health").status_code == 200
     assert client.post("/search", json={"query": "x"}).status_code == 401
@@ -91,7 +91,7 @@ def test_a_token_is_asked_for(index: Index) -> None:
     assert client.post("/delete", json={"ids": ["d/1"]}, headers=right).status_code == 404  # read only
 
 
-def test_searches_beside_writes(client: TestClient) -> None:
+def test_concurrent_searches_and_writes(client: TestClient) -> None:
     def ask(i: int) -> Any:
         if i % 4 == 0:
             body = {"documents": [{"id": f"n{i}", "text": f"new{i}"}], "upsert": True}
@@ -104,15 +104,15 @@ def test_searches_beside_writes(client: TestClient) -> None:
 
 
 def schema() -> Any:
-    """The application's own description, of an index in memory of this test run."""
+    """Return the OpenAPI schema of an application with a small temporary index."""
     import tempfile
     from pathlib import Path
 
     words.use()
     folder = Path(tempfile.mkdtemp(prefix="pilotfish-test-")) / "index"
-    made = Index.create(folder, encoder="words", options={"dimension": 0})
-    made.add([{"id": f"d{i}", "text": f"word{i}", "metadata": {"n": i}} for i in range(5)])
-    return schemathesis.openapi.from_asgi("/openapi.json", create_index_app(made), headers={"Host": "localhost"})
+    created = Index.create(folder, encoder="words", options={"dimension": 0})
+    created.add([{"id": f"d{i}", "text": f"word{i}", "metadata": {"n": i}} for i in range(5)])
+    return schemathesis.openapi.from_asgi("/openapi.json", create_index_app(created), headers={"Host": "localhost"})
 
 
 SCHEMA = schema()
@@ -120,14 +120,14 @@ SCHEMA = schema()
 
 @SCHEMA.parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])  # type: ignore[arg-type]
-def test_any_request_has_an_answer_that_is_described(case: Any) -> None:
+def test_any_request_gets_no_server_error(case: Any) -> None:
     response = case.call(headers={"Host": "localhost"})
     assert response.status_code != 403
     assert response.status_code < 500, response.text
     case.validate_response(response, checks=(schemathesis.checks.not_a_server_error,))
 
 
-def test_what_json_cannot_repeat_is_refused_all_the_same(client: TestClient) -> None:
+def test_refuses_json_values_that_cannot_be_encoded(client: TestClient) -> None:
     for path, body in (
         ("/search", '{"query": "a", "k": 1e400}'),
         ("/search", '{"query": "a", "k": NaN}'),

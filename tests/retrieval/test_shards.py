@@ -1,4 +1,4 @@
-"""Shards against one index: the same documents with the same scores, in the same order."""
+"""Tests that sharded indexes return the same documents and scores as one index, in the same order."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ OPTIONS = {"dimension": 0, "nlist": 40}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same documents in one index and in three shards."""
+    """Return an index and a folder of three shards with the same documents."""
     words.use()
     base = tmp_path_factory.mktemp("shards")
     with Index.create(base / "one", encoder="words", options=OPTIONS) as one:
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     nprobe=st.integers(1, 12),
     t_prime=st.integers(1, 500),
 )
-def test_the_answer_is_that_of_one_index(folders, query, k, least, nprobe, t_prime) -> None:
+def test_sharded_search_matches_one_index(folders, query, k, least, nprobe, t_prime) -> None:
     where = None if least is None else f"n >= {least}"
     one, three = Index.open(folders[0]), ShardedIndex(folders[1])
     a, b = (x.search(query, k, where, nprobe=nprobe, t_prime=t_prime) for x in (one, three))
@@ -45,7 +45,7 @@ def test_the_answer_is_that_of_one_index(folders, query, k, least, nprobe, t_pri
     one.close()
 
 
-def test_words_in_shards(tmp_path: Path) -> None:
+def test_sharded_vdr_search_matches_one_index(tmp_path: Path) -> None:
     words.use()
     with Index.create(tmp_path / "one", "vdr", "word-weights") as one:
         one.add(DOCUMENTS)
@@ -62,7 +62,7 @@ def test_words_in_shards(tmp_path: Path) -> None:
         assert not (tmp_path / kind).exists()
 
 
-def test_what_shards_cannot_tell_is_refused(folders, tmp_path: Path) -> None:
+def test_refuses_searches_that_shards_do_not_support(folders, tmp_path: Path) -> None:
     three = ShardedIndex(folders[1])
     assert len(three) == 300
     with pytest.raises(RetrievalError, match="use warp with shards"):
@@ -82,8 +82,8 @@ def test_what_shards_cannot_tell_is_refused(folders, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_on_ray(tmp_path: Path) -> None:
-    """Two workers build and search; with the embedded encoder, which workers can find."""
+def test_shards_on_ray_match_one_index(tmp_path: Path) -> None:
+    """Test building and searching with two Ray workers and the embedded encoder, which workers can load."""
     import ray
 
     documents = [{"id": str(i), "text": f"Item {i} is about {NAMES[i % 60]} and {NAMES[i % 7]}."} for i in range(60)]

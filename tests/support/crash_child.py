@@ -1,7 +1,7 @@
-"""Changes an index for ever, and says what it has committed; killed by `test_store`.
+"""A process that changes an index in an endless loop and reports its commits, until `test_store` kills it.
 
-Each line of stdin (folder, seed, first number) forks such a writer off a process that has imported everything once:
-200 kills would otherwise spend their time on imports.
+For each line of stdin (folder, seed, first document number) the process forks a writer. All modules are imported once,
+before the fork: otherwise most of the time of 200 kills would be spent on imports.
 """
 
 import os
@@ -50,7 +50,7 @@ def _write(folder: str, rng: random.Random, number: int) -> NoReturn:
 
 
 def _warm(index: Index) -> None:
-    """Do all of it elsewhere once: kernels are compiled and loaded before the clock runs."""
+    """Run each operation once on another index, so that kernels are compiled before the kill timer starts."""
     about = index.snapshot.manifest
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,4 +1,4 @@
-"""Requests that grow chunk by chunk in a cache whose heads have blocks of their own, for all kernels."""
+"""Requests that grow chunk by chunk in a KV cache with separate blocks per head, for tests of all kernels."""
 
 import numpy as np
 import torch
@@ -10,16 +10,16 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
 
 class Text:
-    """Requests that grow chunk by chunk, in a layer whose heads have blocks of their own; by the CPU kernels."""
+    """Requests that grow chunk by chunk in a layer with separate KV blocks per head, computed by the CPU kernels."""
 
     device = "cpu"
 
     def make_caches(self, caches, windowed, window):
-        """The layer."""
+        """Return the KV caches of the layer."""
         return CPUHeadCaches(caches, windowed, window)
 
     def make_step(self, begins, ends, in_prompt):
-        """What the kernels are told about a step."""
+        """Return the metadata of a step for the kernels."""
         heads = len(self.windowed) * self.share
         return WindowedStep(begins, ends, lambda _, n: self.window.num_evicted(n, self.block, in_prompt), heads)
 
@@ -48,7 +48,7 @@ class Text:
         )
 
     def step(self, begins, ends, in_prompt=False):
-        """Process positions of every request; returns what was asked and answered for each."""
+        """Process positions of every request, and return the queries and the outputs of each request."""
         key = torch.cat([k[b:e] for k, b, e in zip(self.keys, begins, ends, strict=True)])
         value = torch.cat([v[b:e] for v, b, e in zip(self.values, begins, ends, strict=True)])
         slots = []
@@ -74,7 +74,7 @@ class Text:
         return query.cpu().split(lengths), output.cpu().split(lengths)
 
     def check(self, begins, ends, in_prompt=False) -> None:
-        """Process positions, and compare the first, the last and some between of every request."""
+        """Process positions, and compare the first, the last and some others of every request with `expected`."""
         query, output = self.step(begins, ends, in_prompt)
         for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             for n in {*range(begin, end, 37), *range(begin, end)[-1:]}:
@@ -86,7 +86,7 @@ class Text:
                 )
 
     def grow(self, chunk) -> None:
-        """Process all prompts, chunk by chunk, then decode two tokens of each; everything is compared."""
+        """Process all prompts chunk by chunk, then decode two tokens of each, and check every step."""
         done = [0] * len(self.lengths)
         prompts = [n - 2 for n in self.lengths]
         while done != prompts:
@@ -98,7 +98,7 @@ class Text:
             done = ends
 
     def expected(self, query, r, end, gap):
-        """[query_heads, size] of a token of request ``r`` with ``end`` positions."""
+        """Return the expected output, [query_heads, head_size], of a token of request ``r`` with ``end`` positions."""
         sinks = self.caches.sink_blocks * self.block
         parts = []
         for h, leaves_out in enumerate(self.windowed):

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol and answers by rule, from the first passage of its prompt, for tests."""
+"""A test server with OpenAI's API that answers by a fixed rule from the first passage of its prompt."""
 
 import contextlib
 import json
@@ -23,10 +23,13 @@ _PASSAGE = re.compile(r"^Passage \[(\d+)\]\n((?:> .*\n)+)", re.MULTILINE)
 
 
 class LanguageServer:
-    """Repeats the first sentence of the first passage and names it; `requests` are what it was asked.
+    """Server that repeats the first sentence of the first passage and cites it.
 
-    Questions with ``unknown`` it does not know, with ``naming nothing`` it answers without a number, with ``broken`` it
-    fails in the middle, with ``slow`` it takes its time.
+    Words in the question change the answer: ``unknown`` gives an abstention, ``naming nothing`` an answer without a
+    citation, ``broken`` an error in the middle of the stream, ``slow`` a delay per word, ``refused`` status 400.
+
+    Attributes:
+        requests: Bodies of the chat requests that the server received.
     """
 
     def __init__(self) -> None:
@@ -47,11 +50,11 @@ class LanguageServer:
     async def chat(self, request: Request) -> Any:
         body = await request.json()
         self.requests.append(body)
-        asked = body["messages"][-1]["content"]
-        question = asked.rpartition("Question: ")[2]
+        prompt = body["messages"][-1]["content"]
+        question = prompt.rpartition("Question: ")[2]
         if "refused" in question:
             return JSONResponse({"error": {"message": "the prompt is too long", "code": 400}}, 400)
-        return StreamingResponse(self.events(question, self.answer(asked, question)), media_type="text/event-stream")
+        return StreamingResponse(self.events(question, self.answer(prompt, question)), media_type="text/event-stream")
 
     def answer(self, asked: str, question: str) -> str:
         if "unknown" in question:
@@ -62,8 +65,8 @@ class LanguageServer:
 
     def events(self, question: str, answer: str) -> Iterator[str]:
         def event(**more: Any) -> str:
-            told = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": MODEL, "choices": [], **more}
-            return f"data: {json.dumps(told)}\n\n"
+            data = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": MODEL, "choices": [], **more}
+            return f"data: {json.dumps(data)}\n\n"
 
         for number, word in enumerate(re.findall(r"\S+\s*", answer)):
             if "broken" in question and number == 2:
@@ -79,7 +82,7 @@ class LanguageServer:
 
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
-    """Serve an application on a free port of this machine; gives its URL."""
+    """Serve an application on a free port of this machine, and yield its URL."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -96,7 +99,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running() -> Iterator[LanguageServer]:
-    """The server, while it runs."""
+    """Start a language server, yield it, and stop it at the end."""
     server = LanguageServer()
     with serving(server.app) as url:
         server.url = f"{url}/v1"

@@ -1,4 +1,4 @@
-"""Checkpoints of a few kilobytes, written by the tests that load them."""
+"""Functions that write checkpoints of a few kilobytes for the tests that load them."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
 
 
 def tokenizer(folder: Path) -> None:
-    """BERT's, whose words begin where they do in its own vocabulary."""
+    """Write a BERT tokenizer whose words begin at the same ID as in BERT's own vocabulary."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     filler = [f"[unused{i}]" for i in range(SHIFT - len(special))]
     (folder / "vocab.txt").write_text("\n".join([*special, *filler, *WORDS]) + "\n")
@@ -29,7 +29,7 @@ def tokenizer(folder: Path) -> None:
 
 
 def masked_lm(folder: Path, seed: int = 0) -> BertForMaskedLM:
-    """A masked language model."""
+    """Write a masked language model, and return it."""
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
     model = BertForMaskedLM(BertConfig(**CONFIG)).eval()
@@ -40,7 +40,7 @@ def masked_lm(folder: Path, seed: int = 0) -> BertForMaskedLM:
 
 
 def encoder(folder: Path, seed: int = 0) -> BertModel:
-    """A BERT encoder without a head."""
+    """Write a BERT encoder without a head, and return it."""
     torch.manual_seed(seed)
     folder.mkdir(exist_ok=True)
     model = BertModel(BertConfig(**CONFIG), add_pooling_layer=False).eval()
@@ -50,7 +50,7 @@ def encoder(folder: Path, seed: int = 0) -> BertModel:
 
 
 def published_vdr(folder: Path, shared: bool = False, suffix: str = "safetensors") -> dict[str, BertModel]:
-    """A checkpoint as vsearch writes them: two encoders, their LayerNorms, dictionaries of settings."""
+    """Write a checkpoint in the format of vsearch (two encoders, their LayerNorms, settings), and return its models."""
     torch.manual_seed(1)
     folder.mkdir(exist_ok=True)
     side = {**CONFIG, "type": "vdr", "model_id": "bert-base-uncased", "shift_vocab_num": SHIFT, "topk": 20}

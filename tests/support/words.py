@@ -1,4 +1,4 @@
-"""Encoders for tests: every word has a vector, or a weight, that its letters decide. Quick, and the same everywhere."""
+"""Fast deterministic encoders for tests: the vector or the weight of a word is derived from a hash of its letters."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ DIMENSION = 24
 
 def vector(word: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
-    found = np.random.default_rng(seed).normal(size=DIMENSION)
-    return (found / np.linalg.norm(found)).astype(np.float32)
+    values = np.random.default_rng(seed).normal(size=DIMENSION)
+    return (values / np.linalg.norm(values)).astype(np.float32)
 
 
 class Words(Encoder):
-    """The encoder."""
+    """Multi-vector encoder with one vector per word."""
 
     name: ClassVar[str] = "words"
     dimension = DIMENSION
@@ -57,7 +57,7 @@ class Words(Encoder):
 
 
 def weights(text: str) -> dict[int, float]:
-    """Each word has a number and a weight; the word that is it backwards is meant a little, too."""
+    """Return term weights: each word gets a weight, and its reverse spelling a small weight, like an expansion term."""
     found: dict[int, float] = {}
     for word in ["[start]", *text.lower().split()]:
         digest = hashlib.sha256(word.encode()).digest()
@@ -69,7 +69,7 @@ def weights(text: str) -> dict[int, float]:
 
 
 class Weights(Encoder):
-    """Words with weights."""
+    """Sparse encoder with one weight per word."""
 
     name: ClassVar[str] = "word-weights"
     dimension = 1 << 24
@@ -93,7 +93,7 @@ class Weights(Encoder):
         return Words().chunks(text, size, overlap)
 
 
-# Kinds of index, the test encoder that goes with each, and options for exact scores.
+# For each index type, its test encoder and the options that give exact scores.
 HYBRID = "xtr=words,vdr=word-weights,dense=words"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "xtr": ("words", {"dimension": 0}),
@@ -112,6 +112,6 @@ class _Plugin:
 
 
 def use() -> None:
-    """Register the encoders, once in a process."""
+    """Register the encoders, once per process."""
     if "words" not in plugins().classes("encoder"):
         plugins().register(_Plugin(), "test-words")

@@ -1,4 +1,4 @@
-"""The report: whole, readable without network, escaped, and it hides no loss."""
+"""The HTML report: complete, escaped, self-contained, and listing every loss."""
 
 import json
 import re
@@ -15,7 +15,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def results(**records: dict[str, float]) -> dict[str, Any]:
-    """A file's content from ``dataset=... -> arm/metric -> value``."""
+    """Return the content of a result file, from values by dataset and ``arm/metric``."""
     flat = [
         {"benchmark": "x", "dataset": dataset, "arm": name.split("/")[0], "metric": name.split("/")[1], "value": value,
          "unit": "", "runs": [], "params": {}}
@@ -25,30 +25,30 @@ def results(**records: dict[str, float]) -> dict[str, Any]:
     return {**about, "command": "pilotfish bench <x>", "date": "2026-01-01", "records": flat, "name": "some"}
 
 
-def test_losses_are_told_worst_first() -> None:
-    found = results(
+def test_losses_are_sorted_worst_first() -> None:
+    result = results(
         one={"rasd/speedup": 0.9, "suffix/speedup": 0.5, "rasd@nodes=4/speedup": 0.99, "xtr/ndcg@10": 0.4},
         two={"rasd/speedup": 0.7, "xtr/ndcg@10": 0.3, "bm25s/ndcg@10": 0.6, "maxsim/ndcg@10": 0.2},
     )
-    told = [(loss["arm"], loss["where"], loss["by"]) for loss in report.losses([found], {"rasd", "xtr"})]
-    assert told == [("xtr", "two", "bm25s"), ("rasd", "two", "stock"), ("rasd", "one", "stock")]
+    losses = [(loss["arm"], loss["where"], loss["by"]) for loss in report.losses([result], {"rasd", "xtr"})]
+    assert losses == [("xtr", "two", "bm25s"), ("rasd", "two", "stock"), ("rasd", "one", "stock")]
 
 
-def test_the_page_escapes_and_needs_no_network(tmp_path: Path) -> None:
-    found = results(
+def test_page_is_escaped_and_self_contained(tmp_path: Path) -> None:
+    result = results(
         **{"one $\\frac$": {"rasd/speedup": 0.9, "<i>/speedup": 2.0, "rasd/odd_metric": 3.0, "x$_{$y/speedup": 1.0}}
     )
-    report.write_report([found], ["rasd"], tmp_path / "page.html")
+    report.write_report([result], ["rasd"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<b>P" not in page and "<i>" not in page and "&lt;i&gt;" in page and "bench &lt;x&gt;" in page
-    assert "odd metric" in page, "what has no name of ours is shown all the same"
+    assert "odd metric" in page, "metrics without a display name are shown"
     before = page
-    report.write_report([found], ["rasd"], tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == before, "the same every time"
+    report.write_report([result], ["rasd"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == before, "the output is deterministic"
 
 
-def test_no_figure_hides_another(root: Path) -> None:
-    """All of a table's cells are told apart."""
+def test_no_two_records_share_a_table_cell(root: Path) -> None:
+    """Test that no two records of a result file share a table cell."""
     for result in report.read_results([root / "benchmarks" / "results"]):
         cells: dict[tuple[str, str, str], float] = {}
         for r in result["records"]:
@@ -56,7 +56,7 @@ def test_no_figure_hides_another(root: Path) -> None:
             assert cells.setdefault(cell, r["value"]) == r["value"], (result["name"], cell)
 
 
-def test_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
+def test_report_of_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     written = cli("report", str(root / "benchmarks" / "results"), "--out", str(out))
     assert written.returncode == 0, written.stderr
@@ -71,10 +71,10 @@ def test_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -> None:
         assert f"<h3>{plugin}</h3>" in page or f">{plugin} " in page, plugin
     assert 'class="loses"' in page
     lost = page[page.index("loses") :]
-    assert "xquad, conversation" in lost, "conversations are places like any other"
+    assert "xquad, conversation" in lost, "losses in conversations are listed"
 
 
-def test_what_is_no_result_is_refused(cli: Cli, tmp_path: Path) -> None:
+def test_refuses_invalid_result_files(cli: Cli, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for content in ("", "{}", "[]", '{"records": 1}', json.dumps({**results(), "records": [{}]})):
         bad.write_text(content)

@@ -1,4 +1,4 @@
-"""Haystack's own tests of document stores on ours, the retriever in a pipeline."""
+"""Haystack's standard tests on our document store, and the retriever in a pipeline."""
 
 import asyncio
 from pathlib import Path
@@ -27,15 +27,15 @@ from haystack.testing.document_store_async import (
 from pilotfish.integrations.haystack import PilotfishDocumentStore, PilotfishRetriever
 
 
-class OurStore:
+class PilotfishStoreMixin:
     @pytest.fixture
     def document_store(self, tmp_path: Path) -> PilotfishDocumentStore:
-        return PilotfishDocumentStore(str(tmp_path / "index"), kind="bm25")  # whose encoder is quick
+        return PilotfishDocumentStore(str(tmp_path / "index"), kind="bm25")  # fast to encode
 
 
-class TestDocumentStore(OurStore, DocumentStoreBaseExtendedTests, CountDocumentsByFilterTest):
+class TestDocumentStore(PilotfishStoreMixin, DocumentStoreBaseExtendedTests, CountDocumentsByFilterTest):
     def test_write_documents(self, document_store: PilotfishDocumentStore) -> None:
-        """As Haystack asks stores to say: without a policy, ids that are there are refused."""
+        """Test that existing ids are rejected without a policy; Haystack leaves the default policy to each store."""
         document = Document(content="test doc")
         assert document_store.write_documents([document]) == 1
         assert document_store.filter_documents() == [document]
@@ -44,7 +44,7 @@ class TestDocumentStore(OurStore, DocumentStoreBaseExtendedTests, CountDocuments
 
 
 class TestAsyncDocumentStore(
-    OurStore,
+    PilotfishStoreMixin,
     CountDocumentsAsyncTest,
     CountDocumentsByFilterAsyncTest,
     DeleteAllAsyncTest,
@@ -60,7 +60,7 @@ class TestAsyncDocumentStore(
         assert await document_store.write_documents_async([Document(content="test doc")]) == 1
 
 
-def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
+def test_pipeline_retrieves_and_can_be_serialized(tmp_path: Path) -> None:
     store = PilotfishDocumentStore(str(tmp_path / "index"))
     store.write_documents(
         [
@@ -72,12 +72,12 @@ def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
     pipeline = Pipeline()
     pipeline.add_component("finds", PilotfishRetriever(store, top_k=2, settings={"nprobe": 64}))
     question = {"query": "which fish follow sharks?"}
-    found = pipeline.run({"finds": question})["finds"]["documents"]
-    assert found[0].id == "a"
-    assert 0 < found[0].score < 1
+    results = pipeline.run({"finds": question})["finds"]["documents"]
+    assert results[0].id == "a"
+    assert 0 < results[0].score < 1
     again = Pipeline.loads(pipeline.dumps(), allowed_modules=["pilotfish.integrations.haystack.*"])
-    later = {"field": "meta.deep.lang", "operator": "==", "value": "en"}
-    assert [d.id for d in again.run({"finds": {**question, "filters": later}})["finds"]["documents"]] == ["b"]
+    language_filter = {"field": "meta.deep.lang", "operator": "==", "value": "en"}
+    assert [d.id for d in again.run({"finds": {**question, "filters": language_filter}})["finds"]["documents"]] == ["b"]
     (blob,) = store.filter_documents({"field": "meta.year", "operator": "==", "value": None})
     assert blob == Document(
         id="c", content=None, blob=ByteStream(b"\x00\xff", mime_type="image/png"), embedding=[0.1, 1e-9]
@@ -93,8 +93,8 @@ def test_a_pipeline_finds_and_is_written_down(tmp_path: Path) -> None:
             store.filter_documents(wrong)
 
 
-def test_documents_of_other_ways_in(tmp_path: Path) -> None:
-    """An index that the command built is read as it is."""
+def test_reads_documents_indexed_without_haystack(tmp_path: Path) -> None:
+    """Test that an index that was built without Haystack can be read."""
     from pilotfish.retrieval import Index
 
     with Index.create(tmp_path / "index", "bm25") as index:

@@ -1,4 +1,4 @@
-"""LangChain's own standard tests on our store and retriever, filters against a naive reading of them, the example."""
+"""LangChain's standard tests on our vector store and retriever, and filters against a naive implementation."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ class TestVectorStore(VectorStoreIntegrationTests):
     @pytest.fixture
     def vectorstore(self, tmp_path: Path) -> VectorStore:
         words.use()
-        return PilotfishVectorStore(tmp_path / "index", encoder="words")  # which is quick
+        return PilotfishVectorStore(tmp_path / "index", encoder="words")  # a fast encoder
 
 
 class TestRetriever(RetrieversIntegrationTests):
@@ -46,7 +46,7 @@ class TestRetriever(RetrieversIntegrationTests):
         return "which fish follow sharks?"
 
 
-def test_what_it_finds_by_filters_and_scores(tmp_path: Path) -> None:
+def test_search_with_filters_and_scores(tmp_path: Path) -> None:
     years = [{"year": 2019 + i, "about": {"lang": "en"}} for i in range(4)]
     store = PilotfishVectorStore.from_texts(TEXTS, metadatas=years, ids=list("abcd"), folder=tmp_path / "index")
     best, score = store.similarity_search_with_score("which fish follow sharks?", k=1)[0]
@@ -64,7 +64,7 @@ def test_what_it_finds_by_filters_and_scores(tmp_path: Path) -> None:
     assert store.similarity_search("sharks") == []
 
 
-def test_what_is_wrong_is_refused(tmp_path: Path) -> None:
+def test_refuses_invalid_arguments_and_filters(tmp_path: Path) -> None:
     from langchain_core.embeddings import DeterministicFakeEmbedding
 
     store = PilotfishVectorStore(tmp_path / "index")
@@ -111,21 +111,21 @@ FILTERS = st.recursive(
 
 
 def holds(condition: dict[str, Any], metadata: dict[str, Any]) -> bool:
-    """As MongoDB reads it, with types kept apart."""
+    """Evaluate a condition with MongoDB's semantics, without comparing values of different types."""
 
     def same(x: Any, y: Any) -> bool:
         return isinstance(x, bool) == isinstance(y, bool) and x == y
 
-    def one(found: Any, operator: str, value: Any) -> bool:
+    def one(actual: Any, operator: str, value: Any) -> bool:
         match operator:
             case "$eq" | "$ne":
-                return same(found, value) == (operator == "$eq")
+                return same(actual, value) == (operator == "$eq")
             case "$in" | "$nin":
-                return any(same(found, v) for v in value) == (operator == "$in")
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (found, value))
-        if not numbers and not (isinstance(found, str) and isinstance(value, str)):
+                return any(same(actual, v) for v in value) == (operator == "$in")
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (actual, value))
+        if not numbers and not (isinstance(actual, str) and isinstance(value, str)):
             return False
-        order = {"$lt": found < value, "$lte": found <= value, "$gt": found > value, "$gte": found >= value}
+        order = {"$lt": actual < value, "$lte": actual <= value, "$gt": actual > value, "$gte": actual >= value}
         return order[operator]
 
     parts = []
@@ -141,7 +141,7 @@ def holds(condition: dict[str, Any], metadata: dict[str, Any]) -> bool:
 
 @settings(max_examples=300, deadline=None)
 @given(FILTERS, st.dictionaries(st.sampled_from(["a", "b"]), VALUES))
-def test_filters_mean_what_they_mean_elsewhere(condition: dict[str, Any], metadata: dict[str, Any]) -> None:
-    ours = to_pilotfish_filter(condition)
-    assert ours is not None and not isinstance(ours, str)
-    assert filters.matches(ours, metadata) == holds(condition, metadata)
+def test_filters_match_mongodb_semantics(condition: dict[str, Any], metadata: dict[str, Any]) -> None:
+    translated = to_pilotfish_filter(condition)
+    assert translated is not None and not isinstance(translated, str)
+    assert filters.matches(translated, metadata) == holds(condition, metadata)

@@ -1,4 +1,4 @@
-"""Our retriever and reranker in LlamaIndex."""
+"""The retriever and the reranker for LlamaIndex."""
 
 import asyncio
 from pathlib import Path
@@ -21,16 +21,17 @@ NODES = [
 
 @pytest.fixture
 def retriever(tmp_path: Path) -> PilotfishRetriever:
-    made = PilotfishRetriever(tmp_path / "index", top_k=2)
-    assert made.add(NODES) == ["a", "b", "c"]
-    return made
+    """Return a retriever with the nodes of ``NODES``."""
+    created = PilotfishRetriever(tmp_path / "index", top_k=2)
+    assert created.add(NODES) == ["a", "b", "c"]
+    return created
 
 
-def test_nodes_come_back_as_they_went_in(retriever: PilotfishRetriever) -> None:
-    found = retriever.retrieve("which fish follow sharks?")
-    assert [n.node.node_id for n in found] == ["b", "a"]
-    assert found[0].node.metadata == NODES[1].metadata
-    assert found[0].score is not None and found[1].score is not None and found[0].score > found[1].score
+def test_add_retrieve_and_delete_nodes(retriever: PilotfishRetriever) -> None:
+    results = retriever.retrieve("which fish follow sharks?")
+    assert [n.node.node_id for n in results] == ["b", "a"]
+    assert results[0].node.metadata == NODES[1].metadata
+    assert results[0].score is not None and results[1].score is not None and results[0].score > results[1].score
     assert asyncio.run(retriever.aretrieve("bread"))[0].node.node_id == "c"
     retriever.add([TextNode(id_="b", text="Whales sing.")])
     assert retriever.retrieve("whales")[0].node.get_content() == "Whales sing."
@@ -38,16 +39,16 @@ def test_nodes_come_back_as_they_went_in(retriever: PilotfishRetriever) -> None:
     assert "b" not in {n.node.node_id for n in retriever.retrieve("whales")}
 
 
-def test_what_llama_index_adds_to_nodes_comes_back(retriever: PilotfishRetriever) -> None:
+def test_node_fields_are_preserved(retriever: PilotfishRetriever) -> None:
     node = TextNode(id_="n", text="Rays glide.", metadata={"year": 1}, start_char_idx=3, end_char_idx=14)
     node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id="source", metadata={"of": "rays"})
     node.excluded_llm_metadata_keys = ["year"]
     retriever.add([node])
-    found = retriever.retrieve("rays glide")[0].node
-    assert isinstance(found, TextNode)
-    assert found.ref_doc_id == "source" and found.relationships == node.relationships
-    assert (found.metadata, found.excluded_llm_metadata_keys) == ({"year": 1}, ["year"])
-    assert (found.start_char_idx, found.end_char_idx) == (3, 14)
+    result = retriever.retrieve("rays glide")[0].node
+    assert isinstance(result, TextNode)
+    assert result.ref_doc_id == "source" and result.relationships == node.relationships
+    assert (result.metadata, result.excluded_llm_metadata_keys) == ({"year": 1}, ["year"])
+    assert (result.start_char_idx, result.end_char_idx) == (3, 14)
     with pytest.raises(RetrievalError, match="key _llama_index is reserved"):
         retriever.add([TextNode(id_="x", text="x", metadata={"_llama_index": 1})])
 
@@ -67,39 +68,39 @@ def test_what_llama_index_adds_to_nodes_comes_back(retriever: PilotfishRetriever
     ],
 )
 def test_filters(one: MetadataFilter, ids: set[str]) -> None:
-    ours = to_pilotfish_filter(MetadataFilters(filters=[one]))
-    assert ours is not None and not isinstance(ours, str)
-    assert {n.node_id for n in NODES if filters.matches(ours, n.metadata)} == ids
-    other = to_pilotfish_filter(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
-    assert other is not None and not isinstance(other, str)
-    assert {n.node_id for n in NODES if filters.matches(other, n.metadata)} == {"a", "b", "c"} - ids
+    translated = to_pilotfish_filter(MetadataFilters(filters=[one]))
+    assert translated is not None and not isinstance(translated, str)
+    assert {n.node_id for n in NODES if filters.matches(translated, n.metadata)} == ids
+    negated = to_pilotfish_filter(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
+    assert negated is not None and not isinstance(negated, str)
+    assert {n.node_id for n in NODES if filters.matches(negated, n.metadata)} == {"a", "b", "c"} - ids
 
 
-def test_what_has_no_counterpart_is_refused() -> None:
+def test_refuses_unsupported_filter_operators() -> None:
     wrong = MetadataFilter(key="a", value="x", operator=FilterOperator.TEXT_MATCH_INSENSITIVE)
     with pytest.raises(filters.FilterError, match="not supported"):
         to_pilotfish_filter(MetadataFilters(filters=[wrong]))
     assert to_pilotfish_filter(MetadataFilters(filters=[])) is None
 
 
-def test_reranking_puts_the_nearest_first(retriever: PilotfishRetriever) -> None:
-    given = [NodeWithScore(node=n, score=0.0) for n in reversed(NODES)]
+def test_reranking_sorts_by_similarity(retriever: PilotfishRetriever) -> None:
+    nodes = [NodeWithScore(node=n, score=0.0) for n in reversed(NODES)]
     rerank = PilotfishRerank(top_n=2)
-    best = rerank.postprocess_nodes(given, query_str="which fish follow sharks?")
+    best = rerank.postprocess_nodes(nodes, query_str="which fish follow sharks?")
     assert [n.node.node_id for n in best] == ["b", "a"]
     query, document = (
         rerank._encoder.encode_documents([t])[0].vectors for t in ("which fish follow sharks?", NODES[1].text)
     )
     products = [max(float(q @ d) for d in document) for q in query]
     assert best[0].score == pytest.approx(sum(products) / len(products), abs=1e-3)
-    again = asyncio.run(rerank.apostprocess_nodes(given, QueryBundle("bread ovens")))
+    again = asyncio.run(rerank.apostprocess_nodes(nodes, QueryBundle("bread ovens")))
     assert again[0].node.node_id == "c"
     assert rerank.postprocess_nodes([], query_str="x") == []
     with pytest.raises(RetrievalError, match="needs a query"):
-        rerank.postprocess_nodes(given)
+        rerank.postprocess_nodes(nodes)
 
 
-def test_an_engine_of_theirs_answers_with_it(retriever: PilotfishRetriever) -> None:
+def test_query_engine_uses_retriever_and_reranker(retriever: PilotfishRetriever) -> None:
     from llama_index.core.llms import MockLLM
 
     engine = RetrieverQueryEngine.from_args(retriever, llm=MockLLM(), node_postprocessors=[PilotfishRerank(top_n=1)])

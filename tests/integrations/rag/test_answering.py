@@ -1,4 +1,4 @@
-"""An answer as it comes: passages, text, citations, times; what is refused, and what fails."""
+"""Streamed answers: passages, text, citations, timings, abstention, and errors of language model servers."""
 
 import asyncio
 import json
@@ -25,57 +25,60 @@ Ask = Callable[..., Any]
 async def events(
     answerer: Answerer, question: str, history: Sequence[prompt.Message] = (), where: str | None = None
 ) -> list[Any]:
+    """Return all events of an answer, and close the answerer."""
     try:
         return [event async for event in answerer.answer(question, history, where)]
     finally:
         await answerer.close()
 
 
-async def test_an_answer_comes_in_parts(documents: Index, language: LanguageServer) -> None:
-    found, *parts, done = await events(Answerer(documents, language.url, k=2), "what do pilot fish travel with?")
-    assert isinstance(found, PassagesFound) and found.passages[0].id == "sharks"
-    assert len(found.passages) == 2
+async def test_answer_is_streamed_as_events(documents: Index, language: LanguageServer) -> None:
+    first, *parts, done = await events(Answerer(documents, language.url, k=2), "what do pilot fish travel with?")
+    assert isinstance(first, PassagesFound) and first.passages[0].id == "sharks"
+    assert len(first.passages) == 2
     assert all(isinstance(p, AnswerText) for p in parts) and len(parts) > 3
     assert isinstance(done, AnswerDone)
     assert done.text == "".join(p.text for p in parts).strip() == "Pilot fish travel with sharks [1]."
     assert (done.known, done.cited, list(done.attributed)) == (True, [1], [])
     assert done.tokens == {"prompt": 40, "answer": 9, "cached": 16}
-    assert done.saved == {"drafter_accepted_tokens": 3}, "of this answer, not since the server began"
+    assert done.saved == {"drafter_accepted_tokens": 3}, "counted for this answer, not since the server started"
     times = done.milliseconds
     assert 0 < times["retrieval"] <= times["first_token"] <= times["total"]
-    sent = language.requests[-1]
-    assert (sent["model"], sent["temperature"], sent["max_tokens"]) == (MODEL, 0.0, 256)
-    assert [m["role"] for m in sent["messages"]] == ["system", "user"]
+    request = language.requests[-1]
+    assert (request["model"], request["temperature"], request["max_tokens"]) == (MODEL, 0.0, 256)
+    assert [m["role"] for m in request["messages"]] == ["system", "user"]
 
 
-async def test_answers_without_numbers_are_attributed(documents: Index, language: LanguageServer) -> None:
+async def test_answers_without_citations_are_attributed(documents: Index, language: LanguageServer) -> None:
     *_, done = await events(Answerer(documents, language.url), "what is bread, naming nothing?")
     assert (done.known, done.cited, list(done.attributed)) == (True, [], [1])
 
 
-async def test_what_is_not_known_is_said(documents: Index, language: LanguageServer) -> None:
+async def test_abstains_without_similar_passages(documents: Index, language: LanguageServer) -> None:
     *_, done = await events(Answerer(documents, language.url), "unknown moon?")
     assert not done.known
-    asked = len(language.requests)
-    found, text, done = await events(Answerer(documents, language.url, threshold=0.99), "how do planes fly?")
-    assert (list(found.passages), text.text, done.known) == ([], answering.NOTHING, False)
-    assert found.similarity < 0.99
-    assert len(language.requests) == asked, "the model is not asked where nothing comes near"
-    found, *_, done = await events(Answerer(documents, language.url), "sharks", where="year < 1000")
-    assert (list(found.passages), done.known) == ([], False)
+    num_requests = len(language.requests)
+    first, text, done = await events(Answerer(documents, language.url, threshold=0.99), "how do planes fly?")
+    assert (list(first.passages), text.text, done.known) == ([], answering.NOTHING, False)
+    assert first.similarity < 0.99
+    assert len(language.requests) == num_requests, "the model is not called when no passage is similar enough"
+    first, *_, done = await events(Answerer(documents, language.url), "sharks", where="year < 1000")
+    assert (list(first.passages), done.known) == ([], False)
 
 
-async def test_filters_and_history_reach_where_they_belong(documents: Index, language: LanguageServer) -> None:
-    found, *_ = await events(Answerer(documents, language.url), "sharks", where="kind = 'sky'")
-    assert [p.id for p in found.passages] == ["moon"]
-    history = prompt.follow_up_question([], found.passages, "sharks", "No.")
+async def test_filter_applies_to_retrieval_and_history_to_the_prompt(
+    documents: Index, language: LanguageServer
+) -> None:
+    first, *_ = await events(Answerer(documents, language.url), "sharks", where="kind = 'sky'")
+    assert [p.id for p in first.passages] == ["moon"]
+    history = prompt.follow_up_question([], first.passages, "sharks", "No.")
     await events(Answerer(documents, language.url), "and the moon?", history)
     assert language.requests[-1]["messages"][1:-1] == history
 
 
-async def test_failures_are_named(documents: Index, language: LanguageServer) -> None:
-    for question, told in (("broken sharks", "the engine has died"), ("refused sharks", "the prompt is too long")):
-        with pytest.raises(ServerError, match=told):
+async def test_errors_of_server_and_filter_are_reported(documents: Index, language: LanguageServer) -> None:
+    for question, message in (("broken sharks", "the engine has died"), ("refused sharks", "the prompt is too long")):
+        with pytest.raises(ServerError, match=message):
             await events(Answerer(documents, language.url), question)
     with pytest.raises(ServerError, match="no server answers there"):
         await events(Answerer(documents, "http://127.0.0.1:9/v1"), "sharks")
@@ -90,7 +93,7 @@ MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 0
 
 
 @pytest.mark.parametrize(
-    ("models", "chat", "told"),
+    ("models", "chat", "message"),
     [
         ("<html>", "", "does not follow OpenAI's protocol"),
         ("{", "", "does not follow OpenAI's protocol"),
@@ -102,25 +105,27 @@ MODELS = {"object": "list", "data": [{"id": "m", "object": "model", "created": 0
         (MODELS, "", "contains no field"),
     ],
 )
-async def test_servers_of_other_protocols_are_told(documents: Index, models: Any, chat: str, told: str) -> None:
+async def test_refuses_servers_that_do_not_follow_the_protocol(
+    documents: Index, models: Any, chat: str, message: str
+) -> None:
     app = FastAPI()
     text = models if isinstance(models, str) else json.dumps(models)
     app.get("/v1/models")(lambda: Response(text, media_type="application/json" if text[0] in "{[" else "text/html"))
     app.post("/v1/chat/completions")(lambda: Response(chat, media_type="text/event-stream"))
     app.get("/metrics")(lambda: Response(b"\xff\xfe", media_type="text/plain"))
-    with serving(app) as url, pytest.raises(ServerError, match=told):
+    with serving(app) as url, pytest.raises(ServerError, match=message):
         await events(Answerer(documents, f"{url}/v1"), "sharks")
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "ftp://x/v1", "", "http://x:99999/v1"])
-async def test_what_is_no_address_is_told(documents: Index, url: str) -> None:
+async def test_refuses_invalid_server_address(documents: Index, url: str) -> None:
     with pytest.raises(ServerError):
         await events(Answerer(documents, url), "sharks")
     with pytest.raises(ServerError, match=r"^[^(]*is not a valid server address"):
         await connection.named(url, None, "none")
 
 
-async def test_counters_of_other_servers_are_none(documents: Index, language: LanguageServer) -> None:
+async def test_counters_are_none_without_metrics(documents: Index, language: LanguageServer) -> None:
     answerer = Answerer(documents, language.url)
     counters = await answerer.counters()
     assert counters is not None and counters.plugins == ("rasd",)
@@ -128,10 +133,10 @@ async def test_counters_of_other_servers_are_none(documents: Index, language: La
     other = Answerer(documents, "http://127.0.0.1:9/v1")
     assert await other.counters() is None
     await other.close()
-    assert httpx.get(language.url + "/models").status_code == 200, "and the server lives on"
+    assert httpx.get(language.url + "/models").status_code == 200, "the server still answers"
 
 
-def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
+def test_evaluation_metrics(documents: Index, language: LanguageServer) -> None:
     cases = [
         questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks",)),
         questions.Case("what is bread, naming nothing?", ("Bread is baked from flour and water.",), ("bread",)),
@@ -139,32 +144,36 @@ def test_answers_are_scored(documents: Index, language: LanguageServer) -> None:
         questions.Case("unknown planes?", ("wings",), ("planes",)),
         questions.Case("who flies?"),
     ]
-    told: list[int] = []
-    outcomes = evaluation.ask_questions(Answerer(documents, language.url, k=1), cases, lambda: told.append(1))
-    assert len(told) == len(cases)
+    progress: list[int] = []
+    outcomes = evaluation.ask_questions(Answerer(documents, language.url, k=1), cases, lambda: progress.append(1))
+    assert len(progress) == len(cases)
     assert [o.answerable for o in outcomes] == [True, True, True, False, False]
-    found = evaluation.compute_rag_metrics(outcomes)
+    metrics = evaluation.compute_rag_metrics(outcomes)
     third = round(1 / 3, 4)
-    assert found["contains"] == round(2 / 3, 4)
-    assert found["exact_match"] == third
-    assert found["f1"] == round((2 / 6 + 1 + 0) / 3, 4)  # "pilot fish travel with sharks": one word of five
-    assert found["honest_refusals"] == 0.5, "the fourth is refused, the fifth is not"
-    assert found["wrong_refusals"] == third
-    assert found["cites"] == round(2 / 3, 4)
-    assert found["citation_precision"] == 0.5, "the first is right; what the fifth names holds no answer"
-    assert found["attribution_precision"] == 1.0
-    assert found["cached_share"] == 0.4
-    assert found["first_token_ms"] <= found["answer_ms_median"] <= found["answer_ms_p95"]
+    assert metrics["contains"] == round(2 / 3, 4)
+    assert metrics["exact_match"] == third
+    assert metrics["f1"] == round((2 / 6 + 1 + 0) / 3, 4)  # "pilot fish travel with sharks": one word of five
+    assert metrics["honest_refusals"] == 0.5, "the fourth is abstained from, the fifth is not"
+    assert metrics["wrong_refusals"] == third
+    assert metrics["cites"] == round(2 / 3, 4)
+    assert metrics["citation_precision"] == 0.5, "the first is right; the passage cited by the fifth contains no answer"
+    assert metrics["attribution_precision"] == 1.0
+    assert metrics["cached_share"] == 0.4
+    assert metrics["first_token_ms"] <= metrics["answer_ms_median"] <= metrics["answer_ms_p95"]
     survey = evaluation.ask_for_passages(documents, cases, 3)
     assert survey["recall@3"] == 1.0
     assert survey["answer_in_passages"] == 1.0
     assert (survey["with_answer"], survey["without_answer"]) == (3, 2)
     assert 0 < survey["threshold"] < 1
-    assert "threshold" not in evaluation.ask_for_passages(documents, cases[:3], 3), "one kind alone says nothing"
+    assert "threshold" not in evaluation.ask_for_passages(documents, cases[:3], 3), (
+        "a threshold needs both answerable and unanswerable questions"
+    )
 
 
 @pytest.mark.parametrize(("together", "can", "share"), [(False, True, 1.0), (True, False, None)])
-def test_documents_are_alternatives_or_all_needed(documents: Index, together: bool, can: bool, share: float) -> None:
+def test_recall_with_alternative_and_with_required_documents(
+    documents: Index, together: bool, can: bool, share: float
+) -> None:
     case = questions.Case("what do pilot fish travel with?", ("sharks",), ("sharks", "not there"), together)
     assert evaluation.answerable(documents, case) is can
     assert evaluation.ask_for_passages(documents, [case], 1).get("recall@1") == share
@@ -172,14 +181,14 @@ def test_documents_are_alternatives_or_all_needed(documents: Index, together: bo
     assert evaluation.ask_for_passages(documents, [both], 1)["recall@1"] == (0.5 if together else 1.0)
 
 
-def test_the_95th_percentile_is_that() -> None:
+def test_95th_percentile() -> None:
     assert evaluation._p95([float(i) for i in range(1, 21)]) == 19.0
     assert evaluation._p95([1.0]) == 1.0
     assert evaluation._p95([]) is None
 
 
 @pytest.mark.parametrize(
-    ("text", "so"),
+    ("text", "expected"),
     [
         ("I do not know.", True),
         ("I don’t know", True),
@@ -200,8 +209,8 @@ def test_the_95th_percentile_is_that() -> None:
         ("Nobody knows.", False),
     ],
 )
-def test_refusals(text: str, so: bool) -> None:
-    assert answering.is_abstention(text) is so
+def test_is_abstention(text: str, expected: bool) -> None:
+    assert answering.is_abstention(text) is expected
 
 
 def chat_server(
@@ -210,7 +219,7 @@ def chat_server(
     end: str = "data: [DONE]\n\n",
     metrics: Callable[[], Any] | None = None,
 ) -> FastAPI:
-    """A server whose answer is made of ``contents`` as they are, and ends for that reason."""
+    """Return a server that streams ``contents`` unchanged and ends with the finish reason ``reason``."""
     app = FastAPI()
     app.get("/v1/models")(lambda: MODELS)
     base = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
@@ -225,7 +234,7 @@ def chat_server(
     return app
 
 
-async def test_a_refusal_stands_on_nothing(documents: Index) -> None:
+async def test_abstention_cites_no_passages(documents: Index) -> None:
     with serving(chat_server("I do not know what pilot fish travel with.")) as url:
         *_, done = await events(Answerer(documents, f"{url}/v1"), "pilot fish?")
         assert (done.known, done.cited, list(done.attributed)) == (False, [], [])
@@ -235,7 +244,7 @@ async def test_a_refusal_stands_on_nothing(documents: Index) -> None:
             assert (done.known, done.cited) == (known, [1])
 
 
-async def test_how_an_answer_ended_is_told(documents: Index) -> None:
+async def test_finish_reason_is_reported(documents: Index) -> None:
     for reason in ("stop", "length"):
         with serving(chat_server("Sharks", " [1]", reason=reason)) as url:
             *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
@@ -244,47 +253,47 @@ async def test_how_an_answer_ended_is_told(documents: Index) -> None:
         await events(Answerer(documents, f"{url}/v1"), "sharks")
     with serving(chat_server("<think>Is it [2]? I do not know.</think>", "\nSharks [1].")) as url:
         *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
-        assert (done.known, done.cited) == (True, [1]), "what a model thinks aloud is no answer"
+        assert (done.known, done.cited) == (True, [1]), "the reasoning of a model is not part of the answer"
     odd = lambda: Response('pilotfish_x{a="b"} abc\npilotfish_y{a="b"} 1\n')  # noqa: E731
     with serving(chat_server("Sharks [1]", metrics=odd)) as url:
         *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
         assert (done.text, done.saved) == ("Sharks [1]", {})
 
 
-async def test_text_that_nobody_could_write_is_made_writable(documents: Index) -> None:
+async def test_lone_surrogates_are_replaced(documents: Index) -> None:
     with serving(chat_server("half \ud800", " end")) as url:
         *_, done = await events(Answerer(documents, f"{url}/v1"), "sharks")
     assert done.text == "half ? end"
 
 
 @pytest.mark.parametrize("content", [7, ["a"], {"text": "a"}, True])
-async def test_content_that_is_no_text_is_told(documents: Index, content: Any) -> None:
+async def test_refuses_content_that_is_not_text(documents: Index, content: Any) -> None:
     with serving(chat_server(content)) as url, pytest.raises(ServerError, match="OpenAI's protocol"):
         await events(Answerer(documents, f"{url}/v1"), "sharks")
 
 
-async def test_figures_are_not_waited_for(documents: Index) -> None:
-    asked: list[float] = []
+async def test_answers_do_not_wait_for_metrics(documents: Index) -> None:
+    calls: list[float] = []
 
     async def hanging() -> None:
-        asked.append(time.monotonic())
+        calls.append(time.monotonic())
         await asyncio.sleep(30)
 
     with serving(chat_server("Sharks [1].", metrics=hanging)) as url:
         answerer = Answerer(documents, f"{url}/v1")
-        begun = time.monotonic()
+        start = time.monotonic()
         for _ in range(3):
             *_, done = await events(answerer, "sharks")
             assert (done.text, done.saved) == ("Sharks [1].", {})
-        assert time.monotonic() - begun < 4, "a second at most, once"
-    assert len(asked) == 1
+        assert time.monotonic() - start < 4, "it waits a second at most, and only once"
+    assert len(calls) == 1
 
 
-async def test_a_server_that_breaks_off_is_told(documents: Index) -> None:
+async def test_reports_a_broken_stream(documents: Index) -> None:
     def cut() -> Iterator[str]:
         chunk = {"index": 0, "delta": {"content": "Sha"}, "finish_reason": None}
-        told = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [chunk]}
-        yield f"data: {json.dumps(told)}\n\n"
+        event = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [chunk]}
+        yield f"data: {json.dumps(event)}\n\n"
         raise SystemError("gone")
 
     app = chat_server()
@@ -294,12 +303,12 @@ async def test_a_server_that_breaks_off_is_told(documents: Index) -> None:
         await events(Answerer(documents, f"{url}/v1"), "sharks")
 
 
-async def test_a_key_that_cannot_be_sent_is_told(documents: Index, language: LanguageServer) -> None:
+async def test_refuses_key_that_cannot_be_a_header(documents: Index, language: LanguageServer) -> None:
     with pytest.raises(ServerError, match="key"):
         await events(Answerer(documents, language.url, key="two\nlines"), "sharks")
 
 
-async def test_the_threshold_beside_the_index_is_used(documents: Index, language: LanguageServer) -> None:
+async def test_saved_threshold_of_the_index_is_used(documents: Index, language: LanguageServer) -> None:
     abstention.write_threshold(documents.folder, 0.99, {})
     try:
         assert Answerer(documents, language.url).threshold == 0.99
@@ -308,5 +317,5 @@ async def test_the_threshold_beside_the_index_is_used(documents: Index, language
         (documents.folder / abstention.NAME).unlink()
 
 
-def test_config_errors_are_config_errors() -> None:
-    assert issubclass(ServerError, ConfigError), "which commands tell in one line"
+def test_server_error_is_a_config_error() -> None:
+    assert issubclass(ServerError, ConfigError), "commands print it as one line"

@@ -1,4 +1,4 @@
-"""The page in a browser: documents in, a question, the answer as it comes, its grounds; keyboard, small screens."""
+"""The RAG page in a browser: uploads, streamed answers, citations, keyboard navigation, and narrow screens."""
 
 import contextlib
 import shutil
@@ -29,16 +29,16 @@ NASTY = "Prices <img src=x onerror=\"document.title='taken'\"> are <b>bold</b> i
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a screen."""
+    """Start headless Chromium."""
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, language: LanguageServer) -> Iterator[str]:
-    """The page over an index that is empty at first, with the embedded encoder."""
+    """Serve the page for an empty index with the embedded encoder."""
     with Index.create(tmp_path_factory.mktemp("rag") / "index") as index:
         answerer = Answerer(index, language.url, "by-rule", threshold=0.3)
         with serving(create_rag_app(index, answerer)) as served:
@@ -47,17 +47,17 @@ def url(tmp_path_factory: pytest.TempPathFactory, language: LanguageServer) -> I
 
 @pytest.fixture
 def open_page(browser: Any, url: str) -> Iterator[Any]:
-    """Open the page; whatever the browser complains of fails the test."""
-    complaints: list[str] = []
+    """Open the page, and fail the test on any console error or warning."""
+    errors: list[str] = []
     contexts: list[Any] = []
 
     def opened(refusals: bool = False, **options: Any) -> Any:
-        """``refusals`` are expected of the server, which browsers write down as well."""
+        """Open a page; with ``refusals``, ignore console messages about status 4xx."""
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        told = lambda m: m.type in ("error", "warning") and not (refusals and "status of 4" in m.text)  # noqa: E731
-        page.on("console", lambda m: complaints.append(m.text) if told(m) else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        unexpected = lambda m: m.type in ("error", "warning") and not (refusals and "status of 4" in m.text)  # noqa: E731
+        page.on("console", lambda m: errors.append(m.text) if unexpected(m) else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         expect(page.locator("#status")).to_contain_text("by-rule")
         return page
@@ -65,18 +65,18 @@ def open_page(browser: Any, url: str) -> Iterator[Any]:
     yield opened
     for context in contexts:
         context.close()
-    assert not complaints
+    assert not errors
 
 
 def ask(page: Any, question: str) -> str:
-    """Type a question; gives the answer once it is whole."""
+    """Type a question, and return the complete answer."""
     page.fill("#question", question)
     page.press("#question", "Enter")
     page.wait_for_selector("#figures dt")
     return page.inner_text("#answer")
 
 
-def test_from_documents_to_a_citation(open_page: Any, tmp_path: Path) -> None:
+def test_upload_ask_and_open_citation(open_page: Any, tmp_path: Path) -> None:
     page = open_page()
     assert "0 passages" in page.inner_text("#status") and "rasd" in page.inner_text("#status")
     for name, text in FILES.items():
@@ -88,7 +88,7 @@ def test_from_documents_to_a_citation(open_page: Any, tmp_path: Path) -> None:
     page.fill("#question", "slow: whom do pilot fish travel with?")
     page.click("#send")
     expect(page.locator("#answer")).to_contain_text("Pilot")
-    assert page.get_attribute("#answer", "aria-busy") == "true", "it is shown while it comes"
+    assert page.get_attribute("#answer", "aria-busy") == "true", "the answer is shown while it is streamed"
     assert page.inner_text("#answer") != "Pilot fish travel with sharks [1]."
     page.wait_for_selector("#figures dt")
     assert page.get_attribute("#answer", "aria-busy") == "false"
@@ -108,13 +108,13 @@ def test_from_documents_to_a_citation(open_page: Any, tmp_path: Path) -> None:
     assert page.title() == "Pilotfish"
 
 
-def test_with_the_keyboard_alone(open_page: Any) -> None:
+def test_keyboard_navigation(open_page: Any) -> None:
     page = open_page()
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.type("what is bread baked from?")
     page.keyboard.press("Enter")
     page.wait_for_selector("#answer .cite")
-    for _ in range(12):  # to the citation, which is behind the form
+    for _ in range(12):  # to the citation, which follows the form
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.className") == "cite":
             break
@@ -122,21 +122,21 @@ def test_with_the_keyboard_alone(open_page: Any) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open]")
     assert page.evaluate("document.activeElement.closest('dialog') !== null"), "the focus is in the dialog"
-    page.keyboard.press("Enter")  # on its first button, which closes it
+    page.keyboard.press("Enter")  # the first button closes the dialog
     page.wait_for_selector("dialog[open]", state="detached")
-    assert page.evaluate("document.activeElement.className") == "cite", "and goes back to where it was"
+    assert page.evaluate("document.activeElement.className") == "cite", "the focus returns to the citation"
 
 
-def test_on_a_narrow_screen(open_page: Any) -> None:
+def test_narrow_screen(open_page: Any) -> None:
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
     assert ask(page, "how long does the moon take around the earth?").endswith("[1].")
     page.tap("#answer .cite")
     page.wait_for_selector("dialog[open]")
-    wide = page.evaluate("[document.documentElement.scrollWidth, document.getElementById('passage').scrollWidth]")
-    assert max(wide) <= 320, "nothing is cut off"
+    widths = page.evaluate("[document.documentElement.scrollWidth, document.getElementById('passage').scrollWidth]")
+    assert max(widths) <= 320, "nothing is cut off"
 
 
-def test_what_is_not_known_and_what_is_wrong(open_page: Any) -> None:
+def test_abstention_filter_and_server_error(open_page: Any) -> None:
     page = open_page()
     assert "do not know" in ask(page, "zzz qqq xxx?")
     assert page.locator("#passages li").count() == 0
@@ -152,7 +152,7 @@ def test_what_is_not_known_and_what_is_wrong(open_page: Any) -> None:
     assert page.is_enabled("#send")
 
 
-def test_documents_are_shown_as_text(open_page: Any, tmp_path: Path) -> None:
+def test_html_in_documents_is_escaped(open_page: Any, tmp_path: Path) -> None:
     page = open_page()
     (tmp_path / "<i>nasty.txt").write_text(NASTY)
     page.set_input_files("#files", str(tmp_path / "<i>nasty.txt"))
@@ -165,7 +165,7 @@ def test_documents_are_shown_as_text(open_page: Any, tmp_path: Path) -> None:
     assert page.title() == "Pilotfish"
 
 
-def test_files_that_are_chosen_meanwhile_wait_their_turn(open_page: Any, tmp_path: Path) -> None:
+def test_uploads_are_queued(open_page: Any, tmp_path: Path) -> None:
     page = open_page()
     for name in ("one.txt", "two.txt", "three.txt"):
         (tmp_path / name).write_text(f"This is {name}.")
@@ -179,7 +179,7 @@ def test_files_that_are_chosen_meanwhile_wait_their_turn(open_page: Any, tmp_pat
 
 
 @pytest.mark.parametrize("token", ["a+b/c=&d%", "50%", "plain"])
-def test_any_token_opens_the_page(browser: Any, tmp_path: Path, language: LanguageServer, token: str) -> None:
+def test_page_accepts_any_token(browser: Any, tmp_path: Path, language: LanguageServer, token: str) -> None:
     with Index.create(tmp_path / "index", "bm25") as index:
         app = create_rag_app(index, Answerer(index, language.url, "by-rule"), token)
         with serving(app) as served, contextlib.closing(browser.new_context()) as context:
@@ -197,7 +197,7 @@ def test_any_token_opens_the_page(browser: Any, tmp_path: Path, language: Langua
             other.close()
 
 
-def test_refused_files_are_told(open_page: Any, tmp_path: Path) -> None:
+def test_refused_uploads_are_reported(open_page: Any, tmp_path: Path) -> None:
     page = open_page(refusals=True)
     (tmp_path / "empty.txt").write_text("")
     page.set_input_files("#files", str(tmp_path / "empty.txt"))

@@ -1,4 +1,4 @@
-"""Files of questions in the forms that people have; scores of answers."""
+"""Question files in common dataset formats, and the scores of answers."""
 
 import gzip
 import json
@@ -43,55 +43,56 @@ DPR = [
 ]
 
 
-def written(path: Path, content: Any) -> Path:
+def write_questions(path: Path, content: Any) -> Path:
+    """Write ``content`` as JSON or JSON lines, compressed if the suffix is .gz, and return the path."""
     text = "".join(json.dumps(line) + "\n" for line in content) if ".jsonl" in path.name else json.dumps(content)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
 
-def test_forms(tmp_path: Path) -> None:
-    squad = questions.read_questions(written(tmp_path / "squad.en.json", SQUAD))
+def test_reads_common_dataset_formats(tmp_path: Path) -> None:
+    squad = questions.read_questions(write_questions(tmp_path / "squad.en.json", SQUAD))
     assert squad.name == "squad"
     assert squad.cases == [
         questions.Case("With whom?", ("sharks", "with sharks"), ("Fish/0",)),
         questions.Case("Why?", (), ("Fish/0",)),
     ]
     assert [d["text"] for d in squad.documents.values()] == ["Pilot fish travel with sharks.", "Sharks are fish."]
-    hotpot = questions.read_questions(written(tmp_path / "hotpot.json.gz", HOTPOT))
+    hotpot = questions.read_questions(write_questions(tmp_path / "hotpot.json.gz", HOTPOT))
     assert hotpot.cases == [questions.Case("Who?", ("Ann",), ("Ann", "Bob"), together=True)]
     assert hotpot.documents["Ann"]["text"] == "Ann is. She was."
-    dpr = questions.read_questions(written(tmp_path / "dpr.jsonl.gz", DPR))
+    dpr = questions.read_questions(write_questions(tmp_path / "dpr.jsonl.gz", DPR))
     assert dpr.cases == [questions.Case("a?", ("A",), ("T",)), questions.Case("b?", ("B",))]
-    assert list(dpr.documents) == ["T", "T (2)"], "the same passage twice is one"
+    assert list(dpr.documents) == ["T", "T (2)"], "duplicate passages are merged"
     retriever = [{**DPR[1], "ctxs": [{"title": "T", "text": "B.", "has_answer": True}, {"title": "U", "text": "C."}]}]
-    assert questions.read_questions(written(tmp_path / "r.json", retriever)).cases == [
+    assert questions.read_questions(write_questions(tmp_path / "r.json", retriever)).cases == [
         questions.Case("b?", ("B",), ("T",))
     ]
     training = [{"question": "b?", "answers": ["B"], "positive_ctxs": [{"title": "T", "text": "B."}],
                  "negative_ctxs": [], "hard_negative_ctxs": [{"title": "U", "text": "C."}]}]  # fmt: skip
-    trained = questions.read_questions(written(tmp_path / "t.json", training))
+    trained = questions.read_questions(write_questions(tmp_path / "t.json", training))
     assert (trained.cases, list(trained.documents)) == ([questions.Case("b?", ("B",), ("T",))], ["T", "U"])
     own = questions.read_questions(
-        written(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}])
+        write_questions(tmp_path / "own.jsonl", [{"question": "q", "answer": "a", "documents": ["x"]}])
     )
     assert own.cases == [questions.Case("q", ("a",), ("x",))] and not own.documents
 
 
-def test_a_folder_is_a_dataset(tmp_path: Path) -> None:
+def test_reads_a_folder_as_one_dataset(tmp_path: Path) -> None:
     folder = tmp_path / "both"
     folder.mkdir()
-    written(folder / "a.json", HOTPOT)
-    written(folder / "corpus.json", {"Ann": ["Ann is."]})
-    written(folder / "b.jsonl", DPR)
-    found = questions.read_questions(folder)
-    assert (found.name, len(found.cases)) == ("both", 3)
+    write_questions(folder / "a.json", HOTPOT)
+    write_questions(folder / "corpus.json", {"Ann": ["Ann is."]})
+    write_questions(folder / "b.jsonl", DPR)
+    dataset = questions.read_questions(folder)
+    assert (dataset.name, len(dataset.cases)) == ("both", 3)
 
 
-def test_some_passages_are_held_out(tmp_path: Path) -> None:
-    found = questions.read_questions(written(tmp_path / "hotpot.json", HOTPOT))
-    assert found.held_out(1.0) == {"Ann", "Bob"}, "those that no question needs stay"
-    assert len(found.held_out(0.5)) == 1 and found.held_out(0.0) == set()
-    assert found.held_out(0.5, 1) == found.held_out(0.5, 1)
+def test_held_out_passages(tmp_path: Path) -> None:
+    dataset = questions.read_questions(write_questions(tmp_path / "hotpot.json", HOTPOT))
+    assert dataset.held_out(1.0) == {"Ann", "Bob"}, "passages that no question needs are kept"
+    assert len(dataset.held_out(0.5)) == 1 and dataset.held_out(0.0) == set()
+    assert dataset.held_out(0.5, 1) == dataset.held_out(0.5, 1)
     cases = questions.sample_cases([questions.Case(str(i)) for i in range(50)], 10)
     assert len(set(cases)) == 10 and cases == questions.sample_cases([questions.Case(str(i)) for i in range(50)], 10)
 
@@ -118,7 +119,7 @@ def test_some_passages_are_held_out(tmp_path: Path) -> None:
         b"[" * 100_000,
     ],
 )
-def test_what_holds_no_questions_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_refuses_files_without_questions(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "bad.json"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"bad\.json"):
@@ -130,24 +131,24 @@ def test_what_holds_no_questions_is_refused(tmp_path: Path, content: bytes) -> N
         questions.read_questions(tmp_path / "cut.jsonl.gz")
 
 
-def test_passages_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_passages_with_the_same_title_get_distinct_ids(tmp_path: Path) -> None:
     def squad(*contexts: str) -> dict[str, Any]:
         return {"data": [{"paragraphs": [{"context": c, "qas": [{"question": c, "answers": []}]} for c in contexts]}]}
 
     folder = tmp_path / "untitled"
     folder.mkdir()
-    written(folder / "a.json", squad("one", "two"))
-    written(folder / "b.json", squad("three", "two"))
-    found = questions.read_questions(folder)
-    assert {c.question: found.documents[c.documents[0]]["text"] for c in found.cases} == {
+    write_questions(folder / "a.json", squad("one", "two"))
+    write_questions(folder / "b.json", squad("three", "two"))
+    dataset = questions.read_questions(folder)
+    assert {c.question: dataset.documents[c.documents[0]]["text"] for c in dataset.cases} == {
         t: t for t in ("one", "two", "three")
     }
     again = [{**HOTPOT[0], "context": [["Ann", ["Another."]], *HOTPOT[0]["context"][1:]]}]
-    hotpot = questions.read_questions(written(tmp_path / "h.json", HOTPOT + again))
+    hotpot = questions.read_questions(write_questions(tmp_path / "h.json", HOTPOT + again))
     assert [c.documents for c in hotpot.cases] == [("Ann", "Bob"), ("Ann (2)", "Bob")]
 
 
-def test_lines_as_people_write_them(tmp_path: Path) -> None:
+def test_reads_bom_blank_lines_and_unicode_line_separators(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     first = '{"question": "a\u2028b\u0085c", "answers": [1901, "x"]}'
     second = '{"question": "d", "documents": [7], "together": true}'
@@ -158,23 +159,23 @@ def test_lines_as_people_write_them(tmp_path: Path) -> None:
     ]
 
 
-def test_half_of_few_questions_is_asked() -> None:
+def test_split_cases() -> None:
     cases = [questions.Case(str(i)) for i in range(53)]
     asked, searched = questions.split_cases(cases, 50, 500)
     assert (len(asked), len(searched)) == (26, 27)
     assert not set(asked) & set(searched)
-    assert questions.split_cases(cases, 10, 20)[0] == asked[:10], "the seed decides, not how many"
+    assert questions.split_cases(cases, 10, 20)[0] == asked[:10], "the order depends on the seed, not on the count"
     assert questions.split_cases(cases[:1], 5, 5) == (cases[:1], cases[:1])
     assert [len(part) for part in questions.split_cases(cases, 0, 5)] == [0, 5]
 
 
-def test_scores_are_those_of_squad() -> None:
+def test_scores_follow_squad() -> None:
     assert scoring.normalised("The Cat, [1] an  apple!") == "cat apple"
     assert scoring.exact_match("The sharks [2].", ["sharks"])
     assert not scoring.exact_match("some sharks", ["sharks"])
     assert scoring.contains("It was 1901, of course [1, 2].", ["in 1900", "1901"])
     assert not scoring.contains("It was 19012.", ["1901"])
-    assert not scoring.contains("anything", ["the"]), "an answer of nothing is in no text"
+    assert not scoring.contains("anything", ["the"]), "an empty normalised answer matches no text"
     assert scoring.f1("with the big sharks", ["sharks"]) == 0.5
     assert scoring.f1("", ["sharks"]) == 0.0
     assert scoring.f1("anything", []) == 0.0

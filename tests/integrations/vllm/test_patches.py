@@ -34,7 +34,7 @@ class TestRestartAndRanks:
                 steps.append(answer["request_steps"])
                 drafted.ask(do="shut_down")
         assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
-        assert steps[1] < steps[0], "the second engine starts hot"
+        assert steps[1] < steps[0], "the second engine starts with a warm cache"
 
     @pytest.mark.shows("token_recycling", "two tensor-parallel ranks")
     def test_two_ranks_give_the_same_text(self, two_ranks, tiny_model, drafting_args, texts) -> None:
@@ -44,6 +44,7 @@ class TestRestartAndRanks:
 
 
 def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **config):
+    """Start an engine with the test worker."""
     from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
     worker = Path(__file__).parent / "worker.py"
@@ -59,6 +60,7 @@ def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **c
 
 
 def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
+    """Return the output of stock vLLM for ``TEXTS``."""
     with engine(factory, model, {}) as stock:
         return stock.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)["tokens"]
 
@@ -78,8 +80,8 @@ def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
     ],
     ids=["unknown plugin", "drafter without speculation", "speculation without drafter"],
 )
-def test_vllm_itself_refuses_in_one_line(tiny_model, arguments: list[str], parts: list[str]) -> None:
-    """Not only `pilotfish serve`: plain `vllm serve` ends with our line, and exit code 2, before an engine starts."""
+def test_vllm_serve_refuses_bad_config_in_one_line(tiny_model, arguments: list[str], parts: list[str]) -> None:
+    """Test that plain `vllm serve`, too, prints our error line and exits with status 2 before an engine starts."""
     result = subprocess.run(
         [*vllm_serve(tiny_model), *arguments],
         capture_output=True,
@@ -88,11 +90,11 @@ def test_vllm_itself_refuses_in_one_line(tiny_model, arguments: list[str], parts
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
     )
     assert result.returncode == 2, result.stderr[-2000:]
-    ours = [line for line in result.stderr.splitlines() if line.startswith("pilotfish: ")]
-    assert len(ours) == 1
+    error_lines = [line for line in result.stderr.splitlines() if line.startswith("pilotfish: ")]
+    assert len(error_lines) == 1
     assert "Traceback" not in result.stderr
     for part in parts:
-        assert part in ours[0]
+        assert part in error_lines[0]
 
 
 def test_patches_can_be_undone() -> None:
@@ -100,7 +102,7 @@ def test_patches_can_be_undone() -> None:
         "from pilotfish.integrations.vllm import patches\n"
         "import importlib\n"
         "ALL = patches.all_patches()\n"
-        "[p.undo() for p in ALL]\n"  # one is applied where its module is imported
+        "[p.undo() for p in ALL]\n"  # importing its module applies one patch
         "before = [getattr(*p._owner()) for p in ALL]\n"
         "[p.apply() for p in ALL]; [p.apply() for p in ALL]\n"
         "assert all(p.applied for p in ALL)\n"
@@ -108,6 +110,6 @@ def test_patches_can_be_undone() -> None:
         "assert [getattr(*p._owner()) for p in ALL] == before\n"
         "assert not any(p.applied for p in ALL)\n"
     )
-    # Without the entry point, which applies the first patch on its own.
+    # Disable the entry point, which applies the first patch.
     env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=env)

@@ -1,4 +1,4 @@
-"""The cache with blocks of each head's own: against attention without the window's gap, written plainly."""
+"""Tests of the KV cache with separate blocks per head, against naive attention without the evicted tokens."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from pilotfish.kvcache.kernels.head_cache import CPUHeadCaches
     seed=st.integers(0, 1 << 30),
     chunk=st.integers(1, 400),
 )
-def test_heads_attend_to_what_their_window_leaves(
+def test_attention_matches_naive_windowed_attention(
     lengths, windowed, share, size, block, dtype, sinks, length, ratio, compensation, exact, seed, chunk
 ) -> None:
     window = HeadWindow(sinks, length, ratio, compensation, exact)
@@ -35,21 +35,21 @@ def test_heads_attend_to_what_their_window_leaves(
     text.grow(max(chunk, max(lengths) // 8))
 
 
-def test_the_means_are_of_everything_between_sinks_and_block() -> None:
+def test_means_cover_all_tokens_between_sinks_and_block() -> None:
     window = HeadWindow(4, 64, 0, True, exact_prefill=True)
     text = Text([700], [True], 2, 64, 32, torch.float32, window, 5)
     for begin, end in ((0, 100), (100, 101), (101, 350), (350, 700)):
         text.step([begin], [end], in_prompt=True)
     page = text.memory[0][text.tables[0][0].long()]
     means = page[:, 32 * 128 :].view(-1, 2, 64)
-    assert (means[1] == 0).all(), "there is nothing between the sinks and the first block behind them"
+    assert (means[1] == 0).all(), "there is nothing between the sinks and the first block after them"
     for j in range(2, 22):
         np.testing.assert_allclose(means[j, 0], text.keys[0][32 : 32 * j, 0].mean(0), atol=1e-5)
         np.testing.assert_allclose(means[j, 1], text.values[0][32 : 32 * j, 0].mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("room", [0, 8])
-def test_blocks_without_room_for_means_are_refused(room: int) -> None:
+def test_refuses_blocks_without_room_for_means(room: int) -> None:
     memory = torch.zeros(4, 32 * 128 + room)
     cache = memory.as_strided((4, 1, 32, 128), (32 * 128 + room, 32 * 128, 128, 1))
     with pytest.raises(ValueError, match="no room for means"):

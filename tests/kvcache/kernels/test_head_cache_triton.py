@@ -1,4 +1,4 @@
-"""The Triton kernels of heads with blocks of their own: interpreted here, compiled where there is a GPU."""
+"""Tests of the Triton kernels for heads with separate KV blocks, interpreted if there is no GPU."""
 
 import importlib
 from importlib.util import find_spec
@@ -15,20 +15,20 @@ from pilotfish.kvcache.head_window import HeadWindow
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),  # numpy's, under the interpreter
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),  # from NumPy, in Triton's interpreter
 ]
 ON_GPU = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # interpreted bfloat16 is nonsense
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # interpreted bfloat16 is wrong
 
 
 @pytest.fixture(scope="module")
 def kernels(interpreted_triton: None) -> ModuleType:
-    """The module, its kernels interpreted where there is no GPU."""
+    """Return the kernel module; its kernels are interpreted if there is no GPU."""
     return importlib.import_module("pilotfish.kvcache.kernels.head_cache_triton")
 
 
 class OnGPU(Text):
-    """The same requests by the Triton kernels."""
+    """Requests computed by the Triton kernels."""
 
     device = "cuda" if ON_GPU else "cpu"
 
@@ -66,7 +66,7 @@ class OnGPU(Text):
     seed=st.integers(0, 1 << 30),
     chunk=st.integers(50, 200),
 )
-def test_heads_attend_to_what_their_window_leaves(
+def test_attention_matches_naive_windowed_attention(
     kernels, lengths, windowed, share, size, block, dtype, sinks, length, ratio, compensation, exact, seed, chunk
 ) -> None:
     window = HeadWindow(sinks, length, ratio, compensation, exact)
@@ -76,7 +76,7 @@ def test_heads_attend_to_what_their_window_leaves(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-def test_on_a_gpu_long_texts_are_read_in_parts(kernels) -> None:
+def test_long_contexts_are_split_on_gpu(kernels) -> None:
     window = HeadWindow(4, 512, 5, True, exact_prefill=False)
     text = OnGPU(kernels, [6000, 900], [True, False, True, True], 4, 128, 16, torch.bfloat16, window, 3)
     done = [0, 0]
@@ -86,7 +86,7 @@ def test_on_a_gpu_long_texts_are_read_in_parts(kernels) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 6])
-def test_blocks_without_room_for_means_are_refused(kernels, room: int) -> None:
+def test_refuses_blocks_without_room_for_means(kernels, room: int) -> None:
     memory = torch.zeros(4, 32 * 128 + room)
     cache = memory.as_strided((4, 1, 32, 128), (32 * 128 + room, 32 * 128, 128, 1))
     with pytest.raises(ValueError, match="no room for means"):

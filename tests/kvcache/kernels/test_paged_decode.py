@@ -1,4 +1,4 @@
-"""The paged decode kernels against attention written plainly over gathered keys and values."""
+"""Tests of the paged decode kernels against naive attention over gathered keys and values."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -20,10 +20,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @dataclass
 class Case:
-    """A filled cache and the text that it holds."""
+    """A filled KV cache, with the keys and values that it holds."""
 
-    query: torch.Tensor  # [tokens, heads, size]
-    keys: list[torch.Tensor]  # per request [context, kv_heads, size]
+    query: torch.Tensor  # [tokens, heads, head_size]
+    keys: list[torch.Tensor]  # per request [context, kv_heads, head_size]
     values: list[torch.Tensor]
     cache: torch.Tensor
     table: torch.Tensor
@@ -33,7 +33,7 @@ class Case:
 
 
 def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int, dtype: torch.dtype, seed: int) -> Case:
-    """Requests of the given contexts, their blocks scattered over a larger cache, other tokens between theirs."""
+    """Return requests with the given context lengths; their blocks are scattered over a larger cache."""
     rng = torch.Generator().manual_seed(seed)
     need = [-(-c // block) for c in contexts]
     order = torch.randperm(sum(need) + 3, generator=rng)
@@ -43,10 +43,10 @@ def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int,
     for r, context in enumerate(contexts):
         k, v = (torch.randn(context, kv_heads, size, generator=rng).to(dtype) for _ in range(2))
         for b in range(need[r]):
-            place = int(order[used])
+            block_id = int(order[used])
             used += 1
-            table[r, b] = place
-            part = cache[place].view(kv_heads, 2, block * size)
+            table[r, b] = block_id
+            part = cache[block_id].view(kv_heads, 2, block * size)
             kt, vt = part[:, 0].view(kv_heads, size, block), part[:, 1].view(kv_heads, block, size)
             n = min(block, context - b * block)
             kt[:, :, :n] = k[b * block : b * block + n].permute(1, 2, 0)
@@ -59,8 +59,8 @@ def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int,
     return Case(query, keys, values, cache, table, rows, tokens, contexts)
 
 
-def plain(case: Case, r: int, head: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """(scores [n], output [size]) of one head over the given positions, in float64."""
+def naive_attention(case: Case, r: int, head: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores [n] and the output [head_size] of one head over the given positions, in float64."""
     keys, values = (x[r][positions].double().numpy() for x in (case.keys, case.values))
     scores, output = reference.attention(case.query[case.tokens[r]].double().numpy(), keys, values, scale)
     return scores[head], output[head]
@@ -81,7 +81,7 @@ shapes = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(shapes)
-def test_reading_everything_is_attention(shape: dict) -> None:
+def test_full_attention_matches_naive_attention(shape: dict) -> None:
     case = build(**shape)
     scale = shape["size"] ** -0.5
     output = torch.full_like(case.query, 7.0)
@@ -90,43 +90,43 @@ def test_reading_everything_is_attention(shape: dict) -> None:
     tolerance = TOLERANCE[shape["dtype"]]
     for r, context in enumerate(case.contexts):
         for head in range(case.rows.query_heads):
-            scores, expected = plain(case, r, head, list(range(context)), scale)
+            scores, expected = naive_attention(case, r, head, list(range(context)), scale)
             np.testing.assert_allclose(logits[r, head, :context].numpy(), scores, atol=2e-4)
             np.testing.assert_allclose(output[case.tokens[r], head].double().numpy(), expected, atol=tolerance)
     others = [t for t in range(len(case.query)) if t not in case.tokens]
-    assert (output[others] == 7).all(), "tokens of others are left alone"
+    assert (output[others] == 7).all(), "rows of other tokens are unchanged"
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.sampled_from(["one", "kv_head", "head"]))
-def test_reading_chosen_positions_is_attention_over_them(shape: dict, sets_of: str) -> None:
+def test_sparse_attention_matches_naive_attention(shape: dict, sets_of: str) -> None:
     case = build(**shape)
     heads = case.rows.query_heads
     sets = {"one": 1, "kv_head": shape["kv_heads"], "head": heads}[sets_of]
     rng = np.random.default_rng(shape["seed"])
-    groups_of = [-(-c // PAGE_SIZE) for c in case.contexts]
-    choice = SelectedTokens(
-        torch.zeros(len(groups_of), sets, max(groups_of), dtype=torch.int32),
-        torch.zeros(len(groups_of), sets, max(groups_of), dtype=torch.int32),
-        torch.zeros(len(groups_of), sets, dtype=torch.int32),
+    num_pages = [-(-c // PAGE_SIZE) for c in case.contexts]
+    selected = SelectedTokens(
+        torch.zeros(len(num_pages), sets, max(num_pages), dtype=torch.int32),
+        torch.zeros(len(num_pages), sets, max(num_pages), dtype=torch.int32),
+        torch.zeros(len(num_pages), sets, dtype=torch.int32),
     )
-    for r, groups in enumerate(groups_of):
+    for r, pages in enumerate(num_pages):
         for s in range(sets):
-            chosen = np.sort(rng.choice(groups, rng.integers(1, groups + 1), replace=False))
-            masks = rng.integers(1, 1 << 32, len(chosen), dtype=np.uint32)
-            masks[rng.random(len(chosen)) < 0.5] = 0xFFFFFFFF
-            masks |= 1  # a last group may reach beyond the context, its first token does not
-            choice.num_pages[r, s] = len(chosen)
-            choice.pages[r, s, : len(chosen)] = torch.from_numpy(chosen.astype(np.int32))
-            choice.masks[r, s, : len(chosen)] = torch.from_numpy(masks.view(np.int32))
+            page_indices = np.sort(rng.choice(pages, rng.integers(1, pages + 1), replace=False))
+            masks = rng.integers(1, 1 << 32, len(page_indices), dtype=np.uint32)
+            masks[rng.random(len(page_indices)) < 0.5] = 0xFFFFFFFF
+            masks |= 1  # the last page may extend beyond the context, but its first token never does
+            selected.num_pages[r, s] = len(page_indices)
+            selected.pages[r, s, : len(page_indices)] = torch.from_numpy(page_indices.astype(np.int32))
+            selected.masks[r, s, : len(page_indices)] = torch.from_numpy(masks.view(np.int32))
     output = torch.empty_like(case.query)
     scale = shape["size"] ** -0.5
-    paged_decode.paged_decode_attention(case.query, case.cache, case.table, case.rows, scale, output, choice)
+    paged_decode.paged_decode_attention(case.query, case.cache, case.table, case.rows, scale, output, selected)
     for r, context in enumerate(case.contexts):
         for head in range(heads):
             s = 0 if sets == 1 else head * sets // heads
-            positions = [p for p in choice.positions(r, s) if p < context]
-            _, expected = plain(case, r, head, positions, scale)
+            positions = [p for p in selected.positions(r, s) if p < context]
+            _, expected = naive_attention(case, r, head, positions, scale)
             actual = output[case.tokens[r], head].double().numpy()
             np.testing.assert_allclose(actual, expected, atol=TOLERANCE[shape["dtype"]])
 
@@ -151,21 +151,21 @@ def rules(draw: st.DrawFn) -> SelectionRule:
     st.integers(1, 4),
     st.integers(0, 99),
 )
-def test_choices_are_those_of_the_oracle(
+def test_selection_matches_naive_selection(
     rule: SelectionRule, contexts: list[int], kv_heads: int, share: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     heads = kv_heads * share
     rows = DecodeBatch(list(range(len(contexts))), list(range(len(contexts))), contexts, heads)
     scores = rng.normal(0, 3, (len(contexts), heads, rows.padded)).astype(np.float32)
-    found = paged_decode.token_scores(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
-    choice = paged_decode.select_tokens(rows, rule, found)
+    token_scores = paged_decode.token_scores(rows, rule, kv_heads, torch.from_numpy(scores.copy()))
+    selected = paged_decode.select_tokens(rows, rule, token_scores)
     for r, n in enumerate(contexts):
         expected = TidalDecode.token_scores(scores[r, :, :n].astype(np.float64), rule, kv_heads)
-        np.testing.assert_allclose(found[r, :, :n].numpy(), expected, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(token_scores[r, :, :n].numpy(), expected, rtol=1e-4, atol=1e-8)
         for s in range(expected.shape[0]):
-            positions = [p for p in choice.positions(r, s) if p < n]
-            assert positions == TidalDecode.select_tokens(found[r, s, :n].numpy(), rule)
+            positions = [p for p in selected.positions(r, s) if p < n]
+            assert positions == TidalDecode.select_tokens(token_scores[r, s, :n].numpy(), rule)
             assert len(positions) <= rule.budget
             if n <= rule.budget:
                 assert positions == list(range(n))
@@ -173,7 +173,7 @@ def test_choices_are_those_of_the_oracle(
             assert always <= set(positions), "sinks, recent positions and the current one are kept"
 
 
-def test_what_the_kernel_cannot_read_is_refused() -> None:
+def test_refuses_unsupported_dtypes_and_layouts() -> None:
     case = build([40], 1, 2, 32, 32, torch.float32, 0)
     output = torch.empty_like(case.query)
     with pytest.raises(ValueError, match=r"query torch\.float64"):
@@ -184,7 +184,7 @@ def test_what_the_kernel_cannot_read_is_refused() -> None:
         paged_decode.paged_decode_attention(case.query, case.cache, case.table.long(), case.rows, 1.0, output)
 
 
-def test_results_do_not_depend_on_threads() -> None:
+def test_results_do_not_depend_on_number_of_threads() -> None:
     case = build([5000, 33], 3, 3, 64, 128, torch.bfloat16, 1)
     outputs = []
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain attention: under Triton's interpreter here, compiled where there is a GPU."""
+"""Tests of the paged Triton kernels against naive attention; the kernels are interpreted if there is no GPU."""
 
 import importlib
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ pytestmark = [
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter computes nonsense in bfloat16.
+# The interpreter computes wrong values in bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
 @pytest.fixture(scope="module")
 def kernels(interpreted_triton: None) -> ModuleType:
-    """The module, its kernels interpreted where there is no GPU."""
+    """Return the kernel module; its kernels are interpreted if there is no GPU."""
     return importlib.import_module("pilotfish.kvcache.kernels.paged_triton")
 
 
 @dataclass(repr=False)
 class Case:
-    """A filled cache, and a batch of requests that decode (one token) or process a prompt (several)."""
+    """A filled KV cache, and a batch of decode requests (one token) and prefill requests (several tokens)."""
 
-    query: torch.Tensor  # [tokens, heads, size]
-    keys: list[torch.Tensor]  # per request [context, kv_heads, size]
+    query: torch.Tensor  # [tokens, heads, head_size]
+    keys: list[torch.Tensor]  # per request [context, kv_heads, head_size]
     values: list[torch.Tensor]
     cache: torch.Tensor
     table: torch.Tensor
@@ -70,22 +70,22 @@ class Case:
 def build(
     contexts: list[int], queries: list[int], kv_heads: int, share: int, size: int, block: int, dtype: torch.dtype
 ) -> Case:
-    """Requests of the given contexts, their blocks scattered over a larger cache that holds other things too."""
+    """Return requests with the given context lengths; their blocks are scattered over a larger cache."""
     rng = torch.Generator().manual_seed(sum(contexts) + size + block)
     need = [-(-c // block) for c in contexts]
     order = torch.randperm(sum(need) + 3, generator=rng)
-    # As vLLM lays it out: the heads of a token lie together, and the view has them in front.
+    # vLLM's layout: the heads of a token are adjacent in memory; the view has the head dimension first.
     cache = torch.full((len(order), block, kv_heads, 2 * size), float("nan"), dtype=dtype).transpose(1, 2)
     table = torch.zeros((len(contexts), -(-(max(contexts) + 100) // block) + 1), dtype=torch.int32)
     keys, values, used = [], [], 0
     for r, context in enumerate(contexts):
         k, v = (torch.randn(context, kv_heads, size, generator=rng).to(dtype) for _ in range(2))
         for b in range(need[r]):
-            place = int(order[used])
+            block_id = int(order[used])
             used += 1
-            table[r, b] = place
+            table[r, b] = block_id
             part = torch.cat([k, v], -1)[b * block : (b + 1) * block]
-            cache[place, :, : len(part)] = part.transpose(0, 1)
+            cache[block_id, :, : len(part)] = part.transpose(0, 1)
         keys.append(k)
         values.append(v)
     lengths = [min(q, c) for q, c in zip(queries, contexts, strict=True)]
@@ -122,16 +122,16 @@ def rules(draw: st.DrawFn) -> SelectionRule:
 MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def chosen(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def select(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     scores = kernels.token_scores(case.query, case.cache, case.batch(kernels), rule, scale)
     return scores, kernels.select_tokens(scores, case.batch(kernels), rule)
 
 
 @MANY
 @given(cases(), rules())
-def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
+def test_scores_and_selection_match_naive_computation(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
     scale = case.query.shape[-1] ** -0.5
-    scores, kept = chosen(kernels, case, rule, scale)
+    scores, selected = select(kernels, case, rule, scale)
     unit = PAGE_SIZE if rule.granularity == "page" else 1
     for r in case.sparse(rule):
         n = case.contexts[r]
@@ -140,44 +140,50 @@ def test_units_are_scored_and_chosen_as_by_the_oracle(kernels: ModuleType, case:
         padded = np.zeros((len(expected), -(-n // unit) * unit))
         padded[:, :n] = expected
         expected_units = padded.reshape(len(expected), -1, unit).sum(-1)
-        found = scores[r, :, : expected_units.shape[1]].cpu().numpy()
-        if rule.head_aggregation != "union":  # whose proposals differ where scores are equal but for rounding
-            np.testing.assert_allclose(found, expected_units, rtol=2e-2 if case.query.dtype != torch.float32 else 1e-3)
+        unit_scores = scores[r, :, : expected_units.shape[1]].cpu().numpy()
+        if rule.head_aggregation != "union":  # subject to rounding
+            np.testing.assert_allclose(
+                unit_scores, expected_units, rtol=2e-2 if case.query.dtype != torch.float32 else 1e-3
+            )
         for s in range(len(expected)):
-            positions = unit_positions(kept[r, s].tolist(), n, rule)
-            spread = np.repeat(found[s] / unit, unit)[:n] if unit > 1 else found[s]
+            positions = unit_positions(selected[r, s].tolist(), n, rule)
+            spread = np.repeat(unit_scores[s] / unit, unit)[:n] if unit > 1 else unit_scores[s]
             assert len(positions) <= rule.budget
             assert positions == sorted(set(positions))
             always = {p for p in range(n) if p < rule.sinks or p >= n - 1 - rule.recent}
             assert always <= set(positions), "sinks, recent positions and the current one are kept"
-            left_out = sorted(set(range(n)) - set(positions))
+            evicted = sorted(set(range(n)) - set(positions))
             free = [p for p in positions if p not in always and p // unit not in {a // unit for a in always}]
-            if free and left_out:
-                assert spread[free].min() >= spread[left_out].max() * (1 - 1e-5), "the most important ones"
+            if free and evicted:
+                assert spread[free].min() >= spread[evicted].max() * (1 - 1e-5), (
+                    "a token with a higher score was evicted"
+                )
 
 
 @MANY
 @given(cases(), rules())
-def test_decode_is_attention_over_what_is_kept(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
+def test_decode_matches_naive_attention_over_selected_tokens(
+    kernels: ModuleType, case: Case, rule: SelectionRule
+) -> None:
     scale = case.query.shape[-1] ** -0.5
-    _, kept = chosen(kernels, case, rule, scale)
+    _, selected = select(kernels, case, rule, scale)
     output = torch.full_like(case.query, 7.0)
-    kernels.paged_decode_attention(case.query, case.cache, case.batch(kernels), rule, scale, output, kept)
-    heads, sets = case.query.shape[1], kept.shape[1]
+    kernels.paged_decode_attention(case.query, case.cache, case.batch(kernels), rule, scale, output, selected)
+    heads, sets = case.query.shape[1], selected.shape[1]
     sparse = case.sparse(rule)
     for r in sparse:
         for head in range(heads):
-            positions = unit_positions(kept[r, head * sets // heads].tolist(), case.contexts[r], rule)
+            positions = unit_positions(selected[r, head * sets // heads].tolist(), case.contexts[r], rule)
             _, expected = case.attention(r, positions, scale)
             actual = output[case.starts[r], head].double().cpu().numpy()
             np.testing.assert_allclose(actual, expected[head], atol=TOLERANCE[case.query.dtype])
     others = [t for t in range(len(case.query)) if t not in {case.starts[r] for r in sparse}]
-    assert (output[others] == 7).all(), "tokens of others are left alone"
+    assert (output[others] == 7).all(), "rows of other tokens are unchanged"
 
 
 @MANY
 @given(cases(), rules(), st.sampled_from(["sum", "max", "union"]))
-def test_a_shortened_table_holds_what_is_kept(
+def test_shortened_block_table_holds_selected_tokens(
     kernels: ModuleType, case: Case, rule: SelectionRule, aggregate: HeadAggregation
 ) -> None:
     block = case.cache.shape[2]
@@ -185,27 +191,27 @@ def test_a_shortened_table_holds_what_is_kept(
     if not kernels.can_shorten_block_table(rule, block):
         assert block > PAGE_SIZE
         return
-    _, kept = chosen(kernels, case, rule, 0.125)
-    table, lens = kernels.shorten_block_table(kept, case.batch(kernels), rule, block)
+    _, selected = select(kernels, case, rule, 0.125)
+    table, lens = kernels.shorten_block_table(selected, case.batch(kernels), rule, block)
     sparse = case.sparse(rule)
     for r, n in enumerate(case.contexts):
-        whole = list(range(n))
-        positions = unit_positions(kept[r, 0].tolist(), n, rule) if r in sparse else whole
+        all_positions = list(range(n))
+        positions = unit_positions(selected[r, 0].tolist(), n, rule) if r in sparse else all_positions
         assert int(lens[r]) == len(positions)
         blocks = [int(table[r, i // block]) for i in range(len(positions))]
         assert blocks == [int(case.table[r, p // block]) for p in positions]
         assert [i % block for i in range(len(positions))] == [p % block for p in positions]
 
 
-def test_which_rules_a_shortened_table_can_express(kernels: ModuleType) -> None:
+def test_shortened_block_table_supports_page_rules_only(kernels: ModuleType) -> None:
     page, token = SelectionRule(256, 4, 64, "sum", "page"), SelectionRule(256, 4, 64, "sum", "token")
     assert kernels.can_shorten_block_table(page, 16) and kernels.can_shorten_block_table(page, 32)
-    assert not kernels.can_shorten_block_table(page, 64), "half a block cannot be left out"
+    assert not kernels.can_shorten_block_table(page, 64), "half a block cannot be dropped"
     assert not kernels.can_shorten_block_table(token, 16)
     assert not kernels.can_shorten_block_table(SelectionRule(256, 4, 64, "kv_head", "page"), 16)
 
 
-def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
+def test_refuses_unsupported_dtypes(kernels: ModuleType) -> None:
     case = build([300], [1], 1, 2, 32, 16, torch.float32)
     rule = SelectionRule(128, 4, 32, "sum", "page")
     with pytest.raises(ValueError, match=r"query .* torch\.float64"):
@@ -218,21 +224,21 @@ def test_what_the_kernels_cannot_read_is_refused(kernels: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.dtype) -> None:
-    """Capture with one batch, replay with others of the same shape: nothing was decided on the host."""
+def test_cuda_graph_replay_uses_new_inputs(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """Test that a graph captured with one batch is right for other batches of the same shape."""
     case = build([700, 640, 90], [1, 1, 1], 2, 4, 128, 16, dtype)
     rule = SelectionRule(256, 4, 64, "sum", "page")
     batch, query = case.batch(kernels), case.query
     output, scale = torch.zeros_like(query), 128**-0.5
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        kept = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
-        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, kept)
+        selected = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, selected)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
-        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, kept)
+        selected = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
+        kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, selected)
     for lengths in ([700, 640, 90], [500, 90, 300]):
         case.contexts = lengths
         batch.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
@@ -241,6 +247,6 @@ def test_a_captured_graph_follows_its_inputs(kernels: ModuleType, dtype: torch.d
         graph.replay()
         torch.cuda.synchronize()
         for r in case.sparse(rule):
-            positions = unit_positions(kept[r, 0].tolist(), lengths[r], rule)
+            positions = unit_positions(selected[r, 0].tolist(), lengths[r], rule)
             _, expected = case.attention(r, positions, scale)
             np.testing.assert_allclose(output[r].double().cpu().numpy(), expected, atol=TOLERANCE[dtype])

@@ -1,4 +1,4 @@
-"""Kernels of draft trees: every node against plain attention over its own path, moved tokens against a fresh cache."""
+"""Tests of the draft tree kernels: tree attention against naive attention, and moved tokens against a new cache."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def write(cache: torch.Tensor, slots: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put keys and values, [tokens, kv_heads, size], into the layout of the kernels."""
+    """Write keys and values, [tokens, kv_heads, head_size], in the cache layout of the kernels."""
     blocks, heads, block, width = cache.shape
     size = width // 2
     flat = cache.view(blocks, heads, 2, block * size)
@@ -24,7 +24,7 @@ def write(cache: torch.Tensor, slots: list[int], keys: torch.Tensor, values: tor
 
 @st.composite
 def forests(draw: st.DrawFn) -> list[tuple[int, np.ndarray]]:
-    """For each request the tokens before its root, and the parents of its tree."""
+    """Draw, for each request, the number of tokens before the root and the parents of its draft tree."""
     trees = []
     for _ in range(draw(st.integers(1, 3))):
         parents = [draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(1, 70)))]
@@ -42,22 +42,22 @@ def forests(draw: st.DrawFn) -> list[tuple[int, np.ndarray]]:
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 1 << 30),
 )
-def test_each_node_attends_to_its_own_path(forest, kv_heads, share, size, block, dtype, seed) -> None:
+def test_tree_attention_matches_naive_attention(forest, kv_heads, share, size, block, dtype, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     lengths = [before + 1 + len(parents) for before, parents in forest]
     per_request = [-(-n // block) for n in lengths]
-    numbers = torch.randperm(sum(per_request) + 2, generator=random).int()
-    cache = torch.full((len(numbers), kv_heads, block, 2 * size), float("nan"), dtype=dtype)
+    block_ids = torch.randperm(sum(per_request) + 2, generator=random).int()
+    cache = torch.full((len(block_ids), kv_heads, block, 2 * size), float("nan"), dtype=dtype)
     table = torch.zeros(len(forest), max(per_request), dtype=torch.int32)
     texts, used = [], 0
     for r, n in enumerate(lengths):
-        table[r, : per_request[r]] = numbers[used : used + per_request[r]]
+        table[r, : per_request[r]] = block_ids[used : used + per_request[r]]
         used += per_request[r]
         keys, values = (torch.randn(n, kv_heads, size, generator=random).to(dtype) for _ in range(2))
         write(cache, [int(table[r, i // block]) * block + i % block for i in range(n)], keys, values)
         texts.append((keys, values))
-    stretches = [1 + len(parents) for _, parents in forest]
-    firsts = np.cumsum([2, *stretches])  # two rows of others before them
+    query_lengths = [1 + len(parents) for _, parents in forest]
+    firsts = np.cumsum([2, *query_lengths])  # preceded by two query tokens of other requests
     query = torch.randn(int(firsts[-1]), kv_heads * share, size, generator=random).to(dtype)
     output = torch.zeros_like(query)
     masks = [tree_attention_mask(parents) for _, parents in forest]
@@ -66,7 +66,7 @@ def test_each_node_attends_to_its_own_path(forest, kv_heads, share, size, block,
     assert not output[:2].any()
     for r, (before, _) in enumerate(forest):
         keys, values = (x.double().numpy() for x in texts[r])
-        for row in range(stretches[r]):
+        for row in range(query_lengths[r]):
             path = [*range(before), *(before + np.flatnonzero(masks[r][row]))]
             q = query[firsts[r] + row].double().numpy()
             _, expected = reference.attention(q, keys[path], values[path], size**-0.5)
@@ -81,7 +81,7 @@ def test_each_node_attends_to_its_own_path(forest, kv_heads, share, size, block,
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 1 << 30),
 )
-def test_moved_tokens_lie_as_if_written_there(path, begin, layers, dtype, seed) -> None:
+def test_moved_tokens_match_a_newly_written_cache(path, begin, layers, dtype, seed) -> None:
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(8, generator=random).tolist()
     slots = [order[p // 32] * 32 + p % 32 for p in range(8 * 32)]

@@ -1,4 +1,4 @@
-"""The Triton kernels of trees, against the C++ ones: interpreted here, compiled where there is a GPU."""
+"""Tests of the Triton kernels for draft trees against naive attention, interpreted if there is no GPU."""
 
 import importlib
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from pilotfish.plugins.drafting.tree import tree_attention_mask
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),  # numpy's, under the interpreter
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),  # from NumPy, in Triton's interpreter
 ]
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 @pytest.fixture(scope="module")
 def kernels(interpreted_triton: None) -> ModuleType:
-    """The module, its kernels interpreted where there is no GPU."""
+    """Return the kernel module; its kernels are interpreted if there is no GPU."""
     return importlib.import_module("pilotfish.kvcache.kernels.tree_triton")
 
 
@@ -37,17 +37,17 @@ def kernels(interpreted_triton: None) -> ModuleType:
     heads_first=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, dtype, heads_first, seed) -> None:
+def test_tree_attention_matches_naive_attention(kernels, sizes, heads, size, block, dtype, heads_first, seed) -> None:
     random, shuffle = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     kv_heads, share = heads
     forest = [(before, np.array([shuffle.integers(-1, i) for i in range(n)], np.int32)) for before, n in sizes]
     needed = [-(-(before + 1 + len(parents)) // block) for before, parents in forest]
     cache = torch.randn(sum(needed) + 1, kv_heads, block, 2 * size, generator=random).to(dtype)
-    if not heads_first:  # as vLLM lays it out unless told otherwise
+    if not heads_first:  # vLLM's default layout
         cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-    numbers, table = torch.randperm(len(cache), generator=random).int(), torch.zeros(len(forest), max(needed)).int()
+    block_ids, table = torch.randperm(len(cache), generator=random).int(), torch.zeros(len(forest), max(needed)).int()
     for r, n in enumerate(needed):
-        table[r, :n] = numbers[sum(needed[:r]) : sum(needed[:r]) + n]
+        table[r, :n] = block_ids[sum(needed[:r]) : sum(needed[:r]) + n]
     masks = [tree_attention_mask(parents) for _, parents in forest]
     firsts = np.cumsum([1, *map(len, masks)])
     query = torch.randn(int(firsts[-1]), kv_heads * share, size, generator=random).to(dtype)
@@ -58,14 +58,14 @@ def test_each_node_attends_to_its_own_path(kernels, sizes, heads, size, block, d
     assert not output[0].any()
     for r, (before, _) in enumerate(forest):
         text = cache[table[r].long()].transpose(1, 2).reshape(-1, kv_heads, 2 * size).double().numpy()
-        for row, seen in enumerate(masks[r]):
-            path = [*range(before), *(before + np.flatnonzero(seen))]
+        for row, mask in enumerate(masks[r]):
+            path = [*range(before), *(before + np.flatnonzero(mask))]
             q = query[firsts[r] + row].double().numpy()
             _, expected = reference.attention(q, text[path, :, :size], text[path, :, size:], size**-0.5)
             np.testing.assert_allclose(output[firsts[r] + row].double().cpu(), expected, atol=2e-3)
 
 
-def test_moved_tokens(kernels) -> None:
+def test_moved_tokens_match_indexed_copy(kernels) -> None:
     cache = torch.arange(4 * 2 * 16 * 8).reshape(4, 2, 16, 8).float()
     before = cache.clone()
     source, target = torch.tensor([20, 33, 34]), torch.tensor([18, 19, 33])

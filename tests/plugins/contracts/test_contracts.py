@@ -1,3 +1,5 @@
+"""Tests of the plugin contracts: draft trees and the error `Unsupported`."""
+
 import itertools
 
 import numpy as np
@@ -30,7 +32,7 @@ def all_paths(tree: DraftTree) -> list[list[int]]:
 
 
 @given(trees())
-def test_best_path_has_the_most_expected_tokens(tree: DraftTree) -> None:
+def test_best_path_has_most_expected_tokens(tree: DraftTree) -> None:
     best = tree.best_path().tolist()
     if not len(tree):
         assert best == []
@@ -41,7 +43,7 @@ def test_best_path_has_the_most_expected_tokens(tree: DraftTree) -> None:
     assert float(tree.scores[best].astype(np.float64).sum()) == pytest.approx(value)
 
 
-def test_malformed_trees_are_refused() -> None:
+def test_refuses_malformed_trees() -> None:
     one = np.zeros(1, np.int32)
     with pytest.raises(ValueError, match="after its child"):
         DraftTree(one, np.array([0], np.int32), np.ones(1, np.float32))

@@ -1,4 +1,4 @@
-"""The compiled rows against a dictionary of contexts that does the same in plain Python."""
+"""Tests of the compiled adjacency table against a naive implementation with a dictionary of contexts."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from pilotfish.plugins.drafting import adjacency as A  # noqa: N812
 from pilotfish.plugins.drafting import adjacency_table as R  # noqa: N812
 
-VOCAB, K, ORDER, BITS = 12, 3, 3, 20  # so many rows that contexts of this vocabulary hardly ever collide
+VOCAB, K, ORDER, BITS = 12, 3, 3, 20  # 2**20 rows, so that hash collisions are rare
 
 Text = list[int]
 
 
-class Oracle:
-    """Rows as lists of (token, confidence) by context."""
+class NaiveTable:
+    """Naive adjacency table: a list of (token, confidence) for each context."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -68,12 +68,12 @@ def steps(draw: st.DrawFn) -> tuple[Text, Text, list[bool], list[Text], list[lis
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(texts | steps(), max_size=5), st.lists(texts, min_size=1, max_size=5))
-def test_rows_equal_the_oracle(events: list, questions: list[Text]) -> None:
-    rows, oracle = R.make_adjacency_table(VOCAB, K, ORDER, BITS), Oracle()
+def test_rows_match_naive_implementation(events: list, questions: list[Text]) -> None:
+    rows, naive = R.make_adjacency_table(VOCAB, K, ORDER, BITS), NaiveTable()
     for event in events:
         if isinstance(event, list):
             A.prime_from_text(rows, ORDER, np.array(event, np.int32))
-            oracle.read_text(event)
+            naive.read_text(event)
         else:
             context, inputs, accepted, ids, probs = event
             A.update_rows(
@@ -86,13 +86,13 @@ def test_rows_equal_the_oracle(events: list, questions: list[Text]) -> None:
                 np.array(ids, np.int32),
                 np.array(probs, np.float32),
             )
-            oracle.recycle(context, inputs, accepted, ids, probs)
+            naive.recycle(context, inputs, accepted, ids, probs)
     for text in questions:
-        context, expected = oracle.find(text)
+        context, expected = naive.find(text)
         assert row_of(rows, text) == (len(context), expected)
 
 
-def test_a_row_written_twice_keeps_the_deepest_accepted_else_the_first() -> None:
+def test_row_written_twice_keeps_deepest_accepted_or_first() -> None:
     def write(accepted: list[bool]) -> int:
         rows = R.make_adjacency_table(VOCAB, 1, 1, 4)
         same = np.array([7, 7, 7], np.int32)
@@ -106,12 +106,12 @@ def test_a_row_written_twice_keeps_the_deepest_accepted_else_the_first() -> None
     assert write([False, False, False]) == 1
 
 
-def test_a_masked_row_writes_nothing() -> None:
+def test_masked_row_writes_nothing() -> None:
     rows = R.make_adjacency_table(VOCAB, K, ORDER, 4)
     one = np.array([3], np.int32)
-    nothing = np.full((1, K), -1, np.int32)
+    masked_ids = np.full((1, K), -1, np.int32)
     A.update_rows(
-        rows, ORDER, one, one, np.array([-1], np.int32), np.array([True]), nothing, np.ones((1, K), np.float32)
+        rows, ORDER, one, one, np.array([-1], np.int32), np.array([True]), masked_ids, np.ones((1, K), np.float32)
     )
     assert (rows.tokens == R.NONE).all()
 
@@ -124,42 +124,46 @@ def expand(
     return list(zip(out[0][:n].tolist(), out[1][:n].tolist(), out[2][:n].tolist(), strict=True))
 
 
-def naive_expand(oracle: Oracle, rate: np.ndarray, text: Text, nodes: int, depth: int) -> list[tuple[int, int, float]]:
-    """Best-first growth over all open places, each time from scratch."""
+def naive_expand(
+    naive: NaiveTable, rate: np.ndarray, text: Text, nodes: int, depth: int
+) -> list[tuple[int, int, float]]:
+    """Return the tree of best-first growth, with all candidates computed again for each node."""
     tree: list[tuple[int, int, float]] = []
 
     def path(node: int) -> Text:
         return [] if node == -1 else [*path(tree[node][1]), tree[node][0]]
 
     while len(tree) < nodes:
-        places = []
+        candidates = []
         for parent in range(-1, len(tree)):
             if len(path(parent)) >= depth:
                 continue
-            context, row = oracle.find(text + path(parent))
+            context, row = naive.find(text + path(parent))
             rank = sum(1 for _, p, _ in tree if p == parent)
             if rank < len(row):
                 base = np.float32(1.0 if parent == -1 else tree[parent][2])
                 score = base * rate[len(context), rank, row[rank][1]]
-                places.append((float(score), parent, row[rank][0]))
-        if not places:
+                candidates.append((float(score), parent, row[rank][0]))
+        if not candidates:
             break
-        score, parent, token = max(places, key=lambda p: p[0])
+        score, parent, token = max(candidates, key=lambda p: p[0])
         tree.append((token, parent, score))
     return tree
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=4), texts, st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_expansion_equals_the_oracle(read: list[Text], text: Text, nodes: int, depth: int, seed: int) -> None:
-    rows, oracle = R.make_adjacency_table(VOCAB, K, ORDER, BITS), Oracle()
+def test_tree_growth_matches_naive_implementation(
+    read: list[Text], text: Text, nodes: int, depth: int, seed: int
+) -> None:
+    rows, naive = R.make_adjacency_table(VOCAB, K, ORDER, BITS), NaiveTable()
     for t in read:
         A.prime_from_text(rows, ORDER, np.array(t, np.int32))
-        oracle.read_text(t)
-    # Random rates have no ties, so that there is one right order.
+        naive.read_text(t)
+    # Random rates have no ties, so there is only one right order.
     rate = np.random.default_rng(seed).uniform(0.05, 0.95, (ORDER + 1, K, R.NUM_CONFIDENCES)).astype(np.float32)
-    got, expected = expand(rows, rate, text, nodes, depth), naive_expand(oracle, rate, text, nodes, depth)
-    # Equal contexts may still give two places one score; then the totals agree and the order need not.
+    got, expected = expand(rows, rate, text, nodes, depth), naive_expand(naive, rate, text, nodes, depth)
+    # Equal contexts can still give two candidates the same score; then only the scores agree, not the order.
     assert len(got) == len(expected)
     assert [g[2] for g in got] == pytest.approx([e[2] for e in expected])
     for i, (token, parent, _) in enumerate(got):
@@ -167,7 +171,7 @@ def test_expansion_equals_the_oracle(read: list[Text], text: Text, nodes: int, d
         assert 0 <= token < VOCAB
 
 
-def test_calibration_learns_which_rank_is_right() -> None:
+def test_acceptance_rates_follow_observed_acceptance() -> None:
     rows, acceptance = R.make_adjacency_table(VOCAB, 2, 1, 4), R.make_acceptance_rates(1, 2)
     rows.tokens[5] = [1, 2]
     rows.confidence[5] = [0, 4]
@@ -177,7 +181,7 @@ def test_calibration_learns_which_rank_is_right() -> None:
     assert acceptance.rate[1, 1, 4] > 0.95
 
 
-def test_old_evidence_fades() -> None:
+def test_old_observations_decay() -> None:
     rows, acceptance = R.make_adjacency_table(VOCAB, 1, 1, 4), R.make_acceptance_rates(1, 1)
     rows.tokens[5], rows.confidence[5] = 1, 0
     for token, times in ((1, 5000), (2, 5000)):

@@ -1,4 +1,4 @@
-"""The history of texts: against plain search."""
+"""Tests of the token history against naive search."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -13,63 +13,65 @@ def joined(parts: list[tuple[list[int], bool]]) -> list[int]:
     return [t for part, ends in parts for t in [*part, *([-1] if ends else [])]]
 
 
-def look_up(text: list[int], tail: list[int], width: int, longest: int, shortest: int) -> tuple[int, list[list[int]]]:
-    """Plain search: the newest places first."""
+def naive_search(
+    text: list[int], tail: list[int], width: int, longest: int, shortest: int
+) -> tuple[int, list[list[int]]]:
+    """Return the longest match and its continuations by naive search, newest first."""
     best, rows = 0, []
     for length in range(max(shortest, 2), min(longest, len(tail)) + 1):
-        places = [
+        positions = [
             i for i in range(length, len(text)) if text[i - length : i] == tail[len(tail) - length :] and text[i] >= 0
         ]
-        if places:
-            best, rows = length, places[::-1]
-    found = []
-    for place in rows:
-        after = text[place : place + width]
+        if positions:
+            best, rows = length, positions[::-1]
+    continuations = []
+    for position in rows:
+        after = text[position : position + width]
         after = after[: after.index(-1)] if -1 in after else after
-        found.append([*after, *[-1] * (width - len(after))])
-    return best, found
+        continuations.append([*after, *[-1] * (width - len(after))])
+    return best, continuations
 
 
 @settings(max_examples=300, deadline=None)  # compiles
 @given(pieces, st.lists(st.integers(0, 3), max_size=20), st.integers(2, 12), st.integers(2, 4), st.integers(1, 6))
-def test_the_longest_end_and_what_followed_are_found(parts, tail, longest, shortest, width) -> None:
+def test_longest_suffix_search_matches_naive_search(parts, tail, longest, shortest, width) -> None:
     history = TokenHistory(1024)
     for part, ends in parts:
         history.append(np.array(part, np.int32), ends)
     length, rows = history.find_longest_suffix(np.array(tail, np.int32), width, 10_000, longest, shortest)
-    expected, followers = look_up(joined(parts), tail, width, longest, shortest)
-    if sum(len(p) for p, _ in parts) <= 100:  # a chain has no more positions than are looked at
+    expected, followers = naive_search(joined(parts), tail, width, longest, shortest)
+    if sum(len(p) for p, _ in parts) <= 100:  # few enough positions that the search reads all of them
         assert (length, rows.tolist()) == (expected, followers)
     assert len(history) == len(joined(parts))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(20, 400))
-def test_what_the_ring_dropped_is_not_found(seed: int, count: int) -> None:
+def test_tokens_dropped_from_ring_buffer_are_not_found(seed: int, count: int) -> None:
     text = np.random.default_rng(seed).integers(0, 3, count).astype(np.int32)
     history = TokenHistory(64)
     for begin in range(0, count, 17):
         history.append(text[begin : begin + 17])
     length, rows = history.find_longest_suffix(text[-8:], 4, 1000, 8)
-    assert (length, rows.tolist()) == look_up(text[-64:].tolist(), text[-8:].tolist(), 4, 8, 2)
+    assert (length, rows.tolist()) == naive_search(text[-64:].tolist(), text[-8:].tolist(), 4, 8, 2)
     assert len(history) == min(count, 64)
 
 
-def test_a_text_of_unknown_length_makes_room() -> None:
+def test_capacity_grows_with_the_text() -> None:
     text = np.random.default_rng(0).integers(0, 30, 500).astype(np.int32)
-    history, whole = TokenHistory(16), TokenHistory(512)
-    whole.append(text)
+    history, large = TokenHistory(16), TokenHistory(512)
+    large.append(text)
     for begin in range(0, 500, 7):
         history = history.with_capacity(len(text[begin : begin + 7]))
         history.append(text[begin : begin + 7])
     assert len(history) == 500
     for end in range(20, 500, 31):
-        found, expected = (h.find_longest_suffix(text[:end], 5, 8, 12) for h in (history, whole))
-        assert found[0] == expected[0]
-        assert found[1].tolist() == expected[1].tolist()
+        actual, expected = (h.find_longest_suffix(text[:end], 5, 8, 12) for h in (history, large))
+        assert actual[0] == expected[0]
+        assert actual[1].tolist() == expected[1].tolist()
 
 
-def test_repeated_output_is_found_from_the_prompts_end() -> None:
+def test_repeated_output_is_found_from_its_first_tokens() -> None:
     history, rng = TokenHistory(1 << 14), np.random.default_rng(0)
     outputs = [rng.integers(0, 500, 200).astype(np.int32) for _ in range(20)]
     for output in outputs:

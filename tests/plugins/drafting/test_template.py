@@ -1,4 +1,4 @@
-"""The static tree of Token Recycling: the paper's counts, and filled as a plain walk would."""
+"""Tests of the static tree of Token Recycling against the paper's counts and a naive traversal."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOpti
 ENGINE = Engine("m", vocab_size=50, max_model_len=512, max_num_seqs=4, num_speculative_tokens=80)
 
 
-def test_the_papers_counts() -> None:
+def test_static_tree_has_node_counts_of_the_paper() -> None:
     parents, ranks = static_tree()
     below = np.ones(80, int)
     for node in range(79, -1, -1):
@@ -27,24 +27,24 @@ def test_the_papers_counts() -> None:
 
 
 @pytest.mark.parametrize("nodes", [80, 30])
-def test_nodes_are_the_candidates_of_their_parents_rows(nodes: int) -> None:
+def test_nodes_are_candidates_of_their_parents_rows(nodes: int) -> None:
     drafter = TokenRecycling(TokenRecyclingOptions(order=1, shape="template", prime=False), ENGINE)
     drafter.start("a", np.array([3], np.int32))
     rows = drafter._table("").rows
     rng = np.random.default_rng(0)
-    for token in range(40):  # the others have no candidates
+    for token in range(40):  # the other tokens have no candidates
         rows.tokens[token] = rng.permutation(50)[:8]
     tree = drafter.propose([DraftRequest("a", np.array([3], np.int32), 80)], DraftBudget(nodes, 6))[0]
     parents, ranks = static_tree()
-    place: dict[int, int] = {ROOT: ROOT}
+    index: dict[int, int] = {ROOT: ROOT}
     expected: list[tuple[int, int]] = []
     for node in range(80):
-        if len(expected) == nodes or int(parents[node]) not in place:
+        if len(expected) == nodes or int(parents[node]) not in index:
             continue
-        parent = place[int(parents[node])]
+        parent = index[int(parents[node])]
         token = int(rows.tokens[3 if parent == ROOT else expected[parent][0], ranks[node]])
         if token != adjacency.NONE:
-            place[node] = len(expected)
+            index[node] = len(expected)
             expected.append((token, parent))
     assert list(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)) == expected
     assert drafter.fixed_size

@@ -1,4 +1,4 @@
-"""Trees in verification: depths, who sees whom, the walk."""
+"""Tests of draft trees in verification: node depths, the tree attention mask, and the accepted path."""
 
 import numpy as np
 from hypothesis import given
@@ -20,7 +20,7 @@ PARENTS = st.integers(0, 40).flatmap(
 
 
 def path_to(parents: np.ndarray, node: int) -> list[int]:
-    """Nodes from the root's child down to ``node``."""
+    """Return the nodes from the root's child down to ``node``."""
     path = []
     while node != ROOT:
         path.append(node)
@@ -29,44 +29,44 @@ def path_to(parents: np.ndarray, node: int) -> list[int]:
 
 
 @given(PARENTS)
-def test_a_row_sees_the_root_its_ancestors_and_itself(parents: np.ndarray) -> None:
-    seen, depth = tree_attention_mask(parents), node_depths(parents)
-    assert np.flatnonzero(seen[0]).tolist() == [0]
+def test_node_attends_to_root_ancestors_and_itself(parents: np.ndarray) -> None:
+    mask, depth = tree_attention_mask(parents), node_depths(parents)
+    assert np.flatnonzero(mask[0]).tolist() == [0]
     for node in range(len(parents)):
         path = path_to(parents, node)
-        assert np.flatnonzero(seen[node + 1]).tolist() == sorted([0, *(p + 1 for p in path)])
+        assert np.flatnonzero(mask[node + 1]).tolist() == sorted([0, *(p + 1 for p in path)])
         assert depth[node] == len(path)
 
 
 @given(PARENTS, st.data())
-def test_the_walk_is_the_longest_path_that_agrees_with_the_draws(parents: np.ndarray, data: st.DataObject) -> None:
+def test_accepted_path_is_longest_path_that_matches_samples(parents: np.ndarray, data: st.DataObject) -> None:
     tokens = [data.draw(st.integers(0, 2)) for _ in parents]
-    drawn = [data.draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
-    path, output = accept_sampled_path(tokens, parents.tolist(), drawn)
+    sampled = [data.draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
+    path, output = accept_sampled_path(tokens, parents.tolist(), sampled)
     assert [tokens[node] for node in path] == output[:-1]
-    assert output == [drawn[0], *(drawn[node + 1] for node in path)]
+    assert output == [sampled[0], *(sampled[node + 1] for node in path)]
     assert not path or path == path_to(parents, path[-1])
     last = path[-1] if path else ROOT
     assert not any(parents[i] == last and tokens[i] == output[-1] for i in range(len(parents)))
 
 
-def test_any_order_of_nodes_is_mended() -> None:
+def test_sort_by_score_reorders_nodes() -> None:
     tree = DraftTree(
         np.array([5, 6, 7], np.int32), np.array([-1, -1, 0], np.int32), np.array([0.5, 0.1, 0.45], np.float32)
     )
-    found = sort_by_score(tree)
-    assert (found.tokens.tolist(), found.parents.tolist()) == ([5, 7, 6], [-1, 0, -1])
-    assert sort_by_score(found) is found
+    result = sort_by_score(tree)
+    assert (result.tokens.tolist(), result.parents.tolist()) == ([5, 7, 6], [-1, 0, -1])
+    assert sort_by_score(result) is result
 
 
 @given(st.integers(0, 5))
-def test_a_chain_is_a_tree_with_one_leaf(n: int) -> None:
+def test_chain_is_a_tree_with_one_leaf(n: int) -> None:
     assert is_chain(np.arange(ROOT, n - 1, dtype=np.int32))
     assert not is_chain(np.array([ROOT, ROOT], np.int32))
 
 
 @given(PARENTS, st.integers(0, 50))
-def test_the_first_nodes_of_a_tree_are_one(parents: np.ndarray, nodes: int) -> None:
+def test_truncated_tree_has_the_first_nodes(parents: np.ndarray, nodes: int) -> None:
     n = len(parents)
     tree = DraftTree(np.arange(n, dtype=np.int32), parents, np.ones(n, np.float32))
     assert len(truncate_tree(tree, nodes)) == min(n, nodes)

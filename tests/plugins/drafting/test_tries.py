@@ -1,4 +1,4 @@
-"""Tries of continuations: counted, judged, scored, fused; against plain trees of paths."""
+"""Tests of the tries of continuations (counts, scores, fusion) against dictionaries of paths."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -20,10 +20,10 @@ def grown(continuations: list[list[int]], room: int = 200) -> tuple[np.ndarray, 
 
 
 def paths(tokens: np.ndarray, parents: np.ndarray) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = []
+    result: list[tuple[int, ...]] = []
     for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
-        found.append((() if parent == ROOT else found[parent]) + (token,))
-    return found
+        result.append((() if parent == ROOT else result[parent]) + (token,))
+    return result
 
 
 def scored(parents: np.ndarray, data: st.DataObject) -> np.ndarray:
@@ -35,20 +35,20 @@ def scored(parents: np.ndarray, data: st.DataObject) -> np.ndarray:
 
 @settings(deadline=None)
 @given(rows)
-def test_a_trie_counts_beginnings(continuations: list[list[int]]) -> None:
+def test_trie_counts_prefixes(continuations: list[list[int]]) -> None:
     tokens, parents, counts, depths = grown(continuations)
-    found = dict(zip(paths(tokens, parents), counts.tolist(), strict=True))
+    actual = dict(zip(paths(tokens, parents), counts.tolist(), strict=True))
     expected = {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
-    assert found == {p: sum(tuple(c[: len(p)]) == p for c in continuations) for p in expected}
+    assert actual == {p: sum(tuple(c[: len(p)]) == p for c in continuations) for p in expected}
     assert depths.tolist() == [len(p) for p in paths(tokens, parents)]
-    assert found == RASD.retrieval_trie(continuations)
-    few = grown(continuations, room=3)
-    assert len(few[0]) == min(3, len(tokens))
+    assert actual == RASD.retrieval_trie(continuations)
+    truncated = grown(continuations, room=3)
+    assert len(truncated[0]) == min(3, len(tokens))
 
 
 @settings(deadline=None)
 @given(rows, rows, st.data())
-def test_the_drafters_tree_is_asked_about_the_same_path(a, b, data: st.DataObject) -> None:
+def test_base_tree_is_matched_by_path(a, b, data: st.DataObject) -> None:
     tokens, parents, *_ = grown(a)
     base_tokens, base_parents, *_ = grown(b)
     scores = scored(base_parents, data)
@@ -72,8 +72,8 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
     for continuations in (a, b, c):
         tokens, parents, *_ = grown(continuations)
         parts.append((tokens, parents, scored(parents, data)))
-    room = sum(len(p[0]) for p in parts)
-    tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+    capacity = sum(len(p[0]) for p in parts)
+    tokens, parents, scores = np.empty(capacity, np.int32), np.empty(capacity, np.int32), np.empty(capacity, np.float32)
     n = tries.merge_tries(0, tokens, parents, scores, *parts[0])
     n = tries.merge_tries(n, tokens, parents, scores, *parts[1])
     retrieved = dict(zip(paths(tokens[:n], parents[:n]), scores[:n].tolist(), strict=True))
@@ -81,23 +81,23 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
         for path, score in zip(paths(*part[:2]), part[2].tolist(), strict=True):
             assert retrieved[path] >= score
     n = tries.fuse_trees(n, tokens, parents, scores, *parts[2])
-    found = paths(tokens[:n], parents[:n])
+    fused_paths = paths(tokens[:n], parents[:n])
     base = dict(zip(paths(*parts[2][:2]), parts[2][2].tolist(), strict=True))
     fused = RASD.fuse(retrieved, base)
-    assert set(found) == set(fused)
-    np.testing.assert_allclose(scores[:n], [fused[path] for path in found], rtol=1e-4, atol=1e-6)
-    assert len(set(found)) == len(found)
-    assert set(found) == {p for part in parts for p in paths(*part[:2])}
+    assert set(fused_paths) == set(fused)
+    np.testing.assert_allclose(scores[:n], [fused[path] for path in fused_paths], rtol=1e-4, atol=1e-6)
+    assert len(set(fused_paths)) == len(fused_paths)
+    assert set(fused_paths) == {p for part in parts for p in paths(*part[:2])}
     assert all(scores[i] <= scores[parents[i]] for i in range(n) if parents[i] != ROOT)
     assert scores[:n].max() <= 1
     tree = DraftTree(*tries.best_nodes(tokens[:n], parents[:n], scores[:n], most))  # checks that parents come first
     assert len(tree) == min(n, most)
     assert (np.diff(tree.scores) <= 0).all()
     kept = dict(zip(paths(tree.tokens, tree.parents), tree.scores.tolist(), strict=True))
-    assert kept.items() <= dict(zip(found, scores[:n].tolist(), strict=True)).items()
+    assert kept.items() <= dict(zip(fused_paths, scores[:n].tolist(), strict=True)).items()
 
 
-def test_scores_become_the_share_that_came() -> None:
+def test_scores_converge_to_acceptance_rates() -> None:
     seen, right = tries.make_acceptance_counts(2)
     tokens, parents, counts, depths = grown([[1, 2], [1, 3], [1, 2], [5, 5]])
     opinions = np.full(len(tokens), tries.UNKNOWN, np.int32)
@@ -105,11 +105,11 @@ def test_scores_become_the_share_that_came() -> None:
     rng = np.random.default_rng(0)
     for _ in range(4000):
         tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
-        came = np.array([1, 2 if rng.random() < 0.9 else 3] if rng.random() < 0.7 else [9], np.int32)
-        tries.update_acceptance_counts(1, tokens, parents, cells, came, seen, right)
+        accepted = np.array([1, 2 if rng.random() < 0.9 else 3] if rng.random() < 0.7 else [9], np.int32)
+        tries.update_acceptance_counts(1, tokens, parents, cells, accepted, seen, right)
     tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
     by_path = dict(zip(paths(tokens, parents), scores.tolist(), strict=True))
     assert abs(by_path[1,] - 0.7) < 0.05
     assert abs(by_path[1, 2] - 0.63) < 0.06
     assert by_path[5,] < 0.03
-    assert (seen[0] == 4).all(), "sources are told apart"
+    assert (seen[0] == 4).all(), "sources are counted separately"

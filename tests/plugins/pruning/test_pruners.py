@@ -1,4 +1,4 @@
-"""Visual pruners against loops that follow the cards, and what they promise of any layout."""
+"""Tests of the visual pruners against naive loops that follow the papers, and of their properties on any layout."""
 
 import math
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def config(side: int, most: int = 3) -> SimpleNamespace:
     return SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints)
 
 
-def picture(layout: ImageLayout, seed: int = 0) -> ImageFeatures:
+def make_features(layout: ImageLayout, seed: int = 0) -> ImageFeatures:
     random = torch.Generator().manual_seed(seed)
     views = 1 + layout.crops[0] * layout.crops[1]
     return ImageFeatures(
@@ -61,33 +61,35 @@ def pruners(retain: float) -> list[VisualPruner]:
 
 @settings(max_examples=1000, deadline=None)
 @given(kinds, sizes, retains, st.integers(0, 5), st.integers(0, 4))
-def test_kept_is_what_was_announced(kind, size: tuple[int, int], retain: float, seed: int, which: int) -> None:
+def test_number_of_kept_tokens_matches_the_plan(
+    kind, size: tuple[int, int], retain: float, seed: int, which: int
+) -> None:
     layout = kind(config(4, 4), *size)
-    seen = picture(layout, seed)
+    features = make_features(layout, seed)
     pruner = pruners(retain)[which]
     plan = pruner.plan(layout)
     assert plan.num_tokens == sum(plan.parts.values())
-    kept = pruner.select(layout, plan, seen)
+    kept = pruner.select(layout, plan, features)
     assert len(kept) == plan.num_tokens == len(set(kept.tolist()))
-    assert pruner.apply(layout, plan, seen).shape == (plan.num_tokens, WIDTH)
+    assert pruner.apply(layout, plan, features).shape == (plan.num_tokens, WIDTH)
     if retain == 1:
-        assert torch.equal(pruner.apply(layout, plan, seen), seen.tokens)
+        assert torch.equal(pruner.apply(layout, plan, features), features.tokens)
 
 
 @settings(max_examples=200, deadline=None)
 @given(kinds, sizes)
-def test_rectangles_tile_the_grid(kind, size: tuple[int, int]) -> None:
+def test_crop_regions_tile_the_grid(kind, size: tuple[int, int]) -> None:
     layout = kind(config(5, 4), *size)
-    seen = torch.zeros(layout.grid, dtype=torch.int)
+    covered = torch.zeros(layout.grid, dtype=torch.int)
     for top, bottom, left, right in layout.crop_regions:
-        seen[top:bottom, left:right] += 1
-    assert (seen == 1).all()
-    places = torch.cat(grids.view_token_indices(layout, torch.device("cpu"))).tolist()
-    assert len(places) == len(set(places)) == layout.num_tokens - layout.num_newlines
+        covered[top:bottom, left:right] += 1
+    assert (covered == 1).all()
+    indices = torch.cat(grids.view_token_indices(layout, torch.device("cpu"))).tolist()
+    assert len(indices) == len(set(indices)) == layout.num_tokens - layout.num_newlines
 
 
 def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, tau: float) -> set[int]:
-    """The card, in loops over tokens."""
+    """Return the kept indices of GlobalCom2, computed in loops over tokens."""
     side, (rows, columns), (top, _, left, _) = layout.side, layout.crops, layout.crop_region
     s, (height, width) = scores.double().tolist(), layout.grid
     kept = set(sorted(range(side * side), key=lambda i: -s[0][i])[: int(side * side * retain)])
@@ -112,7 +114,7 @@ def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, t
         j = max((j for j in range(len(counts)) if counts[j]), key=lambda j: counts[j] - wanted[j])
         counts[j] -= 1
 
-    def thumbnail(y: int, x: int) -> float:
+    def base_view_score(y: int, x: int) -> float:
         fy = min(max((y + 0.5) * side / height - 0.5, 0), side - 1)
         fx = min(max((x + 0.5) * side / width - 0.5, 0), side - 1)
         y0, x0 = int(fy), int(fx)
@@ -122,10 +124,10 @@ def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, t
         return above * (1 - fy + y0) + below * (fy - y0)
 
     for j, inside in enumerate(cells):
-        own = [s[1 + j][(y + top) % side * side + (x + left) % side] for y, x in inside]
-        seen = [thumbnail(y, x) for y, x in inside]
-        norms = [math.sqrt(sum(v * v for v in vs)) or 1 for vs in (own, seen)]
-        mixed = [a / norms[0] + b / norms[1] for a, b in zip(own, seen, strict=True)]
+        crop_scores = [s[1 + j][(y + top) % side * side + (x + left) % side] for y, x in inside]
+        base_scores = [base_view_score(y, x) for y, x in inside]
+        norms = [math.sqrt(sum(v * v for v in vs)) or 1 for vs in (crop_scores, base_scores)]
+        mixed = [a / norms[0] + b / norms[1] for a, b in zip(crop_scores, base_scores, strict=True)]
         for i in sorted(range(len(inside)), key=lambda i: -mixed[i])[: counts[j]]:
             y, x = inside[i]
             kept.add(side * side + y * (width + 1) + x)
@@ -134,16 +136,16 @@ def naive_globalcom2(layout: ImageLayout, scores: torch.Tensor, retain: float, t
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([1.0, 10.0]), st.integers(0, 100))
-def test_globalcom2_keeps_what_the_card_says(size, retain: float, tau: float, seed: int) -> None:
+def test_globalcom2_matches_naive_computation(size, retain: float, tau: float, seed: int) -> None:
     layout = layouts.anyres_layout(config(6), *size)
-    seen = picture(layout, seed)
-    assert seen.scores is not None
+    features = make_features(layout, seed)
+    assert features.scores is not None
     pruner = GlobalCom2(GlobalCom2Options(retain, tau))
-    kept = pruner.select(layout, pruner.plan(layout), seen)
-    assert kept.tolist() == sorted(naive_globalcom2(layout, seen.scores, retain, tau))
+    kept = pruner.select(layout, pruner.plan(layout), features)
+    assert kept.tolist() == sorted(naive_globalcom2(layout, features.scores, retain, tau))
 
 
-def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
+def test_crop_with_high_base_view_scores_keeps_more() -> None:
     layout = layouts.anyres_layout(config(6), 168, 168)
     scores = torch.zeros(5, 36)
     scores[0].view(6, 6)[3:, 3:] = 3.0
@@ -153,42 +155,42 @@ def test_a_crop_that_the_thumbnail_looks_at_keeps_more() -> None:
     assert sum(counts) == 36
 
 
-def test_thumbnail_in_order_of_scores_as_published() -> None:
+def test_base_view_tokens_in_order_of_scores() -> None:
     layout = layouts.single_view(config(4), 1, 1)
-    seen = picture(layout)
+    features = make_features(layout)
     pruner = GlobalCom2(GlobalCom2Options(0.5, base_view_order="score"))
-    assert seen.scores is not None
+    assert features.scores is not None
     assert (
-        pruner.select(layout, pruner.plan(layout), seen).tolist()
-        == seen.scores[0].argsort(descending=True)[:8].tolist()
+        pruner.select(layout, pruner.plan(layout), features).tolist()
+        == features.scores[0].argsort(descending=True)[:8].tolist()
     )
 
 
 def naive_merge(tokens: torch.Tensor, count: int) -> dict[int, list[float]]:
-    """Place -> token, of what one step leaves."""
+    """Return the tokens that remain after one merging step, by index."""
     even, odd = range(0, len(tokens), 2), range(1, len(tokens), 2)
     unit = tokens / tokens.norm(dim=-1, keepdim=True)
     best = {i: max(odd, key=lambda j: float(unit[i] @ unit[j])) for i in even}
-    going = sorted(even, key=lambda i: -float(unit[i] @ unit[best[i]]))[:count]
-    left = {i: tokens[i] for i in range(len(tokens)) if i not in going}
+    merged = sorted(even, key=lambda i: -float(unit[i] @ unit[best[i]]))[:count]
+    remaining = {i: tokens[i] for i in range(len(tokens)) if i not in merged}
     for j in odd:
-        members = [tokens[i] for i in going if best[i] == j]
-        left[j] = torch.stack([tokens[j], *members]).mean(0)
-    return {i: t.tolist() for i, t in left.items()}
+        members = [tokens[i] for i in merged if best[i] == j]
+        remaining[j] = torch.stack([tokens[j], *members]).mean(0)
+    return {i: t.tolist() for i, t in remaining.items()}
 
 
 @given(st.integers(2, 24), st.integers(1, 12), st.integers(0, 100))
 @settings(max_examples=100, deadline=None)
-def test_merging_averages_into_the_best_destination(n: int, count: int, seed: int) -> None:
+def test_merging_matches_naive_computation(n: int, count: int, seed: int) -> None:
     tokens = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     count = min(count, n // 2)
-    merged, at = merge_step(tokens.float(), count, raster=True)
-    oracle = naive_merge(tokens, count)
-    assert at.tolist() == sorted(oracle)
-    expected = torch.tensor([oracle[i] for i in sorted(oracle)])
+    merged, indices = merge_step(tokens.float(), count, raster=True)
+    naive = naive_merge(tokens, count)
+    assert indices.tolist() == sorted(naive)
+    expected = torch.tensor([naive[i] for i in sorted(naive)])
     torch.testing.assert_close(merged, expected.float(), atol=1e-5, rtol=1e-5)
-    scrambled, there = merge_step(tokens.float(), count, raster=False)
-    torch.testing.assert_close(scrambled[there.argsort()], merged)
+    scrambled, scrambled_indices = merge_step(tokens.float(), count, raster=False)
+    torch.testing.assert_close(scrambled[scrambled_indices.argsort()], merged)
 
 
 @settings(max_examples=300, deadline=None)
@@ -198,44 +200,44 @@ def test_merging_averages_into_the_best_destination(n: int, count: int, seed: in
     st.sampled_from([0.01, 0.02, 0.1, 0.25]),
     st.integers(0, 6),
 )
-def test_no_picture_is_left_without_tokens_nor_larger_than_the_largest(kind, size, retain, steps) -> None:
-    """The engine measures its memory with the largest of the resolutions that a model knows."""
+def test_images_keep_at_least_one_token_and_at_most_the_largest(kind, size, retain, steps) -> None:
+    """Test the bounds on kept tokens: the engine profiles its memory with the largest resolution of a model."""
     some = config(7, 4)
     layout = kind(some, *size)
     for pruner in (GlobalCom2(GlobalCom2Options(retain)), Diversity(DiversityOptions(retain)), AIM(AIMOptions(steps))):
         largest = max(pruner.plan(kind(some, *resolution)).num_tokens for resolution in some.image_grid_pinpoints)
         assert 0 < pruner.plan(layout).num_tokens <= largest
         long = [pruner.plan(layouts.video_layout(some, n)).num_tokens for n in (1, 10, 1000)]
-        assert long == sorted(set(long)), "frames always count"
+        assert long == sorted(set(long)), "each frame adds tokens"
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(1e-6, 1e6), st.integers(0, 50))
-def test_shares_are_numbers_at_any_temperature(temperature: float, seed: int) -> None:
+def test_crop_shares_are_finite_at_any_temperature(temperature: float, seed: int) -> None:
     layout = layouts.anyres_layout(config(6), 168, 100)
-    seen = picture(layout, seed)
-    assert seen.scores is not None
+    features = make_features(layout, seed)
+    assert features.scores is not None
     pruner = GlobalCom2(GlobalCom2Options(0.1, temperature))
-    assert all(0 <= s <= 1 for s in pruner.crop_shares(layout, seen.scores * 1e4))
+    assert all(0 <= s <= 1 for s in pruner.crop_shares(layout, features.scores * 1e4))
 
 
-def test_two_steps_keep_a_quarter() -> None:
+def test_two_merge_steps_keep_a_quarter() -> None:
     assert merged_count(576, 2) == 144
     assert merged_count(576, 3) == 72
     assert merged_count(1, 2) == 1
 
 
-def test_farthest_is_the_naive_greedy_choice() -> None:
+def test_farthest_selection_matches_naive_greedy_selection() -> None:
     tokens = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(3))
     unit = functional.normalize(tokens, dim=-1)
-    chosen = [int((unit @ unit.mean(0)).argmin())]
-    while len(chosen) < 10:
-        rest = [i for i in range(30) if i not in chosen]
-        chosen.append(min(rest, key=lambda i: max(float(unit[i] @ unit[j]) for j in chosen)))
-    assert select_farthest(tokens, 10).tolist() == sorted(chosen)
+    selected = [int((unit @ unit.mean(0)).argmin())]
+    while len(selected) < 10:
+        rest = [i for i in range(30) if i not in selected]
+        selected.append(min(rest, key=lambda i: max(float(unit[i] @ unit[j]) for j in selected)))
+    assert select_farthest(tokens, 10).tolist() == sorted(selected)
 
 
-def test_a_sketch_keeps_angles_and_never_changes() -> None:
+def test_random_projection_keeps_angles_and_is_deterministic() -> None:
     tokens = torch.randn(40, 1024, generator=torch.Generator().manual_seed(5)) + 0.5
     assert torch.equal(random_projection(tokens), random_projection(tokens))
     cosines = [
@@ -245,22 +247,22 @@ def test_a_sketch_keeps_angles_and_never_changes() -> None:
     assert torch.equal(random_projection(tokens[:, :PROJECTION_DIM]), tokens[:, :PROJECTION_DIM])
 
 
-def test_determinantal_is_the_naive_greedy_choice() -> None:
+def test_determinantal_selection_matches_naive_greedy_selection() -> None:
     unit = functional.normalize(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(4)).double(), dim=-1)
-    similar, chosen = unit @ unit.T, [int((unit @ unit.mean(0)).argmin())]
+    similar, selected = unit @ unit.T, [int((unit @ unit.mean(0)).argmin())]
     for _ in range(5):
-        rest = [i for i in range(20) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: float(torch.det(similar[[*chosen, i]][:, [*chosen, i]]))))
-    assert select_determinantal(unit, 6).tolist() == sorted(chosen)
+        rest = [i for i in range(20) if i not in selected]
+        selected.append(max(rest, key=lambda i: float(torch.det(similar[[*selected, i]][:, [*selected, i]]))))
+    assert select_determinantal(unit, 6).tolist() == sorted(selected)
 
 
-def test_tokens_that_repeat_are_no_trouble() -> None:
+def test_equal_tokens_are_selected_once_each() -> None:
     same = torch.ones(12, WIDTH)
     assert len(set(select_determinantal(same, 5).tolist())) == len(set(select_farthest(same, 5).tolist())) == 5
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.floats(0, 1), st.randoms())
-def test_shares_are_whole_and_sum_up(sizes: list[int], part: float, random) -> None:
+def test_allocated_tokens_sum_up_to_the_total(sizes: list[int], part: float, random) -> None:
     total = int(part * sum(sizes))
     wanted = [random.uniform(0, n * 1.5) for n in sizes]
     counts = allocate_tokens(sizes, wanted, total)
@@ -282,6 +284,6 @@ def test_shares_are_whole_and_sum_up(sizes: list[int], part: float, random) -> N
         (AIMOptions, {"iterations": 0}),
     ],
 )
-def test_values_out_of_range_are_refused(options, values) -> None:
+def test_refuses_options_out_of_range(options, values) -> None:
     with pytest.raises(ValueError, match="expected"):
         options(**values)

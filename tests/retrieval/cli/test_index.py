@@ -1,4 +1,4 @@
-"""`pilotfish index` through processes of its own, with the embedded encoder; refused inputs in this process."""
+"""Tests of `pilotfish index` with the embedded encoder, in subprocesses; most refused inputs run in this process."""
 
 import csv
 import gzip
@@ -29,7 +29,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_from_building_to_checking(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_build_search_update_check_and_export(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "index")
     answer = cli("index", "build", folder, str(corpus))
     assert answer.returncode == 0, answer.stderr
@@ -51,36 +51,36 @@ def test_from_building_to_checking(cli: Callable, corpus: Path, tmp_path: Path) 
     answer = cli("index", "delete", folder, "brot", "--where", "year = 2019")
     assert "2 documents deleted, 3 left" in answer.stderr
     answer = cli("index", "explain", folder, "manta plankton", "ray", "--json")
-    met = {r["query"]: r["document"] for r in json.loads(answer.stdout)}
-    assert met["plank"] == "plank"
+    matched = {r["query"]: r["document"] for r in json.loads(answer.stdout)}
+    assert matched["plank"] == "plank"
     assert cli("index", "compact", folder).returncode == 0
     assert "3 documents, all right" in cli("index", "check", folder).stdout
-    found = json.loads(cli("index", "stats", folder, "--json").stdout)
-    assert (found["documents"], found["deleted"], found["segments"]) == (3, 0, 1)
+    stats = json.loads(cli("index", "stats", folder, "--json").stdout)
+    assert (stats["documents"], stats["deleted"], stats["segments"]) == (3, 0, 1)
     answer = cli("index", "export", folder, str(tmp_path / "tokens.faiss"))
     assert answer.returncode == 0, answer.stderr
-    exported(tmp_path / "tokens.faiss")
+    check_faiss_export(tmp_path / "tokens.faiss")
 
 
-def exported(path: Path) -> None:
-    """The FAISS index finds the same document by its tokens."""
+def check_faiss_export(path: Path) -> None:
+    """Assert that the exported FAISS index finds the document `ray` by its tokens."""
     import faiss
     import numpy as np
 
     from pilotfish.retrieval.encoders import load_multi_vector_encoder
 
-    made = faiss.read_index(str(path))
-    made.nprobe = made.nlist
+    faiss_index = faiss.read_index(str(path))
+    faiss_index.nprobe = faiss_index.nlist
     names = [json.loads(line) for line in path.with_name("tokens.faiss.documents.jsonl").read_text().splitlines()]
-    assert made.ntotal == len(names)
+    assert faiss_index.ntotal == len(names)
     query = load_multi_vector_encoder().encode_queries(["manta rays"]).vectors @ np.load(
         path.with_name("tokens.faiss.projection.npy")
     )
-    _, found = made.search(np.ascontiguousarray(query / np.linalg.norm(query, axis=1, keepdims=True)), 1)
-    assert [names[i] for i in found[:, 0]].count("ray") >= len(found) // 2
+    _, neighbors = faiss_index.search(np.ascontiguousarray(query / np.linalg.norm(query, axis=1, keepdims=True)), 1)
+    assert [names[i] for i in neighbors[:, 0]].count("ray") >= len(neighbors) // 2
 
 
-def test_words_are_shown_and_edited(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_terms_are_explained_and_boosted(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "words")
     assert "4 documents added" in cli("index", "build", folder, str(corpus), "--kind", "vdr").stderr
     query = "who follows sharks?"
@@ -89,12 +89,12 @@ def test_words_are_shown_and_edited(cli: Callable, inside: Callable, corpus: Pat
     assert answer.returncode == 0, answer.stderr
     text = page.read_text()
     assert text.count("<section>") == 3
-    assert "http" not in text  # it needs nothing from anywhere
-    shown = inside("index", "explain", folder, query, "pilot").stdout
-    assert "terms of the query" in shown
-    assert "█" in shown
-    told = json.loads(inside("index", "explain", folder, query, "pilot", "--json").stdout)
-    assert set(told) == {"reasons", "query", "document"}
+    assert "http" not in text  # the page loads nothing from other hosts
+    explanation = inside("index", "explain", folder, query, "pilot").stdout
+    assert "terms of the query" in explanation
+    assert "█" in explanation
+    payload = json.loads(inside("index", "explain", folder, query, "pilot", "--json").stdout)
+    assert set(payload) == {"reasons", "query", "document"}
     hits = json.loads(inside("index", "search", folder, query, "--json").stdout)["hits"]
     edits = ("--word", "pilot=0", "--word", "shark=0", "--word", "sharks=0", "--word", "tax=50")
     edited = json.loads(inside("index", "search", folder, query, "--json", *edits).stdout)["hits"]
@@ -111,7 +111,7 @@ def test_words_are_shown_and_edited(cli: Callable, inside: Callable, corpus: Pat
     assert "<i>" not in page.read_text()
 
 
-def test_a_hybrid_is_built_and_asked(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_hybrid_index_is_built_and_searched(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "both")
     options = ("--kind", "hybrid", "--option", "members=vdr+bm25")
     assert inside("index", "build", folder, str(corpus), *options).returncode == 0
@@ -123,14 +123,14 @@ def test_a_hybrid_is_built_and_asked(inside: Callable, corpus: Path, tmp_path: P
     for arguments, message in (
         (("search", folder, "x", "--set", 'weights={"xtr": 1}'), "none of vdr, bm25"),
         (("export", folder, str(tmp_path / "x")), "only an XTR index"),
-        (("tune", folder, str(beir_of(tmp_path, corpus))), "only an XTR index"),
+        (("tune", folder, str(write_beir(tmp_path, corpus))), "only an XTR index"),
     ):
         refused = inside("index", *arguments)
         assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1), refused.stderr
         assert message in refused.stderr
 
 
-def test_an_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     import tiny
 
     tiny.encoder(tmp_path / "base")
@@ -159,7 +159,9 @@ def test_an_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus:
     assert not (tmp_path / "wrong").exists()
 
 
-def test_an_encoder_that_was_moved_is_named(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_moved_encoder_is_reported_and_can_be_replaced(
+    cli: Callable, inside: Callable, corpus: Path, tmp_path: Path
+) -> None:
     import tiny
 
     tiny.encoder(tmp_path / "old")
@@ -167,7 +169,9 @@ def test_an_encoder_that_was_moved_is_named(cli: Callable, inside: Callable, cor
     assert built.returncode == 0, built.stderr
     assert inside("index", "delete", str(tmp_path / "index"), "tax").returncode == 0
     (tmp_path / "old").rename(tmp_path / "new")
-    refused = cli("index", "compact", str(tmp_path / "index"), "--relearn")  # this process may remember it
+    refused = cli(
+        "index", "compact", str(tmp_path / "index"), "--relearn"
+    )  # in a subprocess, because this process may cache the encoder
     assert (refused.returncode, "old" in refused.stderr) == (2, True)
     compacted = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "new"))
     assert compacted.returncode == 0, compacted.stderr
@@ -177,7 +181,7 @@ def test_an_encoder_that_was_moved_is_named(cli: Callable, inside: Callable, cor
     assert (refused.returncode, "another encoder" in refused.stderr) == (2, True)
 
 
-def test_queries_are_read_line_by_line(inside: Callable, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+def test_queries_are_read_from_stdin_line_by_line(inside: Callable, corpus: Path, tmp_path: Path, monkeypatch) -> None:
     import io
 
     folder = str(tmp_path / "index")
@@ -187,8 +191,8 @@ def test_queries_are_read_line_by_line(inside: Callable, corpus: Path, tmp_path:
     assert [json.loads(line)["query"] for line in answer.stdout.splitlines()] == ["tax", "bread"]
 
 
-def beir_of(tmp_path: Path, corpus: Path) -> Path:
-    """The documents with two judged queries."""
+def write_beir(tmp_path: Path, corpus: Path) -> Path:
+    """Write the documents with two queries and their qrels in BEIR's format, and return the folder."""
     beir = tmp_path / "beir"
     (beir / "qrels").mkdir(parents=True)
     (beir / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
@@ -198,13 +202,13 @@ def beir_of(tmp_path: Path, corpus: Path) -> Path:
     return beir
 
 
-def test_measuring_and_tuning(inside: Callable, corpus: Path, tmp_path: Path) -> None:
-    beir = beir_of(tmp_path, corpus)
+def test_eval_tune_and_bench(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    beir = write_beir(tmp_path, corpus)
     folder = str(tmp_path / "index")
     assert inside("index", "build", folder, str(beir / "corpus.jsonl.gz")).returncode == 0
-    found = json.loads(inside("index", "eval", folder, str(beir), "--json").stdout)
-    assert found["ndcg@10"] == 1
-    assert found["queries"] == 2
+    metrics = json.loads(inside("index", "eval", folder, str(beir), "--json").stdout)
+    assert metrics["ndcg@10"] == 1
+    assert metrics["queries"] == 2
     answer = inside("index", "tune", folder, str(beir))
     assert "nprobe=4" in answer.stderr
     assert json.loads(inside("index", "stats", folder, "--json").stdout)["settings"]["nprobe"] == 4
@@ -216,7 +220,7 @@ def test_measuring_and_tuning(inside: Callable, corpus: Path, tmp_path: Path) ->
     assert {r["arm"] for r in records if r["metric"] == "ndcg@10" and r["value"] == 1} == {"dense", "maxsim", "xtr"}
 
 
-def test_an_interrupted_build_goes_on(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_interrupted_build_resumes(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder, bad = str(tmp_path / "index"), tmp_path / "bad.jsonl"
     half = corpus.read_text().splitlines()[:2]
     (tmp_path / "half.jsonl").write_text("\n".join(half))
@@ -228,7 +232,7 @@ def test_an_interrupted_build_goes_on(inside: Callable, corpus: Path, tmp_path: 
     assert "2 documents added, 4 in all" in answer.stderr
 
 
-def test_texts_are_cut_into_pieces(inside: Callable, tmp_path: Path) -> None:
+def test_files_are_split_into_chunks(inside: Callable, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     (notes / "deep").mkdir(parents=True)
     (notes / ".git").mkdir()
@@ -240,18 +244,18 @@ def test_texts_are_cut_into_pieces(inside: Callable, tmp_path: Path) -> None:
     folder = str(tmp_path / "index")
     answer = inside("index", "build", folder, str(notes), "--chunk-tokens", "100", "--overlap", "20")
     assert answer.returncode == 0, answer.stderr
-    found = json.loads(inside("index", "search", folder, "manta rays", "--json", "-k", "1").stdout)["hits"][0]
-    assert found["id"] == "deep/page.html#0"
-    assert found["snippet"] == "Manta rays & fish"
-    found = json.loads(inside("index", "search", folder, "whales eat plankton", "--json", "-k", "1").stdout)["hits"][0]
-    assert (found["id"], found["metadata"]["page"]) == ("paper.pdf#0", 1)
+    hit = json.loads(inside("index", "search", folder, "manta rays", "--json", "-k", "1").stdout)["hits"][0]
+    assert hit["id"] == "deep/page.html#0"
+    assert hit["snippet"] == "Manta rays & fish"
+    hit = json.loads(inside("index", "search", folder, "whales eat plankton", "--json", "-k", "1").stdout)["hits"][0]
+    assert (hit["id"], hit["metadata"]["page"]) == ("paper.pdf#0", 1)
     hits = json.loads(inside("index", "search", folder, "sentence number 150", "--json", "-k", "20").stdout)["hits"]
     assert sum(h["id"].startswith("long.txt#") for h in hits) > 5
     assert not any("hidden" in h["snippet"] or "var x" in h["snippet"] for h in hits)
 
 
 def pdf(text: str) -> bytes:
-    """The smallest PDF that says something."""
+    """Return a minimal PDF that contains a text."""
     stream = f"BT /F1 12 Tf 50 700 Td ({text}) Tj ET"
     parts = [
         "<</Type/Catalog/Pages 2 0 R>>",
@@ -260,16 +264,16 @@ def pdf(text: str) -> bytes:
         f"<</Length {len(stream)}>>stream\n{stream}\nendstream",
         "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
     ]
-    body, places = "%PDF-1.4\n", []
+    body, offsets = "%PDF-1.4\n", []
     for i, part in enumerate(parts, 1):
-        places.append(len(body))
+        offsets.append(len(body))
         body += f"{i} 0 obj{part}endobj\n"
-    table = "".join(f"{p:010} 00000 n \n" for p in places)
+    table = "".join(f"{p:010} 00000 n \n" for p in offsets)
     end = f"trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(body)}\n%%EOF"
     return f"{body}xref\n0 6\n0000000000 65535 f \n{table}{end}".encode()
 
 
-def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_refuses_wrong_input_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "index")
     assert inside("index", "build", folder, str(corpus)).returncode == 0
     (tmp_path / "empty").mkdir()
@@ -316,8 +320,10 @@ def test_what_is_wrong_is_said_in_one_line(inside: Callable, corpus: Path, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_an_index_beside_its_documents(inside: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes are no documents; broken links are reported before anything is made."""
+def test_index_in_the_same_folder_as_its_documents(
+    inside: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test that indexes are not read as documents, and that broken links are reported before a folder is created."""
     (tmp_path / "notes.txt").write_text("Sharks and pilot fish.")
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
@@ -328,7 +334,7 @@ def test_an_index_beside_its_documents(inside: Callable, tmp_path: Path, monkeyp
     assert not (tmp_path / "third").exists()
 
 
-def test_settings_among_documents_are_left_out(inside: Callable, tmp_path: Path) -> None:
+def test_settings_files_among_documents_are_skipped(inside: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "notes"
     folder.mkdir()
     (folder / "a.txt").write_text("Pilot fish.")
@@ -336,10 +342,12 @@ def test_settings_among_documents_are_left_out(inside: Callable, tmp_path: Path)
     assert inside("index", "build", str(tmp_path / "i"), str(folder), "--kind", "bm25").returncode == 0
     assert list(Index.open(tmp_path / "i").ids()) == ["a.txt#0"]
     named = inside("index", "add", str(tmp_path / "i"), str(folder / "settings.json"))
-    assert (named.returncode, "expected a list" in named.stderr) == (2, True), "but not where it is named"
+    assert (named.returncode, "expected a list" in named.stderr) == (2, True), (
+        "a file that is named explicitly is not skipped"
+    )
 
 
-def test_tables_of_other_programs(tmp_path: Path) -> None:
+def test_tables_written_by_pandas_and_pyarrow(tmp_path: Path) -> None:
     import datetime
     import decimal
 
@@ -364,10 +372,10 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
     assert second.metadata == {"price": 2, "ratio": 0.5}
 
 
-def test_shards_have_a_folder_of_their_own(inside: Callable, corpus: Path, tmp_path: Path) -> None:
-    whole, shards = str(tmp_path / "whole"), str(tmp_path / "shards")
-    assert inside("index", "build", whole, str(corpus)).returncode == 0
-    answer = inside("index", "build", whole, str(corpus), "--shards", "2")
+def test_shards_need_a_new_folder(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+    single, shards = str(tmp_path / "whole"), str(tmp_path / "shards")
+    assert inside("index", "build", single, str(corpus)).returncode == 0
+    answer = inside("index", "build", single, str(corpus), "--shards", "2")
     assert (answer.returncode, "build shards into a new folder" in answer.stderr) == (2, True)
     assert inside("index", "build", shards, str(corpus), "--shards", "2").returncode == 0
     assert "4 documents, all right" in inside("index", "check", shards).stdout
@@ -376,7 +384,7 @@ def test_shards_have_a_folder_of_their_own(inside: Callable, corpus: Path, tmp_p
     assert (answer.returncode, "is in shards" in answer.stderr) == (2, True)
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_refuses_port_in_use_in_one_line(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "index")
     assert inside("index", "build", folder, str(corpus), "--kind", "bm25").returncode == 0
     with socket.create_server(("127.0.0.1", 0)) as taken:

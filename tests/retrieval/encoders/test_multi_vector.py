@@ -1,4 +1,4 @@
-"""Multi-vector encoders: the embedded one against transformers, and checkpoints of each form, written here."""
+"""Tests of the multi-vector encoders: the embedded one against Transformers, and checkpoints of each format."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ TEXTS = [
 ]
 
 
-def test_vectors_are_those_of_transformers() -> None:
+def test_vectors_match_transformers() -> None:
     encoder = load_multi_vector_encoder()
     tokens = encoder.encode_documents(TEXTS)
     tokenizer, model = (
@@ -39,11 +39,11 @@ def test_vectors_are_those_of_transformers() -> None:
         assert len(encoder.words(text, query=False)) == len(expected)
 
 
-def test_batches_hold_all_texts_of_like_lengths() -> None:
+def test_batches_group_texts_of_similar_lengths() -> None:
     lengths = [3, 500, 7, 400, 4, 9000]
-    found = token_batches(lengths)
-    assert sorted(i for b in found for i in b) == list(range(6))
-    assert [lengths[b[0]] for b in found] == sorted((lengths[b[0]] for b in found), reverse=True)
+    batches = token_batches(lengths)
+    assert sorted(i for b in batches for i in b) == list(range(6))
+    assert [lengths[b[0]] for b in batches] == sorted((lengths[b[0]] for b in batches), reverse=True)
 
 
 def test_chunks_cover_the_text() -> None:
@@ -60,13 +60,13 @@ def test_chunks_cover_the_text() -> None:
         encoder.chunks(text, 5, 5)
 
 
-def test_int8_is_near_float32() -> None:
-    quick = load_multi_vector_encoder(precision="int8")
-    whole, rough = load_multi_vector_encoder().encode_queries(TEXTS[:1]), quick.encode_queries(TEXTS[:1])
-    assert (whole.vectors * rough.vectors).sum(1).min() > 0.9
+def test_int8_vectors_are_close_to_float32() -> None:
+    int8_encoder = load_multi_vector_encoder(precision="int8")
+    float32, int8 = load_multi_vector_encoder().encode_queries(TEXTS[:1]), int8_encoder.encode_queries(TEXTS[:1])
+    assert (float32.vectors * int8.vectors).sum(1).min() > 0.9
 
 
-def test_precisions_are_checked_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_unknown_precision_before_loading_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
@@ -77,7 +77,7 @@ def test_precisions_are_checked_before_a_model_is_loaded(monkeypatch: pytest.Mon
 
 @pytest.fixture
 def colbert(tmp_path: Path) -> Path:
-    """MiniLM with a projection, saved as PyLate saves."""
+    """Return a folder with MiniLM and a projection in PyLate's format."""
     folder = tmp_path / "colbert"
     shutil.copytree(find_packaged_minilm(), folder)
     (folder / "1_Dense").mkdir()
@@ -93,7 +93,7 @@ def colbert(tmp_path: Path) -> Path:
         {"path": "1_Dense", "type": "pylate.models.Dense.Dense"},
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
-    told = {
+    config = {
         "query_prefix": "query: ",
         "document_prefix": "doc: ",
         "query_length": 16,
@@ -101,31 +101,31 @@ def colbert(tmp_path: Path) -> Path:
         "do_query_expansion": True,
         "skiplist_words": [".", ","],
     }
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(told))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     return folder
 
 
-def test_a_colbert_checkpoint(colbert: Path) -> None:
+def test_pylate_colbert_checkpoint(colbert: Path) -> None:
     encoder = load_multi_vector_encoder(str(colbert))
     assert encoder.dimension == 32
     query = encoder.encode_queries(["fish"])
-    assert query.counts.tolist() == [16]  # filled up with masks
+    assert query.counts.tolist() == [16]  # padded with mask tokens
     assert encoder.words("fish", query=True)[:3] == ["[CLS]", "query", ":"]
     document = encoder.encode_documents(["One, two. " * 30])
-    assert document.counts[0] < 20  # cut, and without punctuation
+    assert document.counts[0] < 20  # truncated, and without punctuation
     tokenizer, model = AutoTokenizer.from_pretrained(colbert), AutoModel.from_pretrained(colbert).eval()
     ids = tokenizer("query: fish")["input_ids"]
-    filled = torch.tensor([ids + [tokenizer.mask_token_id] * (16 - len(ids))])
-    seen = torch.tensor([[1] * len(ids) + [0] * (16 - len(ids))])
+    padded = torch.tensor([ids + [tokenizer.mask_token_id] * (16 - len(ids))])
+    mask = torch.tensor([[1] * len(ids) + [0] * (16 - len(ids))])
     weight = torch.from_numpy(checkpoints.read_checkpoint(colbert).layers[0].weight)
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(
-            model(filled, attention_mask=seen).last_hidden_state[0] @ weight.T, dim=-1
+            model(padded, attention_mask=mask).last_hidden_state[0] @ weight.T, dim=-1
         )
     np.testing.assert_allclose(query.vectors, expected.numpy(), atol=2e-3)
 
 
-def test_an_xtr_checkpoint(tmp_path: Path) -> None:
+def test_xtr_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "xtr"
     config = T5Config(vocab_size=30522, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_an_xtr_checkpoint(tmp_path: Path) -> None:
     assert encoder.encode_queries(["SHARK"]).vectors.tolist() == encoder.encode_queries(["shark"]).vectors.tolist()
 
 
-def test_a_stanford_checkpoint(tmp_path: Path) -> None:
+def test_stanford_colbert_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "stanford"
@@ -155,7 +155,7 @@ def test_a_stanford_checkpoint(tmp_path: Path) -> None:
     assert "." not in encoder.words("fish.", query=False)
 
 
-def test_folders_without_a_model_are_refused(tmp_path: Path, colbert: Path) -> None:
+def test_refuses_folders_without_a_model(tmp_path: Path, colbert: Path) -> None:
     with pytest.raises(RetrievalError, match=r"no config\.json"):
         load_multi_vector_encoder(str(tmp_path))
     (colbert / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": "torch.nn.Tanh"}))
@@ -169,7 +169,7 @@ def test_folders_without_a_model_are_refused(tmp_path: Path, colbert: Path) -> N
         MultiVectorEncoder(checkpoints.read_checkpoint(tmp_path), "x")
 
 
-def test_a_fingerprint_is_of_the_files(colbert: Path) -> None:
+def test_fingerprint_changes_with_the_files(colbert: Path) -> None:
     before = checkpoints.read_checkpoint(colbert).fingerprint()
     assert before == checkpoints.read_checkpoint(colbert).fingerprint()
     path = colbert / "config_sentence_transformers.json"

@@ -1,4 +1,4 @@
-"""The kernels of token search against a plain computation: every codec, imputation, filter and number of segments."""
+"""Tests of the token search kernels against a naive computation, with all codecs, imputations and filters."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 class Collection:
-    """Coded tokens of random documents in some segments."""
+    """Encoded tokens of random documents in several segments."""
 
     def __init__(self, seed: int, codec: str, lists: int, segments: int, dimension: int = 64) -> None:
         rng = np.random.default_rng(seed)
@@ -44,13 +44,13 @@ class Collection:
         parts, self.rows = [], []  # (list, document, vector)
         for _ in range(segments):
             n = int(rng.integers(0, 120))
-            where = np.sort(rng.integers(0, lists, n))
+            assigned = np.sort(rng.integers(0, lists, n))
             documents = rng.integers(0, self.documents, n).astype(np.int32)
             codes = coder.encode(arrays, (rng.normal(size=(n, dimension)) * 0.2).astype(np.float32))
-            starts = np.concatenate([[0], np.cumsum(np.bincount(where, minlength=lists))]).astype(np.int64)
+            starts = np.concatenate([[0], np.cumsum(np.bincount(assigned, minlength=lists))]).astype(np.int64)
             parts.append(InvertedLists(starts, documents, codes))
-            vectors = self.centroids[where] + coder.decode(arrays, codes)
-            self.rows += list(zip(where.tolist(), documents.tolist(), vectors, strict=True))
+            vectors = self.centroids[assigned] + coder.decode(arrays, codes)
+            self.rows += list(zip(assigned.tolist(), documents.tolist(), vectors, strict=True))
         self.search = TokenSearch(dimension, lists, coded, parts, self.documents)
         self.query = unit(rng, int(rng.integers(1, 6)), dimension)
         self.near = self.centroids @ self.query.T
@@ -58,32 +58,34 @@ class Collection:
         self.bits = np.packbits(self.allowed, bitorder="little")
 
 
-def plainly(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | None) -> dict[int, float]:
-    """Scores of all documents that count, as the module's first lines say it."""
+def naive_scores(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | None) -> dict[int, float]:
+    """Return the scores of all candidate documents, as defined in the docstring of `token_search`."""
     sums: dict[int, float] = {}
     total = 0.0
     for q, near in zip(c.query, c.near.T, strict=True):
         order = sorted(range(len(near)), key=lambda i: (-near[i], -i))
-        found = [(d, float(q @ v)) for i, d, v in c.rows if i in set(order[: s.nprobe])]
-        passing = [(d, x) for d, x in found if allowed is None or allowed[d]]
+        hits = [(d, float(q @ v)) for i, d, v in c.rows if i in set(order[: s.nprobe])]
+        passing = [(d, x) for d, x in hits if allowed is None or allowed[d]]
         missing = 0.0
         if s.impute == Impute.WARP:
-            looked = order[: min(max(s.bound, s.nprobe), len(order))]
-            missing, passed = float(near[looked[-1]]), 0
-            for i in looked:
-                passed += sum(1 for j, _, _ in c.rows if j == i)
-                if passed >= s.t_prime:
+            bounded_lists = order[: min(max(s.bound, s.nprobe), len(order))]
+            missing, num_tokens = float(near[bounded_lists[-1]]), 0
+            for i in bounded_lists:
+                num_tokens += sum(1 for j, _, _ in c.rows if j == i)
+                if num_tokens >= s.t_prime:
                     missing = float(near[i])
                     break
         elif s.impute == Impute.KPRIME and passing:
             best = sorted((x for _, x in passing), reverse=True)
             missing = best[min(s.kth, len(best)) - 1]
         total += missing
-        tops: dict[int, float] = {}
+        best_scores: dict[int, float] = {}
         for d, x in passing:
-            tops[d] = max(tops.get(d, -math.inf), x)
-        for d, x in tops.items():
-            if s.impute == Impute.NOTHING or s.keep or x >= missing - 0.05:  # near the edge both are right
+            best_scores[d] = max(best_scores.get(d, -math.inf), x)
+        for d, x in best_scores.items():
+            if (
+                s.impute == Impute.NOTHING or s.keep or x >= missing - 0.05
+            ):  # close to the threshold both results are right
                 sums[d] = sums.get(d, 0.0) + (max(x, missing) if s.impute != Impute.NOTHING else x) - missing
     return {d: (x + total) / len(c.query) for d, x in sums.items()}
 
@@ -92,7 +94,7 @@ def plainly(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | None) -
 @given(
     seed=st.integers(0, 1 << 30),
     codec=st.sampled_from(sorted(CODECS)),
-    lists=st.one_of(st.integers(1, 20), st.integers(1000, 2000)),  # of many, a sample is sorted
+    lists=st.one_of(st.integers(1, 20), st.integers(1000, 2000)),  # many lists are sampled
     segments=st.integers(0, 3),
     nprobe=st.integers(1, 25),
     impute=st.sampled_from(list(Impute)),
@@ -102,7 +104,7 @@ def plainly(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | None) -
     filtered=st.booleans(),
     compiled=st.booleans(),
 )
-def test_scores_are_those_of_a_plain_computation(
+def test_scores_match_naive_computation(
     monkeypatch, seed, codec, lists, segments, nprobe, impute, t_prime, kth, keep, filtered, compiled
 ) -> None:
     c = Collection(seed, codec, lists, segments)
@@ -113,8 +115,8 @@ def test_scores_are_those_of_a_plain_computation(
     documents, scores, _ = c.search.search(c.query, c.near, 1000, s, allow)
     top, few, _ = c.search.search(c.query, c.near, 3, s, allow)
     monkeypatch.undo()
-    expected = plainly(c, s, c.allowed if filtered else None)
-    tolerance = 0.02  # queries are read in 8 bits
+    expected = naive_scores(c, s, c.allowed if filtered else None)
+    tolerance = 0.02  # queries are quantized to 8 bits
     assert len(set(documents.tolist())) == len(documents)
     assert (np.diff(scores) <= 1e-6).all()
     for d, x in zip(documents.tolist(), scores.tolist(), strict=True):
@@ -129,26 +131,26 @@ def test_scores_are_those_of_a_plain_computation(
 
 @QUIET
 @given(seed=st.integers(0, 1 << 30), segments=st.integers(1, 3), kprime=st.integers(1, 60))
-def test_search_of_all_lists_is_xtr_s_score(seed: int, segments: int, kprime: int) -> None:
-    """`XTR.score_documents` against the kernel, when all inverted lists are read."""
+def test_search_of_all_lists_matches_xtr_scores(seed: int, segments: int, kprime: int) -> None:
+    """Test the kernel against `XTR.score_documents`, with all inverted lists read."""
     c = Collection(seed, sorted(CODECS)[0], 8, segments)
     if not c.rows:
         return
     owners = np.array([d for _, d, _ in c.rows])
     expected = XTR.score_documents(c.query, np.stack([v for *_, v in c.rows]), owners, kprime)
     documents, scores, _ = c.search.search(c.query, c.near, 1000, TokenSearchSettings(8, Impute.KPRIME, kth=kprime))
-    found = dict(zip(documents.tolist(), scores.tolist(), strict=True))
-    for document in set(found) & set(expected):
-        assert found[document] == pytest.approx(expected[document], abs=0.02)  # queries are read in 8 bits
-    # Documents that only one of both has are those at the imputed similarity: their scores are the lowest.
+    actual = dict(zip(documents.tolist(), scores.tolist(), strict=True))
+    for document in set(actual) & set(expected):
+        assert actual[document] == pytest.approx(expected[document], abs=0.02)  # queries are quantized to 8 bits
+    # Documents in only one of the results are at the imputed similarity, so their scores are the lowest.
     lowest = min(expected.values())
-    assert all(expected[d] <= lowest + 0.05 for d in set(expected) - set(found))
-    assert all(found[d] <= lowest + 0.05 for d in set(found) - set(expected))
+    assert all(expected[d] <= lowest + 0.05 for d in set(expected) - set(actual))
+    assert all(actual[d] <= lowest + 0.05 for d in set(actual) - set(expected))
 
 
 @QUIET
 @given(seed=st.integers(0, 1 << 30), codec=st.sampled_from(sorted(CODECS)), dimension=st.sampled_from([64, 128, 192]))
-def test_vector_instructions_change_nothing(seed: int, codec: str, dimension: int) -> None:
+def test_vector_instructions_give_the_same_results(seed: int, codec: str, dimension: int) -> None:
     c = Collection(seed, codec, 12, 2, dimension)
     answers = [
         c.search.search(c.query, c.near, 50, TokenSearchSettings(6, Impute.NOTHING, plain=p)) for p in (False, True)
@@ -161,7 +163,7 @@ def test_vector_instructions_change_nothing(seed: int, codec: str, dimension: in
 
 @QUIET
 @given(seed=st.integers(0, 1 << 30), impute=st.sampled_from(list(Impute)), compiled=st.booleans())
-def test_a_trace_adds_up(monkeypatch, seed: int, impute: Impute, compiled: bool) -> None:
+def test_trace_sums_to_the_score(monkeypatch, seed: int, impute: Impute, compiled: bool) -> None:
     c = Collection(seed, "sq8", 10, 2)
     if not compiled:
         monkeypatch.setattr(token_search, "_compiled", lambda: None)
@@ -176,7 +178,7 @@ def test_a_trace_adds_up(monkeypatch, seed: int, impute: Impute, compiled: bool)
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_codes_are_near_what_they_stand_for(codec: str) -> None:
+def test_codec_reconstruction_error_is_bounded(codec: str) -> None:
     rng = np.random.default_rng(0)
     residuals = (rng.normal(size=(2000, 128)) * 0.1).astype(np.float32)
     coder = CODECS[codec]
@@ -188,17 +190,17 @@ def test_codes_are_near_what_they_stand_for(codec: str) -> None:
     spread = (residuals @ query.T).std()
     bound = {"float16": 0.001, "sq8": 0.02, "sq4": 0.2, "pq": 0.7, "rabitq": 0.9}[codec]
     assert error.std() < bound * spread
-    assert abs(error.mean()) < 0.05 * spread  # no codec leans to one side
+    assert abs(error.mean()) < 0.05 * spread  # no codec is biased
 
 
-def test_arrays_that_do_not_fit_are_refused() -> None:
+def test_refuses_inconsistent_arrays() -> None:
     c = Collection(0, "sq4", 4, 1)
     part = c.search.segments[0]
 
-    def made(**changes: Any) -> None:
+    def make_search(**changes: Any) -> None:
         TokenSearch(64, 4, c.search.coded, [InvertedLists(**{**vars(part), **changes})], c.documents)
 
-    made()
+    make_search()
     for changes in (
         {"starts": part.starts[:-1]},
         {"starts": part.starts[::-1].copy()},
@@ -207,4 +209,4 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         {"documents": part.documents - c.documents},
     ):
         with pytest.raises(ValueError, match=r"starts|codes of|lists that|numbers of"):
-            made(**changes)
+            make_search(**changes)

@@ -1,4 +1,4 @@
-"""An index whose writer was killed, whose files are damaged, whose disk is full: its last commit, or a clear error."""
+"""Tests of indexes after killed writers, damaged files and full disks: the last commit opens, or the error is clear."""
 
 import contextlib
 import errno
@@ -21,15 +21,15 @@ from pilotfish._internal import atomic_write
 from pilotfish.retrieval import Index
 from pilotfish.retrieval.errors import DamagedIndex, LockedIndex, NewerFormat, RetrievalError
 
-EVERYWHERE: dict[str, Any] = {  # all lists are read: what is there is found
+EVERYWHERE: dict[str, Any] = {  # read all inverted lists
     "xtr": {"nprobe": 1 << 20},
     "hybrid": {"settings": {"xtr": {"nprobe": 1 << 20}}},
 }
 CHILD = Path(__file__).parents[2] / "support" / "crash_child.py"
 
 
-def kill_and_look(folder: Path, kills: int, seed: int) -> int:
-    """Kill a writer ``kills`` times at random moments while readers read; returns how many changes were committed."""
+def kill_writers_and_check(folder: Path, kills: int, seed: int) -> int:
+    """Kill a writer ``kills`` times at random moments during reads, and return the number of committed changes."""
     rng = random.Random(seed)
     committed: set[str] = set(Index.open(folder).ids())
     changes = number = 0
@@ -48,37 +48,37 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
     readers = [threading.Thread(target=read, daemon=True) for _ in range(2)]
     for thread in readers:
         thread.start()
-    nursery = subprocess.Popen([sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    forker = subprocess.Popen([sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         for _ in range(kills):
-            lines = killed(
-                nursery, f"{folder} {rng.randrange(1 << 30)} {number}", rng.randrange(8), rng.uniform(0.0, 0.1)
+            lines = run_writer_until_killed(
+                forker, f"{folder} {rng.randrange(1 << 30)} {number}", rng.randrange(8), rng.uniform(0.0, 0.1)
             )
             pending: tuple[str, list[str]] | None = None
             for line in lines:
-                what, *names = line.split()
+                operation, *names = line.split()
                 number = max([number, *(int(n[1:]) + 1 for n in names if n != "start")])
-                if what == "done" and pending is not None:
+                if operation == "done" and pending is not None:
                     committed = committed | set(pending[1]) if pending[0] == "add" else committed - set(pending[1])
                     pending = None
                     changes += 1
-                elif what != "done":
-                    pending = None if what == "compact" else (what, names)
+                elif operation != "done":
+                    pending = None if operation == "compact" else (operation, names)
             opened = Index.open(folder)
-            found = set(opened.ids())
-            # What was under way is in wholly, or not at all.
+            present = set(opened.ids())
+            # The change in progress is either complete or absent.
             allowed = [committed]
             if pending is not None:
                 allowed.append(committed | set(pending[1]) if pending[0] == "add" else committed - set(pending[1]))
-            assert found in allowed, (pending, found ^ committed)
-            committed = found
+            assert present in allowed, (pending, present ^ committed)
+            committed = present
             opened.check()
-            for name in rng.sample(sorted(found), min(3, len(found))):
+            for name in rng.sample(sorted(present), min(3, len(present))):
                 assert name in {h.id for h in opened.search(f"word{name}", 3, **EVERYWHERE.get(opened.kind.name, {}))}
             opened.close()
     finally:
-        nursery.kill()
-        nursery.communicate()
+        forker.kill()
+        forker.communicate()
         ended.set()
         for thread in readers:
             thread.join()
@@ -86,36 +86,36 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> int:
     return changes
 
 
-def killed(nursery: subprocess.Popen[str], what: str, changes: int, after: float) -> list[str]:
-    """What a writer says until it is killed: ``after`` seconds behind so many changes; slow machines get there too."""
-    assert nursery.stdin is not None and nursery.stdout is not None
-    nursery.stdin.write(what + "\n")
-    nursery.stdin.flush()
-    _, writer = nursery.stdout.readline().split()
+def run_writer_until_killed(forker: subprocess.Popen[str], what: str, changes: int, after: float) -> list[str]:
+    """Start a writer, kill it ``after`` seconds after its first ``changes`` changes, and return its output lines."""
+    assert forker.stdin is not None and forker.stdout is not None
+    forker.stdin.write(what + "\n")
+    forker.stdin.flush()
+    _, writer = forker.stdout.readline().split()
     lines: list[str] = []
     while sum(line == "done\n" for line in lines) < changes:
-        lines.append(nursery.stdout.readline())
+        lines.append(forker.stdout.readline())
     time.sleep(after)
     os.kill(int(writer), signal.SIGKILL)
-    while (line := nursery.stdout.readline()) != "killed\n":
+    while (line := forker.stdout.readline()) != "killed\n":
         assert line, "the process that forks writers has ended"
         lines.append(line)
     return lines
 
 
 @pytest.mark.parametrize("kind", ["xtr", "vdr", "hybrid"])
-def test_a_killed_writer_loses_nothing_that_was_committed(create, tmp_path: Path, kind: str) -> None:
+def test_killed_writer_loses_no_committed_change(create, tmp_path: Path, kind: str) -> None:
     create(kind=kind).add([{"id": "start", "text": "wordstart in text"}])
-    assert kill_and_look(tmp_path / "index", 4, 0) > 1
+    assert kill_writers_and_check(tmp_path / "index", 4, 0) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["xtr", "vdr", "hybrid"])
-def test_two_hundred_kills(create, tmp_path: Path, kind: str) -> None:
+def test_two_hundred_killed_writers_lose_no_committed_change(create, tmp_path: Path, kind: str) -> None:
     create(kind=kind).add([{"id": "start", "text": "wordstart in text"}])
-    assert kill_and_look(tmp_path / "index", 200, 1) > 50
+    assert kill_writers_and_check(tmp_path / "index", 200, 1) > 50
 
 
 def filled(create: Any, kind: str = "xtr") -> Index:
@@ -159,18 +159,18 @@ def test_damaged_files_are_named(create, tmp_path: Path, kind: str, pattern: str
     else:
         at = len(content) - max(len(content) // 4, 1)
         if pattern == "documents.db":
-            at = content.index(b"word50 in text")  # elsewhere it may hold nothing
+            at = content.index(b"word50 in text")  # other bytes may be unused
         path.write_bytes(content[:at] + bytes(255 - b for b in content[at : at + 8]) + content[at + 8 :])
     with pytest.raises(RetrievalError) as caught:
         opened = Index.open(tmp_path / "index")
-        opened.search("word3 in text")  # whatever is there: an answer or an error, no crash
+        opened.search("word3 in text")  # gives an answer or an error, and does not crash
         opened.check()
     assert "\n" not in str(caught.value)
-    named = "there is no index" if pattern == "CURRENT" and damage == "gone" else path.name
-    assert named in str(caught.value) or (pattern == "CURRENT" and "CURRENT" in str(caught.value))
+    expected = "there is no index" if pattern == "CURRENT" and damage == "gone" else path.name
+    assert expected in str(caught.value) or (pattern == "CURRENT" and "CURRENT" in str(caught.value))
 
 
-def test_a_later_format_is_refused(create, tmp_path: Path) -> None:
+def test_refuses_newer_format(create, tmp_path: Path) -> None:
     filled(create)
     path = next((tmp_path / "index").glob("manifest-*.json"))
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
@@ -179,7 +179,7 @@ def test_a_later_format_is_refused(create, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", range(1, 12))
-def test_a_full_disk_leaves_the_last_commit(
+def test_full_disk_keeps_the_last_commit(
     create, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     index = filled(create)
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_the_last_commit(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
-def test_a_folder_that_may_not_be_written_can_be_read(create, tmp_path: Path) -> None:
+def test_read_only_folder_can_be_searched(create, tmp_path: Path) -> None:
     filled(create).close()
     (tmp_path / "index").chmod(0o555)
     opened = Index.open(tmp_path / "index")
@@ -219,7 +219,7 @@ def test_a_folder_that_may_not_be_written_can_be_read(create, tmp_path: Path) ->
     (tmp_path / "index").chmod(0o755)
 
 
-def test_one_writes_at_a_time(create, tmp_path: Path) -> None:
+def test_refuses_second_concurrent_writer(create, tmp_path: Path) -> None:
     index = filled(create)
     other = Index.open(tmp_path / "index")
     with index._store.writer(), pytest.raises(LockedIndex, match=rf"process {os.getpid()} writes to this index"):
@@ -228,26 +228,28 @@ def test_one_writes_at_a_time(create, tmp_path: Path) -> None:
     assert "3" not in index
 
 
-def test_readers_see_commits_of_others_and_keep_what_they_hold(create, tmp_path: Path) -> None:
+def test_readers_see_new_commits_and_keep_open_snapshots(create, tmp_path: Path) -> None:
     index = filled(create)
     reader = Index.open(tmp_path / "index")
     held = reader.snapshot
     index.compact()
     index.add([{"id": "new", "text": "brand new"}])
     assert reader.search("brand new", 1)[0].id == "new"
-    assert int(held.segments[0].arrays["documents"].max()) == 99  # its files are gone from the folder, not from it
+    assert (
+        int(held.segments[0].arrays["documents"].max()) == 99
+    )  # the files are deleted from the folder, but still open
 
 
-def test_a_hundred_documents_are_found_at_once(create) -> None:
+def test_hundred_documents_are_added_and_found_quickly(create) -> None:
     index = create(dimension=0)
     index.add([{"id": str(i), "text": f"word{i} in text"} for i in range(2000)])
     started = time.perf_counter()
     index.add([{"id": f"n{i}", "text": f"new{i} in text"} for i in range(100)])
     assert index.search("new42", 1)[0].id == "n42"
-    assert time.perf_counter() - started < 2  # a tenth of a second where nothing else runs; see the benchmark
+    assert time.perf_counter() - started < 2  # takes about 0.1 s on an idle machine
 
 
-def test_leftovers_of_a_crash_go_with_the_next_writer(create, tmp_path: Path) -> None:
+def test_next_writer_removes_files_of_a_crash(create, tmp_path: Path) -> None:
     index = filled(create)
     (tmp_path / "index" / "segment-99-codes.npy").write_bytes(b"half")
     index._store.documents.add(index.snapshot.manifest.next_document, [words_document("ghost")])
@@ -266,7 +268,7 @@ def words_document(name: str) -> Any:
     return Document(name, "boo", {})
 
 
-def test_another_index_in_its_place_is_told(create, tmp_path: Path) -> None:
+def test_replaced_index_is_reported(create, tmp_path: Path) -> None:
     reader = filled(create)
     shutil.rmtree(tmp_path / "index")
     create().add([{"id": "other", "text": "word3 in text"}])
@@ -276,8 +278,8 @@ def test_another_index_in_its_place_is_told(create, tmp_path: Path) -> None:
     assert Index.open(tmp_path / "index").search("word3", 1)[0].id == "other"
 
 
-def test_a_late_reader_does_not_take_a_writer_back(create, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that loads a commit slowly, while the next one is made, must not leave its own behind."""
+def test_slow_reader_does_not_replace_a_newer_snapshot(create, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test that a thread that loads an older commit slowly does not replace a newer one."""
     index = filled(create)
     store, real = index._store, index._store._load
     loaded, goes_on = threading.Event(), threading.Event()
@@ -304,8 +306,8 @@ def test_a_late_reader_does_not_take_a_writer_back(create, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_any_damage_is_an_error_or_an_answer(create, tmp_path: Path, seed: int) -> None:
-    """Bytes changed anywhere, heads of files above all: never another kind of error than ours."""
+def test_any_damage_gives_an_answer_or_retrieval_error(create, tmp_path: Path, seed: int) -> None:
+    """Test that changed bytes, mostly in file headers, raise no error other than `RetrievalError`."""
     rng = random.Random(seed)
     kind = rng.choice(["xtr", "vdr"])
     filled(create, kind).close()
@@ -319,7 +321,7 @@ def test_any_damage_is_an_error_or_an_answer(create, tmp_path: Path, seed: int) 
             act(opened)
 
 
-def test_metadata_that_are_damaged_are_told(create, tmp_path: Path) -> None:
+def test_damaged_metadata_are_reported(create, tmp_path: Path) -> None:
     filled(create).close()
     with sqlite3.connect(tmp_path / "index" / "documents.db") as database:
         database.execute("UPDATE documents SET metadata = '{' WHERE id = '3'")
@@ -327,7 +329,7 @@ def test_metadata_that_are_damaged_are_told(create, tmp_path: Path) -> None:
         Index.open(tmp_path / "index").get("3")
 
 
-def test_a_full_disk_at_the_beginning(tmp_path: Path, create, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_works_after_full_disk(tmp_path: Path, create, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -340,7 +342,7 @@ def test_a_full_disk_at_the_beginning(tmp_path: Path, create, monkeypatch: pytes
     assert index.search("anew", 1)[0].id == "a"
 
 
-def test_a_disk_without_room_for_side_files_can_be_read(create, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_read_without_room_for_sqlite_side_files(create, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(create).close()
     real = sqlite3.connect
 
@@ -357,7 +359,7 @@ def test_a_disk_without_room_for_side_files_can_be_read(create, monkeypatch: pyt
     assert reader.search("room again", 1)[0].id == "later"
 
 
-def test_threads_that_come_and_go_leave_no_files_open(create) -> None:
+def test_finished_threads_leave_no_open_files(create) -> None:
     index = filled(create)
 
     def burst(count: int) -> int:

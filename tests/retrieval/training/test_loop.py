@@ -1,4 +1,4 @@
-"""Objectives against plain loops; training that is interrupted ends where training that is not does."""
+"""Tests of the training objectives against naive loops, and of interrupted and resumed training."""
 
 import json
 import math
@@ -22,7 +22,7 @@ QUIET = settings(max_examples=25, deadline=None)
 
 
 def nll(scores: np.ndarray) -> float:
-    """Of the diagonal, along rows."""
+    """Return the mean negative log-likelihood of the diagonal, with a softmax along rows."""
     return float(
         np.mean([math.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(scores)])
     )
@@ -30,14 +30,14 @@ def nll(scores: np.ndarray) -> float:
 
 @QUIET
 @given(seed=st.integers(0, 1 << 20), batch=st.integers(2, 5), semi=st.booleans(), mask=st.sampled_from([None, 0.5]))
-def test_vdr_s_loss_is_its_terms(seed: int, batch: int, semi: bool, mask: float | None) -> None:
+def test_vdr_loss_matches_naive_computation(seed: int, batch: int, semi: bool, mask: float | None) -> None:
     rng, words, top = np.random.default_rng(seed), 17, 4
     q, p = rng.random((2, batch, words)).astype(np.float32) * 2
     qb, pb = (rng.random((2, batch, words)) < 0.2).astype(np.float32)
 
-    def topped(x: np.ndarray, bag: np.ndarray) -> np.ndarray:
-        kept = np.array([[v in set(np.argsort(-row)[:top]) for v in range(words)] for row in x])
-        return np.where(kept | (bag > 0), x, 0)
+    def keep_top(x: np.ndarray, bag: np.ndarray) -> np.ndarray:
+        mask_top = np.array([[v in set(np.argsort(-row)[:top]) for v in range(words)] for row in x])
+        return np.where(mask_top | (bag > 0), x, 0)
 
     def masked(bag: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if mask is None:
@@ -46,23 +46,23 @@ def test_vdr_s_loss_is_its_terms(seed: int, batch: int, semi: bool, mask: float 
         norms = np.maximum(np.sqrt(owned.sum(1, keepdims=True)), 1e-12)
         return bag + mask * owned / norms, np.where(owned, 0, other)
 
-    def both(scores: np.ndarray) -> float:
+    def symmetric_nll(scores: np.ndarray) -> float:
         return nll(scores) + nll(scores.T)
 
-    terms = [both(topped(q, qb) @ p.T)]
+    terms = [symmetric_nll(keep_top(q, qb) @ p.T)]
     bag, other = masked(qb, p)
-    terms.append(both(bag @ other.T))
+    terms.append(symmetric_nll(bag @ other.T))
     if semi:
-        terms.append(both(q @ topped(p, pb).T))
+        terms.append(symmetric_nll(q @ keep_top(p, pb).T))
         bag, other = masked(pb, q)
-        terms.append(both(other @ bag.T))
+        terms.append(symmetric_nll(other @ bag.T))
     loss = objectives.vdr_loss(*map(torch.from_numpy, (q, p, qb, pb)), top=top, semi=semi, mask_weight=mask)
     assert float(loss) == pytest.approx(np.mean(terms), rel=1e-4)
 
 
 @QUIET
 @given(seed=st.integers(0, 1 << 20), batch=st.integers(2, 4), retrieved=st.integers(1, 40))
-def test_xtr_s_scores_are_those_of_retrieved_tokens(seed: int, batch: int, retrieved: int) -> None:
+def test_xtr_scores_match_naive_computation(seed: int, batch: int, retrieved: int) -> None:
     rng = np.random.default_rng(seed)
     q, d = rng.normal(size=(batch, 3, 8)).astype(np.float32), rng.normal(size=(batch, 5, 8)).astype(np.float32)
     qm, dm = np.ones((batch, 3), int), np.ones((batch, 5), int)
@@ -73,21 +73,21 @@ def test_xtr_s_scores_are_those_of_retrieved_tokens(seed: int, batch: int, retri
         for t in range(3):
             if not qm[i, t]:
                 continue
-            every = [(float(q[i, t] @ d[b, j]), b) for b in range(batch) for j in range(5) if dm[b, j]]
-            every.sort(reverse=True)
+            similarities = [(float(q[i, t] @ d[b, j]), b) for b in range(batch) for j in range(5) if dm[b, j]]
+            similarities.sort(reverse=True)
             best: dict[int, float] = {}
-            for x, b in every[:retrieved]:
+            for x, b in similarities[:retrieved]:
                 best[b] = max(best.get(b, -9e9), x)
             for b, x in best.items():
                 hits[b].append(x)
         expected[i] = [sum(h) / len(h) if h else 0.0 for h in hits]
-    found = objectives.xtr_scores(*map(torch.from_numpy, (q, qm, d, dm)), retrieved=retrieved)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    scores = objectives.xtr_scores(*map(torch.from_numpy, (q, qm, d, dm)), retrieved=retrieved)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @QUIET
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=40), st.integers(2, 4), st.integers(0, 9))
-def test_no_document_comes_twice_in_a_batch(documents: list[int], size: int, seed: int) -> None:
+def test_batches_contain_each_document_once(documents: list[int], size: int, seed: int) -> None:
     given_pairs = [Pair(f"q{i}", f"d{d}") for i, d in enumerate(documents)]
     if len(set(documents)) < size:
         with pytest.raises(RetrievalError, match="too few"):
@@ -101,25 +101,25 @@ def test_no_document_comes_twice_in_a_batch(documents: list[int], size: int, see
         assert len({p.document for p in batch}) == size
 
 
-def test_sentences_ask_for_their_passages(tmp_path: Path) -> None:
+def test_inverse_cloze_pairs_match_sentences_with_their_passages(tmp_path: Path) -> None:
     sentences = [f"This is the sentence number {i} of a long text." for i in range(40)]
     (tmp_path / "a.txt").write_text(" ".join(sentences))
-    found = pairs.inverse_cloze_pairs([str(tmp_path / "a.txt")], 0)
-    assert len(found) == 8
-    inside = sum(p.query in p.document for p in found)
-    assert inside < len(found)
-    for pair in found:
+    cloze_pairs = pairs.inverse_cloze_pairs([str(tmp_path / "a.txt")], 0)
+    assert len(cloze_pairs) == 8
+    inside = sum(p.query in p.document for p in cloze_pairs)
+    assert inside < len(cloze_pairs)
+    for pair in cloze_pairs:
         number = int(pair.query.split()[5])
         assert any(f"number {n} " in pair.document for n in range(number - 4, number + 5) if n != number)
 
 
-def taught(count: int = 100) -> list[Pair]:
+def training_pairs(count: int = 100) -> list[Pair]:
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for i in range(count):
         words = [f"w{j}" for j in rng.choice(150, 6, replace=False)]
-        found.append(Pair(f"{words[0]} {words[1]}", " ".join([*words, f"w{i % 150}"])))
-    return found
+        result.append(Pair(f"{words[0]} {words[1]}", " ".join([*words, f"w{i % 150}"])))
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -130,21 +130,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training_losses(out: Path) -> list[float]:
-    """Loss of every step, from the last checkpoint."""
+    """Return the loss of each step, read from the last checkpoint."""
     state = json.loads((out / "training" / "checkpoint-24" / "trainer_state.json").read_text())
     return [e["loss"] for e in state["log_history"] if "loss" in e]
 
 
 @pytest.mark.parametrize("kind", ["vdr", "xtr"])
-def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kind: str) -> None:
+def test_resumed_training_matches_uninterrupted_training(base: Path, tmp_path: Path, kind: str) -> None:
     plan = loop.TrainingPlan(24, 8, 1e-3, every=4)
 
     def task() -> tasks.Task:
         torch.manual_seed(0)
         return tasks.VDRTask(base, LENGTHS, 50) if kind == "vdr" else tasks.XTRTask(base, LENGTHS, 16, 20)
 
-    whole = task()
-    loop.train(whole, taught(), plan, tmp_path / "whole", False, lambda *_: None)
+    uninterrupted = task()
+    loop.train(uninterrupted, training_pairs(), plan, tmp_path / "whole", False, lambda *_: None)
     losses = training_losses(tmp_path / "whole")
     assert len(losses) == 24
     assert sum(losses[-6:]) < sum(losses[:6]), "nothing was learned"
@@ -158,41 +158,50 @@ def test_an_interrupted_training_ends_as_another(base: Path, tmp_path: Path, kin
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        loop.train(task(), taught(), plan, tmp_path / "parts", False, stop)
+        loop.train(task(), training_pairs(), plan, tmp_path / "parts", False, stop)
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     with pytest.raises(RetrievalError, match="--resume"):
-        loop.train(task(), taught(), plan, tmp_path / "parts", False, lambda *_: None)
+        loop.train(task(), training_pairs(), plan, tmp_path / "parts", False, lambda *_: None)
     with pytest.raises(RetrievalError, match="was begun with steps 24, not 25"):
-        loop.train(task(), taught(), loop.TrainingPlan(25, 8, 1e-3, every=4), tmp_path / "parts", True, lambda *_: None)
+        loop.train(
+            task(), training_pairs(), loop.TrainingPlan(25, 8, 1e-3, every=4), tmp_path / "parts", True, lambda *_: None
+        )
     with pytest.raises(RetrievalError, match="was begun with pairs"):
-        loop.train(task(), taught(99), plan, tmp_path / "parts", True, lambda *_: None)
+        loop.train(task(), training_pairs(99), plan, tmp_path / "parts", True, lambda *_: None)
     resumed = task()
-    loop.train(resumed, taught(), plan, tmp_path / "parts", True, lambda *_: None)
+    loop.train(resumed, training_pairs(), plan, tmp_path / "parts", True, lambda *_: None)
     assert training_losses(tmp_path / "parts") == pytest.approx(losses, rel=1e-3)
-    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=3e-3)  # threads add in any order, and Adam enlarges it
+    for a, b in zip(uninterrupted.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-3, atol=3e-3
+        )  # the order of sums varies between threads, and Adam amplifies it
 
-    made: Any = vdr.load_vocabulary_encoder if kind == "vdr" else load_multi_vector_encoder
-    encoder = made(str(tmp_path / "whole"))
-    found: Any = encoder.encode_documents(["w1 w2 shark"])
+    load_encoder: Any = vdr.load_vocabulary_encoder if kind == "vdr" else load_multi_vector_encoder
+    encoder = load_encoder(str(tmp_path / "whole"))
+    encoded: Any = encoder.encode_documents(["w1 w2 shark"])
     with torch.inference_mode():
-        told = whole.tokenizer(["w1 w2 shark"], return_tensors="pt")
-        out = whole.model(told["input_ids"], told["attention_mask"])[0]
+        inputs = uninterrupted.tokenizer(["w1 w2 shark"], return_tensors="pt")
+        out = uninterrupted.model(inputs["input_ids"], inputs["attention_mask"])[0]
     if kind == "vdr":
         dense = vdr.activate(out, "elu1p").numpy()
-        np.testing.assert_allclose(found.values, dense[found.indices - tiny.SHIFT], rtol=1e-4)
+        np.testing.assert_allclose(encoded.values, dense[encoded.indices - tiny.SHIFT], rtol=1e-4)
     else:
-        np.testing.assert_allclose(found.vectors.astype(np.float32), out.numpy(), atol=2e-3)
+        np.testing.assert_allclose(encoded.vectors.astype(np.float32), out.numpy(), atol=2e-3)
     (tmp_path / "parts" / "training" / "checkpoint-24" / "optimizer.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(RetrievalError, match="cannot be read"):
-        loop.train(task(), taught(), plan, tmp_path / "parts", True, lambda *_: None)
+        loop.train(task(), training_pairs(), plan, tmp_path / "parts", True, lambda *_: None)
 
 
-def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
+def test_refuses_untrainable_models_and_test_qrels(base: Path, tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(RetrievalError, match="not empty"):
         loop.train(
-            tasks.VDRTask(base, LENGTHS), taught(), loop.TrainingPlan(1, 8, 1e-3), tmp_path, False, lambda *_: None
+            tasks.VDRTask(base, LENGTHS),
+            training_pairs(),
+            loop.TrainingPlan(1, 8, 1e-3),
+            tmp_path,
+            False,
+            lambda *_: None,
         )
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
@@ -207,8 +216,13 @@ def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
         pairs.judged_pairs(tmp_path)
 
 
-def test_too_few_pairs_are_refused(base: Path, tmp_path: Path) -> None:
+def test_refuses_too_few_pairs(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="too few"):
         loop.train(
-            tasks.VDRTask(base, LENGTHS), taught(20), loop.TrainingPlan(1, 8, 1e-3), tmp_path, False, lambda *_: None
+            tasks.VDRTask(base, LENGTHS),
+            training_pairs(20),
+            loop.TrainingPlan(1, 8, 1e-3),
+            tmp_path,
+            False,
+            lambda *_: None,
         )

@@ -1,4 +1,4 @@
-"""From runs to figures: ratios, shares and lengths of a benchmark, computed by hand here."""
+"""Summary metrics of the drafter benchmark, against values computed by hand."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from pilotfish.integrations.bench import record
 from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterRun, summarize_runs
 
 
-def run(
+def make_run(
     arm: str,
     turn: int,
     seconds: float,
@@ -19,6 +19,7 @@ def run(
     batch: int = 1,
     again: bool = False,
 ) -> DrafterRun:
+    """Return a run with the given time, output and number of steps."""
     answer = {
         "tokens": [tokens] * batch,
         "seconds": seconds,
@@ -31,13 +32,13 @@ def run(
     return DrafterRun(arm, "data", category, batch, turn, again, answer)
 
 
-def test_figures() -> None:
+def test_summary_metrics() -> None:
     stock = f"{STOCK}|tr"
     runs = [
-        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
-        run("tr@cold", 0, 1.0, [1, 2, 3, 4, 5], 2),
-        run(stock, 1, 4.0, [1, 2, 3, 4, 5], 4, "math"),
-        run("tr@cold", 1, 2.0, [1, 2, 3, 4, 9], 4, "math"),
+        make_run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
+        make_run("tr@cold", 0, 1.0, [1, 2, 3, 4, 5], 2),
+        make_run(stock, 1, 4.0, [1, 2, 3, 4, 5], 4, "math"),
+        make_run("tr@cold", 1, 2.0, [1, 2, 3, 4, 9], 4, "math"),
     ]
     figures = {(r.dataset, r.metric): r for r in summarize_runs(runs)}
     assert figures["data", "speedup"].value == pytest.approx(2.0)
@@ -51,13 +52,13 @@ def test_figures() -> None:
     assert {r.arm for r in figures.values()} == {"tr@cold"}
 
 
-def test_prompts_that_come_twice_are_told_apart() -> None:
+def test_repeated_prompts_are_reported_separately() -> None:
     stock, arm = f"{STOCK}|rasd@verification=tree", "rasd@verification=tree"
     runs = [
-        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
-        run(arm, 0, 1.0, [1, 2, 3, 4, 5], 2),
-        run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4, again=True),
-        run(arm, 0, 0.25, [1, 2, 3, 4, 5], 1, again=True),
+        make_run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4),
+        make_run(arm, 0, 1.0, [1, 2, 3, 4, 5], 2),
+        make_run(stock, 0, 2.0, [1, 2, 3, 4, 5], 4, again=True),
+        make_run(arm, 0, 0.25, [1, 2, 3, 4, 5], 1, again=True),
     ]
     figures = {(r.dataset, r.metric): r.value for r in summarize_runs(runs)}
     assert figures["data", "speedup"] == pytest.approx(2.0)
@@ -66,7 +67,7 @@ def test_prompts_that_come_twice_are_told_apart() -> None:
     assert figures["data_again/qa", "accepted_length"] == 4.0
 
 
-def test_a_result_file_is_whole_and_names_no_folder_of_this_machine(
+def test_result_file_is_complete_and_contains_no_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["pilotfish", "bench", "--out", str(Path.home() / "x.json"), str(Path.cwd() / "y")])

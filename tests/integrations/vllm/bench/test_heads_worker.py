@@ -1,4 +1,4 @@
-"""Scores of heads taken inside vLLM against the attention matrices that transformers gives out, by family of models."""
+"""Echo and induction scores of heads measured in vLLM, against attention matrices of transformers, by model family."""
 
 import json
 import os
@@ -19,7 +19,7 @@ LAYERS, HEADS, PERIOD = 2, 4, 50
 
 
 def build(family: str, folder: Path) -> Any:
-    """A model of random weights, and its folder written."""
+    """Create a randomly initialised model, and save it to ``folder``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -38,15 +38,15 @@ def build(family: str, folder: Path) -> Any:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for name, weights in model.named_parameters():  # biases and norms that do something
+    for name, weights in model.named_parameters():  # biases and norms with an effect
         if weights.ndim == 1:
             torch.nn.init.normal_(weights, 1.0 if "norm" in name else 0.0, 0.3)
     model.save_pretrained(folder)
     return model
 
 
-def expected(weights: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Echo and induction scores of a layer's heads, from its whole attention [heads, n, n]."""
+def reference_scores(weights: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Return echo and induction scores of a layer's heads, from its attention weights [heads, n, n]."""
     n = weights.shape[-1]
     echo, induction = torch.zeros(2, HEADS)
     for i in range(1 + PERIOD, n):
@@ -66,7 +66,7 @@ if __name__ == '__main__':
 """
 
 
-def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
+def test_scores_match_transformers(tmp_path: Path) -> None:
     tokens, period = retrieval_heads.repeated_random_tokens(512, 1 + 4 * PERIOD, seed=0)
     assert period == PERIOD
     config = {
@@ -89,11 +89,11 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     )
     answers = [json.loads(x.removeprefix("ANSWER ")) for x in result.stdout.splitlines() if x.startswith("ANSWER")]
     assert len(answers) == len(models), result.stderr[-2000:]
-    for (family, model), found in zip(models.items(), answers, strict=True):
+    for (family, model), scores in zip(models.items(), answers, strict=True):
         with torch.no_grad():
             attentions = model(torch.tensor([tokens]), output_attentions=True).attentions
         for layer, weights in enumerate(attentions):
-            echo, induction = expected(weights[0])
-            assert max(induction) > 0.01, "there is something to compare"
-            assert found["echo"][layer] == pytest.approx(echo, abs=2e-4), family
-            assert found["induction"][layer] == pytest.approx(induction, abs=2e-4), family
+            echo, induction = reference_scores(weights[0])
+            assert max(induction) > 0.01, "the scores must not be zero"
+            assert scores["echo"][layer] == pytest.approx(echo, abs=2e-4), family
+            assert scores["induction"][layer] == pytest.approx(induction, abs=2e-4), family

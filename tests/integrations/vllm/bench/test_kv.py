@@ -1,4 +1,4 @@
-"""The KV benchmark's figures from an engine that is played, and what its command refuses."""
+"""Metrics of the KV benchmark with a fake engine, and input that its command refuses."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from pilotfish.integrations.vllm.bench.needle_in_haystack import NeedleQuestion
 ARMS = [KVArm("none", None), KVArm("tidal_decode@budget=256", {"budget": 256})]
 
 
-class Played:
-    """Steps take 20 ms with stock attention and 10 ms with the policy, on a machine that slows from turn to turn."""
+class FakeEngine:
+    """Fake engine: steps take 20 ms with stock attention, 10 ms with the policy, and get slower from turn to turn."""
 
     def __init__(self) -> None:
         self.options: Any = None
@@ -41,8 +41,8 @@ class Played:
         }
 
 
-def test_step_times_are_compared_turn_by_turn() -> None:
-    engine = Played()
+def test_step_speedup_is_computed_per_turn() -> None:
+    engine = FakeEngine()
     records = kv_work.measure_kv_step_times(engine, ARMS, [list(range(40)), list(range(1, 41))])
     speedup = next(r for r in records if r.metric == "step_speedup")
     assert (speedup.arm, speedup.dataset, speedup.params) == (
@@ -57,7 +57,7 @@ def test_step_times_are_compared_turn_by_turn() -> None:
 
 
 def test_quality_is_measured_against_full_attention() -> None:
-    records = kv_work.measure_divergence(Played(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
+    records = kv_work.measure_divergence(FakeEngine(), ARMS, "wikitext2", [list(range(80)) for _ in range(4)], 64)
     values = {(r.arm, r.metric): r.value for r in records}
     assert values == {
         ("none", "nll"): 2.0,
@@ -72,7 +72,7 @@ def test_quality_is_measured_against_full_attention() -> None:
 
 def test_questions_are_asked_under_every_arm() -> None:
     groups = [[NeedleQuestion([1], [2], [3, 4], 0.0), NeedleQuestion([1], [2], [5], 1.0)]]
-    records = kv_work.measure_answers(Played(), ARMS, "kv_retrieval", "exact_match", groups, 1)
+    records = kv_work.measure_answers(FakeEngine(), ARMS, "kv_retrieval", "exact_match", groups, 1)
     values = {r.arm: r.value for r in records if r.metric == "exact_match"}
     assert values == {"none": 1.0, "tidal_decode@budget=256": 0.0}
 
@@ -112,7 +112,7 @@ def test_bench_kv_refuses_bad_input(inside: Callable, tmp_path: Path, arguments:
     assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
 
-def test_bench_kv_is_refused_in_a_process_too(cli: Callable) -> None:
+def test_bench_kv_refuses_bad_input_in_a_process(cli: Callable) -> None:
     answer = cli("bench", "kv", "--contexts", "1k")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith("pilotfish: --contexts: expected whole numbers")

@@ -1,4 +1,4 @@
-"""Figures of policies that free memory, from engines that are played: which engine gets what, and what is compared."""
+"""Memory benchmark of KV policies that free blocks, with fake engines: engine arguments, and compared metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from pilotfish.integrations.vllm.bench.kv_work import STOCK, KVArm, KVBenchmark
 POLICY = KVArm("razor_attention", {"window": 64})
 
 
-class Played:
-    """An engine: the policy's holds half the memory, and is twice as fast."""
+class FakeEngine:
+    """Fake engine: with the policy it uses half the memory, and is twice as fast."""
 
     def __init__(self, config: dict[str, Any], log: Path, worker: tuple[str, ...]) -> None:
         del log, worker
@@ -22,7 +22,7 @@ class Played:
         self.asked: list[str] = []
         STARTED.append(self)
 
-    def __enter__(self) -> "Played":
+    def __enter__(self) -> "FakeEngine":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -33,8 +33,8 @@ class Played:
         if do == "capacity":
             return {"tokens": 1000 / self.factor, "concurrency": 2 / self.factor}
         if do == "load":
-            played = {"steps": 90, "peak": 3, "preempted": 0, "least_free": 5, "blocks": 10, "free_at_end": 10}
-            return {**played, "seconds": 20 * self.factor, "tokens": []}
+            load = {"steps": 90, "peak": 3, "preempted": 0, "least_free": 5, "blocks": 10, "free_at_end": 10}
+            return {**load, "seconds": 20 * self.factor, "tokens": []}
         if do == "hold":
             return {"bytes": len(values["prompts"]) * self.factor * 2**20}
         if do == "go_on":
@@ -50,11 +50,11 @@ class Played:
         return {**nll, "kl": [[0.1] * n for n in lengths], "same": [[True] * n for n in lengths]}
 
 
-STARTED: list[Played] = []
+STARTED: list[FakeEngine] = []
 
 
-class Letters:
-    """A tokenizer with a token for each letter."""
+class CharacterTokenizer:
+    """Tokenizer whose tokens are characters."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
@@ -62,8 +62,9 @@ class Letters:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.KVMemoryWork:
+    """Return the benchmark with fake engines."""
     STARTED.clear()
-    monkeypatch.setattr(kv_memory, "EngineProcess", Played)
+    monkeypatch.setattr(kv_memory, "EngineProcess", FakeEngine)
     plan = KVBenchmark(
         "razor_attention",
         ("window=64",),
@@ -78,14 +79,15 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.KVMemoryW
         needle_contexts=(400,),
     )
     text = "".join(chr(97 + i * i % 23) for i in range(20000))
-    return kv_memory.KVMemoryWork(plan, [KVArm(STOCK, None), POLICY], "m", Letters(), {"t": text}, text)
+    return kv_memory.KVMemoryWork(plan, [KVArm(STOCK, None), POLICY], "m", CharacterTokenizer(), {"t": text}, text)
 
 
 def values(records: list[Any], metric: str) -> dict[str, float]:
+    """Return the values of a metric by arm."""
     return {r.arm: r.value for r in records if r.metric == metric}
 
 
-def test_all_parts_compare_with_stock_attention(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
+def test_all_parts_are_compared_with_stock_attention(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     parts = {name.split(" of ")[0]: [] for name, _ in work.parts_in(tmp_path)}
     for name, part in work.parts_in(tmp_path):
         parts[name.split(" of ")[0]] += part()
@@ -103,7 +105,7 @@ def test_all_parts_compare_with_stock_attention(work: kv_memory.KVMemoryWork, tm
     assert values(quality, "needle_recall") == {STOCK: 1.0, POLICY.label: 0.0}
 
 
-def test_every_engine_gets_the_same_memory_and_ends(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
+def test_all_engines_get_the_same_memory_and_are_closed(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     for _, part in work.parts_in(tmp_path):
         part()
     loads = [engine for engine in STARTED if "load" in engine.asked]
@@ -112,7 +114,7 @@ def test_every_engine_gets_the_same_memory_and_ends(work: kv_memory.KVMemoryWork
     assert all(engine.config["enable_prefix_caching"] is False for engine in STARTED if engine.ours)
 
 
-def test_parts_that_nobody_asked_for_start_no_engine(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
+def test_unselected_parts_start_no_engine(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
     from dataclasses import replace
 
     bare = replace(work, plan=replace(work.plan, contexts=(), quality_contexts=(), needle_contexts=()))

@@ -1,4 +1,4 @@
-"""Questions with one answer in a long context: built as they should be, scored as greedy decoding would."""
+"""Needle-in-a-haystack questions: construction, and scoring equivalent to greedy decoding; benchmark corpora."""
 
 import gzip
 import itertools
@@ -13,32 +13,33 @@ from pilotfish.integrations.vllm.bench.needle_in_haystack import NeedleQuestion,
 from pilotfish.plugins.config import ConfigError
 
 
-class Letters:
-    """A tokenizer whose tokens are characters."""
+class CharacterTokenizer:
+    """Tokenizer whose tokens are characters."""
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": list(map(ord, text))}
 
 
-def written(ids: list[int]) -> str:
+def decoded(ids: list[int]) -> str:
+    """Return the text of token ids."""
     return "".join(map(chr, ids))
 
 
 HAY = "".join(chr(ord("a") + i % 7) for i in range(3000))
 
 
-def test_a_needle_stands_once_at_its_depth_in_a_context_of_the_length() -> None:
-    groups = list(needle_in_haystack.needle_questions(Letters(), HAY, 1000, seed=3))
+def test_needle_occurs_once_at_its_depth_in_a_context_of_the_given_length() -> None:
+    groups = list(needle_in_haystack.needle_questions(CharacterTokenizer(), HAY, 1000, seed=3))
     assert len(groups) == needle_in_haystack.DEPTHS
     for step, group in enumerate(groups):
-        assert len({written(q.text) for q in group}) == needle_in_haystack.ROUNDS, "different cities"
+        assert len({decoded(q.text) for q in group}) == needle_in_haystack.ROUNDS, "different cities"
         for q in group:
-            context, number = written(q.context), written(q.answer)
+            context, number = decoded(q.context), decoded(q.answer)
             assert len(q.context) == 1000
             assert len(number) == 7 and number.isdigit()
             assert context.count(number) == 1
-            assert written(q.text).endswith("number is: ")
+            assert decoded(q.text).endswith("number is: ")
             needle = context.index("\nThe special")
             length = context.index(number) + len(number) + 2 - needle
             assert q.depth == step / (needle_in_haystack.DEPTHS - 1)
@@ -46,27 +47,29 @@ def test_a_needle_stands_once_at_its_depth_in_a_context_of_the_length() -> None:
 
 
 def test_needles_depend_on_the_seed_only() -> None:
-    first, again, other = (list(needle_in_haystack.needle_questions(Letters(), HAY, 500, seed=s)) for s in (1, 1, 2))
+    first, again, other = (
+        list(needle_in_haystack.needle_questions(CharacterTokenizer(), HAY, 500, seed=s)) for s in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
 
-def test_rounds_of_all_depths_share_their_text_up_to_the_needle() -> None:
-    groups = list(needle_in_haystack.needle_questions(Letters(), HAY, 1000, seed=0))
+def test_questions_of_a_round_share_their_prefix_up_to_the_needle() -> None:
+    groups = list(needle_in_haystack.needle_questions(CharacterTokenizer(), HAY, 1000, seed=0))
     for before, after in itertools.pairwise(groups):
         for a, b in zip(before, after, strict=True):
-            at = written(a.context).index("\nThe special")
+            at = decoded(a.context).index("\nThe special")
             assert a.context[:at] == b.context[:at]
 
 
-def test_a_short_haystack_is_refused() -> None:
+def test_refuses_short_haystack() -> None:
     with pytest.raises(ConfigError, match="the haystack has 3000 tokens, more than 3000 are needed"):
-        list(needle_in_haystack.needle_questions(Letters(), HAY, 3000, seed=0))
+        list(needle_in_haystack.needle_questions(CharacterTokenizer(), HAY, 3000, seed=0))
 
 
-def test_a_context_too_short_for_a_needle_is_refused() -> None:
+def test_refuses_context_too_short_for_a_needle() -> None:
     with pytest.raises(ConfigError, match="64 tokens at least, got 10"):
-        list(needle_in_haystack.needle_questions(Letters(), HAY, 10, seed=0))
+        list(needle_in_haystack.needle_questions(CharacterTokenizer(), HAY, 10, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +81,15 @@ def test_a_context_too_short_for_a_needle_is_refused() -> None:
         {"ordered_kv_records": 3, "key": "a", "value": "b"},
     ],
 )
-def test_malformed_dictionaries_are_refused(tmp_path: Path, row: dict) -> None:
+def test_refuses_malformed_dictionaries(tmp_path: Path, row: dict) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(ConfigError, match="not a file of dictionaries"):
-        needle_in_haystack.dictionary_questions(Letters(), path, 1, 100)
+        needle_in_haystack.dictionary_questions(CharacterTokenizer(), path, 1, 100)
 
 
 def dictionary_file(path: Path, keys: int) -> Path:
+    """Write six dictionaries of ``keys`` entries each."""
     lines = []
     for i in range(6):
         pairs = [[f"key-{i}-{j}", f"value-{i}-{j}"] for j in range(keys)]
@@ -94,42 +98,44 @@ def dictionary_file(path: Path, keys: int) -> Path:
     return path
 
 
-def test_dictionaries_are_shortened_to_fit_and_keep_what_is_asked(tmp_path: Path) -> None:
+def test_dictionaries_are_truncated_but_keep_the_requested_key(tmp_path: Path) -> None:
     path = dictionary_file(tmp_path / "d.jsonl.gz", 40)
-    whole = needle_in_haystack.dictionary_questions(Letters(), path, 3, 10_000)
-    short = needle_in_haystack.dictionary_questions(Letters(), path, 3, 400)
+    whole = needle_in_haystack.dictionary_questions(CharacterTokenizer(), path, 3, 10_000)
+    short = needle_in_haystack.dictionary_questions(CharacterTokenizer(), path, 3, 400)
     for q, s in zip(whole, short, strict=True):
-        assert written(q.context).count("key-") == 40
-        assert 1 < written(s.context).count("key-") < 40
+        assert decoded(q.context).count("key-") == 40
+        assert 1 < decoded(s.context).count("key-") < 40
         assert len(s.context) + len(s.text) + len(s.answer) <= 400
         for question in (q, s):
-            key = written(question.text).split('"')[1]
-            assert f'"{key}": "{written(question.answer)}"' in written(question.context)
+            key = decoded(question.text).split('"')[1]
+            assert f'"{key}": "{decoded(question.answer)}"' in decoded(question.context)
             assert 0 <= question.depth <= 1
 
 
 @pytest.mark.parametrize("content", ["{}\n", "no json\n", '{"ordered_kv_records": [], "key": "a"}\n'])
-def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+def test_refuses_files_without_dictionaries(tmp_path: Path, content: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(ConfigError, match="not a file of dictionaries"):
-        needle_in_haystack.dictionary_questions(Letters(), path, 1, 100)
+        needle_in_haystack.dictionary_questions(CharacterTokenizer(), path, 1, 100)
     with pytest.raises(ConfigError, match="No such file"):
-        needle_in_haystack.dictionary_questions(Letters(), tmp_path / "none", 1, 100)
+        needle_in_haystack.dictionary_questions(CharacterTokenizer(), tmp_path / "none", 1, 100)
 
 
-class Played:
+class FakeEngine:
+    """Fake engine that is right at some answer tokens."""
+
     def ask(self, do: str, prompts: list, texts: list, keep: Any) -> dict[str, Any]:
         assert (do, keep) == ("forced", None)
         return {"right": [[False] * (len(t) - 2) + [True, t[-1] == 9] for t in texts]}
 
 
-def test_an_answer_counts_when_all_of_it_is_right() -> None:
-    asked = [NeedleQuestion([1], [2, 3], [4, 9], 0.0), NeedleQuestion([1], [2], [4, 5], 1.0)]
-    results = needle_in_haystack.answer_questions(Played(), asked)
+def test_needle_recall_counts_complete_answers() -> None:
+    questions = [NeedleQuestion([1], [2, 3], [4, 9], 0.0), NeedleQuestion([1], [2], [4, 5], 1.0)]
+    results = needle_in_haystack.answer_questions(FakeEngine(), questions)
     assert results == [NeedleResult(True, 1.0), NeedleResult(False, 0.5)]
     records = needle_in_haystack.needle_records(
-        "pg_essays", "needle_recall", "arm", list(zip(asked, results, strict=True)), 100
+        "pg_essays", "needle_recall", "arm", list(zip(questions, results, strict=True)), 100
     )
     values = {(r.metric, r.params.get("depth")): r.value for r in records}
     assert values == {
@@ -140,21 +146,25 @@ def test_an_answer_counts_when_all_of_it_is_right() -> None:
     }
 
 
-def test_the_embedded_sample_is_long_prose() -> None:
+def test_sample_corpus_is_long_prose() -> None:
     text = corpora.sample_corpus()
     assert len(text) > 200_000
     assert "expression" in text
 
 
-def test_excerpts_begin_at_even_distances() -> None:
+def test_excerpts_are_evenly_spaced() -> None:
     text = "".join(chr(i) for i in range(10, 1010))
-    assert corpora.excerpts(Letters(), text, 4, 50, "x") == [list(range(10 + s, 60 + s)) for s in (0, 250, 500, 750)]
-    assert corpora.excerpts(Letters(), text, 4, 400, "x") == [list(range(10 + s, 410 + s)) for s in (0, 200, 400, 600)]
+    assert corpora.excerpts(CharacterTokenizer(), text, 4, 50, "x") == [
+        list(range(10 + s, 60 + s)) for s in (0, 250, 500, 750)
+    ]
+    assert corpora.excerpts(CharacterTokenizer(), text, 4, 400, "x") == [
+        list(range(10 + s, 410 + s)) for s in (0, 200, 400, 600)
+    ]
     with pytest.raises(ConfigError, match="x: 1000 tokens, at least 1004 are needed"):
-        corpora.excerpts(Letters(), text, 4, 1000, "x")
+        corpora.excerpts(CharacterTokenizer(), text, 4, 1000, "x")
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+def test_corpus_folder_is_read_in_order_of_file_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
     assert corpora.read_corpus(tmp_path) == "a.txt\n\nb.txt"

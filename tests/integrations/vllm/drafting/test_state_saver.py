@@ -8,6 +8,8 @@ from pilotfish.integrations.vllm.drafting.state_saver import StateSaver
 
 
 class Recorder:
+    """Fake drafter that counts its saves, and fails if ``fail`` is set."""
+
     def __init__(self, fail: bool = False) -> None:
         self.saves, self.fail = 0, fail
 
@@ -20,31 +22,33 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the intervals of the saver."""
     monkeypatch.setattr(state_saver, "IDLE", 0.05)
     monkeypatch.setattr(state_saver, "EVERY", 0.2)
 
 
-def until(condition, seconds: float = 5) -> bool:
+def wait_until(condition, seconds: float = 5) -> bool:
+    """Wait until ``condition`` holds; returns whether it does."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()
 
 
-def test_saved_when_idle_and_only_when_there_is_news(tmp_path: Path) -> None:
+def test_saves_when_idle_and_only_after_changes(tmp_path: Path) -> None:
     drafter = Recorder()
     saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
     time.sleep(0.3)
     assert drafter.saves == 0
     saver.touch()
-    assert until(lambda: drafter.saves == 1)
+    assert wait_until(lambda: drafter.saves == 1)
     time.sleep(0.3)
     assert drafter.saves == 1
     saver.close()
     assert drafter.saves == 1
 
 
-def test_saved_under_load_and_at_the_end(tmp_path: Path) -> None:
+def test_saves_under_load_and_on_close(tmp_path: Path) -> None:
     drafter = Recorder()
     saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
     end = time.monotonic() + 0.6
@@ -58,10 +62,10 @@ def test_saved_under_load_and_at_the_end(tmp_path: Path) -> None:
     assert drafter.saves == before + 1
 
 
-def test_a_full_disk_is_survived(tmp_path: Path) -> None:
+def test_retries_after_a_failed_save(tmp_path: Path) -> None:
     drafter = Recorder(fail=True)
     saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
     saver.touch()
-    assert until(lambda: drafter.saves >= 1)
-    assert until(lambda: drafter.saves >= 2), "the thread goes on, and tries again"
+    assert wait_until(lambda: drafter.saves >= 1)
+    assert wait_until(lambda: drafter.saves >= 2), "the thread keeps running, and saves again"
     saver.close()

@@ -1,4 +1,4 @@
-"""Not selected means inert, as far as that shows without an engine."""
+"""Reading the plugin selection, and the cost of importing Pilotfish where no plugin is selected."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_register_never_raises_without_vllm() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_importing_the_adapter_package_needs_no_torch() -> None:
+def test_importing_the_integration_package_needs_no_torch() -> None:
     code = f"import sys, pilotfish.integrations.vllm as v; assert 'PilotfishProposer' in v.__all__; {STANDARD}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -43,20 +43,20 @@ def test_importing_the_adapter_package_needs_no_torch() -> None:
         ({}, {"model": selection.PROPOSER_CLASS}, True),
     ],
 )
-def test_only_those_who_mention_us_are_concerned(additional, speculative, concerned: bool) -> None:
+def test_is_selected(additional, speculative, concerned: bool) -> None:
     assert selection.is_selected(additional, speculative) is concerned
 
 
-def test_half_a_selection_is_refused() -> None:
+def test_refuses_speculation_without_drafter() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish.drafter: missing, though"):
         selection.read_config({}, {"model": selection.PROPOSER_CLASS})
 
 
-def test_kinds_that_are_not_attached_yet_are_refused() -> None:
+def test_refuses_unknown_kv_policy() -> None:
     with pytest.raises(ConfigError, match=r"pilotfish\.kv\.name: 'razor': unknown"):
         selection.read_config({"pilotfish": {"kv": "razor"}})
 
 
-def test_the_kill_switch_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pilotfish_disable_skips_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFISH_DISABLE", "1")
     assert selection.read_config({"pilotfish": {"nonsense": 1}}) == PilotfishConfig()

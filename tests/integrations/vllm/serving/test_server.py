@@ -1,4 +1,4 @@
-"""`pilotfish serve` as users meet it: concurrent streams, aborts, metrics, a clean end."""
+"""The server of `pilotfish serve`: concurrent streams, aborted requests, metrics, and clean shutdown."""
 
 import asyncio
 import signal
@@ -17,6 +17,7 @@ TOKENS = 48
 
 
 def counters(url: str) -> dict[str, float]:
+    """Return Pilotfish's counters from the server's metrics."""
     values = {}
     for line in httpx.get(f"{url}/metrics", timeout=10).text.splitlines():
         if line.startswith("pilotfish_") and "_created" not in line:
@@ -26,19 +27,21 @@ def counters(url: str) -> dict[str, float]:
 
 
 async def stream(client: AsyncOpenAI, prompt: list[int], abort_after: int | None = None) -> str:
-    text, seen = "", 0
-    # A prompt of token ids: the server must not change it.
+    """Stream a completion; abort it after ``abort_after`` events if that is given."""
+    text, num_events = "", 0
+    # The prompt is token ids, since the server must not change it.
     answer = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True)
     async for event in answer:
         text += event.choices[0].text
-        seen += 1
-        if abort_after is not None and seen >= abort_after:
+        num_events += 1
+        if abort_after is not None and num_events >= abort_after:
             await answer.close()
             break
     return text
 
 
-async def eight(url: str, prompts: list[list[int]], aborting: bool) -> list[str]:
+async def run_streams(url: str, prompts: list[list[int]], aborting: bool) -> list[str]:
+    """Run eight streams concurrently; abort every other one if ``aborting``."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         return await asyncio.gather(
             *(stream(client, p, 5 + i if aborting and i % 2 else None) for i, p in enumerate(prompts))
@@ -51,8 +54,8 @@ def test_streams_aborts_metrics_and_shutdown(
     prompts = prompts[:8]
     plain = serve(MODEL, tmp_path / "plain.log")
     try:
-        expected = asyncio.run(eight(plain.url, prompts, aborting=False))
-        assert counters(plain.url) == {}, "nothing selected: no counters of ours"
+        expected = asyncio.run(run_streams(plain.url, prompts, aborting=False))
+        assert counters(plain.url) == {}, "no Pilotfish counters without a plugin"
     finally:
         plain.interrupt()
         plain.kill()
@@ -63,10 +66,10 @@ def test_streams_aborts_metrics_and_shutdown(
         log = server.tail() if server.log.stat().st_size < 3000 else server.log.read_text(errors="replace")
         assert "pilotfish: drafter token_recycling selected" in log
         assert set(counters(server.url).values()) == {0.0}
-        with_aborts = asyncio.run(eight(server.url, prompts, aborting=True))
-        assert with_aborts[::2] == expected[::2], "those that went on are as without the plugin"
+        with_aborts = asyncio.run(run_streams(server.url, prompts, aborting=True))
+        assert with_aborts[::2] == expected[::2], "requests that were not aborted match stock vLLM"
         assert all(e.startswith(t) for e, t in zip(expected, with_aborts, strict=True))
-        assert asyncio.run(eight(server.url, prompts, aborting=False)) == expected
+        assert asyncio.run(run_streams(server.url, prompts, aborting=False)) == expected
 
         label = '{engine="0",plugin="token_recycling"}'
         values = counters(server.url)
@@ -76,7 +79,7 @@ def test_streams_aborts_metrics_and_shutdown(
         assert 0 < proposals <= drafted
         assert 0 < accepted <= drafted
         deadline = time.monotonic() + 20
-        while not state.is_file() and time.monotonic() < deadline:  # written once the server has fallen idle
+        while not state.is_file() and time.monotonic() < deadline:  # written once the server is idle
             time.sleep(0.2)
         assert "drafter token_recycling is active" in server.log.read_text(errors="replace")
     finally:

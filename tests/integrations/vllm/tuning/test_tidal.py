@@ -1,4 +1,4 @@
-"""From tried sets of layers to a profile, without an engine."""
+"""Tuning of TidalDecode without an engine: from measured sets of layers to a profile."""
 
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from pilotfish.plugins.tidal_decode import TidalDecode
 PLAN = TidalTuning("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
 
-def tried(kls: list[float], needles: list[float] | None = None) -> list[LayerTrial]:
+def layer_trials(kls: list[float], needles: list[float] | None = None) -> list[LayerTrial]:
+    """Return a trial for each KL divergence, with one more layer each."""
     shares = needles or [1.0] * len(kls)
     return [
         LayerTrial(LayerChoice((), tuple(range(n + 1)), 0.0), kl, 0.9, share)
@@ -25,27 +26,27 @@ def tried(kls: list[float], needles: list[float] | None = None) -> list[LayerTri
     ]
 
 
-def test_the_fewest_layers_that_meet_the_target_are_taken() -> None:
-    profile = to_profile(PLAN, "f", 1.0, tried([0.9, 0.2, 0.1, 0.05, 0.01]))
+def test_profile_takes_the_fewest_layers_that_meet_the_target() -> None:
+    profile = to_profile(PLAN, "f", 1.0, layer_trials([0.9, 0.2, 0.1, 0.05, 0.01]))
     assert profile.settings["fast"]["select_layers"] == [0, 1]
     assert profile.settings["default"]["select_layers"] == [0, 1, 2, 3]
     assert [row["kl"] for row in profile.evidence["curve"]] == [0.9, 0.2, 0.1, 0.05, 0.01]
 
 
-def test_a_target_out_of_reach_takes_the_closest_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    profile = to_profile(PLAN, "f", 1.0, tried([0.9, 0.2, 0.3]))
+def test_unreachable_target_takes_the_closest_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = to_profile(PLAN, "f", 1.0, layer_trials([0.9, 0.2, 0.3]))
     assert profile.settings["default"]["select_layers"] == [0, 1]
-    said = " ".join(capsys.readouterr().err.split())
-    assert "default: no set of layers stays below 0.08 and finds the needles; the least is 0.200" in said
+    stderr = " ".join(capsys.readouterr().err.split())
+    assert "default: no set of layers stays below 0.08 and finds the needles; the least is 0.200" in stderr
 
 
-def test_a_set_that_loses_needles_is_passed_over() -> None:
-    profile = to_profile(PLAN, "f", 0.9, tried([0.2, 0.1, 0.05, 0.01], [0.5, 0.89, 0.7, 0.9]))
+def test_sets_below_the_needle_target_are_skipped() -> None:
+    profile = to_profile(PLAN, "f", 0.9, layer_trials([0.2, 0.1, 0.05, 0.01], [0.5, 0.89, 0.7, 0.9]))
     assert profile.settings["default"]["select_layers"] == [0, 1, 2, 3]
-    assert profile.settings["fast"]["select_layers"] == [0], "fast promises speed, not needles"
+    assert profile.settings["fast"]["select_layers"] == [0], "fast has no needle target"
 
 
-def test_tune_refuses_bad_input(cli, inside, tmp_path: Path) -> None:
+def test_tune_tidal_refuses_bad_input(cli, inside, tmp_path: Path) -> None:
     for arguments, message in (
         (("./no",), "no such folder"),
         (("smollm2-135m-instruct", "--text", str(tmp_path / "none.txt")), "No such file"),
@@ -63,44 +64,48 @@ def test_tune_refuses_bad_input(cli, inside, tmp_path: Path) -> None:
         assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
 
 
-def test_what_layers_miss_of_each_other_is_squared_by_head_and_can_be_asked_of_one_place() -> None:
+def test_missed_attention_matches_reference_for_all_positions_and_for_a_span() -> None:
     rng = np.random.default_rng(0)
     heads, contexts, layers = 3, [300, 257], 2
     rule = SelectionRule(budget=160, sinks=4, recent=32, head_aggregation="max", granularity="page")
     rows = DecodeBatch([1, 0], [0, 1], contexts, heads)
     scores = [torch.from_numpy(rng.normal(0, 3, (2, heads, rows.padded)).astype(np.float32)) for _ in range(layers)]
-    for places in (None, {1: (40, 90), 0: (100, 130)}):
-        observer = MissedAttention(layers, rule, (places or {}).get)
-        kept = [s.clone() for s in scores]
+    for spans in (None, {1: (40, 90), 0: (100, 130)}):
+        observer = MissedAttention(layers, rule, (spans or {}).get)
+        copies = [s.clone() for s in scores]
         for s in scores:
             observer(rows, s)
-        assert all(torch.equal(s, before) for s, before in zip(scores, kept, strict=True)), "layers go on with them"
+        assert all(torch.equal(s, before) for s, before in zip(scores, copies, strict=True)), (
+            "the observer does not modify the scores"
+        )
         assert observer.steps == 1
         expected = np.zeros((layers, layers))
         for row, context in enumerate(contexts):
-            seen = [s[row, :, :context].double().numpy() for s in scores]
-            weights = [reference.softmax(s) for s in seen]
-            begin, end = places[rows.request[row]] if places else (0, context)
-            for chooser in range(layers):
-                chosen = TidalDecode.select_tokens(TidalDecode.token_scores(seen[chooser], rule, 1)[0], rule)
-                lost = np.ones(context, bool)
-                lost[chosen] = False
-                lost[:begin] = lost[end:] = False
-                for reader in range(layers):
-                    expected[chooser, reader] += (weights[reader][:, lost].sum(-1) ** 2).mean() / len(contexts)
+            row_scores = [s[row, :, :context].double().numpy() for s in scores]
+            weights = [reference.softmax(s) for s in row_scores]
+            begin, end = spans[rows.request[row]] if spans else (0, context)
+            for selecting in range(layers):
+                selected = TidalDecode.select_tokens(TidalDecode.token_scores(row_scores[selecting], rule, 1)[0], rule)
+                missed = np.ones(context, bool)
+                missed[selected] = False
+                missed[:begin] = missed[end:] = False
+                for reading in range(layers):
+                    expected[selecting, reading] += (weights[reading][:, missed].sum(-1) ** 2).mean() / len(contexts)
         np.testing.assert_allclose(observer.mean.numpy(), expected, atol=1e-5)
 
 
-def test_candidates_are_the_best_for_texts_for_needles_and_for_both() -> None:
+def test_candidates_include_the_best_sets_for_text_and_for_needles() -> None:
     rng = np.random.default_rng(1)
-    of_text, of_needles = (np.triu(rng.random((8, 8)), 1) for _ in range(2))
-    found = candidates(of_text, 1000 * of_needles, most=4)
-    sets = {(c.full, c.select) for c in found}
-    assert len(sets) == len(found)
-    assert [c.num_full_layers for c in found] == sorted(c.num_full_layers for c in found)
-    for losses in (of_text, of_needles):
+    text_losses, needle_losses = (np.triu(rng.random((8, 8)), 1) for _ in range(2))
+    choices = candidates(text_losses, 1000 * needle_losses, most=4)
+    sets = {(c.full, c.select) for c in choices}
+    assert len(sets) == len(choices)
+    assert [c.num_full_layers for c in choices] == sorted(c.num_full_layers for c in choices)
+    for losses in (text_losses, needle_losses):
         assert {(c.full, c.select) for c in best_layer_choices(losses, 4)} <= sets
-    assert sets == {(c.full, c.select) for c in candidates(of_text, of_needles, most=4)}, "units do not matter"
+    assert sets == {(c.full, c.select) for c in candidates(text_losses, needle_losses, most=4)}, (
+        "scaling does not matter"
+    )
 
 
 def test_tune_razor_refuses_bad_input(inside, tmp_path: Path) -> None:

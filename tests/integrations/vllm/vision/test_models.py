@@ -1,4 +1,4 @@
-"""Visual pruners in real engines, on a LLaVA-NeXT of random weights that sees in views of 4 x 4 patches."""
+"""Visual pruners in running engines, with a randomly initialised LLaVA-NeXT whose views have 4 x 4 patches."""
 
 import base64
 import io
@@ -25,8 +25,8 @@ WORKER = Path(__file__).parents[1] / "vision_worker.py"
 
 
 @pytest.fixture(scope="module")
-def seeing_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny Llama behind a tiny CLIP tower."""
+def vision_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write a LLaVA-NeXT checkpoint: the tiny Llama with a tiny CLIP vision tower."""
     import torch
     from safetensors.torch import save_file
     from transformers import (
@@ -63,7 +63,7 @@ def seeing_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> s
     folder = tmp_path_factory.mktemp("seeing")
     model = LlavaNextForConditionalGeneration(config)
     model.save_pretrained(folder)
-    # As published checkpoints name the tower's weights, and vLLM reads them.
+    # vLLM expects the weight names of published checkpoints.
     save_file(
         {
             k.replace("vision_tower.", "vision_tower.vision_model."): v
@@ -89,7 +89,8 @@ def seeing_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Write images of the sizes in ``SIZES``, and return their paths."""
     from PIL import Image
 
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
@@ -102,47 +103,52 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def requests(pictures: list[str]) -> list[dict[str, Any]]:
+def requests(image_paths: list[str]) -> list[dict[str, Any]]:
+    """Return requests with one image, two images, and no image."""
     return [
-        *({"prompt": "<image>\nWhat is it?", "pictures": [p]} for p in pictures),
-        {"prompt": "<image> and <image>: compare.", "pictures": pictures[1:3]},
+        *({"prompt": "<image>\nWhat is it?", "pictures": [p]} for p in image_paths),
+        {"prompt": "<image> and <image>: compare.", "pictures": image_paths[1:3]},
         {"prompt": "No picture, only words"},
     ]
 
 
-def engine_with(start: Callable, model: str, pruner: Any = None, **config: Any) -> Any:
-    chosen = {} if pruner is None else {"additional_config": {"pilotfish": {"pruner": pruner}}}
+def start_engine(start: Callable, model: str, pruner: Any = None, **config: Any) -> Any:
+    """Start an engine with the worker for images, and with ``pruner`` if it is given."""
+    selected = {} if pruner is None else {"additional_config": {"pilotfish": {"pruner": pruner}}}
     limit = {"limit_mm_per_prompt": {"image": 2}}
-    return start(model, worker=WORKER, **{**limit, **chosen, **config})
+    return start(model, worker=WORKER, **{**limit, **selected, **config})
 
 
 @pytest.mark.shows(
     "globalcom2", "chunked prefill", "prefix caching", "batches of mixed requests", "several images in a prompt"
 )
 def test_pruned_answers(
-    start: Callable, seeing_model: str, requests: list[dict[str, Any]], pictures: list[str]
+    start: Callable, vision_model: str, requests: list[dict[str, Any]], image_paths: list[str]
 ) -> None:
-    """Everything kept is stock; less is the same whole or in chunks, alone or together, first or from caches."""
-    stock = engine_with(start, seeing_model)
+    """Test that retain=1.0 equals stock vLLM, and that pruned output depends on neither batching, chunking nor caches.
+
+    Also test pruner options of single requests, and the errors for invalid ones.
+    """
+    stock = start_engine(start, vision_model)
     full = stock.ask(do="look", requests=requests)
     stock.close()
 
-    ours = engine_with(start, seeing_model, {"name": "globalcom2", "retain": 1.0})
-    assert ours.ask(do="look", requests=requests) == full
+    pruned = start_engine(start, vision_model, {"name": "globalcom2", "retain": 1.0})
+    assert pruned.ask(do="look", requests=requests) == full
     quarter = [{**r, "pruner": {"retain": 0.25}} for r in requests]
-    together = ours.ask(do="look", requests=quarter)
+    together = pruned.ask(do="look", requests=quarter)
     pruner = GlobalCom2(GlobalCom2Options(0.25))
     for request, before, after in zip(requests, full["prompt"], together["prompt"], strict=True):
         saved = 0
         for path in request.get("pictures", ()):
-            width, height = SIZES[pictures.index(path)]
+            width, height = SIZES[image_paths.index(path)]
             layout = layouts.anyres_layout(_config(), height, width)
             saved += layout.num_tokens - pruner.plan(layout).num_tokens
         assert before - after == saved
-    alone = [ours.ask(do="look", requests=[r]) for r in quarter]
+    alone = [pruned.ask(do="look", requests=[r]) for r in quarter]
     assert [a["tokens"][0] for a in alone] == together["tokens"]
     for other in ({"name": "aim"}, "diversity", {"name": "diversity", "method": "determinantal", "retain": 0.5}):
-        answer = ours.ask(do="look", requests=[{**r, "pruner": other} for r in requests])
+        answer = pruned.ask(do="look", requests=[{**r, "pruner": other} for r in requests])
         assert all(n <= m for n, m in zip(answer["prompt"], full["prompt"], strict=True))
         assert answer["prompt"][0] < full["prompt"][0]
     for bad, message in (
@@ -154,15 +160,15 @@ def test_pruned_answers(
         ({"temperature": 5e-324}, "expected a number of 1e-06 or more"),
         ({"name": "aim", "experimental_layers": [0, 1]}, "set for the whole engine"),
     ):
-        assert message in ours.ask(do="look", requests=[{**requests[0], "pruner": bad}])["error"]
-    assert ours.ask(do="look", requests=requests) == full, "the engine lives on"
-    counted = ours.ask(do="metrics")
-    assert counted["pilotfish_pruner_dropped_tokens_total"] > 0
-    ours.close()
+        assert message in pruned.ask(do="look", requests=[{**requests[0], "pruner": bad}])["error"]
+    assert pruned.ask(do="look", requests=requests) == full, "the engine still works after rejected requests"
+    metrics = pruned.ask(do="metrics")
+    assert metrics["pilotfish_pruner_dropped_tokens_total"] > 0
+    pruned.close()
 
-    chunked = engine_with(
+    chunked = start_engine(
         start,
-        seeing_model,
+        vision_model,
         {"name": "globalcom2", "retain": 0.25},
         enable_prefix_caching=True,
         max_num_batched_tokens=64,
@@ -174,8 +180,8 @@ def test_pruned_answers(
     assert again["tokens"] == together["tokens"]
     assert max(again["cached"]) > 0
     more = chunked.ask(do="look", requests=[{**r, "pruner": {"retain": 0.9}} for r in requests])
-    assert more["prompt"] == together["prompt"], "no more room than the engine was measured for"
-    named = {"prompt": requests[0]["prompt"], "pictures": pictures[:1], "uuids": ["the picture"]}
+    assert more["prompt"] == together["prompt"], "the number of tokens is limited to what the engine was profiled for"
+    named = {"prompt": requests[0]["prompt"], "pictures": image_paths[:1], "uuids": ["the picture"]}
     less = {**named, "pruner": {"retain": 0.1}}
     first, second, third = (chunked.ask(do="look", requests=[r]) for r in (named, less, named))
     assert first["tokens"] == third["tokens"] == [together["tokens"][0]]
@@ -184,6 +190,7 @@ def test_pruned_answers(
 
 
 def _config() -> Any:
+    """Return the fields of the model configuration that ``anyres_layout`` reads."""
     from types import SimpleNamespace
 
     vision = SimpleNamespace(image_size=SIZE, patch_size=14)
@@ -191,60 +198,68 @@ def _config() -> Any:
 
 
 @pytest.mark.shows("aim", "batches of mixed requests")
-def test_visual_tokens_leave_inside_the_language_model(
-    start: Callable, seeing_model: str, requests: list[dict[str, Any]]
+def test_visual_tokens_are_dropped_inside_the_language_model(
+    start: Callable, vision_model: str, requests: list[dict[str, Any]]
 ) -> None:
-    """Answers alone are those in a batch of prompts, decodes and plain text; what leaves is gone for deeper layers."""
-    inside = {"name": "aim", "merge_steps": 0, "experimental_layers": [0, 2]}
-    whole = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": 1024}
-    ours = engine_with(start, seeing_model, inside, **whole)
+    """Test that AIM's pruning between layers does not depend on the batch, and that deeper layers read fewer tokens."""
+    aim_options = {"name": "aim", "merge_steps": 0, "experimental_layers": [0, 2]}
+    unchunked = {"enable_prefix_caching": False, "enable_chunked_prefill": False, "max_num_batched_tokens": 1024}
+    pruned = start_engine(start, vision_model, aim_options, **unchunked)
     lengths = [3, 12, 7, 5, 9, 12]
-    alone = [ours.ask(do="look", requests=[r], max_tokens=n) for r, n in zip(requests, lengths, strict=True)]
-    staggered = ours.ask(do="look_staggered", requests=requests, lengths=lengths)
+    alone = [pruned.ask(do="look", requests=[r], max_tokens=n) for r, n in zip(requests, lengths, strict=True)]
+    staggered = pruned.ask(do="look_staggered", requests=requests, lengths=lengths)
     assert staggered["tokens"] == [a["tokens"][0] for a in alone]
-    seen = ours.ask(do="layers", request=requests[0])
-    last = ours.ask(do="layers", request={**requests[0], "prompt": "What is it?\n<image>"})
-    asked = ours.ask(do="look", requests=[{**requests[0], "prompt_logprobs": 0}])
-    assert "prompt_logprobs would lack the pruned tokens" in asked["error"]
-    ours.close()
-    assert last["visual"][-1], "a prompt that ends with a picture is sampled from its last token, which stays"
-    kept, token = with_masks(seeing_model, last["embeds"], [*last["visual"][:-1], False], LayerSchedule(0, 2, 0.1, 5))
+    layers = pruned.ask(do="layers", request=requests[0])
+    last = pruned.ask(do="layers", request={**requests[0], "prompt": "What is it?\n<image>"})
+    rejected = pruned.ask(do="look", requests=[{**requests[0], "prompt_logprobs": 0}])
+    assert "prompt_logprobs would lack the pruned tokens" in rejected["error"]
+    pruned.close()
+    assert last["visual"][-1], "the last token of the prompt is visual, and is never dropped"
+    kept, token = masked_reference(
+        vision_model, last["embeds"], [*last["visual"][:-1], False], LayerSchedule(0, 2, 0.1, 5)
+    )
     assert (last["positions"], last["tokens"][0]) == (kept[:2], [token])
-    text = seen["visual"].count(False)
-    assert len(seen["positions"][0]) == alone[0]["prompt"][0] == text + sum(seen["visual"])
-    assert len(seen["positions"][1]) == text + sum(seen["visual"]) // 2, "half of the visual tokens are left"
-    assert seen["last"] == text, "and none behind the second layer"
-    kept, token = with_masks(seeing_model, seen["embeds"], seen["visual"], LayerSchedule(0, 2, 0.1, 5))
-    assert seen["positions"] == kept[:2]
-    assert seen["tokens"][0] == [token]
+    text = layers["visual"].count(False)
+    assert len(layers["positions"][0]) == alone[0]["prompt"][0] == text + sum(layers["visual"])
+    assert len(layers["positions"][1]) == text + sum(layers["visual"]) // 2, (
+        "the second layer reads half of the visual tokens"
+    )
+    assert layers["last"] == text, "no visual token is left after the second layer"
+    kept, token = masked_reference(vision_model, layers["embeds"], layers["visual"], LayerSchedule(0, 2, 0.1, 5))
+    assert layers["positions"] == kept[:2]
+    assert layers["tokens"][0] == [token]
 
 
-def with_masks(
+def masked_reference(
     folder: str, embeds: list[list[float]], visual: list[bool], schedule: LayerSchedule
 ) -> tuple[list[list[int]], int]:
-    """The same in transformers' model, where tokens that left are hidden from attention: kept positions, next token."""
+    """Compute pruning between layers with transformers' model, masking dropped tokens in attention.
+
+    Returns:
+        The positions that each layer reads, and the next token.
+    """
     import torch
     from transformers import LlavaNextForConditionalGeneration
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
-    inside: Any = model.model.language_model
+    language_model: Any = model.model.language_model
     hidden, n = torch.tensor(embeds, dtype=torch.float64)[None], len(embeds)
-    cosine, sine = inside.rotary_emb(hidden, torch.arange(n)[None])
-    here, kept = torch.ones(n, dtype=torch.bool), [list(range(n))]
+    cosine, sine = language_model.rotary_emb(hidden, torch.arange(n)[None])
+    present, kept = torch.ones(n, dtype=torch.bool), [list(range(n))]
     with torch.inference_mode():
-        for i, layer in enumerate(inside.layers):
+        for i, layer in enumerate(language_model.layers):
             attention, inputs = layer.self_attn, layer.input_layernorm(hidden)
             q, k, v = (
                 p(inputs).view(1, n, -1, attention.head_dim).transpose(1, 2)
                 for p in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             q, k = apply_rotary_pos_emb(q, k, cosine, sine)
-            mask = torch.ones(n, n, dtype=torch.bool).tril() & (here | torch.eye(n, dtype=torch.bool))
+            mask = torch.ones(n, n, dtype=torch.bool).tril() & (present | torch.eye(n, dtype=torch.bool))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
             hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            rows = here.nonzero().flatten()
+            rows = present.nonzero().flatten()
             rank = page_rank(
                 q[0, :, rows].transpose(0, 1),
                 k[0, :, rows].transpose(0, 1),
@@ -252,10 +267,10 @@ def with_masks(
                 schedule.temperature,
                 schedule.iterations,
             )
-            stays = keep_visual_tokens(rank, torch.tensor(visual)[rows], int(sum(visual) * schedule.kept_share(i)))
-            here[rows[~stays]] = False
-            kept.append(here.nonzero().flatten().tolist())
-        return kept, int(model.lm_head(inside.norm(hidden))[0, -1].argmax())
+            retained = keep_visual_tokens(rank, torch.tensor(visual)[rows], int(sum(visual) * schedule.kept_share(i)))
+            present[rows[~retained]] = False
+            kept.append(present.nonzero().flatten().tolist())
+        return kept, int(model.lm_head(language_model.norm(hidden))[0, -1].argmax())
 
 
 @pytest.mark.slow
@@ -264,24 +279,24 @@ def with_masks(
     "pruner", [pytest.param(p, marks=pytest.mark.shows(p, "two tensor-parallel ranks")) for p in ("globalcom2", "aim")]
 )
 def test_two_tensor_parallel_ranks(
-    start: Callable, two_ranks: Callable, seeing_model: str, requests: list[dict[str, Any]], pruner: str
+    start: Callable, two_ranks: Callable, vision_model: str, requests: list[dict[str, Any]], pruner: str
 ) -> None:
-    """Heads of the tower are split: their scores are added over ranks, which then keep the same tokens."""
-    alone = engine_with(start, seeing_model, pruner)
+    """Test that scores of the vision tower's heads are summed over ranks, so that all ranks keep the same tokens."""
+    alone = start_engine(start, vision_model, pruner)
     expected = alone.ask(do="look", requests=requests, max_tokens=40)["tokens"]
     alone.close()
     config = {"additional_config": {"pilotfish": {"pruner": pruner}}, "max_model_len": 1024}
-    answer = two_ranks(seeing_model, requests, limit_mm_per_prompt={"image": 2}, **config)
+    answer = two_ranks(vision_model, requests, limit_mm_per_prompt={"image": 2}, **config)
     assert answer["tokens"] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.shows("globalcom2", "LoRA")
-def test_adapters_of_the_language_model(
-    start: Callable, seeing_model: str, requests: list[dict[str, Any]], tmp_path: Path
+def test_lora_adapters_of_the_language_model(
+    start: Callable, vision_model: str, requests: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """With LoRA: everything kept is stock, less is the same alone or together."""
+    """Test LoRA adapters: retain=1.0 equals stock vLLM, and pruned output does not depend on the batch."""
     import torch
     from safetensors.torch import save_file
 
@@ -295,17 +310,17 @@ def test_adapters_of_the_language_model(
     adapted = [{**r, "adapter": str(tmp_path)} for r in requests]
     lora = {"enable_lora": True, "max_lora_rank": 8}
 
-    stock = engine_with(start, seeing_model, **lora)
+    stock = start_engine(start, vision_model, **lora)
     full, without = stock.ask(do="look", requests=adapted), stock.ask(do="look", requests=requests)
     assert full["tokens"] != without["tokens"]
     stock.close()
-    ours = engine_with(start, seeing_model, {"name": "globalcom2", "retain": 1.0}, **lora)
-    assert ours.ask(do="look", requests=adapted) == full
+    pruned = start_engine(start, vision_model, {"name": "globalcom2", "retain": 1.0}, **lora)
+    assert pruned.ask(do="look", requests=adapted) == full
     quarter = [{**r, "pruner": {"retain": 0.25}} for r in adapted]
-    together = ours.ask(do="look", requests=quarter)
+    together = pruned.ask(do="look", requests=quarter)
     assert together["prompt"][0] < full["prompt"][0]
-    assert [ours.ask(do="look", requests=[r])["tokens"][0] for r in quarter] == together["tokens"]
-    ours.close()
+    assert [pruned.ask(do="look", requests=[r])["tokens"][0] for r in quarter] == together["tokens"]
+    pruned.close()
 
 
 TEMPLATE = (
@@ -316,8 +331,10 @@ TEMPLATE = (
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_model: str, tmp_path: Path) -> None:
-    """A right answer or a clear error, and the server lives on."""
+def test_server_accepts_image_formats_and_rejects_invalid_images(
+    serve: Callable, vision_model: str, tmp_path: Path
+) -> None:
+    """Test that each image is either answered or rejected with an error, and that the server keeps running."""
     from PIL import Image
 
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)).resize((120, 90))
@@ -326,12 +343,12 @@ def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_mode
         image.save(written := io.BytesIO(), kind, **options)
         return written.getvalue()
 
-    turned = [photo.rotate(90).convert("P")]
-    sent = {
+    rotated = [photo.rotate(90).convert("P")]
+    images = {
         "rgb": encoded(photo),
         "cmyk": encoded(photo.convert("CMYK"), "JPEG"),
         "transparent": encoded(photo.convert("RGBA")),
-        "animated": encoded(photo.convert("P"), "GIF", save_all=True, append_images=turned),
+        "animated": encoded(photo.convert("P"), "GIF", save_all=True, append_images=rotated),
         "dot": encoded(photo.crop((0, 0, 1, 1))),
         "line": encoded(photo.resize((3000, 1))),
         "corrupt": encoded(photo)[:200],
@@ -340,30 +357,32 @@ def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_mode
         "huge": encoded(Image.new("1", (14_000, 14_000))),
     }
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    chosen = ("--pruner", "globalcom2,retain=0.25", "--trust-request-mm-kwargs")
-    named = ("--served-model-name", "seeing", "--chat-template", str(tmp_path / "chat.jinja"))
-    server = serve(seeing_model, tmp_path / "server.log", *chosen, *named)
+    pruner_arguments = ("--pruner", "globalcom2,retain=0.25", "--trust-request-mm-kwargs")
+    model_arguments = ("--served-model-name", "seeing", "--chat-template", str(tmp_path / "chat.jinja"))
+    server = serve(vision_model, tmp_path / "server.log", *pruner_arguments, *model_arguments)
 
-    def ask(picture: bytes, **more: Any) -> httpx.Response:
-        url = {"url": "data:image/png;base64," + base64.b64encode(picture).decode()}
+    def ask(data: bytes, **more: Any) -> httpx.Response:
+        url = {"url": "data:image/png;base64," + base64.b64encode(data).decode()}
         content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What?"}]
         body = {"model": "seeing", "max_tokens": 4, "messages": [{"role": "user", "content": content}], **more}
         return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
 
     try:
-        answers = {name: ask(picture) for name, picture in sent.items()}
+        answers = {name: ask(data) for name, data in images.items()}
         prompt = {name: a.json()["usage"]["prompt_tokens"] for name, a in answers.items() if a.status_code == 200}
         assert prompt.keys() == {"rgb", "cmyk", "transparent", "animated", "dot", "line"}, server.tail()
         assert prompt["rgb"] == prompt["cmyk"] == prompt["transparent"] == prompt["animated"]
-        # vLLM itself answers 500 to a picture beyond its limit of pixels, and says so.
+        # vLLM itself returns status 500 for an image that exceeds its pixel limit.
         assert [answers[name].status_code for name in ("corrupt", "text", "empty", "huge")] == [400, 400, 400, 500]
         assert "pixels" in answers["huge"].text
-        wrong = ask(sent["rgb"], mm_processor_kwargs={"pruner": {"retian": 0.1}})
+        wrong = ask(images["rgb"], mm_processor_kwargs={"pruner": {"retian": 0.1}})
         assert wrong.status_code == 400
         assert "did you mean 'retain'" in wrong.text
-        less = ask(sent["rgb"], mm_processor_kwargs={"pruner": {"retain": 0.1}})
-        assert less.json()["usage"]["prompt_tokens"] < prompt["rgb"]
-        assert ask(sent["rgb"]).json()["usage"]["prompt_tokens"] == prompt["rgb"], "the server lives on"
+        pruned = ask(images["rgb"], mm_processor_kwargs={"pruner": {"retain": 0.1}})
+        assert pruned.json()["usage"]["prompt_tokens"] < prompt["rgb"]
+        assert ask(images["rgb"]).json()["usage"]["prompt_tokens"] == prompt["rgb"], (
+            "the server still answers after errors"
+        )
     finally:
         server.interrupt()
         server.kill()
@@ -377,15 +396,18 @@ def test_pictures_of_all_sorts_are_sent_to_a_server(serve: Callable, seeing_mode
         ("globalcom2", {"mm_processor_kwargs": {"pruner": "aim"}}, "is for requests"),
     ],
 )
-def test_engines_that_cannot_are_refused(seeing_model: str, pruner: Any, config: dict[str, Any], reason: str) -> None:
+def test_refuses_unsupported_engine_arguments(
+    vision_model: str, pruner: Any, config: dict[str, Any], reason: str
+) -> None:
+    """Test that engine arguments that a pruner does not support are rejected."""
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = {"model": seeing_model, "additional_config": {"pilotfish": {"pruner": pruner}}, **config}
+    arguments = {"model": vision_model, "additional_config": {"pilotfish": {"pruner": pruner}}, **config}
     with pytest.raises(ValueError, match=reason):
         EngineArgs(**{"enable_prefix_caching": False, "enforce_eager": True, **arguments}).create_engine_config()
 
 
-def test_a_model_without_pictures_is_refused(tiny_model: str) -> None:
+def test_refuses_model_without_image_input(tiny_model: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     with pytest.raises(ValueError, match=r"globalcom2 does not support model .*: it takes no images"):

@@ -1,4 +1,4 @@
-"""Our attention beside vLLM's on the same cache, without an engine: random shapes, mixed batches, in three types."""
+"""Sparse CPU attention against vLLM's on the same cache, without an engine: random shapes, batches and dtypes."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """There is no group of tensor-parallel ranks."""
+def single_rank() -> Iterator[None]:
+    """Disable the reduction over tensor-parallel ranks."""
     from pilotfish.integrations.vllm.attention.sparse import common
 
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def alone() -> Iterator[None]:
 
 @dataclass(repr=False)
 class Batch:
-    """One step of an engine: requests of ``contexts``, of which the last ``queries`` tokens are new."""
+    """One engine step: requests with context lengths ``contexts``, whose last ``queries`` tokens are new."""
 
     contexts: list[int]
     queries: list[int]
@@ -77,13 +77,13 @@ class Batch:
             key, value = (
                 torch.randn(context, self.kv_heads, self.size, generator=rng).to(self.dtype) for _ in range(2)
             )
-            places = torch.arange(context)
-            slots = self.table[r, places // self.block].long() * self.block + places % self.block
+            positions = torch.arange(context)
+            slots = self.table[r, positions // self.block].long() * self.block + positions % self.block
             self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
             self.text.append((key, value))
 
     def metadata(self, plan: ReadPlan) -> Any:
-        """What our builder makes of vLLM's metadata."""
+        """Return vLLM's metadata, extended by our metadata builder."""
         from vllm import _custom_ops as ops
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
@@ -129,16 +129,19 @@ class Batch:
         return SparseCPUMetadata(**vars(stock), step=step)
 
     def attend(self, metadata: Any, index: int = 0) -> torch.Tensor:
+        """Run the layer ``index``, and return its output."""
         self.impl._index = index
         output = torch.zeros_like(self.query)
         return self.impl.forward(self.layer, self.query, None, None, self.cache, metadata, output)
 
     def rows(self, r: int) -> slice:
+        """Return the query tokens of request ``r``."""
         return slice(self.starts[r], self.starts[r + 1])
 
 
 @st.composite
 def batches(draw: st.DrawFn, longest: int) -> Batch:
+    """Draw batches with contexts of at most ``longest`` tokens."""
     contexts = draw(st.lists(st.integers(1, longest), min_size=1, max_size=4))
     kv_heads = draw(st.integers(1, 3))
     return Batch(
@@ -153,12 +156,13 @@ def batches(draw: st.DrawFn, longest: int) -> Batch:
 
 
 def plan_of(budget: int, *roles: Role, recent: int = 32) -> ReadPlan:
+    """Return a read plan with page-level selection."""
     return ReadPlan(roles, SelectionRule(budget, 4, recent, "sum", "page"))
 
 
 @settings(max_examples=40, deadline=None)
 @given(batches(longest=400))
-def test_a_budget_that_covers_every_context_changes_no_bit(batch: Batch) -> None:
+def test_full_budget_is_bitwise_identical(batch: Batch) -> None:
     stock = batch.attend(batch.metadata(ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))))
     for role in Role:
         metadata = batch.metadata(plan_of(416, role))
@@ -168,24 +172,24 @@ def test_a_budget_that_covers_every_context_changes_no_bit(batch: Batch) -> None
 
 @settings(max_examples=40, deadline=None)
 @given(batches(longest=900))
-def test_requests_within_the_budget_and_prompts_are_left_to_vllm(batch: Batch) -> None:
-    """Whoever else is in the batch; the others attend to what was chosen for them."""
+def test_requests_within_the_budget_and_prefill_match_vllm(batch: Batch) -> None:
+    """Test that these requests match vLLM in any batch, and that the others attend to their selected tokens."""
     plan = plan_of(256, Role.SELECT, Role.SPARSE)
     stock = batch.attend(batch.metadata(ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))))
     metadata = batch.metadata(plan)
-    whole, chosen = batch.attend(metadata, 0), batch.attend(metadata, 1)
+    full, selected = batch.attend(metadata, 0), batch.attend(metadata, 1)
     sparse = [r for r, c in enumerate(batch.contexts) if c > 256 and batch.queries[r] == 1]
     assert (metadata.step is not None) == bool(sparse)
     tolerance = TOLERANCE[batch.dtype]
     for r, context in enumerate(batch.contexts):
         rows = batch.rows(r)
-        torch.testing.assert_close(whole[rows], stock[rows], atol=tolerance, rtol=0)
-        if r not in sparse:  # another batch may be scheduled otherwise, which changes the last bit
-            torch.testing.assert_close(chosen[rows], stock[rows], atol=tolerance, rtol=0)
+        torch.testing.assert_close(full[rows], stock[rows], atol=tolerance, rtol=0)
+        if r not in sparse:  # a different batch may be split differently, which changes rounding
+            torch.testing.assert_close(selected[rows], stock[rows], atol=tolerance, rtol=0)
             continue
         positions = [p for p in metadata.step.choice.positions(sparse.index(r)) if p < context]
         assert len(positions) <= 256
         query = batch.query[rows][0].double().numpy()
         key, value = (x[positions].double().numpy() for x in batch.text[r])
         _, expected = reference.attention(query, key, value, batch.size**-0.5)
-        np.testing.assert_allclose(chosen[rows][0].double().numpy(), expected, atol=tolerance)
+        np.testing.assert_allclose(selected[rows][0].double().numpy(), expected, atol=tolerance)

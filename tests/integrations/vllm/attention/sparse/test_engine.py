@@ -1,4 +1,4 @@
-"""A KV policy inside a real engine: identical where it has to be, and indifferent to how requests are batched."""
+"""TidalDecode in a running engine: identical to stock vLLM with a full budget, and independent of batching."""
 
 import random
 
@@ -14,11 +14,12 @@ PAGE = {"budget": 192, "sinks": 4, "recent": 32, "head_aggregation": "sum", "gra
 
 
 def kv(**options) -> dict:
+    """Return engine arguments that select TidalDecode."""
     return {"additional_config": {"pilotfish": {"kv": {"name": "tidal_decode", **options}}}}
 
 
 def texts_of(lengths: list[int]) -> list[list[int]]:
-    """Prompts of given lengths that repeat themselves, so that there is something to look back at."""
+    """Return prompts of the given lengths with repeated text, so that earlier tokens matter."""
     rng = random.Random(0)
     return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
 
@@ -29,7 +30,7 @@ ASK = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
 
 @pytest.fixture(scope="module")
 def stock(start, model) -> list[list[int]]:
-    """What stock vLLM writes."""
+    """Return the output of stock vLLM."""
     engine = start(model)
     tokens = engine.ask(**ASK)["tokens"]
     engine.close()
@@ -38,7 +39,7 @@ def stock(start, model) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def sparse(start, model, stock):
-    """An engine with the policy; blocks of 64, chunks of 128 tokens, prefix caching."""
+    """Start an engine with the policy, blocks of 64 tokens, chunks of 128 tokens, and prefix caching."""
     del stock  # its engine has ended
     return start(
         model,
@@ -49,20 +50,20 @@ def sparse(start, model, stock):
     )
 
 
-def test_the_backend_is_ours_and_the_layers_are_the_shipped_profile_s(sparse) -> None:
+def test_uses_sparse_backend_and_layers_of_the_shipped_profile(sparse) -> None:
     (path,) = SHIPPED.glob("tidal_decode-smollm2*.json")
     layers = read_profile(path).settings["default"]["select_layers"]
     assert sparse.ask(do="attention") == {"impl": ["SparseCPUImpl"], "isa": ["vec"], "select": layers}
 
 
 @pytest.mark.shows("tidal_decode", "full budget equals stock")
-def test_a_budget_that_covers_the_context_changes_nothing(sparse, stock) -> None:
+def test_output_is_identical_with_full_budget(sparse, stock) -> None:
     assert sparse.ask(**ASK)["tokens"] == stock
 
 
 @pytest.mark.parametrize("role", ["FULL", "SELECT", "SPARSE"])
-def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> None:
-    """Every layer through our kernel: sparse layers without a choice read everything."""
+def test_output_is_identical_with_our_kernel(sparse, stock, role: str) -> None:
+    """Test our kernel in every layer: sparse layers without selected tokens attend to all tokens."""
     sparse.ask(do="attention", plan={"roles": [role] * LAYERS, "rule": PAGE})
     assert sparse.ask(**ASK)["tokens"] == stock
 
@@ -72,8 +73,8 @@ def test_our_kernel_computes_the_same_attention(sparse, stock, role: str) -> Non
     [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
 )
 @pytest.mark.shows("tidal_decode", "batches of mixed requests", "chunked prefill")
-def test_a_request_is_answered_alike_in_any_batch(sparse, aggregation: str, granularity: str) -> None:
-    """Alone, or beside requests that prefill in chunks, decode within the budget, or come and go."""
+def test_output_is_identical_in_mixed_batch(sparse, aggregation: str, granularity: str) -> None:
+    """Test that output is the same alone and with requests that prefill in chunks, decode, start or finish."""
     rule = {**PAGE, "head_aggregation": aggregation, "granularity": granularity}
     roles = ["FULL", "FULL"] + ["SELECT" if i in (2, 13) else "SPARSE" for i in range(2, LAYERS)]
     sparse.ask(do="attention", plan={"roles": roles, "rule": rule})
@@ -82,32 +83,32 @@ def test_a_request_is_answered_alike_in_any_batch(sparse, aggregation: str, gran
     assert together == alone
 
 
-def test_sparse_layers_read_less(sparse, stock) -> None:
-    """Without the repeated part of the text in view, the text changes: the choice is really what is read."""
+def test_output_changes_with_small_budget(sparse, stock) -> None:
+    """Test that output changes with a budget that excludes the repeated text: only selected tokens are read."""
     rule = {**PAGE, "budget": 96, "recent": 0}
     sparse.ask(do="attention", plan={"roles": ["SELECT"] + ["SPARSE"] * (LAYERS - 1), "rule": rule})
     assert sparse.ask(**ASK)["tokens"] != stock
 
 
 @pytest.mark.long
-def test_tokens_computed_again_change_nothing_where_nothing_was_sparse(start, model, stock, sparse) -> None:
-    """Requests are set back again and again, among others that prefill, and go on as if nothing had been."""
+def test_output_is_identical_with_kv_correction(start, model, stock, sparse) -> None:
+    """Test that KV correction leaves output identical where no layer is sparse, in a batch with requests in prefill."""
     sparse.close()
     every = list(range(LAYERS))
-    ours = start(
+    corrected = start(
         model,
         max_num_batched_tokens=128,
         **kv(budget=192, recent=32, select_layers=every, full_layers=[], correction_interval=3),
     )
-    assert ours.ask(**ASK)["tokens"] == stock
-    assert ours.ask(do="corrected")["tokens"] > 0
-    ours.close()
+    assert corrected.ask(**ASK)["tokens"] == stock
+    assert corrected.ask(do="corrected")["tokens"] > 0
+    corrected.close()
 
 
 @pytest.mark.long
 @pytest.mark.shows("tidal_decode", "two tensor-parallel ranks")
-def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> None:
-    """Each rank sees half of the heads; the choice is the one of all."""
+def test_two_tensor_parallel_ranks_select_the_same_tokens(start, tiny_model, two_ranks) -> None:
+    """Test that ranks, each with half of the heads, select the tokens that a single rank selects."""
     policy = kv(budget=192, recent=32, full_layers=[], select_layers=[0])
     prompts = [p[:460] for p in PROMPTS]
     sampling = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
@@ -119,7 +120,7 @@ def test_two_ranks_choose_the_same_positions(start, tiny_model, two_ranks) -> No
 
 
 @pytest.mark.shows("tidal_decode", "preemption")
-def test_preempted_requests_go_on(start, model) -> None:
+def test_preempted_requests_resume(start, model) -> None:
     small = start(
         model, num_gpu_blocks_override=24, block_size=64, enable_prefix_caching=False, **kv(budget=192, recent=32)
     )

@@ -1,4 +1,4 @@
-"""FlashAttention with shortened block tables, its kernel played by plain attention, since none runs without a GPU."""
+"""FlashAttention with shortened block tables; a reference implementation replaces its kernel, which needs a GPU."""
 
 import importlib
 from types import SimpleNamespace
@@ -12,24 +12,24 @@ from pilotfish.kvcache import reference
 from pilotfish.kvcache.selection import ReadPlan, Role, SelectionRule
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="plays a kernel on the CPU")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="replaces a kernel on the CPU")
 
 CONTEXTS, QUERIES, HEADS, KV_HEADS, SIZE, BLOCK = [300, 90, 260, 333], [1, 1, 4, 1], 4, 2, 32, 16
 STARTS = [0, 1, 2, 6, 7]
 
 
 def paged_attention(**call: Any) -> None:
-    """What ``flash_attn_varlen_func`` computes, from the same arguments."""
+    """Compute the same as ``flash_attn_varlen_func``, from the same arguments."""
     assert call["scheduler_metadata"] is None or call["scheduler_metadata"] == "whole"
     calls.append(call)
     starts, lens = call["cu_seqlens_q"].tolist(), call["seqused_k"].tolist()
     for r, length in enumerate(lens):
-        places = np.arange(length)
-        blocks = call["block_table"][r].numpy()[places // BLOCK]
-        k, v = (call[x].numpy()[blocks, places % BLOCK] for x in ("k", "v"))
+        positions = np.arange(length)
+        blocks = call["block_table"][r].numpy()[positions // BLOCK]
+        k, v = (call[x].numpy()[blocks, positions % BLOCK] for x in ("k", "v"))
         for row in range(starts[r], starts[r + 1]):
-            seen = length - (starts[r + 1] - 1 - row)
-            _, out = reference.attention(call["q"][row].numpy(), k[:seen], v[:seen], call["softmax_scale"])
+            visible = length - (starts[r + 1] - 1 - row)
+            _, out = reference.attention(call["q"][row].numpy(), k[:visible], v[:visible], call["softmax_scale"])
             call["out"][row] = torch.from_numpy(out).float()
 
 
@@ -42,7 +42,7 @@ def flash(interpreted_triton: None) -> Any:
 
 
 def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
-    """A layer's attention, a step's metadata, queries, and a filled cache."""
+    """Return a layer's attention, metadata of a step, queries, and a filled cache."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
     impl: Any = object.__new__(flash.SparseFlashImpl)
@@ -91,7 +91,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
     [SelectionRule(160, 4, 32, "sum", "page"), SelectionRule(100, 4, 32, "kv_head", "token")],
     ids=["shortened tables", "our kernel"],
 )
-def test_sparse_requests_read_what_was_chosen_and_others_everything(
+def test_sparse_requests_attend_to_selected_tokens_and_others_to_all(
     flash: Any, monkeypatch: pytest.MonkeyPatch, rule: SelectionRule
 ) -> None:
     from vllm.v1.attention.backends import flash_attn
@@ -99,7 +99,7 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
     from pilotfish.integrations.vllm.attention.sparse import common
 
     monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", paged_attention)
-    monkeypatch.setattr(common, "reduce_over_ranks", lambda scores, rule: None)  # there is no group of ranks
+    monkeypatch.setattr(common, "reduce_over_ranks", lambda scores, rule: None)  # single rank
     impl, metadata, query, cache = build(flash, rule)
     calls.clear()
     outputs = []
@@ -107,7 +107,7 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
         impl._index = index
         layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
         outputs.append(impl.forward(layer, query, query, query, cache, metadata, torch.zeros_like(query)))
-    assert torch.equal(outputs[0], outputs[1]), "a layer that chooses attends to everything"
+    assert torch.equal(outputs[0], outputs[1]), "a re-selection layer attends to all tokens"
     assert [c["scheduler_metadata"] for c in calls] == ["whole", "whole", None]
     step = metadata.step
     for r, context in enumerate(CONTEXTS):
@@ -115,22 +115,24 @@ def test_sparse_requests_read_what_was_chosen_and_others_everything(
         if QUERIES[r] > 1 or context <= rule.budget:
             torch.testing.assert_close(outputs[2][rows], outputs[0][rows])
             continue
-        places = np.arange(context)
-        text = cache.numpy()[metadata.block_table[r].numpy()[places // BLOCK], :, places % BLOCK]
+        positions = np.arange(context)
+        text = cache.numpy()[metadata.block_table[r].numpy()[positions // BLOCK], :, positions % BLOCK]
         for head in range(HEADS):
             if step.kept is None:
                 length = int(step.rest.seq_lens[r])
                 assert length <= rule.budget
-                spots = step.rest.block_table[r].numpy()[np.arange(length) // BLOCK]
-                held = cache.numpy()[spots, :, np.arange(length) % BLOCK]
+                blocks = step.rest.block_table[r].numpy()[np.arange(length) // BLOCK]
+                selected = cache.numpy()[blocks, :, np.arange(length) % BLOCK]
             else:
-                held = text[[p for p in step.kept[r, head // 2].tolist() if p < context]]
-            assert len(held) < context
-            _, expected = reference.attention(query[STARTS[r]].numpy(), held[..., :SIZE], held[..., SIZE:], SIZE**-0.5)
+                selected = text[[p for p in step.kept[r, head // 2].tolist() if p < context]]
+            assert len(selected) < context
+            _, expected = reference.attention(
+                query[STARTS[r]].numpy(), selected[..., :SIZE], selected[..., SIZE:], SIZE**-0.5
+            )
             np.testing.assert_allclose(outputs[2][STARTS[r], head].numpy(), expected[head], atol=2e-5)
 
 
-def test_another_group_s_blocks_get_a_step_of_their_own(flash: Any) -> None:
+def test_update_block_table_builds_a_new_step(flash: Any) -> None:
     _, metadata, _, _ = build(flash, SelectionRule(160, 4, 32, "sum", "page"))
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = metadata.step.plan

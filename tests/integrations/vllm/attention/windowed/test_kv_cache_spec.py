@@ -1,4 +1,4 @@
-"""Blocks of windowed heads under vLLM's own cache manager: never freed while read, never leaked, never shared."""
+"""KV blocks of non-retrieval heads in vLLM's cache manager: never freed while read, never leaked, never shared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ SHAPE = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch
 
 
 def config(window: HeadWindow, blocks: int, groups: int = 2) -> KVCacheConfig:
+    """Return a cache configuration with one group of retrieval heads and ``groups`` windowed groups."""
     spec = WindowedHeadSpec(**SHAPE, window=window, longest=LONGEST, in_flight=CHUNK)
     return KVCacheConfig(
         num_blocks=blocks,
@@ -36,8 +37,8 @@ def config(window: HeadWindow, blocks: int, groups: int = 2) -> KVCacheConfig:
 
 
 @dataclass
-class Played:
-    """A scheduler's dealings with the cache, at random."""
+class SimulatedScheduler:
+    """Simulated scheduler that checks the blocks of its requests."""
 
     window: HeadWindow
     manager: KVCacheManager
@@ -46,7 +47,7 @@ class Played:
     count: int = 0
 
     def held(self) -> Iterator[int]:
-        """Ids of all blocks that requests hold, once for each that holds them."""
+        """Yield the ids of all held blocks, once for each request and group that holds them."""
         for request in self.running:
             for group in self.manager.get_blocks(request.request_id).blocks:
                 yield from (b.block_id for b in group if not b.is_null)
@@ -59,8 +60,8 @@ class Played:
 
     def schedule(self, request: Request, tokens: int, admit: bool = False) -> bool:
         begin = request.num_computed_tokens
-        given_blocks = self.manager.allocate_slots(request, tokens, full_sequence_must_fit=admit)
-        if given_blocks is None:
+        new_blocks = self.manager.allocate_slots(request, tokens, full_sequence_must_fit=admit)
+        if new_blocks is None:
             return False
         whole, *windowed = self.manager.get_blocks(request.request_id).blocks
         end = begin + tokens
@@ -74,7 +75,7 @@ class Played:
             kept = sum(not b.is_null for b in group)
             spec = self.manager.coordinator.single_type_managers[1].kv_cache_spec
             assert kept <= spec.max_blocks
-            assert kept <= -(-end // BLOCK) - (first - sinks), "what was dropped is held no longer"
+            assert kept <= -(-end // BLOCK) - (first - sinks), "evicted blocks are freed"
         request.num_computed_tokens = end
         if end >= request.num_tokens:
             request.append_output_token_ids(1)
@@ -89,7 +90,7 @@ class Played:
     def stop(self, which: int, preempt: bool) -> None:
         request = self.running.pop(which % len(self.running))
         self.manager.free(request)
-        if preempt and request.num_tokens < LONGEST:  # it starts again, its outputs behind its prompt
+        if preempt and request.num_tokens < LONGEST:  # it is recomputed, with its outputs after its prompt
             request.num_computed_tokens = 0
             if self.schedule(request, min(CHUNK, request.num_tokens), admit=True):
                 self.running.append(request)
@@ -97,7 +98,7 @@ class Played:
     def check(self) -> None:
         held = list(self.held())
         assert len(held) == len(set(held)), "two requests hold the same block"
-        assert self.manager.block_pool.get_num_free_blocks() + len(held) == self.blocks - 1, "a block is lost"
+        assert self.manager.block_pool.get_num_free_blocks() + len(held) == self.blocks - 1, "a block is leaked"
 
 
 windows = st.builds(
@@ -117,50 +118,50 @@ actions = st.lists(
 
 @settings(max_examples=120, deadline=None)
 @given(windows, st.integers(60, 400), actions)
-def test_no_block_is_freed_while_it_is_read_and_none_is_lost(window: HeadWindow, blocks: int, todo: list) -> None:
-    played = Played(
+def test_no_block_is_freed_while_read_or_leaked(window: HeadWindow, blocks: int, todo: list) -> None:
+    simulated = SimulatedScheduler(
         window, KVCacheManager(config(window, blocks), LONGEST, BLOCK, BLOCK, CHUNK, enable_caching=False), blocks
     )
     for action, number in todo:
         if action == "start":
-            played.start(number)
-        elif played.running:
+            simulated.start(number)
+        elif simulated.running:
             if action == "step":
                 for _ in range(8):
-                    if played.running:
-                        played.step(number)
+                    if simulated.running:
+                        simulated.step(number)
             else:
-                played.stop(number, preempt=action == "preempt")
-        played.check()
-    while played.running:
-        played.stop(0, preempt=False)
-    played.check()
-    assert played.manager.block_pool.get_num_free_blocks() == blocks - 1
+                simulated.stop(number, preempt=action == "preempt")
+        simulated.check()
+    while simulated.running:
+        simulated.stop(0, preempt=False)
+    simulated.check()
+    assert simulated.manager.block_pool.get_num_free_blocks() == blocks - 1
 
 
-def test_freed_blocks_are_counted_and_told() -> None:
+def test_freed_blocks_are_counted_and_reported() -> None:
     window = HeadWindow(sinks=4, window=96, ratio=0, compensation=True, exact_prefill=False)
     manager = KVCacheManager(config(window, 400), LONGEST, BLOCK, BLOCK, CHUNK, enable_caching=False)
     scheduler = SimpleNamespace(kv_cache_manager=manager, make_stats=SchedulerStats)
     kv_cache_spec.report_freed(scheduler, "razor_attention")
     counter = metrics._freed_counter().labels("razor_attention", "3")
-    played = Played(window, manager, 400)
-    played.start(1500)
+    simulated = SimulatedScheduler(window, manager, 400)
+    simulated.start(1500)
     for _ in range(12):
-        played.step(0)
+        simulated.step(0)
         stats, before = scheduler.make_stats(), counter._value.get()
         metrics.record_freed_blocks(stats, 3)
-        assert stats.num_kv_fetch_reqs_by_stage == {}, "vLLM's loggers see nothing of it"
+        assert stats.num_kv_fetch_reqs_by_stage == {}, "the count is hidden from vLLM's loggers"
         assert counter._value.get() >= before
-    whole, *windowed = manager.get_blocks(played.running[0].request_id).blocks
-    gone = sum(block.is_null for group in windowed for block in group)
-    assert counter._value.get() == gone > 50
+    whole, *windowed = manager.get_blocks(simulated.running[0].request_id).blocks
+    num_freed = sum(block.is_null for group in windowed for block in group)
+    assert counter._value.get() == num_freed > 50
     assert not any(block.is_null for block in whole)
     assert scheduler.make_stats().num_kv_fetch_reqs_by_stage == {}, "nothing new was freed"
 
 
 class Engine:
-    """What vLLM's own spec asks of an engine's configuration."""
+    """Fields of the engine configuration that vLLM's cache spec reads."""
 
     class model_config:  # noqa: N801
         max_model_len = LONGEST
@@ -169,11 +170,11 @@ class Engine:
         decode_context_parallel_size = 1
 
 
-def test_capacity_counts_one_request_in_its_prompt_and_the_others_decoding() -> None:
+def test_max_concurrency_counts_one_request_in_prefill_and_the_others_in_decode() -> None:
     exact = HeadWindow(4, 300, 5, True, exact_prefill=True)
     whole = -(-LONGEST // BLOCK)
     steady = whole + 2 * exact.max_decode_blocks(LONGEST, 1, BLOCK)
     assert max_concurrency(config(exact, 3 * whole + 2 * steady), Engine) == pytest.approx(3)
     assert max_concurrency(config(exact, 3 * whole // 2), Engine) == pytest.approx(0.5, abs=0.01)
     plain = KVCacheConfig(100, [], [KVCacheGroupSpec(["whole"], FullAttentionSpec(**SHAPE))])
-    assert max_concurrency(plain, Engine) is None, "vLLM's own figure holds where no head is windowed"
+    assert max_concurrency(plain, Engine) is None, "without windowed heads, vLLM's figure is used"

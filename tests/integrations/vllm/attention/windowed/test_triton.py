@@ -1,6 +1,6 @@
-"""RazorAttention over vLLM's Triton backend in a real engine, kernels interpreted: the text is that of the CPU backend.
+"""RazorAttention with vLLM's Triton backend in a running engine, interpreted: output equals that of the CPU backend.
 
-The two share no code below the policy but the cache manager: C++ and Triton kernels, other cache layouts.
+Below the policy the two share only the cache manager: they have C++ and Triton kernels, and different cache layouts.
 """
 
 import random
@@ -13,14 +13,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
 PROMPTS = [
     ([random.Random(i).randrange(1000, 40000) for i in range(60)] * 5)[:n]
-    for n in (250, 40, 190)  # beyond the window, within it, beyond it
+    for n in (250, 40, 190)  # over, within and over the window
 ]
 ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
 OPTIONS = {"name": "razor_attention", "keep": [[0, 1]], "window": 64, "ratio": 0, "prefill": "streaming"}
 
 
 @pytest.mark.shows("razor_attention", "Triton kernels, interpreted")
-def test_the_text_is_that_of_the_other_backend(start, start_interpreted, tiny_model) -> None:
+def test_output_matches_cpu_backend(start, start_interpreted, tiny_model) -> None:
     config = {"block_size": 32, "additional_config": {"pilotfish": {"kv": OPTIONS}}}
     native = start(tiny_model, max_num_batched_tokens=128, **config)
     expected = native.ask(**ASK)["tokens"]
@@ -28,5 +28,5 @@ def test_the_text_is_that_of_the_other_backend(start, start_interpreted, tiny_mo
     engine = start_interpreted(tiny_model, "0", **config)
     assert any(name.endswith(".WindowedTritonImpl") for name in engine.ask(do="state")["classes"])
     assert engine.ask(**ASK)["tokens"] == expected
-    found = engine.ask(do="blocks")
-    assert found["free"] == found["all"]
+    blocks = engine.ask(do="blocks")
+    assert blocks["free"] == blocks["all"]

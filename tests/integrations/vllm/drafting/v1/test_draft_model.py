@@ -1,4 +1,4 @@
-"""RASD over a draft model that vLLM itself runs: outputs stay, and what is retrieved saves steps."""
+"""RASD with a draft model that vLLM runs: output is identical, and retrieved drafts save steps."""
 
 import json
 import subprocess
@@ -12,7 +12,8 @@ GREEDY = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 PROMPTS = [(list(range(1000, 1000 + k)) * 60)[:n] for k, n in ((7, 150), (5, 40), (9, 97))]
 
 
-def over(draft: str, **options) -> dict:
+def rasd_with_draft_model(draft: str, **options) -> dict:
+    """Return engine arguments for RASD with the draft model ``draft``."""
     return {
         "additional_config": {"pilotfish": {"drafter": {"name": "rasd", "base": "engine", **options}}},
         "speculative_config": {
@@ -25,7 +26,7 @@ def over(draft: str, **options) -> dict:
 
 
 def configure(model: str, config: dict) -> subprocess.CompletedProcess[str]:
-    """Make an engine's configuration in a process of its own."""
+    """Create an engine configuration in a separate process."""
     code = (
         "import json, sys; from vllm.engine.arg_utils import EngineArgs\n"
         "EngineArgs(model=sys.argv[1], **json.loads(sys.argv[2])).create_engine_config()"
@@ -35,8 +36,8 @@ def configure(model: str, config: dict) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def other_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A draft model that is wrong most of the time: the same, with some noise."""
+def noisy_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write a draft model with a low acceptance rate: the target model with noise added to its weights."""
     import shutil
 
     import torch
@@ -56,17 +57,17 @@ def other_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> st
 
 @pytest.mark.long
 @pytest.mark.shows("rasd", "a draft model")
-def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, other_model: str) -> None:
+def test_output_is_identical_and_repeated_prompts_take_fewer_steps(start, tiny_model: str, noisy_model: str) -> None:
     ask = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
     stock = start(tiny_model)
     expected = stock.ask(**ask)["tokens"]
     stock.close()
-    engine = start(tiny_model, **over(other_model))
+    engine = start(tiny_model, **rasd_with_draft_model(noisy_model))
     first, second = engine.ask(**ask), engine.ask(**ask)
     assert first["tokens"] == second["tokens"] == expected
     stats = engine.ask(do="state")["plugin"]
-    assert 0 < stats["engine_draft_first"] < 0.9  # the model is asked, and often wrong
-    assert second["request_steps"] < 0.5 * first["request_steps"]  # where it is, earlier outputs are right
+    assert 0 < stats["engine_draft_first"] < 0.9  # drafts of the model are used, and often rejected
+    assert second["request_steps"] < 0.5 * first["request_steps"]  # retrieved drafts replace the rejected ones
     engine.close()
 
 
@@ -78,19 +79,19 @@ def test_outputs_stay_and_repeated_ones_take_few_steps(start, tiny_model: str, o
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}, {}, "rasd builds on a draft model"),
     ],
 )
-def test_what_cannot_be_served_is_refused(tiny_model: str, change: dict, options: dict, message: str) -> None:
-    config = over(tiny_model, **options) | change
-    done = configure(tiny_model, config)
-    assert done.returncode != 0
-    assert message in done.stderr
+def test_refuses_unsupported_speculation(tiny_model: str, change: dict, options: dict, message: str) -> None:
+    config = rasd_with_draft_model(tiny_model, **options) | change
+    result = configure(tiny_model, config)
+    assert result.returncode != 0
+    assert message in result.stderr
 
 
 @pytest.mark.long
-def test_a_datastore_of_another_vocabulary_is_refused(tiny_model: str, tmp_path) -> None:
+def test_refuses_datastore_of_another_vocabulary(tiny_model: str, tmp_path) -> None:
     from pilotfish.plugins.drafting import datastore
 
     datastore.build_datastore(tmp_path / "store", [[1, 2, 3]], "other", "0", 1000)
-    config = over(tiny_model, datastore=str(tmp_path / "store"))
-    done = configure(tiny_model, config)
-    assert done.returncode != 0
-    assert "its token ids are those of another tokenizer" in done.stderr
+    config = rasd_with_draft_model(tiny_model, datastore=str(tmp_path / "store"))
+    result = configure(tiny_model, config)
+    assert result.returncode != 0
+    assert "its token ids are those of another tokenizer" in result.stderr

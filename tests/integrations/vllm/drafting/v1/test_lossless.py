@@ -1,4 +1,4 @@
-"""With the drafter the output is the same: greedy ones token by token, in every mode of serving that vLLM has."""
+"""Greedy output with the drafter is identical to stock vLLM, token by token, for all kinds of sampling parameters."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def drafted(request, start, model, drafting_args):
         engine = start(model, **drafting_args())
     else:
         engine = start(model, **drafting_args(24, verification="tree"))
-    engine.ask(do="draft_always")  # whether it pays or not
+    engine.ask(do="draft_always")  # even where drafting does not reduce latency
     yield engine
     if request.param == "tree":
         assert engine.ask(do="trees")["moved"] > 5, "trees were verified"
@@ -33,6 +33,7 @@ def drafted(request, start, model, drafting_args):
 
 
 def both(stock, drafted, prompts: list, sampling: list[dict[str, Any]]) -> tuple[dict, dict]:
+    """Complete prompts with both engines."""
     return tuple(e.ask(do="sample", prompts=prompts, sampling=sampling) for e in (stock, drafted))  # type: ignore[return-value]
 
 
@@ -45,7 +46,7 @@ def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) ->
     assert b["drafted"] > 20
     assert b["request_steps"] < a["request_steps"]
     state = drafted.ask(do="state")
-    assert state["plugin"]["requests"] <= 8  # what the last step finished is told to the runner with the next
+    assert state["plugin"]["requests"] <= 8  # the runner learns of finished requests one step later
     assert state["wrapped"] == ["_on_request_state_removed", "_sample", "shutdown"]
 
 
@@ -90,8 +91,8 @@ def test_logprobs_belong_to_the_tokens(stock, drafted, prompts) -> None:
             assert all(abs(x[t] - y[t]) < 1e-3 for t in x)
 
 
-def test_top_k_in_a_step_without_any_draft(drafted, prompts) -> None:
-    """The prompt's own step never has one; vLLM's CPU build fails there unless mended."""
+def test_top_k_in_a_step_without_drafts(drafted, prompts) -> None:
+    """Test the prefill step, which has no drafts, and on which vLLM's CPU build fails without our fix."""
     sampling = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "max_tokens": 6, "seed": 1}
     answer = drafted.ask(do="sample", prompts=prompts[:1], sampling=[sampling])
     assert len(answer["tokens"][0]) <= 6
@@ -106,7 +107,7 @@ def test_a_request_can_switch_the_drafter_off(stock, drafted, prompts) -> None:
 
 
 def test_finished_requests_leave_no_state(drafted, prompts) -> None:
-    """Many requests later the drafter knows no more of them than after few."""
+    """Test that the drafter's state does not grow with the number of finished requests."""
     for _ in range(3):
         drafted.ask(do="sample", prompts=[p[:24] for p in prompts] * 2, sampling=[{**GREEDY, "max_tokens": 6}] * 24)
     state = drafted.ask(do="state")
@@ -115,20 +116,20 @@ def test_finished_requests_leave_no_state(drafted, prompts) -> None:
     assert state["plugin"]["tables"] == 1
 
 
-def test_the_cause_of_wrong_samples_is_detected_and_mended(drafted) -> None:
+def test_sampler_bug_is_detected_and_fixed(drafted) -> None:
     assert drafted.ask(do="broken_sampling")["after"] is False
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_greedy_output_is_identical_over_two_hundred_texts(stock, drafted, model: str) -> None:
-    """Eight at a time, of lengths that differ: most steps are of trees and chains of several requests."""
+    """Test prompts of different lengths, eight at a time, so that most steps verify drafts of several requests."""
     from pilotfish.integrations.vllm.bench import corpora
 
     tokenizer = corpora.tokenizer_of(model)
     cut = corpora.excerpts(tokenizer, corpora.sample_corpus(), 210, 120, "the sample")
-    given = [ids[: 20 + 7 * i % 100] for i, ids in enumerate(cut)]
-    a, b = both(stock, drafted, given, [{"temperature": 0, "max_tokens": 40, "ignore_eos": True}] * len(given))
+    prompts = [ids[: 20 + 7 * i % 100] for i, ids in enumerate(cut)]
+    a, b = both(stock, drafted, prompts, [{"temperature": 0, "max_tokens": 40, "ignore_eos": True}] * len(prompts))
     different = [i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"], strict=True)) if x != y]
     assert different == []
     assert b["request_steps"] < 0.9 * a["request_steps"]

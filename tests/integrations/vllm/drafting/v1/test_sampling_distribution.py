@@ -1,6 +1,6 @@
-"""At a temperature the distribution stays what it was: thousands of short samples, against no speculation.
+"""The sampling distribution with speculation equals the one without, tested on thousands of short samples.
 
-Two runs without speculation are the control: what they differ by is chance.
+Two runs without speculation are the control: their difference is chance.
 """
 
 from collections import Counter
@@ -26,14 +26,14 @@ def stock(start, model):
 def drafted(request, start, model, drafting_args):
     drafter = drafting_args(4) if request.param == "chain" else drafting_args(5, verification="tree")
     engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafter)
-    engine.ask(do="draft_always")  # whether it pays or not
+    engine.ask(do="draft_always")  # even where drafting does not reduce latency
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
 def controls(stock) -> Callable[[int, dict], tuple[list, list]]:
-    """Two samples of stock vLLM, drawn once for all drafters."""
+    """Return a function that draws two samples of stock vLLM, once for all drafters."""
     drawn: dict[str, tuple[list, list]] = {}
 
     def control(count: int, settings: dict) -> tuple[list, list]:
@@ -46,13 +46,14 @@ def controls(stock) -> Callable[[int, dict], tuple[list, list]]:
 
 
 def draw(engine, count: int, settings: dict) -> tuple[list[tuple[int, ...]], int]:
+    """Draw ``count`` samples of the prompt; returns them and the number of draft tokens."""
     sampling = {"temperature": 1.0, "max_tokens": TOKENS + 1, "ignore_eos": True, **settings}
     answer = engine.ask(do="sample", prompts=[PROMPT] * count, sampling=[sampling] * count)
     return [tuple(t[:TOKENS]) for t in answer["tokens"]], answer["drafted"]
 
 
 def p_value(one: list, other: list) -> float:
-    """Chi-square test of two samples of anything; rare outcomes are put together."""
+    """Return the p-value of a chi-square test of two samples; rare outcomes are merged."""
     a, b = Counter(one), Counter(other)
     frequent = [x for x in a.keys() | b.keys() if a[x] + b[x] >= 12]
     table = np.array([[c[x] for x in frequent] + [c.total() - sum(c[x] for x in frequent)] for c in (a, b)])
@@ -68,17 +69,17 @@ def p_value(one: list, other: list) -> float:
 def test_distribution_is_unchanged(controls, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2
     control, again = controls(count, settings)
-    ours, proposed = draw(drafted, count, settings)
-    assert proposed > count / 4, "without drafts the test would show nothing"
+    sampled, num_drafted = draw(drafted, count, settings)
+    assert num_drafted > count / 4, "the test needs drafts"
     for position in range(TOKENS):
-        at = [[s[position] for s in sample] for sample in (control, again, ours)]
-        assert p_value(at[0], at[1]) > LEVEL, "the control itself differs"
+        at = [[s[position] for s in sample] for sample in (control, again, sampled)]
+        assert p_value(at[0], at[1]) > LEVEL, "the two control samples differ"
         assert p_value(at[0] + at[1], at[2]) > LEVEL, f"token {position + 1}"
-    assert p_value(control + again, ours) > LEVEL, "jointly"
+    assert p_value(control + again, sampled) > LEVEL, "joint distribution"
 
 
-def test_the_test_would_notice() -> None:
-    """A sampler that takes the likeliest outcome in one of ten draws whatever the odds is found out."""
+def test_biased_sampler_is_detected() -> None:
+    """Test that a sampler that takes the most likely outcome in one of ten draws is detected."""
     rng = np.random.default_rng(0)
     p = np.array([0.3, 0.25, 0.2, 0.15, 0.1])
     biased = 0.9 * p + 0.1 * np.eye(5)[0]

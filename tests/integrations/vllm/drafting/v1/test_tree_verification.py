@@ -1,4 +1,4 @@
-"""Tree verification without an engine: what is drawn and walked, who is served, what is refused."""
+"""Tree verification without an engine: sampling along the tree, eligible requests, and unsupported layers."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ VOCABULARY = 32
 
 
 @pytest.fixture(autouse=True, scope="module")
-def mended_sampling() -> Iterator[None]:
-    """As the drafter mends it at start, where vLLM's build needs it."""
+def fixed_sampling() -> Iterator[None]:
+    """Apply the fix for vLLM's sampler, as the drafter does at start."""
     vllm_fixes.EXPAND_BATCH.apply()
     yield
     vllm_fixes.EXPAND_BATCH.undo()
@@ -41,12 +41,12 @@ def mended_sampling() -> Iterator[None]:
     ],
     ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
 )
-def test_who_can_have_a_tree(params: dict, plain: bool) -> None:
+def test_path_independent_sampling_parameters(params: dict, plain: bool) -> None:
     assert tree_verification.has_path_independent_sampling(SamplingParams(**params)) is plain
 
 
 class Builder:
-    """Stands for a builder of attention metadata."""
+    """Fake attention metadata builder that records moved KV entries."""
 
     error: str | None = None
 
@@ -58,7 +58,7 @@ class Builder:
 
 
 def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: Builder) -> SimpleNamespace:
-    """A model runner with a batch of requests, whose queries begin at ``starts``."""
+    """Return a fake model runner with a batch of requests; ``starts`` is its query_start_loc."""
     greedy = [p.temperature == 0 for p in requests.values()]
     sampling = SimpleNamespace(
         all_greedy=all(greedy),
@@ -85,12 +85,13 @@ def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: B
 
 
 def tree(*nodes: tuple[int, int]) -> DraftTree:
+    """Return a draft tree of (token, parent) nodes with equal scores."""
     tokens, parents = zip(*nodes, strict=True)
     return DraftTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.ones(len(nodes), np.float32))
 
 
 def step(runner: SimpleNamespace, scheduled: dict[str, list[int]], drawn: list[int]) -> list[list[int]]:
-    """One step whose model draws ``drawn`` at its rows; the output tokens."""
+    """Run one step in which the model samples ``drawn`` at its query tokens, and return the output tokens."""
     assert runner._prepare_inputs(SimpleNamespace(scheduled_spec_decode_tokens=scheduled)) == "prepared"
     counts = [len(scheduled.get(r, [])) for r in runner.input_batch.req_ids]
     metadata = SimpleNamespace(
@@ -105,14 +106,18 @@ def step(runner: SimpleNamespace, scheduled: dict[str, list[int]], drawn: list[i
 
 
 GREEDY = SamplingParams(temperature=0)
-#        5        the root's children 5 and 6
-#       / \
-#      7   8     below 5;  6 -> 7 -> 9
+#   root
+#   /  \
+#  5    6
+# / \    \
+# 7  8    7
+#          \
+#           9
 TREE = tree((5, -1), (6, -1), (7, 0), (8, 0), (7, 1), (9, 4))
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
-def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingParams) -> None:
+def test_tree_in_a_batch_with_a_chain_and_a_request_without_drafts(params: SamplingParams) -> None:
     builder = Builder()
     runner = runner_of({"a": params, "b": params, "c": params}, [0, 7, 10, 11], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
@@ -124,11 +129,13 @@ def test_a_tree_beside_a_chain_and_a_request_without_a_draft(params: SamplingPar
     assert runner.positions[:7].tolist() == [100, 101, 101, 102, 102, 102, 103]
     assert runner.positions[7:].tolist() == [107, 108, 109, 110]
     assert [(p.index, p.first, p.position) for p in builder.scheduled_trees] == [(0, 0, 100)]
-    assert builder.moves == [(2, 1), (5, 2), (6, 3)], "rows of the accepted nodes to those behind the root"
+    assert builder.moves == [(2, 1), (5, 2), (6, 3)], (
+        "KV of the accepted nodes is moved to the positions after the root"
+    )
     assert verifier.num_moved_tokens == 3
 
 
-def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> None:
+def test_truncated_and_unknown_drafts_are_verified() -> None:
     builder = Builder()
     runner = runner_of({"a": GREEDY}, [0, 4], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
@@ -138,11 +145,11 @@ def test_what_the_scheduler_cut_or_does_not_know_is_verified_as_it_stands() -> N
     assert builder.moves == [(3, 2)]
     verifier.set_drafts({})
     assert not builder.moves.clear()
-    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[9] * 8], "a chain is vLLM's"
+    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[9] * 8], "chains are verified by vLLM"
     assert not builder.moves
 
 
-def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
+def test_requests_that_need_vllm_sampling_keep_its_tokens() -> None:
     builder = Builder()
     runner = runner_of({"a": GREEDY, "b": SamplingParams(temperature=0, logprobs=1)}, [0, 7, 9], builder)
     verifier = tree_verification.TreeVerifier(runner, "drafter")
@@ -154,7 +161,7 @@ def test_requests_that_vllm_samples_keep_what_it_sampled() -> None:
     assert out == [[5, 8, 2], [9] * 8]
 
 
-def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> None:
+def test_falls_back_to_chains_when_the_kernel_fails(caplog: pytest.LogCaptureFixture) -> None:
     builder = Builder()
     builder.error = "the kernel misreads the cache"
     verifier = tree_verification.TreeVerifier(runner_of({"a": GREEDY}, [0, 7], builder), "rasd")
@@ -167,10 +174,10 @@ def test_kernels_that_fail_leave_chains(caplog: pytest.LogCaptureFixture) -> Non
     verifier.attach()
     verifier.set_drafts({"a": TREE})
     step(runner, {"a": TREE.tokens.tolist()}, [0] * 7)
-    assert runner.positions[:7].tolist() == list(range(100, 107)), "positions are a chain's"
+    assert runner.positions[:7].tolist() == list(range(100, 107)), "the positions are those of a chain"
 
 
-def test_draws_have_the_models_distribution() -> None:
+def test_samples_follow_the_model_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
     sampling = SimpleNamespace(
         all_greedy=False, all_random=True, temperature=torch.ones(1), top_k=None, top_p=None, generators={}
@@ -189,7 +196,7 @@ def test_draws_have_the_models_distribution() -> None:
     ("changed", "reason"),
     [({"sliding_window": (127, 0)}, "a sliding window"), ({"alibi_slopes": [1.0]}, "ALiBi"), ({"head_size": 72}, "72")],
 )
-def test_layers_that_cannot_be_served_are_named(changed: dict, reason: str) -> None:
+def test_refuses_unsupported_layers(changed: dict, reason: str) -> None:
     plain = {"sliding_window": (-1, -1), "alibi_slopes": None, "logits_soft_cap": None, "sinks": None, "head_size": 64}
     config = SimpleNamespace(
         additional_config={"pilotfish": {"drafter": {"name": "rasd", "verification": "tree"}}},
