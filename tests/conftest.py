@@ -135,7 +135,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the frameworks' own conformance tests that passed."""
-    for framework, module in (("langchain-tests", "test_langchain"), ("Haystack's mixins", "test_haystack")):
+    for framework, module in (
+        ("langchain-tests", "langchain/test_vectorstore"),
+        ("Haystack's mixins", "haystack/test_document_store"),
+    ):
         passed = [r.nodeid for r in terminalreporter.stats.get("passed", []) if f"{module}.py::Test" in r.nodeid]
         if passed:
             terminalreporter.section(f"{framework}: {len(passed)} passed")

@@ -48,6 +48,7 @@ def test_modules_that_the_install_step_imports_exist(scripts: Path, root: Path, 
     assert (root / "integrations" / Path(*module.split("."))).with_suffix(".py").is_file()
 
 
+@pytest.mark.slow
 def test_kernel_step_passes_in_triton_interpreter(scripts: Path, tmp_path: Path) -> None:
     """Test that all checks of the step `kernels` pass with tiny shapes on a CPU."""
     process = subprocess.run(

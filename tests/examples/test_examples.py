@@ -161,6 +161,7 @@ def test_drafter_copies_the_continuation_of_a_repeat(load: Callable) -> None:
 # -------------------------------------------------------------------------------------------------------------- pruner
 
 
+@pytest.mark.slow
 def test_pruner_is_used_by_prune_command(cli: Callable, install: Callable, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -74,26 +74,26 @@ def test_report_of_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -
     assert "xquad, conversation" in lost, "losses in conversations are listed"
 
 
-def test_refuses_invalid_result_files(cli: Cli, tmp_path: Path) -> None:
+def test_refuses_invalid_result_files(cli: Cli, inside: Cli, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for content in ("", "{}", "[]", '{"records": 1}', json.dumps({**results(), "records": [{}]})):
         bad.write_text(content)
-        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a result file")
+        refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a result file")
     for wrong in ('"1.5"', "NaN", "Infinity", "null", "true", "[1]"):
         bad.write_text(json.dumps(results(a={"rasd/speedup": 0.125})).replace("0.125", wrong))
-        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a finite number")
+        refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not a finite number")
     for change in ({"versions": []}, {"machine": None}):
         bad.write_text(json.dumps({**results(a={"rasd/speedup": 0.5}), **change}))
-        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not objects")
+        refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "not objects")
     for name in ("\ud800", "\0", "\x1b[0m"):
         bad.write_text(json.dumps(results(**{name: {"rasd/speedup": 0.5}})))
-        refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
+        refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
     bad.write_text(json.dumps(results(a={"rasd/speedup": 10**400})))
-    refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
+    refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json")
     bad.write_text(json.dumps(results(a={"rasd/speedup": 0.5})).replace('"a"', "7"))
-    refused(cli("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "must be strings")
+    refused(inside("report", str(bad), "--out", str(tmp_path / "x.html")), "bad.json", "must be strings")
     refused(cli("report", str(tmp_path / "absent.json")), "absent.json")
     (tmp_path / "empty").mkdir()
-    refused(cli("report", str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")), "no result files")
-    refused(cli("report", str(bad), "--out", str(tmp_path)), "a folder")
+    refused(inside("report", str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")), "no result files")
+    refused(inside("report", str(bad), "--out", str(tmp_path)), "a folder")
     assert not (tmp_path / "x.html").exists()

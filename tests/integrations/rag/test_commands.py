@@ -84,33 +84,35 @@ def test_control_characters_are_removed_from_output(cli: Cli, tmp_path: Path, la
     assert not set("\x1b\x07\x9b\u202e") & set(result.stdout + searched.stdout)
 
 
-def test_rag_refuses_bad_input(cli: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_rag_refuses_bad_input(cli: Cli, inside: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
     server = ("--server", language.url)
     refused(cli("rag", "ask", folder, "x", "--server", "http://127.0.0.1:9/v1"), "no server answers", "--start MODEL")
     refused(cli("rag", "ask", folder, "x", *server, "--model", "other"), "has no model other", "by-rule")
-    refused(cli("rag", "ask", str(tmp_path / "absent"), "x", *server), "absent")
-    refused(cli("rag", "ask", folder, "x", *server, "--where", "year <"), "expected a value")
-    refused(cli("rag", "ask", folder, "x", *server, "--drafter", "rasd"), "--drafter", "--start MODEL")
-    refused(cli("rag", "ask", folder, "x", *server, "--", "--dtype", "float32"), "--dtype", "--start MODEL")
-    refused(cli("rag", "ask", folder, "x", "--start", "smollm2-135m-instruct", "--drafter", "rasdd"), "rasd")
-    refused(cli("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
-    refused(cli("rag", "serve", folder, *server, "--host", "0.0.0.0"), "--token")
+    refused(inside("rag", "ask", str(tmp_path / "absent"), "x", *server), "absent")
+    refused(inside("rag", "ask", folder, "x", *server, "--where", "year <"), "expected a value")
+    refused(inside("rag", "ask", folder, "x", *server, "--drafter", "rasd"), "--drafter", "--start MODEL")
+    refused(inside("rag", "ask", folder, "x", *server, "--", "--dtype", "float32"), "--dtype", "--start MODEL")
+    refused(inside("rag", "ask", folder, "x", "--start", "smollm2-135m-instruct", "--drafter", "rasdd"), "rasd")
+    refused(inside("rag", "ask", folder, "x", "--start", str(tmp_path / "model")), "model")
+    refused(inside("rag", "serve", folder, *server, "--host", "0.0.0.0"), "--token")
     for token in ("", "two words", "日本", "tab\t"):
-        refused(cli("rag", "serve", folder, *server, "--token", token), "--token", "ASCII")
-    refused(cli("rag", "ask", folder, " ", *server), "is empty")
-    refused(cli("rag", "ask", folder, "x", *server, "--treshold", "0.3"), "--treshold", "--threshold")
-    refused(cli("rag", "ask", folder, "x", "y", *server), "y: not an option", "--start MODEL")
-    refused(cli("rag", "serve", str(tmp_path / "made"), "--server", "http://127.0.0.1:9/v1"), "no server answers")
+        refused(inside("rag", "serve", folder, *server, "--token", token), "--token", "ASCII")
+    refused(inside("rag", "ask", folder, " ", *server), "is empty")
+    refused(inside("rag", "ask", folder, "x", *server, "--treshold", "0.3"), "--treshold", "--threshold")
+    refused(inside("rag", "ask", folder, "x", "y", *server), "y: not an option", "--start MODEL")
+    refused(inside("rag", "serve", str(tmp_path / "made"), "--server", "http://127.0.0.1:9/v1"), "no server answers")
     assert not (tmp_path / "made").exists(), "an index created for a failed command is removed"
     (tmp_path / "there").mkdir()
-    refused(cli("rag", "serve", str(tmp_path / "there"), *server, "--model", "other"), "has no model other")
+    refused(inside("rag", "serve", str(tmp_path / "there"), *server, "--model", "other"), "has no model other")
     assert (tmp_path / "there").is_dir() and not list((tmp_path / "there").iterdir())
-    refused(cli("rag", "ask", folder, "x", *server, "--threshold", "nan"), "--threshold")
+    refused(inside("rag", "ask", folder, "x", *server, "--threshold", "nan"), "--threshold")
     failed = cli("rag", "ask", folder, "broken sharks", *server)
     assert (failed.returncode, failed.stdout.strip()) == (2, "Pilot fish")
     assert "the engine has died" in failed.stderr and "Traceback" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_eval_prints_metrics_and_saves_threshold(
     cli: Cli, folder: str, language: LanguageServer, tmp_path: Path
 ) -> None:

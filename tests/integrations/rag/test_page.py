@@ -31,6 +31,7 @@ NASTY = "Prices <img src=x onerror=\"document.title='taken'\"> are <b>bold</b> i
 def browser() -> Iterator[Any]:
     """Start headless Chromium."""
     with sync_playwright() as playwright:
+        expect.set_options(timeout=60_000)  # a busy machine is slow
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
@@ -55,6 +56,7 @@ def open_page(browser: Any, url: str) -> Iterator[Any]:
         """Open a page; with ``refusals``, ignore console messages about status 4xx."""
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
         unexpected = lambda m: m.type in ("error", "warning") and not (refusals and "status of 4" in m.text)  # noqa: E731
         page.on("console", lambda m: errors.append(m.text) if unexpected(m) else None)
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -108,7 +108,7 @@ def test_citation_patterns_run_in_linear_time() -> None:
     for text in ("[1," + "1," * 100_000, "[1†" * 50_000, "[" + "A" * 100_000, "[1" + " " * 100_000, "[|" * 50_000):
         assert citations.find_citations(text, passages("a")) == []
         prompt.quote_passage(text, 6_000)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 60  # minutes, if the time were quadratic
 
 
 @given(st.text())

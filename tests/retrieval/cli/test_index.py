@@ -29,6 +29,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_build_search_update_check_and_export(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "index")
     answer = cli("index", "build", folder, str(corpus))
@@ -80,6 +81,7 @@ def check_faiss_export(path: Path) -> None:
     assert [names[i] for i in neighbors[:, 0]].count("ray") >= len(neighbors) // 2
 
 
+@pytest.mark.slow
 def test_terms_are_explained_and_boosted(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "words")
     assert "4 documents added" in cli("index", "build", folder, str(corpus), "--kind", "vdr").stderr
@@ -130,6 +132,7 @@ def test_hybrid_index_is_built_and_searched(inside: Callable, corpus: Path, tmp_
         assert message in refused.stderr
 
 
+@pytest.mark.slow
 def test_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     import tiny
 
@@ -169,9 +172,8 @@ def test_moved_encoder_is_reported_and_can_be_replaced(
     assert built.returncode == 0, built.stderr
     assert inside("index", "delete", str(tmp_path / "index"), "tax").returncode == 0
     (tmp_path / "old").rename(tmp_path / "new")
-    refused = cli(
-        "index", "compact", str(tmp_path / "index"), "--relearn"
-    )  # in a subprocess, because this process may cache the encoder
+    # Run in a subprocess, because this process may cache the encoder.
+    refused = cli("index", "compact", str(tmp_path / "index"), "--relearn")
     assert (refused.returncode, "old" in refused.stderr) == (2, True)
     compacted = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "new"))
     assert compacted.returncode == 0, compacted.stderr

@@ -83,9 +83,8 @@ def naive_scores(c: Collection, s: TokenSearchSettings, allowed: np.ndarray | No
         for d, x in passing:
             best_scores[d] = max(best_scores.get(d, -math.inf), x)
         for d, x in best_scores.items():
-            if (
-                s.impute == Impute.NOTHING or s.keep or x >= missing - 0.05
-            ):  # close to the threshold both results are right
+            # Close to the imputed similarity, both results are right.
+            if s.impute == Impute.NOTHING or s.keep or x >= missing - 0.05:
                 sums[d] = sums.get(d, 0.0) + (max(x, missing) if s.impute != Impute.NOTHING else x) - missing
     return {d: (x + total) / len(c.query) for d, x in sums.items()}
 

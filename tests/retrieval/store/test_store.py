@@ -235,18 +235,18 @@ def test_readers_see_new_commits_and_keep_open_snapshots(create, tmp_path: Path)
     index.compact()
     index.add([{"id": "new", "text": "brand new"}])
     assert reader.search("brand new", 1)[0].id == "new"
-    assert (
-        int(held.segments[0].arrays["documents"].max()) == 99
-    )  # the files are deleted from the folder, but still open
+    # The files are deleted from the folder, but still open.
+    assert int(held.segments[0].arrays["documents"].max()) == 99
 
 
 def test_hundred_documents_are_added_and_found_quickly(create) -> None:
     index = create(dimension=0)
+    begin = time.perf_counter()
     index.add([{"id": str(i), "text": f"word{i} in text"} for i in range(2000)])
     started = time.perf_counter()
     index.add([{"id": f"n{i}", "text": f"new{i} in text"} for i in range(100)])
     assert index.search("new42", 1)[0].id == "n42"
-    assert time.perf_counter() - started < 2  # takes about 0.1 s on an idle machine
+    assert time.perf_counter() - started < started - begin  # twenty times as many documents took longer
 
 
 def test_next_writer_removes_files_of_a_crash(create, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_slow_reader_does_not_replace_a_newer_snapshot(create, monkeypatch: pyte
         snapshot = real(about)
         if threading.current_thread() is reader:
             loaded.set()
-            goes_on.wait(5)
+            goes_on.wait(60)
         return snapshot
 
     monkeypatch.setattr(store, "_load", slow)
@@ -296,7 +296,7 @@ def test_slow_reader_does_not_replace_a_newer_snapshot(create, monkeypatch: pyte
     other = Index.open(store.folder)
     other.add([{"id": "one", "text": "one"}])
     reader.start()
-    assert loaded.wait(5)
+    assert loaded.wait(60)
     threading.Timer(0.3, goes_on.set).start()
     index.add([{"id": "two", "text": "two"}])
     reader.join()

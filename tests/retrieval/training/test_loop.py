@@ -172,9 +172,8 @@ def test_resumed_training_matches_uninterrupted_training(base: Path, tmp_path: P
     loop.train(resumed, training_pairs(), plan, tmp_path / "parts", True, lambda *_: None)
     assert training_losses(tmp_path / "parts") == pytest.approx(losses, rel=1e-3)
     for a, b in zip(uninterrupted.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=1e-3, atol=3e-3
-        )  # the order of sums varies between threads, and Adam amplifies it
+        # The order of sums varies between threads, and Adam amplifies the difference.
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=3e-3)
 
     load_encoder: Any = vdr.load_vocabulary_encoder if kind == "vdr" else load_multi_vector_encoder
     encoder = load_encoder(str(tmp_path / "whole"))

@@ -29,6 +29,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_build_and_info(cli: Callable, corpus: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     answer = cli("datastore", "build", str(corpus), *TOKENIZER, "--out", str(store))

@@ -154,6 +154,7 @@ def test_serve_refuses_invalid_options_in_one_line(
     refused(inside("serve", MODEL, *arguments), *parts)
 
 
+@pytest.mark.slow
 def test_serve_refuses_missing_models(cli: Callable, tmp_path: Path) -> None:
     refused(cli("serve", "./no-such-model", "--drafter", "token_recycling"), "no such folder")
     refused(cli("serve", str(tmp_path), "--drafter", "token_recycling"), "holds no config.json")

@@ -33,6 +33,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_prune_prints_token_counts_and_writes_overlays(cli: Callable, image_folder: Path, tmp_path: Path) -> None:
     answer = cli("prune", str(image_folder / "photo.png"), "--out", str(tmp_path / "drawn"))
     assert answer.returncode == 0, answer.stderr
@@ -81,6 +82,7 @@ def test_vision_encoder_of_every_test_model(name: str, image_folder: Path) -> No
     assert image_features.scores.shape == features.shape[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_globalcom2_matches_naive_implementation_on_trained_vision_tower(image_folder: Path, count: int | None) -> None:
     """Test GlobalCom2 against the naive implementation in `test_pruners`, with scores of a trained vision tower."""

@@ -27,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_saver, "EVERY", 0.2)
 
 
-def wait_until(condition, seconds: float = 5) -> bool:
+def wait_until(condition, seconds: float = 60) -> bool:
     """Wait until ``condition`` holds; returns whether it does."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -51,11 +51,11 @@ def test_saves_when_idle_and_only_after_changes(tmp_path: Path) -> None:
 def test_saves_under_load_and_on_close(tmp_path: Path) -> None:
     drafter = Recorder()
     saver = StateSaver(drafter, tmp_path / "s")  # type: ignore[arg-type]
-    end = time.monotonic() + 0.6
-    while time.monotonic() < end:
+    start = time.monotonic()
+    while time.monotonic() < start + 0.6 or not drafter.saves:
         saver.touch()
         time.sleep(0.005)
-    assert 1 <= drafter.saves <= 4
+    assert drafter.saves <= (time.monotonic() - start) / state_saver.EVERY + 1
     saver.touch()
     before = drafter.saves
     saver.close()
