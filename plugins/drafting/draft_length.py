@@ -172,7 +172,7 @@ def _solve_nonnegative(gram: NDArray[np.float64], target: NDArray[np.float64]) -
     """
     solution = np.linalg.solve(gram, target)
     if solution.min() >= 0.0:
-        return solution
+        return np.asarray(solution, np.float64)
     best, lowest = np.zeros(len(target)), 0.0
     for count in range(1, len(target)):
         for positive in map(list, itertools.combinations(range(len(target)), count)):
