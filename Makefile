@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both need Python 3.11 to 3.13.
-# A machine with a GPU and vLLM installed needs neither: `pip install pilotfish`, see README.md.
+# A machine with a GPU and vLLM installed needs neither: `pip install .[rag]`, see README.md.
 
 PYTHON ?= python3
 VENV ?= .venv

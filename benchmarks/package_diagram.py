@@ -31,7 +31,7 @@ PACKAGES = (
 # Steps of each flow: what happens, and the module that does it.
 FLOWS: dict[str, tuple[tuple[str, str], ...]] = {
     "A token (speculative decoding)": (
-        ("vLLM samples tokens and keeps the logits", "integrations.vllm.drafting.top_k"),
+        ("the top-k of the logits is taken before sampling", "integrations.vllm.drafting.top_k"),
         ("the plugin drafts the next tokens", "integrations.vllm.drafting.v1.proposer"),
         ("chain or tree is verified in one step", "integrations.vllm.drafting.v1.tree_verification"),
         ("accepted tokens update the plugin", "plugins.token_recycling"),
@@ -41,7 +41,7 @@ FLOWS: dict[str, tuple[tuple[str, str], ...]] = {
         ("the policy is selected at start", "integrations.vllm.engine.selection"),
         ("unsupported engines are refused", "integrations.vllm.attention.compatibility"),
         ("the attention backend is replaced", "integrations.vllm.attention.backends"),
-        ("tokens are selected, or heads windowed", "plugins.tidal_decode"),
+        ("tokens are selected, as in the plugin", "integrations.vllm.attention.sparse.cpu"),
         ("a kernel attends to what remains", "kvcache.kernels.paged_decode"),
     ),
     "An image": (

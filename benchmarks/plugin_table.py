@@ -7,11 +7,11 @@ from pilotfish.integrations.bench.plots import DISPLAY
 
 WHAT = {
     "token_recycling": "drafts from the top-k tokens of earlier steps; no draft model, no training",
-    "rasd": "drafts what followed in the prompt, in earlier outputs or in a corpus; trees of draft tokens",
+    "rasd": "drafts what followed in the prompt, in earlier outputs or in a corpus",
     "tidal_decode": "top-k token selection in a few layers, sparse attention in the others",
     "razor_attention": "full KV cache for retrieval heads only; frees the blocks of the other heads",
     "globalcom2": "keeps a quarter of the visual tokens of each image",
-    "aim": "merges visual tokens, and prunes further ones inside the language model",
+    "aim": "merges similar visual tokens",
     "xtr": "multi-vector index on FAISS: scores documents by retrieved tokens",
     "vdr": "sparse index of term weights that can be read and edited",
 }
@@ -30,5 +30,5 @@ def table() -> str:
             quality += f", KL {divergence:.3f}"
         page = f"[{DISPLAY[plugin]}](docs/{plugin}.md)"
         rows.append([page, what, f"{gain.gain:.1f}x vs. {gain.baseline}", quality])
-    lines = [["plugin", "what it does", "speed", "quality"], ["---"] * 4, *rows]
+    lines = [["plugin", "what it does", "speed", "quality relative to the baseline"], ["---"] * 4, *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

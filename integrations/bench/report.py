@@ -55,7 +55,7 @@ MEASURES = (
     Measure("nll_delta", "NLL difference, nats per token", -1),
     Measure("needle_recall", "needles found", 1),
     Measure("exact_match", "exact match", 1),
-    Measure("kv_ratio", "KV cache relative to stock", -1),
+    Measure("kv_ratio", "KV cache reduction", 1),
     Measure("ndcg@10", "nDCG@10", 1),
     Measure("recall@100", "recall@100", 1),
     Measure("query_ms_median", "ms per search", -1),

@@ -62,7 +62,7 @@ def ask_questions(answerer: Answerer, cases: Sequence[Case], told: Callable[[], 
     Args:
         answerer: Answerer to ask.
         cases: Questions.
-        told: Function that is called after each question.
+        told: Callback that is called after each question.
     """
 
     async def work() -> list[Outcome]:
@@ -83,14 +83,13 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
         index: Index to search.
         cases: Questions.
         k: Number of passages.
-        told: Function that is called after each question.
+        told: Callback that is called after each question.
 
     Returns:
         The metrics that are defined for these questions:
 
         - ``recall@K``: share of the needed documents among the first ``k``, over answerable questions; if any one of
-        the
-          documents is enough, whether one of them is.
+          the documents is enough, whether one of them is.
         - ``answer_in_passages``: share of answerable questions for which a passage contains a known answer.
         - ``threshold`` and ``threshold_balance``: see `abstention.calibrate_threshold`.
         - ``with_answer`` and ``without_answer``: numbers of answerable and unanswerable questions.

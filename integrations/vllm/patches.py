@@ -1,4 +1,4 @@
-"""All patches of vLLM's functions and methods, in one place: each patch keeps the original and can be undone.
+"""All patches of vLLM's modules and classes: each patch keeps the original and can be undone.
 
 | patch | applied | why a vLLM registry or hook is not enough |
 |---|---|---|
@@ -13,7 +13,8 @@
 | `EXPAND_BATCH` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `draft_sampling_is_broken` |
 | `SAMPLING_CONSTRAINTS` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
 
-Methods of a single model runner instance are wrapped in `drafting.v1`.
+Methods of a single instance are wrapped in `drafting.v1`, `drafting.step_times`, `attention.sparse.kv_correction` and
+`attention.windowed.kv_cache_spec`.
 """
 
 from collections.abc import Iterator, Mapping

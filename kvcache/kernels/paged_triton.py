@@ -11,7 +11,7 @@ Selected tokens can be read in two ways:
 
 - `shorten_block_table` writes a block table that contains the selected pages only. Keys are cached after rotary
   embedding, so any paged attention kernel, vLLM's included, attends to the selected pages through this table. All heads
-  must num_queries_per_kv one selection.
+  must share one selection.
 - `paged_decode_attention` reads any selected tokens, with one selection per head group.
 """
 

