@@ -39,7 +39,7 @@ def steps() -> str:
         cells = [table[arm, f"context_{context}", context, batch] for arm in arms]
         row = [f"{context:,} tokens, batch {batch}", f"{cells[0]['step_ms']:.1f}"]
         row += [f"{x['step_ms']:.1f} ({x['step_speedup']:.2f}x)" for x in cells[1:]]
-        row += [f"{cells[0]['kv_mib']:.0f}", *(f"{x['kv_mib']:.0f} ({x['kv_ratio']:.2f}x less)" for x in cells[1:])]
+        row += [f"{cells[0]['kv_mib']:.0f}", *(f"{x['kv_mib']:.0f} ({x['kv_reduction']:.2f}x less)" for x in cells[1:])]
         rows.append(row)
     names = [setting(arm) for arm in arms]
     return markdown(["", *(f"{n}, ms" for n in names), *(f"{n}, MiB" for n in names)], rows)

@@ -94,8 +94,8 @@ def quality() -> str:
                     _cell(answers, "exact_match", "{:.0%}"),
                     _cell(answers, "f1", "{:.2f}"),
                     _cell(answers, "citation_precision", "{:.0%}"),
-                    _cell(answers, "honest_refusals", "{:.0%}"),
-                    _cell(answers, "wrong_refusals", "{:.0%}"),
+                    _cell(answers, "true_abstentions", "{:.0%}"),
+                    _cell(answers, "false_abstentions", "{:.0%}"),
                     f"{searched['search_ms']:.0f}",
                 ]
             )

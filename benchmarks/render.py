@@ -46,7 +46,7 @@ def drafters() -> str:
                 f"{f['speedup']:.2f}",
                 f"{f['decode_speedup']:.2f}" if "decode_speedup" in f else "",
                 f"{f['median_speedup']:.2f}",
-                f"{f['accepted_length']:.2f}",
+                f"{f['acceptance_length']:.2f}",
                 f"{f['identical_share']:.0%}",
                 f"{f['proposal_ms']:.2f}" if "proposal_ms" in f else "",
             ]
@@ -80,7 +80,7 @@ def drafters_by_category() -> str:
                 dataset,
                 *(
                     f"{'**' if c['speedup'] == best else ''}{c['speedup']:.2f}{'**' if c['speedup'] == best else ''} "
-                    f"({c['accepted_length']:.2f})"
+                    f"({c['acceptance_length']:.2f})"
                     for c in cells
                 ),
             ]
@@ -95,7 +95,7 @@ def drafters_short() -> str:
         [
             ARMS.get(arm, arm),
             *(f"{table[d, 1, arm]['speedup']:.2f}x" for d in ("spec_bench", "humaneval")),
-            f"{table['spec_bench', 1, arm]['accepted_length']:.2f}",
+            f"{table['spec_bench', 1, arm]['acceptance_length']:.2f}",
             f"{table['spec_bench', 1, arm]['identical_share']:.0%}",
         ]
         for arm in ARMS

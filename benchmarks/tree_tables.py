@@ -26,7 +26,7 @@ def twice() -> str:
         for arm in arms:
             first, second, both = (table[dataset + ending, 1, arm] for ending in ("", "_again", "_twice"))
             same = first["identical_share"] == second["identical_share"] == 1
-            cells = [f"{x['speedup']:.2f} ({x['accepted_length']:.2f})" for x in (first, second, both)]
+            cells = [f"{x['speedup']:.2f} ({x['acceptance_length']:.2f})" for x in (first, second, both)]
             drafted, ms = f"{first['drafted_per_step']:.1f}", first.get("proposal_ms")
             rows.append([dataset, label(arm), *cells, drafted, f"{ms:.2f}" if ms else "", "yes" if same else "no"])
     head = ["prompts", "drafter", "first time", "second time", "both", "drafted per step", "proposal ms", "identical"]
@@ -39,7 +39,7 @@ def twice_by_category() -> str:
     arms = [a for a in dict.fromkeys(arm for _, _, arm in table) if a.count("@") == a.count("@verification=tree")]
     places = {d for d, *_ in table if "/" in d and not d.split("/")[0].endswith(("_again", "_twice"))}
     rows = [
-        [d, *(f"{table[d, 1, a]['speedup']:.2f} ({table[d, 1, a]['accepted_length']:.2f})" for a in arms)]
+        [d, *(f"{table[d, 1, a]['speedup']:.2f} ({table[d, 1, a]['acceptance_length']:.2f})" for a in arms)]
         for d in sorted(places)
     ]
     return markdown(["category", *map(label, arms)], rows)
@@ -69,7 +69,7 @@ def sources() -> str:
     for (dataset, _, arm), x in table.items():
         if "/" not in dataset:
             ms, same = x.get("proposal_ms"), "yes" if x["identical_share"] == 1 else "no"
-            cells = [f"{x['speedup']:.2f}", f"{x['accepted_length']:.2f}", f"{x['drafted_per_step']:.1f}"]
+            cells = [f"{x['speedup']:.2f}", f"{x['acceptance_length']:.2f}", f"{x['drafted_per_step']:.1f}"]
             rows.append([dataset, label(arm), *cells, f"{ms:.2f}" if ms else "", same])
     head = ["prompts", "drafter", "speed-up", "tokens per step", "drafted per step", "proposal ms", "identical"]
     return markdown(head, rows) + provenance(result)

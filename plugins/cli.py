@@ -15,7 +15,7 @@ def strip_control_characters(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in _TURNING))
 
 
-def single_line(flag: str, values: Sequence[str] | None) -> str | None:
+def at_most_one(flag: str, values: Sequence[str] | None) -> str | None:
     """Return the value of an option that may be given only once, so that no value is ignored silently.
 
     Args:

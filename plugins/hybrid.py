@@ -19,7 +19,7 @@ from .contracts import Arrays, IndexKind, ScoreExplanation, TermWeights
 from .hookspecs import Register, hookimpl
 from .manager import plugins
 
-MAX_CANDIDATES = 1e6  # largest weight of a member
+MAX_WEIGHT = 1e6  # largest weight of a member
 BETWEEN = "."  # separates the names of a member and its array
 
 
@@ -67,8 +67,8 @@ class HybridSettings:
         for name, low, high in (("constant", 1, 10_000), ("depth", 1, 10_000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
-        if any(not 0 <= w <= MAX_CANDIDATES for w in self.weights.values()):
-            raise ValueError(f"weights: expected 0 to {MAX_CANDIDATES:g}, got {dict(self.weights)}")
+        if any(not 0 <= w <= MAX_WEIGHT for w in self.weights.values()):
+            raise ValueError(f"weights: expected 0 to {MAX_WEIGHT:g}, got {dict(self.weights)}")
 
 
 @dataclass(frozen=True)

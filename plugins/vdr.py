@@ -136,7 +136,7 @@ class VDR(InvertedIndexKind):
         if not settings.term_boosts:
             return encoded
         return SparseVectors.concatenate(
-            [apply_term_edits(encoded[i], settings.term_boosts, encoder) for i in range(len(encoded))]
+            [apply_term_boosts(encoded[i], settings.term_boosts, encoder) for i in range(len(encoded))]
         )
 
     def search(
@@ -212,7 +212,7 @@ class VDR(InvertedIndexKind):
         return TermWeights(*(_heaviest(words, encoder) for words in both))
 
 
-def apply_term_edits(
+def apply_term_boosts(
     query: "SparseVectors", factors: Mapping[str, float], encoder: "VocabularyEncoder"
 ) -> "SparseVectors":
     """Return a query whose term weights are changed by ``factors``; see `VDRSettings.term_boosts`.

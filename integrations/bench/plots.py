@@ -128,7 +128,7 @@ def pruning_tradeoff(records: Records) -> "Figure | None":
 
 def acceptance_by_category(records: Records) -> "Figure | None":
     """Draw the acceptance length of every drafter by category of prompts."""
-    lengths = [r for r in records if r["metric"] == "accepted_length" and r["params"].get("batch") == 1]
+    lengths = [r for r in records if r["metric"] == "acceptance_length" and r["params"].get("batch") == 1]
     by_file: dict[Any, list[dict[str, Any]]] = {}
     for r in lengths:
         if "/" in r["dataset"] and "_again" not in r["dataset"] and "_twice" not in r["dataset"]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import single_line
+from ...plugins.cli import at_most_one
 from ...plugins.config import ConfigError
 from ...retrieval.cli.options import Folder, refusals
 
@@ -75,7 +75,7 @@ class RagOptions:
             _ = index.encoder  # validates the encoder before the server is started
             server = self.server
             if self.start is not None:
-                selected = {kind: single_line(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
+                selected = {kind: at_most_one(f"--{kind}", getattr(self, kind)) for kind in ("drafter", "kv")}
                 plugins = [word for kind, name in selected.items() if name for word in (f"--{kind}", name)]
                 if sys.stderr.isatty():
                     typer.echo(f"starting {self.start} …", err=True)

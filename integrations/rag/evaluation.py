@@ -130,8 +130,8 @@ def compute_rag_metrics(outcomes: Sequence[Outcome]) -> Metrics:
     - ``cites``: share of the answers with a citation.
     - ``citation_precision``: share of the cited passages that contain a known answer or belong to a needed document.
     - ``attribution_precision``: the same for attributed passages.
-    - ``honest_refusals``: true abstentions, over unanswerable questions.
-    - ``wrong_refusals``: false abstentions, over answerable questions.
+    - ``true_abstentions``: true abstentions, over unanswerable questions.
+    - ``false_abstentions``: false abstentions, over answerable questions.
     - ``first_token_ms`` and ``answer_ms_median``: medians of TTFT and of the total duration; ``answer_ms_p95``.
     - ``cached_share``: share of the prompt tokens that the server found in its prefix cache.
     """
@@ -145,8 +145,8 @@ def compute_rag_metrics(outcomes: Sequence[Outcome]) -> Metrics:
     metrics["cites"] = _mean([float(bool(o.done.cited)) for o in said])
     metrics["citation_precision"] = _mean([x for o in said for x in _right(o, o.done.cited)])
     metrics["attribution_precision"] = _mean([x for o in said for x in _right(o, o.done.attributed)])
-    metrics["honest_refusals"] = _mean([float(not o.done.known) for o in others])
-    metrics["wrong_refusals"] = _mean([float(not o.done.known) for o in good])
+    metrics["true_abstentions"] = _mean([float(not o.done.known) for o in others])
+    metrics["false_abstentions"] = _mean([float(not o.done.known) for o in good])
     asked = [o.done for o in outcomes if "first_token" in o.done.milliseconds]  # those for which the model was asked
     metrics["first_token_ms"] = _median([d.milliseconds["first_token"] for d in asked])
     metrics["answer_ms_median"] = _median([d.milliseconds["total"] for d in asked])

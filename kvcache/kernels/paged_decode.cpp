@@ -41,7 +41,7 @@ int pilotfish_decode(int type, const Cache* cache, const Rows* rows, const Choic
 
 // Compute the attention weight of each token: a softmax for each head, then the sum or maximum over each head group.
 // importance: [count, num_head_groups, stride] float32. The logits are overwritten.
-void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, float* importance, int64_t stride,
+void pilotfish_token_scores(const Rows* rows, const Rule* rule, float* logits, float* importance, int64_t stride,
                           int threads) {
     const int heads = rows->query_heads, num_head_groups = rule->num_head_groups;
     const int num_queries_per_group = heads / num_head_groups;
@@ -80,7 +80,7 @@ void pilotfish_importance(const Rows* rows, const Rule* rule, float* logits, flo
 
 // Select the tokens of highest importance; sinks, recent tokens and the current token are always selected.
 // Of equally important tokens the earlier one is selected. If the context fits the budget, all tokens are selected.
-void pilotfish_choose(const Rows* rows, const Rule* rule, const float* importance, int64_t stride, Choice* choice,
+void pilotfish_select_tokens(const Rows* rows, const Rule* rule, const float* importance, int64_t stride, Choice* choice,
                       int threads) {
     const int num_head_groups = rule->num_head_groups;
 #pragma omp parallel num_threads(threads)

@@ -100,10 +100,10 @@ def load_paged_decode_library() -> ctypes.CDLL:
     strided = (c_void_p, c_int64)
     lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *strided, *strided, *strided, c_int)
     lib.pilotfish_decode.restype = c_int
-    lib.pilotfish_importance.argtypes = (rows, rule, c_void_p, *strided, c_int)
-    lib.pilotfish_importance.restype = None
-    lib.pilotfish_choose.argtypes = (rows, rule, *strided, choice, c_int)
-    lib.pilotfish_choose.restype = None
+    lib.pilotfish_token_scores.argtypes = (rows, rule, c_void_p, *strided, c_int)
+    lib.pilotfish_token_scores.restype = None
+    lib.pilotfish_select_tokens.argtypes = (rows, rule, *strided, choice, c_int)
+    lib.pilotfish_select_tokens.restype = None
     return lib
 
 
@@ -280,7 +280,7 @@ def token_scores(rows: DecodeBatch, rule: SelectionRule, kv_heads: int, logits: 
 
     num_head_groups = rule.num_head_groups(rows.query_heads, kv_heads)
     result = torch.empty(rows.count, num_head_groups, logits.shape[2])
-    load_paged_decode_library().pilotfish_importance(
+    load_paged_decode_library().pilotfish_token_scores(
         byref(rows.struct),
         byref(_rule_struct(rule, num_head_groups)),
         logits.data_ptr(),
@@ -309,7 +309,7 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> S
         torch.empty(shape, dtype=torch.int32),
         torch.empty(shape[:2], dtype=torch.int32),
     )
-    load_paged_decode_library().pilotfish_choose(
+    load_paged_decode_library().pilotfish_select_tokens(
         byref(rows.struct),
         byref(_rule_struct(rule, num_head_groups)),
         scores.data_ptr(),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
 from ..sparse_vectors import SparseVectors
-from .tokenization import Progress, truncate_text
+from .tokenization import Progress, split_by_spans
 
 STEMS = "stems"
 WORD = re.compile(r"\w+", re.UNICODE)
@@ -80,7 +80,7 @@ class StemEncoder:
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Split a text into chunks of at most ``size`` words; consecutive chunks share ``overlap`` words."""
-        return truncate_text(text, [m.span() for m in WORD.finditer(text)], size, overlap)
+        return split_by_spans(text, [m.span() for m in WORD.finditer(text)], size, overlap)
 
 
 def stem_id(stem: str) -> int:

@@ -109,10 +109,10 @@ def token_chunks(tokenizer: Any, text: str, size: int, overlap: int) -> list[str
     if not 0 <= overlap < size:
         raise RetrievalError(f"chunks of {size} tokens cannot overlap by {overlap}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return truncate_text(text, encoding["offset_mapping"], size, overlap)
+    return split_by_spans(text, encoding["offset_mapping"], size, overlap)
 
 
-def truncate_text(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
+def split_by_spans(text: str, spans: Sequence[tuple[int, int]], size: int, overlap: int) -> list[str]:
     """Split a text into chunks of at most ``size`` spans (begin and end of each token), sharing ``overlap`` spans."""
     if len(spans) <= size:
         return [text]

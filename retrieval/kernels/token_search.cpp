@@ -18,7 +18,7 @@
 #endif
 
 enum Codec { SQ4 = 0, SQ8 = 1, HALF = 2, TABLE = 3 };
-enum Impute { NOTHING = 0, CENTROID = 1, KTH = 2 };
+enum Impute { NOTHING = 0, WARP = 1, KPRIME = 2 };
 
 struct Segment {
   const int64_t* starts;     // [lists + 1]
@@ -39,10 +39,10 @@ struct Index {
 };
 
 struct Settings {
-  int32_t probes, bound, impute, kth, k;
+  int32_t nprobe, bound, impute, kth, k;
   int32_t keep;   // raise similarities below the imputed one to it instead of dropping them
   int32_t plain;  // no vector instructions, for tests
-  int64_t until;  // t': cumulative list size at which the imputed centroid is taken
+  int64_t t_prime;  // t': cumulative list size at which the imputed centroid is taken
 };
 
 namespace {
@@ -364,11 +364,11 @@ void nearest(const float* near, int lists, int tokens, int wanted, Scratch& s) {
   }
 }
 
-// Return the list at which the cumulative list size reaches `until` (t'), or the last one in `near`.
-int behind(const Index& x, const std::vector<uint64_t>& near, int64_t until, bool& reached) {
+// Return the list at which the cumulative list size reaches `t_prime` (t'), or the last one in `near`.
+int list_at_t_prime(const Index& x, const std::vector<uint64_t>& near, int64_t t_prime, bool& reached) {
   int64_t passed = 0;
   for (uint64_t k : near)
-    if ((passed += x.sizes[list_of(k)]) >= until) {
+    if ((passed += x.sizes[list_of(k)]) >= t_prime) {
       reached = true;
       return list_of(k);
     }
@@ -397,13 +397,13 @@ extern "C" int token_search(const Index* index, const float* query, const float*
     s.clock = 0;
   }
   const int32_t this_query = ++s.clock;
-  const int probes = std::min(set->probes, x.lists);
-  const int bound = std::min(std::max(set->bound, probes), x.lists);
-  int wanted = probes;
-  if (set->impute == CENTROID) {  // usually enough lists to hold `until` tokens, even short ones
+  const int nprobe = std::min(set->nprobe, x.lists);
+  const int bound = std::min(std::max(set->bound, nprobe), x.lists);
+  int wanted = nprobe;
+  if (set->impute == WARP) {  // usually enough lists to hold `t_prime` tokens, even short ones
     int64_t all = 0;
     for (int i = 0; i < x.lists; ++i) all += x.sizes[i];
-    wanted = (int)std::min<int64_t>(bound, std::max<int64_t>(probes, 8 + 2 * set->until * x.lists / std::max<int64_t>(all, 1)));
+    wanted = (int)std::min<int64_t>(bound, std::max<int64_t>(nprobe, 8 + 2 * set->t_prime * x.lists / std::max<int64_t>(all, 1)));
   }
   nearest(near, x.lists, tokens, wanted, s);
   int64_t touched = 0;
@@ -414,25 +414,25 @@ extern "C" int token_search(const Index* index, const float* query, const float*
     const Token token = prepare(x, query + (int64_t)t * x.dimension, s);
 
     float missing = 0;
-    if (set->impute == CENTROID && wanted) {
+    if (set->impute == WARP && wanted) {
       bool reached;
-      int last = behind(x, lists, set->until, reached);
+      int last = list_at_t_prime(x, lists, set->t_prime, reached);
       if (!reached && wanted < bound) {
         nearest_of(near, x.lists, tokens, t, bound, s);
-        last = behind(x, lists, set->until, reached);
+        last = list_at_t_prime(x, lists, set->t_prime, reached);
       }
       missing = product(last);
     }
 
     int64_t room = 0;
-    for (int p = 0; p < probes; ++p) room += x.sizes[list_of(lists[p])];
+    for (int p = 0; p < nprobe; ++p) room += x.sizes[list_of(lists[p])];
     if ((int64_t)s.scores.size() < room + 1) {
       s.scores.resize(room + 1);
       s.rows.resize(room + 1);
       s.found.resize(room + 1);
     }
     int64_t at = 0;
-    for (int p = 0; p < probes; ++p) {
+    for (int p = 0; p < nprobe; ++p) {
       const int list = list_of(lists[p]);
       for (int g = 0; g < x.segments; ++g) {
         const Segment& segment = x.segment[g];
@@ -443,10 +443,10 @@ extern "C" int token_search(const Index* index, const float* query, const float*
       }
     }
 
-    if (set->impute == KTH) {
+    if (set->impute == KPRIME) {
       s.kept.clear();
       int64_t i = 0;
-      for (int p = 0; p < probes; ++p)
+      for (int p = 0; p < nprobe; ++p)
         for (int g = 0; g < x.segments; ++g) {
           const Segment& segment = x.segment[g];
           const int list = list_of(lists[p]);
@@ -465,7 +465,7 @@ extern "C" int token_search(const Index* index, const float* query, const float*
     const float least = set->impute == NOTHING || set->keep ? -INFINITY : missing;
     const float raised = set->impute == NOTHING ? -INFINITY : missing;
     int64_t passing = 0, i = 0;
-    for (int p = 0; p < probes; ++p)
+    for (int p = 0; p < nprobe; ++p)
       for (int g = 0; g < x.segments; ++g) {
         const Segment& segment = x.segment[g];
         const int list = list_of(lists[p]);

@@ -146,7 +146,9 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedIndex(f"{folder}: {name} is damaged") from None
     if isinstance(version, int) and version > FORMAT:
-        raise NewerFormat(f"{folder}: written in format {version}, this Pilotfish reads up to {FORMAT}; update Pilotfish")
+        raise NewerFormat(
+            f"{folder}: written in format {version}, this Pilotfish reads up to {FORMAT}; update Pilotfish"
+        )
     if checksum != _checksum(body):
         raise DamagedIndex(f"{folder}: {name} is damaged")
     body.pop("format")

@@ -82,7 +82,7 @@ def print_drafters(arm: str, scale: float) -> None:
     metrics = {
         "speedup": 1.23,
         "decode_speedup": 1.34,
-        "accepted_length": 2.46,
+        "acceptance_length": 2.46,
         "identical_share": 1,
         "proposal_ms": 1.5,
     }

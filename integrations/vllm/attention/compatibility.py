@@ -9,7 +9,7 @@ from ..engine.selection import Attachment
 NO_SLIDING_WINDOW = (-1, (-1, -1), None)  # values that vLLM's backends use for "no sliding window"
 
 
-def is_windowed(impl: Any) -> bool:
+def has_sliding_window(impl: Any) -> bool:
     """Return whether a layer uses sliding-window attention; vLLM's kernels compute such layers."""
     return impl.sliding_window not in NO_SLIDING_WINDOW
 

@@ -301,7 +301,7 @@ def _figures(
         ("median_speedup", statistics.median(overall[1]), "x", []),
         ("tokens_per_second", speed(arm_runs, "seconds"), "tokens/s", []),
         ("stock_tokens_per_second", speed(stock, "seconds"), "tokens/s", []),
-        ("accepted_length", total(arm_runs, "emitted") / steps, "tokens", []),
+        ("acceptance_length", total(arm_runs, "emitted") / steps, "tokens", []),
         ("drafted_per_step", total(arm_runs, "drafted") / steps, "tokens", []),
         ("identical_share", sum(same) / len(same), "", []),
     ]
@@ -330,7 +330,7 @@ def print_drafter_table(records: Sequence[Record]) -> None:
             arm,
             f"{f['speedup']:.2f}x",
             f"{f['decode_speedup']:.2f}x" if "decode_speedup" in f else "",
-            f"{f['accepted_length']:.2f}",
+            f"{f['acceptance_length']:.2f}",
             f"{f['identical_share']:.0%}",
             f"{f['proposal_ms']:.2f}" if "proposal_ms" in f else "",
         )

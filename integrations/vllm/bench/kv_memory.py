@@ -139,7 +139,9 @@ class KVMemoryWork(KVWork):
                         Record("kv", common, label, "step_ms", statistics.median(ms), "ms", ms, params),
                         Record("kv", common, label, "step_speedup", statistics.median(ratios), "x", ratios, params),
                         Record("kv", common, label, "kv_mib", round(held[label] / 2**20, 2), "MiB", [], params),
-                        Record("kv", common, label, "kv_ratio", round(held[STOCK] / held[label], 3), "x", [], params),
+                        Record(
+                            "kv", common, label, "kv_reduction", round(held[STOCK] / held[label], 3), "x", [], params
+                        ),
                     ]
         return records
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ....plugins.cli import extend_group, single_line
+from ....plugins.cli import at_most_one, extend_group
 from ....plugins.hookspecs import hookimpl
 from ....plugins.terminal import MEASURING, SERVING, TUNING
 
@@ -55,7 +55,7 @@ def serve(
 
     plan = command.compose_serve_command(
         model,
-        {kind: single_line(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
+        {kind: at_most_one(f"--{kind}", v) for kind, v in (("drafter", drafter), ("kv", kv), ("pruner", pruner))},
         list(context.args),
         num_speculative_tokens=num_speculative_tokens,
         allow_untested_vllm=allow_untested_vllm,

@@ -46,7 +46,8 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
     if cls.needs_draft_model(options):
         _check_draft_model(plugin, config, vllm_config)
     elif speculative is None or not is_pilotfish_proposer(speculative) or speculative.method != "custom_class":
-        value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": 12})
+        tokens = default_draft_tokens(cls, config.verification)
+        value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": tokens})
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
         )

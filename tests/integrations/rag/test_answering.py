@@ -153,8 +153,8 @@ def test_evaluation_metrics(documents: Index, language: LanguageServer) -> None:
     assert metrics["contains"] == round(2 / 3, 4)
     assert metrics["exact_match"] == third
     assert metrics["f1"] == round((2 / 6 + 1 + 0) / 3, 4)  # "pilot fish travel with sharks": one word of five
-    assert metrics["honest_refusals"] == 0.5, "the fourth is abstained from, the fifth is not"
-    assert metrics["wrong_refusals"] == third
+    assert metrics["true_abstentions"] == 0.5, "the fourth is abstained from, the fifth is not"
+    assert metrics["false_abstentions"] == third
     assert metrics["cites"] == round(2 / 3, 4)
     assert metrics["citation_precision"] == 0.5, "the first is right; the passage cited by the fifth contains no answer"
     assert metrics["attribution_precision"] == 1.0

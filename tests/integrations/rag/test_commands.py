@@ -129,7 +129,7 @@ def test_eval_prints_metrics_and_saves_threshold(
     assert result.returncode == 0, result.stderr
     payload = json.loads(result.stdout)
     assert (payload["recall@4"], payload["contains"], payload["citation_precision"]) == (1.0, 1.0, 1.0)
-    assert (payload["honest_refusals"], payload["wrong_refusals"]) == (1.0, 0.0)
+    assert (payload["true_abstentions"], payload["false_abstentions"]) == (1.0, 0.0)
     assert payload["with_answer"] + payload["without_answer"] == 8, "the other half is used for retrieval only"
     refused(cli(*command, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each are needed", "--sample 0")
     assert not (Path(folder) / abstention.NAME).exists()

@@ -13,7 +13,7 @@ from .....plugins.contracts import KVPolicy, Unsupported
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
-from ..compatibility import LogWhenActive, is_windowed, unsupported_features
+from ..compatibility import LogWhenActive, has_sliding_window, unsupported_features
 
 
 class LayerRoleMixin:
@@ -64,7 +64,7 @@ def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: li
     model = vllm_config.model_config.model
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
         impl: Any = layer.impl
-        if not is_windowed(impl):
+        if not has_sliding_window(impl):
             if reasons := unsupported_features(impl, 16):
                 raise Unsupported(plugin, reasons[0], "run without the policy", model, name)
         elif plan.roles[extract_layer_index(name)] is Role.SELECT:

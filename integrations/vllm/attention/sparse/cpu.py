@@ -132,7 +132,7 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """Compute attention; shapes are those of vLLM's `CPUAttentionBackendImpl.forward`."""
         step = getattr(attn_metadata, "step", None)
-        if step is None or compatibility.is_windowed(self):
+        if step is None or compatibility.has_sliding_window(self):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )

@@ -133,7 +133,7 @@ class SparseGPUImpl(common.LayerRoleMixin):
         step: SparseGPUStep | None = getattr(attn_metadata, "step", None)
         scales = output_scale, output_block_scale
         stock: Any = super().forward  # type: ignore[misc]
-        if step is None or compatibility.is_windowed(self):
+        if step is None or compatibility.has_sliding_window(self):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
         if role is Role.SPARSE and step.rest is not None:  # before the first selection all tokens are read

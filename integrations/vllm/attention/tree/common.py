@@ -128,7 +128,7 @@ def check_tree_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     drafter = selection.read_config(vllm_config.additional_config).drafter
     for name, layer in layers.items():
         reasons = compatibility.unsupported_features(layer.impl, 16)
-        if compatibility.is_windowed(layer.impl):
+        if compatibility.has_sliding_window(layer.impl):
             reasons.append("a sliding window")
         if reasons:
             plugin = "drafter" if drafter is None else drafter.name

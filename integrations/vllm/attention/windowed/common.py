@@ -21,7 +21,7 @@ from .....plugins.razor_attention import RazorAttention
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
-from ..compatibility import LogWhenActive, is_windowed, unsupported_features
+from ..compatibility import LogWhenActive, has_sliding_window, unsupported_features
 from . import kv_cache_spec
 
 
@@ -159,7 +159,7 @@ def split_layers_into_heads(vllm_config: Any) -> None:
 def _check_layer(layer: Any, model: str) -> None:
     """Raise `Unsupported` for a layer with a feature that the kernels do not support."""
     impl = layer.impl
-    reasons = ["it has its own sliding window"] if is_windowed(impl) else unsupported_features(impl, 32)
+    reasons = ["it has its own sliding window"] if has_sliding_window(impl) else unsupported_features(impl, 32)
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
         reasons.append("it reads the cache of another layer")
     if type(layer).__name__ == "ChunkedLocalAttention":

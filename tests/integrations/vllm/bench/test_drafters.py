@@ -44,8 +44,8 @@ def test_summary_metrics() -> None:
     assert figures["data", "speedup"].value == pytest.approx(2.0)
     assert figures["data", "speedup"].runs == [2.0, 2.0]
     assert figures["data", "identical_share"].value == 0.5
-    assert figures["data", "accepted_length"].value == pytest.approx(8 / 6, abs=1e-3)
-    assert figures["data/qa", "accepted_length"].value == 2.0
+    assert figures["data", "acceptance_length"].value == pytest.approx(8 / 6, abs=1e-3)
+    assert figures["data/qa", "acceptance_length"].value == 2.0
     assert figures["data/math", "identical_share"].value == 0.0
     assert figures["data", "proposal_ms"].value == pytest.approx(1.0)
     assert figures["data", "drafted_per_step"].value == 2.0
@@ -64,7 +64,7 @@ def test_repeated_prompts_are_reported_separately() -> None:
     assert figures["data", "speedup"] == pytest.approx(2.0)
     assert figures["data_again", "speedup"] == pytest.approx(8.0)
     assert figures["data_twice", "speedup"] == pytest.approx(4.0)
-    assert figures["data_again/qa", "accepted_length"] == 4.0
+    assert figures["data_again/qa", "acceptance_length"] == 4.0
 
 
 def test_result_file_is_complete_and_contains_no_absolute_paths(

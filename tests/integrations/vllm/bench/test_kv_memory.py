@@ -97,8 +97,8 @@ def test_all_parts_are_compared_with_stock_attention(work: kv_memory.KVMemoryWor
     assert values(load, "least_free_share")[STOCK] == 0.5
     assert values(load, "blocks_lost") == {STOCK: 0.0, POLICY.label: 0.0}
     steps = parts["steps"]
-    assert [r.params["batch"] for r in steps if r.metric == "kv_ratio" and r.arm == POLICY.label] == [1, 2]
-    assert values(steps, "kv_ratio") == values(steps, "step_speedup") == {STOCK: 1.0, POLICY.label: 2.0}
+    assert [r.params["batch"] for r in steps if r.metric == "kv_reduction" and r.arm == POLICY.label] == [1, 2]
+    assert values(steps, "kv_reduction") == values(steps, "step_speedup") == {STOCK: 1.0, POLICY.label: 2.0}
     quality = parts["quality"]
     assert values(quality, "nll") == {STOCK: 2.0, POLICY.label: 3.0}
     assert values(quality, "kl") == {POLICY.label: 0.1}
