@@ -61,17 +61,24 @@ def tiny_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-class Remembered:
-    """An engine whose answers are kept: one that nothing changes says the same again."""
+class StockEngine:
+    """A stock engine that starts when a question is new in this session: it answers a repeated one the same."""
 
-    def __init__(self, engine: EngineProcess) -> None:
-        self._engine, self._answers = engine, {}
+    def __init__(self, start: Callable[[], EngineProcess], answers: dict[str, Any]) -> None:
+        self._start, self._answers = start, answers
+        self._engine: EngineProcess | None = None
 
     def ask(self, **command: Any) -> dict[str, Any]:
         key = json.dumps(command)
         if key not in self._answers:
+            if self._engine is None:
+                self._engine = self._start()
             self._answers[key] = self._engine.ask(**command)
         return self._answers[key]
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
 
 
 def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) -> dict[str, Any]:
@@ -94,8 +101,15 @@ def start_interpreted(start: Start) -> Start:
 
 
 @pytest.fixture(scope="session")
-def remembered() -> type[Remembered]:
-    return Remembered
+def stock_answers() -> dict[str, Any]:
+    """Answers of stock engines with the default arguments, shared by all modules."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def stock_engine(start: Start, model: str, stock_answers: dict[str, Any]) -> StockEngine:
+    """Return a stock engine with the embedded model."""
+    return StockEngine(lambda: start(model), stock_answers)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,11 @@ def stock(start: Callable, tiny_model: str) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.parametrize("cases", [(), (DRAFTERS[0], KV_POLICIES[0]), (DRAFTERS[1], KV_POLICIES[1])], ids=str)
+@pytest.mark.parametrize(
+    "cases",
+    [(), (DRAFTERS[0], KV_POLICIES[0]), (DRAFTERS[1], KV_POLICIES[1])],
+    ids=lambda cases: "+".join(map(str, cases)) or "none",
+)
 def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock, cases) -> None:
     """Nothing selected, or everything disabled: the classes and the output of an engine without Pilotfish."""
     engine = start(tiny_model, {"PILOTFISH_DISABLE": "1"} if cases else {}, **engine_arguments(drafting_args, *cases))

@@ -124,7 +124,7 @@ class TestWorker(Worker):
     def draft_always(self) -> dict[str, Any]:
         """Make drafted tokens cost nothing, so that all are verified."""
         cost = self.runner.drafter.cost
-        cost.plane, cost.observe = lambda requests: (1.0, 0.0, 0.0), lambda *step: None
+        cost.coefficients, cost.observe = lambda requests: (1.0, 0.0, 0.0), lambda *step: None
         return {}
 
     def trees(self) -> dict[str, Any]:

@@ -179,7 +179,8 @@ def self_test_sparse_cpu(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    context = block_size + 33
+    rest = block_size // 2 + 1  # tokens in the second block
+    context = block_size + rest
     query, key, value = (
         random(1, query_heads, head_size),
         random(context, kv_heads, head_size),
@@ -187,7 +188,7 @@ def self_test_sparse_cpu(
     )
     cache = torch.zeros(3, kv_heads, block_size, 2 * head_size, dtype=dtype)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
-    slots = torch.cat([torch.arange(block_size) + 2 * block_size, torch.arange(33)])
+    slots = torch.cat([torch.arange(block_size) + 2 * block_size, torch.arange(rest)])
     keys, values = cache.view(3, kv_heads, 2 * block_size, head_size).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, isa)
     output = torch.empty_like(query)

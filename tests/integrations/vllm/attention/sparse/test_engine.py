@@ -29,11 +29,10 @@ ASK = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
 
 
 @pytest.fixture(scope="module")
-def stock(start, model) -> list[list[int]]:
+def stock(stock_engine) -> list[list[int]]:
     """Return the output of stock vLLM."""
-    engine = start(model)
-    tokens = engine.ask(**ASK)["tokens"]
-    engine.close()
+    tokens = stock_engine.ask(**ASK)["tokens"]
+    stock_engine.close()
     return tokens
 
 

@@ -31,11 +31,10 @@ def ask(prompts: list[list[int]], **sampling) -> dict:
 
 
 @pytest.fixture(scope="module")
-def stock(start, model) -> list[list[int]]:
+def stock(stock_engine) -> list[list[int]]:
     """Return the output of stock vLLM."""
-    engine = start(model)
-    tokens = engine.ask(**ask(PROMPTS))["tokens"]
-    engine.close()
+    tokens = stock_engine.ask(**ask(PROMPTS))["tokens"]
+    stock_engine.close()
     return tokens
 
 

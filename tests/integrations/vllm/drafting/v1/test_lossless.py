@@ -15,8 +15,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def stock(start, model, remembered):
-    return remembered(start(model))
+def stock(stock_engine):
+    return stock_engine
 
 
 @pytest.fixture(scope="module", params=["chain", "tree"])

@@ -6,8 +6,8 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def stock(start, model, remembered):
-    return remembered(start(model))
+def stock(stock_engine):
+    return stock_engine
 
 
 @pytest.fixture(scope="module", params=["chain", "tree"])
