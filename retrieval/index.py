@@ -59,8 +59,6 @@ class Index:
         parts = store, kind, self._encoder, self._selection
         self._changes, self._searching = IndexWriter(*parts), IndexSearcher(*parts)
 
-    # --------------------------------------------------------------------------------------------- create and open
-
     @classmethod
     def create(
         cls,

@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.plugins.contracts import ROOT
 from pilotfish.plugins.drafting import adjacency as A  # noqa: N812
 from pilotfish.plugins.drafting import adjacency_table as R  # noqa: N812
+from pilotfish.plugins.drafting.template import static_tree
+from pilotfish.plugins.token_recycling import TokenRecycling
 
 VOCAB, K, ORDER, BITS = 12, 3, 3, 20  # 2**20 rows, so that hash collisions are rare
 
@@ -189,3 +192,41 @@ def test_old_observations_decay() -> None:
             A.update_acceptance_rates(rows, acceptance, 1, np.array([5], np.int32), np.array([token], np.int32))
     assert acceptance.seen.max() < 2001
     assert acceptance.rate[1, 0, 0] < 0.2
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(1, 12))
+def test_matrix_update_matches_reference(seed: int, n: int) -> None:
+    """Test `adjacency.update_rows` with order 1 against `TokenRecycling.update_matrix`, over several steps."""
+    rng = np.random.default_rng(seed)
+    rows = R.make_adjacency_table(VOCAB, K, 1, 4)
+    matrix = rows.tokens.copy()
+    for _ in range(3):
+        tokens = rng.integers(0, 6, n).astype(np.int32)  # tokens repeat
+        parents = np.array([ROOT, *(rng.integers(0, i) for i in range(1, n))], np.int32)
+        top_k = np.stack([rng.permutation(VOCAB)[:K] for _ in range(n)]).astype(np.int32)
+        accepted = rng.random(n) < 0.5
+        probs = np.full((n, K), 0.2, np.float32)
+        A.update_rows(rows, 1, np.empty(0, np.int32), tokens, parents, accepted, top_k, probs)
+        TokenRecycling.update_matrix(matrix, tokens, top_k, accepted)
+        np.testing.assert_array_equal(rows.tokens[:VOCAB], matrix)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1 << 30), st.floats(0, 1))
+def test_static_tree_matches_reference(seed: int, filled: float) -> None:
+    """Test the kernel against `TokenRecycling.draft_static_tree`, with missing rows and candidates."""
+    rng = np.random.default_rng(seed)
+    rows = R.make_adjacency_table(VOCAB, K, 1, 4)
+    for token in range(VOCAB):
+        count = int(rng.integers(1, K + 1)) if rng.random() < filled else 0
+        rows.tokens[token, :count] = rng.permutation(VOCAB)[:count]
+    rates = R.make_acceptance_rates(1, K)
+    shape, ranks = static_tree()
+    expected = TokenRecycling.draft_static_tree(rows.tokens[:VOCAB], 7, shape, ranks)
+    size = len(shape)
+    tokens, parents, scores = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
+    context = np.array([7], np.int32)
+    n = A.fill_static_tree(rows, rates.rate, 1, context, shape, ranks, size, size, tokens, parents, scores)
+    np.testing.assert_array_equal(tokens[:n], expected[0])
+    np.testing.assert_array_equal(parents[:n], expected[1])
