@@ -96,7 +96,7 @@ OTHERS := fast_plaid@n_full_scores=512,xtr_warp
 ARMS := $(XTR),$(XTR_PARTS),$(WORDS),$(WORDS_MORE),$(HYBRIDS),$(OTHERS)
 RETRIEVAL := $(BIN)/pilotfish bench retrieval --peers $(PEERS)/bin/python --queries 250 --repeats 1
 
-bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; DATA holds BEIR folders under retrieval
+bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on queries with qrels; DATA holds BEIR folders under retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
 	$(RETRIEVAL) $(foreach C,$(COLLECTIONS),--data $(DATA)/retrieval/$(C)) --union --arms $(ARMS)
 	$(RETRIEVAL) --data $(DATA)/retrieval/scifact --arms $(XTR),$(WORDS),$(HYBRIDS) --queries 100 \
@@ -111,7 +111,7 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on judged queries; D
 	$(MAKE) tables
 
 # Encoders trained from MiniLM on scifact's training queries and on essays, measured on what they were not trained on.
-TAUGHT := --judged $(DATA)/retrieval/scifact --text $(DATA)/pg_essays --steps 200 --batch 16
+TAUGHT := --qrels $(DATA)/retrieval/scifact --text $(DATA)/pg_essays --steps 200 --batch 16
 TRAINED := bm25s,maxsim,xtr,vdr,vdr@encoder=out/vdr,vdr@encoder=out/vdr@query_encoding=bag_of_words,xtr@encoder=out/xtr
 
 bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-retrieval

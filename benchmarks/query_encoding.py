@@ -50,7 +50,7 @@ def main() -> None:
             rankings[precision][name] = evaluation.ranked_ids([documents[d].id for d in results.tolist()])
     records = []
     for precision in PRECISIONS:
-        quality = evaluation.compute_metrics(collection.judged, rankings[precision])
+        quality = evaluation.compute_metrics(collection.qrels, rankings[precision])
         for metric, value, unit in (
             ("query_ms_median", statistics.median(taken[precision]), "ms"),
             ("ndcg@10", quality["ndcg@10"], ""),

@@ -21,13 +21,13 @@ class Collection:
         name: Name of the folder.
         corpus: Path of the documents.
         queries: Texts of the queries that have qrels, by query id.
-        judged: Qrels: query id -> document id -> relevance grade.
+        qrels: Query id -> document id -> relevance grade.
     """
 
     name: str
     corpus: Path
     queries: dict[str, str]
-    judged: dict[str, dict[str, int]]
+    qrels: dict[str, dict[str, int]]
 
 
 def read_collection(folder: Path, split: str = "test") -> Collection:
@@ -41,23 +41,23 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     names = sorted((folder / "qrels").glob("*.tsv"))
     if not names:
         raise RetrievalError(f"{folder}: there are no qrels/*.tsv")
-    qrels = next((n for n in names if n.stem == split), names[0])
-    judged: dict[str, dict[str, int]] = {}
+    qrels_file = next((n for n in names if n.stem == split), names[0])
+    qrels: dict[str, dict[str, int]] = {}
     try:
-        with qrels.open(encoding="utf-8", newline="") as file:
+        with qrels_file.open(encoding="utf-8", newline="") as file:
             for row in csv.reader(file, delimiter="\t"):
                 if len(row) >= 3 and row[-1].lstrip("-").isdigit():  # skips the header
                     query, document = (row[0], row[1]) if len(row) == 3 else (row[0], row[2])
-                    judged.setdefault(query, {})[document] = int(row[-1])
+                    qrels.setdefault(query, {})[document] = int(row[-1])
         path = _either(folder, "queries.jsonl")
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             lines = [json.loads(line) for line in file if line.strip()]
-        queries = {str(q["_id"]): str(q["text"]) for q in lines if str(q["_id"]) in judged}
+        queries = {str(q["_id"]): str(q["text"]) for q in lines if str(q["_id"]) in qrels}
     except (OSError, ValueError, KeyError, TypeError, csv.Error, EOFError) as error:
         raise RetrievalError(f"{folder}: {first_line(error)}") from None
     if not queries:
-        raise RetrievalError(f"{folder}: no query of {qrels.name} is in queries.jsonl")
-    return Collection(folder.absolute().name, _either(folder, "corpus.jsonl"), queries, judged)
+        raise RetrievalError(f"{folder}: no query of {qrels_file.name} is in queries.jsonl")
+    return Collection(folder.absolute().name, _either(folder, "corpus.jsonl"), queries, qrels)
 
 
 def _either(folder: Path, name: str) -> Path:
@@ -67,14 +67,14 @@ def _either(folder: Path, name: str) -> Path:
     return path
 
 
-def compute_metrics(judged: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict[str, float]:
+def compute_metrics(qrels: Mapping[str, Mapping[str, int]], rankings: Rankings) -> dict[str, float]:
     """Compute `METRICS`, averaged over the queries that have qrels."""
     import ir_measures
 
     metric_names: dict[str, str] = dict(zip(("nDCG@10", "R@100", "RR@10"), METRICS, strict=True))
     measures = [ir_measures.parse_measure(name) for name in metric_names]
     run = {q: dict(r) for q, r in rankings.items()}
-    values = ir_measures.calc_aggregate(measures, {q: dict(d) for q, d in judged.items()}, run)
+    values = ir_measures.calc_aggregate(measures, {q: dict(d) for q, d in qrels.items()}, run)
     return {metric_names[str(m)]: float(v) for m, v in values.items()}
 
 

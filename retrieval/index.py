@@ -247,15 +247,15 @@ class Index:
         """
         return self._changes.delete(ids, where)
 
-    def compact(self, relearn: bool = False, progress: Progress | None = None) -> None:
+    def compact(self, retrain: bool = False, progress: Progress | None = None) -> None:
         """Rewrite the index as one segment without deleted documents, and remove their texts.
 
         Args:
-            relearn: Whether all documents are encoded again and the shared arrays are retrained; useful if the index
+            retrain: Whether all documents are encoded again and the shared arrays are retrained; useful if the index
                 has grown far beyond its first documents.
             progress: Callback for the progress of encoding; see `add`.
         """
-        self._changes.compact(relearn, progress)
+        self._changes.compact(retrain, progress)
 
     def configure(self, **settings: Any) -> None:
         """Change the search settings of the index.

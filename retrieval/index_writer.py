@@ -63,7 +63,7 @@ class IndexWriter:
         writer: Writer,
         batch: list[Document],
         dead: list[int],
-        told: Progress,
+        on_progress: Progress,
         before: int,
         total: int | None,
         learn: bool,
@@ -84,11 +84,11 @@ class IndexWriter:
         def count(encoded: int) -> None:
             nonlocal done
             done += encoded
-            told("encoding", max(done, before), total)
+            on_progress("encoding", max(done, before), total)
 
-        told("encoding", before, total)
+        on_progress("encoding", before, total)
         encoded = self._encoder().encode_documents(texts, count)
-        told("indexing", before + len(batch), total)
+        on_progress("indexing", before + len(batch), total)
         trained = {} if shared else self._kind.train(encoded, max(total or 0, len(encoded)))
         rows, arrays = self._kind.segment(encoded, numbers, shared or trained)
         writer.commit(Change(batch, dead, [(len(numbers), rows, arrays)], replaces=replaced, shared=trained or None))
@@ -104,17 +104,17 @@ class IndexWriter:
                 self._merge(writer)
             return len(dead)
 
-    def compact(self, relearn: bool, progress: Progress | None) -> None:
+    def compact(self, retrain: bool, progress: Progress | None) -> None:
         """Compact the index; see `Index.compact`."""
         with self._store.writer() as writer:
-            if relearn and self._store.refresh().manifest.count:
-                self._relearn(writer, progress or (lambda *_: None))
+            if retrain and self._store.refresh().manifest.count:
+                self._retrain(writer, progress or (lambda *_: None))
             self._merge(writer, [s.number for s in self._store.snapshot.manifest.segments])
             live = self._store.snapshot.live
             rows = self._store.documents.ask("SELECT number FROM documents")
             self._store.documents.drop(n for (n,) in rows if not live[n])
 
-    def _relearn(self, writer: Writer, told: Progress) -> None:
+    def _retrain(self, writer: Writer, on_progress: Progress) -> None:
         """Encode all documents again in batches; the shared arrays are trained on the first batch."""
         snapshot = self._store.snapshot
         numbers = np.flatnonzero(snapshot.live)
@@ -124,7 +124,7 @@ class IndexWriter:
             part = numbers[begin : begin + BATCH]
             texts = self._store.documents.get(part.tolist())
             encoded = self._encoder().encode_documents([texts[int(n)].text for n in part])
-            told("encoding", begin + len(part), len(numbers))
+            on_progress("encoding", begin + len(part), len(numbers))
             shared = shared or self._kind.train(encoded, len(numbers))
             segments.append((len(part), *self._kind.segment(encoded, part, shared)))
         replaced = [s.about.number for s in snapshot.segments]

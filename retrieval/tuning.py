@@ -32,8 +32,8 @@ def evaluate_index(index: Index, collection: Collection, settings: Mapping[str, 
     Raises:
         RetrievalError: None of the documents in the qrels is in the index.
     """
-    judged = {d for documents in collection.judged.values() for d in documents}
-    if not index.has(sorted(judged)):
+    qrels = {d for documents in collection.qrels.values() for d in documents}
+    if not index.has(sorted(qrels)):
         raise RetrievalError(f"{collection.name}: none of the documents in its qrels is in the index")
     rankings, times = {}, []
     index.encoder.encode_queries(list(collection.queries.values()))
@@ -42,7 +42,7 @@ def evaluate_index(index: Index, collection: Collection, settings: Mapping[str, 
         numbers, _ = index.search_numbers([text], DEPTH, **settings)[0]
         times.append(1e3 * (time.perf_counter() - started))
         rankings[name] = evaluation.ranked_ids(index.names(numbers.tolist()))
-    metrics: dict[str, Any] = dict(evaluation.compute_metrics(collection.judged, rankings))
+    metrics: dict[str, Any] = dict(evaluation.compute_metrics(collection.qrels, rankings))
     metrics["queries"] = len(times)
     metrics["query_ms_median"] = statistics.median(times)
     metrics["query_ms_p95"] = statistics.quantiles(times, n=20)[-1] if len(times) > 1 else times[0]

@@ -20,7 +20,7 @@ class Corpus:
     texts: list[str]
     asked: list[str]  # ids of the queries
     queries: list[str]
-    judged: dict[str, dict[str, int]]  # qrels
+    qrels: dict[str, dict[str, int]]  # qrels
     tokens: TokenEmbeddings
     query_tokens: list[TokenEmbeddings]
     seconds: dict[str, float]
@@ -67,7 +67,7 @@ def encode_collection(collection: Collection, encoder_name: str | None, at_most:
         [d.text for d in documents],
         asked,
         queries,
-        collection.judged,
+        collection.qrels,
         tokens,
         query_tokens,
         {"encode_s": encoding, "encode_query_ms": statistics.median(each)},
@@ -84,7 +84,7 @@ def union_of_collections(parts: list[Corpus]) -> Corpus:
         [t for p in parts for t in p.texts],
         [f"{p.name}:{q}" for p in parts for q in p.asked],
         [q for p in parts for q in p.queries],
-        {f"{p.name}:{q}": {f"{p.name}:{d}": g for d, g in j.items()} for p in parts for q, j in p.judged.items()},
+        {f"{p.name}:{q}": {f"{p.name}:{d}": g for d, g in j.items()} for p in parts for q, j in p.qrels.items()},
         TokenEmbeddings.concatenate([p.tokens for p in parts]),
         [t for p in parts for t in p.query_tokens],
         {"encode_s": sum(p.seconds["encode_s"] for p in parts)},

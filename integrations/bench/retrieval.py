@@ -74,13 +74,13 @@ def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[
                     rankings[arm.name][query] = evaluation.ranked_ids([c.ids[d] for d in results])
             for name, values in times.items():
                 taken[name].append(statistics.median(values))
-    judged = {q: c.judged[q] for q in c.asked}
+    qrels = {q: c.qrels[q] for q in c.asked}
     records = []
     count = len(c.tokens.token_ids)
     for arm in arms:
         times_of = taken[arm.name]
         figures: list[tuple[str, float, str]] = [
-            *((m, v, "") for m, v in evaluation.compute_metrics(judged, rankings[arm.name]).items()),
+            *((m, v, "") for m, v in evaluation.compute_metrics(qrels, rankings[arm.name]).items()),
             ("query_ms_median", statistics.median(times_of), "ms"),
             ("query_ms_p95", float(np.percentile(times_of, 95)), "ms"),
             ("build_s", arm.build_seconds, "s"),

@@ -34,18 +34,20 @@ def read_threshold(folder: Path) -> float:
         ) from None
 
 
-def write_threshold(folder: Path, threshold: float, told: dict[str, float]) -> None:
+def write_threshold(folder: Path, threshold: float, details: dict[str, float]) -> None:
     """Write the threshold of an index atomically.
 
     Args:
         folder: Folder of the index.
         threshold: Threshold.
-        told: Further values that describe the calibration.
+        details: Further values that describe the calibration.
 
     Raises:
         OSError: The file cannot be written.
     """
-    atomic_write.write_bytes(folder / NAME, json.dumps({"threshold": round(threshold, 4), **told}, indent=1).encode())
+    atomic_write.write_bytes(
+        folder / NAME, json.dumps({"threshold": round(threshold, 4), **details}, indent=1).encode()
+    )
 
 
 def calibrate_threshold(answerable: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:

@@ -56,34 +56,36 @@ async def ask(answerer: Answerer, case: Case, history: Sequence[prompt.Message] 
     return Outcome(case, answerable(answerer.index, case), found, done)
 
 
-def ask_questions(answerer: Answerer, cases: Sequence[Case], told: Callable[[], None]) -> list[Outcome]:
+def ask_questions(answerer: Answerer, cases: Sequence[Case], on_progress: Callable[[], None]) -> list[Outcome]:
     """Ask questions one after the other.
 
     Args:
         answerer: Answerer to ask.
         cases: Questions.
-        told: Callback that is called after each question.
+        on_progress: Callback that is called after each question.
     """
 
     async def work() -> list[Outcome]:
         outcomes = []
         for case in cases:
             outcomes.append(await ask(answerer, case))
-            told()
+            on_progress()
         await answerer.close()
         return outcomes
 
     return asyncio.run(work())
 
 
-def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable[[], None] = lambda: None) -> Metrics:
+def ask_for_passages(
+    index: Index, cases: Sequence[Case], k: int, on_progress: Callable[[], None] = lambda: None
+) -> Metrics:
     """Evaluate the retrieval of passages, and calibrate the threshold of abstention.
 
     Args:
         index: Index to search.
         cases: Questions.
         k: Number of passages.
-        told: Callback that is called after each question.
+        on_progress: Callback that is called after each question.
 
     Returns:
         The metrics that are defined for these questions:
@@ -108,7 +110,7 @@ def ask_for_passages(index: Index, cases: Sequence[Case], k: int, told: Callable
             hit = [d in ids for d in case.documents]
             if hit:
                 recalls.append(statistics.fmean(hit) if case.together else float(any(hit)))
-        told()
+        on_progress()
     least, balance = abstention.calibrate_threshold(sides[True], sides[False]) or (None, None)
     figures = {
         f"recall@{k}": _mean(recalls),

@@ -164,14 +164,14 @@ def check(folder: Folder) -> None:
 @index.command("compact")
 def compact(
     folder: Folder,
-    relearn: Annotated[
+    retrain: Annotated[
         bool, typer.Option(help="Encode all documents again and retrain; for an index that has grown manyfold.")
     ] = False,
     encoder: EncoderOption = None,
 ) -> None:
     """Rewrite an index without deleted documents."""
     with refusals(), open_whole(folder, encoder) as opened:
-        with_bar(lambda progress: opened.compact(relearn, progress) or 0)
+        with_bar(lambda progress: opened.compact(retrain, progress) or 0)
         tell(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
 

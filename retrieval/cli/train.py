@@ -13,7 +13,9 @@ from .options import refusals
 train = typer.Typer(help="Train an encoder on your own queries or texts.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Argument(help="Folder of the checkpoint.")]
-Judged = Annotated[list[Path] | None, typer.Option("--judged", help="BEIR folder with queries and qrels; repeatable.")]
+QrelsFolders = Annotated[
+    list[Path] | None, typer.Option("--qrels", help="BEIR folder with queries and qrels; repeatable.")
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="Texts for the inverse cloze task (sentences as queries); repeatable."),
@@ -40,7 +42,7 @@ def register_commands(cli: typer.Typer) -> None:
 @train.command("vdr")
 def train_vdr(
     out: Out,
-    judged: Judged = None,
+    qrels: QrelsFolders = None,
     text: Texts = None,
     base: Base = "minilm",
     steps: Steps = 300,
@@ -62,13 +64,13 @@ def train_vdr(
 
         return VDRTask(folder, lengths, top, semi, mask)
 
-    _run(make, out, judged, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
+    _run(make, out, qrels, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
 
 
 @train.command("xtr")
 def train_xtr(
     out: Out,
-    judged: Judged = None,
+    qrels: QrelsFolders = None,
     text: Texts = None,
     base: Base = "minilm",
     steps: Steps = 300,
@@ -90,21 +92,21 @@ def train_xtr(
 
         return XTRTask(folder, lengths, width, retrieved, temperature)
 
-    _run(make, out, judged, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
+    _run(make, out, qrels, text, base, (steps, batch, rate, seed, every), (query_tokens, document_tokens), resume)
 
 
 def _run(
     make: Any,
     out: Path,
-    judged: list[Path] | None,
+    qrels: list[Path] | None,
     text: list[str] | None,
     base: str,
     plan: tuple[int, int, float, int, int],
     lengths: tuple[int, int],
     resume: bool,
 ) -> None:
-    if not judged and not text:
-        raise ConfigError("train: give --judged FOLDER, --text PATH, or both")
+    if not qrels and not text:
+        raise ConfigError("train: give --qrels FOLDER, --text PATH, or both")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; a checkpoint needs a folder")
     with refusals():
@@ -120,7 +122,7 @@ def _run(
             raise ConfigError("train: the loss curve needs matplotlib; pip install pilotfish[train]")
         from ..training import loop, pairs, tasks
 
-        examples = [p for folder in judged or [] for p in pairs.judged_pairs(folder)]
+        examples = [p for folder in qrels or [] for p in pairs.qrels_pairs(folder)]
         examples += pairs.inverse_cloze_pairs(text, plan[3]) if text else []
         random.Random(plan[3]).shuffle(examples)
         with tokenization.quiet_loading(f"--base {base}"):

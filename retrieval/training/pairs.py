@@ -25,7 +25,7 @@ class Pair:
     document: str
 
 
-def judged_pairs(folder: Path) -> list[Pair]:
+def qrels_pairs(folder: Path) -> list[Pair]:
     """Read the training queries of a BEIR folder, each with every document that its qrels mark as relevant.
 
     Raises:
@@ -37,7 +37,7 @@ def judged_pairs(folder: Path) -> list[Pair]:
     documents = {d.id: d.text for d in DocumentSource([str(collection.corpus)], lambda text: [text])}
     return [
         Pair(collection.queries[q], documents[d])
-        for q, grades in collection.judged.items()
+        for q, grades in collection.qrels.items()
         for d, grade in grades.items()
         if grade > 0 and q in collection.queries and d in documents
     ]

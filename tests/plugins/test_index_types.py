@@ -85,7 +85,7 @@ def test_scores_match_naive_computation_after_any_changes(
     assert all(h.text == model[h.id] for h in hits)
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
     if kind in NAIVE:
-        index.compact(relearn=True)
+        index.compact(retrain=True)
         expected = {n: s for n, s in NAIVE[kind](model, query).items() if n in passing}
         actual = {h.id: h.score for h in index.search(query, 50, where)}
         assert set(actual) == set(expected)

@@ -191,7 +191,7 @@ def test_segments_are_merged_and_deleted_documents_removed(create, monkeypatch: 
     index.delete([str(i) for i in range(8)])
     assert index.stats()["deleted"] == 0  # a segment with too many deleted documents was rewritten
     before = index.snapshot.manifest.next_document
-    index.compact(relearn=True)
+    index.compact(retrain=True)
     assert index.stats()["segments"] == 1
     assert index.snapshot.manifest.next_document == before  # document numbers are never reused
     assert sorted(h.id for h in index.search("word9", 20)) == ["10", "11", "8", "9"]

@@ -149,9 +149,9 @@ def test_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Pa
     answer = cli("index", "build", str(tmp_path / "i"), str(corpus), "--kind", "vdr", "--encoder", str(out))
     assert answer.returncode == 0, answer.stderr
     for wrong, message in (
-        ((), "give --judged FOLDER, --text PATH"),
+        ((), "give --qrels FOLDER, --text PATH"),
         (("--text", str(tmp_path / "none")), "none"),
-        (("--judged", str(tmp_path)), "qrels"),
+        (("--qrels", str(tmp_path)), "qrels"),
         (("--text", str(tmp_path / "text.txt"), "--base", str(tmp_path)), "--base"),
     ):
         refused = inside("train", "xtr", str(tmp_path / "wrong"), *wrong)
@@ -173,13 +173,13 @@ def test_moved_encoder_is_reported_and_can_be_replaced(
     assert inside("index", "delete", str(tmp_path / "index"), "tax").returncode == 0
     (tmp_path / "old").rename(tmp_path / "new")
     # Run in a subprocess, because this process may cache the encoder.
-    refused = cli("index", "compact", str(tmp_path / "index"), "--relearn")
+    refused = cli("index", "compact", str(tmp_path / "index"), "--retrain")
     assert (refused.returncode, "old" in refused.stderr) == (2, True)
-    compacted = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "new"))
+    compacted = inside("index", "compact", str(tmp_path / "index"), "--retrain", "--encoder", str(tmp_path / "new"))
     assert compacted.returncode == 0, compacted.stderr
     assert "in 1 segments" in compacted.stderr
     tiny.encoder(tmp_path / "other", seed=1)
-    refused = inside("index", "compact", str(tmp_path / "index"), "--relearn", "--encoder", str(tmp_path / "other"))
+    refused = inside("index", "compact", str(tmp_path / "index"), "--retrain", "--encoder", str(tmp_path / "other"))
     assert (refused.returncode, "another encoder" in refused.stderr) == (2, True)
 
 

@@ -212,7 +212,7 @@ def test_refuses_untrainable_models_and_test_qrels(base: Path, tmp_path: Path) -
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t2\t1\n")
     with pytest.raises(RetrievalError, match="not to be learned from"):
-        pairs.judged_pairs(tmp_path)
+        pairs.qrels_pairs(tmp_path)
 
 
 def test_refuses_too_few_pairs(base: Path, tmp_path: Path) -> None:
