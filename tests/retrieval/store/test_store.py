@@ -174,7 +174,7 @@ def test_refuses_newer_format(create, tmp_path: Path) -> None:
     filled(create)
     path = next((tmp_path / "index").glob("manifest-*.json"))
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(NewerFormat, match="written in format 2, this Pilotfish reads up to 1; upgrade it"):
+    with pytest.raises(NewerFormat, match="written in format 2, this Pilotfish reads up to 1; update Pilotfish"):
         Index.open(tmp_path / "index")
 
 
