@@ -200,6 +200,8 @@ def retrieval_latency(records: Records) -> "Figure | None":
                 axis.scatter(*point, color=color_of(arm), zorder=3)
                 axis.annotate(label_of(arm), point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")  # matplotlib's own labels are TeX, which SVG shows as text
+        axis.xaxis.set_minor_formatter("")
         axis.margins(x=0.18)
         axis.set_title(collection, fontsize=10)
         axis.set_xlabel("ms per search, without encoding", fontsize=9)

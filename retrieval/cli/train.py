@@ -107,6 +107,8 @@ def _run(
 ) -> None:
     if not qrels and not text:
         raise ConfigError("train: give --qrels FOLDER, --text PATH, or both")
+    if not 0 <= plan[2] <= 1:  # also NaN
+        raise ConfigError(f"--rate: expected 0 to 1, got {plan[2]}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; a checkpoint needs a folder")
     with refusals():

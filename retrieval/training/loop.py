@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from pilotfish._internal.atomic_write import write_text
@@ -74,7 +75,10 @@ def train(task: Task, pairs: Sequence[Pair], plan: TrainingPlan, out: Path, resu
     if checkpoint is None:
         trainer.evaluate()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and trainer.is_finished(checkpoint):
+            trainer.load_finished(checkpoint)  # a run of the Trainer would do one more step
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
         if checkpoint is None:
             raise
@@ -132,6 +136,15 @@ class PairTrainer(Trainer):
         self._batches = _Batches(training, plan.batch, plan.seed)
         self._held_out = held_out
         self._batch = plan.batch
+
+    def is_finished(self, checkpoint: str) -> bool:
+        """Return whether a checkpoint is that of the last step."""
+        return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step >= self.args.max_steps
+
+    def load_finished(self, checkpoint: str) -> None:
+        """Load weights and log of the last step."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        self._load_from_checkpoint(checkpoint)
 
     def get_train_dataloader(self) -> Any:
         """Return the endless batches of pairs; a resumed training skips those of earlier steps."""

@@ -60,6 +60,9 @@ def main() -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help of a group
+            typer.echo(message(), err=True)
+            sys.exit(2)
         hint = "" if "PILOTFISH_LOAD_PLUGINS" not in os.environ else " (PILOTFISH_LOAD_PLUGINS is set)"
         sys.exit(_refuse(message() + hint))
     sys.exit(code if isinstance(code, int) else 0)

@@ -186,7 +186,11 @@ def test_resumed_training_matches_uninterrupted_training(base: Path, tmp_path: P
         np.testing.assert_allclose(encoded.values, dense[encoded.indices - tiny.SHIFT], rtol=1e-4)
     else:
         np.testing.assert_allclose(encoded.vectors.astype(np.float32), out.numpy(), atol=2e-3)
-    (tmp_path / "parts" / "training" / "checkpoint-24" / "optimizer.pt").write_bytes(b"not a checkpoint")
+    finished = task()
+    loop.train(finished, training_pairs(), plan, tmp_path / "parts", True, lambda *_: pytest.fail("one step too many"))
+    for a, b in zip(resumed.model.state_dict().values(), finished.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    (tmp_path / "parts" / "training" / "checkpoint-24" / "trainer_state.json").write_bytes(b"not a checkpoint")
     with pytest.raises(RetrievalError, match="cannot be read"):
         loop.train(task(), training_pairs(), plan, tmp_path / "parts", True, lambda *_: None)
 
