@@ -14,6 +14,12 @@ def load(benchmark: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{benchmark}.json").read_text(encoding="utf-8"))
 
 
+def read_records(*benchmarks: str) -> list[dict[str, Any]]:
+    """Read the records of result files, each with the name of its file; of all files if none is named."""
+    names = benchmarks or sorted(p.stem for p in RESULTS.glob("*.json"))
+    return [{**r, "file": name} for name in names for r in load(name)["records"]]
+
+
 def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, float]]:
     """Return ``(dataset, batch, arm) -> metric -> value``."""
     table: dict[tuple[str, int, str], dict[str, float]] = {}
@@ -22,9 +28,9 @@ def figures(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, floa
     return table
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table whose first column is text and whose other columns are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def markdown(head: list[str], rows: list[list[str]], texts: int = 1) -> str:
+    """Return a table whose first ``texts`` columns are text and whose other columns are numbers."""
+    lines = [head, ["---" if i < texts else "---:" for i in range(len(head))], *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

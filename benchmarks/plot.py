@@ -4,23 +4,14 @@ python benchmarks/plot.py            write them to docs/figures
 python benchmarks/plot.py FOLDER     write them elsewhere
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from common import ROOT, read_records
 from matplotlib.figure import Figure
 
 from pilotfish.integrations.bench import plots
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def read_records(*files: str) -> list[dict[str, Any]]:
-    """Read the records of result files, each with the name of its file; of all files where none is named."""
-    paths = [RESULTS / f"{name}.json" for name in files] or sorted(RESULTS.glob("*.json"))
-    return [{**r, "file": p.stem} for p in paths for r in json.loads(p.read_text(encoding="utf-8"))["records"]]
 
 
 def needle_heat_map(records: list[dict[str, Any]]) -> Figure:

@@ -1,6 +1,6 @@
 """The table of the README: what each plugin does, its gain and its quality."""
 
-from plot import read_records
+from common import markdown, read_records
 
 from pilotfish.integrations.bench import gains
 from pilotfish.integrations.bench.plots import DISPLAY
@@ -30,5 +30,4 @@ def table() -> str:
             quality += f", KL {divergence:.3f}"
         page = f"[{DISPLAY[plugin]}](docs/{plugin}.md)"
         rows.append([page, what, f"{gain.gain:.1f}x vs. {gain.baseline}", quality])
-    lines = [["plugin", "what it does", "speed", "quality relative to the baseline"], ["---"] * 4, *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(["plugin", "what it does", "speed", "quality relative to the baseline"], rows, texts=4)

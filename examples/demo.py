@@ -8,7 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pilotfish.integrations.vllm.bench.drafters import STOCK, DrafterBenchmark, DrafterRun, run_drafter_benchmark
+from pilotfish.integrations.vllm.bench.drafters import (
+    STOCK,
+    DrafterBenchmark,
+    DrafterRun,
+    acceptance_length,
+    run_drafter_benchmark,
+    total,
+)
 from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 from pilotfish.integrations.vllm.serving.progress import fetch_with_bar
 from pilotfish.plugins.terminal import make_table
@@ -50,12 +57,7 @@ def main() -> None:
 
 def tokens_per_second(runs: list[DrafterRun]) -> float:
     """Return the tokens per second over several runs."""
-    return sum(r.tokens for r in runs) / sum(r.answer["seconds"] for r in runs)
-
-
-def acceptance_length(runs: list[DrafterRun]) -> float:
-    """Return the mean number of tokens per verification step and request."""
-    return sum(r.answer["emitted"] for r in runs) / max(1, sum(r.answer["request_steps"] for r in runs))
+    return sum(r.tokens for r in runs) / total(runs, "seconds")
 
 
 def print_table(pairs: list[tuple[DrafterRun, DrafterRun]], drafter: str) -> None:

@@ -29,18 +29,19 @@ class Gain:
     quality: str
 
 
-def select(records: Records, metric: str, arm: str | None = None, **params: Any) -> list[dict[str, Any]]:
-    """Return the records of a metric, of one arm or all, whose params have the given values.
+def is_overall(record: dict[str, Any]) -> bool:
+    """Return whether a record is of a whole dataset, not of one of its categories or of a single needle depth."""
+    return "/" not in record["dataset"] and "depth" not in record["params"]
 
-    Records of a dataset's categories and of single needle depths are left out.
-    """
+
+def select(records: Records, metric: str, arm: str | None = None, **params: Any) -> list[dict[str, Any]]:
+    """Return the overall records of a metric, of one arm or all, whose params have the given values."""
     return [
         r
         for r in records
         if r["metric"] == metric
         and (arm is None or r["arm"] == arm)
-        and "/" not in r["dataset"]
-        and "depth" not in r["params"]
+        and is_overall(r)
         and all(r["params"].get(key) == value for key, value in params.items())
     ]
 

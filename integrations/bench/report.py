@@ -13,6 +13,7 @@ from pilotfish._internal.atomic_write import write_text
 
 from ...plugins.config import ConfigError
 from . import plots
+from .gains import is_overall
 
 TEMPLATE = Path(__file__).parent / "page" / "report.html"
 
@@ -163,7 +164,7 @@ def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, 
     losses_found = []
     for result in results:
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for r in _plain(result["records"]):
+        for r in filter(is_overall, result["records"]):
             groups.setdefault((record_place(r), r["metric"]), []).append(r)
         for (where, metric), records in groups.items():
             measure = NAMED.get(metric)
@@ -183,11 +184,6 @@ def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, 
     return sorted(losses_found, key=lambda loss: loss["share"])
 
 
-def _plain(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out the categories of datasets and single needle depths."""
-    return [r for r in records if "/" not in r["dataset"] and "depth" not in r["params"]]
-
-
 def _summary(plugin: str, results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Summarise a plugin with its default settings: median, worst and best value of each metric."""
     rows = []
@@ -195,7 +191,7 @@ def _summary(plugin: str, results: Sequence[dict[str, Any]]) -> dict[str, Any] |
         values = [
             r["value"]
             for result in results
-            for r in _plain(result["records"])
+            for r in filter(is_overall, result["records"])
             if r["metric"] == measure.name and r["arm"] in (plugin, f"{plugin}@cold")
         ]
         if values and measure.better:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -60,29 +60,25 @@ def train(task: Task, pairs: Sequence[Pair], plan: TrainingPlan, out: Path, resu
     training = [p for p in pairs if p.document not in held_documents]
     if len(held_out) < 2 or len(training) < plan.batch:
         raise RetrievalError(f"{len(pairs)} pairs are too few: {HELD_OUT} are held out, and a batch is {plan.batch}")
-    started = place.is_dir() and get_last_checkpoint(str(place)) is not None
-    if started and not resume:
+    checkpoint = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if checkpoint is not None and not resume:
         raise RetrievalError(f"{place} has a checkpoint; continue it with --resume, or remove the folder")
-    if out.exists() and not started and any(p != place for p in out.iterdir()):
+    if out.exists() and checkpoint is None and any(p != place for p in out.iterdir()):
         raise RetrievalError(f"{out} is not empty; choose a new folder for the encoder")
     options = {**asdict(plan), **task.about, "pairs": digest(pairs)}
-    if started:
+    if checkpoint is not None:
         _check_options(place, options)
     place.mkdir(parents=True, exist_ok=True)
     write_text(place / OPTIONS, json.dumps(options, indent=1, default=str))
     trainer = PairTrainer(task, training, held_out, plan, place, on_step)
-    checkpoint = get_last_checkpoint(str(place)) if started else None
     if checkpoint is None:
         trainer.evaluate()
-    try:
-        if checkpoint is not None and trainer.is_finished(checkpoint):
-            trainer.load_finished(checkpoint)  # a run of the Trainer would do one more step
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        if checkpoint is None:
-            raise
-        raise RetrievalError(f"{checkpoint}: cannot be read ({type(error).__name__}); remove {place}") from None
+        trainer.train()
+    else:
+        try:
+            trainer.resume(checkpoint)
+        except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise RetrievalError(f"{checkpoint}: cannot be read ({type(error).__name__}); remove {place}") from None
     draw_curve(trainer.state.log_history, place / CURVE)
     _publish(task, out)
 
@@ -131,20 +127,20 @@ class PairTrainer(Trainer):
             eval_dataset=list(held_out),
             callbacks=[_StepCallback(on_step)],  # type: ignore[arg-type]
         )
-        self.remove_callback(_printer())
+        self.remove_callback(PrinterCallback)  # prints every log entry to standard output
         self._task = task
         self._batches = _Batches(training, plan.batch, plan.seed)
         self._held_out = held_out
         self._batch = plan.batch
 
-    def is_finished(self, checkpoint: str) -> bool:
-        """Return whether a checkpoint is that of the last step."""
-        return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step >= self.args.max_steps
-
-    def load_finished(self, checkpoint: str) -> None:
-        """Load weights and log of the last step."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        self._load_from_checkpoint(checkpoint)
+    def resume(self, checkpoint: str) -> None:
+        """Train from a checkpoint on; that of the last step is only loaded, since `train` would do one more step."""
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+        else:
+            self.state = state
+            self._load_from_checkpoint(checkpoint)
 
     def get_train_dataloader(self) -> Any:
         """Return the endless batches of pairs; a resumed training skips those of earlier steps."""
@@ -195,13 +191,6 @@ class _StepCallback(TrainerCallback):
         del args, control, kwargs
         if logs and "loss" in logs:
             self._on_step(state.global_step, float(logs["loss"]))
-
-
-def _printer() -> type[TrainerCallback]:
-    """Return the Trainer's callback that prints every log entry to standard output."""
-    from transformers import PrinterCallback
-
-    return PrinterCallback
 
 
 def _check_options(place: Path, options: Mapping[str, Any]) -> None:

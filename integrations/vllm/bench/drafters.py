@@ -276,12 +276,19 @@ def summarize_runs(runs: Sequence[DrafterRun]) -> list[Record]:
     return records
 
 
+def total(runs: Sequence[DrafterRun], key: str) -> float:
+    """Return the sum of a count or time over runs."""
+    return sum(r.answer[key] for r in runs)
+
+
+def acceptance_length(runs: Sequence[DrafterRun]) -> float:
+    """Return the mean number of tokens per verification step and request."""
+    return total(runs, "emitted") / max(total(runs, "request_steps"), 1)
+
+
 def _figures(
     arm: str, dataset: str, params: dict[str, Any], pairs: list[tuple[DrafterRun, DrafterRun]]
 ) -> list[Record]:
-    def total(runs: Sequence[DrafterRun], key: str) -> float:
-        return sum(r.answer[key] for r in runs)
-
     arm_runs, stock = [p[0] for p in pairs], [p[1] for p in pairs]
 
     def speed(runs: Sequence[DrafterRun], key: str) -> float:
@@ -301,7 +308,7 @@ def _figures(
         ("median_speedup", statistics.median(overall[1]), "x", []),
         ("tokens_per_second", speed(arm_runs, "seconds"), "tokens/s", []),
         ("stock_tokens_per_second", speed(stock, "seconds"), "tokens/s", []),
-        ("acceptance_length", total(arm_runs, "emitted") / steps, "tokens", []),
+        ("acceptance_length", acceptance_length(arm_runs), "tokens", []),
         ("drafted_per_step", total(arm_runs, "drafted") / steps, "tokens", []),
         ("identical_share", sum(same) / len(same), "", []),
     ]

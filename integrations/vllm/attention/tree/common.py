@@ -1,6 +1,6 @@
-"""Metadata builder shared by the tree-attention backends of all platforms."""
+"""Metadata builder and attention implementation shared by the tree-attention backends of all platforms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,6 +91,37 @@ class TreeMetadataBuilder:
             }  # layers may share a cache
             self._moves = self.mover(list(caches.values()))
         self._moves(self._slots[list(source)].long(), self._slots[list(target)].long())
+
+
+class TreeImpl:
+    """Mixin for the attention implementation of one layer; vLLM's has to follow it in the bases.
+
+    Attributes:
+        tree_attention: The platform's kernel for requests with a tree; vLLM's kernel serves the others.
+    """
+
+    tree_attention: ClassVar[Callable[..., None]]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute attention; shapes are those of vLLM's `AttentionImpl.forward`."""
+        step = getattr(attn_metadata, "trees", None)
+        others = attn_metadata if step is None else attn_metadata.others
+        if step is None or others is not None:
+            super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)  # type: ignore[misc]
+        if step is not None:
+            self.tree_attention(query, kv_cache, attn_metadata.block_table, step, self.scale, output)  # type: ignore[attr-defined]
+        return output
 
 
 def max_error(

@@ -70,29 +70,10 @@ class TreeCPUMetadataBuilder(common.TreeMetadataBuilder, SplitBuilder):
         return TreeMetadata(**vars(stock), trees=CPUTreeBatch(*trees, self.num_heads), others=others)
 
 
-class TreeCPUImpl(CPUAttentionBackendImpl):
+class TreeCPUImpl(common.TreeImpl, CPUAttentionBackendImpl):
     """Attention implementation of one layer."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute attention; shapes are those of vLLM's `CPUAttentionBackendImpl.forward`."""
-        step = getattr(attn_metadata, "trees", None)
-        others = attn_metadata if step is None else attn_metadata.others  # type: ignore[union-attr]
-        if step is None or others is not None:
-            super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)
-        if step is not None:
-            tree_attention(query, kv_cache, attn_metadata.block_table, step, self.scale, output)  # type: ignore[union-attr]
-        return output
+    tree_attention = staticmethod(tree_attention)
 
 
 @functools.cache

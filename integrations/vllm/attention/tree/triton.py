@@ -62,34 +62,15 @@ class TreeTritonMetadataBuilder(common.TreeMetadataBuilder, TritonAttentionMetad
         return stock
 
 
-class TreeTritonImpl(TritonAttentionImpl):
+class TreeTritonImpl(common.TreeImpl, TritonAttentionImpl):
     """Attention implementation of one layer."""
+
+    tree_attention = staticmethod(tree_attention)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Return False: our kernel does not quantise its output."""
         del quant_key
         return False
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute attention; shapes are those of vLLM's `TritonAttentionImpl.forward`."""
-        step = getattr(attn_metadata, "trees", None)
-        others = attn_metadata if step is None else attn_metadata.others
-        if step is None or others is not None:
-            super().forward(layer, query, key, value, kv_cache, others, output, output_scale, output_block_scale)
-        if step is not None:
-            tree_attention(query, kv_cache, attn_metadata.block_table, step, self.scale, output)
-        return output
 
 
 @functools.cache
