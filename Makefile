@@ -26,7 +26,7 @@ test-without-engine: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not long and not engine' -n 2
 
 test-engine: $(VENV)/.ready
-	$(BIN)/python -m pytest -m 'not long and engine'
+	$(BIN)/python -m pytest -m 'not long and engine' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: check  ## also the long ones: GPU kernels interpreted in real engines, further tensor-parallel ranks
 	$(BIN)/python -m pytest -m ''

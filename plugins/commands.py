@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli import strip_control_characters
-from .config import ConfigError, type_name, unknown_key_message
+from .config import COMMON_OPTIONS, ConfigError, type_name, unknown_key_message
 from .hookspecs import hookimpl
 from .manager import HOOKS, disabled, plugins
 from .terminal import SERVING
@@ -65,33 +65,47 @@ def _print_list(described: list[dict[str, Any]]) -> None:
 
 
 def _print_options(plugin: dict[str, Any]) -> None:
-    """Print a plugin with its options, their types, defaults and help."""
+    """Print a plugin with its options and settings, their types, defaults and help."""
     width = min(shutil.get_terminal_size().columns, 100)
     typer.secho(f"{plugin['name']} ({plugin['kind']}, from {plugin['origin']})", bold=True)
     typer.echo(textwrap.fill(plugin["summary"], width))
-    if not plugin["options"]:
+    sections = {
+        "": plugin["options"],
+        f"Options of every {plugin['kind']}:": plugin["common_options"],
+        "Search settings (`pilotfish index search --set NAME=VALUE`):": plugin["search_settings"],
+    }
+    if not any(sections.values()):
         typer.echo("\nThis plugin has no options.")
-    for option in plugin["options"]:
-        typer.echo("")
-        head = f"{option['name']}: {option['type']} = {json.dumps(option['default'])}"
-        typer.secho(textwrap.fill(head, width, subsequent_indent="    "), bold=True)
-        typer.echo(textwrap.fill(option["help"], width, initial_indent="    ", subsequent_indent="    "))
+    for title, options in sections.items():
+        if options and title:
+            typer.echo(f"\n{title}")
+        for option in options:
+            typer.echo("")
+            head = f"{option['name']}: {option['type']} = {json.dumps(option['default'])}"
+            typer.secho(textwrap.fill(head, width, subsequent_indent="    "), bold=True)
+            typer.echo(textwrap.fill(option["help"], width, initial_indent="    ", subsequent_indent="    "))
 
 
 def describe_plugin(kind: str, cls: Any) -> dict[str, Any]:
     """Return a registered class as plain values, for printing and JSON."""
-    hints, notes = typing.get_type_hints(cls.Options), option_help(cls.Options)
-    options = [
-        {"name": f.name, "type": type_name(hints[f.name]), "default": default_value(f), "help": notes.get(f.name, "")}
-        for f in dataclasses.fields(cls.Options)
-    ]
     return {
         "kind": kind,
         "name": cls.name,
         "origin": plugins().origin(cls),
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
-        "options": options,
+        "options": describe_options(cls.Options),
+        "common_options": describe_options(COMMON_OPTIONS[kind]) if kind in COMMON_OPTIONS else [],
+        "search_settings": describe_options(cls.Settings) if kind == "index" else [],
     }
+
+
+def describe_options(options: type) -> list[dict[str, Any]]:
+    """Return the name, type, default and help of each field of a dataclass of options."""
+    hints, notes = typing.get_type_hints(options), option_help(options)
+    return [
+        {"name": f.name, "type": type_name(hints[f.name]), "default": default_value(f), "help": notes.get(f.name, "")}
+        for f in dataclasses.fields(options)
+    ]
 
 
 def default_value(option: dataclasses.Field) -> Any:

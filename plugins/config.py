@@ -54,7 +54,7 @@ class Verification:
 
 
 # Options of all plugins of a type, by type.
-COMMON = {"drafter": tuple(f.name for f in dataclasses.fields(Verification))}
+COMMON_OPTIONS = {"drafter": Verification}
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def _parse_selection(entry: object, path: str) -> Selection:
 
 def _split_verification(selection: Selection, path: str) -> tuple[Selection, Verification]:
     """Split the options of a drafter into its own and those of `Verification`."""
-    ours = {key: value for key, value in selection.options.items() if key in COMMON["drafter"]}
-    rest = {key: value for key, value in selection.options.items() if key not in COMMON["drafter"]}
+    names = {f.name for f in dataclasses.fields(Verification)}
+    ours = {key: value for key, value in selection.options.items() if key in names}
+    rest = {key: value for key, value in selection.options.items() if key not in names}
     return Selection(selection.name, rest), build_options(Verification, ours, path)
 
 

@@ -4,6 +4,7 @@
 ``PILOTFISH_DISABLE=1`` is the kill switch: the configuration is not read, and no plugin is attached to an engine.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .config import COMMON, ConfigError, Selection, build_options, unknown_key_message
+from .config import COMMON_OPTIONS, ConfigError, Selection, build_options, unknown_key_message
 
 GROUP = hookspecs.PROJECT
 
@@ -167,7 +168,7 @@ class PluginManager:
             ConfigError: No such class is registered, or an option is invalid.
         """
         cls = self.get(kind, selection.name)
-        others = COMMON.get(kind, ())
+        others = [f.name for f in dataclasses.fields(COMMON_OPTIONS[kind])] if kind in COMMON_OPTIONS else ()
         return cls, build_options(cls.Options, selection.options, f"pilotfish.{kind}", others)  # type: ignore[attr-defined]
 
 

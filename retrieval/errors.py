@@ -1,5 +1,7 @@
 """Errors of the retrieval stack; every message is one line that names the remedy."""
 
+NOT_FINITE = "the encoder returned NaN or infinite values; check its checkpoint, or use --precision float32"
+
 
 class RetrievalError(ValueError):
     """Invalid request, or an index that cannot serve it."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import NOT_FINITE, RetrievalError
 
 @dataclass(frozen=True)
 class SparseVectors:
@@ -27,6 +28,8 @@ class SparseVectors:
         sizes = {len(self.indices), len(self.values), len(self.in_text), int(self.counts.sum())}
         if len(sizes) > 1:
             raise ValueError(f"{len(self.indices)} ids, {len(self.values)} weights, {int(self.counts.sum())} counted")
+        if not np.isfinite(self.values).all():
+            raise RetrievalError(NOT_FINITE)
 
     def __len__(self) -> int:
         return len(self.counts)

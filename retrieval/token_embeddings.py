@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import NOT_FINITE, RetrievalError
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
@@ -28,6 +29,8 @@ class TokenEmbeddings:
             raise ValueError(
                 f"{len(self.vectors)} vectors, {len(self.token_ids)} ids, {int(self.counts.sum())} counted"
             )
+        if not all(np.isfinite(v).all() for v in (self.vectors, self.pooled) if v is not None):
+            raise RetrievalError(NOT_FINITE)
 
     def __len__(self) -> int:
         return len(self.counts)

@@ -15,6 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")  # no network
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if WORKER:
+    # Engines of parallel test workers get one core each. With more threads than cores, each barrier of OpenMP would wait
+    # for a thread that is not running.
+    CORES = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(CORES[int(WORKER) % len(CORES)]))
+
 INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()
 if INTERPRETED:
     # Triton decides at import whether it interprets kernels; see `interpreted_triton`. The variable is removed again,
@@ -147,5 +154,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run engine tests last, so that faster tests fail first."""
-    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+    """Run engine tests last, so that faster tests fail first; the slow modules of them first, for parallel workers."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (0, False) if item.get_closest_marker("engine") is None else (1, item.path not in slow))

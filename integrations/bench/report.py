@@ -1,5 +1,6 @@
 """`pilotfish report`: one HTML page from benchmark records, with plots first and every loss listed."""
 
+import dataclasses
 import io
 import json
 import math
@@ -11,7 +12,9 @@ from typing import Any
 
 from pilotfish._internal.atomic_write import write_text
 
+from ...plugins.commands import default_value
 from ...plugins.config import ConfigError
+from ...plugins.manager import HOOKS, plugins
 from . import plots
 from .gains import is_overall
 
@@ -114,12 +117,12 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def write_report(results: Sequence[dict[str, Any]], plugins: Iterable[str], out: Path) -> None:
+def write_report(results: Sequence[dict[str, Any]], names: Iterable[str], out: Path) -> None:
     """Write the page.
 
     Args:
         results: Result of `read_results`.
-        plugins: Names of Pilotfish's plugins; other arms are baselines.
+        names: Names of Pilotfish's plugins; other arms are baselines.
         out: Path of the HTML file.
 
     Raises:
@@ -131,7 +134,7 @@ def write_report(results: Sequence[dict[str, Any]], plugins: Iterable[str], out:
     except ModuleNotFoundError:
         raise ConfigError("a report needs jinja2 and matplotlib: pip install 'pilotfish[report]'") from None
 
-    ours = set(plugins)
+    ours = set(names)
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     records = [{**r, "file": result["name"]} for result in results for r in result["records"]]
     options = {
@@ -192,7 +195,7 @@ def _summary(plugin: str, results: Sequence[dict[str, Any]]) -> dict[str, Any] |
             r["value"]
             for result in results
             for r in filter(is_overall, result["records"])
-            if r["metric"] == measure.name and r["arm"] in (plugin, f"{plugin}@cold")
+            if r["metric"] == measure.name and is_default_arm(r["arm"], plugin)
         ]
         if values and measure.better:
             worst, best = (min, max) if measure.better > 0 else (max, min)
@@ -207,6 +210,16 @@ def _summary(plugin: str, results: Sequence[dict[str, Any]]) -> dict[str, Any] |
                 }
             )
     return {"plugin": plugin, "rows": rows} if rows else None
+
+
+def is_default_arm(arm: str, plugin: str) -> bool:
+    """Return whether an arm is a plugin with its default settings, named or not (``globalcom2@retain=0.25``)."""
+    name, *settings = arm.split("@")
+    registered = (plugins().classes(kind).get(plugin) for kind in HOOKS)
+    defaults = {
+        f"{f.name}={default_value(f)}" for cls in registered if cls is not None for f in dataclasses.fields(cls.Options)
+    }
+    return name == plugin and all(s == "cold" or s in defaults for s in settings)
 
 
 def _section(result: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def print_explanation(reasons: Sequence[Any], reading: Any | None) -> None:
         met = Text("not retrieved, imputed", style="dim") if r.imputed else Text(r.document or "")
         table.add_row(Text(r.query), met, f"{r.score:.4f}", bar(r.score, most, "dim" if r.imputed else "green"))
     table.caption = f"score {sum(r.score for r in reasons):.4f}"
-    tables = [table]
+    tables: list[Any] = [table] if reasons else ["this index type has no scores of single tokens or terms"]
     if reading is not None:
         for title, words in (("terms of the query", reading.query), ("terms of the document", reading.document)):
             side = make_table(title, "weight", numbers=("weight",))

@@ -77,6 +77,8 @@ def train(task: Task, pairs: Sequence[Pair], plan: TrainingPlan, out: Path, resu
     else:
         try:
             trainer.resume(checkpoint)
+        except RetrievalError:
+            raise
         except (RuntimeError, ValueError, OSError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise RetrievalError(f"{checkpoint}: cannot be read ({type(error).__name__}); remove {place}") from None
     draw_curve(trainer.state.log_history, place / CURVE)
@@ -148,9 +150,16 @@ class PairTrainer(Trainer):
         return loader
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the task's loss of a batch of pairs."""
+        """Return the task's loss of a batch of pairs.
+
+        Raises:
+            RetrievalError: The loss is NaN or infinite.
+        """
         del model, args, kwargs
-        return self._task.loss(inputs["pairs"])[0]
+        loss = self._task.loss(inputs["pairs"])[0]
+        if not torch.isfinite(loss):
+            raise RetrievalError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower --rate")
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute loss and accuracy over the held-out pairs, in batches of the training's size."""

@@ -28,6 +28,7 @@ from pilotfish.integrations.vllm.serving import doctor
 from pilotfish.integrations.vllm.tuning import razor, tidal
 from pilotfish.integrations.vllm.vision import visualize
 from pilotfish.kvcache.layer_choice import LayerChoice
+from pilotfish.plugins.commands import describe_plugin
 from pilotfish.plugins.contracts import ScoreExplanation, TermWeights
 from pilotfish.plugins.manager import HOOKS, plugins
 from pilotfish.plugins.terminal import format_number
@@ -321,3 +322,20 @@ def test_output_fits_a_terminal(arguments: tuple[str, ...]) -> None:
     if arguments == ("doctor",):
         assert re.search(r"^vLLM APIs: (\d+) of \1 available$", text, re.MULTILINE)
         assert "missing vLLM API" not in text
+
+
+def test_options_of_a_type_and_search_settings_are_listed() -> None:
+    drafter = describe_plugin("drafter", plugins().classes("drafter")["rasd"])
+    assert [o["name"] for o in drafter["common_options"]] == ["verification", "nodes"]
+    index_type = describe_plugin("index", plugins().classes("index")["xtr"])
+    assert {"nprobe", "t_prime"} <= {s["name"] for s in index_type["search_settings"]}
+    assert all(o["help"] for o in [*drafter["common_options"], *index_type["search_settings"]])
+    assert "verification: " in run_in_terminal("plugins", "rasd")
+    assert "nprobe: " in run_in_terminal("plugins", "xtr")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_group_without_a_command_prints_its_help(group: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "pilotfish", group], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Usage: ") and "Traceback" not in result.stderr

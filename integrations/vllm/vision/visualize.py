@@ -38,6 +38,7 @@ def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: {error.strerror}") from None
+    drawings: dict[Path, int] = {}
     for path, image in images.items():
         layout, features, _ = encoder.encode(image)
         title = f"{path.name}: {image.width} x {image.height} pixels, {layout.num_tokens} visual tokens"
@@ -50,6 +51,9 @@ def visualize_pruning(pictures: list[Path], chosen: list[str] | None, model: str
             row = [text, str(plan.num_tokens), f"{plan.num_tokens / layout.num_tokens:.1%}"]
             if out is not None:
                 drawing = out / f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in text)}.png"
+                drawings[drawing] = drawings.get(drawing, 0) + 1
+                if drawings[drawing] > 1:  # images of two folders can have the same name
+                    drawing = drawing.with_stem(f"{drawing.stem}-{drawings[drawing]}")
                 draw_overlay(image, layout, mask).save(drawing)
                 row.append(drawing.name)
             table.add_row(*row)

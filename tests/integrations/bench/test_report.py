@@ -5,8 +5,10 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+
 from typing import Any
 
+import pytest
 from refusals import refused
 
 from pilotfish.integrations.bench import report
@@ -72,6 +74,21 @@ def test_report_of_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -
     assert 'class="loses"' in page
     lost = page[page.index("loses") :]
     assert "xquad, conversation" in lost, "losses in conversations are listed"
+
+
+@pytest.mark.parametrize(
+    ("arm", "default"),
+    [
+        ("globalcom2", True),
+        ("globalcom2@retain=0.25", True),
+        ("globalcom2@retain=0.5", False),
+        ("globalcom2@retain=0.25@unknown=1", False),
+        ("diversity@retain=0.25", False),
+        ("globalcom2@cold", True),
+    ],
+)
+def test_default_settings_are_recognised_when_named(arm: str, default: bool) -> None:
+    assert report.is_default_arm(arm, "globalcom2") is default
 
 
 def test_refuses_invalid_result_files(cli: Cli, inside: Cli, tmp_path: Path) -> None:

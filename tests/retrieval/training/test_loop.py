@@ -219,6 +219,14 @@ def test_refuses_untrainable_models_and_test_qrels(base: Path, tmp_path: Path) -
         pairs.qrels_pairs(tmp_path)
 
 
+def test_training_stops_at_a_loss_that_is_not_finite(base: Path, tmp_path: Path) -> None:
+    task = tasks.XTRTask(base, LENGTHS)
+    with torch.no_grad():
+        next(iter(task.model.parameters())).fill_(float("nan"))
+    with pytest.raises(RetrievalError, match="step 1: the loss is nan; lower --rate"):
+        loop.train(task, training_pairs(), loop.TrainingPlan(2, 8, 1e-3), tmp_path / "out", False, lambda *_: None)
+
+
 def test_refuses_too_few_pairs(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="too few"):
         loop.train(
