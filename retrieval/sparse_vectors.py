@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from .errors import NOT_FINITE, RetrievalError
 
+
 @dataclass(frozen=True)
 class SparseVectors:
     """Term weights of texts, concatenated; the entries of a text are in term id order.

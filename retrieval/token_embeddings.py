@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from .errors import NOT_FINITE, RetrievalError
 
+
 @dataclass(frozen=True)
 class TokenEmbeddings:
     """Token vectors of texts, concatenated.

@@ -17,9 +17,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 if WORKER:
-    # Engines of parallel test workers get one core each. With more threads than cores, each barrier of OpenMP would wait
-    # for a thread that is not running.
+    # Engines of parallel test workers use one thread each. With more threads than cores, each barrier of OpenMP waits
+    # for a thread that is not running. vLLM's worker processes obey the second variable, engines in one process the
+    # first.
     CORES = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(CORES[int(WORKER) % len(CORES)]))
 
 INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()

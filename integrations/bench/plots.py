@@ -5,7 +5,7 @@ records do not hold what it shows. `pilotfish report` embeds them; ``benchmarks/
 docs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .gains import STOCK, Records, gains, mean, select
@@ -93,8 +93,6 @@ def kv_tradeoff(records: Records) -> "Figure | None":
     for r in speeds:
         point = (divergence[r["arm"]], r["value"])
         axis.plot(*point, markers.get(r["params"]["batch"], "o"), color=color_of(r["arm"]))
-        if r["params"]["batch"] == max(markers):
-            axis.annotate(label_of(r["arm"]), point, textcoords="offset points", xytext=(6, 4), fontsize=7.5)
     for batch, marker in markers.items():
         axis.plot([], [], marker, color=GREY, label=f"batch {batch}")
     axis.plot([0], [1], "*", color=GREY, markersize=11, label="full attention")
@@ -102,6 +100,8 @@ def kv_tradeoff(records: Records) -> "Figure | None":
     axis.set_xlabel("KL divergence from full attention, nats (mean over texts and contexts)")
     axis.set_ylabel(f"decode step speed-up at {longest} tokens")
     axis.legend(frameon=False, fontsize=8)
+    labelled = [r for r in speeds if r["params"]["batch"] == max(markers)]
+    _label_points(axis, [(divergence[r["arm"]] or 0.0, r["value"], label_of(r["arm"])) for r in labelled])
     return figure
 
 
@@ -117,12 +117,11 @@ def pruning_tradeoff(records: Records) -> "Figure | None":
     figure, axis = _figure(8, 4)
     for recall, prefill, arm in points:
         axis.plot(recall, prefill, "o", color=color_of(arm))
-        axis.annotate(label_of(arm), (recall, prefill), textcoords="offset points", xytext=(6, 4), fontsize=7.5)
     axis.plot([1], [1], "*", color=GREY, markersize=11)
-    axis.annotate("all visual tokens", (1, 1), textcoords="offset points", xytext=(-8, 6), ha="right", fontsize=7.5)
     axis.margins(x=0.2, y=0.12)
     axis.set_xlabel("needle retention (share of a pasted object's tokens that is kept)")
     axis.set_ylabel("prefill speed-up")
+    _label_points(axis, [*((x, y, label_of(arm)) for x, y, arm in points), (1, 1, "all visual tokens")])
     return figure
 
 
@@ -196,17 +195,18 @@ def retrieval_latency(records: Records) -> "Figure | None":
     for collection, axis in zip(collections, axes, strict=False):
         for (dataset, arm), v in points.items():
             if dataset == collection:
-                point = (v["query_ms_median"], v["ndcg@10"])
-                axis.scatter(*point, color=color_of(arm), zorder=3)
-                axis.annotate(label_of(arm), point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+                axis.scatter(v["query_ms_median"], v["ndcg@10"], color=color_of(arm), zorder=3)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")  # matplotlib's own labels are TeX, which SVG shows as text
         axis.xaxis.set_minor_formatter("")
-        axis.margins(x=0.18)
+        axis.margins(x=0.25, y=0.1)
         axis.set_title(collection, fontsize=10)
         axis.set_xlabel("ms per search, without encoding", fontsize=9)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("nDCG@10", fontsize=9)
+    for collection, axis in zip(collections, axes, strict=False):
+        shown = [(arm, v) for (dataset, arm), v in points.items() if dataset == collection]
+        _label_points(axis, [(v["query_ms_median"], v["ndcg@10"], label_of(arm)) for arm, v in shown])
     return figure
 
 
@@ -225,6 +225,40 @@ LEADING: tuple[tuple[str, str, Callable[[Records], "Figure | None"]], ...] = (
     ("KV memory", "KV cache of a request against its context.", kv_memory),
     ("Retrieval", "Quality against latency; grey points are other systems.", retrieval_latency),
 )
+
+
+# Where a label may be relative to its point, in points: right and left, then ever further above and below.
+OFFSETS = [(6 * side, y) for y in (3, -9, 12, -18, 21, -27, 30, -36) for side in (1, -1)]
+
+
+def _label_points(axis: "Axes", points: Iterable[tuple[float, float, str]]) -> None:
+    """Label points, each at the first place where its label hides no point and no earlier label.
+
+    Call this last: the places depend on the limits and the layout of the figure.
+
+    Args:
+        axis: Panel with the points.
+        points: x, y and label of each point.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure: Any = axis.figure
+    figure.draw_without_rendering()  # lays the panels out
+    points = list(points)
+    style: Any = {"textcoords": "offset points", "fontsize": 7.5, "in_layout": False}
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform([p[:2] for p in points])]
+    for x, y, text in points:
+        label = axis.annotate(text, (x, y), xytext=(0, 0), **style)
+        for dx, dy in OFFSETS:
+            label.set_position((dx, dy))
+            label.set_horizontalalignment("left" if dx > 0 else "right")
+            box = label.get_window_extent()
+            if axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and not any(box.overlaps(b) for b in taken):
+                break
+        taken.append(label.get_window_extent())
+        if abs(label.xyann[1]) > 9:  # a line to the point
+            axis.annotate("", (x, y), xytext=(label.xyann[0], label.xyann[1] + 3), arrowprops=line, **style)
 
 
 def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:

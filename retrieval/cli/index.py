@@ -1,5 +1,6 @@
 """`pilotfish index`: commands that build, change, maintain and serve an index; see `cli.search` for the others."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def build(
 ) -> None:
     """Build an index of documents."""
     with refusals():
+        from ..build import build_folder
         from ..index import Index
         from ..store.manifest import CURRENT
 
@@ -74,23 +76,32 @@ def build(
                 raise ConfigError("--resume: a build of shards cannot be resumed; build into a new folder")
             if (device, precision) != ("auto", "float32"):
                 raise ConfigError("--device, --precision: a build of shards supports only auto and float32")
-            _build_shards(folder, paths, shards, kind or USUAL, encoder, option, chunk_tokens, overlap, number_ids, ray)
+            with build_folder(folder) as partial:
+                added = _build_shards(
+                    partial, paths, shards, kind or USUAL, encoder, option, chunk_tokens, overlap, number_ids, ray
+                )
+            tell(f"{folder}: {added} documents in {shards} shards")
             return
 
-        if resume and (folder / CURRENT).exists():
-            opened = Index.open(folder, encoder, device, precision)
-            if kind not in (None, opened.kind.name):
-                raise ConfigError(f"--kind {kind}: {folder} is of kind {opened.kind.name}")
-        else:
-            _source(paths, lambda text: [text], number_ids)  # report errors before anything is created
-            _chunks_fit(chunk_tokens, overlap)
-            opened = Index.create(folder, kind or USUAL, encoder, values(option, "--option"), device, precision)
-        with opened as built:
-            source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids)
-            count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
-            if len(built) == count and built.stats()["segments"] > 1:
-                built.compact()
-            tell(f"{folder}: {count} documents added, {len(built)} in all")
+        _source(paths, lambda text: [text], number_ids)  # report errors before an encoder is loaded
+        _chunks_fit(chunk_tokens, overlap)
+        complete = resume and (folder / CURRENT).exists()
+        with contextlib.nullcontext(folder) if complete else build_folder(folder, resume) as place:
+            if resume and (place / CURRENT).exists():
+                opened = Index.open(place, encoder, device, precision)
+            else:
+                opened = Index.create(place, kind or USUAL, encoder, values(option, "--option"), device, precision)
+            with opened as built:
+                if kind not in (None, built.kind.name):
+                    raise ConfigError(f"--kind {kind}: {folder} is of kind {built.kind.name}")
+                source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids)
+                count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
+                if not len(built):
+                    raise ConfigError(f"{', '.join(paths)}: no documents")
+                if len(built) == count and built.stats()["segments"] > 1:
+                    built.compact()
+                total = len(built)
+        tell(f"{folder}: {count} documents added, {total} in all")
 
 
 @index.command("add")
@@ -218,7 +229,8 @@ def _build_shards(
     overlap: int,
     number_ids: bool,
     ray: str | None,
-) -> None:
+) -> int:
+    """Build an index in shards and return the number of documents."""
     from .. import shards
     from ..registry import resolve_encoder, resolve_index_kind
 
@@ -227,8 +239,7 @@ def _build_shards(
     index_kind, _ = resolve_index_kind(kind, options)
     loaded = resolve_encoder(index_kind, encoder or index_kind.default_encoder, "auto", "float32")
     source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
-    added = with_bar(lambda progress: shards.build_shards(folder, source, count, kind, encoder, options, ray, progress))
-    tell(f"{folder}: {added} documents in {count} shards")
+    return with_bar(lambda progress: shards.build_shards(folder, source, count, kind, encoder, options, ray, progress))
 
 
 def _chunks_fit(size: int, overlap: int) -> None:

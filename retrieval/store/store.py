@@ -108,15 +108,7 @@ class Store:
             RetrievalError: The folder is not empty, or lies in another index.
             OSError: The folder cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(not _begun(p.name) for p in folder.iterdir())):
-            reason = (
-                "holds an index already; add to it, or go on with --resume"
-                if (folder / manifest.CURRENT).exists()
-                else "exists, and is not empty"
-            )
-            raise RetrievalError(f"{folder}: {reason}")
-        if outer := next((p for p in folder.absolute().parents if (p / manifest.CURRENT).exists()), None):
-            raise RetrievalError(f"{folder}: lies in another index, {outer}; choose a folder outside of it")
+        check_new_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
         manifest.write_manifest(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
@@ -309,6 +301,23 @@ class Writer:
             if is_index_file and path.name not in needed:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def check_new_folder(folder: Path) -> None:
+    """Check that an index can be created in a folder.
+
+    Raises:
+        RetrievalError: The folder is not empty, or lies in another index.
+    """
+    if folder.exists() and (not folder.is_dir() or any(not _begun(p.name) for p in folder.iterdir())):
+        reason = (
+            "holds an index already; add to it, or go on with --resume"
+            if (folder / manifest.CURRENT).exists()
+            else "exists, and is not empty"
+        )
+        raise RetrievalError(f"{folder}: {reason}")
+    if outer := next((p for p in folder.absolute().parents if (p / manifest.CURRENT).exists()), None):
+        raise RetrievalError(f"{folder}: lies in another index, {outer}; choose a folder outside of it")
 
 
 def form(array: NDArray) -> str:

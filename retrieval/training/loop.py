@@ -6,6 +6,7 @@ and the optimiser, the learning rate schedule, checkpoints and resuming are tran
 """
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,6 +115,7 @@ class PairTrainer(Trainer):
             weight_decay=0.01,
             seed=plan.seed,
             logging_steps=1,
+            logging_nan_inf_filter=False,  # `_StepCallback` stops a training that diverges
             eval_strategy="steps",
             eval_steps=plan.every,
             save_steps=plan.every,
@@ -150,16 +152,9 @@ class PairTrainer(Trainer):
         return loader
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the task's loss of a batch of pairs.
-
-        Raises:
-            RetrievalError: The loss is NaN or infinite.
-        """
+        """Return the task's loss of a batch of pairs."""
         del model, args, kwargs
-        loss = self._task.loss(inputs["pairs"])[0]
-        if not torch.isfinite(loss):
-            raise RetrievalError(f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower --rate")
-        return loss
+        return self._task.loss(inputs["pairs"])[0]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute loss and accuracy over the held-out pairs, in batches of the training's size."""
@@ -190,14 +185,21 @@ class _Batches(torch.utils.data.IterableDataset):
 
 
 class _StepCallback(TrainerCallback):
-    """Reports the loss of every step."""
+    """Reports the loss of every step, and stops a training that diverges."""
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Report a step; called by the Trainer."""
+        """Report a step; called by the Trainer.
+
+        Raises:
+            RetrievalError: The loss or the norm of the gradients is NaN or infinite.
+        """
         del args, control, kwargs
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if logs and name in logs and not math.isfinite(float(logs[name])):
+                raise RetrievalError(f"step {state.global_step}: {name} is {float(logs[name])}; lower --rate")
         if logs and "loss" in logs:
             self._on_step(state.global_step, float(logs["loss"]))
 

@@ -1,17 +1,17 @@
 """The HTML report: complete, escaped, self-contained, and listing every loss."""
 
+import itertools
 import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-
 from typing import Any
 
 import pytest
 from refusals import refused
 
-from pilotfish.integrations.bench import report
+from pilotfish.integrations.bench import plots, report
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -74,6 +74,20 @@ def test_report_of_all_committed_results(cli: Cli, root: Path, tmp_path: Path) -
     assert 'class="loses"' in page
     lost = page[page.index("loses") :]
     assert "xquad, conversation" in lost, "losses in conversations are listed"
+
+
+def test_labels_of_close_points_do_not_overlap() -> None:
+    values = {f"arm_{i}": (1.0 + i / 50, 0.5 + i / 1000) for i in range(8)}
+    records = [
+        {"benchmark": "retrieval", "dataset": "cranfield", "arm": arm, "metric": m, "value": v, "params": {}}
+        for arm, point in values.items()
+        for m, v in zip(("query_ms_median", "ndcg@10"), point, strict=True)
+    ]
+    figure = plots.retrieval_latency(records)
+    assert figure is not None
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == len(values)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_eval_tune_and_bench(inside: Callable, corpus: Path, tmp_path: Path) -> 
     assert {r["arm"] for r in records if r["metric"] == "ndcg@10" and r["value"] == 1} == {"dense", "maxsim", "xtr"}
 
 
-def test_interrupted_build_resumes(inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_build_of_a_complete_index_resumes(inside: Callable, corpus: Path, tmp_path: Path) -> None:
     folder, bad = str(tmp_path / "index"), tmp_path / "bad.jsonl"
     half = corpus.read_text().splitlines()[:2]
     (tmp_path / "half.jsonl").write_text("\n".join(half))
@@ -232,6 +232,39 @@ def test_interrupted_build_resumes(inside: Callable, corpus: Path, tmp_path: Pat
     assert (answer.returncode, "bad.jsonl, record 3" in answer.stderr) == (2, True)
     answer = inside("index", "build", folder, str(corpus), "--resume")
     assert "2 documents added, 4 in all" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "record 1"),
+        ("[]", "record 1: not an object"),
+        ('{"id": "a"}', "record 1"),
+        ('{"text": "no id"}', "--number-ids"),
+        ('{"id": "", "text": "x"}', "record 1"),
+        ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "'a'"),
+        ('{"id": "a", "text": 7}', "record 1"),
+        ("", "no documents"),
+        ("\n\n", "no documents"),
+    ],
+)
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_failed_build_leaves_nothing(
+    inside: Callable, corpus: Path, tmp_path: Path, content: str, reason: str, shards: str
+) -> None:
+    place, bad = tmp_path / "place", tmp_path / "bad.jsonl"
+    place.mkdir()
+    bad.write_text(content)
+    answer = inside("index", "build", str(place / "index"), str(bad), "--shards", shards)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("pilotfish: ") and answer.stderr.count("\n") == 1
+    if shards == "1":
+        assert reason in answer.stderr
+    assert list(place.iterdir()) == []
+    answer = inside("index", "build", str(place / "index"), str(corpus), "--shards", shards)
+    assert answer.returncode == 0, answer.stderr
+    assert [p.name for p in place.iterdir()] == ["index"]
+    assert json.loads(inside("index", "search", str(place / "index"), "whale", "--json").stdout)["hits"]
 
 
 def test_files_are_split_into_chunks(inside: Callable, tmp_path: Path) -> None:
@@ -378,7 +411,7 @@ def test_shards_need_a_new_folder(inside: Callable, corpus: Path, tmp_path: Path
     single, shards = str(tmp_path / "whole"), str(tmp_path / "shards")
     assert inside("index", "build", single, str(corpus)).returncode == 0
     answer = inside("index", "build", single, str(corpus), "--shards", "2")
-    assert (answer.returncode, "build shards into a new folder" in answer.stderr) == (2, True)
+    assert (answer.returncode, "holds an index already" in answer.stderr) == (2, True)
     assert inside("index", "build", shards, str(corpus), "--shards", "2").returncode == 0
     assert "4 documents, all right" in inside("index", "check", shards).stdout
     assert '"documents": 4' in inside("index", "stats", shards, "--json").stdout

@@ -219,12 +219,14 @@ def test_refuses_untrainable_models_and_test_qrels(base: Path, tmp_path: Path) -
         pairs.qrels_pairs(tmp_path)
 
 
-def test_training_stops_at_a_loss_that_is_not_finite(base: Path, tmp_path: Path) -> None:
-    task = tasks.XTRTask(base, LENGTHS)
+@pytest.mark.parametrize("task", [tasks.VDRTask, tasks.XTRTask])
+def test_training_stops_when_it_diverges(base: Path, tmp_path: Path, task: type[tasks.Task]) -> None:
+    diverging = task(base, LENGTHS)
     with torch.no_grad():
-        next(iter(task.model.parameters())).fill_(float("nan"))
-    with pytest.raises(RetrievalError, match="step 1: the loss is nan; lower --rate"):
-        loop.train(task, training_pairs(), loop.TrainingPlan(2, 8, 1e-3), tmp_path / "out", False, lambda *_: None)
+        next(iter(diverging.model.parameters())).fill_(float("nan"))
+    with pytest.raises(RetrievalError, match=r"step \d: \w+ is nan; lower --rate"):
+        loop.train(diverging, training_pairs(), loop.TrainingPlan(2, 8, 1e-3), tmp_path / "out", False, lambda *_: None)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_refuses_too_few_pairs(base: Path, tmp_path: Path) -> None:
