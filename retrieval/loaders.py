@@ -9,10 +9,8 @@ A record has `id` or `_id`, `text`, and optionally `title` (prepended to the tex
 metadata. All formats except `.parquet` and `.pdf` may be compressed (`.gz`).
 """
 
-import csv
 import datetime
 import decimal
-import gzip
 import io
 import json
 import math
@@ -24,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from . import csv_files, text_encoding
 from .errors import RetrievalError, first_line
 from .store.documents import Document
 from .store.manifest import CURRENT, SHARDS
@@ -32,7 +31,6 @@ from .validation import as_document
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".pdf", ".rst")
 Chunk = Callable[[str], list[str]]
-LONGEST_FIELD = 1 << 27  # maximum number of characters of a CSV field
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
@@ -78,7 +76,7 @@ class DocumentSource:
         for path, name in self.files:
             assert path is not None
             try:
-                with gzip.open(path) if name.lower().endswith(".gz") else path.open("rb") as file:
+                with text_encoding.open_binary(path, name) as file:
                     count += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
             except (OSError, EOFError, zlib.error):  # reported when the file is read
                 return None
@@ -105,7 +103,7 @@ class DocumentSource:
     def _document(self, record: Any, place: str) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise RetrievalError("not an object")
-        record_id = record.get("_id", record.get("id"))
+        record_id = next((record[key] for key in ("_id", "id") if record.get(key) is not None), None)
         if record_id is None and self._number:
             record_id = place
         if isinstance(record_id, int) and not isinstance(record_id, bool):
@@ -189,12 +187,12 @@ def _suffix(name: str) -> str:
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
-def _open(path: Path | None, name: str) -> IO[str]:
+def _open(path: Path | None, name: str, encoding: str | None = None) -> IO[str]:
+    """Open a text file; without an encoding, UTF-8 or that of the byte order mark, as JSON requires."""
     if path is None:
         return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
-    if name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    encoding = encoding or text_encoding.marked_encoding(path, name) or "utf-8"
+    return io.TextIOWrapper(text_encoding.open_binary(path, name), encoding=encoding, newline="")
 
 
 def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
@@ -208,47 +206,37 @@ def _records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
         if suffix == ".parquet":
             assert path is not None
             yield from enumerate(_parquet(path, name), 1)
-            return
-        with _open(path, name) as file:
-            if suffix == ".json":
+        elif suffix in (".csv", ".tsv"):
+            assert path is not None
+            encoding = text_encoding.detect_encoding(path, name)
+            delimiter = "\t" if suffix == ".tsv" else ","
+            yield from csv_files.read_csv(lambda: _open(path, name, encoding), name, delimiter, FIELDS)
+        elif suffix == ".json":
+            with _open(path, name) as file:
                 records = json.load(file)
-                if not isinstance(records, list):
-                    raise RetrievalError(f"{name}: expected a list of objects")
-                yield from enumerate(records, 1)
-            elif suffix in (".csv", ".tsv"):
-                csv.field_size_limit(LONGEST_FIELD)
-                rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-                for at, row in enumerate(rows, 1):
-                    if None in row:
-                        raise RetrievalError(f"{name}, record {at}: more fields than the header")
-                    yield at, {k: v if k in FIELDS else _plain(v) for k, v in row.items() if k}
-            else:
+            if not isinstance(records, list):
+                raise RetrievalError(f"{name}: expected a list of objects")
+            yield from enumerate(records, 1)
+        else:
+            with _open(path, name) as file:
                 for at, line in enumerate(file, 1):
                     if line.strip():
-                        yield at, json.loads(line)
+                        yield at, _parse_line(line, f"{name}, record {at}")
     except RetrievalError:
         raise
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise RetrievalError(f"{name}, record {at + 1}: not UTF-8 text") from None
-    except (ValueError, csv.Error, EOFError, zlib.error, RecursionError) as error:
-        lines = suffix in (".jsonl", ".ndjson") and isinstance(error, json.JSONDecodeError | RecursionError)
-        position = f"{name}, record {at if lines else at + 1}" if suffix != ".json" else name
-        raise RetrievalError(f"{position}: {first_line(error)}") from None
+    except (ValueError, EOFError, zlib.error, RecursionError) as error:
+        raise RetrievalError(f"{name}: {first_line(error)}") from None
     except OSError as error:
         raise RetrievalError(f"{name}: {error.strerror or error}") from None
 
 
-def _plain(text: str | None) -> Any:
-    """Convert a field of a CSV file: to a number if it is written like one, to None if it is empty."""
-    if text is None or text == "":
-        return None
-    for kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            continue
-        return value if str(value) == text and math.isfinite(value) else text
-    return text
+def _parse_line(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        raise RetrievalError(f"{place}: {first_line(error)}") from None
 
 
 def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -261,9 +249,21 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
             texts = [f.name for f in pq.read_schema(file) if pyarrow.types.is_string(f.type)]
             # Dictionary encoding and conversion row by row limit memory: compressed tables may be huge.
             for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024):
-                yield from (_json(batch.slice(row, 1).to_pylist()[0]) for row in range(batch.num_rows))
+                rows = _microseconds(batch)
+                yield from (_json(rows.slice(row, 1).to_pylist()[0]) for row in range(rows.num_rows))
     except pyarrow.ArrowException as error:
         raise RetrievalError(f"{name}: {first_line(error)}") from None
+
+
+def _microseconds(batch: Any) -> Any:
+    """Truncate timestamps to microseconds, the precision of Python's datetime."""
+    import pyarrow
+
+    for i, field in enumerate(batch.schema):
+        if pyarrow.types.is_timestamp(field.type) and field.type.unit == "ns":
+            truncated = batch.column(i).cast(pyarrow.timestamp("us", field.type.tz), safe=False)
+            batch = batch.set_column(i, field.name, truncated)
+    return batch
 
 
 def _json(value: Any) -> Any:
@@ -289,11 +289,11 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if _suffix(name) == ".pdf":
         yield from _pdf(path, name)
         return
+    is_html = _suffix(name) in (".html", ".htm")
     try:
-        with _open(path, name) as file:
+        declared = _declared_encoding(path, name) if is_html else None
+        with _open(path, name, text_encoding.detect_encoding(path, name, declared)) as file:
             text = file.read()
-    except UnicodeDecodeError:
-        raise RetrievalError(f"{name}: not UTF-8 text") from None
     except (OSError, EOFError, zlib.error) as error:
         raise RetrievalError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if _suffix(name) in (".md", ".markdown"):
@@ -301,9 +301,18 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         from markdown_it import MarkdownIt
 
         text = _html(name, MarkdownIt().render(text))
-    elif _suffix(name) in (".html", ".htm"):
+    elif is_html:
         text = _html(name, text)
     yield text, {}
+
+
+def _declared_encoding(path: Path, name: str) -> str | None:
+    """Return the encoding that an HTML page or XML file declares."""
+    _need("bs4", ".html and .md", "beautifulsoup4")
+    from bs4.dammit import EncodingDetector
+
+    with text_encoding.open_binary(path, name) as file:
+        return EncodingDetector.find_declared_encoding(file.read(4096), is_html=True)
 
 
 def _html(name: str, text: str) -> str:
@@ -330,7 +339,9 @@ def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
-            yield page.extract_text(), {"page": number}
+            # PDF files can contain halves of surrogate pairs, which are no characters.
+            text = page.extract_text().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text, {"page": number}
     except Exception as error:  # pypdf raises many types of errors for damaged files
         raise RetrievalError(f"{name}: cannot be read as PDF ({first_line(error)})") from None
 

@@ -1,0 +1,89 @@
+"""Character encoding of files: by byte order mark, declaration, UTF-8, or detection."""
+
+import codecs
+import gzip
+from pathlib import Path
+from typing import IO
+
+from .errors import RetrievalError
+
+# The marks of UTF-32 come first, since that of UTF-16 is the beginning of one.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Browsers decode pages that declare one of these encodings with a superset of it (WHATWG Encoding Standard, 4.2).
+SUPERSETS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "gb2312": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
+}
+SAMPLE = 1 << 18  # bytes from which the encoding of a file that is not UTF-8 is detected
+
+
+def open_binary(path: Path, name: str) -> IO[bytes]:
+    """Open a file, which is decompressed if its name ends in ``.gz``."""
+    return gzip.open(path) if name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def marked_encoding(path: Path, name: str) -> str | None:
+    """Return the encoding that the byte order mark of a file names; None without a mark.
+
+    Raises:
+        OSError: The file cannot be read; `EOFError` and `zlib.error` for a damaged compressed file.
+    """
+    with open_binary(path, name) as file:
+        head = file.read(4)
+    return next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
+
+
+def detect_encoding(path: Path, name: str, declared: str | None = None) -> str:
+    """Return the encoding of a text file, as a codec of Python.
+
+    Args:
+        path: Path of the file.
+        name: Name of the file, for messages; see `open_binary`.
+        declared: Encoding that the file declares, which is used if the whole file can be decoded with it.
+
+    Raises:
+        RetrievalError: The file is not text in an encoding that can be recognised.
+        OSError: The file cannot be read; `EOFError` and `zlib.error` for a damaged compressed file.
+    """
+    for encoding in (marked_encoding(path, name), *_declared_codecs(declared), "utf-8"):
+        if encoding is not None and _decodes(path, name, encoding):
+            return encoding
+    from charset_normalizer import from_bytes
+
+    with open_binary(path, name) as file:
+        best = from_bytes(file.read(SAMPLE)).best()
+    if best is None or not _decodes(path, name, best.encoding):
+        raise RetrievalError(f"{name}: not text in an encoding that can be recognised; convert it to UTF-8")
+    return best.encoding
+
+
+def _declared_codecs(declared: str | None) -> list[str]:
+    """Return the codecs to try for a declared encoding; none for UTF-16 and UTF-32, which only a mark can declare."""
+    try:
+        name = codecs.lookup(declared or "").name
+    except LookupError:
+        return []
+    return [] if name.startswith(("utf-16", "utf-32")) else [SUPERSETS.get(name, name), name]
+
+
+def _decodes(path: Path, name: str, encoding: str) -> bool:
+    """Return whether a whole file can be decoded."""
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+        with open_binary(path, name) as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except (LookupError, UnicodeError):
+        return False
+    return True
