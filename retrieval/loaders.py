@@ -9,12 +9,12 @@ A record has `id` or `_id`, `text`, and optionally `title` (prepended to the tex
 metadata. All formats except `.parquet` and `.pdf` may be compressed (`.gz`).
 """
 
+import collections
 import datetime
 import decimal
 import io
 import json
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +24,8 @@ from typing import IO, Any
 
 from . import csv_files, text_encoding
 from .errors import RetrievalError, first_line
+from .file_finder import files_of_folder
 from .store.documents import Document
-from .store.manifest import CURRENT, SHARDS
 from .validation import as_document
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -35,9 +35,21 @@ FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
 class DocumentSource:
-    """Documents of files, in a fixed order."""
+    """Documents of files, in a fixed order.
 
-    def __init__(self, paths: Iterable[str | Path], chunk: Chunk, number_ids: bool = False) -> None:
+    Attributes:
+        files: Path and name of each file; the ids of a file's chunks begin with its name.
+        skipped: Reason for each file that was left out, wholly or in part, by name; complete after an iteration.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        chunk: Chunk,
+        number_ids: bool = False,
+        skip_bad: bool = False,
+        ignore: Iterable[str] = (),
+    ) -> None:
         """Find the files.
 
         Args:
@@ -45,12 +57,24 @@ class DocumentSource:
                 files, indexes, and JSON files that do not contain a list are skipped.
             chunk: Function that splits a text into chunks.
             number_ids: Whether records without an id get an id from their file name and record number.
+            skip_bad: Whether files that cannot be read are skipped. They are read before their first document is
+                returned, so that no part of a bad file is indexed.
+            ignore: Patterns of files to ignore in folders; see `file_finder.files_of_folder`.
 
         Raises:
-            RetrievalError: A path does not exist, or there is no file in a known format.
+            RetrievalError: A path does not exist, or there is no file in a known format. Without ``skip_bad``, a folder
+                contains a broken link or a file name that is not UTF-8.
         """
-        self._chunk, self._number = chunk, number_ids
-        self.files = _find([str(p) for p in paths])
+        self._chunk, self._number, self._skip_bad = chunk, number_ids, skip_bad
+        self.skipped: dict[str, str] = {}
+        self.files = []
+        for path, name in _find([str(p) for p in paths], ignore):
+            if reason := _bad_name(path, name):
+                if not skip_bad:
+                    raise RetrievalError(reason)
+                self.skipped[name] = reason
+            else:
+                self.files.append((path, name))
 
     @classmethod
     def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "DocumentSource":
@@ -62,7 +86,8 @@ class DocumentSource:
         if _suffix(name) not in RECORDS + TEXTS:
             raise RetrievalError(f"{name}: files end in {', '.join(RECORDS + TEXTS)}")
         source = cls.__new__(cls)
-        source._chunk, source._number, source.files = chunk, number_ids, [(path, name)]
+        source._chunk, source._number, source._skip_bad = chunk, number_ids, False
+        source.skipped, source.files = {}, [(path, name)]
         return source
 
     @property
@@ -86,19 +111,57 @@ class DocumentSource:
         """Iterate over all documents.
 
         Raises:
+            RetrievalError: A document is invalid; the message names the file and the record. With ``skip_bad``, there
+                is no document because files were skipped.
+        """
+        empty = True
+        for path, name in self.files:
+            try:
+                # Standard input can be read only once.
+                documents = self._checked(path, name) if self._skip_bad and path else self._documents(path, name)
+            except RetrievalError as error:
+                self.skipped[name] = str(error)
+                continue
+            for document in documents:
+                empty = False
+                yield document
+        if empty and self._skip_bad and self.skipped:
+            first, *others = self.skipped.values()
+            raise RetrievalError(first + (f"; {len(others)} other files were skipped, too" if others else ""))
+
+    def check(self) -> None:
+        """Read all files, so that a bad one is reported before anything is written.
+
+        Raises:
             RetrievalError: A document is invalid; the message names the file and the record.
         """
         for path, name in self.files:
-            yield from (
-                self._records(path, name) if _suffix(name) in RECORDS or name == "-" else self._pieces(path, name)
-            )
+            if path is not None:
+                self._checked(path, name)
+
+    def _checked(self, path: Path, name: str) -> Iterable[Document]:
+        """Return the documents of a file of which every document is valid."""
+        if _suffix(name) not in RECORDS:
+            return list(self._documents(path, name))
+        collections.deque(self._documents(path, name), maxlen=0)
+        return self._documents(path, name)  # read again, since a table may be larger than the memory
+
+    def _documents(self, path: Path | None, name: str) -> Iterator[Document]:
+        return self._records(path, name) if _suffix(name) in RECORDS or name == "-" else self._pieces(path, name)
 
     def _records(self, path: Path | None, name: str) -> Iterator[Document]:
+        empty = 0
         for number, record in _records(path, name):
             try:
-                yield as_document(self._document(record, f"{name}:{number}"))
+                document = as_document(self._document(record, f"{name}:{number}"))
             except RetrievalError as error:
                 raise RetrievalError(f"{name}, record {number}: {error}") from None
+            if document.text.strip():
+                yield document
+            else:
+                empty += 1
+        if empty:
+            self.skipped[name] = f"{name}: {empty} records without text"
 
     def _document(self, record: Any, place: str) -> dict[str, Any]:
         if not isinstance(record, dict):
@@ -123,8 +186,9 @@ class DocumentSource:
 
     def _pieces(self, path: Path | None, name: str) -> Iterator[Document]:
         assert path is not None
-        number = 0
+        number = pages = 0
         for text, more in _texts(path, name):
+            pages += "page" in more
             if not text.strip():
                 continue
             for piece in self._chunk(text):
@@ -133,9 +197,12 @@ class DocumentSource:
                         {"id": f"{name}#{number}", "text": piece, "metadata": {"source": name, "chunk": number, **more}}
                     )
                     number += 1
+        if not number:
+            reason = f"{pages} page{'s' * (pages != 1)}, no text layer" if pages else "no text"
+            self.skipped[name] = f"{name}: {reason}"
 
 
-def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
+def _find(paths: list[str], ignore: Iterable[str]) -> list[tuple[Path | None, str]]:
     """Return (path, name) of all files; the ids of a file's chunks begin with its name."""
     files: list[tuple[Path | None, str]] = []
     for argument in paths:
@@ -147,17 +214,8 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
                 raise RetrievalError(f"{argument}: files end in {', '.join(RECORDS + TEXTS)}")
             files.append((path, path.name))
         elif path.is_dir():
-            for folder, folders, names in os.walk(path):
-                if any((Path(folder) / name).exists() for name in (CURRENT, SHARDS)):
-                    folders.clear()  # the files of an index are not documents
-                    continue
-                folders[:] = sorted(n for n in folders if not n.startswith("."))
-                documents = [
-                    Path(folder) / n for n in sorted(names) if not n.startswith(".") and _suffix(n) in RECORDS + TEXTS
-                ]
-                if broken := next((p for p in documents if not p.exists()), None):
-                    raise RetrievalError(f"{broken}: is a broken link; remove it")
-                files += [(p, p.relative_to(path).as_posix()) for p in documents if not _settings(p)]
+            documents = [p for p in files_of_folder(path, ignore) if _suffix(p.name) in RECORDS + TEXTS]
+            files += [(p, p.relative_to(path).as_posix()) for p in documents if not _settings(p)]
         else:
             raise RetrievalError(f"{argument}: no such file or folder")
     if not files:
@@ -167,6 +225,17 @@ def _find(paths: list[str]) -> list[tuple[Path | None, str]]:
         twice = next(n for n in names if names.count(n) > 1)
         raise RetrievalError(f"{twice}: two files of that name would give the same ids; index their common folder")
     return files
+
+
+def _bad_name(path: Path | None, name: str) -> str | None:
+    """Return why a file cannot be read, or an id cannot be made of its name; None if it can."""
+    if path is not None and not path.exists():
+        return f"{name}: is a broken link; remove it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"{name.encode(errors='backslashreplace').decode()}: its name is not UTF-8; rename it"
+    return None
 
 
 def _settings(path: Path) -> bool:

@@ -26,7 +26,7 @@ from .document_filter import Filter
 from .errors import DamagedIndex, NoIndex, RetrievalError, first_line
 from .index import Hit, Index
 from .index_writer import Progress
-from .registry import resolve_index_kind
+from .registry import resolve_encoder, resolve_index_kind
 from .store import Change, Store
 from .store.documents import Document
 from .store.manifest import SHARDS as NAME
@@ -274,6 +274,16 @@ def build_shards(
         on_progress("indexing", done, len(all_documents))
     atomic_write.write_bytes(folder / NAME, json.dumps({"format": FORMAT, "shards": names}).encode())
     return len(all_documents)
+
+
+def shard_encoder(kind: str, encoder: str | None, options: Mapping[str, Any]) -> Any:
+    """Load the encoder of a build of shards, which splits texts into chunks.
+
+    Raises:
+        RetrievalError: The index type, an option or the encoder is invalid.
+    """
+    index_kind, _ = resolve_index_kind(kind, options)
+    return resolve_encoder(index_kind, encoder or index_kind.default_encoder, "auto", "float32")
 
 
 def _distinct(documents: Iterable[Any]) -> list[Document]:

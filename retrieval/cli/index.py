@@ -8,18 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from ...plugins.cli import extend_group
+from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import SEARCH, make_table, print_plain
 from ..validation import CHUNK_TOKENS, OVERLAP
 from .options import (
     AsJson,
+    BadFiles,
     Chunk,
     Device,
     EncoderOption,
     Folder,
     Host,
+    Ignore,
     NumberIds,
     Overlap,
     Paths,
@@ -61,6 +63,8 @@ def build(
     chunk_tokens: Chunk = CHUNK_TOKENS,
     overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
+    bad_files: BadFiles = "skip",
+    ignore: Ignore = None,
     resume: Annotated[bool, typer.Option(help="Resume an interrupted build.")] = False,
     shards: Annotated[int, typer.Option(min=1, max=4096, help="Number of shards; documents are partitioned.")] = 1,
     ray: Ray = None,
@@ -69,22 +73,31 @@ def build(
     with refusals():
         from ..build import build_folder
         from ..index import Index
+        from ..shards import build_shards, shard_encoder
         from ..store.manifest import CURRENT
 
+        _check_files(paths, number_ids, bad_files, ignore)
+        _chunks_fit(chunk_tokens, overlap)
         if shards > 1 or ray is not None:
             if resume:
                 raise ConfigError("--resume: a build of shards cannot be resumed; build into a new folder")
             if (device, precision) != ("auto", "float32"):
                 raise ConfigError("--device, --precision: a build of shards supports only auto and float32")
             with build_folder(folder) as partial:
-                added = _build_shards(
-                    partial, paths, shards, kind or USUAL, encoder, option, chunk_tokens, overlap, number_ids, ray
+                options = values(option, "--option")
+                loaded = shard_encoder(kind or USUAL, encoder, options)
+                source = _source(
+                    paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids, bad_files, ignore
                 )
+                added = with_bar(
+                    lambda progress: build_shards(
+                        partial, source, shards, kind or USUAL, encoder, options, ray, progress
+                    )
+                )
+            _tell_skipped(source)
             tell(f"{folder}: {added} documents in {shards} shards")
             return
 
-        _source(paths, lambda text: [text], number_ids)  # report errors before an encoder is loaded
-        _chunks_fit(chunk_tokens, overlap)
         complete = resume and (folder / CURRENT).exists()
         with contextlib.nullcontext(folder) if complete else build_folder(folder, resume) as place:
             if resume and (place / CURRENT).exists():
@@ -94,13 +107,14 @@ def build(
             with opened as built:
                 if kind not in (None, built.kind.name):
                     raise ConfigError(f"--kind {kind}: {folder} is of kind {built.kind.name}")
-                source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids)
+                source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids, bad_files, ignore)
                 count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
                 if not len(built):
                     raise ConfigError(f"{', '.join(paths)}: no documents")
                 if len(built) == count and built.stats()["segments"] > 1:
                     built.compact()
                 total = len(built)
+        _tell_skipped(source)
         tell(f"{folder}: {count} documents added, {total} in all")
 
 
@@ -115,11 +129,15 @@ def add(
     chunk_tokens: Chunk = CHUNK_TOKENS,
     overlap: Overlap = OVERLAP,
     number_ids: NumberIds = False,
+    bad_files: BadFiles = "skip",
+    ignore: Ignore = None,
 ) -> None:
     """Add documents; searches continue meanwhile."""
     with refusals(), open_whole(folder, encoder, device, precision) as opened:
-        source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids)
+        _check_files(paths, number_ids, bad_files, ignore)
+        source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids, bad_files, ignore)
         count = with_bar(lambda progress: (opened.upsert if upsert else opened.add)(source, progress))
+        _tell_skipped(source)
         tell(f"{folder}: {count} documents added, {len(opened)} in all")
 
 
@@ -218,30 +236,6 @@ def serve(
             server.run_server(server.create_index_app(opened, token, read_only), host, port)
 
 
-def _build_shards(
-    folder: Path,
-    paths: list[str],
-    count: int,
-    kind: str,
-    encoder: str | None,
-    option: list[str] | None,
-    chunk_tokens: int,
-    overlap: int,
-    number_ids: bool,
-    ray: str | None,
-) -> int:
-    """Build an index in shards and return the number of documents."""
-    from .. import shards
-    from ..registry import resolve_encoder, resolve_index_kind
-
-    _chunks_fit(chunk_tokens, overlap)
-    options = values(option, "--option")
-    index_kind, _ = resolve_index_kind(kind, options)
-    loaded = resolve_encoder(index_kind, encoder or index_kind.default_encoder, "auto", "float32")
-    source = _source(paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids)
-    return with_bar(lambda progress: shards.build_shards(folder, source, count, kind, encoder, options, ray, progress))
-
-
 def _chunks_fit(size: int, overlap: int) -> None:
     if overlap >= size:
         raise ConfigError(f"--overlap {overlap}: has to be less than --chunk-tokens {size}")
@@ -252,7 +246,22 @@ def _chunker(opened: Any, size: int, overlap: int) -> Callable[[str], list[str]]
     return lambda text: opened.encoder.chunks(text, size, overlap)
 
 
-def _source(paths: list[str], chunk: Callable[[str], list[str]], number_ids: bool) -> Any:
+def _source(
+    paths: list[str], chunk: Callable[[str], list[str]], number_ids: bool, bad_files: str, ignore: list[str] | None
+) -> Any:
     from ..loaders import DocumentSource
 
-    return DocumentSource(paths, chunk, number_ids)
+    return DocumentSource(paths, chunk, number_ids, bad_files == "skip", ignore or ())
+
+
+def _check_files(paths: list[str], number_ids: bool, bad_files: str, ignore: list[str] | None) -> None:
+    """Report wrong paths, and with ``--bad-files stop`` bad files, before anything is written."""
+    source = _source(paths, lambda text: [text], number_ids, bad_files, ignore)
+    if bad_files == "stop":
+        source.check()
+
+
+def _tell_skipped(source: Any) -> None:
+    """Report files that were skipped, wholly or in part."""
+    for reason in source.skipped.values():
+        tell(strip_control_characters(f"skipped {' '.join(reason.split())}"))

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -28,6 +28,14 @@ Precision = Annotated[str, typer.Option(help="Precision of the encoder: float32,
 Chunk = Annotated[int, typer.Option(min=8, max=8192, help="Tokens per chunk of a text.")]
 Overlap = Annotated[int, typer.Option(min=0, help="Tokens that consecutive chunks share.")]
 NumberIds = Annotated[bool, typer.Option(help="Give record numbers as ids to records without an id.")]
+BadFiles = Annotated[
+    Literal["skip", "stop"],
+    typer.Option(help="What to do about files that cannot be read: skip them, or stop before anything is written."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of files to ignore in folders, as in .gitignore, which is respected; repeatable."),
+]
 K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Maximum number of hits.")]
 Ray = Annotated[str | None, typer.Option(help="Ray cluster for the shards: its address, auto, or local.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

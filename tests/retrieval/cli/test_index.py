@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -358,15 +359,88 @@ def test_refuses_wrong_input_in_one_line(inside: Callable, corpus: Path, tmp_pat
 def test_index_in_the_same_folder_as_its_documents(
     inside: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test that indexes are not read as documents, and that broken links are reported before a folder is created."""
+    """Test that indexes are not read as documents, and that broken links are reported."""
     (tmp_path / "notes.txt").write_text("Sharks and pilot fish.")
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         assert "1 documents added, 1 in all" in inside("index", "build", name, ".").stderr
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
-    answer = inside("index", "build", "third", ".")
+    answer = inside("index", "build", "third", ".", "--bad-files", "stop")
     assert (answer.returncode, "is a broken link" in answer.stderr) == (2, True)
     assert not (tmp_path / "third").exists()
+    answer = inside("index", "build", "third", ".")
+    assert "skipped gone.txt: is a broken link" in answer.stderr
+    assert "1 documents added, 1 in all" in answer.stderr
+
+
+PDF_LOCKED = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Size 2/Root 1 0 R/Encrypt 9 0 R>>\n%%EOF"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("bytes.txt", b"\x81\x8d\x00\xff\xfe\x9d\x00\x81" * 4, "not text"),
+        ("half.jsonl", b'{"id": "x", "text": "y"}\n{"id": ', "half.jsonl, record 2"),
+        ("object.jsonl", b"[1, 2]\n", "record 1: not an object"),
+        ("digits.jsonl", b'{"id": "x", "text": "y", "n": ' + b"9" * 5000 + b"}", "record 1"),
+        ("list.json", b'[{"id": "x"}]', "record 1"),
+        ("broken.jsonl.gz", b"\x1f\x8b\x08half", "broken.jsonl.gz"),
+        ("locked.pdf", PDF_LOCKED, "cannot be read as PDF"),
+        ("damaged.pdf", b"%PDF-1.7 nothing", "cannot be read as PDF"),
+        ("wide.csv", b"id,text\na,b,c\n", "more fields than the header"),
+        ("short.parquet", b"PAR1", "short.parquet"),
+        ("empty.txt", b"", "no text"),
+        ("blank.html", b"<html><body> </body></html>", "no text"),
+        ("scan.pdf", None, "1 page, no text layer"),
+        ("blank.jsonl", b'{"id": "e", "text": " "}', "1 records without text"),
+        (b"na\xffme.txt", b"text", "its name is not UTF-8"),
+    ],
+)
+def test_bad_file_does_not_stop_a_folder(
+    inside: Callable, tmp_path: Path, name: str | bytes, content: bytes | None, reason: str
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "good.txt").write_text("Pilot fish swim with sharks.")
+    (folder / os.fsdecode(name)).write_bytes(pdf("") if content is None else content)
+    answer = inside("index", "build", str(tmp_path / "i"), str(folder), "--kind", "bm25")
+    assert answer.returncode == 0, answer.stderr
+    (skipped,) = [line for line in answer.stderr.splitlines() if line.startswith("skipped ")]
+    assert reason in skipped
+    assert "1 documents added, 1 in all" in answer.stderr
+    with Index.open(tmp_path / "i") as index:
+        assert list(index.ids()) == ["good.txt#0"]
+    stopped = inside("index", "build", str(tmp_path / "j"), str(folder), "--kind", "bm25", "--bad-files", "stop")
+    harmless = reason in ("no text", "1 page, no text layer", "1 records without text")
+    assert stopped.returncode == (0 if harmless else 2), stopped.stderr
+    assert (tmp_path / "j").exists() is harmless
+    alone = inside("index", "build", str(tmp_path / "k"), str(folder / os.fsdecode(name)), "--kind", "bm25")
+    assert (alone.returncode, reason in alone.stderr) == (2, True), alone.stderr
+    assert not (tmp_path / "k").exists()
+
+
+def test_ignored_files(inside: Callable, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    files = (
+        "docs/a.md", "docs/draft/b.md", "docs/draft/kept.md", "docs/node_modules/c.md", "docs/build/d.md",
+        "docs/old/e.md", "docs/__pycache__/f.txt", "docs/.hidden/g.md",
+    )  # fmt: skip
+    for file in files:
+        (repository / file).parent.mkdir(parents=True, exist_ok=True)
+        (repository / file).write_text("Pilot fish.")
+    (repository / ".git").mkdir()
+    (repository / ".gitignore").write_text("build/\n*.log\n")
+    (repository / "docs" / "draft" / ".gitignore").write_text("*\n!kept.md\n")
+
+    def indexed(name: str, *arguments: str) -> set[str]:
+        command = ("build", str(tmp_path / name), str(repository / "docs"), "--kind", "bm25", *arguments)
+        assert inside("index", *command).returncode == 0
+        with Index.open(tmp_path / name) as index:
+            return {i.partition("#")[0] for i in index.ids()}
+
+    assert indexed("i") == {"a.md", "draft/kept.md", "old/e.md"}
+    assert indexed("j", "--ignore", "old", "--ignore", "kept.*") == {"a.md"}
+    assert "node_modules/c.md" in indexed("k", "--ignore", "!node_modules/")
 
 
 def test_settings_files_among_documents_are_skipped(inside: Callable, tmp_path: Path) -> None:
