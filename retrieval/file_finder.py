@@ -23,22 +23,19 @@ def files_of_folder(folder: Path, ignore: Iterable[str] = ()) -> Iterator[Path]:
         folder: Folder to search.
         ignore: Further patterns in the format of ``.gitignore``, relative to ``folder``; they take precedence.
     """
+    root = folder.absolute()
     patterns = GitIgnoreSpec.from_lines([*IGNORED, *ignore])
-    parents = [folder.absolute(), *folder.absolute().parents]
-    repository = next((p for p in parents if (p / ".git").exists()), parents[0])
+    repository = next((p for p in (root, *root.parents) if (p / ".git").exists()), root)
+    git_rules = functools.cache(_git_rules)
 
     def ignored(path: Path, is_folder: bool) -> bool:
-        included = _included(patterns, path, folder, is_folder)
-        if included is not None:
-            return included
-        absolute = path.absolute()
-        for parent in absolute.parents:
-            if (rules := _git_rules(parent)) is not None:
-                included = _included(rules, absolute, parent, is_folder)
-                if included is not None:
-                    return included
-            if parent == repository:
-                break
+        parents = list(path.parents)
+        inside = parents[: parents.index(repository) + 1]
+        for rules, base in ((patterns, root), *((git_rules(parent), parent) for parent in inside)):
+            name = path.relative_to(base).as_posix() + ("/" if is_folder else "")
+            included = rules.check_file(name).include  # None if the rules do not mention the path
+            if included is not None:
+                return included
         return False
 
     for place, folders, names in os.walk(folder):
@@ -46,20 +43,14 @@ def files_of_folder(folder: Path, ignore: Iterable[str] = ()) -> Iterator[Path]:
         if any((here / name).exists() for name in (CURRENT, SHARDS)):
             folders.clear()  # the files of an index are not documents
             continue
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and not ignored(here / n, True))
-        yield from (here / n for n in sorted(names) if not n.startswith(".") and not ignored(here / n, False))
+        absolute = here.absolute()
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not ignored(absolute / n, True))
+        yield from (here / n for n in sorted(names) if not n.startswith(".") and not ignored(absolute / n, False))
 
 
-def _included(rules: GitIgnoreSpec, path: Path, base: Path, is_folder: bool) -> bool | None:
-    """Return whether rules ignore a path (True), include it again (False), or do not mention it (None)."""
-    return rules.check_file(path.relative_to(base).as_posix() + ("/" if is_folder else "")).include
-
-
-@functools.lru_cache(1024)
-def _git_rules(folder: Path) -> GitIgnoreSpec | None:
+def _git_rules(folder: Path) -> GitIgnoreSpec:
     try:
-        return GitIgnoreSpec.from_lines(
-            (folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
+        text = (folder / ".gitignore").read_text(encoding="utf-8", errors="replace")
+        return GitIgnoreSpec.from_lines(text.splitlines())
     except (OSError, ValueError):
-        return None
+        return GitIgnoreSpec.from_lines([])

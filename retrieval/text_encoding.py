@@ -1,7 +1,9 @@
-"""Character encoding of files: by byte order mark, declaration, UTF-8, or detection."""
+"""Text files: compression by their name, and encoding by byte order mark, declaration, UTF-8, or detection."""
 
 import codecs
 import gzip
+import io
+import sys
 from pathlib import Path
 from typing import IO
 
@@ -27,9 +29,28 @@ SUPERSETS = {
 SAMPLE = 1 << 18  # bytes from which the encoding of a file that is not UTF-8 is detected
 
 
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file name in lower case; that of the uncompressed file if the name ends in ``.gz``."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
 def open_binary(path: Path, name: str) -> IO[bytes]:
     """Open a file, which is decompressed if its name ends in ``.gz``."""
     return gzip.open(path) if name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def open_text(path: Path | None, name: str, encoding: str | None = None) -> IO[str]:
+    """Open a text file, or standard input if ``path`` is None.
+
+    Args:
+        path: Path of the file.
+        name: Name of the file; see `open_binary`.
+        encoding: Encoding of the file; None for UTF-8 or that of the byte order mark, as JSON requires.
+    """
+    if path is None:
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+    encoding = encoding or marked_encoding(path, name) or "utf-8"
+    return io.TextIOWrapper(open_binary(path, name), encoding=encoding, newline="")
 
 
 def marked_encoding(path: Path, name: str) -> str | None:

@@ -5,7 +5,7 @@ records do not hold what it shows. `pilotfish report` embeds them; ``benchmarks/
 docs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .gains import STOCK, Records, gains, mean, select
@@ -183,19 +183,20 @@ def retrieval_latency(records: Records) -> "Figure | None":
     for metric in ("ndcg@10", "query_ms_median"):
         for r in select(records, metric):
             values.setdefault((r["dataset"], r["arm"]), {}).setdefault(metric, r["value"])
-    points = {key: v for key, v in values.items() if len(v) == 2 and _is_main_setting(key[1])}
-    collections = list(dict.fromkeys(dataset for dataset, _ in points))
-    if not collections:
+    points: dict[str, list[tuple[float, float, str]]] = {}  # by collection: ms, nDCG@10, arm
+    for (dataset, arm), v in values.items():
+        if len(v) == 2 and _is_main_setting(arm):
+            points.setdefault(dataset, []).append((v["query_ms_median"], v["ndcg@10"], arm))
+    if not points:
         return None
-    columns = min(len(collections), 2)
-    rows = -(-len(collections) // columns)
+    columns = min(len(points), 2)
+    rows = -(-len(points) // columns)
     figure, axes = _figures(5 * columns, 3.6 * rows, columns, rows)
-    for axis in axes[len(collections) :]:
+    for axis in axes[len(points) :]:
         axis.set_axis_off()
-    for collection, axis in zip(collections, axes, strict=False):
-        for (dataset, arm), v in points.items():
-            if dataset == collection:
-                axis.scatter(v["query_ms_median"], v["ndcg@10"], color=color_of(arm), zorder=3)
+    for (collection, found), axis in zip(points.items(), axes, strict=False):
+        for ms, ndcg, arm in found:
+            axis.scatter(ms, ndcg, color=color_of(arm), zorder=3)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")  # matplotlib's own labels are TeX, which SVG shows as text
         axis.xaxis.set_minor_formatter("")
@@ -204,9 +205,8 @@ def retrieval_latency(records: Records) -> "Figure | None":
         axis.set_xlabel("ms per search, without encoding", fontsize=9)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("nDCG@10", fontsize=9)
-    for collection, axis in zip(collections, axes, strict=False):
-        shown = [(arm, v) for (dataset, arm), v in points.items() if dataset == collection]
-        _label_points(axis, [(v["query_ms_median"], v["ndcg@10"], label_of(arm)) for arm, v in shown])
+    for found, axis in zip(points.values(), axes, strict=False):
+        _label_points(axis, [(ms, ndcg, label_of(arm)) for ms, ndcg, arm in found])
     return figure
 
 
@@ -231,7 +231,7 @@ LEADING: tuple[tuple[str, str, Callable[[Records], "Figure | None"]], ...] = (
 OFFSETS = [(6 * side, y) for y in (3, -9, 12, -18, 21, -27, 30, -36) for side in (1, -1)]
 
 
-def _label_points(axis: "Axes", points: Iterable[tuple[float, float, str]]) -> None:
+def _label_points(axis: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
     """Label points, each at the first place where its label hides no point and no earlier label.
 
     Call this last: the places depend on the limits and the layout of the figure.
@@ -244,7 +244,6 @@ def _label_points(axis: "Axes", points: Iterable[tuple[float, float, str]]) -> N
 
     figure: Any = axis.figure
     figure.draw_without_rendering()  # lays the panels out
-    points = list(points)
     style: Any = {"textcoords": "offset points", "fontsize": 7.5, "in_layout": False}
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform([p[:2] for p in points])]
@@ -257,8 +256,9 @@ def _label_points(axis: "Axes", points: Iterable[tuple[float, float, str]]) -> N
             if axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and not any(box.overlaps(b) for b in taken):
                 break
         taken.append(label.get_window_extent())
-        if abs(label.xyann[1]) > 9:  # a line to the point
-            axis.annotate("", (x, y), xytext=(label.xyann[0], label.xyann[1] + 3), arrowprops=line, **style)
+        dx, dy = label.xyann
+        if abs(dy) > 9:  # a line to the point
+            axis.annotate("", (x, y), xytext=(dx, dy + 3), arrowprops=line, **style)
 
 
 def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:

@@ -215,11 +215,13 @@ def _summary(plugin: str, results: Sequence[dict[str, Any]]) -> dict[str, Any] |
 def is_default_arm(arm: str, plugin: str) -> bool:
     """Return whether an arm is a plugin with its default settings, named or not (``globalcom2@retain=0.25``)."""
     name, *settings = arm.split("@")
+    if name != plugin:
+        return False
     registered = (plugins().classes(kind).get(plugin) for kind in HOOKS)
     defaults = {
         f"{f.name}={default_value(f)}" for cls in registered if cls is not None for f in dataclasses.fields(cls.Options)
     }
-    return name == plugin and all(s == "cold" or s in defaults for s in settings)
+    return all(s == "cold" or s in defaults for s in settings)
 
 
 def _section(result: dict[str, Any]) -> dict[str, Any]:

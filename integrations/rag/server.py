@@ -17,9 +17,10 @@ from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.errors import RetrievalError
 from ...retrieval.index import Index
-from ...retrieval.loaders import RECORDS, TEXTS
+from ...retrieval.record_files import RECORDS
 from ...retrieval.request_auth import RequestAuth
 from ...retrieval.server import Filter, Model, answer_errors
+from ...retrieval.text_files import TEXTS
 from ...retrieval.write_queue import SerialExecutor
 from . import uploads
 from .answering import AnswerDone, Answerer, AnswerText, PassagesFound

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +75,7 @@ def build(
         from ..shards import build_shards, shard_encoder
         from ..store.manifest import CURRENT
 
-        _check_files(paths, number_ids, bad_files, ignore)
+        source = _source(paths, number_ids, bad_files, ignore)
         _chunks_fit(chunk_tokens, overlap)
         if shards > 1 or ray is not None:
             if resume:
@@ -86,9 +85,7 @@ def build(
             with build_folder(folder) as partial:
                 options = values(option, "--option")
                 loaded = shard_encoder(kind or USUAL, encoder, options)
-                source = _source(
-                    paths, lambda text: loaded.chunks(text, chunk_tokens, overlap), number_ids, bad_files, ignore
-                )
+                source.chunk = lambda text: loaded.chunks(text, chunk_tokens, overlap)
                 added = with_bar(
                     lambda progress: build_shards(
                         partial, source, shards, kind or USUAL, encoder, options, ray, progress
@@ -107,7 +104,7 @@ def build(
             with opened as built:
                 if kind not in (None, built.kind.name):
                     raise ConfigError(f"--kind {kind}: {folder} is of kind {built.kind.name}")
-                source = _source(paths, _chunker(built, chunk_tokens, overlap), number_ids, bad_files, ignore)
+                source.chunk = lambda text: built.encoder.chunks(text, chunk_tokens, overlap)
                 count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
                 if not len(built):
                     raise ConfigError(f"{', '.join(paths)}: no documents")
@@ -134,8 +131,9 @@ def add(
 ) -> None:
     """Add documents; searches continue meanwhile."""
     with refusals(), open_whole(folder, encoder, device, precision) as opened:
-        _check_files(paths, number_ids, bad_files, ignore)
-        source = _source(paths, _chunker(opened, chunk_tokens, overlap), number_ids, bad_files, ignore)
+        source = _source(paths, number_ids, bad_files, ignore)
+        _chunks_fit(chunk_tokens, overlap)
+        source.chunk = lambda text: opened.encoder.chunks(text, chunk_tokens, overlap)
         count = with_bar(lambda progress: (opened.upsert if upsert else opened.add)(source, progress))
         _tell_skipped(source)
         tell(f"{folder}: {count} documents added, {len(opened)} in all")
@@ -241,24 +239,14 @@ def _chunks_fit(size: int, overlap: int) -> None:
         raise ConfigError(f"--overlap {overlap}: has to be less than --chunk-tokens {size}")
 
 
-def _chunker(opened: Any, size: int, overlap: int) -> Callable[[str], list[str]]:
-    _chunks_fit(size, overlap)
-    return lambda text: opened.encoder.chunks(text, size, overlap)
-
-
-def _source(
-    paths: list[str], chunk: Callable[[str], list[str]], number_ids: bool, bad_files: str, ignore: list[str] | None
-) -> Any:
+def _source(paths: list[str], number_ids: bool, bad_files: str, ignore: list[str] | None) -> Any:
+    """Find the files; with ``--bad-files stop``, read all of them, so that a bad one is reported before any change."""
     from ..loaders import DocumentSource
 
-    return DocumentSource(paths, chunk, number_ids, bad_files == "skip", ignore or ())
-
-
-def _check_files(paths: list[str], number_ids: bool, bad_files: str, ignore: list[str] | None) -> None:
-    """Report wrong paths, and with ``--bad-files stop`` bad files, before anything is written."""
-    source = _source(paths, lambda text: [text], number_ids, bad_files, ignore)
+    source = DocumentSource(paths, lambda text: [text], number_ids, bad_files == "skip", ignore or ())
     if bad_files == "stop":
         source.check()
+    return source
 
 
 def _tell_skipped(source: Any) -> None:

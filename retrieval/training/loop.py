@@ -197,10 +197,12 @@ class _StepCallback(TrainerCallback):
             RetrievalError: The loss or the norm of the gradients is NaN or infinite.
         """
         del args, control, kwargs
+        logs = logs or {}
         for name in ("loss", "grad_norm", "eval_loss"):
-            if logs and name in logs and not math.isfinite(float(logs[name])):
-                raise RetrievalError(f"step {state.global_step}: {name} is {float(logs[name])}; lower --rate")
-        if logs and "loss" in logs:
+            value = float(logs.get(name, 0.0))
+            if not math.isfinite(value):
+                raise RetrievalError(f"step {state.global_step}: {name} is {value}; lower --rate")
+        if "loss" in logs:
             self._on_step(state.global_step, float(logs["loss"]))
 
 

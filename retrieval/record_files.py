@@ -1,0 +1,110 @@
+"""Records of files: JSON lines, JSON lists, CSV and Parquet tables."""
+
+import datetime
+import decimal
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import csv_files
+from .errors import RetrievalError, first_line, require_module
+from .text_encoding import detect_encoding, open_text, suffix_of
+
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FIELDS = ("_id", "id", "text", "title", "metadata")
+
+
+def read_records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
+    """Iterate over the records of a file, as (record number from 1 on, record).
+
+    Args:
+        path: Path of the file; None for JSON lines on standard input.
+        name: Name of the file, whose suffix is its format.
+
+    Raises:
+        RetrievalError: The file cannot be read.
+    """
+    suffix, at = suffix_of(name) if path else ".jsonl", 0
+    try:
+        if suffix == ".parquet":
+            assert path is not None
+            yield from enumerate(_parquet(path, name), 1)
+        elif suffix in (".csv", ".tsv"):
+            assert path is not None
+            encoding = detect_encoding(path, name)
+            delimiter = "\t" if suffix == ".tsv" else ","
+            yield from csv_files.read_csv(lambda: open_text(path, name, encoding), name, delimiter, FIELDS)
+        elif suffix == ".json":
+            with open_text(path, name) as file:
+                records = json.load(file)
+            if not isinstance(records, list):
+                raise RetrievalError(f"{name}: expected a list of objects")
+            yield from enumerate(records, 1)
+        else:
+            with open_text(path, name) as file:
+                for at, line in enumerate(file, 1):
+                    if line.strip():
+                        yield at, _parse_line(line, f"{name}, record {at}")
+    except RetrievalError:
+        raise
+    except UnicodeError:
+        raise RetrievalError(f"{name}, record {at + 1}: not UTF-8 text") from None
+    except (ValueError, EOFError, zlib.error, RecursionError) as error:
+        raise RetrievalError(f"{name}: {first_line(error)}") from None
+    except OSError as error:
+        raise RetrievalError(f"{name}: {error.strerror or error}") from None
+
+
+def _parse_line(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        raise RetrievalError(f"{place}: {first_line(error)}") from None
+
+
+def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    require_module("pyarrow", ".parquet")
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as file:  # opened here, so that error messages of pyarrow do not contain the path
+            texts = [f.name for f in pq.read_schema(file) if pyarrow.types.is_string(f.type)]
+            # Dictionary encoding and conversion row by row limit memory: compressed tables may be huge.
+            for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024):
+                rows = _microseconds(batch)
+                yield from (_json(rows.slice(row, 1).to_pylist()[0]) for row in range(rows.num_rows))
+    except pyarrow.ArrowException as error:
+        raise RetrievalError(f"{name}: {first_line(error)}") from None
+
+
+def _microseconds(batch: Any) -> Any:
+    """Truncate timestamps to microseconds, the precision of Python's datetime."""
+    import pyarrow
+
+    for i, field in enumerate(batch.schema):
+        if pyarrow.types.is_timestamp(field.type) and field.type.unit == "ns":
+            truncated = batch.column(i).cast(pyarrow.timestamp("us", field.type.tz), safe=False)
+            batch = batch.set_column(i, field.name, truncated)
+    return batch
+
+
+def _json(value: Any) -> Any:
+    """Convert a value of a Parquet table to JSON: dates to text, decimals to numbers, NaN and infinity to null."""
+    match value:
+        case dict():
+            return {k: _json(v) for k, v in value.items()}
+        case list():
+            return [_json(v) for v in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() if value.is_finite():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case decimal.Decimal():
+            return None
+        case float():
+            return value if math.isfinite(value) else None
+    return value
