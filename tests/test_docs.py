@@ -60,6 +60,7 @@ def test_dashboard_shows_existing_metrics(root: Path) -> None:
     assert all(name in operating for name in defined)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["langchain", "llama_index", "haystack"])
 def test_framework_examples_run(root: Path, name: str) -> None:
     example = root / "examples" / f"{name}_search.py"
@@ -104,6 +105,7 @@ def test_files_contain_no_machine_specific_paths(root: Path) -> None:
     assert matches == []
 
 
+@pytest.mark.slow
 def test_index_example_runs(root: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(root / "examples" / "index.py")], capture_output=True, text=True, timeout=120
@@ -113,6 +115,7 @@ def test_index_example_runs(root: Path) -> None:
     assert "matches may" in result.stdout
 
 
+@pytest.mark.slow
 def test_python_code_in_index_guide_runs(root: Path, tmp_path: Path) -> None:
     text = (root / "docs" / "indexes.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

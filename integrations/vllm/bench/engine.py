@@ -44,9 +44,18 @@ class EngineProcess:
         environment = {**ENVIRONMENT, **os.environ, **env}
         if "kv_cache_memory_bytes" in config:  # vLLM's CPU platform would silently prefer the variable
             del environment["VLLM_CPU_KVCACHE_SPACE"]
-        with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, *worker, json.dumps(config)],
+        self._process = self._spawn([*worker, json.dumps(config)], environment)
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, arguments: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
+        """Start Python with arguments; its standard error goes to the log."""
+        with self.log.open("ab") as errors:
+            return subprocess.Popen(
+                [sys.executable, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -54,11 +63,6 @@ class EngineProcess:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends the worker
             )
-        try:
-            self._answer()
-        except BaseException:
-            self.close()
-            raise
 
     def ask(self, on_progress: Callable[[float], None] | None = None, **command: Any) -> dict[str, Any]:
         """Send a command and return its answer; ``on_progress`` is called with the completed share, 0 to 1."""

@@ -28,6 +28,7 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "index")
 
 
+@pytest.mark.slow
 def test_ask_prints_answer_and_citations(cli: Cli, folder: str, language: LanguageServer) -> None:
     result = cli("rag", "ask", folder, "what do pilot fish travel with?", "--server", language.url)
     assert result.returncode == 0, result.stderr

@@ -118,6 +118,7 @@ def test_upload_replaces_only_documents_of_the_same_file(client: TestClient, doc
     assert "f" in [d.id for d in documents.select("_upload = 'f.jsonl'")], "the upload name in the file is ignored"
 
 
+@pytest.mark.slow
 def test_refuses_decompression_bomb(client: TestClient, tmp_path: Path) -> None:
     """Test that small Parquet files that decompress to hundreds of MiB are refused within bounded memory."""
     import pyarrow as pa
@@ -222,6 +223,7 @@ def schema() -> Any:
 SCHEMA = schema()
 
 
+@pytest.mark.slow
 @SCHEMA.parametrize()
 @settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])  # type: ignore[arg-type]
 def test_every_valid_request_gets_a_documented_response(case: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from forked_engine import ForkedEngineProcess
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
@@ -133,8 +134,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             "enforce_eager": True,
             "enable_prefix_caching": False,
             "seed": 0,
+            "kv_cache_memory_bytes": 384 << 20,  # 8 requests of 1,024 tokens; vLLM writes zeros to all of it at start
         }
-        engine = EngineProcess({**common, **config}, log, worker=(str(worker),), **(env or {}))
+        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER else EngineProcess
+        engine = forked({**common, **config}, log, worker=(str(worker),), **(env or {}))
         alive.append(engine)
         return engine
 

@@ -45,6 +45,8 @@ class TestRestartAndRanks:
 
 def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **config):
     """Start an engine with the test worker."""
+    from forked_engine import ForkedEngineProcess
+
     from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
     worker = Path(__file__).parent / "worker.py"
@@ -56,7 +58,8 @@ def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **c
         "enforce_eager": True,
         "seed": 0,
     }
-    return EngineProcess({**common, **config}, factory.mktemp("engine") / "log", worker=(str(worker),), **env)
+    start = EngineProcess if env else ForkedEngineProcess
+    return start({**common, **config}, factory.mktemp("engine") / "log", worker=(str(worker),), **env)
 
 
 def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:

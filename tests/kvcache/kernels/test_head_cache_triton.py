@@ -50,6 +50,7 @@ class OnGPU(Text):
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(40, 200), min_size=1, max_size=2),

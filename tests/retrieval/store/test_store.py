@@ -103,6 +103,7 @@ def run_writer_until_killed(forker: subprocess.Popen[str], what: str, changes: i
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["xtr", "vdr", "hybrid"])
 def test_killed_writer_loses_no_committed_change(create, tmp_path: Path, kind: str) -> None:
     create(kind=kind).add([{"id": "start", "text": "wordstart in text"}])

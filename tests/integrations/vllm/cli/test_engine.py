@@ -161,6 +161,7 @@ def test_serve_refuses_missing_models(cli: Callable, tmp_path: Path) -> None:
     refused(cli("serve", "org/not-cached", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not in the hub cache")
 
 
+@pytest.mark.slow
 def test_serve_refuses_malformed_arguments(cli: Callable) -> None:
     refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
     refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a valid hub name")

@@ -44,6 +44,7 @@ def test_prune_prints_token_counts_and_writes_overlays(cli: Callable, image_fold
     assert "560" in answer.stdout
 
 
+@pytest.mark.slow
 def test_prune_accepts_image_formats(inside: Callable, image_folder: Path, tmp_path: Path) -> None:
     names = ("cmyk.jpg", "clear.png", "gray.png", "animated.gif", "dot.png", "line.png")
     options = ("--pruner", "globalcom2,retain=0.1", "--out", str(tmp_path))
@@ -106,6 +107,7 @@ def test_globalcom2_matches_naive_implementation_on_trained_vision_tower(image_f
             assert len(kept ^ oracle) <= 2, "the sets may differ by ties that float32 and float64 resolve differently"
 
 
+@pytest.mark.slow
 def test_vision_encoder_matches_transformers(image_folder: Path) -> None:
     """Test that the visual tokens of an image are those of transformers' LLaVA-NeXT, in the same order."""
     from transformers import LlavaNextForConditionalGeneration
