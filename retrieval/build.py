@@ -12,7 +12,8 @@ from pathlib import Path
 from pilotfish._internal.atomic_write import sync_folder
 
 from .errors import RetrievalError
-from .store import Store, check_new_folder
+from .store import check_new_folder
+from .store.lock import write_lock
 from .store.manifest import CURRENT, current_manifest, read_manifest
 
 
@@ -42,7 +43,7 @@ def build_folder(folder: Path, resume: bool = False) -> Iterator[Path]:
         raise RetrievalError(f"{folder}: is a mount point, which an index cannot replace; choose a folder in it")
     partial = partial_folder(folder)
     if (partial / CURRENT).exists():
-        with contextlib.closing(Store(partial)) as store, store.writer():  # another process may be building
+        with write_lock(partial, timeout=0):  # another process may be building
             pass
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)

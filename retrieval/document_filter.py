@@ -1,8 +1,8 @@
 """Selection of the live documents of an index by id or by metadata filter."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,25 @@ class DocumentFilter:
             check_text("id", name)
         live = self._store.refresh().live
         return {name: n for name, n in self._store.documents.numbers_of(ids) if n < len(live) and live[n]}
+
+    def numbers_of_sources(self, sources: Iterable[str]) -> list[int]:
+        """Return the internal doc ids of the live documents of sources, ascending."""
+        live = self._store.refresh().live
+        return sorted(n for n in self._store.documents.numbers_of_sources(list(sources)) if n < len(live) and live[n])
+
+    def sources(self) -> dict[str, int]:
+        """Return the number of live documents of each source, sorted by name."""
+        live = self._store.refresh().live
+        rows = self._store.documents.ask(
+            "SELECT number, source FROM documents WHERE source IS NOT NULL ORDER BY source"
+        )
+        return dict(Counter(source for number, source in rows if number < len(live) and live[number]))
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each source of live documents that was read from a file."""
+        live = self._store.refresh().live
+        rows = self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL")
+        return {source: digest for number, source, digest in rows if number < len(live) and live[number]}
 
     def allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
         """Return a bitmap of the allowed documents, least significant bit first; None if all are allowed."""

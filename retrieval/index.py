@@ -10,6 +10,7 @@ Every change is atomic: after a crash the index is at its last commit, and searc
         print(hit.id, hit.score, hit.snippet)
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from .index_writer import IndexWriter, Progress
 from .registry import LazyEncoder, absolute_encoder_name, resolve_encoder, resolve_index_kind
 from .store import Change, Snapshot, Store
 from .store.documents import Document
+from .store.lock import LOCK_TIMEOUT
 from .store.manifest import CURRENT
-from .validation import BATCH, check_names
+from .sync import SyncReport
+from .validation import BATCH, CHUNK_TOKENS, OVERLAP, check_names
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Hit:
         text: Full text of the document.
         metadata: Metadata of the document.
         snippet: Passage of the text with the most query terms.
+        source: Name of the file, or of another origin, that the document is a part of; None if it has none.
     """
 
     id: str
@@ -47,13 +51,22 @@ class Hit:
     text: str
     metadata: Mapping[str, Any]
     snippet: str
+    source: str | None = None
 
 
 class Index:
-    """Index in a folder. Several threads and processes may search at once, but only one may write."""
+    """Index in a folder.
 
-    def __init__(self, store: Store, kind: Any, load: Callable[[], Any]) -> None:
-        """Wrap an open store; use `create` or `open` instead."""
+    Several threads and processes may search at once. Changes are made one after the other: those of one process queue,
+    and a change waits up to ``lock_timeout`` seconds for a change of another process. An index can be pickled: it is
+    opened again in the same folder.
+    """
+
+    def __init__(
+        self, store: Store, kind: Any, load: Callable[[], Any], opening: Mapping[str, Any] | None = None
+    ) -> None:
+        """Wrap an open store; use `create` or `open` instead. ``opening`` has the arguments of `open` for a pickle."""
+        self._opening = dict(opening or {})
         self._store, self.kind, self._encoder = store, kind, LazyEncoder(load)
         self._selection = DocumentFilter(store)
         parts = store, kind, self._encoder, self._selection
@@ -68,6 +81,7 @@ class Index:
         options: Mapping[str, Any] | None = None,
         device: str = "auto",
         precision: str = "float32",
+        lock_timeout: float = LOCK_TIMEOUT,
     ) -> "Index":
         """Create an empty index.
 
@@ -78,6 +92,7 @@ class Index:
             options: Options of the index type; see `pilotfish plugins`.
             device: Device of the encoder: `cpu`, `cuda` or `auto`.
             precision: Precision of the encoder: `float32`, `bfloat16`, `float16` or `int8`.
+            lock_timeout: Seconds that a change waits for a change of another process.
 
         Raises:
             RetrievalError: The folder is not empty, or the index type, an option or the encoder is invalid.
@@ -88,11 +103,17 @@ class Index:
         name = absolute_encoder_name(encoder) if encoder and encoder != default else default
         loaded = resolve_encoder(index_kind, name, device, precision)
         about = {"name": name, "fingerprint": loaded.fingerprint, "dimension": loaded.dimension}
-        return cls(Store.create(Path(folder), kind, asdict(parsed), about), index_kind, lambda: loaded)
+        store = Store.create(Path(folder), kind, asdict(parsed), about, lock_timeout)
+        return cls(store, index_kind, lambda: loaded, {"device": device, "precision": precision})
 
     @classmethod
     def open(
-        cls, folder: str | Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
+        cls,
+        folder: str | Path,
+        encoder: str | None = None,
+        device: str = "auto",
+        precision: str = "float32",
+        lock_timeout: float = LOCK_TIMEOUT,
     ) -> "Index":
         """Open an index at its latest commit. The encoder is loaded on first use.
 
@@ -101,11 +122,12 @@ class Index:
             encoder: Current name or folder of the encoder, if it has moved since the index was created.
             device: Device of the encoder; see `create`.
             precision: Precision of the encoder; see `create`.
+            lock_timeout: Seconds that a change waits for a change of another process.
 
         Raises:
-            RetrievalError: There is no index in the folder, or it is damaged.
+            RetrievalError: There is no index in the folder, it is damaged, or it may not be read.
         """
-        store = Store(Path(folder))
+        store = Store(Path(folder), lock_timeout)
         about = store.snapshot.manifest
         index_kind, _ = resolve_index_kind(about.kind, about.options)
         name = encoder or about.encoder["name"]
@@ -119,7 +141,12 @@ class Index:
                 )
             return loaded
 
-        return cls(store, index_kind, load)
+        return cls(store, index_kind, load, {"encoder": encoder, "device": device, "precision": precision})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the folder and the arguments of `open`."""
+        arguments = {**self._opening, "lock_timeout": self._store.lock_timeout}
+        return functools.partial(type(self).open, self._store.folder.absolute(), **arguments), ()
 
     @classmethod
     def open_or_create(
@@ -216,29 +243,83 @@ class Index:
             documents = self._store.documents.get(part)
             yield from (documents[n] for n in part if n in documents)
 
-    def add(self, documents: Iterable[Any], progress: Progress | None = None, learn: bool = True) -> int:
+    def sources(self) -> dict[str, int]:
+        """Return the number of documents of each source, sorted by name; documents without a source are not counted."""
+        return self._selection.sources()
+
+    def add(
+        self,
+        documents: Iterable[Any],
+        progress: Progress | None = None,
+        learn: bool = True,
+        replace_sources: bool | None = None,
+    ) -> int:
         """Add documents and return how many were added.
 
         Args:
-            documents: Mappings with ``id``, ``text`` and optionally ``metadata``, or `Document` objects.
+            documents: Mappings with ``id``, ``text`` and optionally ``metadata`` and ``source``, `Document` objects, or
+                the documents of files (`loaders.DocumentSource`).
             progress: Callback with the stage, the number done and the total number (None if unknown).
             learn: Whether the shared arrays may be retrained if the index has outgrown them
                 (`IndexKind.needs_retraining`).
+            replace_sources: Whether the documents of each source replace all that the index has of it. The documents of
+                a source have to follow each other. None means True for files, and False otherwise.
 
         Raises:
             RetrievalError: A document is invalid, or its id is in the index already (see `upsert`). Nothing of its
                 batch is added.
+            LockedIndex: Another process changes the index; see ``lock_timeout`` of `open`.
             OSError: The disk is full or not writable. Earlier batches are committed.
         """
-        return self._changes.put(documents, progress, replace=False, skip=False, learn=learn)
+        whole = _has_whole_sources(documents) if replace_sources is None else replace_sources
+        return self._changes.put(documents, progress, replace=False, skip=False, learn=learn, replace_sources=whole)
 
-    def upsert(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
-        """Add documents, replacing those with the same ids, and return how many were added or replaced."""
-        return self._changes.put(documents, progress, replace=True, skip=False)
+    def upsert(
+        self, documents: Iterable[Any], progress: Progress | None = None, replace_sources: bool | None = None
+    ) -> int:
+        """Add documents, replacing those with the same ids, and return how many were added or replaced; see `add`."""
+        whole = _has_whole_sources(documents) if replace_sources is None else replace_sources
+        return self._changes.put(documents, progress, replace=True, skip=False, replace_sources=whole)
 
     def resume(self, documents: Iterable[Any], progress: Progress | None = None) -> int:
         """Add the documents whose ids are not in the index yet, and return how many were added."""
         return self._changes.put(documents, progress, replace=False, skip=True)
+
+    def sync(
+        self,
+        paths: Iterable[str | Path],
+        chunk_tokens: int = CHUNK_TOKENS,
+        overlap: int = OVERLAP,
+        number_ids: bool = False,
+        skip_bad: bool = True,
+        ignore: Iterable[str] = (),
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> SyncReport:
+        """Make the documents of files those of the files that exist now, in one commit.
+
+        New files are added, files with other contents are replaced, and the documents of files that no longer exist are
+        deleted. Documents that were not read from a file stay. Without a difference, nothing is written.
+
+        Args:
+            paths: Files and folders. A file is known by its name relative to the folder.
+            chunk_tokens: Tokens per chunk of a text.
+            overlap: Tokens that consecutive chunks share.
+            number_ids: Whether records without an id get an id from their file name and record number.
+            skip_bad: Whether files that cannot be read are skipped. The documents of their earlier versions stay.
+            ignore: Patterns of files to ignore in folders, as in ``.gitignore``.
+            dry_run: Whether the differences are returned without a change of the index.
+            progress: Callback for the progress; see `add`.
+
+        Raises:
+            RetrievalError: A path does not exist, there is no file in a known format, or a document is invalid, or its
+                id belongs to a document from elsewhere. The index is unchanged.
+            LockedIndex: Another process changes the index; see ``lock_timeout`` of `open`.
+        """
+        from .loaders import Chunker, DocumentSource
+
+        chunk = Chunker(lambda: self.encoder, chunk_tokens, overlap)
+        return self._changes.sync(DocumentSource(paths, chunk, number_ids, skip_bad, ignore), dry_run, progress)
 
     def delete(self, ids: Sequence[str] = (), where: Filter | None = None) -> int:
         """Delete documents by id, and all that pass a filter; return how many were deleted.
@@ -389,12 +470,17 @@ class Index:
         }
 
 
+def _has_whole_sources(documents: Iterable[Any]) -> bool:
+    """Return whether documents come from files that are read as a whole, as those of `loaders.DocumentSource`."""
+    return bool(getattr(documents, "whole_sources", False))
+
+
 def _hits(
     query: str, numbers: NDArray[np.int32], scores: NDArray[np.float32], documents: Mapping[int, Document]
 ) -> list[Hit]:
     """Build the hits of those documents that still exist."""
     return [
-        Hit(d.id, float(score), d.text, d.metadata, snippets.best_snippet(d.text, query))
+        Hit(d.id, float(score), d.text, d.metadata, snippets.best_snippet(d.text, query), d.source)
         for n, score in zip(numbers.tolist(), scores, strict=True)
         if (d := documents.get(n)) is not None
     ]

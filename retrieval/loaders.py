@@ -5,15 +5,19 @@
 | `.jsonl`, `.ndjson`, `.json` (a list), `.csv`, `.tsv`, `.parquet` | one per record, see below |
 | `.txt`, `.md`, `.html`, `.pdf` | one per chunk; ids are `PATH#N`, metadata are `source`, `chunk` and `page` |
 
-A record has `id` or `_id`, `text`, and optionally `title` (prepended to the text) and `metadata`; other fields become
-metadata. All formats except `.parquet` and `.pdf` may be compressed (`.gz`).
+Each document has the name of its file as `source`. A record has `id` or `_id`, `text`, and optionally `title`
+(prepended to the text) and `metadata`; other fields become metadata. All formats except `.parquet` and `.pdf` may be
+compressed (`.gz`).
 """
 
 import collections
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pilotfish._internal.atomic_write import file_sha256
 
 from .errors import RetrievalError
 from .file_finder import files_of_folder
@@ -21,19 +25,37 @@ from .record_files import FIELDS, RECORDS, read_records
 from .store.documents import Document
 from .text_encoding import open_binary, open_text, suffix_of
 from .text_files import TEXTS, read_texts
-from .validation import as_document
+from .validation import CHUNK_TOKENS, OVERLAP, as_document
 
 Chunk = Callable[[str], list[str]]
+
+
+@dataclass(frozen=True)
+class Chunker:
+    """Function that splits a text into chunks of at most ``tokens`` tokens of an encoder, which share ``overlap``."""
+
+    encoder: Callable[[], Any]
+    tokens: int = CHUNK_TOKENS
+    overlap: int = OVERLAP
+
+    def __call__(self, text: str) -> list[str]:
+        return self.encoder().chunks(text, self.tokens, self.overlap)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} {self.overlap}"
 
 
 class DocumentSource:
     """Documents of files, in a fixed order.
 
     Attributes:
-        files: Path and name of each file; the ids of a file's chunks begin with its name.
+        files: Path and name of each file; the name is the source of its documents, and the ids of chunks begin with it.
         chunk: Function that splits a text into chunks; may be set after the files were found, and before an iteration.
         skipped: Reason for each file that was left out, wholly or in part, by name; complete after an iteration.
+        whole_sources: True: the documents of a file replace all that an index has of it.
     """
+
+    whole_sources = True
 
     def __init__(
         self,
@@ -109,18 +131,49 @@ class DocumentSource:
         """
         empty = True
         for path, name in self.files:
-            try:
-                # Standard input can be read only once.
-                documents = self._checked(path, name) if self._skip_bad and path else self._documents(path, name)
-            except RetrievalError as error:
-                self.skipped[name] = str(error)
-                continue
-            for document in documents:
+            for document in self.read(path, name) or ():
                 empty = False
                 yield document
         if empty and self._skip_bad and self.skipped:
             first, *others = self.skipped.values()
             raise RetrievalError(first + (f"; {len(others)} other files were skipped, too" if others else ""))
+
+    def read(self, path: Path | None, name: str) -> Iterable[Document] | None:
+        """Return the documents of one of ``files``, or None if it cannot be read and bad files are skipped.
+
+        Raises:
+            RetrievalError: A document is invalid, and bad files are not skipped.
+        """
+        if path is None:  # standard input can be read only once
+            return self._documents(path, name)
+        try:
+            digest = self.digest(path, name)
+            documents = self._checked(path, name) if self._skip_bad else self._documents(path, name)
+        except RetrievalError as error:
+            if not self._skip_bad:
+                raise
+            self.skipped[name] = str(error)
+            return None
+        return (replace(document, source=name, digest=digest) for document in documents)
+
+    def has_digest(self, path: Path, name: str, digest: str) -> bool:
+        """Return whether a file can be read and has a digest."""
+        try:
+            return self.digest(path, name) == digest
+        except RetrievalError:
+            return False
+
+    def digest(self, path: Path, name: str) -> str:
+        """Return the digest of a file's contents, and for a text of the settings of chunks.
+
+        Raises:
+            RetrievalError: The file cannot be read.
+        """
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise RetrievalError(f"{name}: {error.strerror or error}") from None
+        return f"{digest} {self.chunk}" if suffix_of(name) in TEXTS and isinstance(self.chunk, Chunker) else digest
 
     def check(self) -> None:
         """Read all files, so that a bad one is reported before anything is written.
@@ -213,10 +266,11 @@ def _find(paths: list[str], ignore: Iterable[str]) -> list[tuple[Path | None, st
             raise RetrievalError(f"{argument}: no such file or folder")
     if not files:
         raise RetrievalError(f"{', '.join(paths)}: no files that end in {', '.join(RECORDS + TEXTS)}")
-    names = [name for path, name in files if path is None or suffix_of(name) in TEXTS]
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise RetrievalError(f"{twice}: two files of that name would give the same ids; index their common folder")
+    names = collections.Counter(name for _, name in files)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise RetrievalError(
+            f"{twice}: two files of that name cannot be told apart in the index; index their common folder"
+        )
     return files
 
 

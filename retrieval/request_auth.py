@@ -1,4 +1,4 @@
-"""Checks of the requests to our HTTP servers: bearer token, Host and Origin headers, and size of the body.
+"""Checks of the requests to our HTTP servers: bearer token, and Host and Origin headers.
 
 A server without a token listens on the loopback interface only. But a browser on the same machine can send requests to
 it from any web page. Requests from other pages are therefore refused (by ``Origin`` and ``Sec-Fetch-Site``), and so are
@@ -14,7 +14,6 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-LARGEST_BODY = 16 << 20  # bytes
 _BEARER = HTTPBearer(auto_error=False)
 
 
@@ -40,10 +39,6 @@ class RequestAuth:
         """Return the response to a request that is refused before routing, or None if it is accepted."""
         if self._token is None and (reason := _foreign(request)):
             return JSONResponse({"detail": f"{reason}; start the server with a token to allow this"}, 403)
-        length = request.headers.get("content-length", "0")
-        has_length = length.isdecimal() and len(length) < 20 and "transfer-encoding" not in request.headers
-        if request.method in ("POST", "PUT", "PATCH") and not (has_length and int(length) <= LARGEST_BODY):
-            return JSONResponse({"detail": f"a body has a content-length of at most {LARGEST_BODY} bytes"}, 413)
         return None
 
 

@@ -3,29 +3,43 @@
 All responses are JSON. Errors have a one-line ``detail``. Searches run concurrently, writes one after the other.
 """
 
+import functools
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Path, Request
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from .errors import DamagedIndex, LockedIndex, NoIndex, RetrievalError
+from .http_middleware import LARGEST_BODY, BodyLimit, HeadRequests
 from .index import Index
 from .malloc_trim import release_memory
 from .registry import check_settings
 from .request_auth import RequestAuth
 from .shards import ShardedIndex
+from .sync import SyncReport
+from .validation import LONGEST_ID
 from .write_queue import SerialExecutor
 
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Filter = Annotated[str, Field(min_length=1, max_length=10_000, description="year >= 2020 AND lang in (en, de)")]
+
+
+class DocumentIdConvertor(PathConvertor):
+    """Convertor of ids in URL paths: any characters, line breaks included."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("document_id", DocumentIdConvertor())
 
 
 class Model(BaseModel):
@@ -43,16 +57,18 @@ class SearchRequest(Model):
     settings: Annotated[
         dict[str, JsonValue], Field(description="Search settings that override those of the index")
     ] = {}
+    text: Annotated[bool, Field(description="Return the full text of each hit in addition to the snippet")] = False
 
 
 class SearchHit(Model):
-    """Search result."""
+    """Search result; ``text`` is null unless the request asks for it."""
 
     id: str
     score: float
-    text: str
+    text: str | None
     snippet: str
     metadata: dict[str, JsonValue]
+    source: str | None
 
 
 class SearchResponse(Model):
@@ -62,12 +78,22 @@ class SearchResponse(Model):
     milliseconds: float
 
 
+class StoredDocument(Model):
+    """Document of the index."""
+
+    id: str
+    text: str
+    metadata: dict[str, JsonValue]
+    source: str | None
+
+
 class NewDocument(Model):
-    """Document with id, text and metadata."""
+    """Document to add."""
 
     id: Name
-    text: Annotated[str, Field(max_length=1 << 20)]
+    text: Annotated[str, Field(max_length=LARGEST_BODY)]
     metadata: dict[str, JsonValue] = {}
+    source: Annotated[Name | None, Field(description="File or other origin that the document is a part of")] = None
 
 
 class AddRequest(Model):
@@ -75,6 +101,9 @@ class AddRequest(Model):
 
     documents: Annotated[list[NewDocument], Field(min_length=1, max_length=1000)]
     upsert: Annotated[bool, Field(description="Replace documents whose ids are in the index already")] = False
+    replace_sources: Annotated[
+        bool, Field(description="Replace all documents of each source; the documents of a source follow each other")
+    ] = False
 
 
 class DeleteRequest(Model):
@@ -97,13 +126,22 @@ class Problem(BaseModel):
     detail: str
 
 
-def create_index_app(index: Index | ShardedIndex, token: str | None = None, read_only: bool = False) -> FastAPI:
+class SyncRequest(Model):
+    """Synchronization with the files and folders that the server was started with."""
+
+    dry_run: Annotated[bool, Field(description="Return the differences, and leave the index as it is")] = False
+
+
+def create_index_app(
+    index: Index | ShardedIndex, token: str | None = None, read_only: bool = False, sync_paths: Sequence[str] = ()
+) -> FastAPI:
     """Create the application.
 
     Args:
         index: Index to serve.
         token: Bearer token that clients have to send; None if no token is required.
         read_only: Whether documents cannot be added or deleted; shards are always read-only.
+        sync_paths: Files and folders with which clients may synchronize the index; none if empty.
     """
     wrong: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem, "description": text}
@@ -147,6 +185,8 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
         return response
 
     answer_errors(app)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(HeadRequests)
 
     @app.get("/health", summary="Check that the index can be read")
     def health() -> dict[str, Any]:
@@ -170,21 +210,45 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
         started = time.perf_counter()
         hits = index.search(question.query, question.k, question.where, **check_settings(question.settings))
         results = [
-            SearchHit(id=h.id, score=h.score, text=h.text, snippet=h.snippet, metadata=dict(h.metadata)) for h in hits
+            SearchHit(
+                id=h.id,
+                score=h.score,
+                text=h.text if question.text else None,
+                snippet=h.snippet,
+                metadata=dict(h.metadata),
+                source=h.source,
+            )
+            for h in hits
         ]
         return SearchResponse(hits=results, milliseconds=round(1e3 * (time.perf_counter() - started), 3))
 
-    @app.get(
-        "/documents/{name:path}",
-        dependencies=[Depends(guard.known)],
-        summary="Get a document",
-        responses={404: {"model": Problem, "description": "No such document"}},
-    )
-    def get(name: Annotated[str, Path(min_length=1, max_length=1024)]) -> NewDocument:
+    missing: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "No such document"}}
+
+    def find(name: str) -> StoredDocument:
         document = index.get(name)
         if document is None:
             raise HTTPException(404, f"there is no document {name!r}")
-        return NewDocument(id=document.id, text=document.text, metadata=dict(document.metadata))
+        return StoredDocument(
+            id=document.id, text=document.text, metadata=dict(document.metadata), source=document.source
+        )
+
+    @app.get(
+        "/documents/{name:document_id}",
+        dependencies=[Depends(guard.known)],
+        summary="Get a document",
+        responses=missing,
+    )
+    def get(name: Annotated[str, Path(min_length=1, max_length=LONGEST_ID)]) -> StoredDocument:
+        return find(name)
+
+    @app.get(
+        "/documents",
+        dependencies=[Depends(guard.known)],
+        summary="Get a document whose id is not the path of a URL, such as ..",
+        responses=missing,
+    )
+    def get_by_query(id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)]) -> StoredDocument:
+        return find(id)
 
     if not read_only and isinstance(index, Index):
         changes = {409: {"model": Problem, "description": "Another process writes to the index"}}
@@ -198,7 +262,8 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
         @app.post("/documents", dependencies=[Depends(guard.known)], responses=changes, summary="Add documents")  # type: ignore[arg-type]
         async def add(addition: AddRequest) -> Count:
             payload = [d.model_dump() for d in addition.documents]
-            return await changed(index.upsert if addition.upsert else index.add, payload)
+            add = index.upsert if addition.upsert else index.add
+            return await changed(functools.partial(add, replace_sources=addition.replace_sources), payload)
 
         @app.post("/delete", dependencies=[Depends(guard.known)], responses=changes, summary="Delete documents")  # type: ignore[arg-type]
         async def delete(deletion: DeleteRequest) -> Count:
@@ -206,7 +271,28 @@ def create_index_app(index: Index | ShardedIndex, token: str | None = None, read
                 raise HTTPException(400, "name ids, or give a filter in where")
             return await changed(index.delete, deletion.ids, deletion.where)
 
+        if sync_paths:
+            add_sync_endpoint(app, "/sync", index, sync_paths, writes, [Depends(guard.known)], changes)
+
     return app
+
+
+def add_sync_endpoint(
+    app: FastAPI,
+    path: str,
+    index: Index,
+    sync_paths: Sequence[str],
+    writes: SerialExecutor,
+    dependencies: list[Any],
+    responses: dict[Any, Any],
+) -> None:
+    """Add the endpoint that synchronizes an index with the files and folders that the server was started with."""
+
+    @app.post(path, dependencies=dependencies, responses=responses, summary="Synchronize with files")
+    async def sync(request: SyncRequest) -> SyncReport:
+        report = await writes(functools.partial(index.sync, sync_paths, dry_run=request.dry_run))
+        release_memory()
+        return report
 
 
 def _problem(text: str, status: int) -> JSONResponse:

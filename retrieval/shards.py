@@ -13,7 +13,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -265,7 +264,7 @@ def build_shards(
             writer.commit(Change(shared=shared))
         store.close()
     bounds = np.linspace(0, len(all_documents), count + 1).astype(int)
-    parts = [[asdict(d) for d in all_documents[b:e]] for b, e in itertools.pairwise(bounds)]
+    parts = [all_documents[b:e] for b, e in itertools.pairwise(bounds)]
     folders = [str((folder / name).absolute()) for name in names]
     on_progress = progress or (lambda *_: None)
     done = 0
@@ -300,13 +299,13 @@ def _distinct(documents: Iterable[Any]) -> list[Document]:
     return all_documents
 
 
-def fill_shard(folder: str, documents: Sequence[Mapping[str, Any]]) -> int:
+def fill_shard(folder: str, documents: Sequence[Document]) -> int:
     """Add documents to a shard, without retraining, and return how many were added."""
     with Index.open(folder) as index:
         return index.add(documents, learn=False)
 
 
-def _filled(places: list[str], parts: list[list[dict[str, Any]]], ray_address: str | None) -> Iterable[int]:
+def _filled(places: list[str], parts: list[list[Document]], ray_address: str | None) -> Iterable[int]:
     if ray_address is None:
         return (fill_shard(folder, part) for folder, part in zip(places, parts, strict=True))
     connect_shards(ray_address)

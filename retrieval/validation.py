@@ -9,6 +9,7 @@ from .store.documents import Document
 
 DEEPEST = 64  # maximum nesting of objects and arrays in metadata
 CHUNK_TOKENS, OVERLAP = 200, 40  # defaults of chunks of texts, in tokens
+LONGEST_ID = 4096  # maximum number of characters of an id, which has to fit in a URL
 BATCH = 8192  # documents per commit; the first batch is the training sample of the shared arrays
 
 
@@ -41,20 +42,26 @@ def as_document(value: Any) -> Document:
     """Validate a mapping and convert it to a document.
 
     Raises:
-        RetrievalError: The id or the text is missing, or the metadata are not a JSON object.
+        RetrievalError: The id or the text is missing, the metadata are not a JSON object, or the source is not text.
     """
+    digest = None
     if isinstance(value, Document):
-        value = {"id": value.id, "text": value.text, "metadata": value.metadata}
+        digest = value.digest
+        value = {"id": value.id, "text": value.text, "metadata": value.metadata, "source": value.source}
     if not isinstance(value, Mapping):
         raise RetrievalError(f"a document is an object with id and text, not {type(value).__name__}")
-    known = {"id", "text", "metadata"}
+    known = {"id", "text", "metadata", "source"}
     if extra := sorted(set(map(str, value)) - known):
         raise RetrievalError(f"document {value.get('id')!r}: unknown key {extra[0]!r}; put it into metadata")
     name, text, metadata = value.get("id"), value.get("text"), value.get("metadata") or {}
     if not isinstance(name, str) or not name:
         raise RetrievalError(f"a document's id is a text that is not empty, not {name!r}")
+    if len(name) > LONGEST_ID:
+        raise RetrievalError(f"document {name[:40]!r}…: its id has more than {LONGEST_ID} characters")
     if not isinstance(text, str):
         raise RetrievalError(f"document {name!r}: its text is missing or not a text")
+    if (source := value.get("source")) is not None:
+        check_text(f"document {name!r}: its source", source)
     try:
         if not isinstance(metadata, Mapping):
             raise TypeError
@@ -70,7 +77,7 @@ def as_document(value: Any) -> Document:
         )
         fields = "text and metadata have" if wrong is None else f"metadata field {wrong!r} has"
         raise RetrievalError(f"document {name!r}: {fields} to be what JSON can hold") from None
-    return Document(name, text, plain)
+    return Document(name, text, plain, source, digest)
 
 
 def _depth(value: Any) -> int:

@@ -11,7 +11,8 @@ from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import MEASURING, SEARCH
-from ...retrieval.cli.options import AsJson, Host, Token, Where, check_host, lines
+from ...retrieval.cli.index import sync_at_start
+from ...retrieval.cli.options import AsJson, Host, SyncOption, Token, Where, check_host, lines
 from ...retrieval.errors import RetrievalError
 from . import eval_command
 from .cli_options import RagOptions, rag, rag_command
@@ -44,7 +45,8 @@ def ask(
 
     if not question.strip():
         raise ConfigError("QUESTION: is empty")
-    with setup.ready(arguments) as answerer:
+    # A server for one question starts sooner without compilation; `-- --no-enforce-eager` compiles.
+    with setup.ready(["--enforce-eager", *arguments] if setup.start else arguments) as answerer:
         asyncio.run(work())
 
 
@@ -77,6 +79,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8090,
     token: Token = None,
     read_only: Annotated[bool, typer.Option(help="Disable uploads of documents.")] = False,
+    sync: SyncOption = None,
 ) -> None:
     """Serve a web page that answers questions. The index is created if there is none."""
     check_host(host, token, "others could read and add documents")
@@ -84,7 +87,9 @@ def serve(
         from ...retrieval import server as serving
         from .server import create_rag_app
 
-        serving.run_server(create_rag_app(answerer.index, answerer, token, read_only), host, port)
+        if sync:
+            sync_at_start(answerer.index, sync, read_only)
+        serving.run_server(create_rag_app(answerer.index, answerer, token, read_only, sync or ()), host, port)
 
 
 async def _shown(events: AsyncIterator[Any]) -> tuple[Any, str]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,13 @@ from pydantic import StringConstraints
 from ...plugins.config import ConfigError
 from ...retrieval import highlights
 from ...retrieval.errors import RetrievalError
+from ...retrieval.http_middleware import BodyLimit, HeadRequests
 from ...retrieval.index import Index
 from ...retrieval.record_files import RECORDS
 from ...retrieval.request_auth import RequestAuth
-from ...retrieval.server import Filter, Model, answer_errors
+from ...retrieval.server import Filter, Model, add_sync_endpoint, answer_errors
 from ...retrieval.text_files import TEXTS
+from ...retrieval.validation import LONGEST_ID
 from ...retrieval.write_queue import SerialExecutor
 from . import uploads
 from .answering import AnswerDone, Answerer, AnswerText, PassagesFound
@@ -42,7 +44,13 @@ class QuestionBody(Model):
     where: Filter | None = None
 
 
-def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, read_only: bool = False) -> FastAPI:
+def create_rag_app(
+    index: Index,
+    answerer: Answerer,
+    token: str | None = None,
+    read_only: bool = False,
+    sync_paths: Sequence[str] = (),
+) -> FastAPI:
     """Create the web application.
 
     Args:
@@ -50,6 +58,7 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
         answerer: Answerer on the same index.
         token: Bearer token that clients must send; None for no access control.
         read_only: Whether uploads are disabled.
+        sync_paths: Files and folders with which clients may synchronize the index; none if empty.
     """
 
     @asynccontextmanager
@@ -59,6 +68,8 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
 
     app = FastAPI(title="Pilotfish RAG", description=__doc__, version="1", lifespan=connected)
     answer_errors(app)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(HeadRequests)
     guard, writes, count = RequestAuth(token), SerialExecutor(), _Counters(index)
 
     @app.exception_handler(ConfigError)
@@ -136,7 +147,7 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
 
     @app.get("/passage", dependencies=[Depends(guard.known)], summary="A passage, with its matches of the question")
     def passage(
-        id: Annotated[str, Query(min_length=1, max_length=1024)],
+        id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
         question: Annotated[str, Query(max_length=4_000)],
     ) -> dict[str, Any]:
         document = index.get(id)
@@ -159,6 +170,9 @@ def create_rag_app(index: Index, answerer: Answerer, token: str | None = None, r
         )
         async def add(request: Request, name: Annotated[str, Query(min_length=1, max_length=200)]) -> dict[str, int]:
             return await writes(uploads.add_upload, index, Path(name).name, await request.body())
+
+        if sync_paths:
+            add_sync_endpoint(app, "/sync", index, sync_paths, writes, [Depends(guard.known)], {})
 
     return app
 

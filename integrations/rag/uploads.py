@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...retrieval.errors import RetrievalError, first_line
-from ...retrieval.filters import Compare
 from ...retrieval.index import Index
-from ...retrieval.loaders import DocumentSource
+from ...retrieval.loaders import Chunker, DocumentSource
 from ...retrieval.malloc_trim import release_memory
-from ...retrieval.validation import CHUNK_TOKENS, OVERLAP
 
 UPLOAD = "_upload"  # metadata key for the name of the uploaded file
 LARGEST_FILE = 128 << 20  # maximum size of a file after decompression, in bytes
@@ -22,7 +20,7 @@ LARGEST_FILE = 128 << 20  # maximum size of a file after decompression, in bytes
 def add_upload(index: Index, name: str, content: bytes) -> dict[str, int]:
     """Add the documents of a file to the index, and delete those of an earlier upload with the same name.
 
-    No other thread may write to the index at the same time.
+    A file that a synchronization has read is another source, which an upload does not replace.
 
     Args:
         index: Index to write to.
@@ -45,25 +43,17 @@ def add_upload(index: Index, name: str, content: bytes) -> dict[str, int]:
         path = Path(folder) / "upload"
         path.write_bytes(content)
         _check_packed(name, path)
-        source = DocumentSource.of(
-            path, name, lambda text: index.encoder.chunks(text, CHUNK_TOKENS, OVERLAP), number_ids=True
-        )
+        source = DocumentSource.of(path, name, Chunker(lambda: index.encoder), number_ids=True)
         documents, size = [], 0
         for document in source:
-            documents.append(replace(document, metadata={**document.metadata, UPLOAD: name}))
+            metadata = {**document.metadata, UPLOAD: name}
+            documents.append(replace(document, metadata=metadata, source=f"upload:{name}", digest=None))
             size += len(document.text) + len(json.dumps(document.metadata))
             if size > LARGEST_FILE:  # tables may be compressed internally
                 raise RetrievalError(f"{name}: contains more than {LARGEST_FILE >> 20} MiB of text")
     if not documents:
         raise RetrievalError("the file contains no text")
-    old = {d.id for d in index.select(Compare((UPLOAD,), "=", (name,)))}
-    new = {d.id for d in documents}
-    if others := sorted(index.has(list(new - old))):
-        raise RetrievalError(
-            f"{name}: document {others[0]!r} is in the index already, but not from an upload of that name"
-        )
-    added = index.upsert(documents)
-    index.delete(list(old - new))
+    added = index.add(documents, replace_sources=True)
     release_memory()
     return {"added": added, "documents": len(index)}
 

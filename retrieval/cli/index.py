@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import SEARCH, make_table, print_plain
+from ..store.lock import LOCK_TIMEOUT
 from ..validation import CHUNK_TOKENS, OVERLAP
 from .options import (
     AsJson,
@@ -21,11 +23,14 @@ from .options import (
     Folder,
     Host,
     Ignore,
+    LockTimeout,
     NumberIds,
     Overlap,
     Paths,
     Precision,
     Ray,
+    SyncOption,
+    SyncPaths,
     Token,
     Where,
     check_host,
@@ -72,6 +77,7 @@ def build(
     with refusals():
         from ..build import build_folder
         from ..index import Index
+        from ..loaders import Chunker
         from ..shards import build_shards, shard_encoder
         from ..store.manifest import CURRENT
 
@@ -85,7 +91,7 @@ def build(
             with build_folder(folder) as partial:
                 options = values(option, "--option")
                 loaded = shard_encoder(kind or USUAL, encoder, options)
-                source.chunk = lambda text: loaded.chunks(text, chunk_tokens, overlap)
+                source.chunk = Chunker(lambda: loaded, chunk_tokens, overlap)
                 added = with_bar(
                     lambda progress: build_shards(
                         partial, source, shards, kind or USUAL, encoder, options, ray, progress
@@ -104,7 +110,7 @@ def build(
             with opened as built:
                 if kind not in (None, built.kind.name):
                     raise ConfigError(f"--kind {kind}: {folder} is of kind {built.kind.name}")
-                source.chunk = lambda text: built.encoder.chunks(text, chunk_tokens, overlap)
+                source.chunk = Chunker(lambda: built.encoder, chunk_tokens, overlap)
                 count = with_bar(lambda progress: (built.resume if resume else built.add)(source, progress))
                 if not len(built):
                     raise ConfigError(f"{', '.join(paths)}: no documents")
@@ -128,15 +134,65 @@ def add(
     number_ids: NumberIds = False,
     bad_files: BadFiles = "skip",
     ignore: Ignore = None,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
-    """Add documents; searches continue meanwhile."""
-    with refusals(), open_whole(folder, encoder, device, precision) as opened:
+    """Add documents; those of a file replace the earlier ones of that file. Searches continue meanwhile."""
+    with refusals(), open_whole(folder, encoder, device, precision, lock_timeout) as opened:
+        from ..loaders import Chunker
+
         source = _source(paths, number_ids, bad_files, ignore)
         _chunks_fit(chunk_tokens, overlap)
-        source.chunk = lambda text: opened.encoder.chunks(text, chunk_tokens, overlap)
+        source.chunk = Chunker(lambda: opened.encoder, chunk_tokens, overlap)
         count = with_bar(lambda progress: (opened.upsert if upsert else opened.add)(source, progress))
         _tell_skipped(source)
         tell(f"{folder}: {count} documents added, {len(opened)} in all")
+
+
+@index.command("sync")
+def sync(
+    folder: Folder,
+    paths: SyncPaths,
+    dry_run: Annotated[bool, typer.Option(help="Print the differences, and leave the index as it is.")] = False,
+    encoder: EncoderOption = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    chunk_tokens: Chunk = CHUNK_TOKENS,
+    overlap: Overlap = OVERLAP,
+    number_ids: NumberIds = False,
+    bad_files: BadFiles = "skip",
+    ignore: Ignore = None,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
+    as_json: AsJson = False,
+) -> None:
+    """Make the files of an index those of PATHS, in one commit.
+
+    Adds new files, replaces changed ones, and deletes the documents of files that no longer exist. Documents that were
+    not read from a file stay.
+    """
+    with refusals(), open_whole(folder, encoder, device, precision, lock_timeout) as opened:
+        _chunks_fit(chunk_tokens, overlap)
+        report = with_bar(
+            lambda progress: opened.sync(
+                paths,
+                chunk_tokens,
+                overlap,
+                number_ids,
+                bad_files == "skip",
+                ignore or (),
+                dry_run,
+                progress,
+            )
+        )
+        total = len(opened)
+    if as_json:
+        typer.echo(json.dumps({**asdict(report), "documents": total}))
+        return
+    if dry_run:
+        for change in ("added", "changed", "removed"):
+            for name in getattr(report, change):
+                typer.echo(strip_control_characters(f"{change:8}{name}"))
+    _tell_skipped(report)
+    tell(f"{folder}: {report}" + ("; nothing was written" if dry_run else f", {total} in all"))
 
 
 @index.command("delete")
@@ -144,11 +200,12 @@ def delete(
     folder: Folder,
     ids: Annotated[list[str] | None, typer.Argument(help="Ids of documents.")] = None,
     where: Where = None,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
     """Delete documents by id or by a filter."""
     if not ids and where is None:
         raise ConfigError("delete: name ids, or give --where FILTER")
-    with refusals(), open_whole(folder) as opened:
+    with refusals(), open_whole(folder, lock_timeout=lock_timeout) as opened:
         count = opened.delete(ids or [], where)
         tell(f"{folder}: {count} documents deleted, {len(opened)} left")
 
@@ -195,9 +252,10 @@ def compact(
         bool, typer.Option(help="Encode all documents again and retrain; for an index that has grown manyfold.")
     ] = False,
     encoder: EncoderOption = None,
+    lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
     """Rewrite an index without deleted documents."""
-    with refusals(), open_whole(folder, encoder) as opened:
+    with refusals(), open_whole(folder, encoder, lock_timeout=lock_timeout) as opened:
         with_bar(lambda progress: opened.compact(retrain, progress) or 0)
         tell(f"{folder}: {len(opened)} documents in {opened.stats()['segments']} segments")
 
@@ -222,16 +280,34 @@ def serve(
     encoder: EncoderOption = None,
     device: Device = "auto",
     precision: Precision = "float32",
+    sync: SyncOption = None,
     ray: Ray = None,
 ) -> None:
-    """Serve an index over HTTP. Endpoints: search, add, delete, health, metrics, and an OpenAPI page."""
+    """Serve an index over HTTP. Endpoints: search, add, delete, sync, health, metrics, and an OpenAPI page."""
     with refusals():
         from .. import server
 
         check_host(host, token, "others could change the index")
         with open_any(folder, encoder, device, precision, ray) as opened:
             _ = getattr(opened, "encoder", None)  # reports a wrong encoder before the first query
-            server.run_server(server.create_index_app(opened, token, read_only), host, port)
+            if sync:
+                sync_at_start(opened, sync, read_only)
+            server.run_server(server.create_index_app(opened, token, read_only, sync or ()), host, port)
+
+
+def sync_at_start(opened: Any, paths: list[str], read_only: bool) -> None:
+    """Synchronize the index of a server with files before it listens.
+
+    Raises:
+        ConfigError: The server is read-only, or the index is sharded.
+    """
+    from ..index import Index
+
+    if read_only or not isinstance(opened, Index):
+        raise ConfigError("--sync: changes the index, which is " + ("read-only" if read_only else "sharded"))
+    report = with_bar(lambda progress: opened.sync(paths, progress=progress))
+    _tell_skipped(report)
+    tell(f"{opened.folder}: {report}")
 
 
 def _chunks_fit(size: int, overlap: int) -> None:

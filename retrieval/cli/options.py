@@ -9,12 +9,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from ...plugins.config import ConfigError, parse_assignments
+from ..store.lock import LOCK_TIMEOUT
 
 T = TypeVar("T")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 Paths = Annotated[
     list[str], typer.Argument(help="Files or folders: jsonl, csv, parquet, text, md, html, pdf; - for stdin.")
+]
+SyncPaths = Annotated[list[str], typer.Argument(help="Files and folders that the index is to contain.")]
+SyncOption = Annotated[
+    list[str] | None,
+    typer.Option(help="File or folder to synchronize the index with, at start and by POST /sync; repeatable."),
 ]
 Where = Annotated[str | None, typer.Option(help="Metadata filter, for example: year >= 2020 AND lang in (en, de).")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Search setting, NAME=VALUE; repeatable.")]
@@ -36,6 +42,7 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of files to ignore in folders, as in .gitignore, which is respected; repeatable."),
 ]
+LockTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait while another process changes the index.")]
 K = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Maximum number of hits.")]
 Ray = Annotated[str | None, typer.Option(help="Ray cluster for the shards: its address, auto, or local.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -124,7 +131,11 @@ def tell(message: str) -> None:
 
 @contextlib.contextmanager
 def open_whole(
-    folder: Path, encoder: str | None = None, device: str = "auto", precision: str = "float32"
+    folder: Path,
+    encoder: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> Iterator[Any]:
     """Open an index that is not sharded."""
     from .. import shards
@@ -132,7 +143,7 @@ def open_whole(
 
     if shards.is_sharded(folder):
         raise ConfigError(f"{folder}: is in shards, which can only be built, searched and served; see docs/indexes.md")
-    with Index.open(folder, encoder, device, precision) as index:
+    with Index.open(folder, encoder, device, precision, lock_timeout) as index:
         yield index
 
 

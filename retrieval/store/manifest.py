@@ -12,9 +12,9 @@ from typing import Any
 
 from pilotfish._internal import atomic_write
 
-from ..errors import DamagedIndex, NewerFormat, NoIndex
+from ..errors import DamagedIndex, NewerFormat, NoIndex, OlderFormat, RetrievalError, read_errors
 
-FORMAT = 1
+FORMAT = 2  # 2: documents have a source, and their metadata keep their order
 CURRENT = "CURRENT"
 SHARDS = "shards.json"  # file of a sharded index instead of ``CURRENT``, see `retrieval.shards`
 
@@ -104,8 +104,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """
     body = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**body, "sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
-    atomic_write.write_bytes(folder / manifest.name, text.encode())
-    atomic_write.write_bytes(folder / CURRENT, f"{manifest.name}\n".encode())
+    mode = atomic_write.file_mode(folder)
+    atomic_write.write_bytes(folder / manifest.name, text.encode(), mode)
+    atomic_write.write_bytes(folder / CURRENT, f"{manifest.name}\n".encode(), mode)
 
 
 def current_manifest(folder: Path) -> str:
@@ -116,13 +117,12 @@ def current_manifest(folder: Path) -> str:
         DamagedIndex: ``CURRENT`` cannot be read, or does not contain the name of a manifest.
     """
     try:
-        name = (folder / CURRENT).read_text(encoding="utf-8").strip()
+        with read_errors(folder / CURRENT, missing=False):
+            name = (folder / CURRENT).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
         raise NoIndex(f"{folder}: there is no index; make one with `pilotfish index build`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DamagedIndex(
-            f"{folder}: {CURRENT} cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    except UnicodeDecodeError as error:
+        raise DamagedIndex(f"{folder}: {CURRENT} cannot be read ({error})") from None
     number = name.removeprefix("manifest-").removesuffix(".json")
     if name != f"manifest-{number}.json" or not (number.isascii() and number.isdigit()):
         raise DamagedIndex(f"{folder}: {CURRENT} does not name a manifest")
@@ -137,17 +137,21 @@ def read_manifest(folder: Path, name: str) -> Manifest:
         NewerFormat: The manifest was written by a later version of Pilotfish.
     """
     try:
-        body = json.loads((folder / name).read_text(encoding="utf-8"))
+        with read_errors(folder / name):
+            body = json.loads((folder / name).read_text(encoding="utf-8"))
         checksum, version = body.pop("sha256"), body["format"]
-    except FileNotFoundError:
-        raise DamagedIndex(f"{folder}: {name} is missing") from None
-    except OSError as error:
-        raise DamagedIndex(f"{folder}: {name} cannot be read ({error.strerror})") from None
+    except RetrievalError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedIndex(f"{folder}: {name} is damaged") from None
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormat(
             f"{folder}: written in format {version}, this Pilotfish reads up to {FORMAT}; update Pilotfish"
+        )
+    if isinstance(version, int) and version < FORMAT:
+        raise OlderFormat(
+            f"{folder}: written in format {version} by an earlier version of Pilotfish; this one reads format "
+            f"{FORMAT}: build the index again"
         )
     if checksum != _checksum(body):
         raise DamagedIndex(f"{folder}: {name} is damaged")

@@ -5,7 +5,7 @@
     segment-*.npy               inverted lists; mapped into memory
     live-N.npy                  bitmap of the documents that are not deleted
     documents.db                ids, texts and metadata; see `documents`
-    write.lock, write.pid       lock that the writer holds, and its process id
+    write.lock, write.pid       lock that the writer holds, and its process id; see `lock`
 
 Readers pin a snapshot: its files are mapped into memory, so a later commit may remove them. Remains of a crash (files
 and rows that belong to no manifest) have no effect and are removed by the next writer.
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from pilotfish._internal import atomic_write
 
-from ..errors import DamagedIndex, LockedIndex, RetrievalError, first_line
+from ..errors import DamagedIndex, RetrievalError, first_line, read_errors
 from . import manifest
 from .documents import Document, Documents
+from .lock import LOCK_TIMEOUT, write_lock
 from .manifest import ArrayFile, Manifest, SegmentFiles
 
-LOCK = "write.lock"
 ATTEMPTS = 20  # attempts to open a commit while a writer replaces it
 Arrays = Mapping[str, NDArray]
 
@@ -87,13 +87,17 @@ class Change:
 class Store:
     """Storage of an index in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lock_timeout: float = LOCK_TIMEOUT) -> None:
         """Open an index at its latest commit.
+
+        Args:
+            folder: Folder of the index.
+            lock_timeout: Seconds that a writer waits for a writer in another process.
 
         Raises:
             RetrievalError: There is no index in the folder, or it cannot be read.
         """
-        self.folder = folder
+        self.folder, self.lock_timeout = folder, lock_timeout
         self.documents = Documents(folder)
         self._mutex = threading.Lock()  # of `refresh`: a slow thread must not return to an earlier commit
         self._seen: tuple[int, int] | None = None
@@ -101,7 +105,14 @@ class Store:
         self.documents.ask("SELECT 1")
 
     @classmethod
-    def create(cls, folder: Path, kind: str, options: Mapping[str, Any], encoder: Mapping[str, Any]) -> "Store":
+    def create(
+        cls,
+        folder: Path,
+        kind: str,
+        options: Mapping[str, Any],
+        encoder: Mapping[str, Any],
+        lock_timeout: float = LOCK_TIMEOUT,
+    ) -> "Store":
         """Create an empty index.
 
         Raises:
@@ -112,7 +123,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         Documents.create(folder)
         manifest.write_manifest(folder, Manifest(0, kind, dict(options), dict(encoder), uuid.uuid4().hex))
-        return cls(folder)
+        return cls(folder, lock_timeout)
 
     def close(self) -> None:
         """Close the database. Arrays stay mapped as long as their snapshot is referenced."""
@@ -167,17 +178,16 @@ class Store:
     def _map(self, file: ArrayFile) -> NDArray:
         path = self.folder / file.name
         try:
-            if path.stat().st_size != file.bytes:
-                raise DamagedIndex(f"{self.folder}: {file.name} has {path.stat().st_size} bytes, not {file.bytes}")
-            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            with read_errors(path):
+                if path.stat().st_size != file.bytes:
+                    raise DamagedIndex(f"{self.folder}: {file.name} has {path.stat().st_size} bytes, not {file.bytes}")
+                array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
             if file.form and file.form != form(array):
                 raise DamagedIndex(f"{self.folder}: {file.name} is of the form {form(array)}, not {file.form}")
             return array
-        except FileNotFoundError:
-            raise DamagedIndex(f"{self.folder}: {file.name} is missing") from None
-        except DamagedIndex:
+        except RetrievalError:
             raise
-        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError) as error:
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError) as error:
             raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({first_line(error)})") from None
 
     def check(self) -> Manifest:
@@ -188,10 +198,8 @@ class Store:
         """
         snapshot = self.refresh()
         for file in snapshot.manifest.files().values():
-            try:
+            with read_errors(self.folder / file.name):
                 damaged = atomic_write.file_sha256(self.folder / file.name) != file.sha256
-            except OSError as error:
-                raise DamagedIndex(f"{self.folder}: {file.name} cannot be read ({error.strerror})") from None
             if damaged:
                 raise DamagedIndex(f"{self.folder}: {file.name} is damaged; restore it, or build the index again")
         if problem := self.documents.check():
@@ -207,26 +215,15 @@ class Store:
     def writer(self) -> Iterator["Writer"]:
         """Lock the index for writing, remove documents that belong to no manifest, and yield the writer.
 
-        Raises:
-            LockedIndex: Another process writes to the index, or the index is not writable.
-        """
-        from filelock import FileLock, Timeout
+        Writers of this process queue.
 
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            owner = _owner(self.folder / LOCK)
-            raise LockedIndex(f"{self.folder}: {owner} writes to this index; wait until it is done") from None
-        except PermissionError as error:
-            raise LockedIndex(f"{self.folder}: may not be written ({error.strerror})") from None
-        try:
-            _sign(self.folder / LOCK)
+        Raises:
+            LockedIndex: A writer in another process was not done after ``lock_timeout``, or the index is not writable.
+        """
+        with write_lock(self.folder, self.lock_timeout):
             self.refresh()
             self.documents.drop_from(self.snapshot.manifest.next_document)
             yield Writer(self)
-        finally:
-            lock.release()
 
 
 class Writer:
@@ -244,12 +241,12 @@ class Writer:
         store, before = self._store, self._store.snapshot
         about, folder = before.manifest, self._store.folder
         created: list[Path] = []
-        number = about.number + 1
+        number, mode = about.number + 1, atomic_write.file_mode(folder)
 
         def write(name: str, array: NDArray) -> ArrayFile:
             path = folder / name
             created.append(path)
-            sha256 = atomic_write.write_array(path, array)
+            sha256 = atomic_write.write_array(path, array, mode)
             return ArrayFile(name, path.stat().st_size, sha256, form(array))
 
         try:
@@ -328,16 +325,3 @@ def form(array: NDArray) -> str:
 def _begun(name: str) -> bool:
     """Return whether a file is from an interrupted `Store.create`, which may be repeated."""
     return name.startswith(("documents.db", ".manifest-", ".CURRENT", "manifest-0.json"))
-
-
-def _owner(path: Path) -> str:
-    try:
-        pid = path.with_suffix(".pid").read_text(encoding="utf-8").strip()
-    except OSError:
-        pid = ""
-    return f"process {pid}" if pid.isdigit() else "another process"
-
-
-def _sign(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.with_suffix(".pid").write_text(f"{os.getpid()}\n", encoding="utf-8")

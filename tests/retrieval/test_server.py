@@ -64,6 +64,7 @@ def test_refuses_wrong_requests(client: TestClient, index: Index) -> None:
         assert answer.status_code == status, answer.text
         assert message in answer.text
     assert client.post("/search", content=b"x" * (17 << 20)).status_code == 413
+    index._store.lock_timeout = 0
     with index._store.writer():
         answer = client.post("/delete", json={"ids": ["d/1"]})
     assert (answer.status_code, "writes to this index" in answer.text) == (409, True)

@@ -4,6 +4,7 @@ For each line of stdin (folder, seed, first document number) the process forks a
 before the fork: otherwise most of the time of 200 kills would be spent on imports.
 """
 
+import json
 import os
 import random
 import sys
@@ -32,9 +33,13 @@ def _write(folder: str, rng: random.Random, number: int) -> NoReturn:
     _warm(index)
     _say("writer", [str(os.getpid())])
     while True:
-        present = list(index.ids())
+        present = [name for name in index.ids() if not name.startswith("f")]
         step = rng.random()
-        if step < 0.55 or len(present) < 4:
+        if step < 0.25:
+            number = _change_files(Path(f"{folder}.files"), rng, number)
+            _say("sync", [json.loads(line)["id"] for line in _lines(Path(f"{folder}.files"))])
+            index.sync([f"{folder}.files"])
+        elif step < 0.6 or len(present) < 4:
             new = [f"d{number + i}" for i in range(rng.randrange(1, 6))]
             number += len(new)
             _say("add", new)
@@ -47,6 +52,23 @@ def _write(folder: str, rng: random.Random, number: int) -> NoReturn:
             _say("compact", [])
             index.compact()
         _say("done", [])
+
+
+def _change_files(folder: Path, rng: random.Random, number: int) -> int:
+    """Write a new file, and rewrite or delete another; return the next document number."""
+    folder.mkdir(exist_ok=True)
+    files = sorted(folder.glob("*.jsonl"))
+    if len(files) > 3:
+        files[0].unlink()
+    for path in [folder / f"{number}.jsonl", *rng.sample(files[1:], min(1, len(files[1:])))]:
+        records = [{"id": f"f{number + i}", "text": f"wordf{number + i} in text"} for i in range(rng.randrange(1, 4))]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        number += len(records)
+    return number
+
+
+def _lines(folder: Path) -> list[str]:
+    return [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
 def _warm(index: Index) -> None:

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[IO[bytes]]:
+def open_atomic(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """Open a temporary file that replaces ``path`` when the block ends without an error, synced to disk.
+
+    The file gets the permissions ``mode`` under any umask.
 
     Raises:
         OSError: The disk is full or the folder is not writable; ``path`` is unchanged.
@@ -26,7 +28,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(partial).chmod(0o644)  # mkstemp allows the owner only
+        Path(partial).chmod(mode)  # mkstemp allows the owner only
         Path(partial).replace(path)
         sync_folder(path.parent)
     except BaseException:
@@ -34,9 +36,14 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> str:
+def file_mode(folder: Path) -> int:
+    """Return the permissions of the files of a folder that all its users share: those of the folder itself."""
+    return folder.stat().st_mode & 0o666
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> str:
     """Write ``content`` and return its SHA-256."""
-    with open_atomic(path) as file:
+    with open_atomic(path, mode) as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()
 
@@ -47,9 +54,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_array(path: Path, array: NDArray) -> str:
+def write_array(path: Path, array: NDArray, mode: int = 0o644) -> str:
     """Write an array in NumPy's ``.npy`` format, without pickle, and return the file's SHA-256."""
-    with open_atomic(path) as file:
+    with open_atomic(path, mode) as file:
         np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
     return file_sha256(path)
 
