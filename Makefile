@@ -19,7 +19,7 @@ test: $(VENV)/.ready  ## lint, types and all tests, some of them with real engin
 	@failed=; for part in check test-without-engine test-engine; do $(MAKE) $$part || failed="$$failed $$part"; done; \
 	  [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-test-quick: $(VENV)/.ready  ## all tests that need no engine and take no minute, in less than four minutes
+test-quick: $(VENV)/.ready  ## all tests that need no engine and take less than five seconds each, in three minutes
 	$(BIN)/python -m pytest -m 'not long and not engine and not slow' -n 2
 
 test-without-engine: $(VENV)/.ready

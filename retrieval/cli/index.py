@@ -136,7 +136,10 @@ def add(
     ignore: Ignore = None,
     lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
-    """Add documents; those of a file replace the earlier ones of that file. Searches continue meanwhile."""
+    """Add documents, or files again; searches continue meanwhile.
+
+    The documents of a file replace all that the index has of that file.
+    """
     with refusals(), open_whole(folder, encoder, device, precision, lock_timeout) as opened:
         from ..loaders import Chunker
 
