@@ -7,7 +7,8 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from ..retrieval.filters import All, Any_, Compare, Filter, FilterError, Not, Value
+from ..retrieval.filter_matching import instant
+from ..retrieval.filters import All, Any_, Compare, Filter, FilterError, Not, Scalar
 
 
 def compare(field: tuple[str, ...], operator: str, value: Any) -> Filter:
@@ -39,6 +40,8 @@ def equal(field: tuple[str, ...], value: Any) -> Filter:
     """Build a test that the field has a value; for None, that it is missing or null."""
     if value is None:
         return Any_((Not(Compare(field, "exists")), Compare(field, "=", (None,))))
+    if isinstance(value, list | tuple):
+        return Compare(field, "=", (tuple(scalar(field, item) for item in value),))
     return Compare(field, "=", (scalar(field, value),))
 
 
@@ -48,7 +51,7 @@ def among(field: tuple[str, ...], values: Any) -> Filter:
     Raises:
         FilterError: ``values`` is not a list.
     """
-    if not isinstance(values, list):
+    if not isinstance(values, list | tuple | set | frozenset):
         raise FilterError(f"filter: {'.'.join(field)} in {values!r}: expected a list")
     return Any_(tuple(equal(field, value) for value in values))
 
@@ -62,7 +65,7 @@ def ordered(field: tuple[str, ...], operator: str, value: Any) -> Filter:
     if value is None:
         return Any_(())
     plain = scalar(field, value)
-    if isinstance(plain, bool) or (isinstance(plain, str) and not _is_date(plain)):
+    if isinstance(plain, bool) or (isinstance(plain, str) and instant(plain) is None):
         raise FilterError(f"filter: {'.'.join(field)} {operator} {value!r}: expected a number or an ISO date")
     return Compare(field, operator, (plain,))
 
@@ -72,7 +75,7 @@ def every(parts: Sequence[Filter]) -> Filter:
     return parts[0] if len(parts) == 1 else All(tuple(parts))
 
 
-def scalar(field: tuple[str, ...], value: Any) -> Value:
+def scalar(field: tuple[str, ...], value: Any) -> Scalar:
     """Return a value for a comparison; a date becomes text in ISO format.
 
     Raises:
@@ -85,11 +88,3 @@ def scalar(field: tuple[str, ...], value: Any) -> Value:
             f"filter: {'.'.join(field)} is compared with {value!r}; expected text, a number, true or false"
         )
     return value
-
-
-def _is_date(text: str) -> bool:
-    try:
-        datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True

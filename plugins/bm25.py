@@ -124,7 +124,7 @@ class BM25(InvertedIndexKind):
         from ..retrieval.encoders import stems
 
         del text, settings, allow
-        names = {stems.stem_id(s): s for s in encoder.stems(query)}
+        names = {stems.stem_id(s): s for s in encoder.stems(query, query=True)}
         weighted = self.weighted(searcher, encoder.encode_queries([query])[0])
         return explain_shared_terms(searcher, weighted, number, names.__getitem__)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from . import filters
 from .errors import RetrievalError
+from .filter_sql import to_sql
 from .store import Snapshot, Store
 from .validation import check_text
 
@@ -62,7 +63,7 @@ class DocumentFilter:
         condition = filters.parse(where) if isinstance(where, str) else where
         if not isinstance(condition, filters.Filter):
             raise RetrievalError(f"filter: expected text or a filter, got {type(where).__name__}")
-        text, values = filters.to_sql(condition)
+        text, values = to_sql(condition)
         # 1 and True are equal in Python, but not in filters.
         key = text, tuple((type(v), v) for v in values), snapshot.manifest.number
         with self._mutex:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .index import Index
+from .snippets import PREFIX, query_prefixes
+from .text_normalization import fold, map_fold, runs
 
 LEAST = 0.5  # smallest similarity of two tokens that is highlighted
-STEM = 5  # length of the prefix by which words are compared if the encoder has no token vectors
 _WORD = re.compile(r"\w+")
 
 
@@ -38,9 +39,7 @@ def highlight_marks(index: Index, query: str, text: str) -> list[Mark]:
     """
     encoder = _tokens(index.encoder)
     if encoder is None:
-        wanted = {w.lower()[:STEM]: w for w in _WORD.findall(query) if len(w) > 2}
-        matches = ((m, wanted.get(m[0].lower()[:STEM])) for m in _WORD.finditer(text))
-        return [Mark(m.start(), m.end(), 1.0, word) for m, word in matches if word]
+        return _marks_of_words(query, text)
     words, spans, products = encoder.words(query, query=True), encoder.spans(text), _products(encoder, query, text)
     best: dict[tuple[int, int], Mark] = {}
     for i, word in enumerate(words[: len(products)]):
@@ -56,6 +55,28 @@ def highlight_marks(index: Index, query: str, text: str) -> list[Mark]:
         ):
             best[begin, end] = Mark(begin, end, min(round(weight, 3), 1.0), word)
     return [best[place] for place in sorted(best)]
+
+
+def _marks_of_words(query: str, text: str) -> list[Mark]:
+    """Return the words of a text that begin like one of the query, and its bigrams in scripts without spaces."""
+    wanted, marks = query_prefixes(query), list[Mark]()
+    for begin, end, unspaced in runs(text):
+        if not unspaced:
+            word = wanted.get(fold(text[begin:end])[:PREFIX])
+            if word:
+                marks.append(Mark(begin, end, 1.0, word))
+            continue
+        folded, positions = map_fold(text[begin:end])
+        for i in range(len(folded)):
+            for term in (folded[i : i + 2], folded[i : i + 1]):
+                if term in wanted:
+                    mark = Mark(begin + positions[i], begin + positions[i + len(term)], 1.0, wanted[term])
+                    if marks and mark.begin < marks[-1].end:  # overlapping bigrams are one passage
+                        first = marks.pop()
+                        mark = Mark(first.begin, mark.end, 1.0, fold(text[first.begin : mark.end]))
+                    marks.append(mark)
+                    break
+    return marks
 
 
 def similarity(index: Index, query: str, text: str) -> float | None:

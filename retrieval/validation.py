@@ -1,5 +1,6 @@
 """Validation and batching of documents."""
 
+import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -65,7 +66,7 @@ def as_document(value: Any) -> Document:
     try:
         if not isinstance(metadata, Mapping):
             raise TypeError
-        plain = json.loads(json.dumps(dict(metadata), allow_nan=False))
+        plain = json.loads(json.dumps(dict(metadata), allow_nan=False, default=_plain))
         if _depth(plain) > DEEPEST:
             raise RetrievalError(f"document {name!r}: metadata are more than {DEEPEST} levels deep")
         _ = (name + text + json.dumps(plain, ensure_ascii=False)).encode()
@@ -80,6 +81,19 @@ def as_document(value: Any) -> Document:
     return Document(name, text, plain, source, digest)
 
 
+def _plain(value: Any) -> Any:
+    """Return a value that JSON cannot hold in the form in which filters accept it: dates in ISO format, sets as lists.
+
+    Raises:
+        TypeError: There is no such form.
+    """
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    raise TypeError
+
+
 def _depth(value: Any) -> int:
     """Return the depth of nested objects and arrays."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
@@ -88,7 +102,7 @@ def _depth(value: Any) -> int:
 
 def _writable(value: Any) -> bool:
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True

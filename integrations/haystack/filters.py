@@ -53,4 +53,6 @@ def _comparison(name: str, operator: Any, value: Any) -> Filter:
         raise FilterError(f"filter: {name!r} is not a metadata field; expected meta.NAME")
     if operator not in OPERATORS:
         raise FilterError(f"filter: unknown operator {operator!r}; known are {', '.join(OPERATORS)}")
+    if operator in ("in", "not in") and not isinstance(value, list):  # as Haystack's own tests require
+        raise FilterError(f"filter: {name} {operator} {value!r}: expected a list")
     return filtering.compare(tuple(name.removeprefix("meta.").split(".")), OPERATORS[operator], value)

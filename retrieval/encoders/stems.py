@@ -1,7 +1,6 @@
 """Encoder for BM25: term frequencies of word stems, without a model or a stored vocabulary."""
 
 import functools
-import re
 import threading
 import zlib
 from collections import Counter
@@ -9,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from ..errors import RetrievalError
 from ..sparse_vectors import SparseVectors
+from ..text_normalization import is_unspaced, terms, word_spans
 from .tokenization import Progress, split_by_spans
 
 STEMS = "stems"
-WORD = re.compile(r"\w+", re.UNICODE)
 # Lucene's English stop words.
 STOP = frozenset(
     """a an and are as at be but by for if in into is it no not of on or such that the their then there these they this
@@ -58,29 +57,33 @@ class StemEncoder:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the tokenization and the language."""
-        return f"stems-1-{self.language}"
+        return f"stems-2-{self.language}"
 
-    def stems(self, text: str) -> list[str]:
-        """Return the stems of a text, in order."""
-        words = WORD.findall(text.lower())
+    def stems(self, text: str, query: bool = False) -> list[str]:
+        """Return the stems of a text: those of its words, and bigrams of languages without spaces."""
+        words = terms(text, query)
         if self.language == "english":
             words = [w for w in words if w not in STOP]
-        return [self._stem(w) for w in words]
+        return [w if is_unspaced(w) else self._stem(w) for w in words]
 
     def encode_documents(self, documents: Sequence[str], progress: Progress | None = None) -> SparseVectors:
         """Count the stems of each text."""
-        rows = [{stem_id(s): float(n) for s, n in Counter(self.stems(t)).items()} for t in documents]
+        rows = self._counted(documents, query=False)
         if progress is not None:
-            progress(len(rows))
-        return SparseVectors.from_dicts(rows)
+            progress(len(documents))
+        return rows
 
     def encode_queries(self, queries: Sequence[str]) -> SparseVectors:
         """Count the stems of each query."""
-        return self.encode_documents(queries)
+        return self._counted(queries, query=True)
+
+    def _counted(self, texts: Sequence[str], query: bool) -> SparseVectors:
+        rows = [{stem_id(s): float(n) for s, n in Counter(self.stems(t, query)).items()} for t in texts]
+        return SparseVectors.from_dicts(rows)
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Split a text into chunks of at most ``size`` words; consecutive chunks share ``overlap`` words."""
-        return split_by_spans(text, [m.span() for m in WORD.finditer(text)], size, overlap)
+        return split_by_spans(text, word_spans(text), size, overlap)
 
 
 def stem_id(stem: str) -> int:

@@ -14,6 +14,7 @@ different lengths, so that the encoding of a text depends on its batch. Here, pa
 
 import functools
 import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -143,7 +144,7 @@ class VocabularyEncoder:
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint's files and of the encoding of documents."""
         encoding = "binary" if self.binary else f"{self.activation}-{self.top}"
-        return f"{checkpoint_fingerprint(self.form.folder)}-{encoding}"
+        return f"{checkpoint_fingerprint(self.form.folder)}-nfkc-{encoding}"
 
     @functools.cached_property
     def _models(self) -> tuple[Any, Any]:
@@ -186,7 +187,8 @@ class VocabularyEncoder:
     def term_ids(self, word: str) -> list[int]:
         """Return the term ids of a word: several if the vocabulary contains it in pieces."""
         with self._mutex:
-            return [i for i in self._tokenizer(word, add_special_tokens=False)["input_ids"] if self._counts(i)]
+            ids = self._tokenizer(_normalized(word), add_special_tokens=False)["input_ids"]
+        return [i for i in ids if self._counts(i)]
 
     def chunks(self, text: str, size: int, overlap: int) -> list[str]:
         """Split a text into chunks; see `tokenization.token_chunks`."""
@@ -200,7 +202,7 @@ class VocabularyEncoder:
         if not given:
             return []
         with self._mutex:
-            return self._tokenizer(list(given), truncation=True, max_length=length)["input_ids"]
+            return self._tokenizer([_normalized(t) for t in given], truncation=True, max_length=length)["input_ids"]
 
     def _own(self, row: Sequence[int]) -> np.ndarray:
         """Return the term ids of the bag of words of a text, ascending."""
@@ -247,6 +249,11 @@ class VocabularyEncoder:
             in_text[selected],
             np.array([len(selected)], np.int64),
         )
+
+
+def _normalized(text: str) -> str:
+    """Return a text in NFKC; the tokenizer folds case if its vocabulary has no capital letters."""
+    return unicodedata.normalize("NFKC", text)
 
 
 def activate(logits: Any, activation: str) -> Any:

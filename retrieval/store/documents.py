@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from pilotfish._internal.atomic_write import file_mode
 
 from ..errors import AccessDenied, DamagedIndex, read_errors
+from ..filter_sql import register_functions
 
 NAME = "documents.db"
 LARGEST = 500  # maximum number of values in one query
@@ -127,6 +128,7 @@ class Documents:
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self._path.absolute().as_uri()}?mode={mode}"
         database = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False)
+        register_functions(database)
         try:
             database.execute("SELECT number FROM documents LIMIT 1").fetchone()
         except BaseException:

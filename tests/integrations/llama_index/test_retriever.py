@@ -10,7 +10,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from pilotfish.integrations.llama_index import PilotfishRerank, PilotfishRetriever
 from pilotfish.integrations.llama_index.filters import to_pilotfish_filter
-from pilotfish.retrieval import RetrievalError, filters
+from pilotfish.retrieval import RetrievalError, filter_matching, filters
 
 NODES = [
     TextNode(id_="a", text="Sharks have many teeth.", metadata={"year": 2019, "tags": ["sea", "teeth"]}),
@@ -70,10 +70,10 @@ def test_node_fields_are_preserved(retriever: PilotfishRetriever) -> None:
 def test_filters(one: MetadataFilter, ids: set[str]) -> None:
     translated = to_pilotfish_filter(MetadataFilters(filters=[one]))
     assert translated is not None and not isinstance(translated, str)
-    assert {n.node_id for n in NODES if filters.matches(translated, n.metadata)} == ids
+    assert {n.node_id for n in NODES if filter_matching.matches(translated, n.metadata)} == ids
     negated = to_pilotfish_filter(MetadataFilters(filters=[one], condition=FilterCondition.NOT))
     assert negated is not None and not isinstance(negated, str)
-    assert {n.node_id for n in NODES if filters.matches(negated, n.metadata)} == {"a", "b", "c"} - ids
+    assert {n.node_id for n in NODES if filter_matching.matches(negated, n.metadata)} == {"a", "b", "c"} - ids
 
 
 def test_refuses_unsupported_filter_operators() -> None:
