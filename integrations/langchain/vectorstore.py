@@ -1,5 +1,6 @@
 """A LangChain vector store over a Pilotfish index."""
 
+import asyncio
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from langchain_core.vectorstores import VectorStore
 from ...retrieval.errors import RetrievalError
 from ...retrieval.filters import EVERYTHING, Filter
 from ...retrieval.index import Hit, Index
+from ...retrieval.similarity import maximal_marginal_relevance, query_similarities
 from .filters import to_pilotfish_filter
 
 AnyFilter = str | Filter | Mapping[str, Any]
@@ -21,8 +23,8 @@ class PilotfishVectorStore(VectorStore):
     """A vector store whose index encodes documents itself, so it takes no embeddings.
 
     Filters are Pilotfish's, such as ``year >= 2020 AND lang in (en, de)``, or mappings, see
-    `filters.to_pilotfish_filter`. Methods that take vectors, and maximal marginal relevance (``mmr``), are not
-    supported, since a document has one vector for each token, or term weights.
+    `filters.to_pilotfish_filter`. Methods that take vectors are not supported, since a document has one vector for each
+    token, or term weights.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class PilotfishVectorStore(VectorStore):
         metadatas: list[dict] | None = None,
         *,
         ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> list[str]:
         """Add texts; existing documents with the same ids are replaced.
@@ -90,7 +93,8 @@ class PilotfishVectorStore(VectorStore):
             texts: Texts of the documents.
             metadatas: Metadata of each document.
             ids: Id of each document; a missing id is generated.
-            kwargs: Not used.
+            batch_size: Not used; LangChain's ``index`` passes it.
+            kwargs: Refused.
 
         Returns:
             The ids of the documents.
@@ -135,8 +139,41 @@ class PilotfishVectorStore(VectorStore):
         hits = self.index.search(query, k, to_pilotfish_filter(filter), **{**self._search_settings, **kwargs})
         return [(to_langchain_document(hit), hit.score) for hit in hits]
 
-    def _select_relevance_score_fn(self) -> Any:
-        raise NotImplementedError("scores can be compared within one search only, so there is no relevance from 0 to 1")
+    def _similarity_search_with_relevance_scores(
+        self, query: str, k: int = 4, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """Return the best documents and their similarities to the query, from 0 to 1; see `retrieval.similarity`."""
+        found = self.similarity_search(query, k, **kwargs)
+        scores = query_similarities(self.index.encoder, query, [d.page_content for d in found]) if found else ()
+        return sorted(zip(found, map(float, scores), strict=True), key=lambda pair: -pair[1])
+
+    def max_marginal_relevance_search(
+        self,
+        query: str,
+        k: int = 4,
+        fetch_k: int = 20,
+        lambda_mult: float = 0.5,
+        filter: AnyFilter | None = None,
+        **kwargs: Any,
+    ) -> list[Document]:
+        """Return ``k`` of the best ``fetch_k`` documents that are relevant and differ from each other.
+
+        Args:
+            query: Query text.
+            k: Maximum number of documents to return.
+            fetch_k: Number of documents from which they are chosen; their texts are encoded again.
+            lambda_mult: Weight of the relevance, from 0 (most diverse) to 1 (most relevant).
+            filter: Filter over metadata.
+            kwargs: Search settings.
+        """
+        found = self.similarity_search(query, fetch_k, filter, **kwargs)
+        texts = [document.page_content for document in found]
+        chosen = maximal_marginal_relevance(self.index.encoder, query, texts, k, lambda_mult)
+        return [found[i] for i in chosen]
+
+    async def amax_marginal_relevance_search(self, *args: Any, **kwargs: Any) -> list[Document]:
+        """Run `max_marginal_relevance_search` in a thread."""
+        return await asyncio.to_thread(self.max_marginal_relevance_search, *args, **kwargs)
 
 
 def to_langchain_document(hit: Hit) -> Document:

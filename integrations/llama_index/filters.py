@@ -12,6 +12,7 @@ OPERATORS = {
     FilterOperator.NIN: "not in",
     FilterOperator.CONTAINS: "contains",
     FilterOperator.TEXT_MATCH: "contains",
+    FilterOperator.TEXT_MATCH_INSENSITIVE: "contains",
     **{o: o.value for o in (FilterOperator.LT, FilterOperator.LTE, FilterOperator.GT, FilterOperator.GTE)},
 }
 

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    Document,
+    ImageDocument,
+    ImageNode,
+    IndexNode,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from ...retrieval.errors import RetrievalError
@@ -14,18 +25,8 @@ from ...retrieval.index import Hit, Index
 from .filters import to_pilotfish_filter
 
 REST = "_llama_index"  # metadata key for the fields of LlamaIndex's nodes other than text and metadata
-KEPT = {
-    "relationships",
-    "excluded_embed_metadata_keys",
-    "excluded_llm_metadata_keys",
-    "metadata_template",
-    "metadata_separator",
-    "text_template",
-    "start_char_idx",
-    "end_char_idx",
-    "mimetype",
-}
-USUAL = TextNode().model_dump(mode="json", include=KEPT)  # defaults, which are not stored
+OWN = {"id_", "text", "metadata", "embedding"}  # fields that are stored as parts of a document, or not at all
+TYPES = {c.class_name(): c for c in (TextNode, ImageNode, IndexNode, Node, Document, ImageDocument)}
 
 
 class PilotfishRetriever(BaseRetriever):
@@ -83,20 +84,44 @@ class PilotfishRetriever(BaseRetriever):
 
 
 def to_stored_node(node: BaseNode) -> dict[str, Any]:
-    """Convert a node to a document of the index; relationships and other fields are stored under a reserved key.
+    """Convert a node to a document of the index; its type and other fields are stored under a reserved key.
 
     Raises:
-        RetrievalError: The node's metadata contains the reserved key.
+        RetrievalError: The node's metadata contains the reserved key, or its type is not one of LlamaIndex's.
     """
     if REST in node.metadata:
         raise RetrievalError(f"node {node.node_id!r}: the metadata key {REST} is reserved")
-    rest = {k: v for k, v in node.model_dump(mode="json", include=KEPT).items() if v != USUAL.get(k)}
-    metadata = node.metadata | ({REST: rest} if rest else {})
+    kind = TYPES.get(node.class_name())
+    if kind is None:
+        raise RetrievalError(f"node {node.node_id!r}: is a {node.class_name()}; known are {', '.join(TYPES)}")
+    defaults = _fields(kind.model_construct())  # are not stored
+    rest = {k: v for k, v in _fields(node).items() if v != defaults.get(k)}
+    if kind is not TextNode:
+        rest["class_name"] = node.class_name()
+    metadata = {**node.metadata, **({REST: rest} if rest else {})}
     return {"id": node.node_id, "text": node.get_content(MetadataMode.NONE), "metadata": metadata}
 
 
-def from_stored_node(hit: Hit) -> TextNode:
-    """Convert a document of the index to a node; the document need not come from `to_stored_node`."""
+def from_stored_node(hit: Hit) -> BaseNode:
+    """Convert a document of the index to a node of the original type; it need not come from `to_stored_node`."""
     metadata, rest = {k: v for k, v in hit.metadata.items() if k != REST}, hit.metadata.get(REST)
-    known = {k: v for k, v in rest.items() if k in KEPT} if isinstance(rest, Mapping) else {}
-    return TextNode.model_validate({"id_": hit.id, "text": hit.text, "metadata": metadata, **known})
+    known = dict(rest) if isinstance(rest, Mapping) else {}
+    kind = TYPES.get(known.pop("class_name", ""), TextNode)
+    known = {k: v for k, v in known.items() if k in kind.model_fields and k not in OWN}
+    if issubclass(kind, TextNode):
+        known["text"] = hit.text
+    elif hit.text or known.get("text_resource"):
+        known["text_resource"] = {**(known.get("text_resource") or {}), "text": hit.text}
+    return kind.model_validate({"id_": hit.id, "metadata": metadata, **known})
+
+
+def _fields(node: BaseNode) -> dict[str, Any]:
+    """Return the fields of a node that are not parts of a document, in the form of JSON."""
+    fields = node.model_dump(mode="json", exclude=OWN, include=set(type(node).model_fields))
+    for name, value in fields.items():
+        if name.endswith("_resource") and isinstance(value, dict):
+            data = getattr(node, name).data  # base64, which `model_dump` leaves out
+            fields[name] = {k: v for k, v in value.items() if v is not None} | ({"data": data.decode()} if data else {})
+    if isinstance(fields.get("text_resource"), dict):
+        fields["text_resource"].pop("text", None)
+    return fields

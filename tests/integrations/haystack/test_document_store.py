@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import words
 from haystack import Document, Pipeline
 from haystack.dataclasses import ByteStream
 from haystack.document_stores.errors import DuplicateDocumentError
@@ -106,3 +107,11 @@ def test_reads_documents_indexed_without_haystack(tmp_path: Path) -> None:
         store.write_documents([Document(content="x", meta={"_haystack": "mine"})])
     store.index.upsert([{"id": "a", "text": "sharks", "metadata": {"_haystack": "mine", "year": 1}}])
     assert store.filter_documents()[0].meta == {"year": 1}
+
+
+async def test_concurrent_async_writes_are_all_committed(tmp_path: Path) -> None:
+    words.use()
+    store = PilotfishDocumentStore(str(tmp_path / "concurrent"), encoder="words")
+    batches = [[Document(id=f"{i}-{j}", content=f"text {i}") for j in range(3)] for i in range(20)]
+    assert await asyncio.gather(*map(store.write_documents_async, batches)) == [3] * 20
+    assert store.count_documents() == 60

@@ -8,6 +8,7 @@ import pytest
 import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 
@@ -145,3 +146,67 @@ def test_filters_match_mongodb_semantics(condition: dict[str, Any], metadata: di
     translated = to_pilotfish_filter(condition)
     assert translated is not None and not isinstance(translated, str)
     assert filter_matching.matches(translated, metadata) == holds(condition, metadata)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PilotfishVectorStore:
+    words.use()
+    return PilotfishVectorStore(tmp_path / "index", encoder="words", options={"dimension": 0})
+
+
+def test_index_with_a_record_manager(store: PilotfishVectorStore) -> None:
+    """LangChain's ingestion: repeated documents are skipped, changed sources are replaced."""
+    from langchain_core.indexing import InMemoryRecordManager, index
+
+    records = InMemoryRecordManager("test")
+    records.create_schema()
+
+    def ingest(texts: dict[str, list[str]], cleanup: Any) -> tuple[int, int, int]:
+        documents = [Document(page_content=t, metadata={"source": s}) for s, each in texts.items() for t in each]
+        result = index(
+            documents, records, store, cleanup=cleanup, source_id_key="source", batch_size=2, key_encoder="sha256"
+        )
+        return result["num_added"], result["num_skipped"], result["num_deleted"]
+
+    assert ingest({"a": ["one", "two"], "b": ["three"]}, "incremental") == (3, 0, 0)
+    assert ingest({"a": ["one", "two"], "b": ["three"]}, "incremental") == (0, 3, 0)
+    assert ingest({"a": ["one changed"]}, "incremental") == (1, 0, 2)
+    assert sorted(d.text for d in store.index.select()) == ["one changed", "three"]
+    assert ingest({"c": ["four"]}, "full") == (1, 0, 2)
+    assert [d.text for d in store.index.select()] == ["four"]
+
+
+@pytest.mark.parametrize("kind", ["xtr", "vdr", "bm25", "dense", "hybrid"])
+def test_maximal_marginal_relevance_and_thresholds(tmp_path: Path, kind: str) -> None:
+    words.use()
+    encoder, options = words.KINDS[kind]
+    texts = ["red fish swim", "red fish swim fast", "red birds", "bread oven"]
+    store = PilotfishVectorStore.from_texts(texts, folder=tmp_path / "i", kind=kind, encoder=encoder, options=options)
+
+    def search(k: int, weight: float) -> list[str]:
+        found = store.max_marginal_relevance_search("red fish", k=k, lambda_mult=weight)
+        return [d.page_content for d in found]
+
+    assert search(2, 1.0) == texts[:2]
+    assert search(2, 0.3)[0] == texts[0] and search(2, 0.3)[1] not in texts[:2]
+    assert len(search(9, 0.5)) == len(set(search(9, 0.5)))
+    assert asyncio.run(store.amax_marginal_relevance_search("red fish", k=1))[0].page_content == texts[0]
+    scored = store.similarity_search_with_relevance_scores("red fish", k=4)
+    scores = [score for _, score in scored]
+    assert scores == sorted(scores, reverse=True) and all(0 <= s <= 1 for s in scores)
+    retriever = store.as_retriever(
+        search_type="similarity_score_threshold", search_kwargs={"score_threshold": scores[1], "k": 4}
+    )
+    assert [d.page_content for d in retriever.invoke("red fish")] == [
+        d.page_content for d, s in scored if s >= scores[1]
+    ]
+    assert store.as_retriever(search_type="mmr", search_kwargs={"k": 1}).invoke("red fish")[0].page_content == texts[0]
+
+
+async def test_concurrent_additions_are_all_committed(store: PilotfishVectorStore) -> None:
+    results = await asyncio.gather(*(store.aadd_texts([f"text {i}"], ids=[str(i)]) for i in range(20)))
+    assert sorted(name for names in results for name in names) == sorted(map(str, range(20)))
+    assert len(store.get_by_ids(list(map(str, range(20))))) == 20
+    documents = [[Document(id=f"d{i}", page_content="more")] for i in range(20)]
+    await asyncio.gather(*(store.aadd_documents(each) for each in documents))
+    assert len(store.index) == 40

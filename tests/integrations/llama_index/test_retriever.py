@@ -1,16 +1,30 @@
 """The retriever and the reranker for LlamaIndex."""
 
 import asyncio
+import base64
 from pathlib import Path
 
 import pytest
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    Document,
+    ImageDocument,
+    ImageNode,
+    IndexNode,
+    MediaResource,
+    Node,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from pilotfish.integrations.llama_index import PilotfishRerank, PilotfishRetriever
 from pilotfish.integrations.llama_index.filters import to_pilotfish_filter
-from pilotfish.retrieval import RetrievalError, filter_matching, filters
+from pilotfish.retrieval import RetrievalError, filter_matching
 
 NODES = [
     TextNode(id_="a", text="Sharks have many teeth.", metadata={"year": 2019, "tags": ["sea", "teeth"]}),
@@ -76,10 +90,10 @@ def test_filters(one: MetadataFilter, ids: set[str]) -> None:
     assert {n.node_id for n in NODES if filter_matching.matches(negated, n.metadata)} == {"a", "b", "c"} - ids
 
 
-def test_refuses_unsupported_filter_operators() -> None:
-    wrong = MetadataFilter(key="a", value="x", operator=FilterOperator.TEXT_MATCH_INSENSITIVE)
-    with pytest.raises(filters.FilterError, match="not supported"):
-        to_pilotfish_filter(MetadataFilters(filters=[wrong]))
+def test_text_matches_ignore_case_and_no_filter_is_none(retriever: PilotfishRetriever) -> None:
+    for operator in (FilterOperator.TEXT_MATCH, FilterOperator.TEXT_MATCH_INSENSITIVE):
+        retriever.filters = MetadataFilters(filters=[MetadataFilter(key="tags", value="TEETH", operator=operator)])
+        assert [n.node.node_id for n in retriever.retrieve("fish")] == ["a"]
     assert to_pilotfish_filter(MetadataFilters(filters=[])) is None
 
 
@@ -107,3 +121,37 @@ def test_query_engine_uses_retriever_and_reranker(retriever: PilotfishRetriever)
     answer = engine.query("which fish follow sharks?")
     assert [n.node.node_id for n in answer.source_nodes] == ["b"]
     assert "Pilot fish travel" in str(answer)
+
+
+EVERY_TYPE = [
+    TextNode(id_="text", text="alpha", metadata={"z": 1, "a": {"y": 2, "b": [1]}}),
+    IndexNode(id_="index", text="alpha", index_id="other", metadata={"z": 1, "a": 2}),
+    ImageNode(id_="image", text="alpha", image_url="http://host/i.png", image_mimetype="image/png"),
+    Node(id_="node", text_resource=MediaResource(text="alpha", mimetype="text/markdown"), metadata={"b": 1, "a": 2}),
+    Document(id_="document", text="alpha", metadata={"b": 1, "a": 2}),
+    ImageDocument(id_="picture", text="alpha", image=base64.b64encode(b"picture").decode(), image_mimetype="image/png"),
+]
+
+
+@pytest.mark.parametrize("node", EVERY_TYPE, ids=lambda node: node.class_name())
+def test_every_type_of_node_returns_as_itself(tmp_path: Path, node: BaseNode) -> None:
+    node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id="source", metadata={"b": 1, "a": 2})
+    node.relationships[NodeRelationship.CHILD] = [RelatedNodeInfo(node_id="c1"), RelatedNodeInfo(node_id="c2")]
+    retriever = PilotfishRetriever(tmp_path / "index", kind="bm25")
+    retriever.add([node])
+    result = retriever.retrieve("alpha")[0].node
+    assert type(result) is type(node)
+    assert result.hash == node.hash
+    assert list(result.metadata) == list(node.metadata)
+    assert result.model_dump() == node.model_dump()
+
+
+def test_fusion_counts_a_node_once(retriever: PilotfishRetriever, tmp_path: Path) -> None:
+    from llama_index.core.llms import MockLLM
+    from llama_index.core.retrievers import QueryFusionRetriever
+
+    other = PilotfishRetriever(tmp_path / "other", kind="bm25")
+    other.add(NODES)
+    fused = QueryFusionRetriever([retriever, other], llm=MockLLM(), num_queries=1, similarity_top_k=5, use_async=False)
+    found = [n.node.node_id for n in fused.retrieve("sharks teeth")]
+    assert len(found) == len(set(found)) and "a" in found
