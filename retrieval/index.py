@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import snippets
+from .defaults import CHUNK_TOKENS, LOCK_TIMEOUT, OVERLAP
 from .document_filter import DocumentFilter, Filter
 from .errors import RetrievalError
 from .index_searcher import IndexSearcher, Ranked
@@ -27,10 +28,9 @@ from .index_writer import IndexWriter, Progress
 from .registry import LazyEncoder, absolute_encoder_name, resolve_encoder, resolve_index_kind
 from .store import Change, Snapshot, Store
 from .store.documents import Document
-from .store.lock import LOCK_TIMEOUT
 from .store.manifest import CURRENT
 from .sync import SyncReport
-from .validation import BATCH, CHUNK_TOKENS, OVERLAP, check_names
+from .validation import BATCH, check_names
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from typing import Any
 
 from pilotfish._internal.atomic_write import file_sha256
 
+from .defaults import CHUNK_TOKENS, OVERLAP
 from .errors import RetrievalError
 from .file_finder import files_of_folder
 from .record_files import FIELDS, RECORDS, read_records
 from .store.documents import Document
 from .text_encoding import open_binary, open_text, suffix_of
 from .text_files import TEXTS, read_texts
-from .validation import CHUNK_TOKENS, OVERLAP, as_document
+from .validation import as_document
 
 Chunk = Callable[[str], list[str]]
 

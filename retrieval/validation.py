@@ -9,7 +9,6 @@ from .errors import RetrievalError
 from .store.documents import Document
 
 DEEPEST = 64  # maximum nesting of objects and arrays in metadata
-CHUNK_TOKENS, OVERLAP = 200, 40  # defaults of chunks of texts, in tokens
 LONGEST_ID = 4096  # maximum number of characters of an id, which has to fit in a URL
 BATCH = 8192  # documents per commit; the first batch is the training sample of the shared arrays
 

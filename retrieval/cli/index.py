@@ -12,8 +12,7 @@ from ...plugins.cli import extend_group, strip_control_characters
 from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import SEARCH, make_table, print_plain
-from ..store.lock import LOCK_TIMEOUT
-from ..validation import CHUNK_TOKENS, OVERLAP
+from ..defaults import CHUNK_TOKENS, LOCK_TIMEOUT, OVERLAP
 from .options import (
     AsJson,
     BadFiles,

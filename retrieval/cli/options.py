@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from ...plugins.config import ConfigError, parse_assignments
-from ..store.lock import LOCK_TIMEOUT
+from ..defaults import LOCK_TIMEOUT
 
 T = TypeVar("T")
 

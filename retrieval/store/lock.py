@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pilotfish._internal.atomic_write import file_mode
 
+from ..defaults import LOCK_TIMEOUT
 from ..errors import LockedIndex
 
 LOCK, HOLDER = "write.lock", "write.pid"
-LOCK_TIMEOUT = 30.0  # seconds
 
 
 class _Queue:

@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from pilotfish._internal import atomic_write
 
+from ..defaults import LOCK_TIMEOUT
 from ..errors import DamagedIndex, RetrievalError, first_line, read_errors
 from . import manifest
 from .documents import Document, Documents
-from .lock import LOCK_TIMEOUT, write_lock
+from .lock import write_lock
 from .manifest import ArrayFile, Manifest, SegmentFiles
 
 ATTEMPTS = 20  # attempts to open a commit while a writer replaces it

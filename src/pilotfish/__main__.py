@@ -1,6 +1,7 @@
 """The command line: an empty application to which plugins add commands."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import sys
 import typer
 
 from pilotfish import __version__
+from pilotfish._internal.extras import missing_module
 
 from .plugins.cli import strip_control_characters
 from .plugins.config import ConfigError
@@ -42,12 +44,20 @@ def main() -> None:
     """Run a command. A mistake of the user becomes one line on standard error and exit code 2."""
     # On SIGTERM a command ends its child processes as after Ctrl-C, but with exit code 143.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a locale may not be able to show every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = build()(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except (ConfigError, Unsupported) as error:
         sys.exit(_refuse(str(error)))
+    except ModuleNotFoundError as error:
+        message = missing_module(error, next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
+        if message is None:
+            raise
+        sys.exit(_refuse(message))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except OSError as error:

