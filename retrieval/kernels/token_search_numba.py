@@ -12,16 +12,30 @@ from pilotfish._internal.jit import jit
 def _values(codes, kernel, low, step, codebooks, factored, query, base, out):
     """Compute the similarities of one query token and the codes of a list."""
     d = query.shape[0]
+    small, scale = np.zeros(d, np.int32), np.float32(0)
+    if kernel <= 1:  # the rounding of `prepare` in the C++ kernel, so that the scores are the same
+        largest, offset = np.float32(1e-12), np.float32(0)
+        for j in range(d):
+            offset += query[j] * low[j]
+            largest = max(largest, abs(query[j] * step[j]))
+        base, scale = np.float32(offset + base), largest / np.float32(127)
+        factor = np.float32(127) / largest
+        for j in range(d):
+            small[j] = np.int32(np.rint(query[j] * step[j] * factor))
     for i in range(codes.shape[0]):
+        if kernel <= 1:
+            product = np.int32(0)
+            if kernel == 0:
+                for j in range(d // 2):
+                    product += small[2 * j] * np.int32(codes[i, j] & 15)
+                    product += small[2 * j + 1] * np.int32(codes[i, j] >> 4)
+            else:
+                for j in range(d):
+                    product += small[j] * np.int32(codes[i, j])
+            out[i] = base + scale * np.float32(product)
+            continue
         total = np.float32(0)
-        if kernel == 0:
-            for j in range(d // 2):
-                total += query[2 * j] * (low[2 * j] + step[2 * j] * np.float32(codes[i, j] & 15))
-                total += query[2 * j + 1] * (low[2 * j + 1] + step[2 * j + 1] * np.float32(codes[i, j] >> 4))
-        elif kernel == 1:
-            for j in range(d):
-                total += query[j] * (low[j] + step[j] * np.float32(codes[i, j]))
-        elif kernel == 2:
+        if kernel == 2:
             for j in range(d):
                 total += query[j] * _half(codes[i, 2 * j], codes[i, 2 * j + 1])
         else:

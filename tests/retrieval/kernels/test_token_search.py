@@ -209,3 +209,27 @@ def test_refuses_inconsistent_arrays() -> None:
     ):
         with pytest.raises(ValueError, match=r"starts|codes of|lists that|numbers of"):
             make_search(**changes)
+
+
+@pytest.mark.skipif(token_search._compiled() is None, reason="needs a C++ compiler")
+@QUIET
+@given(
+    seed=st.integers(0, 1 << 30),
+    codec=st.sampled_from(sorted(CODECS)),
+    lists=st.integers(1, 20),
+    impute=st.sampled_from(list(Impute)),
+    keep=st.booleans(),
+)
+def test_scores_are_the_same_without_a_compiler(monkeypatch, seed, codec, lists, impute, keep) -> None:
+    c = Collection(seed, codec, lists, 2)
+    s = TokenSearchSettings(8, impute, 50, 256, 20, keep)
+    documents, scores, _ = c.search.search(c.query, c.near, 1000, s)
+    monkeypatch.setattr(token_search, "_compiled", lambda: None)
+    others, other_scores, _ = c.search.search(c.query, c.near, 1000, s)
+    monkeypatch.undo()
+    assert set(documents.tolist()) == set(others.tolist())
+    by_document = dict(zip(others.tolist(), other_scores.tolist(), strict=True))
+    assert (
+        max((abs(by_document[d] - x) for d, x in zip(documents.tolist(), scores.tolist(), strict=True)), default=0)
+        < 1e-5
+    )
