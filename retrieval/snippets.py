@@ -71,15 +71,26 @@ def _densest(places: list[tuple[int, str]], length: int) -> int:
 
 def _places(folded: str, prefixes: dict[str, str]) -> list[tuple[int, str]]:
     """Return (position, prefix) of the query terms in a text, in text order."""
-    found = []
+    rare: list[tuple[int, str]] = []
+    frequent: list[tuple[int, str]] = []
     for prefix in prefixes:
-        at, count = folded.find(prefix), 0
-        while at >= 0 and count < MOST_PLACES:
-            if at == 0 or not folded[at - 1].isalnum() or not prefix.isascii():
-                found.append((at, prefix))
-                count += 1
-            at = folded.find(prefix, at + 1)
-    return sorted(found)
+        found = _find_all(folded, prefix, 0, len(folded))
+        (rare if len(found) < MOST_PLACES else frequent).extend((at, prefix) for at in found)
+    # Of a frequent term, the first places are known, and those around places of rare terms.
+    for prefix in {prefix for _, prefix in frequent} if rare else ():
+        for at, _ in rare[:MOST_PLACES]:
+            frequent += ((i, prefix) for i in _find_all(folded, prefix, max(0, at - LENGTH), at + LENGTH))
+    return sorted({*rare, *frequent})
+
+
+def _find_all(folded: str, prefix: str, begin: int, end: int) -> list[int]:
+    """Return the first `MOST_PLACES` positions at which a word begins with a prefix."""
+    found, at = list[int](), folded.find(prefix, begin, end)
+    while at >= 0 and len(found) < MOST_PLACES:
+        if at == 0 or not folded[at - 1].isalnum() or not prefix.isascii():
+            found.append(at)
+        at = folded.find(prefix, at + 1, end)
+    return found
 
 
 def _fold_in_place(text: str) -> str:

@@ -182,7 +182,7 @@ class Store:
             with read_errors(path):
                 if path.stat().st_size != file.bytes:
                     raise DamagedIndex(f"{self.folder}: {file.name} has {path.stat().st_size} bytes, not {file.bytes}")
-                array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+                array = _load_array(path)
             if file.form and file.form != form(array):
                 raise DamagedIndex(f"{self.folder}: {file.name} is of the form {form(array)}, not {file.form}")
             return array
@@ -316,6 +316,22 @@ def check_new_folder(folder: Path) -> None:
         raise RetrievalError(f"{folder}: {reason}")
     if outer := next((p for p in folder.absolute().parents if (p / manifest.CURRENT).exists()), None):
         raise RetrievalError(f"{folder}: lies in another index, {outer}; choose a folder outside of it")
+
+
+_parser = threading.Lock()
+
+
+def _load_array(path: Path) -> NDArray:
+    """Map an array into memory.
+
+    NumPy parses the header of the file with `ast`, which fails in CPython 3.11 if threads use it at the same time
+    (python/cpython#106905); other users of `ast` do not take our lock, hence the second attempt.
+    """
+    with _parser:
+        try:
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except SystemError:
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def form(array: NDArray) -> str:

@@ -81,6 +81,8 @@ def holds(tree: Tree, metadata: dict[str, Any]) -> bool:
         case "in" | "not in":
             return any(same(found, v) for v in value) == (operator == "in")
     a, b = key(found), key(value)
+    if isinstance(found, str) and isinstance(value, str) and type(a) is not type(b):
+        a, b = folded(found), folded(value)  # a date and another text
     if a is None or b is None or type(a) is not type(b):
         return False
     return {"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[operator]
@@ -105,7 +107,11 @@ def key(value: Any) -> Any:
         moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
         return moment.astimezone(datetime.UTC), Decimal("0." + (fraction[1] if fraction else "0"))
     except ValueError:
-        return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", value).casefold())
+        return folded(value)
+
+
+def folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 # ------------------------------------------------------------------------------------------------------- translations

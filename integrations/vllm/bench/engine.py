@@ -14,6 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pilotfish._internal.lazy_import import torch
+
+from .cpu_load import threads_beside_others
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -42,6 +46,8 @@ class EngineProcess:
         """
         self.log = log
         environment = {**ENVIRONMENT, **os.environ, **env}
+        if not torch.cuda.is_available() and (threads := threads_beside_others()) is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         if "kv_cache_memory_bytes" in config:  # vLLM's CPU platform would silently prefer the variable
             del environment["VLLM_CPU_KVCACHE_SPACE"]
         self._process = self._spawn([*worker, json.dumps(config)], environment)
