@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import RetrievalError
 from ..token_embeddings import TokenEmbeddings
 from . import checkpoints, tokenization
+from .bert_queries import MOST_QUERIES, BertQueries, has_gpu
 from .checkpoints import Checkpoint
 from .tokenization import Progress
 
@@ -47,31 +48,67 @@ class MultiVectorEncoder:
         Raises:
             RetrievalError: The checkpoint cannot be loaded.
         """
-        import torch
-        from transformers import AutoModel, AutoTokenizer, T5EncoderModel
-
         self.name, self.checkpoint = name, checkpoint
-        self.device = device = tokenization.pick_device(device)
         for each in (precision, query_precision or precision):
-            tokenization.check_precision(each, device)
-        with tokenization.quiet_loading(f"encoder {checkpoint.folder}"):
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.backbone, local_files_only=True)
-            loader = T5EncoderModel if checkpoint.t5 else AutoModel
-            model = loader.from_pretrained(checkpoint.backbone, local_files_only=True).eval()
-        self._layers = [
-            (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
-            for x in checkpoint.layers
-        ]
-        self._model = tokenization.cast_model(model, precision, device)
-        same = query_precision in (None, precision)
-        self._query_model = self._model if same else tokenization.cast_model(model, str(query_precision), device)
-        self._width = int(model.config.hidden_size)
-        self.dimension = len(self._layers[-1][0]) if self._layers else self._width
-        self._skipped = {
-            i for word in checkpoint.skipped for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]
-        }
+            tokenization.check_precision(each, "cpu" if device == "auto" else device)
+        on_cpu = device == "cpu" or (device == "auto" and not has_gpu())
+        plain = on_cpu and {precision, query_precision or precision} == {"float32"}
+        self._few = BertQueries.load(checkpoint) if plain else None
+        self.device = "cpu" if self._few is not None else tokenization.pick_device(device)
+        self._precisions = precision, query_precision or precision
+        for each in self._precisions:
+            tokenization.check_precision(each, self.device)
         self._remembered: tokenization.LRUCache[TokenEmbeddings] = tokenization.LRUCache()
         self._mutex = threading.Lock()  # tokenizers are not thread-safe
+        self._loading = threading.RLock()
+        width = self._few.width if self._few is not None else int(self._model.config.hidden_size)
+        self._width, self.dimension = width, len(checkpoint.layers[-1].weight) if checkpoint.layers else width
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded[1]
+
+    @property
+    def _query_model(self) -> Any:
+        return self._loaded[2]
+
+    @property
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        """Tokenizer, model of documents and model of queries; loaded when first needed."""
+        with self._loading:
+            return self._load
+
+    @functools.cached_property
+    def _load(self) -> tuple[Any, Any, Any]:
+        from transformers import AutoModel, AutoTokenizer, T5EncoderModel
+
+        backbone, (precision, query_precision) = self.checkpoint.backbone, self._precisions
+        with tokenization.quiet_loading(f"encoder {self.checkpoint.folder}"):
+            tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
+            loader = T5EncoderModel if self.checkpoint.t5 else AutoModel
+            model = loader.from_pretrained(backbone, local_files_only=True).eval()
+        cast = tokenization.cast_model(model, precision, self.device)
+        same = query_precision == precision
+        return tokenizer, cast, cast if same else tokenization.cast_model(model, query_precision, self.device)
+
+    @functools.cached_property
+    def _layers(self) -> list[tuple[Any, Any]]:
+        import torch
+
+        return [
+            (torch.from_numpy(x.weight), None if x.bias is None else torch.from_numpy(x.bias))
+            for x in self.checkpoint.layers
+        ]
+
+    @functools.cached_property
+    def _skipped(self) -> set[int]:
+        """Token ids of documents whose vectors are dropped."""
+        words = self.checkpoint.skipped
+        return {i for word in words for i in self._tokenizer(word, add_special_tokens=False)["input_ids"][:1]}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -88,6 +125,8 @@ class MultiVectorEncoder:
         """Encode queries; recent queries are cached."""
 
         def make(new: list[str]) -> list[TokenEmbeddings]:
+            if self._few is not None and len(new) <= MOST_QUERIES:
+                return [self._few.encode(query) for query in new]
             encoded = self._encode(self._query_model, self._ids(new, query=True), None, set())
             parts = [encoded[i] for i in range(len(new))]
             return [replace(p, vectors=p.vectors.astype(np.float32)) for p in parts]
