@@ -197,8 +197,8 @@ class DocumentSource:
         return self._records(path, name) if suffix_of(name) in RECORDS or name == "-" else self._pieces(path, name)
 
     def _records(self, path: Path | None, name: str) -> Iterator[Document]:
-        empty = 0
-        for number, record in read_records(path, name):
+        empty, notes = 0, list[str]()
+        for number, record in read_records(path, name, notes.append):
             try:
                 document = as_document(self._document(record, f"{name}:{number}"))
             except RetrievalError as error:
@@ -208,7 +208,9 @@ class DocumentSource:
             else:
                 empty += 1
         if empty:
-            self.skipped[name] = f"{name}: {empty} records without text"
+            notes.append(f"{name}: {empty} records without text")
+        if notes:
+            self.skipped[name] = "; ".join(notes)
 
     def _document(self, record: Any, place: str) -> dict[str, Any]:
         if not isinstance(record, dict):

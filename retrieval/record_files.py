@@ -5,7 +5,7 @@ import decimal
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 FIELDS = ("_id", "id", "text", "title", "metadata")
 
 
-def read_records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
+def read_records(
+    path: Path | None, name: str, on_note: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[int, Any]]:
     """Iterate over the records of a file, as (record number from 1 on, record).
 
     Args:
         path: Path of the file; None for JSON lines on standard input.
         name: Name of the file, whose suffix is its format.
+        on_note: Called with a message about parts of the file that are left out.
 
     Raises:
         RetrievalError: The file cannot be read.
@@ -31,7 +34,7 @@ def read_records(path: Path | None, name: str) -> Iterator[tuple[int, Any]]:
     try:
         if suffix == ".parquet":
             assert path is not None
-            yield from enumerate(_parquet(path, name), 1)
+            yield from enumerate(_parquet(path, name, on_note), 1)
         elif suffix in (".csv", ".tsv"):
             assert path is not None
             encoding = detect_encoding(path, name)
@@ -65,20 +68,38 @@ def _parse_line(line: str, place: str) -> Any:
         raise RetrievalError(f"{place}: {first_line(error)}") from None
 
 
-def _parquet(path: Path, name: str) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, name: str, on_note: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     require_module("pyarrow", ".parquet")
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
         with path.open("rb") as file:  # opened here, so that error messages of pyarrow do not contain the path
-            texts = [f.name for f in pq.read_schema(file) if pyarrow.types.is_string(f.type)]
+            schema = pq.read_schema(file)
+            texts = [f.name for f in schema if pyarrow.types.is_string(f.type)]
+            left_out = [f for f in schema if not _is_supported(f.type)]
+            if left_out:
+                columns = ", ".join(f"{f.name} ({f.type})" for f in left_out)
+                on_note(f"{name}: left out columns of types that metadata cannot hold: {columns}")
+            columns = [f.name for f in schema if f not in left_out]
             # Dictionary encoding and conversion row by row limit memory: compressed tables may be huge.
-            for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024):
+            for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024, columns=columns):
                 rows = _microseconds(batch)
                 yield from (_json(rows.slice(row, 1).to_pylist()[0]) for row in range(rows.num_rows))
     except pyarrow.ArrowException as error:
         raise RetrievalError(f"{name}: {first_line(error)}") from None
+
+
+def _is_supported(kind: Any) -> bool:
+    """Return whether the values of a column can be metadata: numbers, text, dates, true or false, lists and structs."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_supported(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_supported(kind.field(i).type) for i in range(kind.num_fields))
+    tests = types.is_boolean, types.is_integer, types.is_floating, types.is_null, types.is_date, types.is_timestamp
+    return any(test(kind) for test in (*tests, types.is_string, types.is_large_string, types.is_decimal, types.is_time))
 
 
 def _microseconds(batch: Any) -> Any:

