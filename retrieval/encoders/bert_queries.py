@@ -77,7 +77,7 @@ class BertQueries:
             attended = self._linear(attended, f"{name}.attention.output.dense")
             hidden = self._layer_norm(hidden + attended, f"{name}.attention.output.LayerNorm")
             inner = self._linear(hidden, f"{name}.intermediate.dense")
-            inner *= (1 + _erf(inner / math.sqrt(2)).astype(np.float32)) / 2  # GELU
+            inner *= (1 + np.asarray(_erf(inner / math.sqrt(2)), np.float32)) / 2  # GELU
             hidden = self._layer_norm(hidden + self._linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
         return hidden
 
