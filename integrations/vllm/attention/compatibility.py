@@ -166,11 +166,6 @@ def _check_blocks(plugin: str, vllm_config: Any) -> None:
             "use --no-enable-prefix-caching",
         ),
         (vllm_config.kv_transfer_config is not None, "a KV connector transfers whole blocks", "disable the connector"),
-        (
-            getattr(vllm_config, "use_v2_model_runner", False),
-            "the V2 model runner does not report which tokens are prompt tokens",
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
     ):
         if present:
             raise Unsupported(plugin, reason, remedy, vllm_config.model_config.model)

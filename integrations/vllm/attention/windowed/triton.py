@@ -56,16 +56,23 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
         in_prompt = self._in_prompt[:requests]
-        if known is None:  # a CUDA graph is being captured
-            in_prompt.zero_()
-        else:
-            in_prompt.copy_(known[:requests], non_blocking=True)
+        # The V2 runner pads requests to the size of the CUDA graph, but not these flags; V1 passes none on capture.
+        flags = 0 if known is None else min(len(known), requests)
+        if known is not None:
+            in_prompt[:flags].copy_(known[:flags], non_blocking=True)
+        in_prompt[flags:].zero_()
         stock.step = TritonWindowedStep(
             stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
         stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
         return stock
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Build the metadata of a step whose CUDA graph is captured; no request of it is real."""
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        metadata.windowed = 0
+        return metadata
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         """Build the metadata of the same step for the blocks of another group of heads."""
