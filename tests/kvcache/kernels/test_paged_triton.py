@@ -226,12 +226,12 @@ def test_refuses_unsupported_dtypes(kernels: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cuda_graph_replay_uses_new_inputs(kernels: ModuleType, dtype: torch.dtype) -> None:
     """Test that a graph captured with one batch is right for other batches of the same shape."""
-    case = build([700, 640, 90], [1, 1, 1], 2, 4, 128, 16, dtype)
+    case = build([700, 640, 300], [1, 1, 1], 2, 4, 128, 16, dtype)
     rule = SelectionRule(256, 4, 64, "sum", "page")
     batch, query = case.batch(kernels), case.query
     output, scale = torch.zeros_like(query), 128**-0.5
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()  # the kernels of the first call run on another stream than the tensors' copies
+    with torch.cuda.stream(torch.cuda.Stream()):
         selected = kernels.select_tokens(kernels.token_scores(query, case.cache, batch, rule, scale), batch, rule)
         kernels.paged_decode_attention(query, case.cache, batch, rule, scale, output, selected)
     torch.cuda.synchronize()
