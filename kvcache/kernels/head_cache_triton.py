@@ -21,10 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 64  # positions that a program processes at a time
+# Rows (query tokens times query heads) of a program: decoding, draft tokens or a short chunk, a prompt.
 MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
-PROMPT_ROWS = 64  # rows (query tokens times query heads) of a program during prefill
-TARGET_PROGRAMS = 256  # number of programs that keeps a large GPU busy; with fewer tiles, contexts are split
-MAX_SPLITS = 16
+SHORT_ROWS = 64
+PROMPT_ROWS = 128
+TARGET_SPLITS = 512  # splits of all contexts together that keep a large GPU busy
+MAX_SPLITS = 128  # of one context
+SPLITS_AT_ONCE = 16  # splits that a program merges at a time
+SHORT_LAUNCH = {"num_warps": 4, "num_stages": 3}
+PROMPT_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class TritonHeadCaches:
             if is_windowed and cache.stride(0) * cache.element_size() < room:
                 stride = cache.stride(0) * cache.element_size()
                 raise ValueError(f"a block stride of {stride} bytes leaves no room for means, {room} are needed")
+        if any(cache.data_ptr() % 16 for cache in caches):
+            raise ValueError("a cache does not begin at a multiple of 16 bytes")
         if block_size & (block_size - 1):
             raise ValueError(f"unsupported block size of {block_size} tokens: expected a power of two")
         if first.stride(0) * first.element_size() % 4:
@@ -141,47 +148,64 @@ class TritonHeadCaches:
             output: [num_tokens, num_heads, head_size], heads contiguous.
             step: Requests of the step.
         """
-        tokens, heads, head_size = query.shape
-        kv_heads, requests = len(self._caches), len(step.seq_lens)
+        heads, kv_heads, requests = query.shape[1], len(self._caches), len(step.seq_lens)
         num_queries_per_kv = heads // kv_heads
-        rows = max(MIN_DOT_ROWS, triton.next_power_of_2(num_queries_per_kv))
-        if step.max_query_len > 1:
-            rows = max(rows, PROMPT_ROWS)
-        together = rows // num_queries_per_kv
-        tiles = triton.cdiv(step.max_query_len, together)
-        splits = min(
-            MAX_SPLITS,
-            triton.cdiv(TARGET_PROGRAMS, requests * tiles * kv_heads),
-            triton.cdiv(step.max_seq_len, 4 * TILE),
-        )
-        parts = torch.empty(tokens, heads, splits, head_size, dtype=torch.float32, device=query.device)
-        tops, totals = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=query.device)
-        kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
-            query,
-            self._where,
-            step.query_start_loc,
-            step.seq_lens,
-            step.in_prompt,
+        fewest = triton.next_power_of_2(num_queries_per_kv)
+        rows = max(MIN_DOT_ROWS if step.max_query_len == 1 else SHORT_ROWS, fewest)
+        longest = min(rows // num_queries_per_kv, step.max_query_len)
+        splits = min(MAX_SPLITS, triton.cdiv(TARGET_SPLITS, requests), triton.cdiv(step.max_seq_len, 2 * TILE))
+        shape = requests * longest, heads, splits
+        parts = torch.empty(*shape, self.size, dtype=torch.float32, device=query.device)
+        tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
+
+        def launch(rows: int, tiles: int, splits: int, options: dict[str, int], *, short: bool) -> None:
+            kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
+                query,
+                self._where,
+                step.query_start_loc,
+                step.seq_lens,
+                step.in_prompt,
+                output,
+                parts,
+                tops,
+                totals,
+                scale,
+                query.stride(0),
+                output.stride(0),
+                self._caches[0].stride(0),
+                tiles,
+                longest,
+                self.sink_blocks,
+                self.window.window,
+                self.window.ratio,
+                HEADS=heads,
+                NUM_QUERIES_PER_KV=num_queries_per_kv,
+                ROWS=rows,
+                TOKENS=rows // num_queries_per_kv,
+                **self._sizes,
+                BLOCK=self.block_size,
+                TILE=TILE,
+                EXACT=self.window.exact_prefill,
+                COMPENSATION=self.window.compensation,
+                SHORT=short,
+                **options,
+            )
+
+        launch(rows, 1, splits, SHORT_LAUNCH, short=True)
+        kernels.merge_splits_kernel[(requests * longest, heads)](
             parts,
             tops,
             totals,
-            scale,
-            query.stride(0),
-            self._caches[0].stride(0),
-            tiles,
-            self.sink_blocks,
-            self.window.window,
-            self.window.ratio,
+            step.query_start_loc,
+            output,
+            splits,
+            longest,
+            output.stride(0),
             HEADS=heads,
-            NUM_QUERIES_PER_KV=num_queries_per_kv,
-            ROWS=rows,
-            TOKENS=together,
             **self._sizes,
-            BLOCK=self.block_size,
-            TILE=TILE,
-            EXACT=self.window.exact_prefill,
-            COMPENSATION=self.window.compensation,
+            SPLITS_AT_ONCE=SPLITS_AT_ONCE,
         )
-        kernels.merge_splits_kernel[(tokens, heads)](
-            parts, tops, totals, output, splits, output.stride(0), HEADS=heads, **self._sizes
-        )
+        if step.max_query_len > longest:
+            rows = max(PROMPT_ROWS, fewest)
+            tiles = triton.cdiv(step.max_query_len, rows // num_queries_per_kv)
+            launch(rows, tiles, 1, PROMPT_LAUNCH, short=False)

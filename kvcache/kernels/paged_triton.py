@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 128  # positions that a program processes at a time
-SPLIT = 1024  # positions per program of `programs_triton.unit_scores_kernel`
 MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
+TARGET_PROGRAMS = 1024  # number of programs that keeps a large GPU busy
+MAX_SPLITS = 64  # parts into which a context is split
+SPLITS_AT_ONCE = 16  # splits that a program merges at a time
+SCORES_LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -72,58 +75,55 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
     """
     _check(query, cache, batch)
     requests, (heads, head_size), kv_heads = len(batch.seq_lens), query.shape[1:], cache.shape[1]
-    by_page = rule.granularity == "page"
-    # Sums over heads can be computed for whole pages, which needs 1/32 of the memory. Other aggregates need tokens.
-    unit = PAGE_SIZE if by_page and rule.head_aggregation in ("head", "kv_head", "sum") else 1
-    units = -(-batch.max_seq_len // PAGE_SIZE) * PAGE_SIZE // unit
-    scores = torch.full((requests, heads, units), float("-inf"), dtype=torch.float32, device=query.device)
-    num_queries_per_kv = heads // kv_heads
-    kernels.unit_scores_kernel[(requests, kv_heads, triton.cdiv(units * unit, SPLIT))](
-        query,
-        cache,
-        batch.block_table,
-        batch.query_start_loc,
-        batch.seq_lens,
-        scores,
-        scale,
-        rule.budget,
-        units,
-        query.stride(0),
-        *cache.stride()[:3],
-        batch.block_table.stride(0),
-        HEADS=heads,
-        NUM_QUERIES_PER_KV=num_queries_per_kv,
-        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(num_queries_per_kv)),
-        HEAD_SIZE=head_size,
-        HEAD_SIZE_PADDED=triton.next_power_of_2(head_size),
-        BLOCK=cache.shape[2],
-        UNIT=unit,
-        TILE=TILE,
-        SPLIT=SPLIT,
+    unit = PAGE_SIZE if rule.granularity == "page" else 1
+    inputs = query, cache, batch.block_table, batch.query_start_loc, batch.seq_lens
+    strides = query.stride(0), *cache.stride()[:3], batch.block_table.stride(0)
+    sizes = {
+        "HEADS": heads,
+        "NUM_QUERIES_PER_KV": heads // kv_heads,
+        "ROWS": max(MIN_DOT_ROWS, triton.next_power_of_2(heads // kv_heads)),
+        "HEAD_SIZE": head_size,
+        "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
+        "BLOCK": cache.shape[2],
+        "TILE": TILE,
+    }
+    tiles = triton.cdiv(batch.max_seq_len, TILE)
+    splits = min(MAX_SPLITS, tiles, triton.cdiv(TARGET_PROGRAMS, requests * kv_heads))
+    totals = torch.empty(requests, heads, splits, dtype=torch.float32, device=query.device)
+    kernels.score_totals_kernel[(requests, kv_heads, splits)](
+        *inputs, totals, scale, rule.budget, *strides, **sizes, **SCORES_LAUNCH
     )
-    totals = scores.logsumexp(-1)
-    least = torch.full_like(totals, float("-inf"))
-    if rule.head_aggregation == "union":
-        least = scores.topk(min(rule.budget - rule.recent, units), sorted=False).values.amin(-1)
-    num_head_groups = rule.num_head_groups(heads, kv_heads)
-    result = torch.empty(requests, num_head_groups, units, dtype=torch.float32, device=query.device)
-    kernels.token_scores_kernel[(requests, num_head_groups, triton.cdiv(units, TILE))](
-        scores,
-        totals,
-        least,
-        batch.query_start_loc,
-        batch.seq_lens,
-        result,
-        rule.budget,
-        units,
-        HEADS=heads,
-        NUM_HEAD_GROUPS=num_head_groups,
-        TAKE_MAX=rule.head_aggregation == "max",
-        TILE=TILE,
-    )
-    if by_page and unit == 1:
-        result = result.view(requests, num_head_groups, units // PAGE_SIZE, PAGE_SIZE).sum(-1)
-    return result
+
+    def weights(num_head_groups: int, unit: int) -> "Tensor":
+        groups = min(num_head_groups, kv_heads)  # programs write the rows of all query heads of a KV head
+        new = torch.zeros if rule.head_aggregation == "union" else torch.empty  # `union` ranks whole rows
+        result = new(requests, num_head_groups, tiles * TILE // unit, dtype=torch.float32, device=query.device)
+        programs = min(tiles, triton.cdiv(TARGET_PROGRAMS, requests * groups))
+        kernels.unit_weights_kernel[(requests, groups, programs)](
+            *inputs,
+            totals,
+            result,
+            scale,
+            rule.budget,
+            result.shape[-1],
+            splits,
+            *strides,
+            **sizes,
+            UNIT=unit,
+            KV_HEADS=kv_heads // groups,
+            SPLITS=triton.next_power_of_2(splits),
+            PER_HEAD=num_head_groups == heads,
+            TAKE_MAX=rule.head_aggregation == "max",
+            **SCORES_LAUNCH,
+        )
+        return result
+
+    if rule.head_aggregation != "union":
+        return weights(rule.num_head_groups(heads, kv_heads), unit)
+    per_head = weights(heads, 1)
+    least = per_head.topk(min(rule.budget - rule.recent, per_head.shape[-1]), sorted=False).values.amin(-1)
+    proposed = per_head.masked_fill(per_head < least[..., None], 0).sum(1, keepdim=True)
+    return proposed.unflatten(-1, (-1, unit)).sum(-1)
 
 
 def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
@@ -262,6 +262,7 @@ def paged_decode_attention(
         count,
         output.stride(0),
         **sizes,
+        SPLITS_AT_ONCE=SPLITS_AT_ONCE,
     )
 
 

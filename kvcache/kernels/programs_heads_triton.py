@@ -18,7 +18,8 @@ jit = cast(Any, triton.jit)
 def load_head(where, kv_head, like):
     """Return cache, block table, row length and the windowed flag of a KV head; the cache has the dtype of ``like``."""
     at = where + kv_head * 5
-    cache = tl.load(at).to(tl.pointer_type(like.dtype.element_ty))
+    # The compiler cannot know the alignment of an address that is read from memory, and would load single elements.
+    cache = tl.multiple_of(tl.load(at).to(tl.pointer_type(like.dtype.element_ty)), 16)
     table = tl.load(at + 1).to(tl.pointer_type(tl.int32))
     return cache, table, tl.load(at + 3), tl.load(at + 4) != 0
 
@@ -119,13 +120,16 @@ def windowed_attention_kernel(
     starts,
     seq_lens,
     in_prompt,
+    output,
     parts,
     tops,
     totals,
     scale,
     query_stride,
+    output_stride,
     block_stride,
     tiles,
+    longest,  # requests of up to this many query tokens are short
     sinks,  # in blocks
     window,
     ratio,
@@ -139,17 +143,18 @@ def windowed_attention_kernel(
     TILE: tl.constexpr,
     EXACT: tl.constexpr,  # full attention during prefill
     COMPENSATION: tl.constexpr,
+    SHORT: tl.constexpr,  # whether to process short requests, whose context is split, or all others
 ):
-    """Compute the attention of a tile of query tokens over one split of the tokens that their heads keep.
+    """Compute the attention of a tile of query tokens over the tokens that their heads keep.
 
-    `merge_splits_kernel` merges the splits.
+    For short requests, a program reads one split of them, and `merge_splits_kernel` merges the splits.
     """
     request, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, part = tl.program_id(1), tl.program_id(2)
     start, context = tl.load(starts + request), tl.load(seq_lens + request)
     length = tl.load(starts + request + 1) - start
     first = tile * TOKENS
-    if first < length:
+    if (first < length) & ((length <= longest) == SHORT):
         cache, table, row, windowed = load_head(where, kv_head, query)
         table += request * row
         i, d = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED)
@@ -169,7 +174,8 @@ def windowed_attention_kernel(
             gap = tl.where(tl.load(in_prompt + request) != 0, 0, gap)
         least = tl.min(gap, 0)
         edge = sinks * BLOCK
-        count = tl.max(before, 0) + 1 - least  # positions to read
+        last = tl.max(before, 0) + 1
+        count = last - least  # positions to read
 
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -180,7 +186,8 @@ def windowed_attention_kernel(
                 q, cache, table, gap_of_part, sinks, scale, block_stride, HEAD_SIZE, BLOCK, d
             )
 
-        each = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), TILE) * TILE
+        # A split has as many positions in every head, so that all programs take as long; windowed heads need fewer.
+        each = tl.cdiv(tl.cdiv(last, tl.num_programs(2)), TILE) * TILE
         for begin in range(part * each, tl.minimum(part * each + each, count), TILE):
             index = begin + tl.arange(0, TILE)
             position = tl.where(index < edge, index, index + least)
@@ -194,10 +201,19 @@ def windowed_attention_kernel(
             v = tl.load(at[:, None] + HEAD_SIZE + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
             top, total, mixed = online_softmax_step(x, v, top, total, mixed)
 
-        to = ((start + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
-        tl.store(parts + to[:, None] * HEAD_SIZE + d[None, :], mixed, mask=row_mask[:, None] & d_mask[None, :])
-        tl.store(tops + to, top, mask=row_mask)
-        tl.store(totals + to, total, mask=row_mask)
+        if SHORT:
+            to = ((request * longest + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
+            used = row_mask & (part * each + 0 * i < count)  # the first split always has tokens
+            tl.store(parts + to[:, None] * HEAD_SIZE + d[None, :], mixed, mask=used[:, None] & d_mask[None, :])
+            tl.store(tops + to, top, mask=row_mask)
+            tl.store(totals + to, total, mask=used)
+        else:
+            to = output + (start + token).to(tl.int64) * output_stride + head * HEAD_SIZE
+            tl.store(
+                to[:, None] + d[None, :],
+                (mixed / total[:, None]).to(output.dtype.element_ty),
+                mask=row_mask[:, None] & d_mask[None, :],
+            )
 
 
 @jit
@@ -205,17 +221,23 @@ def merge_splits_kernel(
     parts,
     tops,
     totals,
+    starts,
     output,
     count,
+    longest,
     output_stride,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):
-    """Merge the splits of one query token and head by log-sum-exp, in their order."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, HEAD_SIZE_PADDED)
-    base = (token * HEADS + head) * count
-    merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED)
-    to = output + token * output_stride + head * HEAD_SIZE + d
-    tl.store(to, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE)
+    """Merge the splits of one query token of a short request, for one head, by log-sum-exp."""
+    request, token, head = tl.program_id(0) // longest, tl.program_id(0) % longest, tl.program_id(1)
+    start = tl.load(starts + request)
+    length = tl.load(starts + request + 1) - start
+    if (token < length) & (length <= longest):
+        d = tl.arange(0, HEAD_SIZE_PADDED)
+        base = (tl.program_id(0).to(tl.int64) * HEADS + head) * count
+        merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)
+        to = output + (start + token).to(tl.int64) * output_stride + head * HEAD_SIZE + d
+        tl.store(to, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE)

@@ -5,7 +5,7 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_triton import merge_splits, online_softmax_step
+from .programs_triton import cache_offsets, merge_splits, online_softmax_step
 
 jit = cast(Any, triton.jit)
 
@@ -60,24 +60,29 @@ def tree_attention_kernel(
             other=0.0,
         )
         own_bits = bits + tl.load(at_tree + 4) + token * ((length + 31) // 32)
-        count = before + length  # positions to read
-
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, HEAD_SIZE_PADDED], tl.float32)
-        each = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), TILE) * TILE
-        for begin in range(part * each, tl.minimum(part * each + each, count), TILE):
+        # The tokens before the tree, which every query token attends to.
+        each = tl.cdiv(tl.cdiv(before, tl.num_programs(2)), TILE) * TILE
+        for begin in range(part * each, tl.minimum(part * each + each, before), TILE):
             position = begin + tl.arange(0, TILE)
-            inside = position < count
-            block = tl.load(table + position // BLOCK, mask=inside, other=0).to(tl.int64)
-            at = cache + block * block_stride + (position % BLOCK) * token_stride
+            inside = position < before
+            at = cache + cache_offsets(table, position, inside, block_stride, token_stride, BLOCK)
             k = tl.load(at[:, None] + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
-            node = tl.maximum(position - before, 0)
-            in_tree = inside & (position >= before)
-            word = tl.load(own_bits[:, None] + node[None, :] // 32, mask=in_tree[None, :], other=0)
-            visible = (position < before)[None, :] | (((word >> (node % 32)[None, :]) & 1) != 0)
-            x = tl.where(visible & inside[None, :], x, -float("inf"))
+            x = tl.where(inside[None, :], x, -float("inf"))
+            v = tl.load(at[:, None] + HEAD_SIZE + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
+            top, total, mixed = online_softmax_step(x, v, top, total, mixed)
+        # The tokens of the tree, which are visible to their descendants only; the first split reads them.
+        for begin in range(0, tl.where(part == 0, length, 0), TILE):
+            node = begin + tl.arange(0, TILE)
+            inside = node < length
+            at = cache + cache_offsets(table, before + node, inside, block_stride, token_stride, BLOCK)
+            k = tl.load(at[:, None] + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
+            x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
+            word = tl.load(own_bits[:, None] + node[None, :] // 32, mask=inside[None, :], other=0)
+            x = tl.where(((word >> (node % 32)[None, :]) & 1) != 0, x, -float("inf"))
             v = tl.load(at[:, None] + HEAD_SIZE + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
             top, total, mixed = online_softmax_step(x, v, top, total, mixed)
 
@@ -99,12 +104,14 @@ def merge_tree_splits_kernel(
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):
-    """Merge the splits of one tree token and head by log-sum-exp, in their order."""
+    """Merge the splits of one tree token and head by log-sum-exp."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(rows + row).to(tl.int64)
     d = tl.arange(0, HEAD_SIZE_PADDED)
-    merged = merge_splits(parts, tops, totals, (row * HEADS + head) * count, count, d, HEAD_SIZE, HEAD_SIZE_PADDED)
+    base = (row * HEADS + head) * count
+    merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)
     tl.store(
         output + token * output_stride + head * HEAD_SIZE + d, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE
     )

@@ -17,16 +17,32 @@ def is_sparse(starts, seq_lens, request, budget):
 
 
 @jit
-def unit_scores_kernel(
+def load_query(query, row, first, count, query_stride, g, d, HEAD_SIZE: tl.constexpr):
+    """Return ``count`` query heads of one token from head ``first`` on, zero-padded to [rows, padded head size]."""
+    return tl.load(
+        query + row.to(tl.int64) * query_stride + (first + g)[:, None] * HEAD_SIZE + d[None, :],
+        mask=(g < count)[:, None] & (d < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+
+
+@jit
+def cache_offsets(table, position, inside, block_stride, token_stride, BLOCK: tl.constexpr):
+    """Return the offsets [positions] int64 of tokens in the cache, by the block table of their request."""
+    block = tl.load(table + position // BLOCK, mask=inside, other=0).to(tl.int64)
+    return block * block_stride + (position % BLOCK) * token_stride
+
+
+@jit
+def score_totals_kernel(
     query,
     cache,
     table,
     starts,
     seq_lens,
-    scores,
+    totals,
     scale,
     budget,
-    units,
     query_stride,
     block_stride,
     head_stride,
@@ -38,78 +54,122 @@ def unit_scores_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
-    """Write the log-sum-exp of the scaled query-key products of every unit to ``scores`` [requests, heads, units].
+    """Write the log-sum-exp of the scaled query-key products of one split of a context.
 
-    The value of units beyond a request's context is -inf.
+    ``totals`` is [requests, heads, splits]; the value of a split without tokens is -inf.
     """
-    request, kv_head = tl.program_id(0), tl.program_id(1)
+    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, context, sparse = is_sparse(starts, seq_lens, request, budget)
     if sparse:
         g, d = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED)
         head = kv_head * NUM_QUERIES_PER_KV + g
-        q = tl.load(
-            query + row.to(tl.int64) * query_stride + head[:, None] * HEAD_SIZE + d[None, :],
-            mask=(g < NUM_QUERIES_PER_KV)[:, None] & (d < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
-        begin = tl.program_id(2) * SPLIT
-        for tile in range(begin, min(begin + SPLIT, units * UNIT), TILE):
+        q = load_query(query, row, kv_head * NUM_QUERIES_PER_KV, NUM_QUERIES_PER_KV, query_stride, g, d, HEAD_SIZE)
+        cache += kv_head.to(tl.int64) * head_stride
+        table += request * table_stride
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        each = tl.cdiv(tl.cdiv(context, tl.num_programs(2)), TILE) * TILE
+        for tile in range(split * each, tl.minimum(split * each + each, context), TILE):
             position = tile + tl.arange(0, TILE)
             inside = position < context
-            block = tl.load(table + request * table_stride + position // BLOCK, mask=inside, other=0).to(tl.int64)
-            at = block * block_stride + kv_head * head_stride + (position % BLOCK) * token_stride
+            at = cache_offsets(table, position, inside, block_stride, token_stride, BLOCK)
             k = tl.load(cache + at[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
             x = tl.where(inside[None, :], x, -float("inf"))
-            if UNIT == 1:
-                unit = position
-                value = x
-            else:
-                unit = tile // UNIT + tl.arange(0, TILE // UNIT)
-                x = tl.reshape(x, (ROWS, TILE // UNIT, UNIT))
-                top = tl.max(x, 2)
-                some = tl.where(top == -float("inf"), 0.0, top)
-                value = some + tl.log(tl.sum(tl.exp(x - some[:, :, None]), 2))
-            to = scores + (request.to(tl.int64) * HEADS + head[:, None]) * units + unit[None, :]
-            tl.store(to, value, mask=(g < NUM_QUERIES_PER_KV)[:, None] & (unit < units)[None, :])
+            now = tl.maximum(top, tl.max(x, 1))  # finite: every tile has a token
+            total = total * tl.exp(top - now) + tl.sum(tl.exp(x - now[:, None]), 1)
+            top = now
+        to = totals + (request.to(tl.int64) * HEADS + head) * tl.num_programs(2) + split
+        some = total > 0
+        tl.store(
+            to,
+            tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -float("inf")),
+            mask=g < NUM_QUERIES_PER_KV,
+        )
 
 
 @jit
-def token_scores_kernel(
-    scores,
-    totals,
-    least,
+def unit_weights_kernel(
+    query,
+    cache,
+    table,
     starts,
     seq_lens,
+    totals,
     result,
+    scale,
     budget,
     units,
-    HEADS: tl.constexpr,
-    NUM_HEAD_GROUPS: tl.constexpr,
-    TAKE_MAX: tl.constexpr,
+    splits,
+    query_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    table_stride,
+    HEADS: tl.constexpr,  # number of query heads
+    NUM_QUERIES_PER_KV: tl.constexpr,
+    ROWS: tl.constexpr,  # NUM_QUERIES_PER_KV, padded
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,  # tokens in a unit
     TILE: tl.constexpr,
+    KV_HEADS: tl.constexpr,  # KV heads whose query heads share a row of ``result``
+    SPLITS: tl.constexpr,  # splits, padded
+    PER_HEAD: tl.constexpr,  # every query head has a row of ``result``
+    TAKE_MAX: tl.constexpr,  # largest weight of the heads instead of their sum
 ):
-    """Compute the attention weight of each unit: a softmax for each head, then the sum or maximum over a head group."""
-    request, head_group = tl.program_id(0), tl.program_id(1)
-    _, _, sparse = is_sparse(starts, seq_lens, request, budget)
+    """Compute the attention weight of each unit of a context: a softmax for each head, then the sum or maximum.
+
+    The query-key products are computed again, because they take more memory than the keys are worth: ``totals`` is all
+    that is kept of the first pass. ``result`` is [requests, head groups, units]; units beyond a context are not written.
+    """
+    request, group = tl.program_id(0), tl.program_id(1)
+    row, context, sparse = is_sparse(starts, seq_lens, request, budget)
     if sparse:
-        unit = tl.program_id(2) * TILE + tl.arange(0, TILE)
-        weight = tl.zeros([TILE], tl.float32)
-        for i in range(HEADS // NUM_HEAD_GROUPS):
-            head = request.to(tl.int64) * HEADS + head_group * (HEADS // NUM_HEAD_GROUPS) + i
-            x = tl.load(scores + head * units + unit, mask=unit < units, other=-float("inf"))
-            p = tl.exp(x - tl.load(totals + head))
-            p = tl.where(x >= tl.load(least + head), p, 0.0)
-            weight = tl.maximum(weight, p) if TAKE_MAX else weight + p
-        tl.store(
-            result + (request.to(tl.int64) * NUM_HEAD_GROUPS + head_group) * units + unit,
-            weight,
-            mask=unit < units,
-        )
+        g, d, s = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED), tl.arange(0, SPLITS)
+        table += request * table_stride
+        for tile in range(tl.program_id(2) * TILE, context, tl.num_programs(2) * TILE):
+            position = tile + tl.arange(0, TILE)
+            inside = position < context
+            at = cache_offsets(table, position, inside, block_stride, token_stride, BLOCK)
+            unit = tile // UNIT + tl.arange(0, TILE // UNIT)
+            weight = tl.zeros([TILE], tl.float32)
+            for i in range(KV_HEADS):
+                first = (group * KV_HEADS + i) * NUM_QUERIES_PER_KV
+                q = load_query(query, row, first, NUM_QUERIES_PER_KV, query_stride, g, d, HEAD_SIZE)
+                head = request.to(tl.int64) * HEADS + first + g
+                of_split = tl.load(
+                    totals + head[:, None] * splits + s[None, :],
+                    mask=(g < NUM_QUERIES_PER_KV)[:, None] & (s < splits)[None, :],
+                    other=-float("inf"),
+                )
+                top = tl.max(of_split, 1)
+                top = tl.where(g < NUM_QUERIES_PER_KV, top, 0.0)
+                total = top + tl.log(tl.maximum(tl.sum(tl.exp(of_split - top[:, None]), 1), 1e-30))
+                to = cache + (group * KV_HEADS + i).to(tl.int64) * head_stride + at
+                k = tl.load(to[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
+                x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
+                p = tl.where((g < NUM_QUERIES_PER_KV)[:, None] & inside[None, :], tl.exp(x - total[:, None]), 0.0)
+                if PER_HEAD:
+                    of_unit = tl.sum(tl.reshape(p, (ROWS, TILE // UNIT, UNIT)), 2)
+                    tl.store(
+                        result + head[:, None] * units + unit[None, :],
+                        of_unit,
+                        mask=(g < NUM_QUERIES_PER_KV)[:, None] & (unit < units)[None, :],
+                    )
+                elif TAKE_MAX:
+                    weight = tl.maximum(weight, tl.max(p, 0))
+                else:
+                    weight += tl.sum(p, 0)
+            if not PER_HEAD:
+                tl.store(
+                    result + (request.to(tl.int64) * tl.num_programs(1) + group) * units + unit,
+                    tl.sum(tl.reshape(weight, (TILE // UNIT, UNIT)), 1),
+                    mask=unit < units,
+                )
 
 
 @jit
@@ -189,11 +249,7 @@ def sparse_decode_kernel(
         first = program * TOGETHER
         kv_head = first // NUM_QUERIES_PER_KV
         g, d = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED)
-        q = tl.load(
-            query + row.to(tl.int64) * query_stride + (first + g)[:, None] * HEAD_SIZE + d[None, :],
-            mask=(g < TOGETHER)[:, None] & (d < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
+        q = load_query(query, row, first, TOGETHER, query_stride, g, d, HEAD_SIZE)
         slot = part * TILE + tl.arange(0, TILE)
         head_group = first * NUM_HEAD_GROUPS // HEADS
         unit = tl.load(
@@ -201,8 +257,9 @@ def sparse_decode_kernel(
         )
         position = unit * UNIT + slot % UNIT
         inside = (slot // UNIT < units) & (position < context)
-        block = tl.load(table + request * table_stride + position // BLOCK, mask=inside, other=0).to(tl.int64)
-        at = block * block_stride + kv_head * head_stride + (position % BLOCK) * token_stride
+        at = kv_head * head_stride + cache_offsets(
+            table + request * table_stride, position, inside, block_stride, token_stride, BLOCK
+        )
         kv_mask = inside[:, None] & (d < HEAD_SIZE)[None, :]
         k = tl.load(cache + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
         x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
@@ -231,17 +288,29 @@ def online_softmax_step(x, v, top, total, mixed):
 
 
 @jit
-def merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr):
-    """Merge the ``count`` splits of one head by log-sum-exp, in their order."""
+def merge_splits(
+    parts, tops, totals, base, count, d, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr, TOGETHER: tl.constexpr
+):
+    """Merge the ``count`` splits of one head by log-sum-exp; the sums of a split whose top is -inf are not read."""
     top = -float("inf")
-    for i in range(count):
-        top = tl.maximum(top, tl.load(tops + base + i))
     total = 0.0
     mixed = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
-    for i in range(count):
-        weight = tl.exp(tl.load(tops + base + i) - top)
-        total += weight * tl.load(totals + base + i)
-        mixed += weight * tl.load(parts + (base + i) * HEAD_SIZE + d, mask=d < HEAD_SIZE, other=0.0)
+    for begin in range(0, count, TOGETHER):
+        i = begin + tl.arange(0, TOGETHER)
+        tops_of_splits = tl.load(tops + base + i, mask=i < count, other=-float("inf"))
+        some = tops_of_splits > -float("inf")
+        now = tl.maximum(top, tl.max(tops_of_splits, 0))
+        safe = tl.where(now == -float("inf"), 0.0, now)
+        weight = tl.where(some, tl.exp(tops_of_splits - safe), 0.0)
+        factor = tl.exp(top - safe)
+        part = tl.load(
+            parts + (base + i)[:, None] * HEAD_SIZE + d[None, :],
+            mask=some[:, None] & (d < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        total = total * factor + tl.sum(weight * tl.load(totals + base + i, mask=some, other=0.0), 0)
+        mixed = mixed * factor + tl.sum(weight[:, None] * part, 0)
+        top = now
     return mixed / total
 
 
@@ -259,13 +328,14 @@ def merge_decode_splits_kernel(
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):
-    """Merge the splits of one request and head by log-sum-exp, in their order."""
+    """Merge the splits of one request and head by log-sum-exp."""
     request, head = tl.program_id(0), tl.program_id(1)
     row, _, sparse = is_sparse(starts, seq_lens, request, budget)
     if sparse:
         d = tl.arange(0, HEAD_SIZE_PADDED)
         base = (request.to(tl.int64) * HEADS + head) * count
-        merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED)
+        merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)
         to = output + row.to(tl.int64) * output_stride + head * HEAD_SIZE + d
         tl.store(to, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE)

@@ -14,11 +14,17 @@ import triton
 from numpy.typing import NDArray
 
 from . import programs_tree_triton as kernels
-from .head_cache_triton import MAX_SPLITS, MIN_DOT_ROWS, PROMPT_ROWS, TARGET_PROGRAMS, TILE
+from .head_cache_triton import SPLITS_AT_ONCE
 from .tree import pack_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TILE = 64  # positions that a program processes at a time
+ROWS = 128  # rows (query tokens times query heads) of a program
+TARGET_PROGRAMS = 512  # number of programs that keeps a large GPU busy; with fewer tiles, contexts are split
+MAX_SPLITS = 64
+LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 class TritonTreeBatch:
@@ -60,7 +66,8 @@ def tree_attention(
             f"unsupported strides: query {query.stride()}, cache {cache.stride()}, output {output.stride()}"
         )
     num_queries_per_kv = heads // kv_heads
-    rows = max(MIN_DOT_ROWS, PROMPT_ROWS, triton.next_power_of_2(num_queries_per_kv))
+    most = triton.next_power_of_2(trees.longest * num_queries_per_kv)
+    rows = max(16, min(ROWS, most), triton.next_power_of_2(num_queries_per_kv))
     together = rows // num_queries_per_kv
     tiles = triton.cdiv(trees.longest, together)
     splits = min(
@@ -90,9 +97,10 @@ def tree_attention(
         BLOCK=block_size,
         TILE=TILE,
         **sizes,
+        **LAUNCH,
     )
     kernels.merge_tree_splits_kernel[(len(trees.rows), heads)](
-        parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes
+        parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes, SPLITS_AT_ONCE=SPLITS_AT_ONCE
     )
 
 

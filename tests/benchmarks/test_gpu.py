@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ("smoke", "kernels", "tests", "install", "vllm_kernels", "engine", "drafters", "retrieval")
+STEPS = ("smoke", "kernels", "tests", "install", "vllm_kernels", "engine", "drafters", "retrieval", "launch")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Sparse attention on vLLM's FlashAttention backend; see `triton`.
 
-FlashAttention's schedule is computed in advance for full block tables, and a captured CUDA graph could not shorten
-them. Therefore CUDA graphs are piecewise.
+FlashAttention's schedule is computed once per step for full block tables. In sparse layers the kernel schedules the
+shortened ones itself, on the device, so that decode steps can be captured in full CUDA graphs.
 """
 
 from typing import ClassVar
@@ -24,7 +24,7 @@ class SparseFlashMetadataBuilder(SparseGPUMetadataBuilder, FlashAttentionMetadat
     """Metadata builder on ``FLASH_ATTN``."""
 
     over: ClassVar[str] = "FLASH_ATTN"
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
 
 class SparseFlashBackend(FlashAttentionBackend):
