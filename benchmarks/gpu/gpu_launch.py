@@ -19,6 +19,7 @@ from gpu_kernels import HeadLayer, Paged, Run, Shape
 
 from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels import head_cache_triton, paged_triton, tree_triton
+from pilotfish.kvcache.kernels.launch import Launch, LaunchList
 from pilotfish.kvcache.selection import SelectionRule
 from pilotfish.plugins.drafting.tree import tree_attention_mask
 
@@ -27,10 +28,10 @@ PROMPT = [(4, 2), (4, 3), (8, 2), (8, 3)]
 NODES = 63
 
 
-def options(tiles: list[int], launches: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def options(tiles: list[int], launches: list[tuple[int, int]]) -> Iterator[dict[str, int]]:
     """Return combinations of the number of positions in a tile and of launch options."""
     for tile, (num_warps, num_stages) in itertools.product(tiles, launches):
-        yield {"TILE": tile, "launch": {"num_warps": num_warps, "num_stages": num_stages}}
+        yield {"tile": tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def razor(run: Run, context: int, batch: int, chunk: int) -> Callable[[], Any]:
@@ -39,7 +40,12 @@ def razor(run: Run, context: int, batch: int, chunk: int) -> Callable[[], Any]:
     layer.advance(0, context - chunk)
     step = layer.advance(context - chunk, context)
     query = torch.randn(batch * chunk, run.shape.heads, run.shape.size, device=run.device).to(run.dtype)
-    return partial(layer.caches.attend, query, run.shape.scale, torch.empty_like(query), step)
+    output = torch.empty_like(query)
+
+    def call() -> None:
+        layer.caches.attend(query, run.shape.scale, output, step)  # keeps `layer`, whose tables the kernels read
+
+    return call
 
 
 def tree(run: Run, context: int, batch: int) -> Callable[[], Any]:
@@ -63,27 +69,26 @@ def variants(kernel: str) -> Iterator[tuple[str, dict[Any, dict[str, Any]], Call
     """Return the name of each variant, the constants that it sets, and the function that makes its call."""
     if kernel == "razor_decode":
         for o, splits in itertools.product(options([64, 128], DECODE), [512, 1024]):
-            constants = {"TILE": o["TILE"], "SHORT_LAUNCH": o["launch"], "TARGET_SPLITS": splits}
+            constants = {"DECODE": LaunchList(Launch(16, **o)), "TARGET_SPLITS": splits}
             yield name(o, splits=splits), {head_cache_triton: constants}, partial(razor, chunk=1)
     if kernel == "razor_prompt":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128]):
-            constants = {"TILE": o["TILE"], "PROMPT_LAUNCH": o["launch"], "PROMPT_ROWS": rows}
+            constants = {"PROMPT": LaunchList(Launch(rows, **o))}
             yield name(o, rows=rows), {head_cache_triton: constants}, partial(razor, chunk=2048)
     if kernel == "tree":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128, 256]):
-            constants = {"TILE": o["TILE"], "LAUNCH": o["launch"], "ROWS": rows}
+            constants = {"LAUNCHES": LaunchList(Launch(rows, **o))}
             yield name(o, rows=rows), {tree_triton: constants}, tree
     if kernel == "scores":
         for o, programs in itertools.product(options([64, 128], DECODE), [512, 1024, 2048]):
-            constants = {"TILE": o["TILE"], "SCORES_LAUNCH": o["launch"], "TARGET_PROGRAMS": programs}
+            launch = {k: o[k] for k in ("num_warps", "num_stages")}
+            constants = {"TILE": o["tile"], "SCORES_LAUNCH": launch, "TARGET_PROGRAMS": programs}
             yield name(o, programs=programs), {paged_triton: constants}, scores
 
 
-def name(o: dict[str, Any], **more: int) -> str:
+def name(o: dict[str, int], **more: int) -> str:
     """Return the name of a variant."""
-    launch = o["launch"]
-    rest = "".join(f"_{k}{v}" for k, v in more.items())
-    return f"tile{o['TILE']}_warps{launch['num_warps']}_stages{launch['num_stages']}{rest}"
+    return "_".join(f"{k.removeprefix('num_')}{v}" for k, v in (o | more).items())
 
 
 def work(step: Step) -> None:

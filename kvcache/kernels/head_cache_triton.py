@@ -16,20 +16,23 @@ import triton
 from ..head_window import HeadWindow
 from . import programs_heads_triton as kernels
 from .head_cache import means_bytes
+from .launch import Launch, LaunchList
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TILE = 64  # positions that a program processes at a time
-# Rows (query tokens times query heads) of a program: decoding, draft tokens or a short chunk, a prompt.
-MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
-SHORT_ROWS = 64
-PROMPT_ROWS = 128
+# Rows are those of decoding requests, of requests with draft tokens or a short chunk, and of prompts.
+DECODE = LaunchList(Launch(16, 64, num_warps=2, num_stages=3), Launch(16, 32, num_warps=2, num_stages=2))
+SHORT = LaunchList(Launch(64, 64, num_warps=4, num_stages=3), Launch(64, 32, num_warps=4, num_stages=2))
+PROMPT = LaunchList(
+    Launch(128, 128, num_warps=8, num_stages=3),
+    Launch(64, 64, num_warps=4, num_stages=3),
+    Launch(64, 32, num_warps=4, num_stages=2),
+)
 TARGET_SPLITS = 512  # splits of all contexts together that keep a large GPU busy
 MAX_SPLITS = 128  # of one context
+MIN_SPLIT = 128  # tokens
 SPLITS_AT_ONCE = 16  # splits that a program merges at a time
-SHORT_LAUNCH = {"num_warps": 4, "num_stages": 3}
-PROMPT_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,17 @@ class TritonHeadCaches:
         heads, kv_heads, requests = query.shape[1], len(self._caches), len(step.seq_lens)
         num_queries_per_kv = heads // kv_heads
         fewest = triton.next_power_of_2(num_queries_per_kv)
-        rows = max(MIN_DOT_ROWS if step.max_query_len == 1 else SHORT_ROWS, fewest)
-        longest = min(rows // num_queries_per_kv, step.max_query_len)
-        splits = min(MAX_SPLITS, triton.cdiv(TARGET_SPLITS, requests), triton.cdiv(step.max_seq_len, 2 * TILE))
+        key = query.device, query.dtype, self.size, num_queries_per_kv
+        short = DECODE if step.max_query_len == 1 else SHORT
+        longest = min(max(short.launches[0].rows, fewest) // num_queries_per_kv, step.max_query_len)
+        splits = min(MAX_SPLITS, triton.cdiv(TARGET_SPLITS, requests), triton.cdiv(step.max_seq_len, MIN_SPLIT))
         shape = requests * longest, heads, splits
         parts = torch.empty(*shape, self.size, dtype=torch.float32, device=query.device)
         tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
 
-        def launch(rows: int, tiles: int, splits: int, options: dict[str, int], *, short: bool) -> None:
+        def attend(launch: Launch, tokens: int, splits: int, *, is_short: bool) -> None:
+            rows = max(launch.rows, fewest)
+            tiles = triton.cdiv(tokens, rows // num_queries_per_kv)
             kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
                 query,
                 self._where,
@@ -184,14 +190,14 @@ class TritonHeadCaches:
                 TOKENS=rows // num_queries_per_kv,
                 **self._sizes,
                 BLOCK=self.block_size,
-                TILE=TILE,
+                TILE=launch.tile,
                 EXACT=self.window.exact_prefill,
                 COMPENSATION=self.window.compensation,
-                SHORT=short,
-                **options,
+                SHORT=is_short,
+                **launch.options,
             )
 
-        launch(rows, 1, splits, SHORT_LAUNCH, short=True)
+        short.run(key, lambda launch: attend(launch, longest, splits, is_short=True))
         kernels.merge_splits_kernel[(requests * longest, heads)](
             parts,
             tops,
@@ -206,6 +212,4 @@ class TritonHeadCaches:
             SPLITS_AT_ONCE=SPLITS_AT_ONCE,
         )
         if step.max_query_len > longest:
-            rows = max(PROMPT_ROWS, fewest)
-            tiles = triton.cdiv(step.max_query_len, rows // num_queries_per_kv)
-            launch(rows, tiles, 1, PROMPT_LAUNCH, short=False)
+            PROMPT.run(key, lambda launch: attend(launch, step.max_query_len, 1, is_short=False))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TILE = 128  # positions that a program processes at a time
 MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
-TARGET_PROGRAMS = 1024  # number of programs that keeps a large GPU busy
+TARGET_PROGRAMS = 2048  # number of programs that keeps a large GPU busy
 MAX_SPLITS = 64  # parts into which a context is split
 SPLITS_AT_ONCE = 16  # splits that a program merges at a time
 SCORES_LAUNCH = {"num_warps": 4, "num_stages": 3}

@@ -203,7 +203,7 @@ def windowed_attention_kernel(
 
         if SHORT:
             to = ((request * longest + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
-            used = row_mask & (part * each + 0 * i < count)  # the first split always has tokens
+            used = row_mask & (part * each + 0 * i < count)  # by row, since Triton's interpreter has no scalar masks
             tl.store(parts + to[:, None] * HEAD_SIZE + d[None, :], mixed, mask=used[:, None] & d_mask[None, :])
             tl.store(tops + to, top, mask=row_mask)
             tl.store(totals + to, total, mask=used)

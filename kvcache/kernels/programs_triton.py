@@ -123,8 +123,9 @@ def unit_weights_kernel(
 ):
     """Compute the attention weight of each unit of a context: a softmax for each head, then the sum or maximum.
 
-    The query-key products are computed again, because they take more memory than the keys are worth: ``totals`` is all
-    that is kept of the first pass. ``result`` is [requests, head groups, units]; units beyond a context are not written.
+    The query-key products are computed a second time instead of being stored by `score_totals_kernel`, because they
+    would take gigabytes for long contexts. ``result`` is [requests, head groups, units]; units beyond a context are not
+    written.
     """
     request, group = tl.program_id(0), tl.program_id(1)
     row, context, sparse = is_sparse(starts, seq_lens, request, budget)

@@ -15,16 +15,21 @@ from numpy.typing import NDArray
 
 from . import programs_tree_triton as kernels
 from .head_cache_triton import SPLITS_AT_ONCE
+from .launch import Launch, LaunchList
 from .tree import pack_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TILE = 64  # positions that a program processes at a time
-ROWS = 128  # rows (query tokens times query heads) of a program
+LAUNCHES = LaunchList(
+    Launch(256, 64, num_warps=8, num_stages=2),
+    Launch(128, 64, num_warps=8, num_stages=2),
+    Launch(64, 64, num_warps=4, num_stages=2),
+    Launch(64, 32, num_warps=4, num_stages=2),
+)
 TARGET_PROGRAMS = 512  # number of programs that keeps a large GPU busy; with fewer tiles, contexts are split
-MAX_SPLITS = 64
-LAUNCH = {"num_warps": 8, "num_stages": 3}
+MAX_SPLITS = 64  # of one context
+MIN_SPLIT = 256  # tokens
 
 
 class TritonTreeBatch:
@@ -66,42 +71,48 @@ def tree_attention(
             f"unsupported strides: query {query.stride()}, cache {cache.stride()}, output {output.stride()}"
         )
     num_queries_per_kv = heads // kv_heads
-    most = triton.next_power_of_2(trees.longest * num_queries_per_kv)
-    rows = max(16, min(ROWS, most), triton.next_power_of_2(num_queries_per_kv))
-    together = rows // num_queries_per_kv
-    tiles = triton.cdiv(trees.longest, together)
-    splits = min(
-        MAX_SPLITS, triton.cdiv(TARGET_PROGRAMS, trees.count * tiles * kv_heads), triton.cdiv(trees.positions, 4 * TILE)
-    )
-    shape = len(trees.rows), heads, splits
-    parts = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
-    tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
     sizes = {"HEADS": heads, "HEAD_SIZE": head_size, "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size)}
-    kernels.tree_attention_kernel[(trees.count * tiles, kv_heads, splits)](
-        query,
-        cache,
-        block_table,
-        trees.numbers,
-        trees.bits,
-        parts,
-        tops,
-        totals,
-        scale,
-        query.stride(0),
-        *cache.stride()[:3],
-        block_table.stride(0),
-        tiles,
-        NUM_QUERIES_PER_KV=num_queries_per_kv,
-        ROWS=rows,
-        TOKENS=together,
-        BLOCK=block_size,
-        TILE=TILE,
-        **sizes,
-        **LAUNCH,
-    )
-    kernels.merge_tree_splits_kernel[(len(trees.rows), heads)](
-        parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes, SPLITS_AT_ONCE=SPLITS_AT_ONCE
-    )
+
+    def attend(launch: Launch) -> None:
+        most = max(16, triton.next_power_of_2(trees.longest * num_queries_per_kv))
+        rows = max(min(launch.rows, most), triton.next_power_of_2(num_queries_per_kv))
+        together = rows // num_queries_per_kv
+        tiles = triton.cdiv(trees.longest, together)
+        splits = min(
+            MAX_SPLITS,
+            triton.cdiv(TARGET_PROGRAMS, trees.count * tiles * kv_heads),
+            triton.cdiv(trees.positions, MIN_SPLIT),
+        )
+        shape = len(trees.rows), heads, splits
+        parts = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
+        tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
+        kernels.tree_attention_kernel[(trees.count * tiles, kv_heads, splits)](
+            query,
+            cache,
+            block_table,
+            trees.numbers,
+            trees.bits,
+            parts,
+            tops,
+            totals,
+            scale,
+            query.stride(0),
+            *cache.stride()[:3],
+            block_table.stride(0),
+            tiles,
+            NUM_QUERIES_PER_KV=num_queries_per_kv,
+            ROWS=rows,
+            TOKENS=together,
+            BLOCK=block_size,
+            TILE=launch.tile,
+            **sizes,
+            **launch.options,
+        )
+        kernels.merge_tree_splits_kernel[(len(trees.rows), heads)](
+            parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes, SPLITS_AT_ONCE=SPLITS_AT_ONCE
+        )
+
+    LAUNCHES.run((query.device, query.dtype, head_size, num_queries_per_kv), attend)
 
 
 class TritonKVMover:
