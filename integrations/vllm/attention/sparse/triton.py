@@ -86,6 +86,15 @@ class SparseGPUMetadataBuilder:
         # A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
         self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._longest = vllm_config.model_config.max_model_len
+        self._capturing = False
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Build the metadata of a step whose CUDA graph is captured; no request of it is real."""
+        self._capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._capturing = False
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build vLLM's metadata, extended by our part of the step."""
@@ -102,7 +111,7 @@ class SparseGPUMetadataBuilder:
         if stock.causal is True and (self._captured or stock.max_seq_len > self.plan.rule.budget):
             table = stock.block_table
             longest = self._longest if self._captured else stock.max_seq_len
-            if stock.max_seq_len > self.plan.rule.budget:
+            if stock.max_seq_len > self.plan.rule.budget and not self._capturing:
                 self.announce(stock.max_seq_len)
             batch = DeviceBatch(stock.query_start_loc, stock.seq_lens, table, longest)
             stock.step = SparseGPUStep(self.plan, batch, copy.copy(stock))
