@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 import compatibility
+import gpu_tables
 import memory_tables
 import plugin_table
 import rag_tables
@@ -214,6 +215,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rag_quality": rag_tables.quality,
     "rag_load": rag_tables.load_table,
     "compatibility": compatibility.table,
+    "gpu_engine": gpu_tables.engine,
+    "gpu_kernels": gpu_tables.kernels,
 }
 
 

@@ -42,14 +42,15 @@ class TritonWindowedStep:
     Attributes:
         query_start_loc: [num_requests + 1] int32, index of the first query token of each request.
         seq_lens: [num_requests] int32, number of tokens up to a request's last query token, itself included.
-        in_prompt: [num_requests] int32, 1 if the step processes the request's prompt, else 0.
+        prompt_lens: [num_requests] int32, number of tokens of each request that belong to its prompt; 0 where the step
+            processes none of them.
         max_query_len: Upper bound of the number of query tokens of a request, known to the host.
         max_seq_len: Upper bound of ``seq_lens``, known to the host.
     """
 
     query_start_loc: "Tensor"
     seq_lens: "Tensor"
-    in_prompt: "Tensor"
+    prompt_lens: "Tensor"
     max_query_len: int
     max_seq_len: int
 
@@ -170,7 +171,7 @@ class TritonHeadCaches:
                 self._where,
                 step.query_start_loc,
                 step.seq_lens,
-                step.in_prompt,
+                step.prompt_lens,
                 output,
                 parts,
                 tops,

@@ -119,7 +119,7 @@ def windowed_attention_kernel(
     where,
     starts,
     seq_lens,
-    in_prompt,
+    prompt_lens,
     output,
     parts,
     tops,
@@ -171,7 +171,7 @@ def windowed_attention_kernel(
         before = context - length + token  # number of tokens before each query token
         gap = num_evicted(before, windowed, sinks, window, ratio, BLOCK)
         if EXACT:
-            gap = tl.where(tl.load(in_prompt + request) != 0, 0, gap)
+            gap = tl.where(before < tl.load(prompt_lens + request), 0, gap)
         least = tl.min(gap, 0)
         edge = sinks * BLOCK
         last = tl.max(before, 0) + 1

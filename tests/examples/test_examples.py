@@ -240,7 +240,7 @@ def test_kernels_match_naive_attention_of_the_policy(load: Callable, layer: int)
     windowed = [head not in plan.retrieval_heads[layer] for head in range(ENGINE.kv_heads)]
     prompt, end = 400, 420
     text = Text([end], windowed, 2, 32, 32, torch.float32, plan.window, seed=0)
-    text.step([0], [prompt], in_prompt=True)
+    text.step([0], [prompt], prompt)
     for position in range(prompt, end):
         (query,), (output,) = text.step([position], [position + 1])
         first_block = (position - 70) // 32

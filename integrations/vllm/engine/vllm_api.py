@@ -36,6 +36,7 @@ class VllmApi:
 
 _PROPOSER = "v1/spec_decode/llm_base_proposer.py"
 _RUNNER = "v1/worker/gpu_model_runner.py"
+_V2_RUNNER = "v1/worker/gpu/model_runner.py"
 _SCHEDULER = "v1/core/sched/scheduler.py"
 _CPU_ATTENTION = "v1/attention/backends/cpu_attn.py"
 _TRITON_ATTENTION = "v1/attention/backends/triton_attn.py"
@@ -94,6 +95,9 @@ REQUIRED_APIS = (
     VllmApi(
         "v1/spec_decode/metadata.py", "SpecDecodeMetadata.cu_num_sampled_tokens", why="tree verification: sampling"
     ),
+    VllmApi(_RUNNER, "GPUModelRunner._build_attention_metadata", ("self",), "lengths of prompts"),
+    VllmApi(_V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), "lengths of prompts, V2 runner"),
+    VllmApi("v1/worker/gpu/states.py", "RequestState.prompt_len", why="lengths of prompts, V2 runner"),
     VllmApi(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="length limit of drafts"),
     VllmApi(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
     VllmApi(_RUNNER, "GPUModelRunner.input_batch", why="requests of a batch"),

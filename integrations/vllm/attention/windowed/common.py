@@ -22,7 +22,7 @@ from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility
 from ..compatibility import LogWhenActive, has_sliding_window, unsupported_features
-from . import kv_cache_spec
+from . import kv_cache_spec, prompt_lengths
 
 
 class WindowedImpl:
@@ -131,6 +131,7 @@ def split_layers_into_heads(vllm_config: Any) -> None:
     attachment = attach("kv", vllm_config)
     assert attachment is not None
     compatibility.check(attachment, vllm_config)
+    prompt_lengths.observe(vllm_config)
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan = policy.head_plan()
     assert plan is not None  # every policy that frees blocks has one

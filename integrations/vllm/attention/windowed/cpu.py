@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from .....kvcache.head_window import HeadWindow
 from .....kvcache.kernels.head_cache import CPUHeadCaches, WindowedStep
-from . import common
+from . import common, prompt_lengths
 
 
 @dataclass
@@ -68,12 +68,13 @@ class WindowedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> WindowedMetadata:
         """Build vLLM's metadata, extended by our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        ends, in_prompt = stock.seq_lens.tolist(), common_attn_metadata.is_prefilling.tolist()
+        ends = stock.seq_lens.tolist()
+        prompts = prompt_lengths.of_step(common_attn_metadata.is_prefilling, len(ends)).tolist()
         lengths = common_attn_metadata.query_start_loc_cpu.diff().tolist()
         begins = [end - length for end, length in zip(ends, lengths, strict=True)]
 
         def num_evicted(request: int, position: int) -> int:
-            return self.window.num_evicted(position, self.block_size, in_prompt[request])
+            return self.window.num_evicted(position, self.block_size, in_prompt=position < prompts[request])
 
         step = WindowedStep(begins, ends, num_evicted, self.query_heads)
         return WindowedMetadata(**vars(stock), step=step, windowed=stock.max_seq_len if step.gaps.any() else 0)

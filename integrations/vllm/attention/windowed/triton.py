@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import (
 
 from .....kvcache.head_window import HeadWindow
 from .....kvcache.kernels.head_cache_triton import TritonHeadCaches, TritonWindowedStep
-from . import common
+from . import common, prompt_lengths
 
 
 class WindowedTritonImpl(common.WindowedImpl, TritonAttentionImpl):
@@ -38,7 +38,7 @@ class WindowedTritonBackend(TritonAttentionBackend):
 
 
 class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
-    """Metadata builder that marks the requests which process a prompt; the kernels read all else on the device."""
+    """Metadata builder that adds the lengths of prompts; the kernels read all else on the device."""
 
     supports_update_block_table: bool = True
 
@@ -49,20 +49,16 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         shape = impl.num_queries_per_kv, kv_cache_spec.head_size, self.block_size
         test = functools.partial(self_test_windowed_triton, kv_cache_spec.dtype, *shape, device)
         common.check_kernels(impl, test, vllm_config.model_config.model)
-        self._in_prompt = in_prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
+        self._prompts = prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build vLLM's metadata, extended by our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
-        in_prompt = self._in_prompt[:requests]
-        # The V2 runner pads requests to the size of the CUDA graph, but not these flags; V1 passes none on capture.
-        flags = 0 if known is None else min(len(known), requests)
-        if known is not None:
-            in_prompt[:flags].copy_(known[:flags], non_blocking=True)
-        in_prompt[flags:].zero_()
+        prompts = self._prompts[:requests]
+        prompts.copy_(prompt_lengths.of_step(known, requests), non_blocking=True)
         stock.step = TritonWindowedStep(
-            stock.query_start_loc, stock.seq_lens, in_prompt, stock.max_query_len, stock.max_seq_len
+            stock.query_start_loc, stock.seq_lens, prompts, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
         stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
@@ -82,8 +78,8 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
 
 
 @functools.cache
-def in_prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
-    """Return the buffer of flags for requests that process a prompt, [requests] int32, read by all CUDA graphs."""
+def prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
+    """Return the buffer for the prompt lengths of a step, [requests] int32, which all CUDA graphs read."""
     return torch.zeros(requests, dtype=torch.int32, device=device)
 
 
@@ -95,9 +91,9 @@ def self_test_windowed_triton(
 
     def make_step(begin: int, end: int, window: HeadWindow) -> TritonWindowedStep:
         del window  # `TritonHeadCaches` passes it to the kernels
-        starts, lens, in_prompt = (
+        starts, lens, prompts = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - begin], [end], [0])
         )
-        return TritonWindowedStep(starts, lens, in_prompt, end - begin, end)
+        return TritonWindowedStep(starts, lens, prompts, end - begin, end)
 
     return common.self_test_windowed(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)

@@ -131,6 +131,23 @@ def test_output_is_identical_with_a_drafter(start, model, exact, drafting_args) 
     engine.close()
 
 
+@pytest.mark.shows("razor_attention", "preemption with exact prefill")
+def test_exact_prefill_output_is_identical_after_preemption(start, tiny_model, streaming, exact) -> None:
+    """Test that a preempted request reads its own output again with the window, and its prompt without."""
+    for engine in (streaming, exact):
+        engine.close()
+    policy = {"max_num_batched_tokens": 128, "max_model_len": 640, **kv(keep=[[0, 1]], window=64, ratio=0, sinks=4)}
+    prompts = texts_of([150, 140, 145])
+    alone = start(tiny_model, **policy)
+    expected = [alone.ask(**ask([p], max_tokens=450))["tokens"][0] for p in prompts]
+    alone.close()
+    small = start(tiny_model, num_gpu_blocks_override=90, **policy)  # the prompts fit, but not all of their outputs
+    together = small.ask(**ask(prompts, max_tokens=450))
+    small.close()
+    assert together["preemptions"] > 0
+    assert together["tokens"] == expected
+
+
 @pytest.mark.long
 @pytest.mark.shows("razor_attention", "two tensor-parallel ranks")
 def test_two_tensor_parallel_ranks(two_ranks, start, tiny_model) -> None:

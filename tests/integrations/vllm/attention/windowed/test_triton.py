@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
 PROMPTS = [
@@ -16,17 +16,47 @@ PROMPTS = [
     for n in (250, 40, 190)  # over, within and over the window
 ]
 ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
+BLOCKS = 40  # fewer than two requests need at their ends
 OPTIONS = {"name": "razor_attention", "keep": [[0, 1]], "window": 64, "ratio": 0, "prefill": "streaming"}
 
 
-@pytest.mark.shows("razor_attention", "Triton kernels, interpreted")
-def test_output_matches_cpu_backend(start, start_interpreted, tiny_model) -> None:
-    config = {"block_size": 32, "additional_config": {"pilotfish": {"kv": OPTIONS}}}
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return {"block_size": 32, "additional_config": {"pilotfish": {"kv": OPTIONS}}}
+
+
+@pytest.fixture(scope="module")
+def expected(start, tiny_model, config) -> list[list[int]]:
+    """Return the output of the CPU backend."""
     native = start(tiny_model, max_num_batched_tokens=128, **config)
-    expected = native.ask(**ASK)["tokens"]
+    answers = native.ask(**ASK)["tokens"]
     native.close()
-    engine = start_interpreted(tiny_model, "0", **config)
+    return answers
+
+
+@pytest.mark.shows("razor_attention", "Triton kernels, interpreted")
+@pytest.mark.parametrize("runner", ["1", pytest.param("0", marks=pytest.mark.long)])
+def test_output_matches_cpu_backend(start_interpreted, tiny_model, config, expected, runner: str) -> None:
+    engine = start_interpreted(tiny_model, runner, **config)
     assert any(name.endswith(".WindowedTritonImpl") for name in engine.ask(do="state")["classes"])
     assert engine.ask(**ASK)["tokens"] == expected
     blocks = engine.ask(do="blocks")
     assert blocks["free"] == blocks["all"]
+    engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("prefill", ["streaming", "exact"])
+def test_v2_runner_output_is_identical_after_preemption(start_interpreted, tiny_model, prefill: str) -> None:
+    """Test that a request which reads its own output again on the V2 runner generates the same text as alone."""
+    options = {"block_size": 32, "additional_config": {"pilotfish": {"kv": {**OPTIONS, "prefill": prefill}}}}
+    prompts = [PROMPTS[0][:100], PROMPTS[2][:110]]
+    sampling = [{**GREEDY, "max_tokens": 70}] * 2
+    alone = start_interpreted(tiny_model, "1", **options)
+    expected = [alone.ask(do="sample", prompts=[p], sampling=sampling[:1])["tokens"][0] for p in prompts]
+    alone.close()
+    engine = start_interpreted(tiny_model, "1", num_gpu_blocks_override=BLOCKS, **options)
+    together = engine.ask(do="sample", prompts=prompts, sampling=sampling)
+    engine.close()
+    assert together["preemptions"] > 0
+    assert together["tokens"] == expected
