@@ -16,7 +16,7 @@ PROMPTS = [
     for n in (250, 40, 190)  # over, within and over the window
 ]
 ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
-BLOCKS = 40  # fewer than two requests need at their ends
+BLOCKS = 36  # two prompts fit, but not all of their outputs
 OPTIONS = {"name": "razor_attention", "keep": [[0, 1]], "window": 64, "ratio": 0, "prefill": "streaming"}
 
 
@@ -49,7 +49,8 @@ def test_output_matches_cpu_backend(start_interpreted, tiny_model, config, expec
 @pytest.mark.parametrize("prefill", ["streaming", "exact"])
 def test_v2_runner_output_is_identical_after_preemption(start_interpreted, tiny_model, prefill: str) -> None:
     """Test that a request which reads its own output again on the V2 runner generates the same text as alone."""
-    options = {"block_size": 32, "additional_config": {"pilotfish": {"kv": {**OPTIONS, "prefill": prefill}}}}
+    policy = {"pilotfish": {"kv": {**OPTIONS, "prefill": prefill}}}
+    options = {"block_size": 32, "max_model_len": 256, "additional_config": policy}
     prompts = [PROMPTS[0][:100], PROMPTS[2][:110]]
     sampling = [{**GREEDY, "max_tokens": 70}] * 2
     alone = start_interpreted(tiny_model, "1", **options)
