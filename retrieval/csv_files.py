@@ -81,7 +81,7 @@ def _rows(open_file: Callable[[], IO[str]], name: str, delimiter: str) -> Iterat
             for number, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), 1):
                 if None in row:
                     raise RetrievalError(f"{name}, record {number}: more fields than the header")
-                yield number, {column: field or "" for column, field in row.items()}
+                yield number, {column.strip(): field or "" for column, field in row.items()}
     except csv.Error as error:
         raise RetrievalError(f"{name}, record {number + 1}: {error}") from None
 
@@ -90,7 +90,8 @@ def _widest(known: Callable[[str], Any] | None, field: str) -> Callable[[str], A
     """Return the type of a column, `int`, `float` or `str`, after one more field."""
     if known is str:
         return str
-    if field.strip().lower() in MISSING:
+    field = field.strip()
+    if field.lower() in MISSING:
         return known or int
     if INTEGER.fullmatch(field):
         return known or int

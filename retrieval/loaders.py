@@ -28,6 +28,7 @@ from .text_encoding import open_binary, open_text, suffix_of
 from .text_files import TEXTS, read_texts
 from .validation import as_document
 
+NAMED = 8  # fields that a message names
 Chunk = Callable[[str], list[str]]
 
 
@@ -223,6 +224,9 @@ class DocumentSource:
         if record_id is None:
             raise RetrievalError("it has no id; add --number-ids to have records numbered")
         text, title = record.get("text"), record.get("title")
+        if text is None and "text" not in record:
+            names = ", ".join(map(repr, list(record)[:NAMED])) + ", …" * (len(record) > NAMED)
+            raise RetrievalError(f"it has no field 'text'; its fields are {names}")
         if isinstance(text, str) and isinstance(title, str) and title.strip():
             text = f"{title.strip()} {text}"
         metadata = record.get("metadata")

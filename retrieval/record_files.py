@@ -76,7 +76,8 @@ def _parquet(path: Path, name: str, on_note: Callable[[str], None]) -> Iterator[
     try:
         with path.open("rb") as file:  # opened here, so that error messages of pyarrow do not contain the path
             schema = pq.read_schema(file)
-            texts = [f.name for f in schema if pyarrow.types.is_string(f.type)]
+            undecodable = _delta_columns(pq.read_metadata(file))
+            texts = [f.name for f in schema if pyarrow.types.is_string(f.type) and f.name not in undecodable]
             left_out = [f for f in schema if not _is_supported(f.type)]
             if left_out:
                 columns = ", ".join(f"{f.name} ({f.type})" for f in left_out)
@@ -88,6 +89,16 @@ def _parquet(path: Path, name: str, on_note: Callable[[str], None]) -> Iterator[
                 yield from (_json(rows.slice(row, 1).to_pylist()[0]) for row in range(rows.num_rows))
     except pyarrow.ArrowException as error:
         raise RetrievalError(f"{name}: {first_line(error)}") from None
+
+
+def _delta_columns(metadata: Any) -> set[str]:
+    """Return the columns with delta encodings, which pyarrow cannot decode to dictionaries."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    return {chunk.path_in_schema for chunk in chunks if any(e.startswith("DELTA") for e in chunk.encodings)}
 
 
 def _is_supported(kind: Any) -> bool:

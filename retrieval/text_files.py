@@ -77,5 +77,7 @@ def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             # PDF files can contain halves of surrogate pairs, which are no characters.
             text = page.extract_text().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield text, {"page": number}
+    except pypdf.errors.FileNotDecryptedError:
+        raise RetrievalError(f"{name}: encrypted, a password is needed") from None
     except Exception as error:  # pypdf raises many types of errors for damaged files
         raise RetrievalError(f"{name}: cannot be read as PDF ({first_line(error)})") from None
