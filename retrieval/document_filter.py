@@ -12,6 +12,7 @@ from . import filters
 from .errors import RetrievalError
 from .filter_sql import to_sql
 from .store import Snapshot, Store
+from .store.documents import COUNT_MARK, Document
 from .validation import check_text
 
 FILTERS = 64  # maximum number of cached filter results
@@ -47,10 +48,29 @@ class DocumentFilter:
         return dict(Counter(source for number, source in rows if number < len(live) and live[number]))
 
     def digests(self) -> dict[str, str]:
-        """Return the digest of each source of live documents that was read from a file."""
+        """Return the digest of each source of live documents that was read from a file.
+
+        It is empty if some documents of the file are missing: an addition did not end, or they were deleted.
+        """
         live = self._store.refresh().live
         rows = self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL")
-        return {source: digest for number, source, digest in rows if number < len(live) and live[number]}
+        digests, counts, complete = dict[str, str](), Counter[str](), dict[str, str]()
+        for number, source, digest in rows:
+            if number < len(live) and live[number]:
+                digests[source], mark, count = digest.partition(COUNT_MARK)
+                counts[source] += 1
+                if mark:
+                    complete[source] = count
+        return {s: digest if complete.get(s) == str(counts[s]) else "" for s, digest in digests.items()}
+
+    def outdated(self, documents: Iterable[Document]) -> list[int]:
+        """Return the internal doc ids of live documents of the same files as ``documents`` with other contents."""
+        wanted = {d.source: d.digest.partition(COUNT_MARK)[0] for d in documents if d.source and d.digest}
+        if not wanted:
+            return []
+        numbers = set(self.numbers_of_sources(wanted))
+        rows = self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL")
+        return [n for n, source, d in rows if n in numbers and d.partition(COUNT_MARK)[0] != wanted[source]]
 
     def allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
         """Return a bitmap of the allowed documents, least significant bit first; None if all are allowed."""

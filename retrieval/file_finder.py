@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -13,15 +13,18 @@ from .store.manifest import CURRENT, SHARDS
 IGNORED = ("node_modules/", "bower_components/", "__pycache__/", "site-packages/", "*.egg-info/")
 
 
-def files_of_folder(folder: Path, ignore: Iterable[str] = ()) -> Iterator[Path]:
+def files_of_folder(
+    folder: Path, ignore: Iterable[str] = (), on_error: Callable[[OSError], None] | None = None
+) -> Iterator[Path]:
     """Iterate over the files of a folder and its subfolders, sorted.
 
     Hidden files and folders, indexes, and files that are ignored are left out. A ``.gitignore`` has the same effect as
-    for Git, also one in a parent folder of the same repository.
+    for Git, also one in a parent folder of the same repository. Links to folders are not followed.
 
     Args:
         folder: Folder to search.
         ignore: Further patterns in the format of ``.gitignore``, relative to ``folder``; they take precedence.
+        on_error: Called with the error of each folder that cannot be read.
     """
     root = folder.absolute()
     patterns = GitIgnoreSpec.from_lines([*IGNORED, *ignore])
@@ -38,7 +41,7 @@ def files_of_folder(folder: Path, ignore: Iterable[str] = ()) -> Iterator[Path]:
                 return included
         return False
 
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=on_error):
         here = Path(place)
         if any((here / name).exists() for name in (CURRENT, SHARDS)):
             folders.clear()  # the files of an index are not documents

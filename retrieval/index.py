@@ -318,6 +318,9 @@ class Index:
         """
         from .loaders import Chunker, DocumentSource
 
+        paths = list(paths)
+        if "-" in paths:
+            raise RetrievalError("standard input is not a file that can be compared; use add")
         chunk = Chunker(lambda: self.encoder, chunk_tokens, overlap)
         return self._changes.sync(DocumentSource(paths, chunk, number_ids, skip_bad, ignore), dry_run, progress)
 

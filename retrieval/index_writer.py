@@ -58,16 +58,20 @@ class IndexWriter:
         on_progress = progress or (lambda *_: None)
         total = len(documents) if isinstance(documents, Sequence) else getattr(documents, "estimate", None)
         added = 0
-        replaced_sources: set[str] = set()
+        replaced_sources, resumed = set[str](), set[str | None]()
         with self._store.writer() as writer:
             for incoming in document_batches(map(as_document, documents), unique=not (replace or skip)):
                 sources = {d.source for d in incoming if d.source is not None} if replace_sources else set()
                 dead = set(self._selection.numbers_of_sources(sources - replaced_sources))
                 replaced_sources |= sources
+                if skip:  # documents that the interrupted build added, and whose file has changed since
+                    dead |= set(self._selection.outdated([d for d in incoming if d.source not in resumed]))
+                    resumed |= {d.source for d in incoming}
                 existing = self._selection.numbers([d.id for d in incoming])
                 if not (replace or skip):
                     self._check_new({name: n for name, n in existing.items() if n not in dead})
-                batch = [d for d in incoming if not (skip and d.id in existing)]
+                present = {name for name, n in existing.items() if n not in dead}
+                batch = [d for d in incoming if not (skip and d.id in present)]
                 dead |= set(existing.values()) if replace else set()
                 if batch:
                     self._write(writer, batch, sorted(dead), on_progress, added, total, learn)

@@ -23,7 +23,7 @@ from .defaults import CHUNK_TOKENS, OVERLAP
 from .errors import RetrievalError
 from .file_finder import files_of_folder
 from .record_files import FIELDS, RECORDS, read_records
-from .store.documents import Document
+from .store.documents import COUNT_MARK, Document
 from .text_encoding import open_binary, open_text, suffix_of
 from .text_files import TEXTS, read_texts
 from .validation import as_document
@@ -53,7 +53,8 @@ class DocumentSource:
     Attributes:
         files: Path and name of each file; the name is the source of its documents, and the ids of chunks begin with it.
         chunk: Function that splits a text into chunks; may be set after the files were found, and before an iteration.
-        skipped: Reason for each file that was left out, wholly or in part, by name; complete after an iteration.
+        skipped: Reason for each file that was left out, wholly or in part, by name, and for each folder that cannot be
+            read, by its name with a slash; complete after an iteration.
         whole_sources: True: the documents of a file replace all that an index has of it.
     """
 
@@ -85,13 +86,15 @@ class DocumentSource:
         self.chunk, self._number, self._skip_bad = chunk, number_ids, skip_bad
         self.skipped: dict[str, str] = {}
         self.files = []
-        for path, name in _find([str(p) for p in paths], ignore):
+        files, folders = _find([str(p) for p in paths], ignore)
+        for path, name in files:
             if reason := _bad_name(path, name):
-                if not skip_bad:
-                    raise RetrievalError(reason)
-                self.skipped[name] = reason
+                folders[name] = reason
             else:
                 self.files.append((path, name))
+        if folders and not skip_bad:
+            raise RetrievalError(next(iter(folders.values())))
+        self.skipped |= folders
 
     @classmethod
     def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "DocumentSource":
@@ -156,7 +159,7 @@ class DocumentSource:
                 raise
             self.skipped[name] = str(error)
             return None
-        return (replace(document, source=name, digest=digest) for document in documents)
+        return _marked(documents, name, digest)
 
     def has_digest(self, path: Path, name: str, digest: str) -> bool:
         """Return whether a file can be read and has a digest."""
@@ -198,7 +201,7 @@ class DocumentSource:
         return self._records(path, name) if suffix_of(name) in RECORDS or name == "-" else self._pieces(path, name)
 
     def _records(self, path: Path | None, name: str) -> Iterator[Document]:
-        empty, notes = 0, list[str]()
+        number, empty, notes = 0, 0, list[str]()
         for number, record in read_records(path, name, notes.append):
             try:
                 document = as_document(self._document(record, f"{name}:{number}"))
@@ -210,6 +213,8 @@ class DocumentSource:
                 empty += 1
         if empty:
             notes.append(f"{name}: {empty} records without text")
+        if not number and not notes:
+            notes.append(f"{name}: no records")
         if notes:
             self.skipped[name] = "; ".join(notes)
 
@@ -222,11 +227,11 @@ class DocumentSource:
         if isinstance(record_id, int) and not isinstance(record_id, bool):
             record_id = str(record_id)
         if record_id is None:
-            raise RetrievalError("it has no id; add --number-ids to have records numbered")
+            names = _names(record)
+            raise RetrievalError(f"it has no id; add --number-ids to have records numbered; its fields are {names}")
         text, title = record.get("text"), record.get("title")
         if text is None and "text" not in record:
-            names = ", ".join(map(repr, list(record)[:NAMED])) + ", …" * (len(record) > NAMED)
-            raise RetrievalError(f"it has no field 'text'; its fields are {names}")
+            raise RetrievalError(f"it has no field 'text'; its fields are {_names(record)}")
         if isinstance(text, str) and isinstance(title, str) and title.strip():
             text = f"{title.strip()} {text}"
         metadata = record.get("metadata")
@@ -255,11 +260,31 @@ class DocumentSource:
             self.skipped[name] = f"{name}: {reason}"
 
 
-def _find(paths: list[str], ignore: Iterable[str]) -> list[tuple[Path | None, str]]:
-    """Return (path, name) of all files; the ids of a file's chunks begin with its name."""
+def _marked(documents: Iterable[Document], name: str, digest: str) -> Iterator[Document]:
+    """Return documents with their source and digest; that of the last one contains their number.
+
+    So an index knows whether it has all documents of a file; see `DocumentFilter.digests`.
+    """
+    count, last = 0, None
+    for document in documents:
+        if last is not None:
+            yield last
+        count, last = count + 1, replace(document, source=name, digest=digest)
+    if last is not None:
+        yield replace(last, digest=f"{digest}{COUNT_MARK}{count}")
+
+
+def _find(paths: list[str], ignore: Iterable[str]) -> tuple[list[tuple[Path | None, str]], dict[str, str]]:
+    """Return (path, name) of all files, and the reason for each folder that cannot be read, by name.
+
+    The ids of a file's chunks begin with its name.
+    """
     files: list[tuple[Path | None, str]] = []
+    unreadable: dict[str, str] = {}
     for argument in paths:
         path = Path(argument)
+        if not argument:
+            raise RetrievalError("a path is empty; the current folder is .")
         if argument == "-":
             files.append((None, "-"))
         elif path.is_file():
@@ -267,29 +292,43 @@ def _find(paths: list[str], ignore: Iterable[str]) -> list[tuple[Path | None, st
                 raise RetrievalError(f"{argument}: files end in {', '.join(RECORDS + TEXTS)}")
             files.append((path, path.name))
         elif path.is_dir():
-            documents = [p for p in files_of_folder(path, ignore) if suffix_of(p.name) in RECORDS + TEXTS]
+
+            def report(error: OSError, path: Path = path) -> None:
+                name = f"{Path(error.filename or path).relative_to(path).as_posix()}/".removeprefix("./")
+                unreadable[name] = f"{name or path.name}: {error.strerror or error}"
+
+            documents = [p for p in files_of_folder(path, ignore, report) if suffix_of(p.name) in RECORDS + TEXTS]
             files += [(p, p.relative_to(path).as_posix()) for p in documents if not _settings(p)]
         else:
             raise RetrievalError(f"{argument}: no such file or folder")
     if not files:
+        if unreadable:
+            raise RetrievalError(next(iter(unreadable.values())))
         raise RetrievalError(f"{', '.join(paths)}: no files that end in {', '.join(RECORDS + TEXTS)}")
     names = collections.Counter(name for _, name in files)
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise RetrievalError(
             f"{twice}: two files of that name cannot be told apart in the index; index their common folder"
         )
-    return files
+    return files, unreadable
 
 
 def _bad_name(path: Path | None, name: str) -> str | None:
     """Return why a file cannot be read, or an id cannot be made of its name; None if it can."""
     if path is not None and not path.exists():
         return f"{name}: is a broken link; remove it"
+    if path is not None and not path.is_file():
+        return f"{name}: is not a regular file"
     try:
         name.encode()
     except UnicodeEncodeError:
         return f"{name.encode(errors='backslashreplace').decode()}: its name is not UTF-8; rename it"
     return None
+
+
+def _names(record: dict[str, Any]) -> str:
+    """Return the first fields of a record, for messages."""
+    return ", ".join(map(repr, list(record)[:NAMED])) + ", …" * (len(record) > NAMED)
 
 
 def _settings(path: Path) -> bool:

@@ -87,7 +87,7 @@ def _parquet(path: Path, name: str, on_note: Callable[[str], None]) -> Iterator[
             for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(1024, columns=columns):
                 rows = _microseconds(batch)
                 yield from (_json(rows.slice(row, 1).to_pylist()[0]) for row in range(rows.num_rows))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:  # OverflowError: dates beyond the year 9999
         raise RetrievalError(f"{name}: {first_line(error)}") from None
 
 
@@ -101,26 +101,35 @@ def _delta_columns(metadata: Any) -> set[str]:
     return {chunk.path_in_schema for chunk in chunks if any(e.startswith("DELTA") for e in chunk.encodings)}
 
 
-def _is_supported(kind: Any) -> bool:
+def _is_supported(kind: Any, nested: bool = False) -> bool:
     """Return whether the values of a column can be metadata: numbers, text, dates, true or false, lists and structs."""
     from pyarrow import types
 
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_supported(kind.value_type)
+        return _is_supported(kind.value_type, nested=True)
     if types.is_struct(kind):
-        return all(_is_supported(kind.field(i).type) for i in range(kind.num_fields))
+        return all(_is_supported(kind.field(i).type, nested=True) for i in range(kind.num_fields))
+    if nested and _has_nanoseconds(kind):
+        return False
     tests = types.is_boolean, types.is_integer, types.is_floating, types.is_null, types.is_date, types.is_timestamp
     return any(test(kind) for test in (*tests, types.is_string, types.is_large_string, types.is_decimal, types.is_time))
 
 
+def _has_nanoseconds(kind: Any) -> bool:
+    from pyarrow import types
+
+    return (types.is_timestamp(kind) or types.is_time64(kind)) and kind.unit == "ns"
+
+
 def _microseconds(batch: Any) -> Any:
-    """Truncate timestamps to microseconds, the precision of Python's datetime."""
+    """Truncate timestamps and times to microseconds, the precision of Python's datetime."""
     import pyarrow
 
     for i, field in enumerate(batch.schema):
-        if pyarrow.types.is_timestamp(field.type) and field.type.unit == "ns":
-            truncated = batch.column(i).cast(pyarrow.timestamp("us", field.type.tz), safe=False)
-            batch = batch.set_column(i, field.name, truncated)
+        if _has_nanoseconds(field.type):
+            is_time = pyarrow.types.is_time64(field.type)
+            kind = pyarrow.time64("us") if is_time else pyarrow.timestamp("us", field.type.tz)
+            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
     return batch
 
 

@@ -289,8 +289,9 @@ def add_sync_endpoint(
     """Add the endpoint that synchronizes an index with the files and folders that the server was started with."""
 
     @app.post(path, dependencies=dependencies, responses=responses, summary="Synchronize with files")
-    async def sync(request: SyncRequest) -> SyncReport:
-        report = await writes(functools.partial(index.sync, sync_paths, dry_run=request.dry_run))
+    async def sync(request: SyncRequest | None = None) -> SyncReport:
+        dry_run = request is not None and request.dry_run
+        report = await writes(functools.partial(index.sync, sync_paths, dry_run=dry_run))
         release_memory()
         return report
 

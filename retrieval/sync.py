@@ -21,7 +21,7 @@ class SyncReport:
         removed: Names of the files in the index that no longer exist.
         unchanged: Number of the other files.
         skipped: Reason for each file that was left out, wholly or in part, by name. If a file cannot be read, the
-            passages of its earlier version stay.
+            passages of its earlier version stay; so do those of all files in a folder that cannot be read.
         documents_added: Number of documents (passages, records) of the files added or changed.
         documents_removed: Number of documents that were removed, with those of earlier versions.
     """
@@ -63,14 +63,18 @@ def plan_sync(known: Mapping[str, str], source: "DocumentSource") -> SyncPlan:
     """Compare files with those in an index, and read the files that differ.
 
     Args:
-        known: Digest of each file in the index, by name (`DocumentSource.digest`).
+        known: Digest of each file in the index, by name (`DocumentFilter.digests`).
         source: Files that the index is to contain.
 
     Raises:
         RetrievalError: A file cannot be read and ``source`` does not skip bad files, or two documents have the same id.
     """
     added, changed, documents = [], [], list[Document]()
-    missing, unchanged = set(known), 0
+    unreadable = tuple(source.skipped)  # broken links, and folders, whose names end with a slash
+    missing = {
+        n for n in known if n not in unreadable and not n.startswith(tuple(u for u in unreadable if u[-1:] == "/"))
+    }
+    unchanged = 0
     for path, name in source.files:
         missing.discard(name)
         if path is not None and name in known and source.has_digest(path, name, known[name]):
@@ -85,11 +89,12 @@ def plan_sync(known: Mapping[str, str], source: "DocumentSource") -> SyncPlan:
             changed.append(name)
         elif new:
             added.append(name)
-    names = set[str]()
+    sources: dict[str, str | None] = {}
     for document in documents:
-        if document.id in names:
-            raise RetrievalError(f"document {document.id!r} comes twice; give each document a unique id")
-        names.add(document.id)
+        if document.id in sources:
+            places = " and ".join(dict.fromkeys(str(s) for s in (sources[document.id], document.source)))
+            raise RetrievalError(f"document {document.id!r} comes twice, from {places}; give each document a unique id")
+        sources[document.id] = document.source
     removed = sorted(missing)
     report = SyncReport(added, changed, removed, unchanged, source.skipped, len(documents))
     return SyncPlan(report, documents, [*changed, *removed])

@@ -91,8 +91,11 @@ def detect_encoding(path: Path, name: str, declared: str | None = None) -> str:
 def _declared_codecs(declared: str | None) -> list[str]:
     """Return the codecs to try for a declared encoding; none for UTF-16 and UTF-32, which only a mark can declare."""
     try:
-        name = codecs.lookup(declared or "").name
+        codec = codecs.lookup(declared or "")
     except LookupError:
+        return []
+    name = codec.name
+    if not getattr(codec, "_is_text_encoding", True):  # Python has codecs like "zlib", which are no encodings of text
         return []
     return [] if name.startswith(("utf-16", "utf-32")) else [SUPERSETS.get(name, name), name]
 

@@ -1,5 +1,6 @@
 """Texts of files: plain text, Markdown, HTML and PDF."""
 
+import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,7 @@ def _pdf(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     require_module("pypdf", ".pdf")
     import pypdf
 
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings name no file
     try:
         for number, page in enumerate(pypdf.PdfReader(path).pages, 1):
             # PDF files can contain halves of surrogate pairs, which are no characters.

@@ -12,7 +12,7 @@ from ...plugins.config import ConfigError
 from ...plugins.hookspecs import hookimpl
 from ...plugins.terminal import MEASURING, SEARCH
 from ...retrieval.cli.index import sync_at_start
-from ...retrieval.cli.options import AsJson, Host, SyncOption, Token, Where, check_host, lines
+from ...retrieval.cli.options import AsJson, Host, SyncOption, Token, Where, all_filters, check_host, lines
 from ...retrieval.errors import RetrievalError
 from . import eval_command
 from .cli_options import RagOptions, rag, rag_command
@@ -36,7 +36,7 @@ def ask(
     """Answer one question, with citations and times. With --start, arguments after `--` are passed to the server."""
 
     async def work() -> None:
-        async with contextlib.aclosing(answerer.answer(question, (), where)) as events:
+        async with contextlib.aclosing(answerer.answer(question, (), all_filters(where))) as events:
             if as_json:
                 await _as_json(question, events)
             else:
@@ -59,7 +59,7 @@ def chat(setup: RagOptions, arguments: list[str], where: Where = None) -> None:
         history: list[prompt.Message] = []
         for question in lines("\n> "):
             try:
-                async with contextlib.aclosing(answerer.answer(question, history, where)) as events:
+                async with contextlib.aclosing(answerer.answer(question, history, all_filters(where))) as events:
                     found, text = await _shown(events)
             except (ConfigError, RetrievalError) as error:  # the next question may succeed
                 typer.echo(strip_control_characters(f"\npilotfish: {error}"), err=True)

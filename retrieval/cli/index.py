@@ -32,6 +32,7 @@ from .options import (
     SyncPaths,
     Token,
     Where,
+    all_filters,
     check_host,
     open_any,
     open_whole,
@@ -205,10 +206,10 @@ def delete(
     lock_timeout: LockTimeout = LOCK_TIMEOUT,
 ) -> None:
     """Delete documents by id or by a filter."""
-    if not ids and where is None:
+    if not ids and not where:
         raise ConfigError("delete: name ids, or give --where FILTER")
     with refusals(), open_whole(folder, lock_timeout=lock_timeout) as opened:
-        count = opened.delete(ids or [], where)
+        count = opened.delete(ids or [], all_filters(where))
         tell(f"{folder}: {count} documents deleted, {len(opened)} left")
 
 

@@ -22,7 +22,12 @@ SyncOption = Annotated[
     list[str] | None,
     typer.Option(help="File or folder to synchronize the index with, at start and by POST /sync; repeatable."),
 ]
-Where = Annotated[str | None, typer.Option(help="Metadata filter, for example: year >= 2020 AND lang in (en, de).")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Metadata filter, for example: year >= 2020 AND lang in (en, de); repeatable, and then all have to hold."
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Search setting, NAME=VALUE; repeatable.")]
 Word = Annotated[
     list[str] | None,
@@ -166,3 +171,10 @@ def open_any(
         raise ConfigError("--encoder, --device, --precision: shards are opened with the encoder of their build")
     with shards.ShardedIndex(folder, ray) as index:
         yield index
+
+
+def all_filters(where: list[str] | None) -> str | None:
+    """Return one filter for all values of ``--where``; None without any."""
+    if not where:
+        return None
+    return where[0] if len(where) == 1 else " AND ".join(f"({text})" for text in where)

@@ -19,6 +19,7 @@ from .options import (
     Set,
     Where,
     Word,
+    all_filters,
     lines,
     open_any,
     open_whole,
@@ -50,7 +51,7 @@ def search(
     with refusals(), open_any(folder, encoder, ray=ray) as opened:
         options = _settings(settings) | _edits(word)
         for text in [" ".join(query)] if query else lines("query> "):
-            hits = opened.search(text, k, where, **options)
+            hits = opened.search(text, k, all_filters(where), **options)
             if as_json:
                 results = [{"id": h.id, "score": h.score, "snippet": h.snippet, "metadata": h.metadata} for h in hits]
                 typer.echo(json.dumps({"query": text, "hits": results}, ensure_ascii=False))

@@ -39,6 +39,9 @@ CREATE INDEX IF NOT EXISTS by_source ON documents (source, digest) WHERE source 
 """
 
 
+COUNT_MARK = "#"
+
+
 @dataclass(frozen=True)
 class Document:
     """Document of an index.
@@ -48,7 +51,8 @@ class Document:
         text: Full text of the document.
         metadata: Metadata of the document, a JSON object.
         source: Name of the file, or of another origin, that the document is a part of; None if it has none.
-        digest: Digest of the file's contents, for documents that were read from files (`DocumentSource.digest`).
+        digest: Digest of the file's contents, for documents that were read from files (`DocumentSource.digest`);
+            that of the last document of a file ends with `COUNT_MARK` and the number of documents.
     """
 
     id: str
