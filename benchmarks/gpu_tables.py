@@ -4,11 +4,11 @@ from typing import Any
 
 from common import load, markdown
 
-CARD = "gpu/h200"
+RESULTS_FOLDER = "gpu/h200"
 ENGINES = {
     "stock_graphs": "vLLM, `FLASH_ATTN`",
     "tidal_graphs": "**TidalDecode**, `FLASH_ATTN`",
-    "tidal_compiled": "**TidalDecode**, vLLM's default compilation",
+    "tidal_compiled": "**TidalDecode**, `FLASH_ATTN`, torch.compile",
     "razor_graphs": "**RazorAttention**, `TRITON_ATTN`",
 }
 KERNELS = {
@@ -22,11 +22,12 @@ KERNELS = {
 
 
 def _values(result: dict[str, Any]) -> dict[tuple[str, str, str], float]:
+    """Return ``(arm, dataset, metric) -> value``."""
     return {(r["arm"], r["dataset"], r["metric"]): r["value"] for r in result["records"]}
 
 
 def _provenance(result: dict[str, Any]) -> str:
-    """Return a line with the card, the versions and the command, to be put under a table."""
+    """Return a line with date, GPU, versions and step, to be put under a table."""
     machine, versions = result["machine"], result["versions"]
     vllm = f"vLLM {versions['vllm']}, " if "vllm" in versions else ""
     packages = f"{vllm}torch {versions['torch']}, Triton {versions['triton']}"
@@ -34,42 +35,43 @@ def _provenance(result: dict[str, Any]) -> str:
     return f"\n{result['date']}, {machine['name']}, driver {machine['driver_version']}, {packages}. Step `{step}`.\n"
 
 
-def _place(dataset: str) -> str:
+def _point_label(dataset: str) -> str:
     """Return the label of a dataset like ``llama-3-8b_batch_1_context_8192``."""
-    words = dataset.split("_")
-    return f"{int(words[words.index('context') + 1]):,} tokens, batch {words[words.index('batch') + 1]}"
+    parts = dataset.split("_")
+    return f"{int(parts[parts.index('context') + 1]):,} tokens, batch {parts[parts.index('batch') + 1]}"
 
 
 def engine() -> str:
     """Return the table of engines: time per decode step, prefill and KV cache capacity."""
-    result = load(f"{CARD}/engine")
+    result = load(f"{RESULTS_FOLDER}/engine")
     values = _values(result)
     model = next(d for _, d, metric in values if metric == "kv_capacity")
-    places = list(dict.fromkeys(d for _, d, metric in values if metric == "step_ms"))
+    points = list(dict.fromkeys(d for _, d, metric in values if metric == "step_ms"))
     rows = []
-    for place in places:
-        stock = values.get(("stock_graphs", place, "step_ms"))
+    for point in points:
+        stock = values.get(("stock_graphs", point, "step_ms"))
         for arm, label in ENGINES.items():
-            if (ms := values.get((arm, place, "step_ms"))) is None:
+            if (ms := values.get((arm, point, "step_ms"))) is None:
                 continue
             capacity = values[arm, model, "kv_capacity"]
-            speed_up = f"{stock / ms:.2f}x" if stock is not None else ""
-            prefill = f"{values[arm, place, 'prefill']:,.0f}"
-            rows.append([_place(place), label, f"{ms:.2f}", speed_up, prefill, f"{capacity:,.0f}"])
-    head = ["context", "engine", "ms per step", "speed-up", "prefill tokens/s", "KV cache, tokens"]
+            # The baseline is not compiled.
+            speed_up = f"{stock / ms:.2f}x" if stock is not None and arm != "tidal_compiled" else ""
+            prefill = f"{values[arm, point, 'prefill']:,.0f}"
+            rows.append([_point_label(point), label, f"{ms:.2f}", speed_up, prefill, f"{capacity:,.0f}"])
+    head = ["context, batch size", "engine", "ms per step", "speed-up", "prefill tokens/s", "KV cache, tokens"]
     return markdown(head, rows, texts=2) + _provenance(result)
 
 
 def kernels() -> str:
-    """Return the table of kernel times, in CUDA graphs, by context and batch."""
-    result = load(f"{CARD}/kernels")
-    values, before = _values(result), _values(load(f"{CARD}/before/kernels"))
-    places = list(dict.fromkeys(d for _, d, metric in values if metric == "graph_us"))
+    """Return the table of kernel times, in CUDA graphs; in brackets the same kernel before tuning."""
+    result = load(f"{RESULTS_FOLDER}/kernels")
+    values, before = _values(result), _values(load(f"{RESULTS_FOLDER}/before/kernels"))
+    points = list(dict.fromkeys(d for _, d, metric in values if metric == "graph_us"))
     rows = []
     for arm, label in KERNELS.items():
         cells = []
-        for place in places:
-            now, first = values[arm, place, "graph_us"], before[arm, place, "graph_us"]
+        for point in points:
+            now, first = values[arm, point, "graph_us"], before[arm, point, "graph_us"]
             cells.append(f"{now:,.0f}" if arm == "dense_sdpa" else f"{now:,.0f} ({first:,.0f})")
         rows.append([label, *cells])
-    return markdown(["µs per layer", *map(_place, places)], rows) + _provenance(result)
+    return markdown(["µs per layer", *map(_point_label, points)], rows) + _provenance(result)

@@ -41,7 +41,7 @@ class HeadWindow:
         Args:
             tokens: Number of tokens processed before the step.
             block_size: Number of tokens in a block.
-            in_prompt: Whether the step processes a prompt.
+            in_prompt: Whether the token after these ``tokens`` belongs to the prompt.
         """
         sinks = self.sink_blocks(block_size)
         if in_prompt and self.exact_prefill:
@@ -51,7 +51,8 @@ class HeadWindow:
     def num_evicted(self, tokens: int, block_size: int, in_prompt: bool = False) -> int:
         """Return how many tokens, in whole blocks, are evicted for a token that has ``tokens`` tokens before it.
 
-        The number depends on the token's position only, not on how the scheduler split the text into steps.
+        The number depends on the token's position and on whether it is a prompt token, not on how the scheduler split
+        the text into steps.
         """
         return (self.first_retained_block(tokens, block_size, in_prompt) - self.sink_blocks(block_size)) * block_size
 

@@ -1,4 +1,4 @@
-"""Launch options of the Triton kernels: times for combinations of tile, warps, stages and splits.
+"""KernelConfig options of the Triton kernels: times for combinations of tile, warps, stages and splits.
 
 python gpu_launch.py [--kernels razor_decode,razor_prompt,tree,scores] [--points 8192x32,131072x1]
 
@@ -19,7 +19,7 @@ from gpu_kernels import HeadLayer, Paged, Run, Shape
 
 from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels import head_cache_triton, paged_triton, tree_triton
-from pilotfish.kvcache.kernels.launch import Launch, LaunchList
+from pilotfish.kvcache.kernels.launch import KernelConfig, KernelConfigs
 from pilotfish.kvcache.selection import SelectionRule
 from pilotfish.plugins.drafting.tree import tree_attention_mask
 
@@ -29,7 +29,7 @@ NODES = 63
 
 
 def options(tiles: list[int], launches: list[tuple[int, int]]) -> Iterator[dict[str, int]]:
-    """Return combinations of the number of positions in a tile and of launch options."""
+    """Yield combinations of the number of positions in a tile and of launch options."""
     for tile, (num_warps, num_stages) in itertools.product(tiles, launches):
         yield {"tile": tile, "num_warps": num_warps, "num_stages": num_stages}
 
@@ -66,18 +66,18 @@ def scores(run: Run, context: int, batch: int) -> Callable[[], Any]:
 
 
 def variants(kernel: str) -> Iterator[tuple[str, dict[Any, dict[str, Any]], Callable[..., Callable[[], Any]]]]:
-    """Return the name of each variant, the constants that it sets, and the function that makes its call."""
+    """Yield the name of each variant, the constants that it sets, and the function that makes its call."""
     if kernel == "razor_decode":
         for o, splits in itertools.product(options([64, 128], DECODE), [512, 1024]):
-            constants = {"DECODE": LaunchList(Launch(16, **o)), "TARGET_SPLITS": splits}
+            constants = {"DECODE": KernelConfigs(KernelConfig(16, **o)), "TARGET_SPLITS": splits}
             yield name(o, splits=splits), {head_cache_triton: constants}, partial(razor, chunk=1)
     if kernel == "razor_prompt":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128]):
-            constants = {"PROMPT": LaunchList(Launch(rows, **o))}
+            constants = {"PROMPT": KernelConfigs(KernelConfig(rows, **o))}
             yield name(o, rows=rows), {head_cache_triton: constants}, partial(razor, chunk=2048)
     if kernel == "tree":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128, 256]):
-            constants = {"LAUNCHES": LaunchList(Launch(rows, **o))}
+            constants = {"CONFIGS": KernelConfigs(KernelConfig(rows, **o))}
             yield name(o, rows=rows), {tree_triton: constants}, tree
     if kernel == "scores":
         for o, programs in itertools.product(options([64, 128], DECODE), [512, 1024, 2048]):

@@ -7,7 +7,7 @@
 | `SCHEDULER` | always; no effect unless a KV policy is selected | our own scheduler class would be a fork of vLLM's |
 | `DRAFT_MODEL` | a drafter with a draft model is selected | vLLM's speculative methods accept no second proposer |
 | `CAPACITY` | a KV policy frees blocks | vLLM's estimate assumes that every request processes its prompt |
-| `PROMPTS_V1`, `PROMPTS_V2` | a KV policy frees blocks | attention metadata has no lengths of prompts |
+| `PROMPT_LENS_V1`, `PROMPT_LENS_V2` | a KV policy frees blocks | attention metadata has no lengths of prompts |
 | `REQUESTS` | a KV policy frees blocks, or a pruner prunes in layers | vLLM has no hook that rejects a request |
 | `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin enables logging for all engines |
 | `RECORD` | a KV policy frees blocks | vLLM's statistics have no such field; see `kv_cache_spec.report_freed` |
@@ -154,7 +154,7 @@ def _needed(attached: Mapping[str, Any]) -> Iterator[Patch]:
 def all_patches() -> tuple[Patch, ...]:
     """Return all patches of the table above. Importing `CAPACITY` imports vLLM."""
     from .attention.windowed.kv_cache_spec import CAPACITY
-    from .attention.windowed.prompt_lengths import PROMPTS_V1, PROMPTS_V2
+    from .attention.windowed.prompt_lengths import PROMPT_LENS_V1, PROMPT_LENS_V2
 
     return (
         CREATE_ENGINE_CONFIG,
@@ -162,8 +162,8 @@ def all_patches() -> tuple[Patch, ...]:
         SCHEDULER,
         DRAFT_MODEL,
         CAPACITY,
-        PROMPTS_V1,
-        PROMPTS_V2,
+        PROMPT_LENS_V1,
+        PROMPT_LENS_V2,
         REQUESTS,
         COUNTERS,
         RECORD,

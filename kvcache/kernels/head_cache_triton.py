@@ -16,23 +16,26 @@ import triton
 from ..head_window import HeadWindow
 from . import programs_heads_triton as kernels
 from .head_cache import means_bytes
-from .launch import Launch, LaunchList
+from .launch import MIN_DOT_ROWS, SPLITS_AT_ONCE, KernelConfig, KernelConfigs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Rows are those of decoding requests, of requests with draft tokens or a short chunk, and of prompts.
-DECODE = LaunchList(Launch(16, 64, num_warps=2, num_stages=3), Launch(16, 32, num_warps=2, num_stages=2))
-SHORT = LaunchList(Launch(64, 64, num_warps=4, num_stages=3), Launch(64, 32, num_warps=4, num_stages=2))
-PROMPT = LaunchList(
-    Launch(128, 128, num_warps=8, num_stages=3),
-    Launch(64, 64, num_warps=4, num_stages=3),
-    Launch(64, 32, num_warps=4, num_stages=2),
+# DECODE: steps in which every request has one query token. SHORT: in all other steps, requests whose query tokens fit
+# one program (decoding, draft tokens, short chunks). PROMPT: longer chunks.
+DECODE = KernelConfigs(
+    KernelConfig(MIN_DOT_ROWS, 64, num_warps=2, num_stages=3),
+    KernelConfig(MIN_DOT_ROWS, 32, num_warps=2, num_stages=2),
+)
+SHORT = KernelConfigs(KernelConfig(64, 64, num_warps=4, num_stages=3), KernelConfig(64, 32, num_warps=4, num_stages=2))
+PROMPT = KernelConfigs(
+    KernelConfig(128, 128, num_warps=8, num_stages=3),
+    KernelConfig(64, 64, num_warps=4, num_stages=3),
+    KernelConfig(64, 32, num_warps=4, num_stages=2),
 )
 TARGET_SPLITS = 512  # splits of all contexts together that keep a large GPU busy
 MAX_SPLITS = 128  # of one context
 MIN_SPLIT = 128  # tokens
-SPLITS_AT_ONCE = 16  # splits that a program merges at a time
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class TritonWindowedStep:
     Attributes:
         query_start_loc: [num_requests + 1] int32, index of the first query token of each request.
         seq_lens: [num_requests] int32, number of tokens up to a request's last query token, itself included.
-        prompt_lens: [num_requests] int32, number of tokens of each request that belong to its prompt; 0 where the step
-            processes none of them.
+        prompt_lens: [num_requests] int32, prompt length of each request; 0 where the step processes no token of the
+            prompt, the largest int32 if it is unknown: then all query tokens count as prompt.
         max_query_len: Upper bound of the number of query tokens of a request, known to the host.
         max_seq_len: Upper bound of ``seq_lens``, known to the host.
     """
@@ -157,16 +160,16 @@ class TritonHeadCaches:
         fewest = triton.next_power_of_2(num_queries_per_kv)
         key = query.device, query.dtype, self.size, num_queries_per_kv
         short = DECODE if step.max_query_len == 1 else SHORT
-        longest = min(max(short.launches[0].rows, fewest) // num_queries_per_kv, step.max_query_len)
+        max_split_query_len = min(max(short.configs[0].rows, fewest) // num_queries_per_kv, step.max_query_len)
         splits = min(MAX_SPLITS, triton.cdiv(TARGET_SPLITS, requests), triton.cdiv(step.max_seq_len, MIN_SPLIT))
-        shape = requests * longest, heads, splits
+        shape = requests * max_split_query_len, heads, splits
         parts = torch.empty(*shape, self.size, dtype=torch.float32, device=query.device)
         tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=query.device)
 
-        def attend(launch: Launch, tokens: int, splits: int, *, is_short: bool) -> None:
-            rows = max(launch.rows, fewest)
-            tiles = triton.cdiv(tokens, rows // num_queries_per_kv)
-            kernels.windowed_attention_kernel[(requests * tiles, kv_heads, splits)](
+        def launch_attention(config: KernelConfig, query_len: int, num_splits: int, *, split_kv: bool) -> None:
+            rows = max(config.rows, fewest)
+            tiles = triton.cdiv(query_len, rows // num_queries_per_kv)
+            kernels.windowed_attention_kernel[(requests * tiles, kv_heads, num_splits)](
                 query,
                 self._where,
                 step.query_start_loc,
@@ -181,7 +184,7 @@ class TritonHeadCaches:
                 output.stride(0),
                 self._caches[0].stride(0),
                 tiles,
-                longest,
+                max_split_query_len,
                 self.sink_blocks,
                 self.window.window,
                 self.window.ratio,
@@ -191,26 +194,26 @@ class TritonHeadCaches:
                 TOKENS=rows // num_queries_per_kv,
                 **self._sizes,
                 BLOCK=self.block_size,
-                TILE=launch.tile,
+                TILE=config.tile,
                 EXACT=self.window.exact_prefill,
                 COMPENSATION=self.window.compensation,
-                SHORT=is_short,
-                **launch.options,
+                SPLIT_KV=split_kv,
+                **config.options,
             )
 
-        short.run(key, lambda launch: attend(launch, longest, splits, is_short=True))
-        kernels.merge_splits_kernel[(requests * longest, heads)](
+        short.run_first_fitting(key, lambda c: launch_attention(c, max_split_query_len, splits, split_kv=True))
+        kernels.merge_splits_kernel[(requests * max_split_query_len, heads)](
             parts,
             tops,
             totals,
             step.query_start_loc,
             output,
             splits,
-            longest,
+            max_split_query_len,
             output.stride(0),
             HEADS=heads,
             **self._sizes,
             SPLITS_AT_ONCE=SPLITS_AT_ONCE,
         )
-        if step.max_query_len > longest:
-            PROMPT.run(key, lambda launch: attend(launch, step.max_query_len, 1, is_short=False))
+        if step.max_query_len > max_split_query_len:
+            PROMPT.run_first_fitting(key, lambda c: launch_attention(c, step.max_query_len, 1, split_kv=False))

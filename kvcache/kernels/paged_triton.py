@@ -23,15 +23,14 @@ import triton
 
 from ..selection import PAGE_SIZE, SelectionRule
 from . import programs_triton as kernels
+from .launch import MIN_DOT_ROWS, SPLITS_AT_ONCE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 128  # positions that a program processes at a time
-MIN_DOT_ROWS = 16  # smallest number of rows in a matrix product on tensor cores
 TARGET_PROGRAMS = 2048  # number of programs that keeps a large GPU busy
 MAX_SPLITS = 64  # parts into which a context is split
-SPLITS_AT_ONCE = 16  # splits that a program merges at a time
 SCORES_LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
@@ -89,19 +88,19 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
     }
     tiles = triton.cdiv(batch.max_seq_len, TILE)
     splits = min(MAX_SPLITS, tiles, triton.cdiv(TARGET_PROGRAMS, requests * kv_heads))
-    totals = torch.empty(requests, heads, splits, dtype=torch.float32, device=query.device)
-    kernels.score_totals_kernel[(requests, kv_heads, splits)](
-        *inputs, totals, scale, rule.budget, *strides, **sizes, **SCORES_LAUNCH
+    split_lse = torch.empty(requests, heads, splits, dtype=torch.float32, device=query.device)
+    kernels.score_lse_kernel[(requests, kv_heads, splits)](
+        *inputs, split_lse, scale, rule.budget, *strides, **sizes, **SCORES_LAUNCH
     )
 
     def weights(num_head_groups: int, unit: int) -> "Tensor":
         groups = min(num_head_groups, kv_heads)  # programs write the rows of all query heads of a KV head
-        new = torch.zeros if rule.head_aggregation == "union" else torch.empty  # `union` ranks whole rows
+        new = torch.zeros if rule.head_aggregation == "union" else torch.empty  # `union` takes a top-k over whole rows
         result = new(requests, num_head_groups, tiles * TILE // unit, dtype=torch.float32, device=query.device)
         programs = min(tiles, triton.cdiv(TARGET_PROGRAMS, requests * groups))
         kernels.unit_weights_kernel[(requests, groups, programs)](
             *inputs,
-            totals,
+            split_lse,
             result,
             scale,
             rule.budget,
@@ -110,8 +109,8 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
             *strides,
             **sizes,
             UNIT=unit,
-            KV_HEADS=kv_heads // groups,
-            SPLITS=triton.next_power_of_2(splits),
+            KV_HEADS_PER_GROUP=kv_heads // groups,
+            SPLITS_PADDED=triton.next_power_of_2(splits),
             PER_HEAD=num_head_groups == heads,
             TAKE_MAX=rule.head_aggregation == "max",
             **SCORES_LAUNCH,

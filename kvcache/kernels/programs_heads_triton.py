@@ -86,10 +86,10 @@ def update_means_kernel(
 @jit
 def num_evicted(before, windowed, sinks, window, ratio, BLOCK: tl.constexpr):
     """Return how many tokens, in whole blocks, are evicted for query tokens with ``before`` tokens before them."""
-    longest = window + before * 0
+    max_split_query_len = window + before * 0
     if ratio > 0:
-        longest = tl.maximum(before // ratio, window)
-    return tl.where(windowed, tl.maximum((before - longest) // BLOCK - sinks, 0) * BLOCK, 0)
+        max_split_query_len = tl.maximum(before // ratio, window)
+    return tl.where(windowed, tl.maximum((before - max_split_query_len) // BLOCK - sinks, 0) * BLOCK, 0)
 
 
 @jit
@@ -129,7 +129,7 @@ def windowed_attention_kernel(
     output_stride,
     block_stride,
     tiles,
-    longest,  # requests of up to this many query tokens are short
+    max_split_query_len,  # the KV of requests with up to this many query tokens is split
     sinks,  # in blocks
     window,
     ratio,
@@ -143,18 +143,19 @@ def windowed_attention_kernel(
     TILE: tl.constexpr,
     EXACT: tl.constexpr,  # full attention during prefill
     COMPENSATION: tl.constexpr,
-    SHORT: tl.constexpr,  # whether to process short requests, whose context is split, or all others
+    SPLIT_KV: tl.constexpr,  # whether to process the requests whose KV is split, or all others
 ):
     """Compute the attention of a tile of query tokens over the tokens that their heads keep.
 
-    For short requests, a program reads one split of them, and `merge_splits_kernel` merges the splits.
+    With ``SPLIT_KV`` a program reads one split of a request's retained tokens and writes unnormalized partial results,
+    which `merge_splits_kernel` merges. Otherwise it reads all of them and writes the output.
     """
     request, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv_head, part = tl.program_id(1), tl.program_id(2)
     start, context = tl.load(starts + request), tl.load(seq_lens + request)
     length = tl.load(starts + request + 1) - start
     first = tile * TOKENS
-    if (first < length) & ((length <= longest) == SHORT):
+    if (first < length) & ((length <= max_split_query_len) == SPLIT_KV):
         cache, table, row, windowed = load_head(where, kv_head, query)
         table += request * row
         i, d = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED)
@@ -186,7 +187,8 @@ def windowed_attention_kernel(
                 q, cache, table, gap_of_part, sinks, scale, block_stride, HEAD_SIZE, BLOCK, d
             )
 
-        # A split has as many positions in every head, so that all programs take as long; windowed heads need fewer.
+        # Splits have the same number of positions in all heads, so that programs take equally long; a windowed head
+        # leaves the last splits empty.
         each = tl.cdiv(tl.cdiv(last, tl.num_programs(2)), TILE) * TILE
         for begin in range(part * each, tl.minimum(part * each + each, count), TILE):
             index = begin + tl.arange(0, TILE)
@@ -201,8 +203,8 @@ def windowed_attention_kernel(
             v = tl.load(at[:, None] + HEAD_SIZE + d[None, :], mask=inside[:, None] & d_mask[None, :], other=0.0)
             top, total, mixed = online_softmax_step(x, v, top, total, mixed)
 
-        if SHORT:
-            to = ((request * longest + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
+        if SPLIT_KV:
+            to = ((request * max_split_query_len + token).to(tl.int64) * HEADS + head) * tl.num_programs(2) + part
             used = row_mask & (part * each + 0 * i < count)  # by row, since Triton's interpreter has no scalar masks
             tl.store(parts + to[:, None] * HEAD_SIZE + d[None, :], mixed, mask=used[:, None] & d_mask[None, :])
             tl.store(tops + to, top, mask=row_mask)
@@ -224,18 +226,19 @@ def merge_splits_kernel(
     starts,
     output,
     count,
-    longest,
+    max_split_query_len,
     output_stride,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
 ):
-    """Merge the splits of one query token of a short request, for one head, by log-sum-exp."""
-    request, token, head = tl.program_id(0) // longest, tl.program_id(0) % longest, tl.program_id(1)
+    """Merge the splits of one query token and head, by log-sum-exp."""
+    request, token = tl.program_id(0) // max_split_query_len, tl.program_id(0) % max_split_query_len
+    head = tl.program_id(1)
     start = tl.load(starts + request)
     length = tl.load(starts + request + 1) - start
-    if (token < length) & (length <= longest):
+    if (token < length) & (length <= max_split_query_len):
         d = tl.arange(0, HEAD_SIZE_PADDED)
         base = (tl.program_id(0).to(tl.int64) * HEADS + head) * count
         merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)

@@ -9,8 +9,11 @@ jit = cast(Any, triton.jit)
 
 
 @jit
-def is_sparse(starts, seq_lens, request, budget):
-    """Return a request's first query row, its context length, and whether it decodes one token beyond the budget."""
+def load_request(starts, seq_lens, request, budget):
+    """Return the index of a request's first query token, its context length, and whether it is sparse.
+
+    A sparse request has one query token, and a context longer than the budget.
+    """
     row = tl.load(starts + request)
     context = tl.load(seq_lens + request)
     return row, context, (tl.load(starts + request + 1) - row == 1) & (context > budget)
@@ -34,13 +37,13 @@ def cache_offsets(table, position, inside, block_stride, token_stride, BLOCK: tl
 
 
 @jit
-def score_totals_kernel(
+def score_lse_kernel(
     query,
     cache,
     table,
     starts,
     seq_lens,
-    totals,
+    split_lse,
     scale,
     budget,
     query_stride,
@@ -58,10 +61,10 @@ def score_totals_kernel(
 ):
     """Write the log-sum-exp of the scaled query-key products of one split of a context.
 
-    ``totals`` is [requests, heads, splits]; the value of a split without tokens is -inf.
+    ``split_lse`` is [requests, heads, splits]; the value of a split without tokens is -inf.
     """
     request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, context, sparse = is_sparse(starts, seq_lens, request, budget)
+    row, context, sparse = load_request(starts, seq_lens, request, budget)
     if sparse:
         g, d = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED)
         head = kv_head * NUM_QUERIES_PER_KV + g
@@ -81,7 +84,7 @@ def score_totals_kernel(
             now = tl.maximum(top, tl.max(x, 1))  # finite: every tile has a token
             total = total * tl.exp(top - now) + tl.sum(tl.exp(x - now[:, None]), 1)
             top = now
-        to = totals + (request.to(tl.int64) * HEADS + head) * tl.num_programs(2) + split
+        to = split_lse + (request.to(tl.int64) * HEADS + head) * tl.num_programs(2) + split
         some = total > 0
         tl.store(
             to,
@@ -97,7 +100,7 @@ def unit_weights_kernel(
     table,
     starts,
     seq_lens,
-    totals,
+    split_lse,
     result,
     scale,
     budget,
@@ -116,21 +119,21 @@ def unit_weights_kernel(
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,  # tokens in a unit
     TILE: tl.constexpr,
-    KV_HEADS: tl.constexpr,  # KV heads whose query heads share a row of ``result``
-    SPLITS: tl.constexpr,  # splits, padded
+    KV_HEADS_PER_GROUP: tl.constexpr,  # KV heads whose query heads share a row of ``result``
+    SPLITS_PADDED: tl.constexpr,  # splits, padded
     PER_HEAD: tl.constexpr,  # every query head has a row of ``result``
     TAKE_MAX: tl.constexpr,  # largest weight of the heads instead of their sum
 ):
     """Compute the attention weight of each unit of a context: a softmax for each head, then the sum or maximum.
 
-    The query-key products are computed a second time instead of being stored by `score_totals_kernel`, because they
+    The query-key products are computed a second time instead of being stored by `score_lse_kernel`, because they
     would take gigabytes for long contexts. ``result`` is [requests, head groups, units]; units beyond a context are not
     written.
     """
     request, group = tl.program_id(0), tl.program_id(1)
-    row, context, sparse = is_sparse(starts, seq_lens, request, budget)
+    row, context, sparse = load_request(starts, seq_lens, request, budget)
     if sparse:
-        g, d, s = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED), tl.arange(0, SPLITS)
+        g, d, s = tl.arange(0, ROWS), tl.arange(0, HEAD_SIZE_PADDED), tl.arange(0, SPLITS_PADDED)
         table += request * table_stride
         for tile in range(tl.program_id(2) * TILE, context, tl.num_programs(2) * TILE):
             position = tile + tl.arange(0, TILE)
@@ -138,22 +141,22 @@ def unit_weights_kernel(
             at = cache_offsets(table, position, inside, block_stride, token_stride, BLOCK)
             unit = tile // UNIT + tl.arange(0, TILE // UNIT)
             weight = tl.zeros([TILE], tl.float32)
-            for i in range(KV_HEADS):
-                first = (group * KV_HEADS + i) * NUM_QUERIES_PER_KV
+            for i in range(KV_HEADS_PER_GROUP):
+                first = (group * KV_HEADS_PER_GROUP + i) * NUM_QUERIES_PER_KV
                 q = load_query(query, row, first, NUM_QUERIES_PER_KV, query_stride, g, d, HEAD_SIZE)
                 head = request.to(tl.int64) * HEADS + first + g
                 of_split = tl.load(
-                    totals + head[:, None] * splits + s[None, :],
+                    split_lse + head[:, None] * splits + s[None, :],
                     mask=(g < NUM_QUERIES_PER_KV)[:, None] & (s < splits)[None, :],
                     other=-float("inf"),
                 )
                 top = tl.max(of_split, 1)
                 top = tl.where(g < NUM_QUERIES_PER_KV, top, 0.0)
-                total = top + tl.log(tl.maximum(tl.sum(tl.exp(of_split - top[:, None]), 1), 1e-30))
-                to = cache + (group * KV_HEADS + i).to(tl.int64) * head_stride + at
+                lse = top + tl.log(tl.maximum(tl.sum(tl.exp(of_split - top[:, None]), 1), 1e-30))
+                to = cache + (group * KV_HEADS_PER_GROUP + i).to(tl.int64) * head_stride + at
                 k = tl.load(to[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
                 x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
-                p = tl.where((g < NUM_QUERIES_PER_KV)[:, None] & inside[None, :], tl.exp(x - total[:, None]), 0.0)
+                p = tl.where((g < NUM_QUERIES_PER_KV)[:, None] & inside[None, :], tl.exp(x - lse[:, None]), 0.0)
                 if PER_HEAD:
                     of_unit = tl.sum(tl.reshape(p, (ROWS, TILE // UNIT, UNIT)), 2)
                     tl.store(
@@ -191,7 +194,7 @@ def shorten_block_table_kernel(
 ):
     """Copy a request's block table and sequence length; for sparse requests, with the selected pages only."""
     request = tl.program_id(0)
-    _, context, sparse = is_sparse(starts, seq_lens, request, budget)
+    _, context, sparse = load_request(starts, seq_lens, request, budget)
     slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
     length = context
     source = slot
@@ -245,7 +248,7 @@ def sparse_decode_kernel(
     `merge_decode_splits_kernel` merges the tiles.
     """
     request, program, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, context, sparse = is_sparse(starts, seq_lens, request, budget)
+    row, context, sparse = load_request(starts, seq_lens, request, budget)
     if sparse:
         first = program * TOGETHER
         kv_head = first // NUM_QUERIES_PER_KV
@@ -290,14 +293,22 @@ def online_softmax_step(x, v, top, total, mixed):
 
 @jit
 def merge_splits(
-    parts, tops, totals, base, count, d, HEAD_SIZE: tl.constexpr, HEAD_SIZE_PADDED: tl.constexpr, TOGETHER: tl.constexpr
+    parts,
+    tops,
+    totals,
+    base,
+    count,
+    d,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_PADDED: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
 ):
     """Merge the ``count`` splits of one head by log-sum-exp; the sums of a split whose top is -inf are not read."""
     top = -float("inf")
     total = 0.0
     mixed = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
-    for begin in range(0, count, TOGETHER):
-        i = begin + tl.arange(0, TOGETHER)
+    for begin in range(0, count, SPLITS_AT_ONCE):
+        i = begin + tl.arange(0, SPLITS_AT_ONCE)
         tops_of_splits = tl.load(tops + base + i, mask=i < count, other=-float("inf"))
         some = tops_of_splits > -float("inf")
         now = tl.maximum(top, tl.max(tops_of_splits, 0))
@@ -333,7 +344,7 @@ def merge_decode_splits_kernel(
 ):
     """Merge the splits of one request and head by log-sum-exp."""
     request, head = tl.program_id(0), tl.program_id(1)
-    row, _, sparse = is_sparse(starts, seq_lens, request, budget)
+    row, _, sparse = load_request(starts, seq_lens, request, budget)
     if sparse:
         d = tl.arange(0, HEAD_SIZE_PADDED)
         base = (request.to(tl.int64) * HEADS + head) * count

@@ -14,18 +14,17 @@ import triton
 from numpy.typing import NDArray
 
 from . import programs_tree_triton as kernels
-from .head_cache_triton import SPLITS_AT_ONCE
-from .launch import Launch, LaunchList
+from .launch import MIN_DOT_ROWS, SPLITS_AT_ONCE, KernelConfig, KernelConfigs
 from .tree import pack_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAUNCHES = LaunchList(
-    Launch(256, 64, num_warps=8, num_stages=2),
-    Launch(128, 64, num_warps=8, num_stages=2),
-    Launch(64, 64, num_warps=4, num_stages=2),
-    Launch(64, 32, num_warps=4, num_stages=2),
+CONFIGS = KernelConfigs(
+    KernelConfig(256, 64, num_warps=8, num_stages=2),
+    KernelConfig(128, 64, num_warps=8, num_stages=2),
+    KernelConfig(64, 64, num_warps=4, num_stages=2),
+    KernelConfig(64, 32, num_warps=4, num_stages=2),
 )
 TARGET_PROGRAMS = 512  # number of programs that keeps a large GPU busy; with fewer tiles, contexts are split
 MAX_SPLITS = 64  # of one context
@@ -73,9 +72,9 @@ def tree_attention(
     num_queries_per_kv = heads // kv_heads
     sizes = {"HEADS": heads, "HEAD_SIZE": head_size, "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size)}
 
-    def attend(launch: Launch) -> None:
-        most = max(16, triton.next_power_of_2(trees.longest * num_queries_per_kv))
-        rows = max(min(launch.rows, most), triton.next_power_of_2(num_queries_per_kv))
+    def launch_attention(config: KernelConfig) -> None:
+        most = max(MIN_DOT_ROWS, triton.next_power_of_2(trees.longest * num_queries_per_kv))
+        rows = max(min(config.rows, most), triton.next_power_of_2(num_queries_per_kv))
         together = rows // num_queries_per_kv
         tiles = triton.cdiv(trees.longest, together)
         splits = min(
@@ -104,15 +103,15 @@ def tree_attention(
             ROWS=rows,
             TOKENS=together,
             BLOCK=block_size,
-            TILE=launch.tile,
+            TILE=config.tile,
             **sizes,
-            **launch.options,
+            **config.options,
         )
         kernels.merge_tree_splits_kernel[(len(trees.rows), heads)](
             parts, tops, totals, trees.rows, output, splits, output.stride(0), **sizes, SPLITS_AT_ONCE=SPLITS_AT_ONCE
         )
 
-    LAUNCHES.run((query.device, query.dtype, head_size, num_queries_per_kv), attend)
+    CONFIGS.run_first_fitting((query.device, query.dtype, head_size, num_queries_per_kv), launch_attention)
 
 
 class TritonKVMover:

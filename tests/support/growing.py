@@ -18,10 +18,10 @@ class Text:
         """Return the KV caches of the layer."""
         return CPUHeadCaches(caches, windowed, window)
 
-    def make_step(self, begins, ends, prompt):
-        """Return the metadata of a step for the kernels; the first ``prompt`` tokens are those of the prompt."""
+    def make_step(self, begins, ends, prompt_len):
+        """Return the metadata of a step for the kernels; the first ``prompt_len`` tokens are those of the prompt."""
         heads = len(self.windowed) * self.share
-        return WindowedStep(begins, ends, lambda _, n: self.window.num_evicted(n, self.block, n < prompt), heads)
+        return WindowedStep(begins, ends, lambda _, n: self.window.num_evicted(n, self.block, n < prompt_len), heads)
 
     def __init__(self, lengths, windowed, share, size, block, dtype, window, seed) -> None:
         self.rng = torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ class Text:
             [(torch.randn(n, heads, size, generator=self.rng) + 0.3).to(dtype) for n in lengths] for _ in range(2)
         )
 
-    def step(self, begins, ends, prompt=0):
+    def step(self, begins, ends, prompt_len=0):
         """Process positions of every request, and return the queries and the outputs of each request."""
         key = torch.cat([k[b:e] for k, b, e in zip(self.keys, begins, ends, strict=True)])
         value = torch.cat([v[b:e] for v, b, e in zip(self.values, begins, ends, strict=True)])
@@ -62,7 +62,7 @@ class Text:
                     ]
                 ).to(self.device)
             )
-        step = self.make_step(begins, ends, prompt)
+        step = self.make_step(begins, ends, prompt_len)
         shape = len(key), len(self.windowed) * self.share, self.size
         query = torch.randn(shape, generator=self.rng).to(self.dtype).to(self.device)
         output = torch.full_like(query, 7.0)
@@ -73,12 +73,12 @@ class Text:
         lengths = [e - b for b, e in zip(begins, ends, strict=True)]
         return query.cpu().split(lengths), output.cpu().split(lengths)
 
-    def check(self, begins, ends, prompt=0) -> None:
+    def check(self, begins, ends, prompt_len=0) -> None:
         """Process positions, and compare the first, the last and some others of every request with `expected`."""
-        query, output = self.step(begins, ends, prompt)
+        query, output = self.step(begins, ends, prompt_len)
         for r, (begin, end) in enumerate(zip(begins, ends, strict=True)):
             for n in {*range(begin, end, 37), *range(begin, end)[-1:]}:
-                gap = self.window.num_evicted(n, self.block, n < prompt)
+                gap = self.window.num_evicted(n, self.block, n < prompt_len)
                 np.testing.assert_allclose(
                     output[r][n - begin].double().numpy(),
                     self.expected(query[r][n - begin], r, n + 1, gap),
@@ -88,14 +88,15 @@ class Text:
     def grow(self, chunk) -> None:
         """Process all tokens but two chunk by chunk, then decode two, and check every step.
 
-        The last quarter of the chunks is not prompt but output, which a request reads again after a preemption.
+        Only the first ``prompt_len`` tokens (three quarters of the shortest request) count as prompt; the other
+        prefilled tokens are output, as after a preemption.
         """
         done = [0] * len(self.lengths)
         prompts = [n - 2 for n in self.lengths]
-        prompt = min(prompts) * 3 // 4
+        prompt_len = min(prompts) * 3 // 4
         while done != prompts:
             ends = [min(d + chunk, n) for d, n in zip(done, prompts, strict=True)]
-            self.check(done, ends, prompt)
+            self.check(done, ends, prompt_len)
             done = ends
         for ends in ([n - 1 for n in self.lengths], self.lengths):
             self.check(done, ends)

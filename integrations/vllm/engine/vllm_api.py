@@ -95,9 +95,9 @@ REQUIRED_APIS = (
     VllmApi(
         "v1/spec_decode/metadata.py", "SpecDecodeMetadata.cu_num_sampled_tokens", why="tree verification: sampling"
     ),
-    VllmApi(_RUNNER, "GPUModelRunner._build_attention_metadata", ("self",), "lengths of prompts"),
-    VllmApi(_V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), "lengths of prompts, V2 runner"),
-    VllmApi("v1/worker/gpu/states.py", "RequestState.prompt_len", why="lengths of prompts, V2 runner"),
+    VllmApi(_RUNNER, "GPUModelRunner._build_attention_metadata", ("self",), "exact prefill after preemption"),
+    VllmApi(_V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), "exact prefill after preemption"),
+    VllmApi("v1/worker/gpu/states.py", "RequestState.prompt_len", why="exact prefill after preemption"),
     VllmApi(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="length limit of drafts"),
     VllmApi(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
     VllmApi(_RUNNER, "GPUModelRunner.input_batch", why="requests of a batch"),

@@ -39,7 +39,7 @@ def test_means_cover_all_tokens_between_sinks_and_block() -> None:
     window = HeadWindow(4, 64, 0, True, exact_prefill=True)
     text = Text([700], [True], 2, 64, 32, torch.float32, window, 5)
     for begin, end in ((0, 100), (100, 101), (101, 350), (350, 700)):
-        text.step([begin], [end], prompt=700)
+        text.step([begin], [end], prompt_len=700)
     page = text.memory[0][text.tables[0][0].long()]
     means = page[:, 32 * 128 :].view(-1, 2, 64)
     assert (means[1] == 0).all(), "there is nothing between the sinks and the first block after them"

@@ -39,12 +39,12 @@ class OnGPU(Text):
     def make_caches(self, caches, windowed, window):
         return self.kernels.TritonHeadCaches(caches, windowed, window)
 
-    def make_step(self, begins, ends, prompt):
+    def make_step(self, begins, ends, prompt_len):
         lengths = [e - b for b, e in zip(begins, ends, strict=True)]
         return self.kernels.TritonWindowedStep(
             torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=self.device),
             torch.tensor(ends, dtype=torch.int32, device=self.device),
-            torch.full((len(ends),), prompt, dtype=torch.int32, device=self.device),
+            torch.full((len(ends),), prompt_len, dtype=torch.int32, device=self.device),
             max(lengths),
             max(ends) + 40,
         )

@@ -77,6 +77,7 @@ class SparseGPUMetadataBuilder:
     """
 
     over: ClassVar[str]  # name of vLLM's backend
+    _capturing = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
@@ -84,12 +85,11 @@ class SparseGPUMetadataBuilder:
         error = self_test_sparse_gpu(head_size, dtype, device)
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, f"over {self.over}")
         # A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
-        self._captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self._full_cudagraphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self._longest = vllm_config.model_config.max_model_len
-        self._capturing = False
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """Build the metadata of a step whose CUDA graph is captured; no request of it is real."""
+        """Build the metadata for CUDA graph capture; its dummy requests must not be logged as the first sparse step."""
         self._capturing = True
         try:
             return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
@@ -108,9 +108,9 @@ class SparseGPUMetadataBuilder:
 
     def _with_step(self, stock: Any) -> Any:
         stock.step = None
-        if stock.causal is True and (self._captured or stock.max_seq_len > self.plan.rule.budget):
+        if stock.causal is True and (self._full_cudagraphs or stock.max_seq_len > self.plan.rule.budget):
             table = stock.block_table
-            longest = self._longest if self._captured else stock.max_seq_len
+            longest = self._longest if self._full_cudagraphs else stock.max_seq_len
             if stock.max_seq_len > self.plan.rule.budget and not self._capturing:
                 self.announce(stock.max_seq_len)
             batch = DeviceBatch(stock.query_start_loc, stock.seq_lens, table, longest)

@@ -131,7 +131,7 @@ def split_layers_into_heads(vllm_config: Any) -> None:
     attachment = attach("kv", vllm_config)
     assert attachment is not None
     compatibility.check(attachment, vllm_config)
-    prompt_lengths.observe(vllm_config)
+    prompt_lengths.apply_patch(vllm_config)
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan = policy.head_plan()
     assert plan is not None  # every policy that frees blocks has one

@@ -69,12 +69,12 @@ class WindowedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Build vLLM's metadata, extended by our part of the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         ends = stock.seq_lens.tolist()
-        prompts = prompt_lengths.of_step(common_attn_metadata.is_prefilling, len(ends)).tolist()
+        prompt_lens = prompt_lengths.prompt_lens_of_step(common_attn_metadata.is_prefilling, len(ends)).tolist()
         lengths = common_attn_metadata.query_start_loc_cpu.diff().tolist()
         begins = [end - length for end, length in zip(ends, lengths, strict=True)]
 
         def num_evicted(request: int, position: int) -> int:
-            return self.window.num_evicted(position, self.block_size, in_prompt=position < prompts[request])
+            return self.window.num_evicted(position, self.block_size, in_prompt=position < prompt_lens[request])
 
         step = WindowedStep(begins, ends, num_evicted, self.query_heads)
         return WindowedMetadata(**vars(stock), step=step, windowed=stock.max_seq_len if step.gaps.any() else 0)

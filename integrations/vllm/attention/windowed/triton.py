@@ -49,23 +49,23 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
         shape = impl.num_queries_per_kv, kv_cache_spec.head_size, self.block_size
         test = functools.partial(self_test_windowed_triton, kv_cache_spec.dtype, *shape, device)
         common.check_kernels(impl, test, vllm_config.model_config.model)
-        self._prompts = prompt_buffer(vllm_config.scheduler_config.max_num_seqs, device)
+        self._prompt_lens = prompt_lens_buffer(vllm_config.scheduler_config.max_num_seqs, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build vLLM's metadata, extended by our part of the step."""
         stock: Any = super().build(common_prefix_len, common_attn_metadata, fast_build)
         requests, known = len(stock.seq_lens), common_attn_metadata.is_prefilling
-        prompts = self._prompts[:requests]
-        prompts.copy_(prompt_lengths.of_step(known, requests), non_blocking=True)
+        prompt_lens = self._prompt_lens[:requests]
+        prompt_lens.copy_(prompt_lengths.prompt_lens_of_step(known, requests), non_blocking=True)
         stock.step = TritonWindowedStep(
-            stock.query_start_loc, stock.seq_lens, prompts, stock.max_query_len, stock.max_seq_len
+            stock.query_start_loc, stock.seq_lens, prompt_lens, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
         stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
         return stock
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        """Build the metadata of a step whose CUDA graph is captured; no request of it is real."""
+        """Build the metadata for CUDA graph capture, whose dummy requests are not a first windowed step."""
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         metadata.windowed = 0
         return metadata
@@ -78,7 +78,7 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
 
 
 @functools.cache
-def prompt_buffer(requests: int, device: torch.device) -> torch.Tensor:
+def prompt_lens_buffer(requests: int, device: torch.device) -> torch.Tensor:
     """Return the buffer for the prompt lengths of a step, [requests] int32, which all CUDA graphs read."""
     return torch.zeros(requests, dtype=torch.int32, device=device)
 
@@ -91,9 +91,9 @@ def self_test_windowed_triton(
 
     def make_step(begin: int, end: int, window: HeadWindow) -> TritonWindowedStep:
         del window  # `TritonHeadCaches` passes it to the kernels
-        starts, lens, prompts = (
+        starts, lens, prompt_lens = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - begin], [end], [0])
         )
-        return TritonWindowedStep(starts, lens, prompts, end - begin, end)
+        return TritonWindowedStep(starts, lens, prompt_lens, end - begin, end)
 
     return common.self_test_windowed(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)

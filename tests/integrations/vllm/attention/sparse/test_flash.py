@@ -63,7 +63,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
     )
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE), rule)
-    vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
+    vars(builder).update(plan=plan, _full_cudagraphs=False, _longest=512, announce=lambda context: None)
     generator = torch.Generator().manual_seed(0)
     need = [-(-c // BLOCK) for c in CONTEXTS]
     order = torch.randperm(sum(need), generator=generator).int()
@@ -136,7 +136,7 @@ def test_update_block_table_builds_a_new_step(flash: Any) -> None:
     _, metadata, _, _ = build(flash, SelectionRule(160, 4, 32, "sum", "page"))
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = metadata.step.plan
-    vars(builder).update(plan=plan, _captured=False, _longest=512, announce=lambda context: None)
+    vars(builder).update(plan=plan, _full_cudagraphs=False, _longest=512, announce=lambda context: None)
     other = metadata.block_table + 1
     updated = builder.update_block_table(metadata, other, metadata.slot_mapping)
     assert updated.step is not metadata.step

@@ -11,21 +11,21 @@ from pilotfish.integrations.vllm.attention.windowed import prompt_lengths
 
 @pytest.fixture(autouse=True)
 def step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_lengths._Step, "prompts", np.array([300, 20, 500, 9]))
+    monkeypatch.setattr(prompt_lengths._Step, "prompt_lens", np.array([300, 20, 500, 9]))
 
 
 def test_requests_that_decode_and_padding_have_no_prompt() -> None:
     flags = torch.tensor([True, False, True])
-    assert prompt_lengths.of_step(flags, 5).tolist() == [300, 0, 500, 0, 0]
+    assert prompt_lengths.prompt_lens_of_step(flags, 5).tolist() == [300, 0, 500, 0, 0]
 
 
-def test_capture_has_no_prompts() -> None:
-    assert prompt_lengths.of_step(None, 3).tolist() == [0, 0, 0]
+def test_no_flags_mean_no_prompt() -> None:
+    assert prompt_lengths.prompt_lens_of_step(None, 3).tolist() == [0, 0, 0]
 
 
 def test_whole_chunk_is_prompt_if_lengths_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_lengths._Step, "prompts", None)
-    assert prompt_lengths.of_step(torch.tensor([False, True]), 2).tolist() == [0, prompt_lengths.UNKNOWN]
+    monkeypatch.setattr(prompt_lengths._Step, "prompt_lens", None)
+    assert prompt_lengths.prompt_lens_of_step(torch.tensor([False, True]), 2).tolist() == [0, prompt_lengths.UNKNOWN]
 
 
 @pytest.mark.parametrize("v2", [False, True])
@@ -43,6 +43,6 @@ def test_lengths_are_those_of_the_requests_of_a_batch(v2: bool) -> None:
     class Batch:
         idx_mapping_np = np.array([2, 0])
 
-    wrap, expected = (prompt_lengths._v2, [3, 1]) if v2 else (prompt_lengths._v1, [7, 8])
+    wrap, expected = (prompt_lengths._record_v2, [3, 1]) if v2 else (prompt_lengths._record_v1, [7, 8])
     assert wrap(lambda self, batch: "result")(Runner(), Batch()) == "result"
-    assert prompt_lengths.of_step(torch.tensor([True, True]), 2).tolist() == expected
+    assert prompt_lengths.prompt_lens_of_step(torch.tensor([True, True]), 2).tolist() == expected
