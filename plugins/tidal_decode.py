@@ -115,16 +115,30 @@ class TidalDecode(KVPolicy):
     @classmethod
     def check(cls, options: TidalDecodeOptions, engine: Engine) -> None:
         """Refuse layers or a profile of another model, and a machine that cannot compile the kernels."""
-        for name, layers in zip(("full_layers", "select_layers"), resolve_layers(options, engine), strict=True):
-            for layer in layers:
-                if engine.layers and layer >= engine.layers:
-                    raise Unsupported(
-                        cls.name,
-                        f"{name} names it, but the model has layers 0 to {engine.layers - 1}",
-                        f"choose {name} for this model",
-                        engine.model,
-                        str(layer),
-                    )
+        attending = engine.attention_layers
+        if engine.layers and not attending:
+            raise Unsupported(
+                cls.name, "no layer of the model attends to all tokens", "run without the policy", engine.model
+            )
+        full, select = resolve_layers(options, engine)
+        for name, layers in (("full_layers", full), ("select_layers", select)):
+            for layer in layers if engine.layers else ():
+                if layer >= engine.layers:
+                    reason, remedy = f"the model has layers 0 to {engine.layers - 1}", f"choose {name} for this model"
+                elif layer not in attending:
+                    reason = "it does not attend to all tokens (sliding window, linear attention or a recurrent state)"
+                    remedy = f"choose {name} among {', '.join(map(str, attending))}"
+                else:
+                    continue
+                raise Unsupported(cls.name, f"{name} names it, but {reason}", remedy, engine.model, str(layer))
+        if engine.layers and not any(layer > select[0] and layer not in {*full, *select} for layer in attending):
+            number = f"{len(attending)} of {engine.layers} layers attend to all tokens"
+            raise Unsupported(
+                cls.name,
+                f"no layer would attend to the selected tokens: {number}, and all of them are full or selection layers",
+                "choose other select_layers, or run without the policy",
+                engine.model,
+            )
         compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
@@ -261,7 +275,7 @@ def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[i
         return options.full_layers or (), options.select_layers
     setting = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if setting is None:
-        return evenly_spaced_layers(engine.layers)
+        return evenly_spaced_layers(engine.attention_layers)
     full = setting.get("full_layers", ())
     select = setting.get("select_layers", ())
     for layers in (full, select):
@@ -272,14 +286,18 @@ def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[i
     return tuple(full), tuple(select)
 
 
-def evenly_spaced_layers(layers: int, selections: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def evenly_spaced_layers(layers: Sequence[int], selections: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return ``full_layers`` and ``select_layers`` for a model that was not tuned.
 
-    The first two layers compute full attention; ``selections`` selection layers follow at equal distances.
+    The first two layers compute full attention; at most ``selections`` selection layers follow at equal distances.
+
+    Args:
+        layers: Layers of the model that attend to all tokens, ascending.
+        selections: Largest number of selection layers.
     """
-    first = min(2, max(layers - 1, 0))
-    step = max(1, -(-(layers - first) // selections))
-    return tuple(range(first)), tuple(range(first, layers, step)) or (0,)
+    first = min(2, max(len(layers) - 2, 0))
+    step = max(2, -(-(len(layers) - first) // selections))  # at least one sparse layer after each selection layer
+    return tuple(layers[:first]), tuple(layers[first::step]) or (0,)
 
 
 @hookimpl

@@ -39,6 +39,8 @@ class Engine:
         layers: Number of layers of the language model; 0 if it is not known yet.
         kv_heads: Number of KV heads of a layer, over all tensor-parallel ranks; 0 if it is not known yet.
         fingerprint: Fingerprint of the model's shape, see `kvcache.profiles`; empty if it is not known yet.
+        full_attention_layers: Layers that attend to all tokens, ascending; None if all layers do, or if it is not known
+            yet. The other layers of a hybrid model have a sliding window, linear attention or a recurrent state.
     """
 
     model: str
@@ -52,6 +54,12 @@ class Engine:
     layers: int = 0
     kv_heads: int = 0
     fingerprint: str = ""
+    full_attention_layers: tuple[int, ...] | None = None
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers that attend to all tokens, ascending; empty if the number of layers is not known yet."""
+        return tuple(range(self.layers)) if self.full_attention_layers is None else self.full_attention_layers
 
 
 @dataclass(frozen=True)

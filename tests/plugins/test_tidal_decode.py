@@ -48,9 +48,56 @@ def test_layer_roles_follow_the_options() -> None:
 def test_untuned_model_gets_evenly_spaced_layers() -> None:
     assert resolve_layers(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
     for layers in range(1, 100):
-        full, select = evenly_spaced_layers(layers)
+        full, select = evenly_spaced_layers(range(layers))
         assert select
         assert max(full + select) < layers
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "attending"),
+    [
+        ("Gemma 3, 12B", 48, range(5, 48, 6)),
+        ("Gemma 3, 27B", 62, range(5, 62, 6)),
+        ("gpt-oss, 20B", 24, range(1, 24, 2)),
+        ("Qwen3-Next", 48, range(3, 48, 4)),
+        ("Llama 4", 48, range(3, 48, 4)),
+        ("Gemma 3, 4B", 34, range(5, 34, 6)),
+        ("Gemma 3, 1B", 26, range(5, 26, 6)),
+        ("three layers", 12, range(3, 12, 4)),
+        ("two layers", 12, range(5, 12, 6)),
+    ],
+)
+def test_layers_of_hybrid_models_are_those_with_full_attention(name: str, layers: int, attending: range) -> None:
+    engine = Engine(name, 1000, 8192, 8, layers=layers, full_attention_layers=tuple(attending))
+    full, select = resolve_layers(TidalDecodeOptions(), engine)
+    assert {*full, *select} < set(attending)
+    sparse = [layer for layer in attending if layer not in {*full, *select}]
+    assert any(layer > select[0] for layer in sparse)
+    TidalDecode.check(TidalDecodeOptions(), engine)
+
+
+def test_refuses_layers_without_full_attention_and_names_the_others() -> None:
+    engine = Engine("m", 1000, 8192, 8, layers=12, full_attention_layers=(3, 7, 11))
+    with pytest.raises(Unsupported, match=r"layer 2: select_layers names it.* choose select_layers among 3, 7, 11"):
+        TidalDecode.check(TidalDecodeOptions(select_layers=(2,)), engine)
+    TidalDecode.check(TidalDecodeOptions(select_layers=(3,)), engine)
+
+
+@pytest.mark.parametrize(
+    ("layers", "attending", "options"),
+    [
+        (12, (), TidalDecodeOptions()),
+        (12, (5,), TidalDecodeOptions()),
+        (12, (5, 11), TidalDecodeOptions(select_layers=(11,))),
+        (1, None, TidalDecodeOptions()),
+        (12, None, TidalDecodeOptions(select_layers=(11,))),
+    ],
+)
+def test_refuses_models_on_which_no_layer_would_be_sparse(layers, attending, options) -> None:
+    with pytest.raises(
+        Unsupported, match=r"no layer (would attend to the selected tokens|of the model attends to all tokens)"
+    ):
+        TidalDecode.check(options, Engine("m", 1000, 8192, 8, layers=layers, full_attention_layers=attending))
 
 
 def test_layers_come_from_a_profile(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
             "remove it from --speculative-config",
             model,
         )
+    if getattr(speculative, "draft_sample_method", "greedy") != "greedy":
+        raise Unsupported(
+            plugin,
+            f"draft_sample_method={speculative.draft_sample_method!r} needs the probabilities of draft tokens, "
+            "which the verifier does not have",
+            "remove it from --speculative-config",
+            model,
+        )
     if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         raise Unsupported(plugin, "prompts given as embeddings have no tokens", "omit --enable-prompt-embeds", model)
     if vllm_config.model_config.runner_type == "pooling":

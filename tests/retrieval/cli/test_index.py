@@ -239,8 +239,8 @@ def test_build_of_a_complete_index_resumes(inside: Callable, corpus: Path, tmp_p
         ('{"id": "", "text": "x"}', "record 1"),
         ('{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}', "'a'"),
         ('{"id": "a", "text": 7}', "record 1"),
-        ("", "no documents"),
-        ("\n\n", "no documents"),
+        ("", "bad.jsonl: no records"),
+        ("\n\n", "bad.jsonl: no records"),
     ],
 )
 @pytest.mark.parametrize("shards", ["1", "2"])
