@@ -78,10 +78,12 @@ def _rows(open_file: Callable[[], IO[str]], name: str, delimiter: str) -> Iterat
     number = 0
     try:
         with open_file() as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), 1):
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            for number, row in enumerate(reader, 1):
                 if None in row:
                     raise RetrievalError(f"{name}, record {number}: more fields than the header")
-                yield number, {column.strip(): field or "" for column, field in row.items()}
+                yield number, {column: field or "" for column, field in row.items()}
     except csv.Error as error:
         raise RetrievalError(f"{name}, record {number + 1}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,15 +52,12 @@ class DocumentFilter:
 
         It is empty if some documents of the file are missing: an addition did not end, or they were deleted.
         """
-        live = self._store.refresh().live
-        rows = self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL")
         digests, counts, complete = dict[str, str](), Counter[str](), dict[str, str]()
-        for number, source, digest in rows:
-            if number < len(live) and live[number]:
-                digests[source], mark, count = digest.partition(COUNT_MARK)
-                counts[source] += 1
-                if mark:
-                    complete[source] = count
+        for _, source, digest in self._read_from_files():
+            digests[source], mark, count = digest.partition(COUNT_MARK)
+            counts[source] += 1
+            if mark:
+                complete[source] = count
         return {s: digest if complete.get(s) == str(counts[s]) else "" for s, digest in digests.items()}
 
     def outdated(self, documents: Iterable[Document]) -> list[int]:
@@ -68,9 +65,15 @@ class DocumentFilter:
         wanted = {d.source: d.digest.partition(COUNT_MARK)[0] for d in documents if d.source and d.digest}
         if not wanted:
             return []
-        numbers = set(self.numbers_of_sources(wanted))
-        rows = self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL")
-        return [n for n, source, d in rows if n in numbers and d.partition(COUNT_MARK)[0] != wanted[source]]
+        rows = self._read_from_files()
+        return [n for n, source, d in rows if source in wanted and d.partition(COUNT_MARK)[0] != wanted[source]]
+
+    def _read_from_files(self) -> Iterator[tuple[int, str, str]]:
+        """Yield internal doc id, source and digest of the live documents that were read from files."""
+        live = self._store.refresh().live
+        for row in self._store.documents.ask("SELECT number, source, digest FROM documents WHERE digest IS NOT NULL"):
+            if row[0] < len(live) and live[row[0]]:
+                yield row
 
     def allow(self, snapshot: Snapshot, where: Filter | None) -> NDArray[np.uint8] | None:
         """Return a bitmap of the allowed documents, least significant bit first; None if all are allowed."""

@@ -86,15 +86,15 @@ class DocumentSource:
         self.chunk, self._number, self._skip_bad = chunk, number_ids, skip_bad
         self.skipped: dict[str, str] = {}
         self.files = []
-        files, folders = _find([str(p) for p in paths], ignore)
+        files, unreadable = _find([str(p) for p in paths], ignore)
         for path, name in files:
             if reason := _bad_name(path, name):
-                folders[name] = reason
+                unreadable[name] = reason
             else:
                 self.files.append((path, name))
-        if folders and not skip_bad:
-            raise RetrievalError(next(iter(folders.values())))
-        self.skipped |= folders
+        if unreadable and not skip_bad:
+            raise RetrievalError(next(iter(unreadable.values())))
+        self.skipped |= unreadable
 
     @classmethod
     def of(cls, path: Path, name: str, chunk: Chunk, number_ids: bool = False) -> "DocumentSource":
@@ -294,8 +294,11 @@ def _find(paths: list[str], ignore: Iterable[str]) -> tuple[list[tuple[Path | No
         elif path.is_dir():
 
             def report(error: OSError, path: Path = path) -> None:
-                name = f"{Path(error.filename or path).relative_to(path).as_posix()}/".removeprefix("./")
-                unreadable[name] = f"{name or path.name}: {error.strerror or error}"
+                folder = Path(error.filename)
+                if folder == path:  # as if it did not exist: its files are not known
+                    raise RetrievalError(f"{path}: {error.strerror}") from None
+                name = f"{folder.relative_to(path).as_posix()}/"
+                unreadable[name] = f"{name}: {error.strerror}"
 
             documents = [p for p in files_of_folder(path, ignore, report) if suffix_of(p.name) in RECORDS + TEXTS]
             files += [(p, p.relative_to(path).as_posix()) for p in documents if not _settings(p)]

@@ -70,10 +70,8 @@ def plan_sync(known: Mapping[str, str], source: "DocumentSource") -> SyncPlan:
         RetrievalError: A file cannot be read and ``source`` does not skip bad files, or two documents have the same id.
     """
     added, changed, documents = [], [], list[Document]()
-    unreadable = tuple(source.skipped)  # broken links, and folders, whose names end with a slash
-    missing = {
-        n for n in known if n not in unreadable and not n.startswith(tuple(u for u in unreadable if u[-1:] == "/"))
-    }
+    unreadable_folders = tuple(name for name in source.skipped if name.endswith("/"))
+    missing = {n for n in known if n not in source.skipped and not n.startswith(unreadable_folders)}
     unchanged = 0
     for path, name in source.files:
         missing.discard(name)

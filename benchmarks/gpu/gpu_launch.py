@@ -1,4 +1,4 @@
-"""KernelConfig options of the Triton kernels: times for combinations of tile, warps, stages and splits.
+"""Launch options of the Triton kernels: times for combinations of tile, warps, stages and splits.
 
 python gpu_launch.py [--kernels razor_decode,razor_prompt,tree,scores] [--points 8192x32,131072x1]
 
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,28 +66,28 @@ def scores(run: Run, context: int, batch: int) -> Callable[[], Any]:
     return partial(paged_triton.token_scores, paged.query, paged.cache, paged.batch, rule, run.shape.scale)
 
 
-def variants(kernel: str) -> Iterator[tuple[str, dict[Any, dict[str, Any]], Callable[..., Callable[[], Any]]]]:
-    """Yield the name of each variant, the constants that it sets, and the function that makes its call."""
+def variants(kernel: str) -> Iterator[tuple[str, Any, dict[str, Any], Callable[..., Callable[[], Any]]]]:
+    """Yield the name of each variant, the constants that it replaces and their module, and the maker of its call."""
     if kernel == "razor_decode":
         for o, splits in itertools.product(options([64, 128], DECODE), [512, 1024]):
             constants = {"DECODE": KernelConfigs(KernelConfig(16, **o)), "TARGET_SPLITS": splits}
-            yield name(o, splits=splits), {head_cache_triton: constants}, partial(razor, chunk=1)
+            yield variant_name(o, splits=splits), head_cache_triton, constants, partial(razor, chunk=1)
     if kernel == "razor_prompt":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128]):
             constants = {"PROMPT": KernelConfigs(KernelConfig(rows, **o))}
-            yield name(o, rows=rows), {head_cache_triton: constants}, partial(razor, chunk=2048)
+            yield variant_name(o, rows=rows), head_cache_triton, constants, partial(razor, chunk=2048)
     if kernel == "tree":
         for o, rows in itertools.product(options([64, 128], PROMPT), [64, 128, 256]):
             constants = {"CONFIGS": KernelConfigs(KernelConfig(rows, **o))}
-            yield name(o, rows=rows), {tree_triton: constants}, tree
+            yield variant_name(o, rows=rows), tree_triton, constants, tree
     if kernel == "scores":
         for o, programs in itertools.product(options([64, 128], DECODE), [512, 1024, 2048]):
             launch = {k: o[k] for k in ("num_warps", "num_stages")}
             constants = {"TILE": o["tile"], "SCORES_LAUNCH": launch, "TARGET_PROGRAMS": programs}
-            yield name(o, programs=programs), {paged_triton: constants}, scores
+            yield variant_name(o, programs=programs), paged_triton, constants, scores
 
 
-def name(o: dict[str, int], **more: int) -> str:
+def variant_name(o: dict[str, int], **more: int) -> str:
     """Return the name of a variant."""
     return "_".join(f"{k.removeprefix('num_')}{v}" for k, v in (o | more).items())
 
@@ -102,15 +103,14 @@ def work(step: Step) -> None:
     points = [tuple(map(int, p.split("x"))) for p in arguments.points.split(",")]
     for kernel in arguments.kernels.split(","):
         calls: dict[tuple[Any, ...], Callable[[], Any]] = {}
-        for variant, constants, make in variants(kernel):
-            for module, values in constants.items():
-                vars(module).update(values)
+        for variant, module, constants, make in variants(kernel):
             for point in points if kernel != "razor_prompt" else [(32768, 1)]:
                 try:
-                    if point not in calls:
-                        calls[point] = make(run, *point)
-                    calls[point]()
-                    median = statistics.median(clock.times(clock.graph(calls[point])))
+                    with mock.patch.multiple(module, **constants):
+                        if point not in calls:
+                            calls[point] = make(run, *point)
+                        calls[point]()
+                        median = statistics.median(clock.times(clock.graph(calls[point])))
                     step.add(f"{kernel}_{point[0]}_batch_{point[1]}", variant, "graph_us", median, "us")
                 except Exception as error:  # too much shared memory, for example
                     step.notes.setdefault("failed", []).append(f"{kernel} {variant}: {str(error)[:150]}")

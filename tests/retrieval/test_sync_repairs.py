@@ -131,6 +131,25 @@ def test_documents_of_a_folder_that_cannot_be_read_stay(
         source(folder)
 
 
+def test_a_path_that_cannot_be_read_is_refused(create: Callable, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, other = create(kind="bm25"), folder.parent / "other"
+    other.mkdir()
+    (other / "c.txt").write_text("gamma")
+    index.sync([folder, other], number_ids=True)
+    before, walk = texts(index), os.walk
+
+    def denied(top: Path, onerror: Callable[[OSError], None]) -> Any:
+        if Path(top) == folder:
+            onerror(PermissionError(13, "Permission denied", str(top)))
+            return
+        yield from walk(top)
+
+    monkeypatch.setattr(file_finder.os, "walk", denied)
+    with pytest.raises(RetrievalError, match="files: Permission denied"):
+        index.sync([folder, other], number_ids=True)
+    assert texts(index) == before
+
+
 def test_a_named_pipe_is_skipped(create: Callable, folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
     report = sync(create(kind="bm25"), folder)

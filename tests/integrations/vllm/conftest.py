@@ -33,33 +33,42 @@ def model() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of random weights with four heads: starts fast, can be split in two, and soon repeats itself."""
+def random_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Return a function that saves a small model of random weights with four heads, and returns its folder."""
     import shutil
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(model) / name, folder)
-    return str(folder)
+    def save(architecture: Any, **options: Any) -> str:
+        folder = tmp_path_factory.mktemp("random_model")
+        torch.manual_seed(0)
+        config = architecture.config_class(
+            vocab_size=49_152,
+            hidden_size=128,
+            intermediate_size=256,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.2,
+            **options,
+        )
+        architecture(config).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(Path(model) / name, folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(random_model: Callable[..., str]) -> str:
+    """A Llama of random weights with four heads: starts fast, can be split in two, and soon repeats itself."""
+    from transformers import LlamaForCausalLM
+
+    return random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True)
 
 
 class StockEngine:

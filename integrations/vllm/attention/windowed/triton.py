@@ -61,7 +61,7 @@ class WindowedTritonMetadataBuilder(TritonAttentionMetadataBuilder):
             stock.query_start_loc, stock.seq_lens, prompt_lens, stock.max_query_len, stock.max_seq_len
         )
         longest = stock.max_seq_len
-        stock.windowed = longest if known is not None and self.window.num_evicted(longest - 1, self.block_size) else 0
+        stock.windowed = longest if self.window.num_evicted(longest - 1, self.block_size) else 0
         return stock
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:

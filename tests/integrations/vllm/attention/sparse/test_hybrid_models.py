@@ -1,8 +1,7 @@
 """TidalDecode on a hybrid model: sliding-window layers keep vLLM's attention, full-attention layers become sparse."""
 
 import random
-import shutil
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,34 +14,18 @@ ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] 
 
 
 @pytest.fixture(scope="module")
-def gemma3(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def gemma3(random_model: Callable[..., str]) -> str:
     """A Gemma 3 of random weights: eight layers, every second one with a sliding window of 64 tokens."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import Gemma3ForCausalLM
 
-    folder = tmp_path_factory.mktemp("gemma3")
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=49_152,
-        hidden_size=128,
-        intermediate_size=256,
+    return random_model(
+        Gemma3ForCausalLM,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=64,
         layer_types=["sliding_attention", "full_attention"] * 4,
-        max_position_embeddings=1024,
         tie_word_embeddings=False,  # tied, a random model repeats its last token
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
     )
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(model) / name, folder)
-    return str(folder)
 
 
 def kv(**options: Any) -> dict[str, Any]:
