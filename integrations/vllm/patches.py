@@ -11,8 +11,6 @@
 | `REQUESTS` | a KV policy frees blocks, or a pruner prunes in layers | vLLM has no hook that rejects a request |
 | `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin enables logging for all engines |
 | `RECORD` | a KV policy frees blocks | vLLM's statistics have no such field; see `kv_cache_spec.report_freed` |
-| `EXPAND_BATCH` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `draft_sampling_is_broken` |
-| `SAMPLING_CONSTRAINTS` | a drafter is selected, a self-test fails | vLLM 0.32 on CPU: see `empty_steps_fail` |
 
 Methods of a single instance are wrapped in `drafting.v1`, `drafting.step_times`, `attention.sparse.kv_correction` and
 `attention.windowed.kv_cache_spec`.
@@ -21,7 +19,6 @@ Methods of a single instance are wrapped in `drafting.v1`, `drafting.step_times`
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .drafting.vllm_fixes import EXPAND_BATCH, SAMPLING_CONSTRAINTS
 from .engine.patching import Patch
 
 
@@ -167,6 +164,4 @@ def all_patches() -> tuple[Patch, ...]:
         REQUESTS,
         COUNTERS,
         RECORD,
-        EXPAND_BATCH,
-        SAMPLING_CONSTRAINTS,
     )

@@ -1,9 +1,7 @@
-"""Operations on draft trees for their verification: depths, the attention mask, sampling, sorting and truncation.
+"""Operations on draft trees for their verification: depths, the attention mask, sorting and truncation.
 
 In verification the root, which is the last accepted token, is row 0. Node i of a `contracts.DraftTree` is row i + 1.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,35 +29,6 @@ def tree_attention_mask(parents: Int32) -> NDArray[np.bool_]:
     for row, parent in enumerate(parents.tolist(), start=1):
         mask[row] |= mask[parent + 1]
     return mask
-
-
-def accept_sampled_path(
-    tokens: Sequence[int], parents: Sequence[int], drawn: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Accept draft tokens along the path of the tokens sampled from the target model.
-
-    At each row a token was sampled from the target model's distribution. If it is a child of the row, the child is
-    accepted, and sampling continues at the child. Else it is the last output token. So each output token is a sample of
-    the target model's distribution given the tokens before it, whatever the tree.
-
-    Args:
-        tokens: [n] token ids of the nodes.
-        parents: [n] parents of the nodes.
-        drawn: [n + 1] token sampled at each row.
-
-    Returns:
-        The accepted nodes from the root down, [a], and the output tokens, [a + 1].
-    """
-    child: dict[tuple[int, int], int] = {}
-    for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
-        child.setdefault((parent, token), node)
-    path: list[int] = []
-    output = [drawn[0]]
-    node = ROOT
-    while (node := child.get((node, output[-1]), -2)) >= 0:
-        path.append(node)
-        output.append(drawn[node + 1])
-    return path, output
 
 
 def sort_by_score(tree: DraftTree) -> DraftTree:

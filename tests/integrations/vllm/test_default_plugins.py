@@ -52,7 +52,6 @@ def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock
     assert answer["tokens"] == stock["tokens"]
     assert answer["drafted"] == 0
     assert state["wrapped"] == []
-    assert not state["expand_replaced"]
     if not any(case.kind == "drafter" for case in cases):  # vLLM itself reserves KV slots for draft tokens
         assert state == stock["state"]
 

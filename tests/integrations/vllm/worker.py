@@ -56,7 +56,7 @@ class TestWorker(Worker):
         self._first.clear()
         inputs: list[Any] = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
         outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], use_tqdm=False)
-        answers = [o.outputs[0] for o in outputs]
+        answers = [a for o in outputs for a in o.outputs]  # n answers of each prompt
         return {
             "tokens": [list(a.token_ids) for a in answers],
             "text": [a.text for a in answers],
@@ -73,8 +73,6 @@ class TestWorker(Worker):
 
     def state(self) -> dict[str, Any]:
         """What the drafter holds, and what of vLLM was replaced or wrapped."""
-        from vllm.v1.sample import rejection_sampler
-
         drafter = self._ours
         plugin = getattr(drafter, "plugin", None)
         return {
@@ -84,7 +82,6 @@ class TestWorker(Worker):
             "wrapped": sorted(
                 n for n in ("_sample", "_on_request_state_removed", "shutdown") if n in vars(self.runner)
             ),
-            "expand_replaced": hasattr(rejection_sampler.expand_batch_to_tokens, "__pilotfish_original__"),
             "classes": [type(x).__module__ + "." + type(x).__qualname__ for x in self._parts()],
             "drafter_max_len": getattr(self.runner, "effective_drafter_max_model_len", None),
         }
@@ -186,15 +183,6 @@ class TestWorker(Worker):
             both = torch.cat([keys, values], -1).permute(0, 2, 1, 3).reshape(-1, heads, width)
             layers.append(both[:count].clone())
         return torch.stack(layers)
-
-    def broken_sampling(self) -> dict[str, Any]:
-        """vLLM's own function, then ours, on parameters that are not whole numbers."""
-        from pilotfish.integrations.vllm.drafting import vllm_fixes
-
-        vllm_fixes.EXPAND_BATCH.undo()
-        before = vllm_fixes.draft_sampling_is_broken()
-        vllm_fixes.EXPAND_BATCH.apply()
-        return {"before": before, "after": vllm_fixes.draft_sampling_is_broken()}
 
     def metrics(self) -> dict[str, float]:
         """Pilotfish's counters in this process, by name; labels are added up."""

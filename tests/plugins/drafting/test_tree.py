@@ -1,4 +1,4 @@
-"""Tests of draft trees in verification: node depths, the tree attention mask, and the accepted path."""
+"""Tests of draft trees in verification: node depths and the tree attention mask."""
 
 import numpy as np
 from hypothesis import given
@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import ROOT, DraftTree
 from pilotfish.plugins.drafting.tree import (
-    accept_sampled_path,
     is_chain,
     node_depths,
     sort_by_score,
@@ -36,18 +35,6 @@ def test_node_attends_to_root_ancestors_and_itself(parents: np.ndarray) -> None:
         path = path_to(parents, node)
         assert np.flatnonzero(mask[node + 1]).tolist() == sorted([0, *(p + 1 for p in path)])
         assert depth[node] == len(path)
-
-
-@given(PARENTS, st.data())
-def test_accepted_path_is_longest_path_that_matches_samples(parents: np.ndarray, data: st.DataObject) -> None:
-    tokens = [data.draw(st.integers(0, 2)) for _ in parents]
-    sampled = [data.draw(st.integers(0, 2)) for _ in range(len(parents) + 1)]
-    path, output = accept_sampled_path(tokens, parents.tolist(), sampled)
-    assert [tokens[node] for node in path] == output[:-1]
-    assert output == [sampled[0], *(sampled[node + 1] for node in path)]
-    assert not path or path == path_to(parents, path[-1])
-    last = path[-1] if path else ROOT
-    assert not any(parents[i] == last and tokens[i] == output[-1] for i in range(len(parents)))
 
 
 def test_sort_by_score_reorders_nodes() -> None:

@@ -21,9 +21,10 @@ from .....plugins.drafting.tree import sort_by_score, truncate_tree
 from .....plugins.manager import disabled
 from ...engine import log
 from ...engine.selection import attach
-from .. import compatibility, step_times, vllm_fixes
+from .. import compatibility, step_times
 from ..state_saver import StateSaver
 from .model_runner import RunnerBinding, Verified, find_runner
+from .sampling import takes_drafts, verify_by_sampling
 from .tree_verification import TreeVerifier
 
 logger = log.logger
@@ -98,7 +99,6 @@ class PilotfishProposer:
         if self._verification.verification == "tree":
             self.trees = TreeVerifier(runner, drafting.name, get_tp_group())
         self._tp = get_tp_group()
-        self._device = drafting.engine.device
         if self._tp.rank_in_group != 0:  # the scheduler uses drafts of the first rank only
             return
         self._most = drafting.engine.num_speculative_tokens
@@ -113,39 +113,22 @@ class PilotfishProposer:
         logger.info(log.start_up_table("drafter", drafting, how))
 
     def load_model(self, target_model: Any) -> None:
-        """Compile our kernels, test vLLM's sampling and attach to the runner; vLLM calls it after loading the model."""
+        """Compile our kernels and attach to the runner; vLLM calls it after loading the model."""
         del target_model
         if disabled() or self._drafting is None:
             return
         if self.trees is not None:
             self.trees.attach()
+        verify_by_sampling(self._runner, self.trees)  # on every rank: all of them sample
         if self._verification.nodes is None:
             engine = self._drafting.engine
             step_times.measure_when_ready(
                 self._runner, engine, engine.num_speculative_tokens + 1, self._use_latency_profile
             )
-        self._work_around_vllm()  # on every rank: all of them sample
         if self.plugin is None:
             return
         self._warm_up(self._drafting.cls(self._drafting.options, self._drafting.engine))
         self._binding.attach(self._finish, self.close)
-
-    def _work_around_vllm(self) -> None:
-        """Replace functions of vLLM that sample draft tokens incorrectly, if their self-tests fail."""
-        if self._device == "cpu" and vllm_fixes.draft_sampling_is_broken():
-            vllm_fixes.EXPAND_BATCH.apply()
-            if vllm_fixes.draft_sampling_is_broken():
-                raise RuntimeError("pilotfish: vLLM's expand_batch_to_tokens fails its self-test, even if replaced")
-            logger.warning(
-                "pilotfish: this vLLM build passes uninitialised temperature, top-p and top-k to draft tokens "
-                "(utils/cpu_triton_utils._expand_kernel_impl writes into a copy); expand_batch_to_tokens was replaced"
-            )
-        if vllm_fixes.empty_steps_fail(self._device):
-            vllm_fixes.SAMPLING_CONSTRAINTS.apply()
-            logger.warning(
-                "pilotfish: this vLLM build fails on a step without draft tokens if a request uses top-k; "
-                "apply_sampling_constraints was wrapped"
-            )
 
     def _use_latency_profile(self, times: step_times.StepTimes) -> None:
         """Pass measured step times to the cost model; a single size contains no information."""
@@ -274,7 +257,7 @@ class PilotfishProposer:
         params = self._binding.sampling_params(request)
         extra = (params.extra_args if params is not None else None) or {}
         wanted = str(extra.get("pilotfish_drafter", "on")).lower() not in {"off", "0", "false"}
-        self._requests[request] = _LiveRequest(wanted)
+        self._requests[request] = _LiveRequest(wanted and takes_drafts(params))
         tenant = extra.get("pilotfish_tenant")
         prompt = self._binding.prompt(index)
         before = seen.text[: max(len(seen.text) - len(seen.tokens), len(prompt))]

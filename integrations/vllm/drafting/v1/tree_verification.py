@@ -1,25 +1,19 @@
-"""Tree verification in vLLM's V1 model runner: positions of nodes, sampling, and acceptance.
+"""Tree verification in vLLM's V1 model runner: positions of nodes, and the cache after acceptance.
 
-The scheduler handles a request with n draft tokens, of which some are accepted; it has no notion of trees. Two methods
-of the runner instance are wrapped, its class remains unchanged:
-
-- after ``_prepare_inputs``, nodes get positions by their depth; their slots in the cache are unchanged;
-- in place of ``_sample``, a token is sampled at every node, and the sampled tokens are followed along the tree. Outputs
-  therefore have the distribution of plain decoding at any temperature, top-k and top-p. The keys and values of accepted
-  tokens are then moved, in every layer, to the slots where a chain would have stored them.
-
-Requests whose sampling depends on the path (penalties, grammars, ...) or which ask for log-probabilities get chains as
-drafts and are sampled by vLLM.
+The scheduler handles a request with n draft tokens, of which some are accepted; it has no notion of trees. After the
+runner's ``_prepare_inputs``, nodes get positions by their depth; their slots in the cache are unchanged. Tokens are
+sampled along each tree (see `sampling`). The keys and values of accepted tokens are then moved, in every layer, to the
+slots where a chain would have stored them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .....plugins.contracts import ROOT, DraftTree
-from .....plugins.drafting.tree import accept_sampled_path, is_chain, node_depths, tree_attention_mask, truncate_tree
+from .....plugins.contracts import DraftTree
+from .....plugins.drafting.tree import is_chain, node_depths, tree_attention_mask, truncate_tree
 from ...attention.tree.common import ScheduledTree
 from ...engine import log
 
@@ -47,22 +41,16 @@ class TreeVerifier:
         self.num_moved_tokens = 0
 
     def attach(self) -> None:
-        """Wrap the runner's methods."""
+        """Wrap the runner's ``_prepare_inputs`` on this instance; its class remains unchanged."""
         runner = self._runner
-        prepare, sample = runner._prepare_inputs, runner._sample
+        prepare = runner._prepare_inputs
 
         def _prepare_inputs(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             prepared = prepare(scheduler_output, *args, **kwargs)
             self._schedule_trees(scheduler_output.scheduled_spec_decode_tokens)
             return prepared
 
-        def _sample(logits: Any, spec_decode_metadata: Any) -> Any:
-            if not self._scheduled or spec_decode_metadata is None or logits is None:
-                return sample(logits, spec_decode_metadata)
-            return self._verify(logits, spec_decode_metadata, sample)
-
         runner._prepare_inputs = _prepare_inputs
-        runner._sample = _sample
 
     @property
     def builders(self) -> list[Any]:
@@ -85,7 +73,7 @@ class TreeVerifier:
 
     def can_verify_tree(self, request: str) -> bool:
         """Return whether a tree can be verified for a request; otherwise a chain can."""
-        return self._has_path_independent_sampling(request) and bool(self.builders)
+        return takes_trees(self._runner.requests[request].sampling_params) and bool(self.builders)
 
     def set_drafts(self, drafts: Mapping[str, DraftTree]) -> None:
         """Store the drafts for the next step; each is kept until it is replaced or its request ends.
@@ -132,100 +120,30 @@ class TreeVerifier:
 
     # --------------------------------------------------------------------------------------- after the forward pass
 
-    def _verify(self, logits: torch.Tensor, metadata: Any, sample: Any) -> Any:
-        """Sample at every query token, accept along each tree or chain, and move keys and values of accepted tokens."""
-        from vllm.v1.outputs import SamplerOutput
+    def parents_of(self, index: int) -> list[int] | None:
+        """Return the parents of the draft tokens at a batch index in the current step; None for a chain."""
+        tree = self.tree_of(index)
+        return None if tree is None else tree.parents.tolist()
 
-        batch = self._runner.input_batch
-        drafted = list(metadata.num_draft_tokens)
-        others = [
-            i
-            for i, request in enumerate(batch.req_ids[: len(drafted)])
-            if not self._has_path_independent_sampling(request)
-        ]
-        seeded = batch.sampling_metadata.generators
-        states_before = {i: seeded[i].get_state() for i in others if i in seeded}
-        sampled = sample_rows(logits.clone() if others else logits, metadata, batch.sampling_metadata)
-        if others:
-            # vLLM samples these requests, with their generators as before. Its samples of the remaining requests are
-            # overwritten, and their generators restored.
-            for i, state in states_before.items():
-                seeded[i].set_state(state)
-            states = {i: g.get_state() for i, g in seeded.items() if i not in others}
-            result = sample(logits, metadata)
-            for i, state in states.items():
-                seeded[i].set_state(state)
-            output = result.sampled_token_ids
-        else:
-            output = torch.full((len(drafted), metadata.max_spec_len + 1), -1, dtype=torch.int32, device=logits.device)
-            result = SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
-        drafts = metadata.draft_token_ids.tolist()
+    def move_accepted(self, accepted: Sequence[Sequence[int]]) -> None:
+        """Move the keys and values of accepted nodes to the slots where a chain would have stored them.
+
+        Args:
+            accepted: Accepted nodes of each request from the root down, in batch order.
+        """
         source: list[int] = []
         target: list[int] = []
-        row = draft = 0
-        for i, d in enumerate(drafted):
-            if i not in others:
-                scheduled = self._scheduled.get(i)
-                parents = list(range(ROOT, d - 1)) if scheduled is None else scheduled.tree.parents.tolist()
-                path, tokens = accept_sampled_path(drafts[draft : draft + d], parents, sampled[row : row + d + 1])
-                output[i] = -1
-                output[i, : len(tokens)] = torch.tensor(tokens, dtype=output.dtype, device=output.device)
-                if scheduled is not None:
-                    moves = [(node, at) for at, node in enumerate(path) if node != at]
-                    source += [scheduled.first + 1 + node for node, _ in moves]
-                    target += [scheduled.first + 1 + at for _, at in moves]
-            row, draft = row + d + 1, draft + d
+        for index, scheduled in self._scheduled.items():
+            first = scheduled.first + 1
+            moves = [(first + node, first + at) for at, node in enumerate(accepted[index]) if node != at]
+            source += [node for node, _ in moves]
+            target += [at for _, at in moves]
         if source:
             self.num_moved_tokens += len(source)
             for builder in self.builders:
                 builder.move_kv(source, target)
-        return result
-
-    def _has_path_independent_sampling(self, request: str) -> bool:
-        return has_path_independent_sampling(self._runner.requests[request].sampling_params)
 
 
-def sample_rows(logits: torch.Tensor, metadata: Any, sampling: Any) -> list[int]:
-    """Sample a token from the model's distribution at every query token; seeded requests use their own generators.
-
-    Args:
-        logits: [rows, vocabulary] logits of the query tokens; overwritten.
-        metadata: vLLM's `SpecDecodeMetadata` of the step.
-        sampling: vLLM's `SamplingMetadata` of the batch.
-
-    Returns:
-        [rows] sampled token ids.
-    """
-    from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
-
-    greedy = None if sampling.all_random else logits.argmax(-1)
-    if sampling.all_greedy:
-        assert greedy is not None
-        return greedy.tolist()
-    constrained = apply_sampling_constraints(logits.float(), metadata.cu_num_sampled_tokens, sampling)
-    probs = constrained.softmax(-1, dtype=torch.float32)
-    noise = torch.empty_like(probs).exponential_()
-    counts = [d + 1 for d in metadata.num_draft_tokens]
-    first = 0
-    for i, count in enumerate(counts):
-        if (generator := sampling.generators.get(i)) is not None:
-            noise[first : first + count].exponential_(generator=generator)
-        first += count
-    sampled = probs.div_(noise).argmax(-1)
-    if greedy is not None:
-        is_greedy = torch.repeat_interleave(sampling.temperature < 1e-5, torch.tensor(counts, device=logits.device))
-        sampled = torch.where(is_greedy, greedy, sampled)
-    return sampled.tolist()
-
-
-def has_path_independent_sampling(params: Any) -> bool:
-    """Return whether a request asks for tokens only and samples by logits, temperature, top-k and top-p alone.
-
-    vLLM rejects min-p and logit bias with any speculative method.
-    """
-    if params is None:
-        return False
-    wants = ("logprobs", "bad_words", "allowed_token_ids", "logit_bias", "structured_outputs", "logprob_token_ids")
-    wants += ("min_tokens", "presence_penalty", "frequency_penalty", "min_p", "thinking_token_budget")
-    asked = any(getattr(params, name, None) not in (None, 0, [], {}) for name in wants)
-    return not asked and params.logprobs is None and params.repetition_penalty == 1.0
+def takes_trees(params: Any) -> bool:
+    """Return whether a request can be verified along a tree: vLLM masks the rows of a grammar along a chain."""
+    return params is not None and params.structured_outputs is None

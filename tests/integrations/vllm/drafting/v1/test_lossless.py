@@ -116,10 +116,6 @@ def test_finished_requests_leave_no_state(drafted, prompts) -> None:
     assert state["plugin"]["tables"] == 1
 
 
-def test_sampler_bug_is_detected_and_fixed(drafted) -> None:
-    assert drafted.ask(do="broken_sampling")["after"] is False
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_greedy_output_is_identical_over_two_hundred_texts(stock, drafted, model: str) -> None:

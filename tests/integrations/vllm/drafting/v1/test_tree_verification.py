@@ -1,6 +1,5 @@
-"""Tree verification without an engine: sampling along the tree, eligible requests, and unsupported layers."""
+"""Tree verification without an engine: positions, moved keys and values, eligible requests, unsupported layers."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,41 +7,14 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.sample.logits_processor import LogitsProcessors
 
 from pilotfish.integrations.vllm.attention.tree import common
-from pilotfish.integrations.vllm.drafting import vllm_fixes
 from pilotfish.integrations.vllm.drafting.v1 import tree_verification
+from pilotfish.integrations.vllm.drafting.v1.sampling import verify_by_sampling
 from pilotfish.plugins.contracts import DraftTree, Unsupported
 
 VOCABULARY = 32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fixed_sampling() -> Iterator[None]:
-    """Apply the fix for vLLM's sampler, as the drafter does at start."""
-    vllm_fixes.EXPAND_BATCH.apply()
-    yield
-    vllm_fixes.EXPAND_BATCH.undo()
-
-
-@pytest.mark.parametrize(
-    ("params", "plain"),
-    [
-        ({}, True),
-        ({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 1, "stop": ["x"], "ignore_eos": True}, True),
-        ({"logprobs": 0}, False),
-        ({"min_tokens": 3}, False),
-        ({"bad_words": ["a"]}, False),
-        ({"allowed_token_ids": [1, 2]}, False),
-        ({"repetition_penalty": 1.1}, False),
-        ({"presence_penalty": -0.5}, False),
-        ({"frequency_penalty": 0.5}, False),
-        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, False),
-    ],
-    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
-)
-def test_path_independent_sampling_parameters(params: dict, plain: bool) -> None:
-    assert tree_verification.has_path_independent_sampling(SamplingParams(**params)) is plain
 
 
 class Builder:
@@ -59,14 +31,15 @@ class Builder:
 
 def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: Builder) -> SimpleNamespace:
     """Return a fake model runner with a batch of requests; ``starts`` is its query_start_loc."""
-    greedy = [p.temperature == 0 for p in requests.values()]
     sampling = SimpleNamespace(
-        all_greedy=all(greedy),
-        all_random=not any(greedy),
-        temperature=torch.tensor([p.temperature for p in requests.values()]),
-        top_k=None,
-        top_p=None,
-        generators={},
+        all_greedy=True,
+        no_penalties=True,
+        max_num_logprobs=None,
+        logprob_token_ids=None,
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+        thinking_budget_state_holder=None,
     )
     ids = list(requests)
     return SimpleNamespace(
@@ -80,7 +53,8 @@ def runner_of(requests: dict[str, SamplingParams], starts: list[int], builder: B
         ),
         requests={r: SimpleNamespace(sampling_params=p) for r, p in requests.items()},
         _prepare_inputs=lambda *_: "prepared",
-        _sample=lambda *_: SimpleNamespace(sampled_token_ids=torch.full((len(ids), 8), 9, dtype=torch.int32)),
+        sampler=SimpleNamespace(greedy_sample=lambda logits: logits.argmax(-1)),
+        _sample=None,
     )
 
 
@@ -96,9 +70,7 @@ def step(runner: SimpleNamespace, scheduled: dict[str, list[int]], drawn: list[i
     counts = [len(scheduled.get(r, [])) for r in runner.input_batch.req_ids]
     metadata = SimpleNamespace(
         num_draft_tokens=counts,
-        max_spec_len=max(counts),
         draft_token_ids=torch.tensor([t for r in runner.input_batch.req_ids for t in scheduled.get(r, [])]),
-        cu_num_sampled_tokens=torch.tensor(counts).add(1).cumsum(0).int(),
     )
     logits = torch.nn.functional.one_hot(torch.tensor(drawn), VOCABULARY).float() * 50
     output = runner._sample(logits, metadata).sampled_token_ids
@@ -116,12 +88,18 @@ GREEDY = SamplingParams(temperature=0)
 TREE = tree((5, -1), (6, -1), (7, 0), (8, 0), (7, 1), (9, 4))
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0)], ids=["greedy", "sampled"])
-def test_tree_in_a_batch_with_a_chain_and_a_request_without_drafts(params: SamplingParams) -> None:
-    builder = Builder()
-    runner = runner_of({"a": params, "b": params, "c": params}, [0, 7, 10, 11], builder)
-    verifier = tree_verification.TreeVerifier(runner, "drafter")
+def attached(runner: SimpleNamespace, plugin: str = "drafter") -> tree_verification.TreeVerifier:
+    """Return a verifier that is attached to the runner, as the drafter attaches it."""
+    verifier = tree_verification.TreeVerifier(runner, plugin)
     verifier.attach()
+    verify_by_sampling(runner, verifier)
+    return verifier
+
+
+def test_tree_in_a_batch_with_a_chain_and_a_request_without_drafts() -> None:
+    builder = Builder()
+    runner = runner_of({"a": GREEDY, "b": GREEDY, "c": GREEDY}, [0, 7, 10, 11], builder)
+    verifier = attached(runner)
     verifier.set_drafts({"a": TREE, "b": tree((1, -1), (2, 0))})
     drafts = {"a": TREE.tokens.tolist(), "b": [1, 2]}
     out = step(runner, drafts, [6, 0, 7, 0, 0, 9, 3, 1, 4, 0, 11])
@@ -138,27 +116,22 @@ def test_tree_in_a_batch_with_a_chain_and_a_request_without_drafts(params: Sampl
 def test_truncated_and_unknown_drafts_are_verified() -> None:
     builder = Builder()
     runner = runner_of({"a": GREEDY}, [0, 4], builder)
-    verifier = tree_verification.TreeVerifier(runner, "drafter")
-    verifier.attach()
+    verifier = attached(runner)
     verifier.set_drafts({"a": TREE})
     assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[5, 7, 12]]
     assert builder.moves == [(3, 2)]
     verifier.set_drafts({})
     assert not builder.moves.clear()
-    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[9] * 8], "chains are verified by vLLM"
+    assert step(runner, {"a": [5, 6, 7]}, [5, 7, 0, 12]) == [[5, 7]], "a draft that is no tree is a chain"
     assert not builder.moves
 
 
-def test_requests_that_need_vllm_sampling_keep_its_tokens() -> None:
-    builder = Builder()
-    runner = runner_of({"a": GREEDY, "b": SamplingParams(temperature=0, logprobs=1)}, [0, 7, 9], builder)
-    verifier = tree_verification.TreeVerifier(runner, "drafter")
-    verifier.attach()
+def test_requests_with_a_grammar_get_chains() -> None:
+    grammar = SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(regex="a+"))
+    runner = runner_of({"a": SamplingParams(logprobs=1), "b": grammar}, [0, 7, 9], Builder())
+    verifier = attached(runner)
     assert verifier.can_verify_tree("a")
     assert not verifier.can_verify_tree("b")
-    verifier.set_drafts({"a": TREE, "b": tree((1, -1))})
-    out = step(runner, {"a": TREE.tokens.tolist(), "b": [1]}, [5, 8, 0, 0, 2, 0, 0, 1, 1])
-    assert out == [[5, 8, 2], [9] * 8]
 
 
 def test_falls_back_to_chains_when_the_kernel_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -170,26 +143,10 @@ def test_falls_back_to_chains_when_the_kernel_fails(caplog: pytest.LogCaptureFix
         assert not verifier.can_verify_tree("a")
     assert verifier.builders == []
     runner = runner_of({"a": GREEDY}, [0, 7], builder)
-    verifier = tree_verification.TreeVerifier(runner, "rasd")
-    verifier.attach()
+    verifier = attached(runner, "rasd")
     verifier.set_drafts({"a": TREE})
     step(runner, {"a": TREE.tokens.tolist()}, [0] * 7)
     assert runner.positions[:7].tolist() == list(range(100, 107)), "the positions are those of a chain"
-
-
-def test_samples_follow_the_model_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
-    sampling = SimpleNamespace(
-        all_greedy=False, all_random=True, temperature=torch.ones(1), top_k=None, top_p=None, generators={}
-    )
-    metadata = SimpleNamespace(num_draft_tokens=[3999], cu_num_sampled_tokens=torch.tensor([4000], dtype=torch.int32))
-    torch.manual_seed(0)
-    drawn = np.bincount(tree_verification.sample_rows(logits.clone(), metadata, sampling), minlength=4) / 4000
-    np.testing.assert_allclose(drawn, torch.softmax(logits[0], -1).numpy(), atol=0.03)
-    sampling.generators = {0: torch.Generator().manual_seed(3)}
-    one = tree_verification.sample_rows(logits.clone(), metadata, sampling)
-    sampling.generators = {0: torch.Generator().manual_seed(3)}
-    assert tree_verification.sample_rows(logits.clone(), metadata, sampling) == one
 
 
 @pytest.mark.parametrize(

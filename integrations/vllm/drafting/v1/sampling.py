@@ -1,0 +1,212 @@
+"""Verification of drafts by sampling: chains and trees, with every sampling parameter, equal to decoding step by step.
+
+vLLM's sampler draws a token at the last accepted token of each request. If it is a draft token there, it is accepted,
+and sampling continues at its row; else it is the last output token of the step. Hence each output token is a sample of
+the target model's distribution given the tokens before it, whatever the draft. vLLM's rejection sampler accepts drafts
+with the same probability, but uses other random numbers. Here the sampler takes the same logits, sampling parameters
+and random numbers as without drafts: a request with a seed gets the same text with and without speculation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .....plugins.contracts import ROOT
+from .tree_verification import TreeVerifier
+
+
+@dataclass
+class DraftPath:
+    """Accepted part of one request's draft while a step is sampled.
+
+    Attributes:
+        index: Index of the request in the batch.
+        first_row: Row of its last accepted token in the logits; row ``first_row + 1 + n`` is the one of draft node n.
+        children: Draft node by (parent node, token).
+        nodes: Accepted draft nodes from the root down.
+        tokens: Output tokens of the step.
+        sampled: For each output token, its place among all tokens that were sampled in the step.
+    """
+
+    index: int
+    first_row: int
+    children: Mapping[tuple[int, int], int]
+    nodes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+
+    @property
+    def row(self) -> int:
+        """Row of the last accepted token."""
+        return self.first_row + 1 + (self.nodes[-1] if self.nodes else ROOT)
+
+    def append(self, token: int, place: int) -> bool:
+        """Append an output token; returns whether it is a draft token, after which sampling continues."""
+        node = self.children.get((self.nodes[-1] if self.nodes else ROOT, token))
+        self.tokens.append(token)
+        self.sampled.append(place)
+        if node is not None:
+            self.nodes.append(node)
+        return node is not None
+
+
+def verify_by_sampling(runner: Any, trees: TreeVerifier | None) -> None:
+    """Replace the verification of drafts on one model runner; steps without drafts are sampled by vLLM as before.
+
+    Args:
+        runner: vLLM's model runner.
+        trees: Trees of the current step; None if all drafts are chains.
+    """
+    sample = runner._sample
+
+    def _sample(logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is None or logits is None:
+            return sample(logits, spec_decode_metadata)
+        counts = spec_decode_metadata.num_draft_tokens
+        drafts = [part.tolist() for part in spec_decode_metadata.draft_token_ids.cpu().split(list(counts))]
+        parents = [trees.parents_of(i) if trees is not None else None for i in range(len(counts))]
+        chains = [range(ROOT, count - 1) for count in counts]
+        paths = draft_paths(drafts, [c if p is None else p for p, c in zip(parents, chains, strict=True)])
+        output = sample_along_drafts(runner, logits, paths)
+        if trees is not None:
+            trees.move_accepted([path.nodes for path in paths])
+        return output
+
+    runner._sample = _sample
+
+
+def draft_paths(drafts: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> list[DraftPath]:
+    """Return the paths of a batch before anything is sampled.
+
+    Args:
+        drafts: Draft tokens of each request; none for a request without a draft.
+        parents: Parent of each draft token.
+    """
+    paths, row = [], 0
+    for index, (tokens, above) in enumerate(zip(drafts, parents, strict=True)):
+        children: dict[tuple[int, int], int] = {}
+        for node, key in enumerate(zip(above, tokens, strict=True)):
+            children.setdefault(key, node)
+        paths.append(DraftPath(index, row, children))
+        row += 1 + len(tokens)
+    return paths
+
+
+def sample_along_drafts(runner: Any, logits: torch.Tensor, paths: list[DraftPath]) -> Any:
+    """Sample the output tokens of a step, and record the accepted draft nodes in ``paths``.
+
+    Args:
+        runner: vLLM's model runner.
+        logits: [rows, vocabulary] logits of the query tokens: for each request its last accepted token and its draft
+            tokens. For structured outputs, the grammar's mask has been applied to them.
+        paths: The paths of the batch, in batch order; see `draft_paths`.
+
+    Returns:
+        vLLM's `SamplerOutput`: [batch, most draft tokens + 1] token ids, padded with -1, and log-probabilities of all
+        these positions if a request asks for them.
+    """
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    batch = runner.input_batch
+    sampling = batch.sampling_metadata
+    width = 1 + max(len(path.children) for path in paths)
+    live, places, logprobs = paths, 0, []
+    if sampling.all_greedy and _is_plain(sampling):  # one call for all rows instead of one per depth
+        greedy = runner.sampler.greedy_sample(logits).tolist()
+        for path in paths:
+            while path.append(greedy[path.row], 0):
+                pass
+        live = []
+    while live:
+        rows = torch.tensor([path.row for path in live], device=logits.device)
+        metadata = sampling if live is paths else _metadata_of(live, sampling, runner)
+        output = runner.sampler(logits=logits[rows], sampling_metadata=metadata)
+        if output.logprobs_tensors is not None and (live is paths or not sampling.logprob_token_ids):
+            logprobs.append(output.logprobs_tensors)
+        drawn = output.sampled_token_ids.flatten().tolist()
+        live, places = (
+            [path for i, path in enumerate(live) if path.append(drawn[i], places + i)],
+            places + len(live),
+        )
+    tokens = torch.full((len(paths), width), -1, dtype=torch.int32)
+    order = torch.zeros(len(paths), width, dtype=torch.int64)
+    for path in paths:
+        tokens[path.index, : len(path.tokens)] = torch.tensor(path.tokens, dtype=torch.int32)
+        order[path.index, : len(path.sampled)] = torch.tensor(path.sampled)
+    if not logprobs:
+        return SamplerOutput(tokens.to(logits.device), None)
+    order = order.flatten().clamp(max=sum(len(part.logprobs) for part in logprobs) - 1).to(logits.device)
+    of_tokens = [torch.cat(parts)[order] for parts in list(zip(*logprobs, strict=True))[:3]]
+    return SamplerOutput(tokens.to(logits.device), LogprobsTensors(*of_tokens))
+
+
+def _is_plain(sampling: Any) -> bool:
+    """Return whether greedy tokens are the most likely ones by the model's logits, and nothing else is asked for."""
+    return (
+        sampling.no_penalties
+        and sampling.max_num_logprobs is None
+        and not sampling.logprob_token_ids
+        and sampling.allowed_token_ids_mask is None
+        and not sampling.bad_words_token_ids
+        and not any(getattr(p, "min_toks", True) for p in sampling.logitsprocs.non_argmax_invariant)
+        and sampling.thinking_budget_state_holder is None
+    )
+
+
+def _metadata_of(live: list[DraftPath], sampling: Any, runner: Any) -> Any:
+    """Return vLLM's `SamplingMetadata` of some requests of a batch, each with its output tokens of this step."""
+    index = [path.index for path in live]
+
+    def rows(values: Any) -> Any:
+        return None if values is None else values[torch.tensor(index, device=values.device)]
+
+    def keys(values: Any) -> Any:
+        return None if values is None else {row: values[i] for row, i in enumerate(index) if i in values}
+
+    outputs = sampling.output_token_ids
+    return replace(
+        sampling,
+        temperature=rows(sampling.temperature),
+        top_p=rows(sampling.top_p),
+        top_k=rows(sampling.top_k),
+        generators=keys(sampling.generators),
+        prompt_token_ids=rows(sampling.prompt_token_ids),
+        frequency_penalties=rows(sampling.frequency_penalties),
+        presence_penalties=rows(sampling.presence_penalties),
+        repetition_penalties=rows(sampling.repetition_penalties),
+        output_token_ids=[[*outputs[path.index], *path.tokens] for path in live] if outputs else [],
+        allowed_token_ids_mask=rows(sampling.allowed_token_ids_mask),
+        bad_words_token_ids=keys(sampling.bad_words_token_ids),
+        logprob_token_ids=keys(sampling.logprob_token_ids),
+        logitsprocs=_logits_processors(live, sampling.logitsprocs, runner),
+        spec_token_ids=None,
+        # Requests with a thinking budget get no drafts, so they have been sampled; see `takes_drafts`.
+        thinking_budget_state_holder=None,
+    )
+
+
+def _logits_processors(live: list[DraftPath], processors: Any, runner: Any) -> Any:
+    """Return vLLM's logits processors with the state of some requests of a batch."""
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
+
+    if not any(getattr(p, "min_toks", True) for p in processors.all):  # vLLM allows no other one with speculation
+        return LogitsProcessors()
+    added = []
+    for row, path in enumerate(live):
+        request = runner.requests[runner.input_batch.req_ids[path.index]]
+        outputs = [*request.output_token_ids, *path.tokens]
+        added.append((row, request.sampling_params, request.prompt_token_ids, outputs))
+    fresh = [type(p)(runner.vllm_config, runner.device, False) for p in processors.all]
+    for processor in fresh:
+        processor.update_state(BatchUpdate(len(live), removed=[], added=added, moved=[]))
+    return LogitsProcessors(fresh)
+
+
+def takes_drafts(params: Any) -> bool:
+    """Return whether a request can be verified beyond its next token.
+
+    vLLM updates its count of a thinking budget once a step, so a request with one takes no drafts.
+    """
+    return params is None or getattr(params, "thinking_token_budget", None) is None
