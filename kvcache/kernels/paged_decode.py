@@ -7,7 +7,7 @@ or float16.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class DecodeBatch:
         import torch
 
         self.count, self.query_heads = len(request), query_heads
-        self.request = list(request)
+        self.request, self.token = list(request), list(token)
         self.context, self.longest = list(context), max(context)
         self._numbers = torch.tensor([request, token, context], dtype=torch.int32)
         pointers = [row.data_ptr() for row in self._numbers]
@@ -132,6 +132,13 @@ class DecodeBatch:
     def padded(self) -> int:
         """Length of a row of scores: the longest context, rounded up to whole pages."""
         return -(-self.longest // PAGE_SIZE) * PAGE_SIZE
+
+    def parts(self, max_bytes: int) -> "Iterator[DecodeBatch]":
+        """Split the batch so that the logits of each part take at most ``max_bytes``, or belong to one query token."""
+        step = max(1, max_bytes // (4 * self.query_heads * self.padded))
+        for i in range(0, self.count, step):
+            part = slice(i, i + step)
+            yield DecodeBatch(self.request[part], self.token[part], self.context[part], self.query_heads)
 
 
 @dataclass
@@ -160,6 +167,21 @@ class SelectedTokens:
         count = int(self.num_pages[row, chosen])
         pairs = zip(self.pages[row, chosen, :count].tolist(), self.masks[row, chosen, :count].tolist(), strict=True)
         return [page * PAGE_SIZE + bit for page, mask in pairs for bit in range(PAGE_SIZE) if mask >> bit & 1]
+
+    @staticmethod
+    def cat(parts: "Sequence[SelectedTokens]") -> "SelectedTokens":
+        """Concatenate the selections of the parts of a batch."""
+        import torch
+        from torch.nn.functional import pad
+
+        if len(parts) == 1:
+            return parts[0]
+        capacity = max(part.pages.shape[2] for part in parts)
+        pages, masks = (
+            torch.cat([pad(values, (0, capacity - values.shape[2])) for values in each])
+            for each in zip(*((part.pages, part.masks) for part in parts), strict=True)
+        )
+        return SelectedTokens(pages, masks, torch.cat([part.num_pages for part in parts]))
 
     def struct(self) -> _SelectedTokens:
         pointers = (self.pages.data_ptr(), self.masks.data_ptr(), self.num_pages.data_ptr())

@@ -125,6 +125,22 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
     return proposed.unflatten(-1, (-1, unit)).sum(-1)
 
 
+def score_bytes(rule: SelectionRule, requests: int, heads: int, kv_heads: int, max_seq_len: int) -> int:
+    """Return the size of the largest buffers of a selection: the scores of `token_scores`, and their ranked copy.
+
+    Args:
+        rule: Selection rule.
+        requests: Number of requests of a step.
+        heads: Number of query heads.
+        kv_heads: Number of KV heads.
+        max_seq_len: Longest context.
+    """
+    per_token = rule.head_aggregation == "union" or rule.granularity == "token"
+    groups = heads if rule.head_aggregation == "union" else rule.num_head_groups(heads, kv_heads)
+    units = triton.cdiv(max_seq_len, TILE) * TILE // (1 if per_token else PAGE_SIZE)
+    return 2 * 4 * requests * groups * units
+
+
 def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
     """Select the top units (pages or tokens) of each head group by their scores.
 

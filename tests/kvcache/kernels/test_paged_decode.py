@@ -196,3 +196,23 @@ def test_results_do_not_depend_on_number_of_threads() -> None:
     torch.set_num_threads(threads)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=6), st.integers(1, 60_000), st.integers(0, 1 << 30))
+@settings(max_examples=30, deadline=None)
+def test_selection_in_parts_equals_selection_at_once(contexts: list[int], max_bytes: int, seed: int) -> None:
+    """Test that splitting a batch, to bound the memory of its scores, changes nothing."""
+    case = build(contexts, 2, 2, 32, 32, torch.float32, seed)
+    rule = SelectionRule(budget=64, sinks=2, recent=8, head_aggregation="kv_head", granularity="token")
+
+    def select(rows: DecodeBatch) -> SelectedTokens:
+        output, logits = torch.empty_like(case.query), torch.empty(rows.count, 4, rows.padded)
+        paged_decode.paged_decode_attention(case.query, case.cache, case.table, rows, 0.2, output, logits=logits)
+        return paged_decode.select_tokens(rows, rule, paged_decode.token_scores(rows, rule, 2, logits))
+
+    parts = list(case.rows.parts(max_bytes))
+    assert all(part.count == 1 or 16 * part.count * part.padded <= max_bytes for part in parts)
+    whole, joined = select(case.rows), SelectedTokens.cat([select(part) for part in parts])
+    for row in range(len(contexts)):
+        for group in range(2):
+            assert joined.positions(row, group) == whole.positions(row, group)

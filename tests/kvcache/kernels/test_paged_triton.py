@@ -132,6 +132,9 @@ def select(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -
 def test_scores_and_selection_match_naive_computation(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
     scale = case.query.shape[-1] ** -0.5
     scores, selected = select(kernels, case, rule, scale)
+    requests, heads, kv_heads = len(scores), case.query.shape[1], case.cache.shape[1]
+    stated = kernels.score_bytes(rule, requests, heads, kv_heads, case.batch(kernels).max_seq_len)
+    assert 2 * scores.numel() * scores.element_size() <= stated
     unit = PAGE_SIZE if rule.granularity == "page" else 1
     for r in case.sparse(rule):
         n = case.contexts[r]

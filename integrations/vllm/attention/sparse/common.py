@@ -1,5 +1,6 @@
 """Code shared by the sparse backends of all platforms: read plan, layer checks, reduction over ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class LayerRoleMixin:
 
 
 def read_plan_for(
-    vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: str
+    vllm_config: Any, layer_names: list[str], kernel_error: str | None, how: Callable[[SelectionRule], str]
 ) -> tuple[ReadPlan, LogWhenActive]:
     """Check that the layers can be served, log the attached policy, and return its read plan.
 
@@ -38,7 +39,7 @@ def read_plan_for(
         vllm_config: vLLM's configuration of the engine.
         layer_names: Names of the layers that share a metadata builder.
         kernel_error: Error of the kernels' self-test; None if it passed.
-        how: Description of how the policy is attached, for the log.
+        how: Function from the selection rule to a description of how the policy is attached, for the log.
 
     Returns:
         The read plan, and a callable that logs the first sparse step.
@@ -55,7 +56,7 @@ def read_plan_for(
     _check_layers(plan, policy.name, vllm_config, layer_names)
     if kernel_error is not None:
         raise Unsupported(policy.name, kernel_error, "run without the policy", model)
-    log.logger.info(log.start_up_table("kv", attachment, f"{how} in {len(layer_names)} layers"))
+    log.logger.info(log.start_up_table("kv", attachment, f"{how(plan.rule)} in {len(layer_names)} layers"))
     return plan, LogWhenActive(policy.name)
 
 

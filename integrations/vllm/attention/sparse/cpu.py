@@ -30,6 +30,8 @@ from .common import LayerRoleMixin, read_plan_for, reduce_over_ranks
 # Called with the query tokens and their scaled logits [rows, query_heads, padded], which it must not modify.
 Observer = Callable[[DecodeBatch, torch.Tensor], None]
 
+SCORE_BYTES = 64 << 20  # of the scores of a selection layer; larger batches are processed in parts
+
 
 @dataclass
 class SparseCPUStep:
@@ -91,8 +93,8 @@ class SparseCPUMetadataBuilder(SplitBuilder):
         error = self_test_sparse_cpu(
             self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa
         )
-        how = f"over CPU_ATTN, cache layout {self.isa}"
-        self.plan, self.announce = read_plan_for(vllm_config, layer_names, error, how)
+        how = f"over CPU_ATTN, cache layout {self.isa}, scores of up to {SCORE_BYTES >> 20} MiB,"
+        self.plan, self.announce = read_plan_for(vllm_config, layer_names, error, lambda rule: how)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseCPUMetadata:
         """Build vLLM's metadata, extended by our part of the step."""
@@ -150,19 +152,33 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
         output: torch.Tensor,
         step: SparseCPUStep,
     ) -> None:
-        rows, rule = step.rows, step.plan.rule
+        rows = step.rows
         if role is Role.SPARSE:  # without a selection, before the first one, all tokens are read
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.choice)
         elif role is Role.FULL:
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
         else:
-            logits = torch.empty(rows.count, rows.query_heads, rows.padded)
-            paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, logits=logits)
-            if step.observe is not None:
-                step.observe(rows, logits)
-            scores = paged_decode.token_scores(rows, rule, self.num_kv_heads, logits)
-            reduce_over_ranks(scores, rule)
-            step.choice = paged_decode.select_tokens(rows, rule, scores)
+            step.choice = SelectedTokens.cat(
+                [self._select(query, cache, table, output, step, part) for part in rows.parts(SCORE_BYTES)]
+            )
+
+    def _select(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        output: torch.Tensor,
+        step: SparseCPUStep,
+        rows: DecodeBatch,
+    ) -> SelectedTokens:
+        """Compute full attention for some requests of a step, and select their tokens."""
+        logits = torch.empty(rows.count, rows.query_heads, rows.padded)
+        paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, logits=logits)
+        if step.observe is not None:
+            step.observe(rows, logits)
+        scores = paged_decode.token_scores(rows, step.plan.rule, self.num_kv_heads, logits)
+        reduce_over_ranks(scores, step.plan.rule)
+        return paged_decode.select_tokens(rows, step.plan.rule, scores)
 
 
 @functools.cache

@@ -83,10 +83,18 @@ class SparseGPUMetadataBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         head_size, dtype = kv_cache_spec.head_size, vllm_config.model_config.dtype
         error = self_test_sparse_gpu(head_size, dtype, device)
-        self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, f"over {self.over}")
+        self._longest = vllm_config.model_config.max_model_len
+        kv_heads = kv_cache_spec.num_kv_heads
+        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        requests = vllm_config.scheduler_config.max_num_seqs
+
+        def how(rule: SelectionRule) -> str:
+            size = paged_triton.score_bytes(rule, requests, heads, kv_heads, self._longest)
+            return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB beside vLLM's memory profile,"
+
+        self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, how)
         # A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
         self._full_cudagraphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        self._longest = vllm_config.model_config.max_model_len
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Build the metadata for CUDA graph capture; its dummy requests must not be logged as the first sparse step."""
