@@ -57,6 +57,7 @@ class DrafterBenchmark:
     out: Path
     warm: bool = True  # also measure with a warm cache
     twice: bool = False  # run all prompts a second time, from a cold cache only
+    compiled: bool = False  # compile the model, as vLLM does by default
 
 
 @dataclass(frozen=True)
@@ -76,31 +77,30 @@ class DrafterRun:
         return sum(map(len, self.answer["tokens"]))
 
 
-def speculation(arm: str) -> dict[str, Any]:
-    """Return the engine arguments of an arm: vLLM's own drafters as in its documentation, plugins by their name.
+# vLLM's own methods with the settings of its documentation.
+VLLM_METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {"num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    "suffix": {"num_speculative_tokens": 32},
+}
 
-    Each option follows an ``@``, as in ``rasd@verification=tree@nodes=40``.
+
+def speculation(arm: str) -> dict[str, Any]:
+    """Return the engine arguments of an arm: vLLM's own drafters by their method, plugins by their name.
+
+    Each option follows an ``@``, as in ``rasd@verification=tree@nodes=40`` or ``suffix@num_speculative_tokens=64``.
 
     Raises:
         ConfigError: There is no such drafter.
     """
     if arm == STOCK:
         return {}
-    if arm == "ngram":
-        return {
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 5,
-                "prompt_lookup_min": 2,
-                "prompt_lookup_max": 4,
-            }
-        }
-    if arm == "suffix":
-        return {"speculative_config": {"method": "suffix", "num_speculative_tokens": 16}}
     drafters = plugins().classes("drafter")
     selected = parse_assignments(arm.replace("@", ","))
+    if selected.name in VLLM_METHODS:
+        method = {"method": selected.name, **VLLM_METHODS[selected.name], **selected.options}
+        return {"speculative_config": method}
     if selected.name not in drafters:
-        raise ConfigError(unknown_key_message(f"arm '{arm}'", selected.name, [*drafters, "ngram", "suffix"]))
+        raise ConfigError(unknown_key_message(f"arm '{arm}'", selected.name, [*drafters, *VLLM_METHODS]))
     key = {"drafter": {"name": selected.name, **selected.options}}
     config = selection.read_config({ROOT: key})
     return {
@@ -133,9 +133,9 @@ def measure_arms(plan: DrafterBenchmark) -> Iterator[list[DrafterRun]]:
         speculation(arm)
     check_model(plan.model)
     arms = list(plan.arms)
-    if "suffix" in arms and find_spec("arctic_inference") is None:
+    if find_spec("arctic_inference") is None and any(arm.startswith("suffix") for arm in arms):
         status.print("skipping arm suffix: arctic-inference is not installed")
-        arms.remove("suffix")
+        arms = [arm for arm in arms if not arm.startswith("suffix")]
     samples = [
         prompt_files.sample_prompts(f, plan.sample if i == 0 else plan.sample_others, plan.seed)
         for i, f in enumerate(files)
@@ -168,7 +168,7 @@ def measure_pair(
         "dtype": plan.dtype,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": plan.batch or 8,
-        "enforce_eager": True,
+        "enforce_eager": not plan.compiled,
         "enable_prefix_caching": False,  # else the second run of a prompt would skip its prefill
         "seed": 0,
     }

@@ -32,7 +32,7 @@ def register_commands(cli: typer.Typer) -> None:
     """Add the commands."""
     passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
     cli.command("serve", context_settings=passes_on, rich_help_panel=SERVING)(serve)
-    cli.command("doctor", rich_help_panel=SERVING)(doctor)
+    cli.command("doctor", context_settings=passes_on, rich_help_panel=SERVING)(doctor)
     cli.command("models", rich_help_panel=TUNING)(models)
     extend_group(cli, "bench", bench, MEASURING)
     cli.add_typer(tune, name="tune", rich_help_panel=TUNING)
@@ -61,16 +61,30 @@ def serve(
         allow_untested_vllm=allow_untested_vllm,
     )
     if print_only:
+        command.check_printed(plan)
         typer.echo(plan.quoted())
         return
     command.run_vllm_serve(plan)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for bug reports.")] = False) -> None:
-    """Check versions, vLLM APIs and plugins on this machine. Exit with code 1 if there is a problem."""
+def doctor(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or name of an embedded model that plugins have to support.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for bug reports.")] = False,
+) -> None:
+    """Check versions, vLLM APIs and plugins on this machine. Exit with code 1 if there is a problem.
+
+    With MODEL, also check for each plugin whether an engine with this model would start; other arguments are those of
+    vLLM.
+    """
+    from ..serving import command
     from ..serving.doctor import examine, print_report
 
-    report = examine()
+    if model is not None:
+        command.check_local_model(model)
+    report = examine(model, list(context.args))
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -121,6 +135,7 @@ def bench_drafters(
     seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
     warm: Annotated[bool, typer.Option(help="Also measure with a cache that is warm from other prompts.")] = True,
     twice: Annotated[bool, typer.Option(help="Run all prompts a second time, from a cold cache only.")] = False,
+    compiled: Annotated[bool, typer.Option(help="Compile the model, as vLLM does by default.")] = False,
     out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/drafters.json"),
 ) -> None:
     """Compare drafters with no speculation, in interleaved runs."""
@@ -143,6 +158,7 @@ def bench_drafters(
             out=out,
             warm=warm,
             twice=twice,
+            compiled=compiled,
         )
     )
 

@@ -139,7 +139,8 @@ def engine_facts(vllm_config: Any) -> Engine:
         kv_heads=model.get_total_num_kv_heads(),
         fingerprint=model_fingerprint(text.to_dict()),
         full_attention_layers=full_attention_layers(
-            getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+            getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None),
+            sliding_window=model.get_sliding_window() is not None,
         ),
     )
 
@@ -147,14 +148,15 @@ def engine_facts(vllm_config: Any) -> Engine:
 FULL_ATTENTION = ("full_attention", "attention")  # values of ``layer_types``
 
 
-def full_attention_layers(types: Any) -> tuple[int, ...] | None:
-    """Return the layers of a model that attend to all tokens; None if their types are not known.
+def full_attention_layers(types: Any, sliding_window: bool = False) -> tuple[int, ...] | None:
+    """Return the layers of a model that attend to all tokens; None if all do, or if their types are not known.
 
     Args:
         types: ``layer_types`` or ``layers_block_type`` of the language model's configuration; None if it has neither.
+        sliding_window: Whether layers without a type have a sliding window.
     """
     if not isinstance(types, Sequence):
-        return None
+        return () if sliding_window else None
     return tuple(i for i, kind in enumerate(types) if kind in FULL_ATTENTION)
 
 

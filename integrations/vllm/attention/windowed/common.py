@@ -147,7 +147,7 @@ def split_layers_into_heads(vllm_config: Any) -> None:
     per_layer = [plan.retrieval_heads[extract_layer_index(layer.layer_name)] for layer in ours]
     for layer in ours:
         layer.impl.policy = policy.name
-        _check_layer(layer, vllm_config.model_config.model)
+        check_windowed_layer(layer, policy.name, vllm_config.model_config.model)
     announce = LogWhenActive(policy.name)
     for layer, heads, retrieval_heads in zip(
         ours, kv_cache_spec.split_into_heads(ours, layers, per_layer, plan.window), per_layer, strict=True
@@ -157,8 +157,8 @@ def split_layers_into_heads(vllm_config: Any) -> None:
     log.logger.info(log.start_up_table("kv", attachment, how))
 
 
-def _check_layer(layer: Any, model: str) -> None:
-    """Raise `Unsupported` for a layer with a feature that the kernels do not support."""
+def check_windowed_layer(layer: Any, policy: str, model: str) -> None:
+    """Raise `Unsupported` if a layer has a feature that the kernels do not support."""
     impl = layer.impl
     reasons = ["it has its own sliding window"] if has_sliding_window(impl) else unsupported_features(impl, 32)
     if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
@@ -166,7 +166,7 @@ def _check_layer(layer: Any, model: str) -> None:
     if type(layer).__name__ == "ChunkedLocalAttention":
         reasons.append("it uses chunked local attention")
     if reasons:
-        raise Unsupported(impl.policy, reasons[0], "run without the policy", model, layer.layer_name)
+        raise Unsupported(policy, reasons[0], "run without the policy", model, layer.layer_name)
 
 
 def check_kernels(impl: Any, test: Callable[[], str | None], model: str) -> None:

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="replaces a ke
 
 CONTEXTS, QUERIES, HEADS, KV_HEADS, SIZE, BLOCK = [300, 90, 260, 333], [1, 1, 4, 1], 4, 2, 32, 16
 STARTS = [0, 1, 2, 6, 7]
+EAGER = SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False))
 
 
 def paged_attention(**call: Any) -> None:
@@ -63,7 +64,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
     )
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE), rule)
-    vars(builder).update(plan=plan, _full_cudagraphs=False, _longest=512, announce=lambda context: None)
+    vars(builder).update(plan=plan, _compilation_config=EAGER, _longest=512, announce=lambda context: None)
     generator = torch.Generator().manual_seed(0)
     need = [-(-c // BLOCK) for c in CONTEXTS]
     order = torch.randperm(sum(need), generator=generator).int()
@@ -136,7 +137,7 @@ def test_update_block_table_builds_a_new_step(flash: Any) -> None:
     _, metadata, _, _ = build(flash, SelectionRule(160, 4, 32, "sum", "page"))
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
     plan = metadata.step.plan
-    vars(builder).update(plan=plan, _full_cudagraphs=False, _longest=512, announce=lambda context: None)
+    vars(builder).update(plan=plan, _compilation_config=EAGER, _longest=512, announce=lambda context: None)
     other = metadata.block_table + 1
     updated = builder.update_block_table(metadata, other, metadata.slot_mapping)
     assert updated.step is not metadata.step
