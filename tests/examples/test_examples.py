@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refusals import refused
 from growing import Text
+from refusals import refused
 
 from pilotfish.plugins import hookspecs
 from pilotfish.plugins.contracts import DraftBudget, DraftRequest, Engine, ImageFeatures, ImageLayout, Unsupported

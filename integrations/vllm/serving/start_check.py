@@ -1,4 +1,4 @@
-"""Check of a composed `vllm serve` command: vLLM configures the engine and builds the model's layers, without weights."""
+"""Check of a composed `vllm serve` command: vLLM configures the engine and builds the layers, without weights."""
 
 import contextlib
 import logging
