@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import compatibility
 import gpu_tables
+import losses
 import memory_tables
 import plugin_table
 import rag_tables
@@ -193,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice": tree_tables.twice,
     "drafters_budget": tree_tables.budget,
+    "drafters_suffix": lambda: tree_tables.suffix_comparison("drafters_suffix"),
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
     "retrieval_memory": retrieval_tables.retrieval_memory,
@@ -214,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rag_speed": rag_tables.speed,
     "rag_quality": rag_tables.quality,
     "rag_load": rag_tables.load_table,
+    "losses": losses.table,
     "compatibility": compatibility.table,
     "gpu_engine": gpu_tables.engine,
     "gpu_kernels": gpu_tables.kernels,

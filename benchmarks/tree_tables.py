@@ -1,9 +1,12 @@
 """Tables of drafters that verify chains or trees, on prompts that run twice: `pilotfish bench drafters --twice`."""
 
+from bootstrap import bootstrap_interval, compare_paired
 from common import figures, load, markdown, provenance
 
 RESULT = "drafters_trees"
 NAMES = {"ngram": "vLLM `ngram`", "suffix": "`suffix` (arctic-inference)"}
+DEEP_SUFFIX = "suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0"
+NAMES[DEEP_SUFFIX] = "`suffix`, depth 64, 64 draft tokens, factor 4"
 
 
 def label(arm: str) -> str:
@@ -59,6 +62,28 @@ def budget() -> str:
         rows.append([dataset, *(f"{speeds[arm]:.2f}" for arm in arms), f"{speeds[budgeted] / best:.0%}"])
     heads = [label(arm) for arm in arms]
     return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
+
+
+def suffix_comparison(benchmark: str) -> str:
+    """Return the speed-ups with 95 % confidence intervals, and RASD relative to each other arm, paired by prompt."""
+    result = load(benchmark)
+    table = figures(result)
+    runs = {(r["dataset"], r["arm"]): r["runs"] for r in result["records"] if r["metric"] == "speedup"}
+    arms = list(dict.fromkeys(arm for _, _, arm in table))
+    rows = []
+    for dataset in dict.fromkeys(d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))):
+        for arm in arms:
+            cells = []
+            for place in (dataset, f"{dataset}_again"):
+                mean, low, high = bootstrap_interval(runs[place, arm])
+                length = table[place, 1, arm]["acceptance_length"]
+                cells += [f"{mean:.2f} ({low:.2f} to {high:.2f})", f"{length:.2f}"]
+                cells.append("" if arm == "rasd" else compare_paired(runs[place, "rasd"], runs[place, arm]))
+            same = all(table[p, 1, arm]["identical_share"] == 1 for p in (dataset, f"{dataset}_again"))
+            rows.append([f"{dataset}, {len(runs[dataset, arm])}", label(arm), *cells, "yes" if same else "no"])
+    one = ["speed-up", "acceptance length", "RASD vs. this arm"]
+    head = ["prompts", "drafter", *(f"{x}, {turn}" for turn in ("first", "second") for x in one), "identical"]
+    return markdown(head, rows, texts=2) + provenance(result)
 
 
 def sources() -> str:

@@ -20,6 +20,7 @@ class Role(Enum):
     FULL = "full attention"
     SELECT = "full attention, and selects tokens"
     SPARSE = "attention over the selected tokens"
+    PAGE_BOUNDS = "attention over pages selected by bounds of their keys"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@
               skips [b // 64 + 1] first posting of every 64th block
               places [p] doc id % 16, impacts [p] quantised weights, 1 or more
 
-A search sums the largest impacts of each block over the query terms, an upper bound of the scores of its documents. It
-scores the blocks with the highest bounds, in growing numbers, for a lower bound of the k-th best score, and finally all
-blocks whose upper bound reaches it. The result equals that of exhaustive scoring.
+If a segment has few documents and the query few postings in it, all documents are scored. Otherwise a search sums the
+largest impacts of each block over the query terms, an upper bound of the scores of its documents. It scores the blocks
+with the highest bounds, in growing numbers, for a lower bound of the k-th best score, and finally all blocks whose
+upper bound reaches it. The result equals that of exhaustive scoring.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from .sparse_vectors import SparseVectors
 Arrays = Mapping[str, NDArray]
 ROOM = 1.25  # headroom: later documents may have larger weights than the first ones
 FIRST, MORE = 16, 8  # blocks scored first, in addition to k; factor by which the number grows
+EXHAUSTIVE = 1 << 19  # postings of the query + documents of the segment, up to which exhaustive scoring is faster
+NO_FILTER = np.empty(0, np.uint8)
 
 
 def train_impacts(weights: NDArray[np.float32], bits: int) -> dict[str, NDArray]:
@@ -150,6 +153,13 @@ class SegmentSearcher:
         at, present = self.at(ids)
         present &= weights > 0
         terms, weights = at[present], weights[present]
+        if exhaustive or self.frequencies(terms).sum() + self.count * sparse_search.BLOCK <= EXHAUSTIVE:
+            lists = self.term_starts, self.blocks, self.sizes, self.skips, self.places, self.impacts
+            scores = sparse_search.score_all(*lists, terms, weights, self.first, self.count)
+            filtered, first = allow is not None, self.first * sparse_search.BLOCK
+            return sparse_search.top_k_documents(
+                scores, first, k, np.float32(least), NO_FILTER if allow is None else allow, filtered
+            )
         bounds = sparse_search.block_bounds(
             self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count
         )
@@ -157,7 +167,7 @@ class SegmentSearcher:
             bounds[~_any_allowed(allow, self.first, self.count)] = 0
         candidates = np.flatnonzero((bounds > 0) & (bounds >= least))
         promising = FIRST + k
-        while not exhaustive and len(candidates) > 2 * promising:
+        while len(candidates) > 2 * promising:
             top = candidates[np.argpartition(-bounds[candidates], promising)[:promising]]
             top_scores = self._scored(np.sort(top), terms, weights, k, least, allow)[1]
             if len(top_scores) >= k:
@@ -231,7 +241,9 @@ class InvertedIndexSearcher:
         for part in self.parts:
             least = float(scores[k - 1]) if len(scores) >= k else 0.0
             more = part.search(query.indices, weights, k, least, allow, exhaustive)
-            documents, scores = top_documents(np.append(documents, more[0]), np.append(scores, more[1]), k)
+            if len(documents):
+                more = top_documents(np.append(documents, more[0]), np.append(scores, more[1]), k)
+            documents, scores = more
         return documents, scores
 
 

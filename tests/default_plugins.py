@@ -59,6 +59,15 @@ KV_POLICIES = (
         {"keep": [[0, 0]], "window": 32, "ratio": 0},
         ("pilotfish_kv_freed_blocks_total",),
     ),
+    PluginCase(
+        "kv",
+        "streaming_llm",
+        ("budgett", "budget"),
+        ("sinks", "four"),
+        {"budget": 36, "sinks": 4},
+        ("pilotfish_kv_freed_blocks_total",),
+    ),
+    PluginCase("kv", "quest", ("budgett", "budget"), ("full_layers", [2]), {"budget": 128, "recent": 0}),
 )
 PRUNERS = (
     PluginCase("pruner", "globalcom2", ("retian", "retain"), ("temperature", "hot"), {"retain": 0.5}, PRUNER_COUNTERS),

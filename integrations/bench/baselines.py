@@ -1,4 +1,6 @@
-"""Indexes of other packages, in a separate process and environment because they pin other builds of torch.
+"""Indexes of other packages, in a separate process and environment because their dependencies conflict with ours.
+
+The environment needs torch.
 
 `pilotfish bench retrieval --peers PYTHON` runs this file with that interpreter, so it must not import Pilotfish. It
 reads vectors from a folder, builds an index, and answers each query with a line that holds the time of the call itself,
@@ -15,7 +17,9 @@ from typing import Any
 import numpy as np
 
 DEPTH = 100
-NAMES = ("fast_plaid", "xtr_warp")
+MULTI_VECTOR = ("fast_plaid", "xtr_warp")
+SPARSE = ("seismic", "bmp")
+NAMES = (*MULTI_VECTOR, *SPARSE)
 
 
 def fast_plaid(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any:
@@ -38,6 +42,69 @@ def xtr_warp(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any
     return lambda query: index.search(query[None], DEPTH, num_threads=1, show_progress=False, **options)[0]
 
 
+SEISMIC_SEARCH_OPTIONS = ("query_cut", "heap_factor", "n_knn")
+
+
+def seismic(folder: Path, documents: list[Any], queries: list[Any], options: dict[str, Any]) -> Any:
+    """Build a Seismic index (arXiv 2404.18812) in Rust, and return its search function; approximate.
+
+    ``query_cut``, ``heap_factor`` and ``n_knn`` are search options; all others are passed to the builder.
+    """
+    import seismic as package
+
+    text = package.get_seismic_string()
+    dataset = package.SeismicDataset()
+    for number, (terms, weights) in enumerate(documents):
+        dataset.add_document(str(number), terms.astype(str).astype(text), weights)
+    searching = {
+        "query_cut": 10,
+        "heap_factor": 0.8,
+        **{k: options.pop(k) for k in SEISMIC_SEARCH_OPTIONS if k in options},
+    }
+    index = package.SeismicIndex.build_from_dataset(dataset, num_threads=0, **options)
+    (folder / "seismic").mkdir()
+    index.save(str(folder / "seismic" / "index"))
+    named = [(terms.astype(str).astype(text), weights) for terms, weights in queries]
+
+    def search(number: int) -> list[tuple[str, float]]:
+        terms, weights = named[number]
+        return [(d, score) for _, score, d in index.search("", terms, weights, k=DEPTH, **searching)]
+
+    return search
+
+
+def bmp(folder: Path, documents: list[Any], queries: list[Any], options: dict[str, Any]) -> Any:
+    """Build an index of Block-Max Pruning (arXiv 2405.01117) in Rust, and return its search function.
+
+    Impacts have 8 bits and query weights are rounded to 0..255. With ``alpha`` and ``beta`` of 1, the default, the
+    search is exact over these values. Options: ``bsize``, ``alpha``, ``beta``.
+    """
+    import bmp as package
+
+    (folder / "bmp").mkdir()
+    path = str(folder / "bmp" / "index")
+    indexer = package.Indexer(path, int(options.get("bsize", 8)), True)
+    step = max(float(weights.max(initial=0)) for _, weights in documents) / 255
+    for number, (terms, weights) in enumerate(documents):
+        impacts = np.rint(weights / step).astype(int)
+        pairs = zip(terms.tolist(), impacts.tolist(), strict=True)
+        indexer.add_document(str(number), {str(t): w for t, w in pairs if w > 0})
+    indexer.finish()
+    index = package.Searcher(path)
+    scale = 255 / max(float(weights.max(initial=0)) for _, weights in queries)
+    named = [
+        {str(t): float(round(w * scale)) for t, w in zip(terms.tolist(), weights.tolist(), strict=True)}
+        for terms, weights in queries
+    ]
+    alpha, beta = float(options.get("alpha", 1.0)), float(options.get("beta", 1.0))
+
+    def search(number: int) -> list[tuple[str, float]]:
+        found, scores = index.search(named[number], DEPTH, alpha, beta)
+        return list(zip(found, scores, strict=True))
+
+    return search
+
+
 def main() -> None:
     """Run ``baselines.py NAME FOLDER THREADS OPTIONS``: build, report it, then answer query numbers line by line."""
     import torch
@@ -45,9 +112,14 @@ def main() -> None:
     name, folder, threads, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     answers = os.fdopen(os.dup(1), "w")  # output of packages goes to standard error
     os.dup2(2, 1)
-    documents, queries = (_split(folder, what) for what in ("documents", "queries"))
+    read = _sparse_rows if name in SPARSE else _split
+    documents, queries = (read(folder, what) for what in ("documents", "queries"))
     began = time.perf_counter()
-    search = {"fast_plaid": fast_plaid, "xtr_warp": xtr_warp}[name](folder, documents, options)
+    if name in SPARSE:
+        by_number = {"seismic": seismic, "bmp": bmp}[name](folder, documents, queries, options)
+        queries = list(range(len(queries)))
+    else:
+        by_number = {"fast_plaid": fast_plaid, "xtr_warp": xtr_warp}[name](folder, documents, options)
     seconds = time.perf_counter() - began
     size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
     torch.set_num_threads(threads)
@@ -56,7 +128,7 @@ def main() -> None:
     for line in sys.stdin:
         query = queries[int(line)]
         began = time.perf_counter()
-        results = search(query)
+        results = by_number(query)
         ms = 1e3 * (time.perf_counter() - began)
         answers.write(json.dumps({"ms": ms, "documents": [int(d) for d, _ in results]}) + "\n")
         answers.flush()
@@ -68,6 +140,13 @@ def _split(folder: Path, what: str) -> list[Any]:
 
     vectors = torch.from_numpy(np.load(folder / f"{what}.npy").astype(np.float32))
     return list(vectors.split(np.load(folder / f"{what}-counts.npy").tolist()))
+
+
+def _sparse_rows(folder: Path, what: str) -> list[Any]:
+    """Load the term weights of each text: term ids and float32 weights."""
+    arrays = np.load(folder / f"{what}.npz")
+    ends = np.cumsum(arrays["counts"])[:-1]
+    return list(zip(np.split(arrays["indices"], ends), np.split(arrays["values"], ends), strict=True))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Indexes of `pilotfish bench retrieval`: those of Pilotfish, and baselines."""
 
+import inspect
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ...plugins.config import ConfigError, Selection, build_options, parse_assignments
+from ...plugins.config import ConfigError, Selection, build_options, parse_assignments, unknown_key_message
 from ...plugins.dense import document_vectors
 from ...plugins.manager import plugins
 from ...retrieval.encoders import MINILM, vdr
+from ...retrieval.sparse_vectors import SparseVectors
 from ...retrieval.token_embeddings import TokenEmbeddings
 from . import baselines
 from .corpus import Corpus
@@ -60,7 +62,11 @@ def parse_arm(arm: str) -> Selection:
     selected = parse_assignments(arm.replace("@exact", "").replace("@", ","))
     if "@exact" in arm and selected.name != "xtr":
         raise ConfigError(f"arm {arm}: only xtr has @exact")
-    if selected.name not in (*OTHERS, *baselines.NAMES):
+    if selected.name in OTHERS:
+        known = tuple(inspect.signature(OTHERS[selected.name][1]).parameters)[1:]
+        if unknown := set(selected.options) - set(known):
+            raise ConfigError(unknown_key_message(f"arm {arm}", sorted(unknown)[0], known))
+    elif selected.name not in baselines.NAMES:
         cls: Any = plugins().get("index", selected.name, "arm")
         _split(cls, selected.options)
     return selected
@@ -86,25 +92,20 @@ def make_arm(name: str, corpus: Corpus, threads: int, python: Path | None) -> Re
         if find_spec(package) is None:
             raise ConfigError(f"arm {selected.name} needs {package}; pip install pilotfish[bench]")
         with PeakMemory() as peak:
-            search, size = other(corpus)
+            search, size = other(corpus, **selected.options)
     elif selected.name in baselines.NAMES:
-        return _peer(name, selected, corpus, threads, python)
+        return _run_baseline(name, selected, corpus, threads, python)
     else:
         return _index(name, selected, corpus)
     return RetrievalArm(name, _timed(search), time.perf_counter() - started, size, peak_mib=peak.mib)
 
 
-def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
-    """Run another package in a separate process that ends with the arm; it gets the same vectors as our index."""
-    from ...retrieval.xtr import index
-
+def _run_baseline(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
+    """Start another package in a process that ends with the arm; it gets the vectors of the Pilotfish index."""
     if python is None:
         raise ConfigError(f"arm {name} needs --peers PYTHON, an interpreter of an environment that has it")
     folder = Path(tempfile.mkdtemp())
-    projection = index.make_projection(corpus.tokens.vectors, index.TokenIndexLayout(), 0)
-    for what, tokens in (("documents", corpus.tokens), ("queries", TokenEmbeddings.concatenate(corpus.query_tokens))):
-        np.save(folder / f"{what}.npy", index.project(tokens.vectors, projection).astype(np.float16))
-        np.save(folder / f"{what}-counts.npy", tokens.counts)
+    (_write_sparse_vectors if chosen.name in baselines.SPARSE else _write_token_vectors)(folder, corpus)
     log = folder / "log"
     process = subprocess.Popen(
         [python, baselines.__file__, chosen.name, folder, str(threads), json.dumps(dict(chosen.options))],
@@ -136,19 +137,45 @@ def _peer(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Pa
     return RetrievalArm(name, search, about["build_s"], about["bytes"])
 
 
-def _bm25(corpus: Corpus) -> tuple[Search, int]:
+def _write_token_vectors(folder: Path, corpus: Corpus) -> None:
+    """Write the token embeddings of documents and queries, with the projection of the XTR index."""
+    from ...retrieval.xtr import index
+
+    projection = index.make_projection(corpus.tokens.vectors, index.TokenIndexLayout(), 0)
+    for what, tokens in (("documents", corpus.tokens), ("queries", TokenEmbeddings.concatenate(corpus.query_tokens))):
+        np.save(folder / f"{what}.npy", index.project(tokens.vectors, projection).astype(np.float16))
+        np.save(folder / f"{what}-counts.npy", tokens.counts)
+
+
+def _write_sparse_vectors(folder: Path, corpus: Corpus) -> None:
+    """Write the term weights of documents and queries, encoded with the default options of `vdr`."""
+    cls: Any = plugins().get("index", "vdr", "arm")
+    kind = cls(cls.Options())
+    encoder = kind.load_encoder(kind.default_encoder)
+    queries = kind.queries(encoder, corpus.queries, cls.Settings())
+    of_queries = [queries[i] for i in range(len(corpus.queries))]
+    for what, vectors in (("documents", corpus.by(encoder)), ("queries", SparseVectors.concatenate(of_queries))):
+        arrays = {"indices": vectors.indices, "values": vectors.values, "counts": vectors.counts}
+        np.savez(folder / f"{what}.npz", **arrays)
+
+
+def _bm25(corpus: Corpus, backend: str = "numpy") -> tuple[Search, int]:
+    """Index with bm25s; queries are tokenized beforehand, as those of `bm25` are."""
     import bm25s
     import Stemmer
 
     stemmer = Stemmer.Stemmer("english")
-    index = bm25s.BM25(k1=0.9, b=0.4)
-    index.index(bm25s.tokenize(corpus.texts, stopwords="en", stemmer=stemmer, show_progress=False), show_progress=False)
+    options: dict[str, Any] = {"stopwords": "en", "stemmer": stemmer, "show_progress": False}
+    index = bm25s.BM25(k1=0.9, b=0.4, backend=backend)
+    index.index(bm25s.tokenize(corpus.texts, **options), show_progress=False)
+    queries = [bm25s.tokenize([query], **options) for query in corpus.queries]
+    depth = min(DEPTH, len(corpus.ids))
 
     def search(number: int) -> Sequence[int]:
-        terms = bm25s.tokenize([corpus.queries[number]], stopwords="en", stemmer=stemmer, show_progress=False)
-        depth = min(DEPTH, len(corpus.ids))
-        return index.retrieve(terms, k=depth, show_progress=False, n_threads=1)[0][0].tolist()
+        return index.retrieve(queries[number], k=depth, show_progress=False, n_threads=0)[0][0].tolist()
 
+    if corpus.queries:
+        search(0)  # numba compiles
     return search, sum(np.asarray(v).nbytes for v in index.scores.values())
 
 
@@ -254,7 +281,7 @@ def _rescoring(encoder: Any, corpus: Corpus, queries: Sequence[Any], count: int)
     return rerank
 
 
-OTHERS: dict[str, tuple[str, Callable[[Corpus], tuple[Search, int]]]] = {
+OTHERS: dict[str, tuple[str, Callable[..., tuple[Search, int]]]] = {
     "bm25s": ("bm25s", _bm25),
     "faiss_flat": ("faiss", _faiss),
     "maxsim": ("numpy", _maxsim),

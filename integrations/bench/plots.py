@@ -32,6 +32,8 @@ DISPLAY = {
     "rasd": "RASD",
     "tidal_decode": "TidalDecode",
     "razor_attention": "RazorAttention",
+    "quest": "Quest",
+    "streaming_llm": "StreamingLLM",
     "globalcom2": "GlobalCom2",
     "aim": "AIM",
     "xtr": "XTR",

@@ -63,7 +63,7 @@ def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[
     arms = [indexes.make_arm(name, c, plan.threads, plan.peers) for name in plan.arms]
     rankings: dict[str, dict[str, dict[str, float]]] = {a.name: {} for a in arms}
     taken: dict[str, list[float]] = {a.name: [] for a in arms}
-    with _threads(plan.threads):
+    with limited_threads(plan.threads):
         for number, query in enumerate(c.asked):
             times: dict[str, list[float]] = {a.name: [] for a in arms}
             for turn in range(plan.repeats):
@@ -97,7 +97,7 @@ def _measured(c: Corpus, plan: RetrievalBenchmark, raw: dict[str, Any]) -> list[
     return records
 
 
-class _threads:  # noqa: N801 -- used as a function
+class limited_threads:  # noqa: N801 -- used as a function
     """Context manager that limits the threads of NumPy, FAISS and torch."""
 
     def __init__(self, count: int) -> None:

@@ -80,8 +80,9 @@ void pilotfish_token_scores(const Rows* rows, const Rule* rule, float* logits, f
 
 // Select the tokens of highest importance; sinks, recent tokens and the current token are always selected.
 // Of equally important tokens the earlier one is selected. If the context fits the budget, all tokens are selected.
+// per_unit: whether importance is that of units (pages or tokens) instead of tokens.
 void pilotfish_select_tokens(const Rows* rows, const Rule* rule, const float* importance, int64_t stride, Choice* choice,
-                      int threads) {
+                      int per_unit, int threads) {
     const int num_head_groups = rule->num_head_groups;
 #pragma omp parallel num_threads(threads)
     {
@@ -97,8 +98,8 @@ void pilotfish_select_tokens(const Rows* rows, const Rule* rule, const float* im
             const int recent = std::max(0, n - 1 - rule->recent) / unit;  // first unit with a recent token
             score.resize(units);
             for (int u = 0; u < units; ++u) {
-                float total = 0;
-                for (int t = u * unit; t < std::min(n, (u + 1) * unit); ++t) total += x[t];
+                float total = per_unit ? x[u] : 0;
+                for (int t = u * unit; !per_unit && t < std::min(n, (u + 1) * unit); ++t) total += x[t];
                 score[u] = total;
             }
             mask.assign(groups, 0);

@@ -102,7 +102,7 @@ def load_paged_decode_library() -> ctypes.CDLL:
     lib.pilotfish_decode.restype = c_int
     lib.pilotfish_token_scores.argtypes = (rows, rule, c_void_p, *strided, c_int)
     lib.pilotfish_token_scores.restype = None
-    lib.pilotfish_select_tokens.argtypes = (rows, rule, *strided, choice, c_int)
+    lib.pilotfish_select_tokens.argtypes = (rows, rule, *strided, choice, c_int, c_int)
     lib.pilotfish_select_tokens.restype = None
     return lib
 
@@ -313,13 +313,14 @@ def token_scores(rows: DecodeBatch, rule: SelectionRule, kv_heads: int, logits: 
     return result
 
 
-def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> SelectedTokens:
+def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor", per_unit: bool = False) -> SelectedTokens:
     """Select the top tokens or pages of each head group by their scores.
 
     Args:
         rows: Query tokens of the batch.
         rule: Selection rule.
-        scores: [count, num_head_groups, padded] float32, from `token_scores`.
+        scores: [count, num_head_groups, n] float32. n is the padded number of tokens, or of units if ``per_unit``.
+        per_unit: Whether there is one score per unit (page or token, by ``rule.granularity``) instead of one per token.
     """
     import torch
 
@@ -337,6 +338,7 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor") -> S
         scores.data_ptr(),
         scores.shape[2],
         byref(choice.struct()),
+        per_unit,
         torch.get_num_threads(),
     )
     return choice

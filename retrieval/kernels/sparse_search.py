@@ -100,3 +100,79 @@ def score_blocks(term_starts, blocks, sizes, skips, places, impacts, terms, weig
                         scores[c * BLOCK + places[p]] += weights[i] * np.float32(impacts[p])
                 start += sizes[b]
     return scores
+
+
+@jit
+def score_all(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count):
+    """Compute the scores of all documents, [count * BLOCK] from block ``first`` on; in the order of `score_blocks`."""
+    scores = np.zeros(count * BLOCK, np.float32)
+    for i in range(len(terms)):
+        begin, end = term_starts[terms[i]], term_starts[terms[i] + 1]
+        if begin < end:
+            p = start_of(sizes, skips, begin)
+            for b in range(begin, end):
+                base = (blocks[b] - first) * BLOCK
+                for q in range(p, p + sizes[b]):
+                    scores[base + places[q]] += weights[i] * np.float32(impacts[q])
+                p += sizes[b]
+    return scores
+
+
+@jit
+def top_k_documents(scores, first, k, min_score, allow, filtered):
+    """Return the documents with the ``k`` highest scores.
+
+    A heap holds the best so far, its worst entry at the top. Documents come in ascending order, so one that equals the
+    worst entry is not better.
+
+    Args:
+        scores: [documents] scores of the documents from doc id ``first`` on.
+        first: First doc id.
+        k: Maximum number of documents.
+        min_score: Lowest score that is returned; scores of 0 are never returned.
+        allow: [bytes] uint8 bitmap of the allowed doc ids, lowest bit first; read if ``filtered``.
+        filtered: Whether documents have to be allowed.
+
+    Returns:
+        Doc ids [n] int32 and scores [n] float32, n <= k, by descending score, ties by doc id.
+    """
+    heap_scores, heap = np.empty(k, np.float32), np.empty(k, np.int32)
+    size = 0
+    for i in range(len(scores)):
+        score = scores[i]
+        if score <= 0 or score < min_score or (size == k and score <= heap_scores[0]):
+            continue
+        document = first + i
+        if filtered and (document >> 3 >= len(allow) or not (allow[document >> 3] >> (document & 7)) & 1):
+            continue
+        if size < k:  # append, and move up
+            at = size
+            size += 1
+            while at > 0:
+                parent = (at - 1) // 2
+                if heap_scores[parent] < score:
+                    break  # equal scores: the later document is the worse one, so it moves up
+                heap_scores[at], heap[at] = heap_scores[parent], heap[parent]
+                at = parent
+        else:  # replace the worst, and move down
+            at = 0
+            while True:
+                child = 2 * at + 1
+                if child >= k:
+                    break
+                if child + 1 < k and _worse(heap_scores, heap, child + 1, child):
+                    child += 1
+                if heap_scores[child] >= score:
+                    break  # equal scores: the later document is the worse one, so it stays above
+                heap_scores[at], heap[at] = heap_scores[child], heap[child]
+                at = child
+        heap_scores[at], heap[at] = score, document
+    order = np.argsort(heap[:size])
+    order = order[np.argsort(-heap_scores[:size][order], kind="mergesort")]
+    return heap[order], heap_scores[order]
+
+
+@jit
+def _worse(scores, documents, a, b):
+    """Return whether entry ``a`` is worse than entry ``b``."""
+    return scores[a] < scores[b] or (scores[a] == scores[b] and documents[a] > documents[b])

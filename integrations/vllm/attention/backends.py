@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ....kvcache.selection import Role
 from ....plugins.contracts import Unsupported
 from ..engine.selection import kv_policy, read_config
 
@@ -51,6 +52,18 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             "use --attention-backend TRITON_ATTN",
             vllm_config.model_config.model,
         )
+    plan = policy.read_plan()
+    if plan is not None and Role.PAGE_BOUNDS in plan.roles:
+        if name != "CPU_ATTN":
+            raise Unsupported(
+                policy.name,
+                "the bounds of pages are kept on CPUs only",
+                "run without the policy",
+                vllm_config.model_config.model,
+            )
+        from .sparse.page_bounds import PageBoundsCPUBackend
+
+        return PageBoundsCPUBackend
     if name == "CPU_ATTN":
         from .sparse.cpu import SparseCPUBackend
 

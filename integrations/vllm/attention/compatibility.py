@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ....kvcache.selection import Role
 from ....plugins.contracts import Unsupported
 from ..engine import log
 from ..engine.selection import Attachment
@@ -65,6 +66,7 @@ def check(attachment: Attachment, vllm_config: Any) -> None:
     """
     check_attention(attachment.name, vllm_config)
     _check_correction(attachment, vllm_config)
+    _check_page_bounds(attachment, vllm_config)
     if attachment.cls.frees_blocks:  # type: ignore[attr-defined]
         _check_blocks(attachment.name, vllm_config)
 
@@ -138,6 +140,18 @@ def _check_correction(attachment: Attachment, vllm_config: Any) -> None:
             raise Unsupported(
                 attachment.name, f"with correction_interval, {reason}", f"use {remedy}", attachment.engine.model
             )
+
+
+def _check_page_bounds(attachment: Attachment, vllm_config: Any) -> None:
+    """Check that every key is written by the layers, if the policy keeps bounds of pages."""
+    plan = attachment.cls(attachment.options, attachment.engine).read_plan()
+    if plan is not None and Role.PAGE_BOUNDS in plan.roles and vllm_config.kv_transfer_config is not None:
+        raise Unsupported(
+            attachment.name,
+            "a KV connector loads keys without the bounds of their pages",
+            "disable the connector",
+            attachment.engine.model,
+        )
 
 
 def _check_blocks(plugin: str, vllm_config: Any) -> None:

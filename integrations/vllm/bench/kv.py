@@ -37,10 +37,17 @@ def arms_of(plan: KVBenchmark) -> list[KVArm]:
     arms = [KVArm(STOCK, None)]
     if len(set(plan.settings)) < len(plan.settings):
         raise ConfigError("--setting: the same setting is given twice")
+    policies = plugins().classes("kv")
     for setting in plan.settings:
-        selection = parse_assignments(",".join(filter(None, (plan.policy, setting))))
-        plugins().resolve("kv", selection)
-        arms.append(KVArm(f"{plan.policy}@{setting}" if setting else plan.policy, dict(selection.options)))
+        named = setting.partition(",")[0] in policies
+        selection = parse_assignments(setting if named else ",".join(filter(None, (plan.policy, setting))))
+        cls, _ = plugins().resolve("kv", selection)
+        if cls.frees_blocks != policies[plan.policy].frees_blocks:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"--setting {setting}: {cls.name} and {plan.policy} cannot share an engine, because one of them frees KV blocks; measure them separately"
+            )  # type: ignore[attr-defined]
+        label = setting.replace(",", "@", 1) if named else f"{plan.policy}@{setting}" if setting else plan.policy
+        arms.append(KVArm(label, dict(selection.options), selection.name))
     return arms
 
 
@@ -57,7 +64,7 @@ def run_kv_benchmark(plan: KVBenchmark) -> list[Record]:
     check_model(plan.model)
     folder = registry.resolve_model(plan.model)
     for arm in arms[1:]:
-        cls, options = plugins().resolve("kv", Selection(plan.policy, arm.options or {}))
+        cls, options = plugins().resolve("kv", Selection(arm.policy, arm.options or {}))
         check_engine(cls, options, plan.model, 0, allow_untested=False)
     if (limit := max_positions(folder)) is not None and plan.longest + ROOM > limit:
         subject = f"contexts of {plan.longest} tokens"
@@ -87,13 +94,19 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
         "async_scheduling": False,  # tokens could not be recomputed
         "enable_prefix_caching": True,
         "seed": 0,
-        "additional_config": {"pilotfish": {"kv": plan.policy}},
+        "additional_config": {"pilotfish": {"kv": _engine_policy(work.arms)}},
     }
     parts = list(work.parts())  # raises for texts that are too short, before an engine starts
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
         task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
             return run_parts([(description, partial(part, engine)) for description, part in parts], plan.out, bar, task)
+
+
+def _engine_policy(arms: list[KVArm]) -> str:
+    """Return the policy with which the engine starts: one that keeps bounds of pages, if any does."""
+    names = [arm.policy for arm in arms[1:]]
+    return "quest" if "quest" in names else names[0]
 
 
 def print_kv_table(records: list[Record]) -> None:

@@ -31,7 +31,7 @@ class KVMemoryWork(KVWork):
 
     def config(self, arm: KVArm, longest: int, **more: Any) -> dict[str, Any]:
         """Return the engine arguments of a configuration."""
-        policy = {} if arm.options is None else {"pilotfish": {"kv": {"name": self.plan.policy, **arm.options}}}
+        policy = {} if arm.options is None else {"pilotfish": {"kv": {"name": arm.policy, **arm.options}}}
         return {
             "model": self.folder,
             "dtype": self.plan.dtype,

@@ -62,10 +62,22 @@ class KVBenchmark:
 
 @dataclass(frozen=True)
 class KVArm:
-    """One configuration of the policy; stock attention if ``options`` is None."""
+    """One configuration of a policy.
+
+    Attributes:
+        label: Name in the records.
+        options: Options of the policy; None for stock attention.
+        policy: Name of the policy; empty for stock attention.
+    """
 
     label: str
     options: dict[str, Any] | None
+    policy: str = ""
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The worker's command that switches the engine to this configuration."""
+        return {"do": "policy", "options": self.options, "name": self.policy}
 
 
 def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
@@ -162,7 +174,7 @@ def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int
     seconds: dict[str, list[float]] = {arm.label: [] for arm in arms}
     for turn in range(TURNS):
         for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-            engine.ask(do="policy", options=arm.options)
+            engine.ask(**arm.setting)
             answer = engine.ask(do="steps", prompts=prompts, count=STEPS)
             seconds[arm.label].append(statistics.median(answer["seconds"]))
     params = {"batch": batch, "context": context}
@@ -188,7 +200,7 @@ def measure_divergence(
     records: list[Record] = []
     reference = None
     for arm in arms:
-        engine.ask(do="policy", options=arm.options)
+        engine.ask(**arm.setting)
         answer = engine.ask(do="forced", prompts=prompts, texts=texts, keep=arm.options is None)
         records += divergence_records(("kv", dataset, arm.label), answer, params, reference)
         if arm.options is None:
@@ -224,7 +236,7 @@ def measure_answers(
     results: dict[str, list[tuple[NeedleQuestion, NeedleResult]]] = {arm.label: [] for arm in arms}
     for group in groups:
         for arm in arms:
-            engine.ask(do="policy", options=arm.options)
+            engine.ask(**arm.setting)
             results[arm.label] += zip(group, needle_in_haystack.answer_questions(engine, group), strict=True)
     return [
         r

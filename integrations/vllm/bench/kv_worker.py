@@ -12,6 +12,7 @@ import torch
 from ....kvcache.kernels import paged_decode
 from ....kvcache.selection import ReadPlan, Role, SelectionRule
 from ....plugins.config import build_options
+from ....plugins.manager import plugins
 from ..attention.sparse import kv_correction
 from ..engine.selection import attach
 from .engine import main
@@ -31,11 +32,11 @@ class KVWorker(TeacherForcingWorker):
         self._builders = [g.get_metadata_builder() for groups in self.runner.attn_groups for g in groups]
         self._update = self.core.scheduler.update_from_output  # the method without a policy's KV correction
 
-    def policy(self, options: dict[str, Any] | None) -> dict[str, Any]:
-        """Set the policy's options; None is stock attention."""
+    def policy(self, options: dict[str, Any] | None, name: str = "") -> dict[str, Any]:
+        """Switch to a policy by its name and options, or to stock attention if the options are None."""
         plan = STOCK
         if options is not None:
-            cls: Any = self._attachment.cls
+            cls: Any = plugins().get("kv", name) if name else self._attachment.cls
             plan = cls(build_options(cls.Options, options, "pilotfish.kv"), self._attachment.engine).read_plan()
         for builder in self._builders:
             builder.plan = plan

@@ -15,6 +15,8 @@ DATA = ("wikitext2", "gutenberg", "pg_essays", "kv_retrieval")
 KV_SETTINGS = {  # measured in addition to a policy's defaults
     "tidal_decode": ("budget=256", "budget=1024", "profile=fast", "correction_interval=32"),
     "razor_attention": ("prefill=streaming", "compensation=false"),
+    "quest": ("budget=256", "budget=1024", "tidal_decode"),
+    "streaming_llm": ("budget=2048",),
 }
 
 bench = typer.Typer(help="Compare plugins with stock vLLM.", no_args_is_help=True)
@@ -51,7 +53,7 @@ def serve(
     print_only: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
 ) -> None:
     """Serve MODEL with plugins by `vllm serve`. Other arguments are passed to vLLM."""
-    from ..serving import command
+    from ..serving import command, start_check
 
     plan = command.compose_serve_command(
         model,
@@ -61,7 +63,7 @@ def serve(
         allow_untested_vllm=allow_untested_vllm,
     )
     if print_only:
-        command.check_printed(plan)
+        start_check.check_before_print(plan)
         typer.echo(plan.quoted())
         return
     command.run_vllm_serve(plan)
@@ -168,7 +170,9 @@ def bench_kv(
     policy: Annotated[str, typer.Option(help="KV policy to measure.")] = "tidal_decode",
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="Options of one arm: key=value[,...], or '' for none; can be repeated [default: several]."),
+        typer.Option(
+            help="One arm, repeatable: key=value[,...], '' for the defaults, or NAME[,key=value...] of another policy."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with wikitext2, gutenberg, pg_essays and kv_retrieval; use all of them.")

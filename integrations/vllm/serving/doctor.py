@@ -43,7 +43,7 @@ class DoctorReport:
 
 
 def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorReport:
-    """Examine this machine, and whether the plugins support a model on it.
+    """Examine this machine. With a model, also check for each engine plugin whether an engine would start.
 
     Args:
         model: Folder, or name of an embedded model; if None, vLLM's source is read, not imported.
@@ -74,7 +74,7 @@ def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorRe
         for cls in manager.classes(kind).values():
             answer = _support(kind, problem)
             if answer["supported"] and model is not None and kind in ENGINE_KINDS:
-                answer = _support_of_model(kind, cls.name, model, vllm_args)  # type: ignore[attr-defined]
+                answer = _model_support(kind, cls.name, model, vllm_args)  # type: ignore[attr-defined]
             report.plugins.append({"kind": kind, "name": cls.name, "origin": manager.origin(cls), **answer})  # type: ignore[attr-defined]
     report.findings += [f"plugin {f.plugin} failed to load: {f.error}" for f in manager.failures]
     _environment(report)
@@ -89,8 +89,8 @@ def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
     return {"supported": True, "reason": None}
 
 
-def _support_of_model(kind: str, plugin: str, model: str, vllm_args: Sequence[str]) -> dict[str, Any]:
-    """Return whether a plugin, with its default options, supports a model: the answer of `vllm serve` at start."""
+def _model_support(kind: str, plugin: str, model: str, vllm_args: Sequence[str]) -> dict[str, Any]:
+    """Return whether an engine with the model starts with this plugin and its default options; see `check_start`."""
     from . import command
     from .start_check import check_start
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ....plugins.config import ConfigError
@@ -12,10 +13,24 @@ from ....plugins.contracts import Unsupported
 from .command import ServeCommand
 
 
+def check_before_print(command: ServeCommand) -> None:
+    """Check a command as vLLM would at start, before it is printed.
+
+    Commands without plugins or with a remote model are not checked.
+
+    Raises:
+        ConfigError: vLLM refuses the command.
+        Unsupported: A plugin refuses the model or the engine's settings.
+    """
+    if "--additional-config" in command.options and Path(command.folder).is_dir():
+        check_start(command)
+
+
 def check_start(command: ServeCommand) -> None:
     """Check what `vllm serve` checks before it loads the weights.
 
-    Takes seconds, since vLLM is imported. Only the kernels' self-tests remain for the start of the engine.
+    It takes seconds, since vLLM is imported. Not checked: the kernels' self-tests, the layers of a model that cannot be
+    built on the meta device, and the sharding over tensor-parallel ranks.
 
     Args:
         command: Command whose model is a local folder.

@@ -30,7 +30,7 @@ from .common import LayerRoleMixin, read_plan_for, reduce_over_ranks
 # Called with the query tokens and their scaled logits [rows, query_heads, padded], which it must not modify.
 Observer = Callable[[DecodeBatch, torch.Tensor], None]
 
-SCORE_BYTES = 64 << 20  # of the scores of a selection layer; larger batches are processed in parts
+LOGITS_BYTES = 64 << 20  # maximum size of a selection layer's logits; larger batches are split
 
 
 @dataclass
@@ -93,7 +93,7 @@ class SparseCPUMetadataBuilder(SplitBuilder):
         error = self_test_sparse_cpu(
             self.dtype, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.isa
         )
-        how = f"over CPU_ATTN, cache layout {self.isa}, scores of up to {SCORE_BYTES >> 20} MiB,"
+        how = f"over CPU_ATTN, cache layout {self.isa}, logits of up to {LOGITS_BYTES >> 20} MiB in a selection layer,"
         self.plan, self.announce = read_plan_for(vllm_config, layer_names, error, lambda rule: how)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SparseCPUMetadata:
@@ -159,7 +159,7 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
         else:
             step.choice = SelectedTokens.cat(
-                [self._select(query, cache, table, output, step, part) for part in rows.parts(SCORE_BYTES)]
+                [self._select(query, cache, table, output, step, part) for part in rows.parts(LOGITS_BYTES)]
             )
 
     def _select(

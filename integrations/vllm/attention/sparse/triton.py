@@ -90,7 +90,7 @@ class SparseGPUMetadataBuilder:
 
         def how(rule: SelectionRule) -> str:
             size = paged_triton.score_bytes(rule, requests, heads, kv_heads, self._longest)
-            return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB beside vLLM's memory profile,"
+            return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB not counted in vLLM's memory profiling,"
 
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, how)
         self._compilation_config = vllm_config.compilation_config

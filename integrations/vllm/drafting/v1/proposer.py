@@ -24,7 +24,7 @@ from ...engine.selection import attach
 from .. import compatibility, step_times
 from ..state_saver import StateSaver
 from .model_runner import RunnerBinding, Verified, find_runner
-from .sampling import takes_drafts, verify_by_sampling
+from .sampling import replace_rejection_sampler, takes_drafts
 from .tree_verification import TreeVerifier
 
 logger = log.logger
@@ -119,7 +119,7 @@ class PilotfishProposer:
             return
         if self.trees is not None:
             self.trees.attach()
-        verify_by_sampling(self._runner, self.trees)  # on every rank: all of them sample
+        replace_rejection_sampler(self._runner, self.trees)  # on every rank: all of them sample
         if self._verification.nodes is None:
             engine = self._drafting.engine
             step_times.measure_when_ready(

@@ -1,4 +1,4 @@
-"""Verification of drafts by sampling: chains and trees, with every sampling parameter, equal to decoding step by step.
+"""Verification of draft chains and trees with vLLM's sampler: seeded requests get the tokens of plain decoding.
 
 vLLM's sampler draws a token at the last accepted token of each request. If it is a draft token there, it is accepted,
 and sampling continues at its row; else it is the last output token of the step. Hence each output token is a sample of
@@ -27,7 +27,7 @@ class DraftPath:
         children: Draft node by (parent node, token).
         nodes: Accepted draft nodes from the root down.
         tokens: Output tokens of the step.
-        sampled: For each output token, its place among all tokens that were sampled in the step.
+        sample_indices: Index of each output token among all tokens sampled in the step.
     """
 
     index: int
@@ -35,25 +35,25 @@ class DraftPath:
     children: Mapping[tuple[int, int], int]
     nodes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    sampled: list[int] = field(default_factory=list)
+    sample_indices: list[int] = field(default_factory=list)
 
     @property
     def row(self) -> int:
         """Row of the last accepted token."""
         return self.first_row + 1 + (self.nodes[-1] if self.nodes else ROOT)
 
-    def append(self, token: int, place: int) -> bool:
+    def append(self, token: int, index: int) -> bool:
         """Append an output token; returns whether it is a draft token, after which sampling continues."""
         node = self.children.get((self.nodes[-1] if self.nodes else ROOT, token))
         self.tokens.append(token)
-        self.sampled.append(place)
+        self.sample_indices.append(index)
         if node is not None:
             self.nodes.append(node)
         return node is not None
 
 
-def verify_by_sampling(runner: Any, trees: TreeVerifier | None) -> None:
-    """Replace the verification of drafts on one model runner; steps without drafts are sampled by vLLM as before.
+def replace_rejection_sampler(runner: Any, trees: TreeVerifier | None) -> None:
+    """Replace the runner's ``_sample`` so that vLLM's sampler verifies drafts; steps without drafts are unchanged.
 
     Args:
         runner: vLLM's model runner.
@@ -104,46 +104,47 @@ def sample_along_drafts(runner: Any, logits: torch.Tensor, paths: list[DraftPath
         paths: The paths of the batch, in batch order; see `draft_paths`.
 
     Returns:
-        vLLM's `SamplerOutput`: [batch, most draft tokens + 1] token ids, padded with -1, and log-probabilities of all
-        these positions if a request asks for them.
+        vLLM's `SamplerOutput`: [batch, most draft tokens + 1] token ids, padded with -1, and their log-probabilities if
+        a request asks for them; if one sets ``logprob_token_ids``, those of the first position only.
     """
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
     batch = runner.input_batch
     sampling = batch.sampling_metadata
     width = 1 + max(len(path.children) for path in paths)
-    live, places, logprobs = paths, 0, []
-    if sampling.all_greedy and _is_plain(sampling):  # one call for all rows instead of one per depth
+    active, num_sampled, logprobs = paths, 0, []
+    if sampling.all_greedy and _argmax_suffices(sampling):  # one call for all rows instead of one per depth
         greedy = runner.sampler.greedy_sample(logits).tolist()
         for path in paths:
             while path.append(greedy[path.row], 0):
                 pass
-        live = []
-    while live:
-        rows = torch.tensor([path.row for path in live], device=logits.device)
-        metadata = sampling if live is paths else _metadata_of(live, sampling, runner)
+        active = []
+    while active:
+        rows = torch.tensor([path.row for path in active], device=logits.device)
+        metadata = sampling if active is paths else _metadata_of(active, sampling, runner)
         output = runner.sampler(logits=logits[rows], sampling_metadata=metadata)
-        if output.logprobs_tensors is not None and (live is paths or not sampling.logprob_token_ids):
+        # With logprob_token_ids the number of columns depends on the requests: later depths cannot be concatenated.
+        if output.logprobs_tensors is not None and (active is paths or not sampling.logprob_token_ids):
             logprobs.append(output.logprobs_tensors)
         drawn = output.sampled_token_ids.flatten().tolist()
-        live, places = (
-            [path for i, path in enumerate(live) if path.append(drawn[i], places + i)],
-            places + len(live),
+        active, num_sampled = (
+            [path for i, path in enumerate(active) if path.append(drawn[i], num_sampled + i)],
+            num_sampled + len(active),
         )
     tokens = torch.full((len(paths), width), -1, dtype=torch.int32)
     order = torch.zeros(len(paths), width, dtype=torch.int64)
     for path in paths:
         tokens[path.index, : len(path.tokens)] = torch.tensor(path.tokens, dtype=torch.int32)
-        order[path.index, : len(path.sampled)] = torch.tensor(path.sampled)
+        order[path.index, : len(path.sample_indices)] = torch.tensor(path.sample_indices)
     if not logprobs:
         return SamplerOutput(tokens.to(logits.device), None)
     order = order.flatten().clamp(max=sum(len(part.logprobs) for part in logprobs) - 1).to(logits.device)
-    of_tokens = [torch.cat(parts)[order] for parts in list(zip(*logprobs, strict=True))[:3]]
-    return SamplerOutput(tokens.to(logits.device), LogprobsTensors(*of_tokens))
+    tensors = [torch.cat(parts)[order] for parts in list(zip(*logprobs, strict=True))[:3]]
+    return SamplerOutput(tokens.to(logits.device), LogprobsTensors(*tensors))
 
 
-def _is_plain(sampling: Any) -> bool:
-    """Return whether greedy tokens are the most likely ones by the model's logits, and nothing else is asked for."""
+def _argmax_suffices(sampling: Any) -> bool:
+    """Return whether the argmax of the logits is the output: no penalties, masks, logits processors or logprobs."""
     return (
         sampling.no_penalties
         and sampling.max_num_logprobs is None
@@ -155,9 +156,9 @@ def _is_plain(sampling: Any) -> bool:
     )
 
 
-def _metadata_of(live: list[DraftPath], sampling: Any, runner: Any) -> Any:
+def _metadata_of(active: list[DraftPath], sampling: Any, runner: Any) -> Any:
     """Return vLLM's `SamplingMetadata` of some requests of a batch, each with its output tokens of this step."""
-    index = [path.index for path in live]
+    index = [path.index for path in active]
 
     def rows(values: Any) -> Any:
         return None if values is None else values[torch.tensor(index, device=values.device)]
@@ -176,31 +177,31 @@ def _metadata_of(live: list[DraftPath], sampling: Any, runner: Any) -> Any:
         frequency_penalties=rows(sampling.frequency_penalties),
         presence_penalties=rows(sampling.presence_penalties),
         repetition_penalties=rows(sampling.repetition_penalties),
-        output_token_ids=[[*outputs[path.index], *path.tokens] for path in live] if outputs else [],
+        output_token_ids=[[*outputs[path.index], *path.tokens] for path in active] if outputs else [],
         allowed_token_ids_mask=rows(sampling.allowed_token_ids_mask),
         bad_words_token_ids=keys(sampling.bad_words_token_ids),
         logprob_token_ids=keys(sampling.logprob_token_ids),
-        logitsprocs=_logits_processors(live, sampling.logitsprocs, runner),
+        logitsprocs=_logits_processors(active, sampling.logitsprocs, runner),
         spec_token_ids=None,
         # Requests with a thinking budget get no drafts, so they have been sampled; see `takes_drafts`.
         thinking_budget_state_holder=None,
     )
 
 
-def _logits_processors(live: list[DraftPath], processors: Any, runner: Any) -> Any:
+def _logits_processors(active: list[DraftPath], processors: Any, runner: Any) -> Any:
     """Return vLLM's logits processors with the state of some requests of a batch."""
     from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
 
     if not any(getattr(p, "min_toks", True) for p in processors.all):  # vLLM allows no other one with speculation
         return LogitsProcessors()
     added = []
-    for row, path in enumerate(live):
+    for row, path in enumerate(active):
         request = runner.requests[runner.input_batch.req_ids[path.index]]
         outputs = [*request.output_token_ids, *path.tokens]
         added.append((row, request.sampling_params, request.prompt_token_ids, outputs))
     fresh = [type(p)(runner.vllm_config, runner.device, False) for p in processors.all]
     for processor in fresh:
-        processor.update_state(BatchUpdate(len(live), removed=[], added=added, moved=[]))
+        processor.update_state(BatchUpdate(len(active), removed=[], added=added, moved=[]))
     return LogitsProcessors(fresh)
 
 

@@ -8,7 +8,7 @@ import pytest
 from pilotfish.integrations.vllm.bench import kv_memory, kv_work, needle_in_haystack
 from pilotfish.integrations.vllm.bench.kv_work import STOCK, KVArm, KVBenchmark
 
-POLICY = KVArm("razor_attention", {"window": 64})
+POLICY = KVArm("razor_attention", {"window": 64}, "razor_attention")
 
 
 class FakeEngine:

@@ -11,7 +11,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 
 from pilotfish.integrations.vllm.attention.tree import common
 from pilotfish.integrations.vllm.drafting.v1 import tree_verification
-from pilotfish.integrations.vllm.drafting.v1.sampling import verify_by_sampling
+from pilotfish.integrations.vllm.drafting.v1.sampling import replace_rejection_sampler
 from pilotfish.plugins.contracts import DraftTree, Unsupported
 
 VOCABULARY = 32
@@ -92,7 +92,7 @@ def attached(runner: SimpleNamespace, plugin: str = "drafter") -> tree_verificat
     """Return a verifier that is attached to the runner, as the drafter attaches it."""
     verifier = tree_verification.TreeVerifier(runner, plugin)
     verifier.attach()
-    verify_by_sampling(runner, verifier)
+    replace_rejection_sampler(runner, verifier)
     return verifier
 
 

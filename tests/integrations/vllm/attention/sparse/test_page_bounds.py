@@ -1,0 +1,71 @@
+"""Quest in a running engine: identical output where all is read, and bounds that survive what happens to blocks."""
+
+import random
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+QUEST = {"name": "quest", "budget": 160, "recent": 16}
+
+
+def kv(**options: Any) -> dict[str, Any]:
+    """Return engine arguments that select Quest."""
+    return {"additional_config": {"pilotfish": {"kv": {**QUEST, **options}}}}
+
+
+def texts_of(lengths: list[int]) -> list[list[int]]:
+    rng = random.Random(0)
+    return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
+
+
+PROMPTS = texts_of([700, 90, 460, 199, 330])
+
+
+def ask(prompts: list[list[int]], **sampling: Any) -> dict[str, Any]:
+    return {"do": "sample", "prompts": prompts, "sampling": [{**GREEDY, **sampling}] * len(prompts)}
+
+
+@pytest.fixture(scope="module")
+def stock(stock_engine) -> list[list[int]]:
+    tokens = stock_engine.ask(**ask(PROMPTS))["tokens"]
+    stock_engine.close()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def quest(start, model, stock):
+    del stock  # its engine has ended
+    return start(model, max_num_batched_tokens=128, enable_prefix_caching=True, **kv())
+
+
+@pytest.mark.shows("quest", "full budget equals stock")
+def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stock) -> None:
+    engine = start(model, max_num_batched_tokens=128, **kv(budget=1024))
+    assert engine.ask(**ask(PROMPTS))["tokens"] == stock
+    engine.close()
+
+
+@pytest.mark.shows("quest", "batches of mixed requests", "chunked prefill", "prefix caching")
+def test_output_is_identical_alone_in_a_batch_and_from_the_prefix_cache(quest, stock) -> None:
+    """Test that the bounds of shared and of reused blocks are those of their keys."""
+    assert quest.ask(do="attention")["impl"] == ["PageBoundsCPUImpl"]
+    together = quest.ask(**ask(PROMPTS))["tokens"]
+    cached = quest.ask(**ask(PROMPTS))["tokens"]
+    alone = [quest.ask(**ask([p]))["tokens"][0] for p in PROMPTS]
+    assert together == cached == alone
+    assert together[1] == stock[1], "a context within the budget is read completely"
+    assert together != stock, "longer contexts are not"
+
+
+@pytest.mark.shows("quest", "preemption")
+def test_output_is_identical_after_preemption(quest, start, model) -> None:
+    ample = quest.ask(**ask(PROMPTS, max_tokens=120))
+    quest.close()
+    engine = start(model, kv_cache_memory_bytes=72 << 20, max_num_batched_tokens=128, **kv())
+    scarce = engine.ask(**ask(PROMPTS, max_tokens=120))
+    engine.close()
+    assert scarce["preemptions"] > 0
+    assert scarce["tokens"] == ample["tokens"]

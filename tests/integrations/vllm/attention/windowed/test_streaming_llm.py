@@ -1,0 +1,49 @@
+"""StreamingLLM in a running engine: identical output where nothing is evicted, and a bounded KV cache."""
+
+import random
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+BLOCK = 32
+
+
+def kv(**options: Any) -> dict[str, Any]:
+    """Return engine arguments that select StreamingLLM."""
+    return {"additional_config": {"pilotfish": {"kv": {"name": "streaming_llm", **options}}}, "block_size": BLOCK}
+
+
+PROMPTS = [([random.Random(0).randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in (700, 90, 460, 199)]
+ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
+
+
+@pytest.fixture(scope="module")
+def stock(stock_engine) -> list[list[int]]:
+    tokens = stock_engine.ask(**ASK)["tokens"]
+    stock_engine.close()
+    return tokens
+
+
+@pytest.mark.shows("streaming_llm", "full budget equals stock")
+def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stock) -> None:
+    engine = start(model, max_num_batched_tokens=128, **kv(budget=1024))
+    assert engine.ask(**ASK)["tokens"] == stock
+    engine.close()
+
+
+@pytest.mark.shows("streaming_llm", "batches of mixed requests", "chunked prefill")
+def test_every_head_keeps_the_budget_only(start, model, stock) -> None:
+    engine = start(model, max_num_batched_tokens=128, **kv(budget=100, prefill="streaming"))
+    together = engine.ask(**ASK)["tokens"]
+    assert together == [engine.ask(**{**ASK, "prompts": [p], "sampling": [GREEDY]})["tokens"][0] for p in PROMPTS]
+    assert together[1] != stock[1], "its last tokens are beyond the budget"
+    engine.ask(do="blocks")
+    engine.ask(**{**ASK, "prompts": PROMPTS[:1], "sampling": [GREEDY]})
+    blocks = engine.ask(do="blocks")
+    assert blocks["free"] == blocks["all"]
+    groups = 6  # vLLM's groups of cache layers, each with its own blocks
+    assert blocks["all"] - blocks["least"] <= groups * (1 + (96 + 128) // BLOCK + 1)
+    engine.close()
