@@ -102,13 +102,14 @@ class BM25(InvertedIndexKind):
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the documents with the highest scores."""
         del settings
-        return searcher.search(self.weighted(searcher, query), k, allow)
+        return searcher.search(query, k, allow, weights=self.term_weights(searcher, query))
 
-    def weighted(self, searcher: "InvertedIndexSearcher", query: "SparseVectors") -> "SparseVectors":
-        """Return the query with each term weighted by its idf times its number of occurrences."""
+    @staticmethod
+    def term_weights(searcher: "InvertedIndexSearcher", query: "SparseVectors") -> NDArray[np.float32]:
+        """Return the weight of each query term, [terms]: its idf times its number of occurrences."""
         df = searcher.frequencies(query.indices)
         idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
-        return replace(query, values=(query.values * idf).astype(np.float32))
+        return (query.values * idf).astype(np.float32)
 
     def explain(
         self,
@@ -125,7 +126,8 @@ class BM25(InvertedIndexKind):
 
         del text, settings, allow
         names = {stems.stem_id(s): s for s in encoder.stems(query, query=True)}
-        weighted = self.weighted(searcher, encoder.encode_queries([query])[0])
+        terms = encoder.encode_queries([query])[0]
+        weighted = replace(terms, values=self.term_weights(searcher, terms))
         return explain_shared_terms(searcher, weighted, number, names.__getitem__)
 
 

@@ -73,7 +73,7 @@ class QuestOptions:
 
 
 class Quest(KVPolicy):
-    """Sparse attention: each layer after the first ones selects pages by bounds of their keys.
+    """Sparse attention: layers select pages by key bounds.
 
     The policy gives every layer its role in a decode step.
     """

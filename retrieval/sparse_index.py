@@ -155,10 +155,9 @@ class SegmentSearcher:
         terms, weights = at[present], weights[present]
         if exhaustive or self.frequencies(terms).sum() + self.count * sparse_search.BLOCK <= EXHAUSTIVE:
             lists = self.term_starts, self.blocks, self.sizes, self.skips, self.places, self.impacts
-            scores = sparse_search.score_all(*lists, terms, weights, self.first, self.count)
-            filtered, first = allow is not None, self.first * sparse_search.BLOCK
-            return sparse_search.top_k_documents(
-                scores, first, k, np.float32(least), NO_FILTER if allow is None else allow, filtered
+            bitmap, filtered = (NO_FILTER, False) if allow is None else (allow, True)
+            return sparse_search.search_all(
+                *lists, terms, weights, self.first, self.count, k, np.float32(least), bitmap, filtered
             )
         bounds = sparse_search.block_bounds(
             self.term_starts, self.blocks, self.tops, terms, weights, self.first, self.count
@@ -226,7 +225,12 @@ class InvertedIndexSearcher:
         return weights
 
     def search(
-        self, query: SparseVectors, k: int, allow: NDArray[np.uint8] | None = None, exhaustive: bool = False
+        self,
+        query: SparseVectors,
+        k: int,
+        allow: NDArray[np.uint8] | None = None,
+        exhaustive: bool = False,
+        weights: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the best documents and their inner products with a query, best first; ties are in doc id order.
 
@@ -235,8 +239,9 @@ class InvertedIndexSearcher:
             k: Maximum number of documents.
             allow: Bitmap of the allowed documents, least significant bit first; None for all.
             exhaustive: Whether every document with a query term is scored; the result is the same.
+            weights: [terms] weights of the query's terms, in place of its values.
         """
-        weights = query.values * np.float32(self.step)
+        weights = (query.values if weights is None else weights) * np.float32(self.step)
         documents, scores = np.empty(0, np.int32), np.empty(0, np.float32)
         for part in self.parts:
             least = float(scores[k - 1]) if len(scores) >= k else 0.0

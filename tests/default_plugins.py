@@ -67,7 +67,9 @@ KV_POLICIES = (
         {"budget": 36, "sinks": 4},
         ("pilotfish_kv_freed_blocks_total",),
     ),
-    PluginCase("kv", "quest", ("budgett", "budget"), ("full_layers", [2]), {"budget": 128, "recent": 0}),
+    PluginCase(
+        "kv", "quest", ("budgett", "budget"), ("full_layers", [2]), {"budget": 128, "recent": 0, "full_layers": 0}
+    ),
 )
 PRUNERS = (
     PluginCase("pruner", "globalcom2", ("retian", "retain"), ("temperature", "hot"), {"retain": 0.5}, PRUNER_COUNTERS),

@@ -119,6 +119,15 @@ def score_all(term_starts, blocks, sizes, skips, places, impacts, terms, weights
 
 
 @jit
+def search_all(
+    term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count, k, min_score, allow, filtered
+):
+    """Score all documents, and return those with the ``k`` highest scores; see `score_all` and `top_k_documents`."""
+    scores = score_all(term_starts, blocks, sizes, skips, places, impacts, terms, weights, first, count)
+    return top_k_documents(scores, first * BLOCK, k, min_score, allow, filtered)
+
+
+@jit
 def top_k_documents(scores, first, k, min_score, allow, filtered):
     """Return the documents with the ``k`` highest scores.
 

@@ -44,8 +44,9 @@ def arms_of(plan: KVBenchmark) -> list[KVArm]:
         cls, _ = plugins().resolve("kv", selection)
         if cls.frees_blocks != policies[plan.policy].frees_blocks:  # type: ignore[attr-defined]
             raise ConfigError(
-                f"--setting {setting}: {cls.name} and {plan.policy} cannot share an engine, because one of them frees KV blocks; measure them separately"
-            )  # type: ignore[attr-defined]
+                f"--setting {setting}: {selection.name} and {plan.policy} cannot share an engine, because one of them "
+                "frees KV blocks; measure them separately"
+            )
         label = setting.replace(",", "@", 1) if named else f"{plan.policy}@{setting}" if setting else plan.policy
         arms.append(KVArm(label, dict(selection.options), selection.name))
     return arms

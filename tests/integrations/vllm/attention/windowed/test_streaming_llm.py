@@ -39,7 +39,8 @@ def test_every_head_keeps_the_budget_only(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(budget=100, prefill="streaming"))
     together = engine.ask(**ASK)["tokens"]
     assert together == [engine.ask(**{**ASK, "prompts": [p], "sampling": [GREEDY]})["tokens"][0] for p in PROMPTS]
-    assert together[1] != stock[1], "its last tokens are beyond the budget"
+    assert together[1] == stock[1], "whole blocks are kept, which hold all of the short request"
+    assert together[0] != stock[0], "the long request loses tokens"
     engine.ask(do="blocks")
     engine.ask(**{**ASK, "prompts": PROMPTS[:1], "sampling": [GREEDY]})
     blocks = engine.ask(do="blocks")
