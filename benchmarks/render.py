@@ -197,6 +197,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_suffix": lambda: tree_tables.suffix_comparison("drafters_suffix"),
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
+    "bm25_baselines": lambda: retrieval_tables.sparse_baselines(("bm25", "bm25s")),
+    "vdr_baselines": lambda: retrieval_tables.sparse_baselines(("vdr", "seismic", "bmp")),
     "retrieval_memory": retrieval_tables.retrieval_memory,
     "retrieval_words": retrieval_tables.retrieval_words,
     "retrieval_sparse_encoder": retrieval_tables.retrieval_sparse_encoder,

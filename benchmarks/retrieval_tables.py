@@ -9,6 +9,8 @@ NAMES = {
     "sparse_encoder": "SparseEncoder of sentence-transformers",
     "fast_plaid": "fast-plaid",
     "xtr_warp": "xtr-warp-rs",
+    "seismic": "Seismic",
+    "bmp": "BMP",
 }
 COLUMNS = (
     ("ndcg@10", "nDCG@10", "{:.3f}"),
@@ -50,6 +52,25 @@ def _table(benchmark: str, kinds: tuple[str, ...], more: tuple[tuple[str, str, s
 def retrieval() -> str:
     """Return the table of multi-vector indexes: XTR and other packages."""
     return _table("retrieval", TOKENS)
+
+
+def sparse_baselines(kinds: tuple[str, ...]) -> str:
+    """Return the table of latency and recall of sparse indexes of some kinds, beside other packages."""
+    result = load("sparse_baselines")
+    columns = (
+        ("query_ms_median", "ms, median", "{:.3f}"),
+        ("query_ms_p95", "ms, p95", "{:.3f}"),
+        ("exact_recall@10", "recall@10 of exact", "{:.3f}"),
+        ("exact_recall@100", "recall@100 of exact", "{:.3f}"),
+        ("ndcg@10", "nDCG@10", "{:.3f}"),
+        ("build_s", "build s", "{:.1f}"),
+    )
+    rows = [
+        [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in columns)]
+        for (dataset, _, arm), values in figures(result).items()
+        if arm.split("@")[0] in kinds
+    ]
+    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows, texts=2) + provenance(result)
 
 
 def retrieval_memory() -> str:

@@ -83,6 +83,7 @@ def overlap(exact: list[list[int]], found: list[list[int]], k: int) -> float:
 def main() -> None:
     """Measure the collections named on the command line."""
     baselines_python, folders = Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]]
+    sys.argv[1] = "BASELINES_PYTHON"  # the records hold the command, but no path of a machine
     records: list[Record] = []
     parts = [corpus.encode_collection(evaluation.read_collection(folder), None, QUERIES) for folder in folders]
     for collection in [*parts, *([corpus.union_of_collections(parts)] if len(parts) > 1 else [])]:

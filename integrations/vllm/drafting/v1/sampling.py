@@ -114,7 +114,7 @@ def sample_along_drafts(runner: Any, logits: torch.Tensor, paths: list[DraftPath
     width = 1 + max(len(path.children) for path in paths)
     active, num_sampled, logprobs = paths, 0, []
     if sampling.all_greedy and _argmax_suffices(sampling):  # one call for all rows instead of one per depth
-        greedy = runner.sampler.greedy_sample(logits).tolist()
+        greedy = runner.sampler.greedy_sample(logits.float()).tolist()  # vLLM's CPU kernel takes float32
         for path in paths:
             while path.append(greedy[path.row], 0):
                 pass

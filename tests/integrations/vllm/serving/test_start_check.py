@@ -3,6 +3,8 @@
 The models are configurations without weights.
 """
 
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -82,7 +84,7 @@ for folder in json.loads(sys.argv[1]):
         answers[f"{os.path.basename(folder)} {name}"] = answer
 print("ANSWERS", json.dumps(answers))
 """
-Answers = dict[str, dict[str, str | None]]
+Answers = dict[str, str | None]
 
 
 @pytest.fixture(scope="module")
@@ -101,34 +103,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(folders: dict[str, Path]) -> Answers:
-    """Return what the check says, by runner, of every family and selection: the reason of a refusal, or None."""
+def answers(folders: dict[str, Path]) -> Callable[[str], Answers]:
+    """Return a function from a runner to what the check says of each family and selection: a refusal, or None."""
     arguments = (json.dumps([str(f) for f in folders.values()]), json.dumps(SELECTIONS), str(Path(__file__).parents[1]))
-    found = {}
-    for runner in ("0", "1"):
-        environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": runner, "HF_HUB_OFFLINE": "1"}
+
+    @functools.cache
+    def of_runner(runner: str) -> Answers:
         done = subprocess.run(
             [sys.executable, "-c", ANSWERS, *arguments],
             capture_output=True,
             text=True,
             timeout=300,
             check=True,
-            env=environment,
+            env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": runner, "HF_HUB_OFFLINE": "1"},
         )
-        found[runner] = json.loads(done.stdout.partition("ANSWERS ")[2])
-    return found
+        return json.loads(done.stdout.partition("ANSWERS ")[2])
+
+    return of_runner
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_by_family(answers: Answers, family: str) -> None:
-    for name in SELECTIONS:
-        for runner, of_runner in answers.items():
-            answer, expected = of_runner[f"{family} {name}"], REFUSED.get(name, {}).get(family)
-            if runner == "1" and name in REFUSED_V2:
-                expected = expected or "V2 model runner"
-            assert (answer is None) == (expected is None), (runner, name, answer)
-            if runner == "0" and expected:
-                assert expected in str(answer), name
+@pytest.mark.parametrize("runner", ["0", pytest.param("1", marks=pytest.mark.long)])
+def test_answers_by_family(answers: Callable[[str], Answers], runner: str) -> None:
+    for family, name in itertools.product(FAMILIES, SELECTIONS):
+        answer, expected = answers(runner)[f"{family} {name}"], REFUSED.get(name, {}).get(family)
+        if runner == "1" and name in REFUSED_V2:
+            expected = expected or "V2 model runner"
+        assert (answer is None) == (expected is None), (family, name, answer)
+        if runner == "0" and expected:
+            assert expected in str(answer), (family, name)
 
 
 def test_print_refuses_what_the_engine_refuses(cli: Callable, folders: dict[str, Path]) -> None:
@@ -155,7 +157,9 @@ def test_doctor_checks_a_model(cli: Callable, folders: dict[str, Path], tmp_path
 @pytest.mark.engine
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engines_start_exactly_where_the_check_allows(start, folders, answers: Answers, family: str) -> None:
+def test_engines_start_exactly_where_the_check_allows(
+    start, folders, answers: Callable[[str], Answers], family: str
+) -> None:
     from pilotfish.integrations.vllm.serving.command import compose_serve_command
 
     small = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 512}
@@ -165,7 +169,7 @@ def test_engines_start_exactly_where_the_check_allows(start, folders, answers: A
     except RuntimeError as error:
         pytest.skip(f"stock vLLM does not start: {error}")
     for name, chosen in SELECTIONS.items():
-        answer = answers["0"][f"{family} {name}"]
+        answer = answers("0")[f"{family} {name}"]
         try:
             command = compose_serve_command(model, {"drafter": None, "kv": None, "pruner": None, **chosen}, [])
         except ValueError:  # refused before vLLM is asked

@@ -60,6 +60,7 @@ def test_output_is_identical_alone_in_a_batch_and_from_the_prefix_cache(quest, s
     assert together != stock, "longer contexts are not"
 
 
+@pytest.mark.long
 @pytest.mark.shows("quest", "preemption")
 def test_preempted_requests_resume(quest, start, model) -> None:
     """Test the tokens before the first preemption: a request that resumes processes its outputs with full attention."""

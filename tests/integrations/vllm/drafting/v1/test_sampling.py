@@ -173,6 +173,19 @@ def test_seeded_requests_get_the_tokens_of_plain_decoding(fp64: bool, kinds: lis
             torch.testing.assert_close(torch.stack(logprobs[i])[:, :3], torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_any_dtype(dtype: torch.dtype, temperature: float) -> None:
+    """Test that logits in the model's dtype give the tokens of the same values in float32."""
+    logits = torch.stack([model_logits([7]), model_logits([7, 5])]).to(dtype)
+    answers = []
+    for values in (logits, logits.float()):
+        batch = Batch([parameters(temperature=temperature, seed=3)])
+        paths = sampling.draft_paths([[int(logits[0].argmax())]], [[ROOT]])
+        answers.append(sampling.sample_along_drafts(batch.runner(Sampler()), values, paths).sampled_token_ids.tolist())
+    assert answers[0] == answers[1]
+
+
 def test_samples_without_a_seed_follow_the_model_distribution() -> None:
     """Test the first two output tokens of 4,000 requests with the same draft."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ def stock(start, model):
     return start(model, max_num_seqs=64, enable_prefix_caching=True)
 
 
-@pytest.fixture(scope="module", params=["chain", "tree"])
+@pytest.fixture(scope="module", params=["chain", pytest.param("tree", marks=pytest.mark.long)])
 def drafted(request, start, model, drafting_args):
     drafter = drafting_args(4) if request.param == "chain" else drafting_args(5, verification="tree")
     engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafter)

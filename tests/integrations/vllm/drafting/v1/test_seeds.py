@@ -23,6 +23,7 @@ DRAFTERS = {
     "rasd chain": (12, {"name": "rasd"}),
     "rasd tree": (24, {"name": "rasd", "verification": "tree"}),
 }
+QUICK = ("token_recycling chain", "rasd tree")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def short(prompts) -> list[list[int]]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(d, marks=[pytest.mark.long] if d == "rasd chain" else [], id=d) for d in DRAFTERS],
+    params=[pytest.param(d, marks=[] if d in QUICK else [pytest.mark.long], id=d) for d in DRAFTERS],
 )
 def drafted(request, start, model, drafting_args):
     tokens, options = DRAFTERS[request.param]
