@@ -102,10 +102,10 @@ class BM25(InvertedIndexKind):
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the documents with the highest scores."""
         del settings
-        return searcher.search(query, k, allow, weights=self.term_weights(searcher, query))
+        return searcher.search(query, k, allow, weights=self.idf_weights(searcher, query))
 
     @staticmethod
-    def term_weights(searcher: "InvertedIndexSearcher", query: "SparseVectors") -> NDArray[np.float32]:
+    def idf_weights(searcher: "InvertedIndexSearcher", query: "SparseVectors") -> NDArray[np.float32]:
         """Return the weight of each query term, [terms]: its idf times its number of occurrences."""
         df = searcher.frequencies(query.indices)
         idf = np.log1p((searcher.count - df + 0.5) / (df + 0.5))
@@ -127,7 +127,7 @@ class BM25(InvertedIndexKind):
         del text, settings, allow
         names = {stems.stem_id(s): s for s in encoder.stems(query, query=True)}
         terms = encoder.encode_queries([query])[0]
-        weighted = replace(terms, values=self.term_weights(searcher, terms))
+        weighted = replace(terms, values=self.idf_weights(searcher, terms))
         return explain_shared_terms(searcher, weighted, number, names.__getitem__)
 
 

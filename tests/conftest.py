@@ -119,10 +119,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Record the result of a test with the marker `shows`, unless it was skipped."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
-    marker = item.get_closest_marker("shows")
-    if marker is not None and not report.skipped and (report.when == "call" or report.failed):
-        plugin, *features = marker.args
-        FEATURE_RESULTS.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
+    if not report.skipped and (report.when == "call" or report.failed):
+        for marker in item.iter_markers("shows"):
+            plugin, *features = marker.args
+            FEATURE_RESULTS.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
     return report  # type: ignore[return-value]
 
 
