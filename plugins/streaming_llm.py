@@ -52,7 +52,7 @@ class StreamingLLMOptions:
 
 
 class StreamingLLM(KVPolicy):
-    """Frees KV blocks: all heads keep sinks and recent tokens only.
+    """Frees KV blocks: heads keep sinks and recent tokens.
 
     The policy gives every head the same window.
     """
