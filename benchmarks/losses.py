@@ -5,13 +5,20 @@ from typing import Any
 from common import RESULTS, markdown
 
 from pilotfish.integrations.bench import plots, report
-from pilotfish.integrations.bench.gains import is_overall
 from pilotfish.plugins.manager import HOOKS, plugins
 
 MARGIN = 1.05  # smaller differences in speed are within the noise of the machine
-SPEED = {  # metric: (title, whether higher is better, baselines)
-    "speedup": ("speed-up", True, ("suffix", "ngram")),
-    "query_ms_median": ("latency of a query, ms", False, ("bm25s", "seismic", "bmp", "fast_plaid", "xtr_warp")),
+LATENCY = "latency of a query, ms"
+SPEED = {
+    "speedup": ("speed-up", True),
+    "query_ms_median": (LATENCY, False),
+}  # metric: (title, whether higher is better)
+RIVALS = {  # plugin: packages that do the same with the same data
+    "rasd": ("suffix", "ngram"),
+    "token_recycling": ("suffix", "ngram"),
+    "bm25": ("bm25s",),
+    "vdr": ("seismic", "bmp"),
+    "xtr": ("fast_plaid", "xtr_warp"),
 }
 SAME_QUALITY = 0.97  # share of the quality that a faster index has to reach
 
@@ -22,24 +29,13 @@ CAUSES = {  # (plugin, metric title): cause
     ("razor_attention", "decoding speed-up"): "short contexts: few KV blocks can be evicted",
     ("razor_attention", "needles found"): "one needle in thirty: its token was in no retrieval head",
     ("tidal_decode", "needles found"): "one needle in fifty: a selection layer did not select it",
-    ("tidal_decode", "answer speed-up"): "a budget beyond the context: nothing is sparse; noise",
-    ("tidal_decode", "TTFT speed-up"): "prompts are processed by stock attention; noise",
     ("token_recycling", "TTFT speed-up"): PREFILL_DOMINATES,
     ("diversity", "needles found"): "it keeps tokens that differ, whether or not they matter to the question",
-    ("globalcom2", "needles found"): "each crop keeps its own budget there; scores come from an untrained model",
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",
     ("bm25", "nDCG@10"): "words must match; token vectors also match synonyms",
     ("dense", "nDCG@10"): "one vector for each document; MaxSim compares tokens",
-    ("hybrid", "nDCG@10"): "fusion with a weaker member",
-    ("xtr", "nDCG@10"): "probes miss tokens that exact search finds",
-    ("rasd", "speed-up"): "the same text matches: suffix decoding proposes faster, in C++",
     ("token_recycling", "speed-up"): "text that repeats the prompt: suffixes match longer than pairs of tokens",
-    (
-        "bm25",
-        "latency of a query, ms",
-    ): "half of the time is Python code around the loops: document frequencies, segments, filters",
-    ("vdr", "latency of a query, ms"): "VDR searches exactly; these skip postings that rarely matter",
-    ("xtr", "latency of a query, ms"): "fewer clusters are probed",
+    ("bm25", LATENCY): "half of the time is Python code around the loops: document frequencies, segments, filters",
 }
 
 
@@ -49,10 +45,10 @@ def table() -> str:
     Raises:
         KeyError: A loss has no cause in `CAUSES`.
     """
-    ours = {cls.name: cls for kind in HOOKS for cls in plugins().classes(kind).values()}  # type: ignore[attr-defined]
+    ours = {name for kind in HOOKS for name in plugins().classes(kind)}
     results = report.read_results([RESULTS])
     worst: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for loss in [*report.losses(results, set(ours)), *_slower(results, set(ours))]:
+    for loss in [*report.losses(results, ours), *_slower(results)]:
         plugin = report.base(loss["arm"])
         if report.is_default_arm(loss["arm"], plugin):
             worst.setdefault((plugin, loss["metric"]), []).append(loss)
@@ -65,23 +61,21 @@ def table() -> str:
     return markdown(["plugin", "metric", "better", "where", "cause", "plugin's", "better one's"], rows, texts=5)
 
 
-def _slower(results: list[dict[str, Any]], ours: set[str]) -> list[dict[str, Any]]:
+def _slower(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return where another package is faster than a plugin on the same data in the same run."""
     found = []
     for result in results:
-        places: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for r in filter(is_overall, result["records"]):
-            places.setdefault((report.record_place(r), r["metric"]), []).append(r)
+        places = report.group_by_place(result)
         for (where, metric), records in places.items():
             if metric not in SPEED:
                 continue
-            title, more, peers = SPEED[metric]
-            others = [r for r in records if report.base(r["arm"]) in peers and _as_good(r, places, where)]
+            title, more = SPEED[metric]
             for r in records:
-                rivals = [other for other in others if _comparable(r, other)]
-                if report.base(r["arm"]) not in ours or not rivals:
+                names = RIVALS.get(report.base(r["arm"]), ())
+                rivals = [x for x in records if report.base(x["arm"]) in names and _as_good(x, places, where)]
+                if not rivals:
                     continue
-                best = (max if more else min)(rivals, key=lambda other: other["value"])
+                best = (max if more else min)(rivals, key=lambda rival: rival["value"])
                 ratio = r["value"] / best["value"] if more else best["value"] / r["value"]
                 if ratio * MARGIN < 1:
                     found.append(
@@ -89,12 +83,6 @@ def _slower(results: list[dict[str, Any]], ours: set[str]) -> list[dict[str, Any
                          "by": plots.label_of(best["arm"]), "against": best["value"], "result": result["name"]}
                     )  # fmt: skip
     return found
-
-
-def _comparable(ours: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether the arms index the same type of vectors; always true for drafters."""
-    kinds = {"bm25": ("bm25s",), "vdr": ("seismic", "bmp"), "xtr": ("fast_plaid", "xtr_warp")}
-    return ours["metric"] == "speedup" or report.base(other["arm"]) in kinds.get(report.base(ours["arm"]), ())
 
 
 def _as_good(record: dict[str, Any], places: dict[tuple[str, str], list[dict[str, Any]]], where: str) -> bool:

@@ -39,14 +39,18 @@ MORE = (("postings_per_document", "words a document", "{:.0f}"), ("index_mib", "
 
 def _table(benchmark: str, kinds: tuple[str, ...], more: tuple[tuple[str, str, str], ...] = ()) -> str:
     """Return a table of the arms of some index kinds, by collection."""
+    return _arms(benchmark, kinds, (*(c for c in COLUMNS if not more or c[0] != "bytes_per_token"), *more))
+
+
+def _arms(benchmark: str, kinds: tuple[str, ...], columns: tuple[tuple[str, str, str], ...], texts: int = 1) -> str:
+    """Return a table of the given columns, (metric, title, format), with a row for each collection and arm."""
     result = load(benchmark)
-    columns = (*(c for c in COLUMNS if not more or c[0] != "bytes_per_token"), *more)
     rows = [
         [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in columns)]
         for (dataset, _, arm), values in figures(result).items()
         if "ndcg@10" in values and arm.split("@")[0] in kinds
     ]
-    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows) + provenance(result)
+    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows, texts) + provenance(result)
 
 
 def retrieval() -> str:
@@ -56,7 +60,6 @@ def retrieval() -> str:
 
 def sparse_baselines(kinds: tuple[str, ...]) -> str:
     """Return the table of latency and recall of sparse indexes of some kinds, beside other packages."""
-    result = load("sparse_baselines")
     columns = (
         ("query_ms_median", "ms, median", "{:.3f}"),
         ("query_ms_p95", "ms, p95", "{:.3f}"),
@@ -65,12 +68,7 @@ def sparse_baselines(kinds: tuple[str, ...]) -> str:
         ("ndcg@10", "nDCG@10", "{:.3f}"),
         ("build_s", "build s", "{:.1f}"),
     )
-    rows = [
-        [dataset, label(arm), *(form.format(values[metric]) for metric, _, form in columns)]
-        for (dataset, _, arm), values in figures(result).items()
-        if arm.split("@")[0] in kinds
-    ]
-    return markdown(["collection", "index", *(title for _, title, _ in columns)], rows, texts=2) + provenance(result)
+    return _arms("sparse_baselines", kinds, columns, texts=2)
 
 
 def retrieval_memory() -> str:

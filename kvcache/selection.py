@@ -75,6 +75,11 @@ class ReadPlan:
     rule: SelectionRule
     correction_interval: int = 0
 
+    @property
+    def keeps_page_bounds(self) -> bool:
+        """Whether a layer selects pages by bounds of their keys, which have to be kept."""
+        return Role.PAGE_BOUNDS in self.roles
+
 
 def unit_positions(units: Sequence[int], context: int, rule: SelectionRule) -> list[int]:
     """Return the positions of selected pages (or of selected tokens) within a context."""

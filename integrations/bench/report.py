@@ -162,14 +162,19 @@ def record_place(r: dict[str, Any]) -> str:
     return ", ".join([r["dataset"], *(m for m in more if m.replace(" ", "_") not in r["dataset"])])
 
 
+def group_by_place(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the overall records of a result by (place, metric): those that can be compared."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in filter(is_overall, result["records"]):
+        groups.setdefault((record_place(r), r["metric"]), []).append(r)
+    return groups
+
+
 def losses(results: Sequence[dict[str, Any]], ours: set[str]) -> list[dict[str, Any]]:
     """Return where a plugin is slower than stock, or below the best baseline in quality, worst first."""
     losses_found = []
     for result in results:
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for r in filter(is_overall, result["records"]):
-            groups.setdefault((record_place(r), r["metric"]), []).append(r)
-        for (where, metric), records in groups.items():
+        for (where, metric), records in group_by_place(result).items():
             measure = NAMED.get(metric)
             baselines = [r for r in records if base(r["arm"]) not in ours]
             if measure is not None and measure.ratio:

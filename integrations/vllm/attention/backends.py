@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from ....kvcache.selection import Role
 from ....plugins.contracts import Unsupported
 from ..engine.selection import kv_policy, read_config
 
@@ -53,7 +52,7 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             vllm_config.model_config.model,
         )
     plan = policy.read_plan()
-    if plan is not None and Role.PAGE_BOUNDS in plan.roles:
+    if plan is not None and plan.keeps_page_bounds:
         if name != "CPU_ATTN":
             raise Unsupported(
                 policy.name,

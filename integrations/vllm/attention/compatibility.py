@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ....kvcache.selection import Role
+from ....kvcache.selection import ReadPlan
 from ....plugins.contracts import Unsupported
 from ..engine import log
 from ..engine.selection import Attachment
@@ -65,8 +65,8 @@ def check(attachment: Attachment, vllm_config: Any) -> None:
         Unsupported: The engine cannot serve the policy.
     """
     check_attention(attachment.name, vllm_config)
-    _check_correction(attachment, vllm_config)
-    _check_page_bounds(attachment, vllm_config)
+    if (plan := attachment.cls(attachment.options, attachment.engine).read_plan()) is not None:
+        _check_read_plan(attachment, plan, vllm_config)
     if attachment.cls.frees_blocks:  # type: ignore[attr-defined]
         _check_blocks(attachment.name, vllm_config)
 
@@ -118,10 +118,16 @@ def check_attention(plugin: str, vllm_config: Any) -> None:
             raise Unsupported(plugin, reason, remedy, model.model)
 
 
-def _check_correction(attachment: Attachment, vllm_config: Any) -> None:
-    """Check that the number of computed tokens can be lowered, if the policy corrects the KV cache."""
-    plan = attachment.cls(attachment.options, attachment.engine).read_plan()
-    if plan is None or not plan.correction_interval:
+def _check_read_plan(attachment: Attachment, plan: ReadPlan, vllm_config: Any) -> None:
+    """Check that computed tokens can be recomputed and that layers write every key, if the policy depends on it."""
+    if plan.keeps_page_bounds and vllm_config.kv_transfer_config is not None:
+        raise Unsupported(
+            attachment.name,
+            "a KV connector loads keys without the bounds of their pages",
+            "disable the connector",
+            attachment.engine.model,
+        )
+    if not plan.correction_interval:
         return
     for present, reason, remedy in (
         (
@@ -140,18 +146,6 @@ def _check_correction(attachment: Attachment, vllm_config: Any) -> None:
             raise Unsupported(
                 attachment.name, f"with correction_interval, {reason}", f"use {remedy}", attachment.engine.model
             )
-
-
-def _check_page_bounds(attachment: Attachment, vllm_config: Any) -> None:
-    """Check that every key is written by the layers, if the policy keeps bounds of pages."""
-    plan = attachment.cls(attachment.options, attachment.engine).read_plan()
-    if plan is not None and Role.PAGE_BOUNDS in plan.roles and vllm_config.kv_transfer_config is not None:
-        raise Unsupported(
-            attachment.name,
-            "a KV connector loads keys without the bounds of their pages",
-            "disable the connector",
-            attachment.engine.model,
-        )
 
 
 def _check_blocks(plugin: str, vllm_config: Any) -> None:

@@ -38,13 +38,18 @@ class DraftPath:
     sample_indices: list[int] = field(default_factory=list)
 
     @property
+    def node(self) -> int:
+        """Last accepted draft node; `ROOT` before the first."""
+        return self.nodes[-1] if self.nodes else ROOT
+
+    @property
     def row(self) -> int:
         """Row of the last accepted token."""
-        return self.first_row + 1 + (self.nodes[-1] if self.nodes else ROOT)
+        return self.first_row + 1 + self.node
 
     def append(self, token: int, index: int) -> bool:
         """Append an output token; returns whether it is a draft token, after which sampling continues."""
-        node = self.children.get((self.nodes[-1] if self.nodes else ROOT, token))
+        node = self.children.get((self.node, token))
         self.tokens.append(token)
         self.sample_indices.append(index)
         if node is not None:
@@ -66,9 +71,11 @@ def replace_rejection_sampler(runner: Any, trees: TreeVerifier | None) -> None:
             return sample(logits, spec_decode_metadata)
         counts = spec_decode_metadata.num_draft_tokens
         drafts = [part.tolist() for part in spec_decode_metadata.draft_token_ids.cpu().split(list(counts))]
-        parents = [trees.parents_of(i) if trees is not None else None for i in range(len(counts))]
-        chains = [range(ROOT, count - 1) for count in counts]
-        paths = draft_paths(drafts, [c if p is None else p for p, c in zip(parents, chains, strict=True)])
+        parents: list[Sequence[int]] = []
+        for i, count in enumerate(counts):
+            tree = None if trees is None else trees.tree_of(i)
+            parents.append(range(ROOT, count - 1) if tree is None else tree.parents.tolist())
+        paths = draft_paths(drafts, parents)
         output = sample_along_drafts(runner, logits, paths)
         if trees is not None:
             trees.move_accepted([path.nodes for path in paths])
@@ -109,8 +116,7 @@ def sample_along_drafts(runner: Any, logits: torch.Tensor, paths: list[DraftPath
     """
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-    batch = runner.input_batch
-    sampling = batch.sampling_metadata
+    sampling = runner.input_batch.sampling_metadata
     width = 1 + max(len(path.children) for path in paths)
     active, num_sampled, logprobs = paths, 0, []
     if sampling.all_greedy and _argmax_suffices(sampling):  # one call for all rows instead of one per depth
@@ -131,16 +137,17 @@ def sample_along_drafts(runner: Any, logits: torch.Tensor, paths: list[DraftPath
             [path for i, path in enumerate(active) if path.append(drawn[i], num_sampled + i)],
             num_sampled + len(active),
         )
-    tokens = torch.full((len(paths), width), -1, dtype=torch.int32)
-    order = torch.zeros(len(paths), width, dtype=torch.int64)
-    for path in paths:
-        tokens[path.index, : len(path.tokens)] = torch.tensor(path.tokens, dtype=torch.int32)
-        order[path.index, : len(path.sample_indices)] = torch.tensor(path.sample_indices)
+
+    def padded(rows: list[list[int]], value: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=dtype, device=logits.device)
+
+    tokens = padded([path.tokens for path in paths], -1, torch.int32)
     if not logprobs:
-        return SamplerOutput(tokens.to(logits.device), None)
-    order = order.flatten().clamp(max=sum(len(part.logprobs) for part in logprobs) - 1).to(logits.device)
+        return SamplerOutput(tokens, None)
+    order = padded([path.sample_indices for path in paths], 0, torch.int64)
+    order = order.flatten().clamp(max=sum(len(part.logprobs) for part in logprobs) - 1)
     tensors = [torch.cat(parts)[order] for parts in list(zip(*logprobs, strict=True))[:3]]
-    return SamplerOutput(tokens.to(logits.device), LogprobsTensors(*tensors))
+    return SamplerOutput(tokens, LogprobsTensors(*tensors))
 
 
 def _argmax_suffices(sampling: Any) -> bool:

@@ -120,11 +120,6 @@ class TreeVerifier:
 
     # --------------------------------------------------------------------------------------- after the forward pass
 
-    def parents_of(self, index: int) -> list[int] | None:
-        """Return the parents of the draft tokens at a batch index in the current step; None for a chain."""
-        tree = self.tree_of(index)
-        return None if tree is None else tree.parents.tolist()
-
     def move_accepted(self, accepted: Sequence[Sequence[int]]) -> None:
         """Move the keys and values of accepted nodes to the slots where a chain would have stored them.
 

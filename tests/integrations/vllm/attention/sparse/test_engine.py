@@ -1,15 +1,13 @@
 """TidalDecode in a running engine: identical to stock vLLM with a full budget, and independent of batching."""
 
-import random
-
 import pytest
+from engine_prompts import GREEDY, PROMPTS, ask
 
 from pilotfish.kvcache.profiles import SHIPPED, read_profile
 
 pytestmark = pytest.mark.engine
 
 LAYERS = 30
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 PAGE = {"budget": 192, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
 
 
@@ -18,14 +16,7 @@ def kv(**options) -> dict:
     return {"additional_config": {"pilotfish": {"kv": {"name": "tidal_decode", **options}}}}
 
 
-def texts_of(lengths: list[int]) -> list[list[int]]:
-    """Return prompts of the given lengths with repeated text, so that earlier tokens matter."""
-    rng = random.Random(0)
-    return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
-
-
-PROMPTS = texts_of([700, 90, 460, 199, 330])
-ASK = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
+ASK = ask(PROMPTS)
 
 
 @pytest.fixture(scope="module")

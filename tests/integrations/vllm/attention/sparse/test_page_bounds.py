@@ -1,31 +1,18 @@
 """Quest in a running engine: identical output where all is read, and bounds that survive what happens to blocks."""
 
-import random
 from typing import Any
 
 import pytest
+from engine_prompts import PROMPTS, ask
 
 pytestmark = pytest.mark.engine
 
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 QUEST = {"name": "quest", "budget": 160, "recent": 16}
 
 
 def kv(**options: Any) -> dict[str, Any]:
     """Return engine arguments that select Quest."""
     return {"additional_config": {"pilotfish": {"kv": {**QUEST, **options}}}}
-
-
-def texts_of(lengths: list[int]) -> list[list[int]]:
-    rng = random.Random(0)
-    return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
-
-
-PROMPTS = texts_of([700, 90, 460, 199, 330])
-
-
-def ask(prompts: list[list[int]], **sampling: Any) -> dict[str, Any]:
-    return {"do": "sample", "prompts": prompts, "sampling": [{**GREEDY, **sampling}] * len(prompts)}
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """RazorAttention in a running engine: identical output where nothing is evicted, and freed KV blocks."""
 
-import random
-
 import pytest
+from engine_prompts import PROMPTS, ask, texts_of
 
 pytestmark = pytest.mark.engine
 
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 BLOCK = 32
 WINDOW = {"window": 96, "ratio": 0, "sinks": 4}
 
@@ -14,20 +12,6 @@ WINDOW = {"window": 96, "ratio": 0, "sinks": 4}
 def kv(**options) -> dict:
     """Return engine arguments that select RazorAttention."""
     return {"additional_config": {"pilotfish": {"kv": {"name": "razor_attention", **options}}}, "block_size": BLOCK}
-
-
-def texts_of(lengths: list[int]) -> list[list[int]]:
-    """Return prompts of the given lengths with repeated text, so that earlier tokens matter."""
-    rng = random.Random(0)
-    return [([rng.randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in lengths]
-
-
-PROMPTS = texts_of([700, 90, 460, 199, 330])
-
-
-def ask(prompts: list[list[int]], **sampling) -> dict:
-    """Return the worker command that completes ``prompts``."""
-    return {"do": "sample", "prompts": prompts, "sampling": [{**GREEDY, **sampling}] * len(prompts)}
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """StreamingLLM in a running engine: identical output where nothing is evicted, and a bounded KV cache."""
 
-import random
 from typing import Any
 
 import pytest
+from engine_prompts import PROMPTS, ask
 
 pytestmark = pytest.mark.engine
 
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 BLOCK = 32
 
 
@@ -16,8 +15,7 @@ def kv(**options: Any) -> dict[str, Any]:
     return {"additional_config": {"pilotfish": {"kv": {"name": "streaming_llm", **options}}}, "block_size": BLOCK}
 
 
-PROMPTS = [([random.Random(0).randrange(1000, 40000) for _ in range(150)] * 20)[:n] for n in (700, 90, 460, 199)]
-ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * len(PROMPTS)}
+ASK = ask(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +36,11 @@ def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stoc
 def test_every_head_keeps_the_budget_only(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(budget=100, prefill="streaming"))
     together = engine.ask(**ASK)["tokens"]
-    assert together == [engine.ask(**{**ASK, "prompts": [p], "sampling": [GREEDY]})["tokens"][0] for p in PROMPTS]
+    assert together == [engine.ask(**ask([p]))["tokens"][0] for p in PROMPTS]
     assert together[1] == stock[1], "whole blocks are kept, which hold all of the short request"
     assert together[0] != stock[0], "the long request loses tokens"
     engine.ask(do="blocks")
-    engine.ask(**{**ASK, "prompts": PROMPTS[:1], "sampling": [GREEDY]})
+    engine.ask(**ask(PROMPTS[:1]))
     blocks = engine.ask(do="blocks")
     assert blocks["free"] == blocks["all"]
     groups = 6  # vLLM's groups of cache layers, each with its own blocks
