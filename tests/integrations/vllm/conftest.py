@@ -23,6 +23,7 @@ from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
+GPU = Path("/dev/nvidiactl").exists()
 Start = Callable[..., EngineProcess]
 
 
@@ -101,11 +102,14 @@ def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) ->
 
 @pytest.fixture(scope="module")
 def start_interpreted(start: Start) -> Start:
-    """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted."""
+    """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted unless the machine has a GPU."""
 
     def begin(model: str, runner: str, **config: Any) -> EngineProcess:
         small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
-        return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, TRITON_WORKER, **{**small, **config})
+        if GPU:
+            small["attention_backend"] = "TRITON_ATTN"
+        worker = WORKER if GPU else TRITON_WORKER
+        return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, worker, **{**small, **config})
 
     return begin
 
@@ -145,7 +149,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             "seed": 0,
             "kv_cache_memory_bytes": 384 << 20,  # 8 requests of 1,024 tokens; vLLM writes zeros to all of it at start
         }
-        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER else EngineProcess
+        if GPU:
+            common["gpu_memory_utilization"] = 0.1  # engines of parallel test workers share the GPU
+        # A forked process cannot use CUDA if its parent has initialized it.
+        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER and not GPU else EngineProcess
         engine = forked({**common, **config}, log, worker=(str(worker),), **(env or {}))
         alive.append(engine)
         return engine
