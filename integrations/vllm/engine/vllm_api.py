@@ -108,7 +108,12 @@ REQUIRED_APIS = (
     VllmApi("v1/worker/gpu_input_batch.py", "InputBatch.token_ids_cpu", why="token ids of a request"),
     VllmApi("v1/spec_decode/metadata.py", "SpecDecodeMetadata.draft_token_ids", why="verified draft tokens"),
     VllmApi("v1/spec_decode/metadata.py", "SpecDecodeMetadata.num_draft_tokens", why="number of verified draft tokens"),
-    VllmApi("entrypoints/launchers/cli_args.py", "make_arg_parser", ("parser",), "checks of a composed command"),
+    VllmApi(
+        "entrypoints/cli/serve.py",
+        "ServeSubcommand.subparser_init",
+        ("self", "subparsers"),
+        "checks of a composed command",
+    ),
     VllmApi("v1/sample/sampler.py", "Sampler.forward", ("self", "logits", "sampling_metadata"), "samples along drafts"),
     VllmApi("v1/sample/sampler.py", "Sampler.greedy_sample", ("logits",), "samples along drafts"),
     VllmApi("v1/sample/metadata.py", "SamplingMetadata.generators", why="random numbers of a request"),

@@ -41,10 +41,10 @@ def check_start(command: ServeCommand) -> None:
     """
     with _without_output():
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.entrypoints.cli.serve import ServeSubcommand
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+        parser = ServeSubcommand().subparser_init(FlexibleArgumentParser(prog="vllm").add_subparsers())
         parser.error = _refuse
         try:
             arguments = parser.parse_args(["--model", command.folder, *command.options])
