@@ -23,7 +23,17 @@ SECONDS = int(os.environ.get("SECONDS_FOR_TESTS", "420"))  # for the tests and t
 TESTS = Path("tests/integrations/vllm")
 # Tests of a CPU's properties, of two ranks on two cores, and of servers, which need packages that the machine lacks.
 LEFT_OUT = ("test_two_tensor_parallel", "test_uses_", "integrity", "[vec]")
-QUALITY = ["--contexts", "", "--batches", "1", "--quality-contexts", "4000,7900", "--needle-contexts", "4000,7900"]
+QUALITY = [
+    "--eager",
+    "--contexts",
+    "",
+    "--batches",
+    "1",
+    "--quality-contexts",
+    "4000,7900",
+    "--needle-contexts",
+    "4000,7900",
+]
 DRAFTS = ["--prompts", "examples/prompts.jsonl", "--sample", "12", "--max-tokens", "64", "--batch", "8"]
 COMMANDS: dict[str, list[str]] = {
     "doctor": ["doctor", "MODEL"],
