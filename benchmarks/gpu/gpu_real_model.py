@@ -39,7 +39,7 @@ COMMANDS: dict[str, list[str]] = {
     "doctor": ["doctor", "MODEL"],
     "bench kv tidal_decode": ["bench", "kv", *QUALITY, "--setting", ""],
     "bench kv razor_attention": ["bench", "kv", *QUALITY, "--policy", "razor_attention", "--setting", ""],
-    "bench drafters": ["bench", "drafters", *DRAFTS, "--arms", "ngram,token_recycling,rasd"],
+    "bench drafters": ["bench", "drafters", *DRAFTS, "--arms", "token_recycling,rasd"],
 }
 
 

@@ -30,7 +30,7 @@ from ..serving.command import check_model
 from ..serving.progress import console as status
 from ..serving.progress import counting_bar
 from . import prompts as prompt_files
-from .engine import EngineProcess
+from .engine import EngineProcess, share_gpu
 from .prompts import Prompt
 
 STOCK = "none"
@@ -171,6 +171,7 @@ def measure_pair(
         "enforce_eager": not plan.compiled,
         "enable_prefix_caching": False,  # else the second run of a prompt would skip its prefill
         "seed": 0,
+        **share_gpu(2),
     }
     states = ("",)
     if plan.warm and not plan.twice and "additional_config" in speculation(arm):

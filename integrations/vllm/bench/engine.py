@@ -32,6 +32,11 @@ ENVIRONMENT = {
 PROGRESS = "progress"  # key of an answer that reports progress and precedes the final one
 
 
+def share_gpu(engines: int) -> dict[str, Any]:
+    """Return the engine arguments with which several engines fit into the memory of one GPU; none without a GPU."""
+    return {"gpu_memory_utilization": 0.9 / engines} if torch.cuda.is_available() else {}
+
+
 class EngineProcess:
     """Client of a worker process: starts it, sends commands and ends it."""
 

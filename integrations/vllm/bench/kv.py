@@ -92,6 +92,8 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
         "max_num_seqs": max(*plan.batches, TEXTS, needle_in_haystack.ROUNDS, plan.needles),
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
+        # A full CUDA graph would keep the policy with which it was captured.
+        "compilation_config": {"cudagraph_mode": "NONE" if plan.eager else "PIECEWISE"},
         "async_scheduling": False,  # tokens could not be recomputed
         "enable_prefix_caching": True,
         "seed": 0,

@@ -15,7 +15,7 @@ from typing import Any
 from ...bench.record import Record
 from ..serving.progress import counting_bar
 from . import needle_in_haystack
-from .engine import EngineProcess
+from .engine import EngineProcess, share_gpu
 from .kv_work import ROOM, STOCK, TEXTS, KVArm, KVWork, divergence_records, run_parts
 from .needle_in_haystack import NeedleQuestion
 
@@ -116,7 +116,9 @@ class KVMemoryWork(KVWork):
         with ExitStack() as stack:
             engines = {
                 a.label: stack.enter_context(
-                    EngineProcess(self.config(a, longest, max_num_seqs=batch), logs / f"{i}.log", worker=WORKER)
+                    EngineProcess(
+                        self.config(a, longest, max_num_seqs=batch, **share_gpu(2)), logs / f"{i}.log", worker=WORKER
+                    )
                 )
                 for i, a in enumerate((self.arms[0], arm))
             }

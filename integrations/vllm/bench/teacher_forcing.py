@@ -1,5 +1,6 @@
 """Worker of quality measurements: its engine decodes given texts and records the distributions of each token."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ class TeacherForcingWorker(Worker):
     """Engine whose decode steps are timed, and whose requests can be forced to emit given texts."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        # The V2 runner, the default on GPUs, keeps the tokens of a request on the device.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         super().__init__(config)
         self._reference: list[torch.Tensor] = []
         self._force: dict[str, list[int]] = {}
@@ -116,7 +119,7 @@ class TeacherForcingWorker(Worker):
                 if name is None or at < 0:  # a chunk of a prompt
                     continue
                 if name in self._logprobs:
-                    self._logprobs[name].append(logits[row].float().log_softmax(-1))
+                    self._logprobs[name].append(logits[row].float().log_softmax(-1).cpu())
                 output.sampled_token_ids[row, 0] = self._force[name][at]
             return output
 

@@ -15,7 +15,7 @@ from ...bench.record import Record
 from ..models import registry
 from ..serving.progress import counting_bar
 from . import vision_quality
-from .engine import EngineProcess
+from .engine import EngineProcess, share_gpu
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.vision_worker")
 STOCK = "stock"
@@ -95,6 +95,7 @@ def _engines(plan: VisionBenchmark, folder: str, asked: dict[str, Any]) -> list[
         "enable_chunked_prefill": False,
         "limit_mm_per_prompt": {"image": 2},
         "seed": 0,
+        **share_gpu(2),
     }
     number = 0
     with ExitStack() as stack, counting_bar() as bar:
