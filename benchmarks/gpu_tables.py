@@ -4,9 +4,10 @@ from typing import Any
 
 from common import load, markdown
 
-RESULTS_FOLDER = "gpu/h200"
+STOCK = ("stock_graphs", "stock_compiled")
 ENGINES = {
     "stock_graphs": "vLLM, `FLASH_ATTN`",
+    "stock_compiled": "vLLM, `FLASH_ATTN`, torch.compile",
     "tidal_graphs": "**TidalDecode**, `FLASH_ATTN`",
     "tidal_compiled": "**TidalDecode**, `FLASH_ATTN`, torch.compile",
     "razor_graphs": "**RazorAttention**, `TRITON_ATTN`",
@@ -41,37 +42,41 @@ def _point_label(dataset: str) -> str:
     return f"{int(parts[parts.index('context') + 1]):,} tokens, batch {parts[parts.index('batch') + 1]}"
 
 
-def engine() -> str:
-    """Return the table of engines: time per decode step, prefill and KV cache capacity."""
-    result = load(f"{RESULTS_FOLDER}/engine")
+def engine(card: str) -> str:
+    """Return the table of engines on a card: time per decode step, prefill and KV cache capacity.
+
+    The baseline of a speed-up is the faster of the stock engines that were measured at the same point.
+    """
+    result = load(f"gpu/{card}/engine")
     values = _values(result)
     model = next(d for _, d, metric in values if metric == "kv_capacity")
     points = list(dict.fromkeys(d for _, d, metric in values if metric == "step_ms"))
     rows = []
     for point in points:
-        stock = values.get(("stock_graphs", point, "step_ms"))
+        stock = [values[arm, point, "step_ms"] for arm in STOCK if (arm, point, "step_ms") in values]
         for arm, label in ENGINES.items():
             if (ms := values.get((arm, point, "step_ms"))) is None:
                 continue
             capacity = values[arm, model, "kv_capacity"]
-            # The baseline is not compiled.
-            speed_up = f"{stock / ms:.2f}x" if stock is not None and arm != "tidal_compiled" else ""
+            speed_up = f"{min(stock) / ms:.2f}x" if stock else ""
             prefill = f"{values[arm, point, 'prefill']:,.0f}"
             rows.append([_point_label(point), label, f"{ms:.2f}", speed_up, prefill, f"{capacity:,.0f}"])
     head = ["context, batch size", "engine", "ms per step", "speed-up", "prefill tokens/s", "KV cache, tokens"]
     return markdown(head, rows, texts=2) + _provenance(result)
 
 
-def kernels() -> str:
-    """Return the table of kernel times, in CUDA graphs; in brackets the same kernel before tuning."""
-    result = load(f"{RESULTS_FOLDER}/kernels")
-    values, before = _values(result), _values(load(f"{RESULTS_FOLDER}/before/kernels"))
+def kernels(card: str, before: bool) -> str:
+    """Return the table of kernel times on a card, in CUDA graphs; in brackets the same kernels before tuning."""
+    result = load(f"gpu/{card}/kernels")
+    values = _values(result)
+    earlier = _values(load(f"gpu/{card}/before/kernels")) if before else {}
     points = list(dict.fromkeys(d for _, d, metric in values if metric == "graph_us"))
     rows = []
     for arm, label in KERNELS.items():
         cells = []
         for point in points:
-            now, first = values[arm, point, "graph_us"], before[arm, point, "graph_us"]
-            cells.append(f"{now:,.0f}" if arm == "dense_sdpa" else f"{now:,.0f} ({first:,.0f})")
+            first = earlier.get((arm, point, "graph_us"))
+            bracket = "" if first is None or arm == "dense_sdpa" else f" ({first:,.0f})"
+            cells.append(f"{values[arm, point, 'graph_us']:,.0f}{bracket}")
         rows.append([label, *cells])
     return markdown(["µs per layer", *map(_point_label, points)], rows) + _provenance(result)

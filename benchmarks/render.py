@@ -220,8 +220,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "rag_load": rag_tables.load_table,
     "losses": losses.table,
     "compatibility": compatibility.table,
-    "gpu_engine": gpu_tables.engine,
-    "gpu_kernels": gpu_tables.kernels,
+    "gpu_engine_h100": lambda: gpu_tables.engine("h100"),
+    "gpu_engine_h200": lambda: gpu_tables.engine("h200"),
+    "gpu_kernels_h100": lambda: gpu_tables.kernels("h100", before=False),
+    "gpu_kernels_h200": lambda: gpu_tables.kernels("h200", before=True),
 }
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ("smoke", "kernels", "tests", "install", "vllm_kernels", "engine", "drafters", "retrieval", "launch")
+STEPS = (
+    "smoke",
+    "kernels",
+    "tests",
+    "install",
+    "vllm_kernels",
+    "engine",
+    "drafters",
+    "retrieval",
+    "launch",
+    "real_model",
+)
 
 
 @pytest.fixture
@@ -64,6 +75,31 @@ def test_kernel_step_passes_in_triton_interpreter(scripts: Path, tmp_path: Path)
     checked = {r["arm"] for r in result["records"] if r["metric"] == "relative_error"}
     assert {"razor_decode", "razor_prompt", "tree_8"} < checked
     assert any(arm.startswith("tidal_") for arm in checked)
+
+
+def test_real_model_step_names_missing_parts(scripts: Path, tmp_path: Path) -> None:
+    from gpu_real_model import join_model  # type: ignore[import-not-found]
+
+    with pytest.raises(FileNotFoundError, match="0 of several parts"):
+        join_model(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "part-0-of-3").touch()
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 parts of the model: copy \.gpu-model"):
+        join_model(tmp_path)
+
+
+def test_unpack_script_keeps_model_parts(scripts: Path, root: Path, tmp_path: Path) -> None:
+    checkout, folder = tmp_path / "checkout", tmp_path / "site"
+    (checkout / "src" / "pilotfish").mkdir(parents=True)
+    (checkout / "src" / "pilotfish" / "__init__.py").touch()
+    (checkout / "pyproject.toml").write_bytes((root / "pyproject.toml").read_bytes())
+    (checkout / ".gpu-model").mkdir()
+    for number in range(2):  # the second copy replaces the first part
+        part = checkout / ".gpu-model" / f"part-{number}-of-2"
+        part.write_text(str(number))
+        subprocess.run([sys.executable, scripts / "unpack.py", folder], cwd=checkout, check=True, timeout=60)
+        part.unlink()
+    assert [p.read_text() for p in sorted((folder / "model").iterdir())] == ["0", "1"]
 
 
 def test_unpack_script_writes_entry_points(scripts: Path, root: Path, tmp_path: Path) -> None:
