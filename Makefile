@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -154,6 +154,16 @@ bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gut
 
 RAZOR := VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench kv --policy razor_attention
 TEXTS := --text $(DATA)/wikitext2 --text $(DATA)/gutenberg --haystack $(DATA)/pg_essays
+
+BUDGETS := $(TEXTS) --quality-contexts 4000 --needle-contexts 4000 --needles 3 --batches 1
+
+bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal budgets
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv $(BUDGETS) --contexts 4000,8000 \
+	  $(foreach n,256 512 1024,--setting budget=$(n)) $(foreach n,256 512 1024,--setting quest,budget=$(n)) \
+	  --out benchmarks/results/kv_budgets.json
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(BUDGETS) --contexts '' \
+	  --setting budget=256 --out benchmarks/results/kv_budgets_streaming.json
+	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.
 OTHER_HEADS := keep=[[1,2],[5,2],[9,0],[11,0],[12,0],[12,2],[15,0],[16,1],[17,0],[17,2],[20,1],[20,2],[21,1],[21,2],[24,2]]

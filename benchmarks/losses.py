@@ -29,6 +29,10 @@ CAUSES = {  # (plugin, metric title): cause
     ("razor_attention", "decoding speed-up"): "short contexts: few KV blocks can be evicted",
     ("razor_attention", "needles found"): "one needle in thirty: its token was in no retrieval head",
     ("tidal_decode", "needles found"): "one needle in fifty: a selection layer did not select it",
+    (
+        "quest",
+        "needles found",
+    ): "the bound of a page of 32 tokens is looser than exact scores; the paper's pages have 16",
     ("token_recycling", "TTFT speed-up"): PREFILL_DOMINATES,
     ("diversity", "needles found"): "it keeps tokens that differ, whether or not they matter to the question",
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",

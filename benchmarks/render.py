@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import compatibility
 import gpu_tables
+import kv_budget_tables
 import losses
 import memory_tables
 import plugin_table
@@ -188,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_speed": kv_speed,
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,
+    "kv_budgets": kv_budget_tables.table,
     "memory_load": memory_tables.load_table,
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,
