@@ -105,7 +105,7 @@ def start_interpreted(start: Start) -> Start:
     """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted unless the machine has a GPU."""
 
     def begin(model: str, runner: str, **config: Any) -> EngineProcess:
-        small = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
+        small: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
         if GPU:
             small["attention_backend"] = "TRITON_ATTN"
         worker = WORKER if GPU else TRITON_WORKER
