@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu import HAS_GPU
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")  # no network
@@ -24,7 +25,7 @@ if WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(CORES[int(WORKER) % len(CORES)]))
 
-INTERPRETED = find_spec("triton") is not None and not Path("/dev/nvidiactl").exists()
+INTERPRETED = find_spec("triton") is not None and not HAS_GPU
 if INTERPRETED:
     # Triton decides at import whether it interprets kernels; see `interpreted_triton`. The variable is removed again,
     # because the engines that tests start inherit the environment.

@@ -24,17 +24,7 @@ TESTS = Path("tests/integrations/vllm")
 # Tests of two ranks, and of properties of the CPU backend.
 LEFT_OUT = ("test_two_tensor_parallel", "test_uses_", "integrity")
 FOLDERS_LEFT_OUT = ("serving", "vision", "bench")  # servers and image models need packages that the machine lacks
-QUALITY = [
-    "--eager",
-    "--contexts",
-    "",
-    "--batches",
-    "1",
-    "--quality-contexts",
-    "4000,7900",
-    "--needle-contexts",
-    "4000,7900",
-]
+QUALITY = ["--eager", "--contexts=", "--batches=1", "--quality-contexts=4000,7900", "--needle-contexts=4000,7900"]
 DRAFTS = ["--prompts", "examples/prompts.jsonl", "--sample", "12", "--max-tokens", "64", "--batch", "8"]
 COMMANDS: dict[str, list[str]] = {
     "doctor": ["doctor", "MODEL"],
@@ -77,15 +67,16 @@ def work(step: Step) -> None:
         and not any(folder in p.parts for folder in FOLDERS_LEFT_OUT)
         and any(w in str(p) for w in words)
     ]
+    beginnings = tuple(filter(None, os.environ.get("COMMANDS", ",".join(COMMANDS)).split(",")))
+    commands = [name for name in COMMANDS if name.startswith(beginnings)]
     if files:
         chosen = " and ".join(f"not {word}" for word in LEFT_OUT)
         arguments = ["-m", "engine", "-k", chosen, "-n", os.environ.get("WORKERS", "6"), "--dist", "loadfile"]
-        share = 0.6 if os.environ.get("COMMANDS") != "" else 1.0
+        share = 0.6 if commands else 1.0
         run_pytest(step, "engine", [*arguments, *files], (ends - time.perf_counter()) * share)
-    requested = os.environ.get("COMMANDS")
-    for name, arguments in COMMANDS.items():
-        if requested is None or any(word and name.startswith(word) for word in requested.split(",")):
-            run_command(step, name, [a if a != "MODEL" else str(model) for a in arguments], ends - time.perf_counter())
+    for name in commands:
+        arguments = [str(model) if a == "MODEL" else a for a in COMMANDS[name]]
+        run_command(step, name, arguments, ends - time.perf_counter())
 
 
 def run_command(step: Step, name: str, arguments: list[str], seconds: float) -> None:

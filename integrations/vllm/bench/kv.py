@@ -93,7 +93,7 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
         "max_num_batched_tokens": 2048,
         "enforce_eager": plan.eager,
         # A full CUDA graph would keep the policy with which it was captured.
-        "compilation_config": {"cudagraph_mode": "NONE" if plan.eager else "PIECEWISE"},
+        "compilation_config": {"cudagraph_mode": "PIECEWISE"},
         "async_scheduling": False,  # tokens could not be recomputed
         "enable_prefix_caching": True,
         "seed": 0,

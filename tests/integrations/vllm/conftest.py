@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from forked_engine import ForkedEngineProcess
+from gpu import HAS_GPU
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
@@ -23,7 +24,6 @@ from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
-GPU = Path("/dev/nvidiactl").exists()
 Start = Callable[..., EngineProcess]
 
 
@@ -106,9 +106,9 @@ def start_interpreted(start: Start) -> Start:
 
     def begin(model: str, runner: str, **config: Any) -> EngineProcess:
         small: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
-        if GPU:
+        if HAS_GPU:
             small["attention_backend"] = "TRITON_ATTN"
-        worker = WORKER if GPU else TRITON_WORKER
+        worker = WORKER if HAS_GPU else TRITON_WORKER
         return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, worker, **{**small, **config})
 
     return begin
@@ -149,10 +149,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             "seed": 0,
             "kv_cache_memory_bytes": 384 << 20,  # 8 requests of 1,024 tokens; vLLM writes zeros to all of it at start
         }
-        if GPU:
+        if HAS_GPU:
             common["gpu_memory_utilization"] = 0.1  # engines of parallel test workers share the GPU
         # A forked process cannot use CUDA if its parent has initialized it.
-        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER and not GPU else EngineProcess
+        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER and not HAS_GPU else EngineProcess
         engine = forked({**common, **config}, log, worker=(str(worker),), **(env or {}))
         alive.append(engine)
         return engine
