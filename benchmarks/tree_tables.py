@@ -64,12 +64,17 @@ def budget() -> str:
     return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
 
 
-def suffix_comparison(benchmark: str) -> str:
-    """Return the speed-ups with 95 % confidence intervals, and RASD relative to each other arm, paired by prompt."""
-    result = load(benchmark)
-    table = figures(result)
-    runs = {(r["dataset"], r["arm"]): r["runs"] for r in result["records"] if r["metric"] == "speedup"}
-    arms = list(dict.fromkeys(arm for _, _, arm in table))
+def suffix_comparison(*benchmarks: str) -> str:
+    """Return the speed-ups with 95 % confidence intervals, and RASD relative to each other arm, paired by prompt.
+
+    Args:
+        benchmarks: Result files with the same prompts. Where several have the same arm, the last one counts.
+    """
+    results = [load(benchmark) for benchmark in benchmarks]
+    table = {key: values for result in results for key, values in figures(result).items()}
+    speedups = [r for result in results for r in result["records"] if r["metric"] == "speedup"]
+    runs = {(r["dataset"], r["arm"]): r["runs"] for r in speedups}
+    arms = sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm))
     rows = []
     for dataset in dict.fromkeys(d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))):
         for arm in arms:
@@ -83,7 +88,7 @@ def suffix_comparison(benchmark: str) -> str:
             rows.append([f"{dataset}, {len(runs[dataset, arm])}", label(arm), *cells, "yes" if same else "no"])
     one = ["speed-up", "acceptance length", "RASD vs. this arm"]
     head = ["prompts", "drafter", *(f"{x}, {turn}" for turn in ("first", "second") for x in one), "identical"]
-    return markdown(head, rows, texts=2) + provenance(result)
+    return markdown(head, rows, texts=2) + "".join(map(provenance, results))
 
 
 def sources() -> str:

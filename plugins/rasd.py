@@ -10,14 +10,16 @@ Text that continues like earlier text is drafted from that text, and fused with 
 
 The paper's pruning threshold and its datastore could not be verified, so pruning is learned: the acceptance rate of a
 retrieved token is counted by its source, by the length of the match, by its share among the continuations, and by
-whether the base drafter's tree lists it. Tokens whose path is estimated below ``prune`` are dropped. Not in the paper:
-earlier outputs as a source (as in suffix decoding, arXiv 2411.04975), and one scale of scores for both trees.
+whether the base drafter's tree lists it. Tokens whose path is estimated below ``prune`` are dropped. The acceptance
+rate of the base drafter's tokens is counted too, by their probability and that of the retrieved tokens beside them, so
+that one scale of scores holds for both trees. Not in the paper: these counts, and earlier outputs as a source (as in
+suffix decoding, arXiv 2411.04975).
 
 `RASD.retrieval_trie` and `RASD.fuse` are the tree operations in plain Python. The compiled version, with the acceptance
 counts, is in ``drafting/tries.py``; both give the same paths and scores.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +106,7 @@ class RASD(Drafter):
     """Drafts from retrieved text, fused with a base drafter."""
 
     name: ClassVar[str] = "rasd"
-    default_depth: ClassVar[int] = 24
+    default_depth: ClassVar[int] = 64
     Options: ClassVar[type] = RASDOptions
 
     @classmethod
@@ -206,7 +208,10 @@ class RASD(Drafter):
         if n == 0:
             return base
         if self.options.fuse:
-            n = self._tries.fuse_trees(n, tokens, parents, scores, base.tokens, base.parents, base.scores)
+            cells = np.empty((len(base), 3), np.int32)
+            tree = base.tokens, base.parents, base.scores
+            n = self._tries.fuse_trees(n, tokens, parents, scores, *tree, self._seen, self._right, cells)
+            self._requests[request.id].tries.append((self._tries.BASE, base.tokens, base.parents, cells))
         return DraftTree(*self._tries.best_nodes(tokens[:n], parents[:n], scores[:n], budget.nodes))
 
     def _retrieve(self, request: DraftRequest, depth: int) -> list[tuple[int, int, Int32]]:
@@ -257,17 +262,21 @@ class RASD(Drafter):
 
     @staticmethod
     def fuse(
-        retrieved: Mapping[tuple[int, ...], float], base: Mapping[tuple[int, ...], float]
+        retrieved: Mapping[tuple[int, ...], float],
+        base: Mapping[tuple[int, ...], float],
+        rate: Callable[[float, float], float],
     ) -> dict[tuple[int, ...], float]:
         """Fuse two trees, each given as the acceptance probability of every path from the root.
 
         Args:
             retrieved: T_r, prefixes before longer paths.
             base: T_d, prefixes before longer paths.
+            rate: Acceptance rate of a token that only T_d has, by its probability in T_d given its prefix, and by the
+                total probability of the retrieved tokens in its place. The base drafter does not know what was
+                retrieved, so its own probability is too high where T_r has other tokens.
 
         Returns:
-            T: every path of either tree. Tokens that the base drafter adds next to retrieved ones share the probability
-            that the retrieved ones leave, since the base drafter does not know what was retrieved.
+            T: every path of either tree. Paths of both trees (longest matching prefix) keep the probability of T_r.
         """
         fused = dict(retrieved)
         # The probability that the retrieved children of a path take.
@@ -276,22 +285,11 @@ class RASD(Drafter):
             parent_score = retrieved[path[:-1]] if len(path) > 1 else 1.0
             taken[path[:-1]] = taken.get(path[:-1], 0.0) + score / max(parent_score, 1e-9)
         for path, score in base.items():
-            parent = path[:-1]
-            parent_score = fused[parent] if parent else 1.0
-            conditional = score / max(base[parent] if parent else 1.0, 1e-9)
             if path in retrieved:
-                # Both trees have the path (longest matching prefix): the better estimate counts.
-                fused[path] = max(fused[path], parent_score * conditional)
-            elif not parent or parent in retrieved:
-                # The path leaves the retrieved tree here: graft it.
-                left = max(0.05, 1 - taken.get(parent, 0.0))
-                fused[path] = parent_score * min(conditional, left)
-            else:
-                fused[path] = parent_score * conditional
-        # No path is more probable than its prefix.
-        for path in sorted(fused, key=len):
-            if len(path) > 1:
-                fused[path] = min(fused[path], fused[path[:-1]])
+                continue
+            parent = path[:-1]
+            conditional = score / max(base[parent] if parent else 1.0, 1e-9)
+            fused[path] = (fused[parent] if parent else 1.0) * rate(conditional, taken.get(parent, 0.0))
         return fused
 
     # ------------------------------------------------------------------------------------------------------- state

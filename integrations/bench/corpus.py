@@ -35,7 +35,7 @@ class Corpus:
         if id(encoder) not in self.made:
             if self.parts:
                 pieces = [p.by(encoder) for p in self.parts]
-                encoded = type(pieces[0]).join(pieces)
+                encoded = type(pieces[0]).concatenate(pieces)
             else:
                 encoded = encoder.encode_documents(self.texts)
             self.made[id(encoder)] = encoder, encoded

@@ -20,19 +20,36 @@ Int32, Float32 = NDArray[np.int32], NDArray[np.float32]
 
 LENGTHS = np.array([2, 3, 4, 5, 7, 9, 13, 17, 25, 33], np.int32)  # upper edges of the bins of matching tokens
 SHARES = np.array([0.95, 0.65, 0.45, 0.25, 0.1], np.float32)  # lower edges of the bins of shares
+CONDITIONALS = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.85, 0.93], np.float32)  # upper edges
 FIRST, LISTED, ABSENT, UNKNOWN = range(4)  # in the base drafter's tree: best child, child, no child, no such parent
-SHAPE = (len(LENGTHS) + 1, len(SHARES) + 1, 4)
+ANY = 4  # index of the counts over all opinions
+SHARED = -1  # in place of an opinion: a node of the base tree that is also in the retrieved one, and counted there
+SHAPE = (len(LENGTHS) + 1, len(SHARES) + 1, 5)
+BASE = -1  # index of the counts of the base drafter's tree, the last one
 FADE = 1000  # observations at which the counts of a cell are halved
+OPINION_PRIOR = np.float32(8.0)  # observations that the rate over all opinions counts for in the rate of one opinion
 
 
 def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
-    """Return a weak prior of the counts of verified and accepted nodes, each [sources, lengths, shares, opinions]."""
+    """Return a weak prior of the counts of verified and accepted nodes.
+
+    Args:
+        sources: Number of sources of continuations.
+
+    Returns:
+        Counts of verified and of accepted nodes, each [sources + 1, lengths, shares, opinions + 1]. The last entry of
+        the first axis belongs to the base drafter's tree, with bins of its conditional scores instead of lengths, and
+        of the probability of the retrieved tokens beside it. The last entry of the last axis is for all opinions.
+    """
     by_length = np.array([0.3, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95], np.float32)
     by_share = np.array([1.0, 0.75, 0.5, 0.35, 0.2, 0.08], np.float32)
-    by_opinion = np.array([1.0, 0.8, 0.6, 0.8], np.float32)
-    rate = by_length[:, None, None] * by_share[:, None] * by_opinion
-    seen = np.full((sources, *SHAPE), 4.0, np.float32)
-    return seen, (seen * rate).astype(np.float32)
+    retrieved = by_length[:, None] * by_share
+    by_conditional = np.array([0.01, 0.03, 0.07, 0.15, 0.25, 0.38, 0.52, 0.68, 0.8, 0.9, 0.95], np.float32)
+    left = np.array([0.05, 0.2, 0.45, 0.65, 0.8, 1.0], np.float32)  # by retrieved tokens at the bounds of `SHARES`
+    rate = np.stack([*[retrieved] * sources, np.minimum(by_conditional[:, None], left)])
+    seen, right = np.zeros((2, sources + 1, *SHAPE), np.float32)
+    seen[..., ANY], right[..., ANY] = 4.0, 4.0 * rate
+    return seen, right
 
 
 @jit
@@ -50,6 +67,14 @@ def _share_bin(share: float) -> int:
         if share >= SHARES[i]:
             return i
     return SHARES.shape[0]
+
+
+@jit
+def _acceptance_rate(source: int, cell: Int32, seen: Float32, right: Float32) -> np.float32:
+    """Return the acceptance rate of a cell [3]; with few observations, it is near the rate over all opinions."""
+    of_any, of_this = (source, cell[0], cell[1], ANY), (source, cell[0], cell[1], cell[2])
+    rate = right[of_any] / seen[of_any]
+    return (right[of_this] + OPINION_PRIOR * rate) / (seen[of_this] + OPINION_PRIOR)
 
 
 @jit
@@ -158,8 +183,18 @@ def score_trie(
         cells[i, 0] = _bin(length + depths[i] - 1, LENGTHS)
         cells[i, 1] = _share_bin(counts[i] / parent_count)
         cells[i, 2] = opinions[i]
-        cell = source, cells[i, 0], cells[i, 1], cells[i, 2]
-        scores[i] = right[cell] / seen[cell] * (np.float32(1.0) if parents[i] == ROOT else scores[parents[i]])
+        rate = _acceptance_rate(source, cells[i], seen, right)
+        scores[i] = rate * (np.float32(1.0) if parents[i] == ROOT else scores[parents[i]])
+
+
+@jit
+def _count(source: int, cell: Int32, opinion: int, accepted: bool, seen: Float32, right: Float32) -> None:
+    at = source, cell[0], cell[1], opinion
+    seen[at] += 1
+    right[at] += accepted
+    if seen[at] >= FADE:
+        seen[at] /= 2
+        right[at] /= 2
 
 
 @jit
@@ -172,7 +207,7 @@ def update_acceptance_counts(
         source: Index of the source of the continuations.
         tokens: [n] tokens of the nodes.
         parents: [n] parents of the nodes.
-        cells: [n, 3] indices from `score_trie`.
+        cells: [n, 3] indices from `score_trie` or `fuse_trees`.
         came: [a] tokens that followed in the text.
         seen: Counts of verified nodes; updated.
         right: Counts of accepted nodes; updated.
@@ -183,14 +218,11 @@ def update_acceptance_counts(
         for i in range(node + 1, tokens.shape[0]):
             if parents[i] != node:
                 continue
-            cell = source, cells[i, 0], cells[i, 1], cells[i, 2]
-            seen[cell] += 1
             if tokens[i] == token:
-                right[cell] += 1
                 below = i
-            if seen[cell] >= FADE:
-                seen[cell] /= 2
-                right[cell] /= 2
+            if cells[i, 2] != SHARED:
+                _count(source, cells[i], cells[i, 2], tokens[i] == token, seen, right)
+                _count(source, cells[i], ANY, tokens[i] == token, seen, right)
         if below == ROOT:
             return
         node = below
@@ -232,12 +264,27 @@ def fuse_trees(
     base_tokens: Int32,
     base_parents: Int32,
     base_scores: Float32,
+    seen: Float32,
+    right: Float32,
+    cells: Int32,
 ) -> int:
     """Merge the base drafter's tree into a retrieved tree of ``n`` nodes, and return the number of nodes.
 
-    Equal paths become one (longest prefix). The base drafter does not know the retrieved tokens, so its additional
-    children of a retrieved node share the probability that the retrieved children leave. If the score of a node that
-    both trees contain rises, the scores of its children in the base tree rise in proportion.
+    Equal paths become one (longest prefix). They keep the score of the retrieved tree, in which the base drafter's
+    opinion counts already. The base drafter does not know what was retrieved, so each of its other tokens gets the
+    acceptance rate of such tokens: of its conditional score, and of the probability of the retrieved tokens beside it.
+
+    Args:
+        n: Number of nodes of the retrieved tree.
+        tokens: [room] tokens of the retrieved tree; tokens of the base tree are appended, as in the next two.
+        parents: [room] parents.
+        scores: [room] acceptance probabilities.
+        base_tokens: [m] tokens of the base tree.
+        base_parents: [m] parents of the base tree.
+        base_scores: [m] acceptance probabilities, as the base drafter estimates them.
+        seen: Counts of verified nodes of the base tree, from `make_acceptance_counts`.
+        right: Counts of its accepted nodes.
+        cells: [m, 3] indices of the nodes' counts; output.
     """
     retrieved = n
     taken = np.zeros(retrieved + 1, np.float32)  # probability of each node's retrieved children; [0] for the root
@@ -247,21 +294,17 @@ def fuse_trees(
     index = np.empty(base_tokens.shape[0], np.int32)
     for i in range(base_tokens.shape[0]):
         parent = ROOT if base_parents[i] == ROOT else int(index[base_parents[i]])
-        above = np.float32(1.0) if parent == ROOT else scores[parent]
-        alone = np.float32(1.0) if base_parents[i] == ROOT else base_scores[base_parents[i]]
-        conditional = base_scores[i] / max(alone, np.float32(1e-9))
         at = _child(tokens, parents, retrieved, parent, base_tokens[i]) if parent < retrieved else ROOT
+        base_above = np.float32(1.0) if base_parents[i] == ROOT else base_scores[base_parents[i]]
+        cells[i, 0] = _bin(base_scores[i] / max(base_above, np.float32(1e-9)), CONDITIONALS)
+        cells[i, 1] = _share_bin(taken[parent + 1]) if parent < retrieved else len(SHARES)
+        cells[i, 2] = UNKNOWN if at == ROOT else SHARED
         if at == ROOT:
-            left = max(np.float32(0.05), 1 - taken[parent + 1]) if parent < retrieved else np.float32(1.0)
-            tokens[n], parents[n], scores[n] = base_tokens[i], parent, above * min(conditional, left)
+            rate = _acceptance_rate(BASE, cells[i], seen, right)
+            tokens[n], parents[n] = base_tokens[i], parent
+            scores[n] = rate * (np.float32(1.0) if parent == ROOT else scores[parent])
             at, n = n, n + 1
-        else:
-            scores[at] = max(scores[at], above * conditional)
         index[i] = at
-    # The score of a node must not exceed that of its parent.
-    for i in range(n):
-        if parents[i] != ROOT and scores[i] > scores[parents[i]]:
-            scores[i] = scores[parents[i]]
     return n
 
 

@@ -1,12 +1,13 @@
 """Batch-size latency profile: duration of a step by its number of query tokens, measured when an engine starts.
 
-The times are stored in the user's cache folder. For each size the minimum over the first starts of a model is kept,
-since the machine may be busy during one of them. The profile gives the relative cost of larger steps, which
+The times are stored in the user's cache folder. For each size the minimum over the first starts that measured it is
+kept, since the machine may be busy during one of them. The profile gives the relative cost of larger steps, which
 `StepCostModel` then corrects by the durations of real steps.
 """
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from .top_k import top_k
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # numbers of query tokens of a step
 REPEATS = 7
-STARTS = 3  # number of starts that measure
+STARTS = 3  # number of starts that measure a size
 StepTimes = dict[int, float]  # number of query tokens -> seconds
 
 
@@ -58,12 +59,17 @@ def _times(runner: Any, engine: Engine, most: int) -> StepTimes:
     """Return the times from the cache, or measure them; all ranks do the same."""
     sizes, path, tp = [n for n in SIZES if n <= most], _path(runner, engine), get_tp_group()
     known, starts = tp.broadcast_object(_read(path) if tp.rank_in_group == 0 else None)
-    if starts < STARTS or not set(sizes) <= known.keys():
+    # Sizes are counted one by one: an engine with longer drafts measures sizes that earlier engines did not.
+    missing = [n for n in sizes if starts.get(n, 0) < STARTS]
+    if missing:
         now = measure_step_times(runner, sizes)
-        known = known | {n: min(t, known.get(n, t)) for n, t in now.items()}
+        # A busy machine slows all sizes down, but only new ones would keep these times.
+        slower = [now[n] / known[n] for n in sizes if n in known]
+        load = max(1.0, statistics.median(slower)) if slower else 1.0
+        known = known | {n: min(now[n] / load, known.get(n, now[n])) for n in missing}
         if tp.rank_in_group == 0:
-            _write(path, known, starts + 1)
-            text = ", ".join(f"{n}: {1000 * t:.1f}" for n, t in known.items())
+            _write(path, known, starts | {n: starts.get(n, 0) + 1 for n in missing})
+            text = ", ".join(f"{n}: {1000 * known[n]:.1f}" for n in sizes)
             log.logger.info("pilotfish: measured step times in ms, by number of query tokens: %s", text)
     return {n: known[n] for n in sizes}
 
@@ -109,19 +115,20 @@ def _path(runner: Any, engine: Engine) -> Path:
     return cache_dir() / "steps" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
-def _read(path: Path) -> tuple[StepTimes, int]:
-    """Return the cached times and the number of starts that measured them."""
+def _read(path: Path) -> tuple[StepTimes, dict[int, int]]:
+    """Return the cached times, and for each size the number of starts that measured it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         times = {int(n): float(t) for n, t in content["times"].items()}
-        starts = int(content["starts"])
+        starts = {int(n): int(count) for n, count in content["starts"].items()}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return {}, 0  # missing or not in our format
-    return {n: t for n, t in times.items() if 0 < t < float("inf")}, starts
+        return {}, {}  # missing or not in our format
+    times = {n: t for n, t in times.items() if 0 < t < float("inf")}
+    return times, {n: count for n, count in starts.items() if n in times}
 
 
-def _write(path: Path, times: StepTimes, starts: int) -> None:
+def _write(path: Path, times: StepTimes, starts: dict[int, int]) -> None:
     try:
-        write_text(path, json.dumps({"times": dict(sorted(times.items())), "starts": starts}))
+        write_text(path, json.dumps({"times": dict(sorted(times.items())), "starts": dict(sorted(starts.items()))}))
     except OSError as error:  # the cache is optional
         log.logger.warning("pilotfish: step times could not be cached: %s", error)

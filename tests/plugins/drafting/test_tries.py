@@ -29,7 +29,8 @@ def paths(tokens: np.ndarray, parents: np.ndarray) -> list[tuple[int, ...]]:
 def scored(parents: np.ndarray, data: st.DataObject) -> np.ndarray:
     scores: list[float] = []
     for parent in parents.tolist():
-        scores.append(data.draw(st.floats(0.01, 1)) * (1.0 if parent == ROOT else scores[parent]))
+        # No such fraction is at the edge of a bin.
+        scores.append(data.draw(st.integers(10, 997)) / 997 * (1.0 if parent == ROOT else scores[parent]))
     return np.array(scores, np.float32)
 
 
@@ -80,10 +81,19 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
     for part in parts[:2]:
         for path, score in zip(paths(*part[:2]), part[2].tolist(), strict=True):
             assert retrieved[path] >= score
-    n = tries.fuse_trees(n, tokens, parents, scores, *parts[2])
+    seen, right = tries.make_acceptance_counts(1)
+    right *= np.linspace(0.3, 1, right.size, dtype=np.float32).reshape(right.shape)
+    cells = np.empty((len(parts[2][0]), 3), np.int32)
+    n = tries.fuse_trees(n, tokens, parents, scores, *parts[2], seen, right, cells)
+
+    def rate(conditional: float, beside: float) -> float:
+        row = np.searchsorted(tries.CONDITIONALS, np.float32(conditional), side="right")
+        column = np.count_nonzero(tries.SHARES > np.float32(beside))
+        return float(right[-1, row, column, tries.ANY] / seen[-1, row, column, tries.ANY])
+
     fused_paths = paths(tokens[:n], parents[:n])
     base = dict(zip(paths(*parts[2][:2]), parts[2][2].tolist(), strict=True))
-    fused = RASD.fuse(retrieved, base)
+    fused = RASD.fuse(retrieved, base, rate)
     assert set(fused_paths) == set(fused)
     np.testing.assert_allclose(scores[:n], [fused[path] for path in fused_paths], rtol=1e-4, atol=1e-6)
     assert len(set(fused_paths)) == len(fused_paths)
@@ -112,4 +122,42 @@ def test_scores_converge_to_acceptance_rates() -> None:
     assert abs(by_path[1,] - 0.7) < 0.05
     assert abs(by_path[1, 2] - 0.63) < 0.06
     assert by_path[5,] < 0.03
-    assert (seen[0] == 4).all(), "sources are counted separately"
+    assert (seen[0, ..., tries.ANY] == 4).all(), "sources are counted separately"
+
+
+def test_rates_of_base_tokens_depend_on_the_retrieved_tokens_beside_them() -> None:
+    seen, right = tries.make_acceptance_counts(1)
+    rng = np.random.default_rng(0)
+    for turn in range(4000):
+        retrieved = turn % 2 == 0  # a retrieved token 1 beside the base drafter's token 2, or none
+        n = int(retrieved)
+        tokens, parents, scores = np.full(2, 1, np.int32), np.full(2, ROOT, np.int32), np.full(2, 0.8, np.float32)
+        base = np.array([2], np.int32), np.array([ROOT], np.int32), np.array([0.7], np.float32)
+        cells = np.empty((1, 3), np.int32)
+        assert tries.fuse_trees(n, tokens, parents, scores, *base, seen, right, cells) == n + 1
+        accepted = np.array([2 if rng.random() < (0.1 if retrieved else 0.6) else 9], np.int32)
+        tries.update_acceptance_counts(tries.BASE, *base[:2], cells, accepted, seen, right)
+        if turn >= 3998:
+            assert abs(scores[n] - (0.1 if retrieved else 0.6)) < 0.05
+
+
+def test_the_rate_of_an_opinion_starts_at_the_rate_over_all_opinions() -> None:
+    seen, right = tries.make_acceptance_counts(1)
+    tokens, parents = np.array([7], np.int32), np.array([ROOT], np.int32)
+    counts, depths = np.array([1], np.int32), np.array([1], np.int32)
+    scores, cells = np.empty(1, np.float32), np.empty((1, 3), np.int32)
+    for _ in range(2000):  # tokens that the base drafter does not list are never right
+        tries.score_trie(
+            0, 4, 1, parents, counts, depths, np.array([tries.ABSENT], np.int32), seen, right, scores, cells
+        )
+        tries.update_acceptance_counts(0, tokens, parents, cells, np.array([9], np.int32), seen, right)
+    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([tries.FIRST], np.int32), seen, right, scores, cells)
+    assert scores[0] < 0.05
+    for _ in range(100):  # those that it lists first always are
+        tries.score_trie(
+            0, 4, 1, parents, counts, depths, np.array([tries.FIRST], np.int32), seen, right, scores, cells
+        )
+        tries.update_acceptance_counts(0, tokens, parents, cells, tokens, seen, right)
+    assert scores[0] > 0.85
+    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([tries.ABSENT], np.int32), seen, right, scores, cells)
+    assert scores[0] < 0.05

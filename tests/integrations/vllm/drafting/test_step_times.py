@@ -37,7 +37,13 @@ def test_keeps_the_minimum_of_three_starts(file: Path, monkeypatch: pytest.Monke
     assert start_times(monkeypatch, 1.0) == {n: t / 2 for n, t in slow.items()}
     assert start_times(monkeypatch, 3.0) == {n: t / 2 for n, t in slow.items()}, "the minimum of each size is kept"
     assert start_times(monkeypatch, 0.5) is None, "only the first three starts measure"
-    assert start_times(monkeypatch, 1.5, most=6) == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 6: 9.0}, "a new size is measured"
-    for damaged in ("", "[]", '{"1": 0.01}', '{"times": {"1": "x"}, "starts": 3}', '{"times": {"1": -1}, "starts": 3}'):
+    known = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    assert start_times(monkeypatch, 30.0, most=6) == {**known, 6: 6.0}, "a new size, on a busy machine"
+    assert start_times(monkeypatch, 1.5, most=6) == {**known, 6: 6.0}, "a new size is measured at three starts too"
+    assert start_times(monkeypatch, 0.9, most=6) == {**known, 6: 0.9 * 6}
+    assert start_times(monkeypatch, 0.5, most=6) is None
+    old = '{"times": {"1": 0.1, "2": 0.2, "3": 0.3, "4": 0.4}, "starts": 4}'  # a count for all sizes together
+    negative = '{"times": {"1": -1}, "starts": {"1": 3}}'
+    for damaged in ("", "[]", '{"1": 0.01}', '{"times": {"1": "x"}, "starts": {"1": 3}}', negative, old):
         file.write_text(damaged)
         assert start_times(monkeypatch, 2.0) == slow, damaged
