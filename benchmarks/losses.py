@@ -33,6 +33,7 @@ CAUSES = {  # (plugin, metric title): cause
         "quest",
         "needles found",
     ): "the bound of a page of 32 tokens is looser than exact scores; the paper's pages have 16",
+    ("streaming_llm", "needles found"): "it evicts all but the first and the latest tokens, and with them the needle",
     ("token_recycling", "TTFT speed-up"): PREFILL_DOMINATES,
     ("diversity", "needles found"): "it keeps tokens that differ, whether or not they matter to the question",
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",

@@ -91,6 +91,42 @@ def suffix_comparison(*benchmarks: str) -> str:
     return markdown(head, rows, texts=2) + "".join(map(provenance, results))
 
 
+REPLAYED = {
+    "suffix": "`suffix`, documented settings",
+    "suffix@depth=64": "`suffix`, depth 64, 64 draft tokens, factor 4",
+    "token_recycling": "Token Recycling",
+    "rasd": "RASD",
+    "rasd@verification=tree": "RASD, tree",
+    "rasd@base=none, bound=stop": "*bound: retrieval alone, nothing rejected is drafted*",
+    "rasd, bound=stop": "*bound: RASD's best path, nothing rejected is drafted*",
+    "rasd, bound=tree": "*bound: any path of RASD's tree of 64 nodes, nothing rejected is drafted*",
+}
+
+
+def trace() -> str:
+    """Return the table of replayed drafters, and of bounds that know which draft tokens will be accepted."""
+    result = load("drafter_trace")
+    table: dict[tuple[str, str, str], dict[str, float]] = {}
+    for r in result["records"]:
+        table.setdefault((r["params"]["model"], r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
+    rows = []
+    for model, dataset in dict.fromkeys((m, d) for m, d, _ in table if not d.endswith("_again")):
+        best = {}
+        for ending in ("", "_again"):
+            suffixes = [table[model, dataset + ending, arm] for arm in REPLAYED if arm.startswith("suffix")]
+            best[ending] = max(x["decode_speedup"] for x in suffixes)
+        for arm, title in REPLAYED.items():
+            cells = []
+            for ending in ("", "_again"):
+                x = table[model, dataset + ending, arm]
+                share = x["decode_speedup"] / best[ending]
+                cells += [f"{x['acceptance_length']:.2f}", f"{x['decode_speedup']:.2f}", f"{share:.2f}"]
+            rows.append([f"{model}, {dataset}", title, *cells])
+    one = ("tokens per step", "decoding speed-up", "vs. best `suffix`")
+    head = ["prompts", "drafter", *(f"{x}, {turn}" for turn in ("first", "second") for x in one)]
+    return markdown(head, rows, texts=2) + provenance(result)
+
+
 def sources() -> str:
     """Return the table of speed-up and acceptance length by source of retrieval, on documents and on a domain."""
     result = load("drafters_sources")

@@ -26,6 +26,7 @@ from .top_k import top_k
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 129)  # numbers of query tokens of a step
 REPEATS = 7
+SECONDS = 20.0  # after which no further repetition starts, since large steps of a large model may take seconds
 STARTS = 3  # number of starts that measure a size
 StepTimes = dict[int, float]  # number of query tokens -> seconds
 
@@ -85,8 +86,12 @@ def measure_step_times(runner: Any, sizes: list[int]) -> StepTimes:
     Returns:
         Minimum seconds for each size.
     """
-    model, taken = runner.model, {n: [] for n in sizes}
+    model, taken, tp = runner.model, {n: [] for n in sizes}, get_tp_group()
+    began = time.perf_counter()
     for repeat in range(REPEATS + 1):
+        # The first rank decides, since every step needs all of them. One repetition follows the warm-up in any case.
+        if repeat > 1 and tp.broadcast_object(time.perf_counter() - began > SECONDS):
+            break
         for n in sizes:  # interleaved, so that other load on the machine affects all sizes
             started = time.perf_counter()
             hidden, _ = runner._dummy_run(n, skip_eplb=True)

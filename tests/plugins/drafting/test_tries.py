@@ -88,7 +88,7 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
 
     def rate(conditional: float, beside: float) -> float:
         row = np.searchsorted(tries.CONDITIONALS, np.float32(conditional), side="right")
-        column = np.count_nonzero(tries.SHARES > np.float32(beside))
+        column = np.count_nonzero(np.float32(beside) < tries.SHARES)
         return float(right[-1, row, column, tries.ANY] / seen[-1, row, column, tries.ANY])
 
     fused_paths = paths(tokens[:n], parents[:n])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pilotfish.integrations.vllm.drafting import step_times
 
@@ -47,3 +48,19 @@ def test_keeps_the_minimum_of_three_starts(file: Path, monkeypatch: pytest.Monke
     for damaged in ("", "[]", '{"1": 0.01}', '{"times": {"1": "x"}, "starts": {"1": 3}}', negative, old):
         file.write_text(damaged)
         assert start_times(monkeypatch, 2.0) == slow, damaged
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 2), (1e9, step_times.REPEATS + 1)])
+def test_repeats_until_time_is_up(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
+    monkeypatch.setattr(step_times, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda value: value))
+    monkeypatch.setattr(step_times, "SECONDS", seconds)
+    ran: list[int] = []
+
+    def run(n: int, skip_eplb: bool) -> tuple[torch.Tensor, None]:
+        ran.append(n)
+        return torch.zeros(n, 4), None
+
+    model = SimpleNamespace(compute_logits=lambda hidden: torch.zeros(len(hidden), 16))
+    times = step_times.measure_step_times(SimpleNamespace(model=model, _dummy_run=run), [1, 2, 3])
+    assert ran == [1, 2, 3] * rounds
+    assert all(t > 0 for t in times.values())
