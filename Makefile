@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -52,6 +52,18 @@ bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on pr
 	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
 	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 8 --sample-others 3 \
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
+	$(MAKE) tables
+
+DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
+PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humaneval/HumanEval.jsonl.gz
+MANY := $(PROMPTS) --sample 96 --sample-others 32 --seed 2 --batch 0 --twice
+
+bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best settings, 128 prompts; QWEN is a folder with the model; four hours
+	$(BIN)/pip install -q arctic-inference
+	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms $(DEEP) --out benchmarks/results/drafters_suffix.json
+	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms rasd --out benchmarks/results/drafters_suffix_rasd.json
+	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 48 --model $(QWEN) --dtype bfloat16 --compiled \
+	  --arms $(DEEP),rasd --out benchmarks/results/drafters_suffix_qwen.json
 	$(MAKE) tables
 
 SIZED := rasd@verification=tree@nodes
@@ -155,14 +167,17 @@ bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gut
 RAZOR := VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench kv --policy razor_attention
 TEXTS := --text $(DATA)/wikitext2 --text $(DATA)/gutenberg --haystack $(DATA)/pg_essays
 
-BUDGETS := $(TEXTS) --quality-contexts 4000 --needle-contexts 4000 --needles 3 --batches 1
+KV_BUDGETS := $(TEXTS) --quality-contexts 4000 --needle-contexts 4000 --needles 3 --batches 1
 
 bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal budgets
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv $(BUDGETS) --contexts 4000,8000 \
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv $(KV_BUDGETS) --contexts 4000,8000 \
 	  $(foreach n,256 512 1024,--setting budget=$(n)) $(foreach n,256 512 1024,--setting quest,budget=$(n)) \
 	  --out benchmarks/results/kv_budgets.json
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(BUDGETS) --contexts '' \
-	  --setting budget=256 --out benchmarks/results/kv_budgets_streaming.json
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(KV_BUDGETS) --contexts '' \
+	  $(foreach n,256 512 1024,--setting budget=$(n)) --out benchmarks/results/kv_budgets_streaming.json
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 \
+	  $(foreach n,256 512 1024,--setting budget=$(n)) --quality-contexts '' --needle-contexts '' \
+	  --out benchmarks/results/kv_budgets_streaming_steps.json
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.

@@ -29,7 +29,12 @@ from drafter_trace import CANDIDATES, RecordedRequest, read_trace
 
 from pilotfish.integrations.bench.record import Record, write_records
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine
-from pilotfish.plugins.drafting.draft_length import AcceptanceRecord, StepCostModel, allocate_draft_tokens
+from pilotfish.plugins.drafting.draft_length import (
+    AcceptanceRecord,
+    StepCostModel,
+    allocate_draft_tokens,
+    smooth_step_times,
+)
 from pilotfish.plugins.drafting.tree import sort_by_score, truncate_tree
 from pilotfish.plugins.rasd import RASD, RASDOptions
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
@@ -59,7 +64,7 @@ class StepTimes:
     """Duration of a step by its number of query tokens."""
 
     sizes: Sequence[int]
-    seconds: Sequence[float]
+    seconds: np.ndarray
 
     def __call__(self, rows: int) -> float:
         beyond = max(0, rows - self.sizes[-1]) * np.diff(self.seconds[-2:])[0] / np.diff(self.sizes[-2:])[0]
@@ -248,8 +253,8 @@ def main() -> None:
         path, times, step_ms = files.split(",")
         requests = read_trace(Path(path))
         measured = {int(n): t for n, t in json.loads(Path(times).read_text())["times"].items()}
-        rest = float(step_ms) / 1e3 - measured[min(measured)]
-        cost = StepTimes(sorted(measured), [measured[n] + rest for n in sorted(measured)])
+        times = smooth_step_times([measured[n] for n in sorted(measured)])
+        cost = StepTimes(sorted(measured), times + (float(step_ms) / 1e3 - times[0]))
         vocab_size = 1 + max(int(max(r.text.max(), r.ids.max())) for r in requests)
         records += replay(name, requests, cost, vocab_size)
         raw[name] = {"step_ms": {n: round(1e3 * cost(n), 2) for n in cost.sizes}}

@@ -221,6 +221,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_short": drafters_short,
     "rag_speed": rag_tables.speed,
     "rag_quality": rag_tables.quality,
+    "rag_speed_qwen": lambda: rag_tables.speed("rag_qwen"),
+    "rag_quality_qwen": lambda: rag_tables.quality("rag_qwen"),
     "rag_load": rag_tables.load_table,
     "losses": losses.table,
     "compatibility": compatibility.table,

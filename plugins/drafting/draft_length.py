@@ -77,15 +77,11 @@ class StepCostModel:
     def set_latency_profile(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
         """Set the latency profile, of which only the proportions matter.
 
-        Times must increase with the batch size. Where they do not, because of noise, the mean of the running maximum
-        and of the reversed running minimum is used.
-
         Args:
             rows: Batch sizes in query tokens, ascending, from 1 on.
             seconds: Duration of a step of each batch size.
         """
-        taken = np.asarray(seconds, np.float64)
-        times = (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
+        times = smooth_step_times(seconds)
         self._trust, self._slack = 1000.0, 100.0
         self._rows, self._units = np.asarray(rows, np.float64), (times / times[0] - 1) / self._prior
         self._coefficients.clear()
@@ -162,6 +158,16 @@ class StepCostModel:
         slopes = _solve_nonnegative(gram, target)
         without = mean_y + float(slopes @ ([requests, 0.0, 0.0] - mean_x))
         return max(without, 1e-3 * mean_y), float(slopes[1]), float(slopes[2])
+
+
+def smooth_step_times(seconds: Sequence[float]) -> NDArray[np.float64]:
+    """Return step times that increase with the batch size.
+
+    Where measured times do not, because of noise or of a slower kernel for single tokens, the mean of the running maximum
+    and of the reversed running minimum is used.
+    """
+    taken = np.asarray(seconds, np.float64)
+    return (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
 
 
 def _solve_nonnegative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
