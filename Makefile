@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -92,11 +92,11 @@ bench-sources: $(VENV)/.ready  ## retrieval by source, on documents and on a dom
 
 COLLECTIONS := cranfield med vaswani
 
-# Other packages pin another torch, so they have an environment of their own.
+# Other packages pin another torch, so they have an environment of their own; fast-plaid as PyLate 1.6 pins it.
 PEERS := out/peers
 $(PEERS)/.ready:
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install -q fast-plaid==1.7.0.2110 xtr-warp-rs==2.1.0.2110
+	$(PEERS)/bin/pip install -q fast-plaid==1.4.6.2110 xtr-warp-rs==2.1.0.2110 pyseismic-lsr==0.5.2 bmp==0.2.8
 	touch $@
 
 XTR := bm25s,faiss_flat,maxsim,xtr@exact,xtr@nprobe=8,xtr,xtr@nprobe=32
@@ -118,8 +118,21 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on queries with qrel
 	$(BIN)/pilotfish bench retrieval --data $(DATA)/retrieval/vaswani --queries 20 --repeats 1 \
 	  --arms xtr@codec=rabitq,xtr@codec=pq,xtr,vdr,bm25,dense,bm25s --out benchmarks/results/retrieval_memory.json
 	$(BIN)/python benchmarks/sparse_scale.py
+	$(BIN)/python benchmarks/sparse_baselines.py $(PEERS)/bin/python $(foreach C,cranfield vaswani,$(DATA)/retrieval/$(C))
 	$(BIN)/python benchmarks/token_scale.py $(DATA)
 	$(BIN)/python benchmarks/query_encoding.py $(DATA)
+	$(MAKE) tables
+
+NPROBES := 1 2 4 8 16 32 64
+CURVES := maxsim,xtr@exact,xtr$(foreach n,$(NPROBES),,xtr@nprobe=$(n)),xtr_warp$(foreach n,$(NPROBES),,xtr_warp@nprobe=$(n))
+CURVES += ,fast_plaid$(foreach n,256 512 1024,,fast_plaid@n_full_scores=$(n)@n_ivf_probe=4)
+EMPTY :=
+LONG := out/scifact_long_queries
+
+bench-curves: $(VENV)/.ready $(PEERS)/.ready  ## latency against recall of multi-vector indexes, also with long queries; DATA as for bench-retrieval
+	$(BIN)/python benchmarks/long_queries.py $(DATA)/retrieval/scifact $(LONG)
+	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --data $(LONG) --arms $(subst $(EMPTY) $(EMPTY),,$(CURVES)) \
+	  --out benchmarks/results/retrieval_curves.json
 	$(MAKE) tables
 
 # Encoders trained from MiniLM on scifact's training queries and on essays, measured on what they were not trained on.

@@ -40,6 +40,7 @@ from pilotfish.plugins.rasd import RASD, RASDOptions
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
 
 OUT = Path("benchmarks/results/drafter_trace.json")
+GROUP = 8  # number of prompts whose acceptance lengths show what a small sample would
 NODES = 64  # of the trees in which a bound looks for the accepted path
 
 
@@ -212,6 +213,11 @@ def replays(engine: Engine) -> dict[str, Callable[[], Replay]]:
     }
 
 
+def acceptance_length(requests: Sequence[Steps]) -> float:
+    """Return the number of tokens per verification step."""
+    return sum(s.tokens for s in requests) / sum(s.steps for s in requests)
+
+
 def replay(model: str, trace: list[RecordedRequest], cost: StepTimes, vocab_size: int) -> list[Record]:
     """Replay all drafters over all requests, twice, and return the metrics."""
     engine: Any = argparse.Namespace(model=model, vocab_size=vocab_size)
@@ -219,26 +225,23 @@ def replay(model: str, trace: list[RecordedRequest], cost: StepTimes, vocab_size
     for arm, make in replays(engine).items():
         drafter = make()
         for ending in ("", "_again"):
-            totals: dict[str, Steps] = defaultdict(Steps)
-            speedups: dict[str, list[float]] = defaultdict(list)
+            by_dataset: dict[str, list[Steps]] = defaultdict(list)
             for number, request in enumerate(trace):
-                steps = drafter.run(f"{number}{ending}", request, cost)
-                total = totals[request.dataset]
-                total.tokens, total.steps = total.tokens + steps.tokens, total.steps + steps.steps
-                total.drafted += steps.drafted
-                if steps.steps:
-                    speedups[request.dataset].append(cost(1) * steps.tokens / steps.seconds)
-            for dataset, total in totals.items():
+                by_dataset[request.dataset].append(drafter.run(f"{number}{ending}", request, cost))
+            for dataset, each in by_dataset.items():
+                speedups = [round(cost(1) * s.tokens / s.seconds, 4) for s in each if s.steps]
+                lengths = [round(acceptance_length(each[i : i + GROUP]), 4) for i in range(0, len(each), GROUP)]
+                drafted = sum(s.drafted for s in each) / sum(s.steps for s in each)
                 metrics = {
-                    "decode_speedup": (statistics.geometric_mean(speedups[dataset]), "x"),
-                    "acceptance_length": (total.tokens / total.steps, "tokens"),
-                    "drafted_per_step": (total.drafted / total.steps, "tokens"),
+                    "decode_speedup": (statistics.geometric_mean(speedups), "x", speedups),
+                    "acceptance_length": (acceptance_length(each), "tokens", lengths),
+                    "drafted_per_step": (drafted, "tokens", []),
                 }
-                params = {"model": model, "requests": len(speedups[dataset])}
-                for metric, (value, unit) in metrics.items():
-                    records.append(
-                        Record("drafter_trace", dataset + ending, arm, metric, round(value, 4), unit, [], params)
-                    )
+                params = {"model": model, "requests": len(each)}
+                records += [
+                    Record("drafter_trace", dataset + ending, arm, metric, round(value, 4), unit, runs, params)
+                    for metric, (value, unit, runs) in metrics.items()
+                ]
     return records
 
 

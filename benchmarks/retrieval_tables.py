@@ -53,6 +53,24 @@ def _arms(benchmark: str, kinds: tuple[str, ...], columns: tuple[tuple[str, str,
     return markdown(["collection", "index", *(title for _, title, _ in columns)], rows, texts) + provenance(result)
 
 
+def curves() -> str:
+    """Return the table of latency and recall of multi-vector indexes by search options, the fastest first."""
+    result = load("retrieval_curves")
+    found = [(d, arm, v) for (d, _, arm), v in figures(result).items() if "ndcg@10" in v]
+    exact = {d: v for d, arm, v in found if arm == "maxsim"}
+    rows = []
+    for dataset in exact:
+        kinds = dict.fromkeys(arm.split("@")[0] for d, arm, _ in found if d == dataset)
+        for kind in kinds:
+            arms = [(arm, v) for d, arm, v in found if d == dataset and arm.split("@")[0] == kind]
+            for arm, values in sorted(arms, key=lambda one: one[1]["query_ms_median"]):
+                quality = [f"{values[m]:.3f} ({values[m] - exact[dataset][m]:+.3f})" for m in ("ndcg@10", "recall@100")]
+                latency = [f"{values[m]:.2f}" for m in ("query_ms_median", "query_ms_p95")]
+                rows.append([dataset, label(arm), *latency, *quality])
+    head = ["collection", "index", "ms, median", "ms, p95", "nDCG@10 (to MaxSim)", "Recall@100 (to MaxSim)"]
+    return markdown(head, rows, texts=2) + provenance(result)
+
+
 def retrieval() -> str:
     """Return the table of multi-vector indexes: XTR and other packages."""
     return _table("retrieval", TOKENS)

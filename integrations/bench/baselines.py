@@ -17,73 +17,68 @@ from typing import Any
 import numpy as np
 
 DEPTH = 100
-MULTI_VECTOR = ("fast_plaid", "xtr_warp")
+BUILD_OPTIONS: dict[str, tuple[str, ...]] = {  # all other options belong to the search
+    "fast_plaid": (),
+    "xtr_warp": (),
+    "seismic": ("n_postings", "max_fraction", "centroid_fraction", "summary_energy", "min_cluster_size"),
+    "bmp": ("bsize",),
+}
 SPARSE = ("seismic", "bmp")
-NAMES = (*MULTI_VECTOR, *SPARSE)
+NAMES = tuple(BUILD_OPTIONS)
 
 
-def fast_plaid(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any:
+def fast_plaid(folder: Path, documents: list[Any], queries: list[Any]) -> Any:
     """Build a PLAID index (arXiv 2205.09707) in Rust, which PyLate also uses, and return its search function."""
     from fast_plaid import search
 
     index = search.FastPlaid(str(folder / "fast_plaid"), device="cpu")
     index.create(documents, nbits=4)
-    settings = {"top_k": DEPTH, "n_full_scores": 4096, "n_ivf_probe": 8, **options}
-    return lambda query: index.search(query[None], show_progress=False, n_processes=1, **settings)[0]
+    defaults = {"top_k": DEPTH, "n_full_scores": 4096, "n_ivf_probe": 8, "show_progress": False, "n_processes": 1}
+    return lambda number, **options: index.search(queries[number][None], **{**defaults, **options})[0]
 
 
-def xtr_warp(folder: Path, documents: list[Any], options: dict[str, Any]) -> Any:
+def xtr_warp(folder: Path, documents: list[Any], queries: list[Any]) -> Any:
     """Build a WARP index (arXiv 2501.17788) in Rust, and return its search function."""
     from xtr_warp.search import XTRWarp
 
     index = XTRWarp(str(folder / "xtr_warp"))
     index.create(documents, device="cpu", nbits=4, show_progress=False)
     index.load("cpu")
-    return lambda query: index.search(query[None], DEPTH, num_threads=1, show_progress=False, **options)[0]
+    defaults = {"num_threads": 1, "show_progress": False}
+    return lambda number, **options: index.search(queries[number][None], DEPTH, **{**defaults, **options})[0]
 
 
-SEISMIC_SEARCH_OPTIONS = ("query_cut", "heap_factor", "n_knn")
-
-
-def seismic(folder: Path, documents: list[Any], queries: list[Any], options: dict[str, Any]) -> Any:
-    """Build a Seismic index (arXiv 2404.18812) in Rust, and return its search function; approximate.
-
-    ``query_cut``, ``heap_factor`` and ``n_knn`` are search options; all others are passed to the builder.
-    """
+def seismic(folder: Path, documents: list[Any], queries: list[Any], **options: Any) -> Any:
+    """Build a Seismic index (arXiv 2404.18812) in Rust, and return its search function; approximate."""
     import seismic as package
 
     text = package.get_seismic_string()
     dataset = package.SeismicDataset()
     for number, (terms, weights) in enumerate(documents):
         dataset.add_document(str(number), terms.astype(str).astype(text), weights)
-    searching = {
-        "query_cut": 10,
-        "heap_factor": 0.8,
-        **{k: options.pop(k) for k in SEISMIC_SEARCH_OPTIONS if k in options},
-    }
     index = package.SeismicIndex.build_from_dataset(dataset, num_threads=0, **options)
     (folder / "seismic").mkdir()
     index.save(str(folder / "seismic" / "index"))
     named = [(terms.astype(str).astype(text), weights) for terms, weights in queries]
 
-    def search(number: int) -> list[tuple[str, float]]:
-        terms, weights = named[number]
-        return [(d, score) for _, score, d in index.search("", terms, weights, k=DEPTH, **searching)]
+    def search(number: int, query_cut: int = 10, heap_factor: float = 0.8, **more: Any) -> list[tuple[str, float]]:
+        options = {"k": DEPTH, "query_cut": query_cut, "heap_factor": heap_factor, **more}
+        return [(d, score) for _, score, d in index.search("", *named[number], **options)]
 
     return search
 
 
-def bmp(folder: Path, documents: list[Any], queries: list[Any], options: dict[str, Any]) -> Any:
+def bmp(folder: Path, documents: list[Any], queries: list[Any], bsize: int = 8) -> Any:
     """Build an index of Block-Max Pruning (arXiv 2405.01117) in Rust, and return its search function.
 
     Impacts have 8 bits and query weights are rounded to 0..255. With ``alpha`` and ``beta`` of 1, the default, the
-    search is exact over these values. Options: ``bsize``, ``alpha``, ``beta``.
+    search is exact over these values.
     """
     import bmp as package
 
     (folder / "bmp").mkdir()
     path = str(folder / "bmp" / "index")
-    indexer = package.Indexer(path, int(options.get("bsize", 8)), True)
+    indexer = package.Indexer(path, bsize, True)
     step = max(float(weights.max(initial=0)) for _, weights in documents) / 255
     for number, (terms, weights) in enumerate(documents):
         impacts = np.rint(weights / step).astype(int)
@@ -96,9 +91,8 @@ def bmp(folder: Path, documents: list[Any], queries: list[Any], options: dict[st
         {str(t): float(round(w * scale)) for t, w in zip(terms.tolist(), weights.tolist(), strict=True)}
         for terms, weights in queries
     ]
-    alpha, beta = float(options.get("alpha", 1.0)), float(options.get("beta", 1.0))
 
-    def search(number: int) -> list[tuple[str, float]]:
+    def search(number: int, alpha: float = 1.0, beta: float = 1.0) -> list[tuple[str, float]]:
         found, scores = index.search(named[number], DEPTH, alpha, beta)
         return list(zip(found, scores, strict=True))
 
@@ -106,7 +100,10 @@ def bmp(folder: Path, documents: list[Any], queries: list[Any], options: dict[st
 
 
 def main() -> None:
-    """Run ``baselines.py NAME FOLDER THREADS OPTIONS``: build, report it, then answer query numbers line by line."""
+    """Run ``baselines.py NAME FOLDER THREADS OPTIONS``: build, report it, then answer queries line by line.
+
+    A line holds the number of a query and the search options. So one index serves all search options.
+    """
     import torch
 
     name, folder, threads, options = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -114,21 +111,18 @@ def main() -> None:
     os.dup2(2, 1)
     read = _sparse_rows if name in SPARSE else _split
     documents, queries = (read(folder, what) for what in ("documents", "queries"))
+    builders = {"fast_plaid": fast_plaid, "xtr_warp": xtr_warp, "seismic": seismic, "bmp": bmp}
     began = time.perf_counter()
-    if name in SPARSE:
-        by_number = {"seismic": seismic, "bmp": bmp}[name](folder, documents, queries, options)
-        queries = list(range(len(queries)))
-    else:
-        by_number = {"fast_plaid": fast_plaid, "xtr_warp": xtr_warp}[name](folder, documents, options)
+    search = builders[name](folder, documents, queries, **options)
     seconds = time.perf_counter() - began
     size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
     torch.set_num_threads(threads)
     answers.write(json.dumps({"build_s": seconds, "bytes": size}) + "\n")
     answers.flush()
     for line in sys.stdin:
-        query = queries[int(line)]
+        number, searching = json.loads(line)
         began = time.perf_counter()
-        results = by_number(query)
+        results = search(number, **searching)
         ms = 1e3 * (time.perf_counter() - began)
         answers.write(json.dumps({"ms": ms, "documents": [int(d) for d, _ in results]}) + "\n")
         answers.flush()

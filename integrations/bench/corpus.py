@@ -27,6 +27,7 @@ class Corpus:
     encoder: str  # name of the encoder of ``tokens``
     parts: "tuple[Corpus, ...]" = ()  # collections of a union
     made: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # id of an encoder -> encoder, encoded documents
+    indexes: dict[Any, Any] = field(default_factory=dict)  # name and build options -> index that several arms share
 
     def by(self, encoder: Any) -> Any:
         """Return all documents as encoded by an encoder; they are encoded once for all arms."""

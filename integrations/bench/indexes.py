@@ -101,40 +101,58 @@ def make_arm(name: str, corpus: Corpus, threads: int, python: Path | None) -> Re
 
 
 def _run_baseline(name: str, chosen: Selection, corpus: Corpus, threads: int, python: Path | None) -> RetrievalArm:
-    """Start another package in a process that ends with the arm; it gets the vectors of the Pilotfish index."""
+    """Search another package's index, in a process that all arms with the same index share."""
     if python is None:
         raise ConfigError(f"arm {name} needs --peers PYTHON, an interpreter of an environment that has it")
-    folder = Path(tempfile.mkdtemp())
-    (_write_sparse_vectors if chosen.name in baselines.SPARSE else _write_token_vectors)(folder, corpus)
-    log = folder / "log"
-    process = subprocess.Popen(
-        [python, baselines.__file__, chosen.name, folder, str(threads), json.dumps(dict(chosen.options))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log.open("w"),
-        text=True,
-        # Waiting threads must not take CPU time from the arm that is measured.
-        env={**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
-    )
-    weakref.finalize(process, shutil.rmtree, folder, ignore_errors=True)
-
-    def read_answer() -> dict[str, Any]:
-        assert process.stdout is not None
-        if not (line := process.stdout.readline()):
-            lines = log.read_text().strip().splitlines() or ["the process ended"]
-            raise ConfigError(f"arm {name}: {lines[-1]}")
-        return json.loads(line)
-
-    about = read_answer()
+    building = {k: v for k, v in chosen.options.items() if k in baselines.BUILD_OPTIONS[chosen.name]}
+    searching = {k: v for k, v in chosen.options.items() if k not in building}
+    key = chosen.name, json.dumps(building), threads
+    if key not in corpus.indexes:
+        process = _BaselineProcess(name, chosen.name, building, corpus, threads, python)
+        corpus.indexes[key] = process, process.answer()
+    process, about = corpus.indexes[key]
 
     def search(number: int) -> tuple[float, Sequence[int]]:
-        assert process.stdin is not None
-        process.stdin.write(f"{number}\n")
-        process.stdin.flush()
-        answer = read_answer()
+        answer = process.ask(number, searching)
         return answer["ms"], answer["documents"]
 
     return RetrievalArm(name, search, about["build_s"], about["bytes"])
+
+
+class _BaselineProcess:
+    """A process with the index of another package; it gets the vectors of the Pilotfish index, and ends with this."""
+
+    def __init__(
+        self, arm: str, name: str, building: dict[str, Any], corpus: Corpus, threads: int, python: Path
+    ) -> None:
+        folder = Path(tempfile.mkdtemp())
+        (_write_sparse_vectors if name in baselines.SPARSE else _write_token_vectors)(folder, corpus)
+        self._arm, self._log = arm, folder / "log"
+        self._process = subprocess.Popen(
+            [python, baselines.__file__, name, folder, str(threads), json.dumps(building)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log.open("w"),
+            text=True,
+            # Waiting threads must not take CPU time from the arm that is measured.
+            env={**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+        )
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def ask(self, number: int, searching: dict[str, Any]) -> dict[str, Any]:
+        """Search for a query with some options."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([number, searching]) + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Read the next answer."""
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            lines = self._log.read_text().strip().splitlines() or ["the process ended"]
+            raise ConfigError(f"arm {self._arm}: {lines[-1]}")
+        return json.loads(line)
 
 
 def _write_token_vectors(folder: Path, corpus: Corpus) -> None:
@@ -223,19 +241,42 @@ def _maxsim(corpus: Corpus) -> tuple[Search, int]:
 
 
 def _index(name: str, chosen: Selection, corpus: Corpus) -> RetrievalArm:
-    """Build an index of Pilotfish in a store, and open it as readers do."""
-    from ...retrieval.store import Change, Store
-    from ...retrieval.store.documents import Document
-
+    """Search an index of Pilotfish, which all arms with the same build options share."""
     cls: Any = plugins().get("index", chosen.name, "arm")
     options, settings = _split(cls, chosen.options)
     if "@exact" in name:
         settings |= EXACT
     kind = cls(options)
-    encoder = kind.load_encoder(str(chosen.options.get("encoder") or _usual(kind, corpus.encoder)))
+    named = str(chosen.options.get("encoder") or _usual(kind, corpus.encoder))
+    encoder = kind.load_encoder(named)
     encoded = corpus.by(encoder)
+    key = chosen.name, json.dumps(asdict(options), default=str), named
+    if key not in corpus.indexes:
+        corpus.indexes[key] = _build(chosen.name, kind, options, encoded, corpus)
+    searcher, rows, seconds, size, peak_mib = corpus.indexes[key]
+    chosen_settings = cls.Settings(**settings)
+    queries = kind.queries(encoder, corpus.queries, chosen_settings)
+    each = [queries[i] for i in range(len(corpus.queries))]
+    rerank = _rescoring(encoder, corpus, each, kind.rescored(chosen_settings))
+
+    def search(number: int) -> Sequence[int]:
+        results = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
+        return rerank(number, results).tolist()
+
+    return RetrievalArm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak_mib)
+
+
+def _build(name: str, kind: Any, options: Any, encoded: Any, corpus: Corpus) -> tuple[Any, int, float, int, float]:
+    """Build an index in a store, and open it as readers do.
+
+    Returns:
+        The searcher, the number of rows, the seconds it took, the bytes of the files, and the peak memory in MiB.
+    """
+    from ...retrieval.store import Change, Store
+    from ...retrieval.store.documents import Document
+
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.create(Path(folder) / "index", chosen.name, asdict(options), {"name": "", "fingerprint": ""})
+        store = Store.create(Path(folder) / "index", name, asdict(options), {"name": "", "fingerprint": ""})
         documents = [Document(i, t, {}) for i, t in zip(corpus.ids, corpus.texts, strict=True)]
         started = time.perf_counter()
         with PeakMemory() as peak:
@@ -249,16 +290,7 @@ def _index(name: str, chosen: Selection, corpus: Corpus) -> RetrievalArm:
         size = sum(f.bytes for f in snapshot.manifest.files().values())
         # The files are deleted with the folder; their mappings stay valid.
         searcher = kind.searcher(snapshot.shared, [s.arrays for s in snapshot.segments], len(corpus.ids))
-    chosen_settings = cls.Settings(**settings)
-    queries = kind.queries(encoder, corpus.queries, chosen_settings)
-    each = [queries[i] for i in range(len(corpus.queries))]
-    rerank = _rescoring(encoder, corpus, each, kind.rescored(chosen_settings))
-
-    def search(number: int) -> Sequence[int]:
-        results = kind.search(searcher, each[number], DEPTH, chosen_settings, None)[0]
-        return rerank(number, results).tolist()
-
-    return RetrievalArm(name, _timed(search), seconds, size, rows / len(corpus.ids), peak.mib)
+    return searcher, rows, seconds, size, peak.mib
 
 
 def _usual(kind: Any, tokens: str) -> str:

@@ -163,8 +163,8 @@ class StepCostModel:
 def smooth_step_times(seconds: Sequence[float]) -> NDArray[np.float64]:
     """Return step times that increase with the batch size.
 
-    Where measured times do not, because of noise or of a slower kernel for single tokens, the mean of the running maximum
-    and of the reversed running minimum is used.
+    Where measured times do not, because of noise or of a slower kernel for single tokens, the mean of the running
+    maximum and of the reversed running minimum is used.
     """
     taken = np.asarray(seconds, np.float64)
     return (np.maximum.accumulate(taken) + np.minimum.accumulate(taken[::-1])[::-1]) / 2
@@ -227,13 +227,16 @@ def _size_class(count: int) -> int:
     return count >> shift << shift
 
 
-def allocate_draft_tokens(scores: Sequence[Float32], cost: Callable[[int, Any], Any]) -> list[int]:
+def allocate_draft_tokens(
+    scores: Sequence[Float32], cost: Callable[[int, Any], Any], most: int | None = None
+) -> list[int]:
     """Return how many leading tokens of each request's draft to verify.
 
     Args:
         scores: For each request of the step, the acceptance probabilities of its draft tokens, [n_i], descending.
         cost: Function that returns the duration of a step by the number of requests and draft tokens, such as
             `StepCostModel`.
+        most: Largest number of draft tokens of all requests together; None for no limit.
 
     Returns:
         The number of tokens to verify for each request, 0 .. n_i.
@@ -242,7 +245,7 @@ def allocate_draft_tokens(scores: Sequence[Float32], cost: Callable[[int, Any], 
         return []
     owners = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
     flat = np.concatenate([np.asarray(s, np.float64) for s in scores])
-    order = np.argsort(-flat, kind="stable")  # stable: equal scores keep parents before children
+    order = np.argsort(-flat, kind="stable")[:most]  # stable: equal scores keep parents before children
     yields = len(scores) + np.concatenate(([0.0], np.cumsum(flat[order])))
-    num_selected = int(np.argmax(yields / cost(len(scores), np.arange(len(flat) + 1))))
+    num_selected = int(np.argmax(yields / cost(len(scores), np.arange(len(order) + 1))))
     return np.bincount(owners[order[:num_selected]], minlength=len(scores)).tolist()

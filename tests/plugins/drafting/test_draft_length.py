@@ -46,6 +46,13 @@ def test_expensive_tokens_are_not_drafted_and_free_tokens_are() -> None:
     assert allocate_draft_tokens([], cost_of(1.0, 0.1)) == []
 
 
+def test_the_most_probable_tokens_of_the_batch_share_a_limit() -> None:
+    scores = [np.array([0.9, 0.5], np.float32), np.array([0.8, 0.7, 0.6], np.float32)]
+    assert allocate_draft_tokens(scores, cost_of(1.0, 0.0)) == [2, 3]
+    assert allocate_draft_tokens(scores, cost_of(1.0, 0.0), 3) == [1, 2]
+    assert allocate_draft_tokens(scores, cost_of(1.0, 0.0), 0) == [0, 0]
+
+
 def test_cost_model_fits_noisy_data_with_outliers() -> None:
     rng, cost = np.random.default_rng(0), StepCostModel(slope=0.5)
     for _ in range(1500):

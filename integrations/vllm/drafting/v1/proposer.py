@@ -29,6 +29,8 @@ from .tree_verification import TreeVerifier
 
 logger = log.logger
 
+# vLLM computes the logits of all tokens that a step verifies, and its memory profile does not include them.
+LOGITS_BYTES = 1 << 29
 NODES_PER_TOKEN = 4  # tree nodes requested per token of a verified path
 
 
@@ -102,6 +104,7 @@ class PilotfishProposer:
         if self._tp.rank_in_group != 0:  # the scheduler uses drafts of the first rank only
             return
         self._most = drafting.engine.num_speculative_tokens
+        self._most_in_step = max(self._most, LOGITS_BYTES // (4 * drafting.engine.vocab_size))
         self._depth = self._most if self.trees is None else min(self._most, drafting.cls.default_depth)  # type: ignore[attr-defined]
         plugin: DrafterPlugin = drafting.cls(drafting.options, drafting.engine)
         self.plugin = plugin
@@ -238,7 +241,7 @@ class PilotfishProposer:
         if self.plugin is not None and self.plugin.fixed_size:
             return [len(tree) for tree in trees]
         return allocate_draft_tokens(
-            [one.record.factor * t.scores for t, one in zip(trees, live, strict=True)], self.cost
+            [one.record.factor * t.scores for t, one in zip(trees, live, strict=True)], self.cost, self._most_in_step
         )
 
     def _time_step(self, verified: list[Verified], now: float) -> None:
