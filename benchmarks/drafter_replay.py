@@ -125,7 +125,7 @@ class DrafterReplay:
         self.drafter.start(name, text[: request.prompt])
         self._observe(name, request, at, _EMPTY, [])
         while at < len(text):
-            tree = self._draft(name, text, at, record)
+            tree = self._draft(name, request, at, record)
             accepted = _accepted_path(tree, text[at:])
             end = at + min(len(accepted) + 1, len(text) - at)
             seconds = cost(1 + len(tree))
@@ -137,8 +137,8 @@ class DrafterReplay:
         self.drafter.finish(name)
         return result
 
-    def _draft(self, name: str, text: np.ndarray, at: int, record: AcceptanceRecord) -> DraftTree:
-        most = self.nodes or self.depth
+    def _draft(self, name: str, request: RecordedRequest, at: int, record: AcceptanceRecord) -> DraftTree:
+        text, most = request.text, min(self.nodes or self.depth, max(request.end - at - 1, 0))
         room = NODES if self.bound == "tree" else most if self.nodes else 4 * self.depth
         tree = self.drafter.propose([DraftRequest(name, text[:at], most)], DraftBudget(room, self.depth))[0]
         if self.bound == "tree":

@@ -49,6 +49,7 @@ def record(
             ranked = [sorted(at.items(), key=lambda c: -c[1].logprob)[:CANDIDATES] for at in output.logprobs or []]
             line = {
                 "dataset": prompt.dataset,
+                "max_tokens": tokens,
                 "prompt": ids,
                 "output": list(output.token_ids),
                 "ids": [[token for token, _ in at] for at in ranked],
@@ -64,6 +65,7 @@ class RecordedRequest:
     Attributes:
         dataset: Name of the prompts' data set.
         prompt: Number of tokens of the prompt.
+        end: Number of tokens of the text at the request's ``max_tokens``.
         text: [t] token ids of the prompt and the output.
         ids: [n, k] most probable tokens at each output position, best first.
         probs: [n, k] their probabilities, normalised over the k candidates.
@@ -71,6 +73,7 @@ class RecordedRequest:
 
     dataset: str
     prompt: int
+    end: int
     text: np.ndarray
     ids: np.ndarray
     probs: np.ndarray
@@ -82,11 +85,10 @@ def read_trace(path: Path) -> list[RecordedRequest]:
     with gzip.open(path, "rt") as file:
         for line in map(json.loads, file):
             probs = np.exp(np.array(line["logprobs"], np.float32))
-            text = np.array(line["prompt"] + line["output"], np.int32)
             probs /= probs.sum(-1, keepdims=True)
-            requests.append(
-                RecordedRequest(line["dataset"], len(line["prompt"]), text, np.array(line["ids"], np.int32), probs)
-            )
+            prompt, text = len(line["prompt"]), np.array(line["prompt"] + line["output"], np.int32)
+            ids, end = np.array(line["ids"], np.int32), prompt + line["max_tokens"]
+            requests.append(RecordedRequest(line["dataset"], prompt, end, text, ids, probs))
     return requests
 
 

@@ -1,7 +1,10 @@
 """Tables of drafters that verify chains or trees, on prompts that run twice: `pilotfish bench drafters --twice`."""
 
+from collections import defaultdict
+from typing import Any
+
 from bootstrap import bootstrap_interval, compare_paired
-from common import figures, load, markdown, provenance
+from common import STOCK, figures, load, markdown, provenance
 
 RESULT = "drafters_trees"
 NAMES = {"ngram": "vLLM `ngram`", "suffix": "`suffix` (arctic-inference)"}
@@ -64,6 +67,24 @@ def budget() -> str:
     return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
 
 
+def _acceptance_lengths(result: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Return the number of tokens per verification step, by dataset and arm.
+
+    The tokens are those of the stock run beside each run: early results count tokens after the end of an answer too.
+    """
+    tokens: dict[tuple[str, str], int] = defaultdict(int)
+    steps: dict[tuple[str, str], int] = defaultdict(int)
+    runs = result["raw"]["runs"]
+    stock = {(r["arm"], r["dataset"], r["turn"], r["again"]): r for r in runs if r["arm"].startswith(f"{STOCK}|")}
+    for run in runs:
+        pair = stock.get((f"{STOCK}|{run['arm']}", run["dataset"], run["turn"], run["again"]))
+        if pair is not None:
+            key = run["dataset"] + ("_again" if run["again"] else ""), run["arm"]
+            tokens[key] += pair["answer"]["emitted"]
+            steps[key] += run["answer"]["request_steps"]
+    return {key: tokens[key] / steps[key] for key in tokens}
+
+
 def suffix_comparison(*benchmarks: str) -> str:
     """Return the speed-ups with 95 % confidence intervals, and RASD relative to each other arm, paired by prompt.
 
@@ -74,6 +95,7 @@ def suffix_comparison(*benchmarks: str) -> str:
     table = {key: values for result in results for key, values in figures(result).items()}
     speedups = [r for result in results for r in result["records"] if r["metric"] == "speedup"]
     runs = {(r["dataset"], r["arm"]): r["runs"] for r in speedups}
+    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
     arms = sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm))
     rows = []
     for dataset in dict.fromkeys(d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))):
@@ -81,8 +103,7 @@ def suffix_comparison(*benchmarks: str) -> str:
             cells = []
             for place in (dataset, f"{dataset}_again"):
                 mean, low, high = bootstrap_interval(runs[place, arm])
-                length = table[place, 1, arm]["acceptance_length"]
-                cells += [f"{mean:.2f} ({low:.2f} to {high:.2f})", f"{length:.2f}"]
+                cells += [f"{mean:.2f} ({low:.2f} to {high:.2f})", f"{lengths[place, arm]:.2f}"]
                 cells.append("" if arm == "rasd" else compare_paired(runs[place, "rasd"], runs[place, arm]))
             same = all(table[p, 1, arm]["identical_share"] == 1 for p in (dataset, f"{dataset}_again"))
             rows.append([f"{dataset}, {len(runs[dataset, arm])}", label(arm), *cells, "yes" if same else "no"])

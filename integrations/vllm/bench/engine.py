@@ -132,7 +132,7 @@ class Worker:
         core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
         self.core, self.runner = core, core.model_executor.driver_worker.worker.model_runner
         self._drafters: dict[str, Any] = {}
-        self._request_steps = self._emitted = self._drafted = 0
+        self._request_steps = self._drafted = 0
         self._first: dict[str, float] = {}
         update = core.scheduler.update_from_output
 
@@ -144,7 +144,6 @@ class Worker:
                     continue
                 if request in self._first:  # decode; a request's first token comes from prefill
                     self._request_steps += 1
-                    self._emitted += len(tokens)
                     self._drafted += len(drafts.get(request, ()))
                 self._first.setdefault(request, now)
             return update(scheduler_output, output)
@@ -155,7 +154,7 @@ class Worker:
         """Complete all prompts together, greedily; return tokens, times in seconds and counts of this call."""
         from vllm import SamplingParams
 
-        self._request_steps = self._emitted = self._drafted = 0
+        self._request_steps = self._drafted = 0
         self._first.clear()
         before = self._proposing()
         started = time.perf_counter()
@@ -171,7 +170,8 @@ class Worker:
             "seconds": ended - started,
             "decode_seconds": ended - max(self._first.values()),
             "request_steps": self._request_steps,
-            "emitted": self._emitted,
+            # A step may yield tokens after the end of an answer, which do not count.
+            "emitted": sum(len(o.outputs[0].token_ids) - 1 for o in outputs),
             "drafted": self._drafted,
             "proposing": {key: after[key] - before[key] for key in after},
         }
