@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag bench-rag-qwen compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -154,6 +154,12 @@ bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage
 	VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench vision \
 	  $(foreach P,$(PICTURES),--image $(wildcard $(DATA)/skimage_samples/$(P).*)) \
 	  --quality $(DATA)/skimage_samples --quality $(DATA)/owleval
+	$(MAKE) tables
+
+bench-rag-qwen: $(VENV)/.ready  ## questions to a larger model; QWEN is a folder with the model
+	$(BIN)/pilotfish bench rag $(foreach D,xquad nq_open_oracle hotpotqa,--data $(DATA)/$(D)) --model $(QWEN) \
+	  --server "--dtype bfloat16 --max-model-len 4096" --sample 12 --conversations 0 --max-tokens 64 \
+	  --arms rasd,tidal_decode@budget=512,streaming_llm@budget=512 --out benchmarks/results/rag_qwen.json
 	$(MAKE) tables
 
 bench-rag: $(VENV)/.ready  ## questions answered from documents, with and without each plugin; DATA holds xquad, nq_open_oracle, hotpotqa

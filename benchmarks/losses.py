@@ -22,6 +22,9 @@ RIVALS = {  # plugin: packages that do the same with the same data
 }
 SAME_QUALITY = 0.97  # share of the quality that a faster index has to reach
 
+ROUNDED = "bfloat16: one answer in ten differs, since logits are rounded differently in steps with more tokens"
+SHORT_PROMPTS = "prompts of about 1,000 tokens: attention to the context is a small part of a step"
+EVICTED = "it evicts all but the first and the latest tokens, and with them passages of the prompt"
 PREFILL_DOMINATES = "short answers: prefill takes most of the time, and the plugin does not make it faster"
 CAUSES = {  # (plugin, metric title): cause
     ("razor_attention", "answer speed-up"): "prefix caching is off; stock vLLM without it is as slow. Short contexts",
@@ -33,7 +36,15 @@ CAUSES = {  # (plugin, metric title): cause
         "quest",
         "needles found",
     ): "the bound of a page of 32 tokens is looser than exact scores; the paper's pages have 16",
-    ("streaming_llm", "needles found"): "it evicts all but the first and the latest tokens, and with them the needle",
+    ("rasd", "gold answer contained"): ROUNDED,
+    ("rasd", "F1"): ROUNDED,
+    ("rasd", "TTFT speed-up"): PREFILL_DOMINATES,
+    ("tidal_decode", "answer speed-up"): SHORT_PROMPTS,
+    ("tidal_decode", "decoding speed-up"): SHORT_PROMPTS,
+    ("tidal_decode", "TTFT speed-up"): PREFILL_DOMINATES,
+    ("streaming_llm", "needles found"): EVICTED,
+    ("streaming_llm", "gold answer contained"): EVICTED,
+    ("streaming_llm", "F1"): EVICTED,
     ("token_recycling", "TTFT speed-up"): PREFILL_DOMINATES,
     ("diversity", "needles found"): "it keeps tokens that differ, whether or not they matter to the question",
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",
