@@ -194,9 +194,6 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	  --out benchmarks/results/kv_budgets.json
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(KV_BUDGETS) --contexts '' \
 	  $(foreach n,256 512 1024,--setting budget=$(n)) --out benchmarks/results/kv_budgets_streaming.json
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 --text $(DATA)/wikitext2 \
-	  $(foreach n,256 512 1024,--setting budget=$(n)) --quality-contexts '' --needle-contexts '' \
-	  --out benchmarks/results/kv_budgets_streaming_steps.json
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.

@@ -45,6 +45,7 @@ CAUSES = {  # (plugin, metric title): cause
     ("streaming_llm", "needles found"): EVICTED,
     ("streaming_llm", "gold answer contained"): EVICTED,
     ("streaming_llm", "F1"): EVICTED,
+    ("streaming_llm", "answer speed-up"): SHORT_PROMPTS,
     ("token_recycling", "TTFT speed-up"): PREFILL_DOMINATES,
     ("diversity", "needles found"): "it keeps tokens that differ, whether or not they matter to the question",
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",
