@@ -237,9 +237,9 @@ def replay(model: str, trace: list[RecordedRequest], cost: StepTimes, vocab_size
                     "acceptance_length": (acceptance_length(each), "tokens", lengths),
                     "drafted_per_step": (drafted, "tokens", []),
                 }
-                params = {"model": model, "requests": len(each)}
+                params, place = {"model": model, "requests": len(each)}, f"{dataset}{ending}, {model}"
                 records += [
-                    Record("drafter_trace", dataset + ending, arm, metric, round(value, 4), unit, runs, params)
+                    Record("drafter_trace", place, arm, metric, round(value, 4), unit, runs, params)
                     for metric, (value, unit, runs) in metrics.items()
                 ]
     return records

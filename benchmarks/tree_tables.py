@@ -129,7 +129,8 @@ def trace() -> str:
     result = load("drafter_trace")
     table: dict[tuple[str, str, str], dict[str, float]] = {}
     for r in result["records"]:
-        table.setdefault((r["params"]["model"], r["dataset"], r["arm"]), {})[r["metric"]] = r["value"]
+        dataset, _, model = r["dataset"].partition(", ")
+        table.setdefault((model, dataset, r["arm"]), {})[r["metric"]] = r["value"]
     rows = []
     for model, dataset in dict.fromkeys((m, d) for m, d, _ in table if not d.endswith("_again")):
         best = {}
