@@ -52,7 +52,7 @@ class TestWorker(Worker):
                 values["structured_outputs"] = StructuredOutputsParams(json=schema)
             return SamplingParams(**values)
 
-        self._emitted = self._request_steps = self._drafted = self.preemptions = 0
+        self._request_steps = self._drafted = self.preemptions = 0
         self._first.clear()
         inputs: list[Any] = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
         outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], use_tqdm=False)
@@ -65,7 +65,7 @@ class TestWorker(Worker):
                 None if a.logprobs is None else [{t: p.logprob for t, p in step.items()} for step in a.logprobs]
                 for a in answers
             ],
-            "emitted": self._emitted,
+            "emitted": sum(len(a.token_ids) - 1 for a in answers),
             "request_steps": self._request_steps,
             "drafted": self._drafted,
             "preemptions": self.preemptions,
@@ -138,7 +138,7 @@ class TestWorker(Worker):
         import torch
 
         seen: list[tuple[list[int], torch.Tensor]] = []
-        engine, running = self.llm.llm_engine, self.core.scheduler.running
+        engine = self.llm.llm_engine
         waiting = list(enumerate(prompts))
         before = self.runner.drafter.trees.num_moved_tokens
         while waiting or engine.has_unfinished_requests():
@@ -153,7 +153,7 @@ class TestWorker(Worker):
         moved, worst = self.runner.drafter.trees.num_moved_tokens - before, 0.0
         for number, (tokens, cache) in enumerate(random.Random(0).sample(seen, looks)):
             self._add(f"fresh-{number}", tokens, 2)
-            while not running and not self.core.scheduler.running:
+            while not self.core.scheduler.running:
                 engine.step()
             while self.core.scheduler.running and self.core.scheduler.running[0].num_computed_tokens < len(tokens):
                 engine.step()
