@@ -84,7 +84,8 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
     seen, right = tries.make_acceptance_counts(1)
     right *= np.linspace(0.3, 1, right.size, dtype=np.float32).reshape(right.shape)
     cells = np.empty((len(parts[2][0]), 3), np.int32)
-    n = tries.fuse_trees(n, tokens, parents, scores, *parts[2], seen, right, cells)
+    base_tokens, base_parents, base_scores = parts[2]
+    n = tries.fuse_trees(n, tokens, parents, scores, base_tokens, base_parents, base_scores, seen, right, cells)
 
     def rate(conditional: float, beside: float) -> float:
         row = np.searchsorted(tries.CONDITIONALS, np.float32(conditional), side="right")
@@ -132,11 +133,11 @@ def test_rates_of_base_tokens_depend_on_the_retrieved_tokens_beside_them() -> No
         retrieved = turn % 2 == 0  # a retrieved token 1 beside the base drafter's token 2, or none
         n = int(retrieved)
         tokens, parents, scores = np.full(2, 1, np.int32), np.full(2, ROOT, np.int32), np.full(2, 0.8, np.float32)
-        base = np.array([2], np.int32), np.array([ROOT], np.int32), np.array([0.7], np.float32)
+        base, above, score = np.array([2], np.int32), np.array([ROOT], np.int32), np.array([0.7], np.float32)
         cells = np.empty((1, 3), np.int32)
-        assert tries.fuse_trees(n, tokens, parents, scores, *base, seen, right, cells) == n + 1
+        assert tries.fuse_trees(n, tokens, parents, scores, base, above, score, seen, right, cells) == n + 1
         accepted = np.array([2 if rng.random() < (0.1 if retrieved else 0.6) else 9], np.int32)
-        tries.update_acceptance_counts(tries.BASE, *base[:2], cells, accepted, seen, right)
+        tries.update_acceptance_counts(tries.BASE, base, above, cells, accepted, seen, right)
         if turn >= 3998:
             assert abs(scores[n] - (0.1 if retrieved else 0.6)) < 0.05
 
