@@ -120,7 +120,7 @@ class DrafterReplay:
 
     def run(self, name: str, request: RecordedRequest, cost: StepTimes) -> Steps:
         if not self.cost.steps:
-            self.cost.set_latency_profile(cost.sizes, cost.seconds)
+            self.cost.set_latency_profile(cost.sizes, cost.seconds.tolist())
         text, at, result, record = request.text, request.prompt + 1, Steps(), AcceptanceRecord()
         self.drafter.start(name, text[: request.prompt])
         self._observe(name, request, at, _EMPTY, [])
