@@ -37,10 +37,11 @@ check: $(VENV)/.ready  ## lint, format, types, and who imports whom
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humaneval/HumanEval.jsonl.gz
+
 bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
 	$(BIN)/pip install -q '.[bench]'
-	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
-	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --max-tokens 96
+	$(BIN)/pilotfish bench drafters $(PROMPTS) --max-tokens 96
 	$(MAKE) tables
 
 TREE := token_recycling@verification=tree
@@ -49,13 +50,11 @@ PARTS := rasd@base=none,rasd@base_feedback=false@prune=0.0,rasd@fuse=false,rasd@
 
 bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on prompts that come twice; DATA as for bench
 	$(BIN)/pip install -q arctic-inference
-	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
-	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz --arms "$(TWICE),$(PARTS)" --sample 8 --sample-others 3 \
+	$(BIN)/pilotfish bench drafters $(PROMPTS) --arms "$(TWICE),$(PARTS)" --sample 8 --sample-others 3 \
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
 	$(MAKE) tables
 
 DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
-PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humaneval/HumanEval.jsonl.gz
 MANY := $(PROMPTS) --sample 96 --sample-others 32 --seed 2 --batch 0 --twice
 
 bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best settings, 128 prompts; QWEN is a folder with the model; four hours
@@ -71,8 +70,7 @@ BUDGETS := $(SIZED)=2,$(SIZED)=5,$(SIZED)=10
 
 bench-budget: $(VENV)/.ready  ## trees of measured size beside fixed ones, on more prompts, each seen once; DATA as for bench
 	$(BIN)/pip install -q arctic-inference
-	$(BIN)/pilotfish bench drafters --prompts $(DATA)/spec_bench/question.jsonl \
-	  --prompts $(DATA)/humaneval/HumanEval.jsonl.gz \
+	$(BIN)/pilotfish bench drafters $(PROMPTS) \
 	  --arms suffix,rasd@verification=tree,rasd,token_recycling,$(BUDGETS) --sample 24 --sample-others 8 --seed 1 \
 	  --max-tokens 96 --batch 0 --no-warm --out benchmarks/results/drafters_budget.json
 	$(MAKE) tables
@@ -124,14 +122,15 @@ bench-retrieval: $(VENV)/.ready $(PEERS)/.ready  ## indexes on queries with qrel
 	$(MAKE) tables
 
 NPROBES := 1 2 4 8 16 32 64
-CURVES := maxsim,xtr@exact,xtr$(foreach n,$(NPROBES),,xtr@nprobe=$(n)),xtr_warp$(foreach n,$(NPROBES),,xtr_warp@nprobe=$(n))
-CURVES += ,fast_plaid$(foreach n,256 512 1024,,fast_plaid@n_full_scores=$(n)@n_ivf_probe=4)
+CURVES := maxsim xtr@exact $(foreach kind,xtr xtr_warp,$(kind) $(NPROBES:%=$(kind)@nprobe=%))
+CURVES += fast_plaid $(foreach n,256 512 1024,fast_plaid@n_full_scores=$(n)@n_ivf_probe=4)
 EMPTY :=
+COMMA := ,
 LONG := out/scifact_long_queries
 
 bench-curves: $(VENV)/.ready $(PEERS)/.ready  ## latency against recall of multi-vector indexes, also with long queries; DATA as for bench-retrieval
 	$(BIN)/python benchmarks/long_queries.py $(DATA)/retrieval/scifact $(LONG)
-	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --data $(LONG) --arms $(subst $(EMPTY) $(EMPTY),,$(CURVES)) \
+	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --data $(LONG) --arms $(subst $(EMPTY) $(EMPTY),$(COMMA),$(CURVES)) \
 	  --out benchmarks/results/retrieval_curves.json
 	$(MAKE) tables
 
@@ -156,14 +155,16 @@ bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage
 	  --quality $(DATA)/skimage_samples --quality $(DATA)/owleval
 	$(MAKE) tables
 
+QUESTIONS := $(foreach D,xquad nq_open_oracle hotpotqa,--data $(DATA)/$(D))
+
 bench-rag-qwen: $(VENV)/.ready  ## questions to a larger model; QWEN is a folder with the model
-	$(BIN)/pilotfish bench rag $(foreach D,xquad nq_open_oracle hotpotqa,--data $(DATA)/$(D)) --model $(QWEN) \
+	$(BIN)/pilotfish bench rag $(QUESTIONS) --model $(QWEN) \
 	  --server "--dtype bfloat16 --max-model-len 4096" --sample 12 --conversations 0 --max-tokens 64 \
 	  --arms rasd,tidal_decode@budget=512,streaming_llm@budget=512 --out benchmarks/results/rag_qwen.json
 	$(MAKE) tables
 
 bench-rag: $(VENV)/.ready  ## questions answered from documents, with and without each plugin; DATA holds xquad, nq_open_oracle, hotpotqa
-	$(BIN)/pilotfish bench rag $(foreach D,xquad nq_open_oracle hotpotqa,--data $(DATA)/$(D)) --sample 14 \
+	$(BIN)/pilotfish bench rag $(QUESTIONS) --sample 14 \
 	  --conversations 2 --arms rasd,token_recycling,tidal_decode@budget=8192,razor_attention,no_prefix_caching
 	$(BIN)/python benchmarks/rag_load.py $(DATA)
 	$(MAKE) tables

@@ -123,7 +123,7 @@ class DrafterReplay:
             self.cost.set_latency_profile(cost.sizes, cost.seconds.tolist())
         text, at, result, record = request.text, request.prompt + 1, Steps(), AcceptanceRecord()
         self.drafter.start(name, text[: request.prompt])
-        self._observe(name, request, at, _EMPTY, [])
+        self._observe(name, request, at - 1, at, _EMPTY, [])
         while at < len(text):
             tree = self._draft(name, request, at, record)
             accepted = _accepted_path(tree, text[at:])
@@ -132,7 +132,7 @@ class DrafterReplay:
             result.add(end - at, len(tree), seconds)
             self.cost.observe(1, len(tree), seconds)
             record.observe(tree.scores, end - at - 1)
-            self._observe(name, request, end, tree, accepted, at)
+            self._observe(name, request, at, end, tree, accepted)
             at = end
         self.drafter.finish(name)
         return result
@@ -151,11 +151,8 @@ class DrafterReplay:
             return tree
         return truncate_tree(tree, allocate_draft_tokens([record.factor * tree.scores], self.cost)[0])
 
-    def _observe(
-        self, name: str, r: RecordedRequest, end: int, tree: DraftTree, accepted: list[int], at: int | None = None
-    ) -> None:
-        """Pass the tokens up to ``end`` to the drafter, with the recorded candidates of accepted positions."""
-        at = end - 1 if at is None else at
+    def _observe(self, name: str, r: RecordedRequest, at: int, end: int, tree: DraftTree, accepted: list[int]) -> None:
+        """Pass the tokens from ``at`` to ``end`` to the drafter, with the recorded candidates of accepted positions."""
         ids, probs = np.full((len(tree) + 1, CANDIDATES), -1, np.int32), np.zeros((len(tree) + 1, CANDIDATES), "f4")
         for position, row in enumerate([0, *(node + 1 for node in accepted)], at - r.prompt):
             if position < len(r.ids):

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 CANDIDATES = 8
-MAX_MODEL_LEN = 4096
 
 
 def record(
@@ -26,17 +25,14 @@ def record(
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from pilotfish.integrations.vllm.bench.prompts import read_prompts, sample_prompts
+    from pilotfish.integrations.vllm.bench.drafters import MAX_MODEL_LEN
+    from pilotfish.integrations.vllm.bench.prompts import encode_prompt, read_prompts, sample_prompts
     from pilotfish.integrations.vllm.models import registry
 
     folder = registry.resolve_model(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     drawn = [p for f, n in zip(files, samples, strict=True) for p in sample_prompts(read_prompts(f), n, seed)]
-    prompts = []
-    for prompt in drawn:
-        message = [{"role": "user", "content": prompt.text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][: MAX_MODEL_LEN - tokens - 1])
+    prompts = [encode_prompt(tokenizer, p, MAX_MODEL_LEN - tokens - 1) for p in drawn]
     engine = LLM(folder, dtype=dtype, max_model_len=MAX_MODEL_LEN, max_num_seqs=16, enforce_eager=True, seed=0)
     answers = engine.generate(
         [{"prompt_token_ids": p} for p in prompts],

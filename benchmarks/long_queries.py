@@ -8,7 +8,6 @@ document, from COUNT documents (default 200) drawn with a fixed seed. The docume
 is part of its document.
 """
 
-import gzip
 import json
 import random
 import re
@@ -17,14 +16,9 @@ import sys
 from pathlib import Path
 
 from pilotfish.retrieval import evaluation
+from pilotfish.retrieval.loaders import DocumentSource
 
 SEED, WORDS = 0, 30
-
-
-def read_documents(corpus: Path) -> list[tuple[str, str]]:
-    """Return the ids and texts of the documents of a ``corpus.jsonl`` or ``corpus.jsonl.gz``."""
-    with gzip.open(corpus, "rt") if corpus.suffix == ".gz" else corpus.open() as file:
-        return [(line["_id"], line["text"]) for line in map(json.loads, file)]
 
 
 def main() -> None:
@@ -32,13 +26,13 @@ def main() -> None:
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 200
     collection = evaluation.read_collection(source)
-    documents = read_documents(collection.corpus)
+    documents = list(DocumentSource([collection.corpus], lambda text: [text]))
     random.Random(SEED).shuffle(documents)
     queries: dict[str, str] = {}
-    for name, text in documents:
-        sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if len(s.split()) >= WORDS]
+    for document in documents:
+        sentences = [s for s in re.split(r"(?<=[.!?])\s+", document.text) if len(s.split()) >= WORDS]
         if sentences and len(queries) < count:
-            queries[name] = sentences[len(sentences) // 2]
+            queries[document.id] = sentences[len(sentences) // 2]
     (out / "qrels").mkdir(parents=True, exist_ok=True)
     shutil.copy(collection.corpus, out / collection.corpus.name)
     lines = [json.dumps({"_id": f"q{i}", "text": text}) for i, text in enumerate(queries.values())]

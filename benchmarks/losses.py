@@ -24,6 +24,7 @@ SAME_QUALITY = 0.97  # share of the quality that a faster index has to reach
 
 ROUNDED = "bfloat16: one answer in ten differs, since logits are rounded differently in steps with more tokens"
 SHORT_PROMPTS = "prompts of about 1,000 tokens: attention to the context is a small part of a step"
+LARGE_PAGES = "the bound of a page of 32 tokens is looser than exact scores; the paper's pages have 16"
 EVICTED = "it evicts all but the first and the latest tokens, and with them passages of the prompt"
 PREFILL_DOMINATES = "short answers: prefill takes most of the time, and the plugin does not make it faster"
 CAUSES = {  # (plugin, metric title): cause
@@ -32,10 +33,7 @@ CAUSES = {  # (plugin, metric title): cause
     ("razor_attention", "decoding speed-up"): "short contexts: few KV blocks can be evicted",
     ("razor_attention", "needles found"): "one needle in thirty: its token was in no retrieval head",
     ("tidal_decode", "needles found"): "one needle in fifty: a selection layer did not select it",
-    (
-        "quest",
-        "needles found",
-    ): "the bound of a page of 32 tokens is looser than exact scores; the paper's pages have 16",
+    ("quest", "needles found"): LARGE_PAGES,
     ("rasd", "gold answer contained"): ROUNDED,
     ("rasd", "F1"): ROUNDED,
     ("rasd", "TTFT speed-up"): PREFILL_DOMINATES,

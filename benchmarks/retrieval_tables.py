@@ -58,15 +58,13 @@ def curves() -> str:
     result = load("retrieval_curves")
     found = [(d, arm, v) for (d, _, arm), v in figures(result).items() if "ndcg@10" in v]
     exact = {d: v for d, arm, v in found if arm == "maxsim"}
+    groups = list(dict.fromkeys((d, arm.split("@")[0]) for d, arm, _ in found))
+    found.sort(key=lambda one: (groups.index((one[0], one[1].split("@")[0])), one[2]["query_ms_median"]))
     rows = []
-    for dataset in exact:
-        kinds = dict.fromkeys(arm.split("@")[0] for d, arm, _ in found if d == dataset)
-        for kind in kinds:
-            arms = [(arm, v) for d, arm, v in found if d == dataset and arm.split("@")[0] == kind]
-            for arm, values in sorted(arms, key=lambda one: one[1]["query_ms_median"]):
-                quality = [f"{values[m]:.3f} ({values[m] - exact[dataset][m]:+.3f})" for m in ("ndcg@10", "recall@100")]
-                latency = [f"{values[m]:.2f}" for m in ("query_ms_median", "query_ms_p95")]
-                rows.append([dataset, label(arm), *latency, *quality])
+    for dataset, arm, values in found:
+        quality = [f"{values[m]:.3f} ({values[m] - exact[dataset][m]:+.3f})" for m in ("ndcg@10", "recall@100")]
+        latency = [f"{values[m]:.2f}" for m in ("query_ms_median", "query_ms_p95")]
+        rows.append([dataset, label(arm), *latency, *quality])
     head = ["collection", "index", "ms, median", "ms, p95", "nDCG@10 (to MaxSim)", "Recall@100 (to MaxSim)"]
     return markdown(head, rows, texts=2) + provenance(result)
 

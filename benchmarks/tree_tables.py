@@ -114,7 +114,7 @@ def suffix_comparison(*benchmarks: str) -> str:
 
 REPLAYED = {
     "suffix": "`suffix`, documented settings",
-    "suffix@depth=64": "`suffix`, depth 64, 64 draft tokens, factor 4",
+    "suffix@depth=64": NAMES[DEEP_SUFFIX],
     "token_recycling": "Token Recycling",
     "rasd": "RASD",
     "rasd@verification=tree": "RASD, tree",

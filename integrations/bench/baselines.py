@@ -20,7 +20,17 @@ DEPTH = 100
 BUILD_OPTIONS: dict[str, tuple[str, ...]] = {  # all other options belong to the search
     "fast_plaid": (),
     "xtr_warp": (),
-    "seismic": ("n_postings", "max_fraction", "centroid_fraction", "summary_energy", "min_cluster_size"),
+    "seismic": (
+        "n_postings",
+        "centroid_fraction",
+        "min_cluster_size",
+        "summary_energy",
+        "max_fraction",
+        "doc_cut",
+        "nknn",
+        "knn_path",
+        "batched_indexing",
+    ),
     "bmp": ("bsize",),
 }
 SPARSE = ("seismic", "bmp")

@@ -157,10 +157,7 @@ def measure_pair(
     longest = MAX_MODEL_LEN - plan.max_tokens - 1
 
     def encode(prompt: Prompt) -> list[int]:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], add_generation_prompt=True, tokenize=False
-        )
-        return tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
+        return prompt_files.encode_prompt(tokenizer, prompt, longest)
 
     encoded = [encode(p) for p in drawn]
     common = {

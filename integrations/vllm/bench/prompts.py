@@ -62,6 +62,13 @@ def _prompt(line: Any, dataset: str) -> Prompt:
     return Prompt(dataset, str(line.get("category", "all")), text)
 
 
+def encode_prompt(tokenizer: Any, prompt: Prompt, longest: int) -> list[int]:
+    """Return at most ``longest`` token ids of a prompt in the chat template of a model."""
+    message = [{"role": "user", "content": prompt.text}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
+
+
 def sample_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     """Sample ``count`` prompts, round-robin over the categories, in an order that depends on the seed."""
     rng = random.Random(seed)
