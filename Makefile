@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-rag bench-rag-qwen compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-replay bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -39,9 +39,12 @@ check: $(VENV)/.ready  ## lint, format, types, and who imports whom
 
 PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humaneval/HumanEval.jsonl.gz
 
+DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
+SAMPLE := $(PROMPTS) --sample 96 --sample-others 32 --seed 2
+
 bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
 	$(BIN)/pip install -q '.[bench]'
-	$(BIN)/pilotfish bench drafters $(PROMPTS) --max-tokens 96
+	$(BIN)/pilotfish bench drafters $(SAMPLE) --max-tokens 64 --arms ngram,suffix,$(DEEP),token_recycling
 	$(MAKE) tables
 
 TREE := token_recycling@verification=tree
@@ -54,8 +57,7 @@ bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on pr
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
 	$(MAKE) tables
 
-DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
-MANY := $(PROMPTS) --sample 96 --sample-others 32 --seed 2 --batch 0 --twice
+MANY := $(SAMPLE) --batch 0 --twice
 
 bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best settings, 128 prompts; QWEN is a folder with the model; four hours
 	$(BIN)/pip install -q arctic-inference
@@ -63,6 +65,18 @@ bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best setting
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms rasd --out benchmarks/results/drafters_suffix_rasd.json
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 48 --model $(QWEN) --dtype bfloat16 --compiled \
 	  --arms $(DEEP),rasd --out benchmarks/results/drafters_suffix_qwen.json
+	$(MAKE) tables
+
+TRACED := $(DATA)/spec_bench/question.jsonl $(DATA)/humaneval/HumanEval.jsonl.gz --sample 96,32
+# The engine's log names the file of its step times; the last number is the duration of a step without drafts, in ms.
+REPLAYED := smollm2-135m-instruct=out/trace/smollm2.jsonl.gz,out/trace/smollm2_steps.json,37
+REPLAYED += qwen2.5-coder-0.5b-instruct=out/trace/qwen.jsonl.gz,out/trace/qwen_steps.json,47.5
+
+bench-replay: $(VENV)/.ready  ## drafters replayed over recorded outputs; out/trace holds the step times that the engines measured
+	$(BIN)/pip install -q arctic-inference
+	$(BIN)/python benchmarks/drafter_trace.py smollm2-135m-instruct out/trace/smollm2.jsonl.gz $(TRACED) --max-tokens 64 --dtype float32
+	$(BIN)/python benchmarks/drafter_trace.py $(QWEN) out/trace/qwen.jsonl.gz $(TRACED) --max-tokens 48 --dtype bfloat16
+	$(BIN)/python benchmarks/drafter_replay.py $(REPLAYED)
 	$(MAKE) tables
 
 SIZED := rasd@verification=tree@nodes
@@ -195,6 +209,15 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	  --out benchmarks/results/kv_budgets.json
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(KV_BUDGETS) --contexts '' \
 	  $(foreach n,256 512 1024,--setting budget=$(n)) --out benchmarks/results/kv_budgets_streaming.json
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 \
+	  --quality-contexts '' --needle-contexts '' $(foreach n,256 512 1024,--setting budget=$(n)) \
+	  --out benchmarks/results/kv_budgets_streaming_steps.json
+	$(MAKE) tables
+
+bench-budgets-qwen: $(VENV)/.ready  ## the same with a larger model; QWEN is a folder with the model
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 \
+	  --quality-contexts 4000 --needle-contexts 4000 --needles 1 --setting budget=512 --setting quest,budget=512 \
+	  --out benchmarks/results/kv_budgets_qwen.json
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.

@@ -9,8 +9,8 @@ Verification is lossless, so the output of a request does not depend on the draf
 draft of every step, and accepts the tokens with which the recorded output continues. It takes seconds where an engine
 takes a quarter of an hour, and can replay drafters that know what will be accepted.
 
-A step costs what the engine measured for its number of query tokens (STEP_TIMES is the file in the cache folder whose
-name the engine's log gives), plus the rest of a real step: STEP_MS is the duration of a decode step of vLLM without
+A step costs what the engine measured for its number of query tokens (STEP_TIMES is the file that the
+engine's log names), plus the rest of a real step: STEP_MS is the duration of a decode step of vLLM without
 speculation. Not in a replay: the candidates at rejected positions, from which Token Recycling learns a little more, and
 the time that a drafter takes.
 """

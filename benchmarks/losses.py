@@ -31,7 +31,7 @@ CAUSES = {  # (plugin, metric title): cause
     ("razor_attention", "answer speed-up"): "prefix caching is off; stock vLLM without it is as slow. Short contexts",
     ("razor_attention", "TTFT speed-up"): "prefix caching is off; stock vLLM without it is as slow. Short contexts",
     ("razor_attention", "decoding speed-up"): "short contexts: few KV blocks can be evicted",
-    ("razor_attention", "needles found"): "one needle in thirty: its token was in no retrieval head",
+    ("razor_attention", "needles found"): "one needle in thirty: no retrieval head attends to it",
     ("tidal_decode", "needles found"): "one needle in fifty: a selection layer did not select it",
     ("quest", "needles found"): LARGE_PAGES,
     ("rasd", "gold answer contained"): ROUNDED,
@@ -49,7 +49,10 @@ CAUSES = {  # (plugin, metric title): cause
     ("vdr", "nDCG@10"): "no checkpoint for retrieval is embedded: its weights come from an untrained head",
     ("bm25", "nDCG@10"): "words must match; token vectors also match synonyms",
     ("dense", "nDCG@10"): "one vector for each document; MaxSim compares tokens",
-    ("token_recycling", "speed-up"): "text that repeats the prompt: suffixes match longer than pairs of tokens",
+    (
+        "token_recycling",
+        "speed-up",
+    ): "repeated prompts: suffix decoding drafts from earlier outputs, matching up to 24 tokens",
     ("bm25", LATENCY): "half of the time is Python code around the loops: document frequencies, segments, filters",
 }
 
@@ -73,7 +76,9 @@ def table() -> str:
         places = loss["where"] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
         values = f"{loss['value']:.3g}", f"{loss['against']:.3g}"
         rows.append([plots.DISPLAY.get(plugin, plugin), metric, loss["by"], places, CAUSES[plugin, metric], *values])
-    return markdown(["plugin", "metric", "better", "where", "cause", "plugin's", "better one's"], rows, texts=5)
+    return markdown(
+        ["plugin", "metric", "compared with", "where", "cause", "plugin's value", "other value"], rows, texts=5
+    )
 
 
 def _slower(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

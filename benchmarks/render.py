@@ -30,6 +30,7 @@ FILE = re.compile(r"(<!-- file (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ARMS = {
     "ngram": "vLLM `ngram`",
     "suffix": "vLLM `suffix`",
+    tree_tables.DEEP_SUFFIX: "vLLM `suffix`, depth 64",
     "token_recycling@cold": "**Token Recycling**, cold cache",
     "token_recycling@warm": "**Token Recycling**, warm cache",
 }
@@ -190,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,
     "kv_budgets": kv_budget_tables.table,
+    "kv_budgets_qwen": lambda: kv_budget_tables.table(["kv_budgets_qwen"]),
     "memory_load": memory_tables.load_table,
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,

@@ -11,8 +11,8 @@ Text that continues like earlier text is drafted from that text, and fused with 
 The paper's pruning threshold and its datastore could not be verified, so pruning is learned: the acceptance rate of a
 retrieved token is counted by its source, by the length of the match, by its share among the continuations, and by
 whether the base drafter's tree lists it. Tokens whose path is estimated below ``prune`` are dropped. The acceptance
-rate of the base drafter's tokens is counted too, by their probability and that of the retrieved tokens beside them, so
-that one scale of scores holds for both trees. Not in the paper: these counts, and earlier outputs as a source (as in
+rate of the base drafter's tokens is counted too, by their probability and that of their retrieved siblings, so that
+one scale of scores holds for both trees. Not in the paper: these counts, and earlier outputs as a source (as in
 suffix decoding, arXiv 2411.04975).
 
 `RASD.retrieval_trie` and `RASD.fuse` are the tree operations in plain Python. The compiled version, with the acceptance
@@ -152,7 +152,7 @@ class RASD(Drafter):
             self.candidates, self.state_path = self.base.candidates, self.base.state_path
         self._outputs = TokenHistory(options.outputs) if options.outputs else None
         self._store = None if options.datastore is None else _open_datastore(options.datastore)
-        self._seen, self._right = tries.make_acceptance_counts(len(SOURCES))
+        self._num_verified, self._num_accepted = tries.make_acceptance_counts(len(SOURCES))
         self._requests: dict[str, _Request] = {}
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -172,7 +172,7 @@ class RASD(Drafter):
             self.base.observe(request, tokens, candidates)
         live = self._requests[request]
         for source, *trie in live.tries:
-            self._tries.update_acceptance_counts(source, *trie, tokens, self._seen, self._right)
+            self._tries.update_acceptance_counts(source, *trie, tokens, self._num_verified, self._num_accepted)
         live.tries.clear()
         if len(tokens):
             live.output.append(np.array(tokens, np.int32))
@@ -210,7 +210,7 @@ class RASD(Drafter):
         if self.options.fuse:
             cells = np.empty((len(base), 3), np.int32)
             tree = base.tokens, base.parents, base.scores
-            n = self._tries.fuse_trees(n, tokens, parents, scores, *tree, self._seen, self._right, cells)
+            n = self._tries.fuse_trees(n, tokens, parents, scores, *tree, self._num_verified, self._num_accepted, cells)
             self._requests[request.id].tries.append((self._tries.BASE, base.tokens, base.parents, cells))
         return DraftTree(*self._tries.best_nodes(tokens[:n], parents[:n], scores[:n], budget.nodes))
 
@@ -240,7 +240,7 @@ class RASD(Drafter):
         if self.options.base_feedback:
             self._tries.match_base_tree(tokens, parents, base.tokens, base.parents, base.scores, feedback)
         scores, cells = np.empty(n, np.float32), np.empty((n, 3), np.int32)
-        learned = (self._seen, self._right)
+        learned = (self._num_verified, self._num_accepted)
         self._tries.score_trie(
             source, length, len(followers), parents, counts, depths, feedback, *learned, scores, cells
         )

@@ -18,11 +18,7 @@ version, which adds the longer contexts and the dynamic tree, is in ``drafting/a
 give the same matrix and the same tree.
 """
 
-import contextlib
-import glob
-import json
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,15 +29,23 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pilotfish._internal.atomic_write import open_atomic
-
 from .config import ConfigError
-from .contracts import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
-from .drafting import adjacency_table
+from .contracts import (
+    ROOT,
+    Candidates,
+    DeviceDrafter,
+    DeviceLimits,
+    DraftBudget,
+    Drafter,
+    DraftRequest,
+    DraftTree,
+    Engine,
+    Int32,
+    Unsupported,
+)
+from .drafting import adjacency_state, adjacency_table
 from .drafting.template import static_tree
 from .hookspecs import Register, hookimpl
-
-FORMAT = 1  # of the state file
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,20 @@ class TokenRecycling(Drafter):
             except (OSError, ValueError) as error:  # a name too long, or with a zero byte
                 raise ConfigError(f"pilotfish.drafter.state_path: not a path that can be used ({error})") from None
             if exists:
-                cls._read(path, options, engine)
+                adjacency_state.read_state(path, options, engine)
             if not writable:
                 raise ConfigError(f"pilotfish.drafter.state_path: {path.parent} is not a folder that can be written")
+
+    @classmethod
+    def device_drafter(cls, options: TokenRecyclingOptions, engine: Engine, limits: DeviceLimits) -> DeviceDrafter:
+        """Return the drafter with its tables on the device; it proposes chains."""
+        if options.shape == "template":
+            raise Unsupported(
+                cls.name, "the V2 model runner verifies chains, no static trees", "remove shape=template", engine.model
+            )
+        from .drafting.token_recycling_device import DeviceTokenRecycling  # needs Triton
+
+        return DeviceTokenRecycling(options, engine, limits)
 
     def __init__(self, options: TokenRecyclingOptions, engine: Engine) -> None:
         from .drafting import adjacency  # compiles with numba
@@ -251,11 +266,7 @@ class TokenRecycling(Drafter):
     def save(self, path: Path) -> None:
         """Write the shared matrix atomically."""
         table = self._table("")
-        arrays = {**table.rows._asdict(), **table.acceptance._asdict()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        with open_atomic(path) as file:
-            np.savez(file, allow_pickle=False, meta=json.dumps(self._meta(self.options, self.engine)), **arrays)
+        adjacency_state.write_state(path, self.options, self.engine, table.rows, table.acceptance)
 
     def load(self, path: Path) -> None:
         """Read the matrix that `save` wrote.
@@ -263,47 +274,8 @@ class TokenRecycling(Drafter):
         Raises:
             ConfigError: The file is damaged, or has another vocabulary, shape or format.
         """
-        arrays = self._read(path, self.options, self.engine)
         table = self._table("")
-        for target in (table.rows, table.acceptance):
-            for field, array in target._asdict().items():
-                array[...] = arrays[field]
-
-    @classmethod
-    def _read(cls, path: Path, options: TokenRecyclingOptions, engine: Engine) -> dict[str, Any]:
-        where = f"pilotfish.drafter.state_path: {path}"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            meta = dict(json.loads(str(arrays.pop("meta"))))
-        except Exception as error:  # zipfile, numpy and json each have their own; all mean the same here
-            raise ConfigError(f"{where} is not a readable state file ({error})") from None
-        for key, expected in cls._meta(options, engine).items():
-            if meta.get(key) != expected:
-                raise ConfigError(f"{where} was written with {key}={meta.get(key)}, this engine has {expected}")
-        template = _Table(options, engine.vocab_size)
-        for field, expected in {**template.rows._asdict(), **template.acceptance._asdict()}.items():
-            array = arrays.get(field)
-            if array is None or array.shape != expected.shape or array.dtype != expected.dtype:
-                raise ConfigError(f"{where} is damaged: {field} is missing or of another shape")
-        # Compiled code checks no bounds: what it will use as an index is checked here.
-        tokens, confidence = arrays["tokens"], arrays["confidence"]
-        sound = tokens.min() >= adjacency_table.NONE and tokens.max() < engine.vocab_size
-        seen, right, rate = arrays["seen"], arrays["right"], arrays["rate"]
-        sound = sound and bool(((seen > 0) & (right >= 0) & (right <= seen) & (rate >= 0) & (rate <= 1)).all())
-        if not sound or confidence.max() >= adjacency_table.NUM_CONFIDENCES:
-            raise ConfigError(f"{where} is damaged: it holds values out of range")
-        return arrays
-
-    @staticmethod
-    def _meta(options: TokenRecyclingOptions, engine: Engine) -> dict[str, int]:
-        return {
-            "format": FORMAT,
-            "vocab_size": engine.vocab_size,
-            "k": options.k,
-            "order": options.order,
-            "bits": options.bits,
-        }
+        table.rows, table.acceptance = adjacency_state.read_state(path, self.options, self.engine)
 
 
 class _Table:
@@ -325,14 +297,6 @@ def _accepted(candidates: Candidates, tokens: Int32) -> np.ndarray:
         node = children[0]
         accepted[node] = True
     return accepted
-
-
-def _remove_leftovers(path: Path, age: float = 60.0) -> None:
-    """Remove temporary files next to ``path`` of writers that were killed more than ``age`` seconds ago."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if time.time() - leftover.stat().st_mtime > age:
-                leftover.unlink()
 
 
 @hookimpl

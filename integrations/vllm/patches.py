@@ -5,6 +5,8 @@
 | `CREATE_ENGINE_CONFIG` | always; no effect unless a plugin is selected | general plugins receive no configuration |
 | `ATTENTION_BACKEND` | always; no effect unless a plugin is selected | the CPU platform accepts no registered backend |
 | `SCHEDULER` | always; no effect unless a KV policy is selected | our own scheduler class would be a fork of vLLM's |
+| `WORKER` | always; no effect unless a drafter is selected | it applies `SPECULATOR` in the worker's process |
+| `SPECULATOR` | a drafter is selected, on the V2 runner | the V2 runner has no method for third-party speculators |
 | `DRAFT_MODEL` | a drafter with a draft model is selected | vLLM's speculative methods accept no second proposer |
 | `CAPACITY` | a KV policy frees blocks | vLLM's estimate assumes that every request processes its prompt |
 | `PROMPT_LENS_V1`, `PROMPT_LENS_V2` | a KV policy frees blocks | attention metadata has no lengths of prompts |
@@ -12,8 +14,8 @@
 | `COUNTERS` | a drafter or KV policy is selected | a stat-logger plugin enables logging for all engines |
 | `RECORD` | a KV policy frees blocks | vLLM's statistics have no such field; see `kv_cache_spec.report_freed` |
 
-Methods of a single instance are wrapped in `drafting.v1`, `drafting.step_times`, `attention.sparse.kv_correction` and
-`attention.windowed.kv_cache_spec`.
+Methods of a single instance are wrapped in `drafting.v1`, `drafting.v2`, `drafting.step_times`,
+`attention.sparse.kv_correction` and `attention.windowed.kv_cache_spec`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,6 +78,30 @@ def _scheduler(original: Any) -> Any:
     return __init__
 
 
+def _worker(original: Any) -> Any:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        from .engine import selection
+
+        if selection.uses_device_drafter(vllm_config):
+            SPECULATOR.apply()  # before the worker constructs its model runner
+
+    return __init__
+
+
+def _speculator(original: Any) -> Any:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        from .engine import selection
+
+        if selection.uses_device_drafter(vllm_config):
+            from .drafting.v2 import speculator
+
+            speculator.attach_speculator(self)
+
+    return __init__
+
+
 def _draft_model(original: Any) -> Any:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
@@ -132,6 +158,8 @@ ATTENTION_BACKEND = Patch("vllm.v1.attention.selector", "_cached_get_attn_backen
 SCHEDULER = Patch("vllm.v1.core.sched.scheduler", "Scheduler.__init__", _scheduler)
 COUNTERS = Patch("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", _counters)
 RECORD = Patch("vllm.v1.metrics.loggers", "StatLoggerManager.record", _record)
+WORKER = Patch("vllm.v1.worker.worker_base", "WorkerBase.__init__", _worker)
+SPECULATOR = Patch("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.__init__", _speculator)
 DRAFT_MODEL = Patch("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", _draft_model)
 REQUESTS = Patch("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", _requests)
 
@@ -157,6 +185,8 @@ def all_patches() -> tuple[Patch, ...]:
         CREATE_ENGINE_CONFIG,
         ATTENTION_BACKEND,
         SCHEDULER,
+        WORKER,
+        SPECULATOR,
         DRAFT_MODEL,
         CAPACITY,
         PROMPT_LENS_V1,

@@ -2,7 +2,7 @@
 
 This module imports the standard library only, and `register` never raises: vLLM ignores plugins that fail to load, and
 would serve without ours. `register` wraps `EngineArgs.create_engine_config`, where the plugin selection is first read,
-and two functions that are called later; an engine that selects no plugin is created unchanged.
+and three functions that are called later; an engine that selects no plugin is created unchanged.
 """
 
 import logging
@@ -19,5 +19,6 @@ def register() -> None:
         patches.CREATE_ENGINE_CONFIG.apply()
         patches.ATTENTION_BACKEND.apply()
         patches.SCHEDULER.apply()
+        patches.WORKER.apply()
     except Exception:  # an unknown vLLM: `vllm_api.version_problem` reports it to users who select a plugin
         logger.debug("pilotfish: vLLM could not be patched", exc_info=True)

@@ -5,6 +5,7 @@ candidates per token.
 """
 
 from .base import Engine, NoOptions, Plugin, Unsupported
+from .device_drafting import DeviceBatch, DeviceDrafter, DeviceLimits
 from .drafting import ROOT, Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Float32, Int32
 from .kv import KVPolicy
 from .retrieval import Arrays, Encoder, IndexKind, ScoreExplanation, TermWeights
@@ -14,6 +15,9 @@ __all__ = [
     "ROOT",
     "Arrays",
     "Candidates",
+    "DeviceBatch",
+    "DeviceDrafter",
+    "DeviceLimits",
     "DraftBudget",
     "DraftRequest",
     "DraftTree",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Engine, Plugin
+from .device_drafting import DeviceDrafter, DeviceLimits
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -152,6 +153,16 @@ class Drafter(Plugin, ABC):
             messages; None if any tokenizer fits.
         """
         del options
+        return None
+
+    @classmethod
+    def device_drafter(cls, options: Any, engine: Engine, limits: DeviceLimits) -> DeviceDrafter | None:
+        """Return the drafter's counterpart on the device, for vLLM's V2 model runner; None if there is none.
+
+        Raises:
+            Unsupported: The counterpart does not support an option.
+        """
+        del options, engine, limits
         return None
 
     @abstractmethod

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pilotfish._internal.jit import jit
 
-from .adjacency_table import BIN_EDGES, FROM_TEXT, NONE, AcceptanceRates, AdjacencyTable
+from .adjacency_table import BIN_EDGES, FROM_TEXT, MAX_SEEN, NONE, AcceptanceRates, AdjacencyTable
 
 
 @jit
@@ -148,7 +148,7 @@ def update_acceptance_rates(
 ) -> None:
     """Count which candidates were right for each of ``tokens`` [a] that followed ``context`` [m >= 1].
 
-    The counts of a cell are halved at 2,000 observations, so that recent ones weigh more.
+    The counts of a cell are halved at `MAX_SEEN` observations, so that recent ones weigh more.
     """
     text = np.concatenate((context, tokens))
     for i in range(context.shape[0], text.shape[0]):
@@ -162,7 +162,7 @@ def update_acceptance_rates(
             if token == text[i]:
                 acceptance.right[cell] += 1
             acceptance.rate[cell] = acceptance.right[cell] / acceptance.seen[cell]
-            if acceptance.seen[cell] >= 2000:
+            if acceptance.seen[cell] >= MAX_SEEN:
                 acceptance.seen[cell] /= 2
                 acceptance.right[cell] /= 2
 

@@ -12,6 +12,7 @@ NONE = -1
 BIN_EDGES = np.array([0.9, 0.7, 0.5, 0.3, 0.15, 0.07, 0.02], np.float32)  # lower edges of bins 0 .. 6; bin 7 is below
 FROM_TEXT = len(BIN_EDGES) + 1
 NUM_CONFIDENCES = FROM_TEXT + 1
+MAX_SEEN = 2000.0  # observations of a candidate at which its counts are halved, so that recent ones weigh more
 
 
 class AdjacencyTable(NamedTuple):

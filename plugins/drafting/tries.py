@@ -2,9 +2,9 @@
 
 A trie has one node for each distinct prefix of the continuations, with the number of continuations that share it. The
 score of a node is an acceptance rate, given that its parent was accepted. It is learned online, by four properties of
-the node: its source, the number of matching tokens up to it, its share among the continuations of its parent, and the
-base drafter's opinion of its token. The last one is RASD's pruning by the drafter's distribution (arXiv 2503.03434), as
-a rate instead of a threshold.
+the node: its source, the number of matching tokens up to it, its share among the continuations of its parent, and
+whether the base drafter's tree lists its token (base feedback). The last one is RASD's pruning by the drafter's
+distribution (arXiv 2503.03434), as a rate instead of a threshold.
 
 Compiled with numba. Nodes follow their parents in every array.
 """
@@ -22,12 +22,12 @@ LENGTHS = np.array([2, 3, 4, 5, 7, 9, 13, 17, 25, 33], np.int32)  # upper edges 
 SHARES = np.array([0.95, 0.65, 0.45, 0.25, 0.1], np.float32)  # lower edges of the bins of shares
 CONDITIONALS = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.85, 0.93], np.float32)  # upper edges
 FIRST, LISTED, ABSENT, UNKNOWN = range(4)  # in the base drafter's tree: best child, child, no child, no such parent
-ANY = 4  # index of the counts over all opinions
-SHARED = -1  # in place of an opinion: a node of the base tree that is also in the retrieved one, and counted there
+ANY = 4  # index of the counts over all base feedback
+SHARED = -1  # in place of feedback: a node of the base tree that is also in the retrieved one, and counted there
 SHAPE = (len(LENGTHS) + 1, len(SHARES) + 1, 5)
 BASE = -1  # index of the counts of the base drafter's tree, the last one
-FADE = 1000  # observations at which the counts of a cell are halved
-OPINION_PRIOR = np.float32(8.0)  # observations that the rate over all opinions counts for in the rate of one opinion
+MAX_COUNT = 1000  # observations at which the counts of a cell are halved
+FEEDBACK_PRIOR = np.float32(8.0)  # weight of the rate over all base feedback in the rate of one kind
 
 
 def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
@@ -37,9 +37,9 @@ def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
         sources: Number of sources of continuations.
 
     Returns:
-        Counts of verified and of accepted nodes, each [sources + 1, lengths, shares, opinions + 1]. The last entry of
+        Counts of verified and of accepted nodes, each [sources + 1, lengths, shares, feedback + 1]. The last entry of
         the first axis belongs to the base drafter's tree, with bins of its conditional scores instead of lengths, and
-        of the probability of the retrieved tokens beside it. The last entry of the last axis is for all opinions.
+        of the probability of its retrieved siblings. The last entry of the last axis is for all feedback.
     """
     by_length = np.array([0.3, 0.35, 0.45, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95], np.float32)
     by_share = np.array([1.0, 0.75, 0.5, 0.35, 0.2, 0.08], np.float32)
@@ -47,9 +47,9 @@ def make_acceptance_counts(sources: int) -> tuple[Float32, Float32]:
     by_conditional = np.array([0.01, 0.03, 0.07, 0.15, 0.25, 0.38, 0.52, 0.68, 0.8, 0.9, 0.95], np.float32)
     left = np.array([0.05, 0.2, 0.45, 0.65, 0.8, 1.0], np.float32)  # by retrieved tokens at the bounds of `SHARES`
     rate = np.stack([*[retrieved] * sources, np.minimum(by_conditional[:, None], left)])
-    seen, right = np.zeros((2, sources + 1, *SHAPE), np.float32)
-    seen[..., ANY], right[..., ANY] = 4.0, 4.0 * rate
-    return seen, right
+    num_verified, num_accepted = np.zeros((2, sources + 1, *SHAPE), np.float32)
+    num_verified[..., ANY], num_accepted[..., ANY] = 4.0, 4.0 * rate
+    return num_verified, num_accepted
 
 
 @jit
@@ -70,11 +70,11 @@ def _share_bin(share: float) -> int:
 
 
 @jit
-def _acceptance_rate(source: int, cell: Int32, seen: Float32, right: Float32) -> np.float32:
-    """Return the acceptance rate of a cell [3]; with few observations, it is near the rate over all opinions."""
+def _acceptance_rate(source: int, cell: Int32, num_verified: Float32, num_accepted: Float32) -> np.float32:
+    """Return the acceptance rate of a cell [3]; with few observations, it is near the rate over all feedback."""
     of_any, of_this = (source, cell[0], cell[1], ANY), (source, cell[0], cell[1], cell[2])
-    rate = right[of_any] / seen[of_any]
-    return (right[of_this] + OPINION_PRIOR * rate) / (seen[of_this] + OPINION_PRIOR)
+    rate = num_accepted[of_any] / num_verified[of_any]
+    return (num_accepted[of_this] + FEEDBACK_PRIOR * rate) / (num_verified[of_this] + FEEDBACK_PRIOR)
 
 
 @jit
@@ -128,25 +128,25 @@ def match_base_tree(
     base_tokens: Int32,
     base_parents: Int32,
     base_scores: Float32,
-    opinions: Int32,
+    feedback: Int32,
 ) -> None:
-    """Write the base drafter's opinion of each node, FIRST, LISTED, ABSENT or UNKNOWN, to ``opinions`` [n]."""
+    """Write the base feedback of each node, FIRST, LISTED, ABSENT or UNKNOWN, to ``feedback`` [n]."""
     n, base = tokens.shape[0], base_tokens.shape[0]
     same = np.full(n, -2, np.int32)  # node of the base tree with the same path; -2 for none
     for i in range(n):
         above = ROOT if parents[i] == ROOT else same[parents[i]]
-        opinions[i] = UNKNOWN
+        feedback[i] = UNKNOWN
         if above == -2:
             continue
         best = np.float32(-1.0)
         for j in range(above + 1, base):
             if base_parents[j] == above:
-                opinions[i] = ABSENT if opinions[i] == UNKNOWN else opinions[i]
+                feedback[i] = ABSENT if feedback[i] == UNKNOWN else feedback[i]
                 best = max(best, base_scores[j])
                 if base_tokens[j] == tokens[i]:
                     same[i] = j
         if same[i] >= 0:
-            opinions[i] = FIRST if base_scores[same[i]] >= best else LISTED
+            feedback[i] = FIRST if base_scores[same[i]] >= best else LISTED
 
 
 @jit
@@ -157,9 +157,9 @@ def score_trie(
     parents: Int32,
     counts: Int32,
     depths: Int32,
-    opinions: Int32,
-    seen: Float32,
-    right: Float32,
+    feedback: Int32,
+    num_verified: Float32,
+    num_accepted: Float32,
     scores: Float32,
     cells: Int32,
 ) -> None:
@@ -172,9 +172,9 @@ def score_trie(
         parents: [n] parents of the nodes.
         counts: [n] number of continuations through each node.
         depths: [n] depths of the nodes, from 1.
-        opinions: [n] opinions from `match_base_tree`.
-        seen: Counts of verified nodes, see `make_acceptance_counts`.
-        right: Counts of accepted nodes.
+        feedback: [n] base feedback from `match_base_tree`.
+        num_verified: Counts of verified nodes, see `make_acceptance_counts`.
+        num_accepted: Counts of accepted nodes.
         scores: [n] acceptance probabilities; output.
         cells: [n, 3] indices of the nodes' counts; output.
     """
@@ -182,24 +182,32 @@ def score_trie(
         parent_count = rows if parents[i] == ROOT else counts[parents[i]]
         cells[i, 0] = _bin(length + depths[i] - 1, LENGTHS)
         cells[i, 1] = _share_bin(counts[i] / parent_count)
-        cells[i, 2] = opinions[i]
-        rate = _acceptance_rate(source, cells[i], seen, right)
+        cells[i, 2] = feedback[i]
+        rate = _acceptance_rate(source, cells[i], num_verified, num_accepted)
         scores[i] = rate * (np.float32(1.0) if parents[i] == ROOT else scores[parents[i]])
 
 
 @jit
-def _count(source: int, cell: Int32, opinion: int, accepted: bool, seen: Float32, right: Float32) -> None:
-    at = source, cell[0], cell[1], opinion
-    seen[at] += 1
-    right[at] += accepted
-    if seen[at] >= FADE:
-        seen[at] /= 2
-        right[at] /= 2
+def _count(
+    source: int, cell: Int32, feedback: int, accepted: bool, num_verified: Float32, num_accepted: Float32
+) -> None:
+    at = source, cell[0], cell[1], feedback
+    num_verified[at] += 1
+    num_accepted[at] += accepted
+    if num_verified[at] >= MAX_COUNT:
+        num_verified[at] /= 2
+        num_accepted[at] /= 2
 
 
 @jit
 def update_acceptance_counts(
-    source: int, tokens: Int32, parents: Int32, cells: Int32, came: Int32, seen: Float32, right: Float32
+    source: int,
+    tokens: Int32,
+    parents: Int32,
+    cells: Int32,
+    accepted_tokens: Int32,
+    num_verified: Float32,
+    num_accepted: Float32,
 ) -> None:
     """Count the verified and the accepted nodes of a trie, among the children of accepted nodes.
 
@@ -208,12 +216,12 @@ def update_acceptance_counts(
         tokens: [n] tokens of the nodes.
         parents: [n] parents of the nodes.
         cells: [n, 3] indices from `score_trie` or `fuse_trees`.
-        came: [a] tokens that followed in the text.
-        seen: Counts of verified nodes; updated.
-        right: Counts of accepted nodes; updated.
+        accepted_tokens: [a] tokens that were accepted or sampled after the root.
+        num_verified: Counts of verified nodes; updated.
+        num_accepted: Counts of accepted nodes; updated.
     """
     node = ROOT
-    for token in came:
+    for token in accepted_tokens:
         below = ROOT
         for i in range(node + 1, tokens.shape[0]):
             if parents[i] != node:
@@ -221,8 +229,8 @@ def update_acceptance_counts(
             if tokens[i] == token:
                 below = i
             if cells[i, 2] != SHARED:
-                _count(source, cells[i], cells[i, 2], tokens[i] == token, seen, right)
-                _count(source, cells[i], ANY, tokens[i] == token, seen, right)
+                _count(source, cells[i], cells[i, 2], tokens[i] == token, num_verified, num_accepted)
+                _count(source, cells[i], ANY, tokens[i] == token, num_verified, num_accepted)
         if below == ROOT:
             return
         node = below
@@ -264,15 +272,15 @@ def fuse_trees(
     base_tokens: Int32,
     base_parents: Int32,
     base_scores: Float32,
-    seen: Float32,
-    right: Float32,
+    num_verified: Float32,
+    num_accepted: Float32,
     cells: Int32,
 ) -> int:
     """Merge the base drafter's tree into a retrieved tree of ``n`` nodes, and return the number of nodes.
 
-    Equal paths become one (longest prefix). They keep the score of the retrieved tree, in which the base drafter's
-    opinion counts already. The base drafter does not know what was retrieved, so each of its other tokens gets the
-    acceptance rate of such tokens: of its conditional score, and of the probability of the retrieved tokens beside it.
+    Equal paths become one (longest prefix). They keep the score of the retrieved tree, in which base
+    feedback counts already. The base drafter does not know what was retrieved, so each of its other tokens gets the
+    acceptance rate of such tokens: of its conditional score, and of the probability of its retrieved siblings.
 
     Args:
         n: Number of nodes of the retrieved tree.
@@ -282,8 +290,8 @@ def fuse_trees(
         base_tokens: [m] tokens of the base tree.
         base_parents: [m] parents of the base tree.
         base_scores: [m] acceptance probabilities, as the base drafter estimates them.
-        seen: Counts of verified nodes of the base tree, from `make_acceptance_counts`.
-        right: Counts of its accepted nodes.
+        num_verified: Counts of verified nodes of the base tree, from `make_acceptance_counts`.
+        num_accepted: Counts of its accepted nodes.
         cells: [m, 3] indices of the nodes' counts; output.
     """
     retrieved = n
@@ -300,7 +308,7 @@ def fuse_trees(
         cells[i, 1] = _share_bin(taken[parent + 1]) if parent < retrieved else len(SHARES)
         cells[i, 2] = UNKNOWN if at == ROOT else SHARED
         if at == ROOT:
-            rate = _acceptance_rate(BASE, cells[i], seen, right)
+            rate = _acceptance_rate(BASE, cells[i], num_verified, num_accepted)
             tokens[n], parents[n] = base_tokens[i], parent
             scores[n] = rate * (np.float32(1.0) if parent == ROOT else scores[parent])
             at, n = n, n + 1

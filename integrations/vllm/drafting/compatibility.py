@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
-from ....plugins.contracts import Unsupported
+from ....plugins.contracts import Drafter, Unsupported
 from ..attention.compatibility import check_attention
-from ..engine.selection import PROPOSER_CLASS, Attachment, is_pilotfish_proposer
+from ..engine.selection import DEVICE_METHOD, PROPOSER_CLASS, Attachment, is_pilotfish_proposer
 
+V1_RUNNER = "set VLLM_USE_V2_MODEL_RUNNER=0"
+NO_DEVICE_DRAFTER = "the drafter has no counterpart on the device, which the V2 model runner needs", V1_RUNNER
 DRAFT_MODEL_CONFIG = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
 
 
@@ -21,6 +23,11 @@ def default_draft_tokens(drafter: Any, verification: Verification) -> int:
     if verification.verification == "chain":
         return drafter.default_depth
     return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
+
+
+def has_device_drafter(drafter: Any) -> bool:
+    """Return whether the class of a drafter has a counterpart on the device."""
+    return drafter.device_drafter.__func__ is not Drafter.device_drafter.__func__  # type: ignore[attr-defined]
 
 
 def check(attachment: Attachment, vllm_config: Any) -> None:
@@ -45,15 +52,13 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
     plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
     if cls.needs_draft_model(options):
         _check_draft_model(plugin, config, vllm_config)
+    elif getattr(vllm_config, "use_v2_model_runner", False):
+        _check_device_drafter(cls, config, vllm_config)
     elif speculative is None or not is_pilotfish_proposer(speculative) or speculative.method != "custom_class":
         tokens = default_draft_tokens(cls, config.verification)
         value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": tokens})
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
-        )
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        raise Unsupported(
-            plugin, "the V2 model runner takes no custom drafter", "set VLLM_USE_V2_MODEL_RUNNER=0", model
         )
     if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
         raise Unsupported(
@@ -76,6 +81,32 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
         raise Unsupported(plugin, "pooling models generate no tokens", "run without the drafter", model)
 
 
+def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -> None:
+    """Check that the V2 model runner calls the drafter's counterpart on the device, and that there is one."""
+    plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
+    if not has_device_drafter(cls):
+        raise Unsupported(plugin, *NO_DEVICE_DRAFTER, model)
+    if config.verification.verification == "tree":
+        raise Unsupported(
+            plugin, "the V2 model runner verifies chains, no trees", "use verification=chain, or " + V1_RUNNER, model
+        )
+    if speculative is None or speculative.method != DEVICE_METHOD:
+        value = json.dumps(
+            {"method": DEVICE_METHOD, "num_speculative_tokens": default_draft_tokens(cls, config.verification)}
+        )
+        raise ConfigError(
+            f"{ROOT}.drafter: {plugin} is selected but the V2 model runner would not call it; "
+            f"set --speculative-config '{value}', or {V1_RUNNER}"
+        )
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise Unsupported(
+            plugin,
+            "each rank would see the logits of its own requests only",
+            "omit --enable-batch-sharded-sampling",
+            model,
+        )
+
+
 def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -> None:
     """Check that the engine runs a draft model in the way that the drafter requires."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config.model
@@ -83,6 +114,8 @@ def _check_draft_model(plugin: str, config: PilotfishConfig, vllm_config: Any) -
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} builds on a draft model; add --speculative-config '{DRAFT_MODEL_CONFIG}'"
         )
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        raise Unsupported(plugin, "the V2 model runner's draft models take no second drafter", V1_RUNNER, model)
     if vllm_config.scheduler_config.async_scheduling:
         raise Unsupported(
             plugin, "steps are scheduled before the draft tokens are known", "use --no-async-scheduling", model

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from ....plugins.contracts import Drafter
+from ....plugins.contracts import DeviceDrafter, Drafter
 
 logger = logging.getLogger("vllm.pilotfish")
 
@@ -28,7 +28,7 @@ class StateSaver:
         path: File of the state.
     """
 
-    def __init__(self, drafter: Drafter, path: Path) -> None:
+    def __init__(self, drafter: Drafter | DeviceDrafter, path: Path) -> None:
         self._drafter, self._path = drafter, path
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._touched = self._saved = time.monotonic()

@@ -71,7 +71,7 @@ def _times(runner: Any, engine: Engine, most: int) -> StepTimes:
         if tp.rank_in_group == 0:
             _write(path, known, starts | {n: starts.get(n, 0) + 1 for n in missing})
             text = ", ".join(f"{n}: {1000 * known[n]:.1f}" for n in sizes)
-            log.logger.info("pilotfish: measured step times in ms, by number of query tokens: %s", text)
+            log.logger.info("pilotfish: measured step times in ms, by number of query tokens: %s (%s)", text, path)
     return {n: known[n] for n in sizes}
 
 

@@ -122,6 +122,19 @@ def uses_draft_model(vllm_config: Any) -> bool:
     return cls.needs_draft_model(options)  # type: ignore[attr-defined]
 
 
+DEVICE_METHOD = "ngram_gpu"  # the method of vLLM whose speculator a device drafter replaces
+
+
+def uses_device_drafter(vllm_config: Any) -> bool:
+    """Return whether a drafter is selected that drafts on the device, for vLLM's V2 model runner."""
+    speculative = vllm_config.speculative_config
+    return (
+        getattr(vllm_config, "use_v2_model_runner", False)
+        and getattr(speculative, "method", None) == DEVICE_METHOD
+        and read_config(vllm_config.additional_config).drafter is not None
+    )
+
+
 def engine_facts(vllm_config: Any) -> Engine:
     """Return the facts about an engine that plugins receive."""
     model, speculative = vllm_config.model_config, vllm_config.speculative_config

@@ -97,6 +97,32 @@ REQUIRED_APIS = (
     ),
     VllmApi(_RUNNER, "GPUModelRunner._build_attention_metadata", ("self",), "exact prefill after preemption"),
     VllmApi(_V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), "exact prefill after preemption"),
+    VllmApi("v1/worker/worker_base.py", "WorkerBase.__init__", ("self", "vllm_config"), "drafters on the V2 runner"),
+    *(
+        VllmApi(_V2_RUNNER, f"GPUModelRunner.{name}", ("self", *parameters), "drafters on the V2 runner")
+        for name, parameters in (
+            ("__init__", ("vllm_config",)),
+            ("load_model", ()),
+            ("sample", ("hidden_states", "input_batch", "grammar_output")),
+            ("add_requests", ("scheduler_output",)),
+            ("_remove_request", ("req_id",)),
+            ("shutdown", ()),
+        )
+    ),
+    VllmApi(
+        "v1/worker/gpu/spec_decode/rejection_sampler.py",
+        "RejectionSampler._verify",
+        ("self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits"),
+        "drafters on the V2 runner",
+    ),
+    VllmApi(
+        "v1/worker/gpu/spec_decode/speculator.py",
+        "BaseSpeculator.propose",
+        ("self", "input_batch"),
+        "drafters on the V2 runner",
+    ),
+    VllmApi("v1/worker/gpu/states.py", "RequestState.all_token_ids", why="drafters on the V2 runner"),
+    VllmApi("v1/worker/gpu/states.py", "RequestState.total_len", why="drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.prompt_len", why="exact prefill after preemption"),
     VllmApi(_RUNNER, "GPUModelRunner.effective_drafter_max_model_len", why="length limit of drafts"),
     VllmApi(_RUNNER, "GPUModelRunner.requests", why="sampling parameters of a request"),
@@ -257,7 +283,7 @@ def installed_root() -> Path | None:
 
 
 def v2_runner_is_set() -> bool:
-    """Return whether the environment selects the V2 model runner, which supports no custom proposer."""
+    """Return whether the environment selects the V2 model runner, which needs drafters on the device."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0")
 
 

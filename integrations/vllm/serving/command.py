@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....kvcache.profiles import SHAPE, model_fingerprint
-from ....plugins.config import ROOT, ConfigError, parse_assignments
+from ....plugins.config import ROOT, ConfigError, PilotfishConfig, parse_assignments
 from ....plugins.contracts import Engine, Unsupported
 from ....plugins.manager import disabled, plugins
 from ...bench.record import package_version
@@ -79,35 +79,7 @@ def compose_serve_command(
 
     arguments: list[str] = []
     if config.drafter is not None:
-        cls, options = plugins().resolve("drafter", config.drafter)
-        speculates = any(
-            a.split("=")[0].split(".")[0].replace("_", "-") in ("--speculative-config", "-sc", "--spec-method")
-            for a in extra
-        )
-        over_model = cls.needs_draft_model(options)  # type: ignore[attr-defined]
-        if speculates and not over_model:
-            raise ConfigError("--drafter and --speculative-config both name a drafter; remove one")
-        if over_model and not speculates:
-            raise ConfigError(
-                f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
-                f"'{compatibility.DRAFT_MODEL_CONFIG}'"
-            )
-        if over_model:
-            arguments.append("--no-async-scheduling")  # async scheduling would not schedule our drafts
-        if over_model and num_speculative_tokens is not None:
-            raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
-        depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
-        if vllm_api.v2_runner_is_set():
-            raise Unsupported(
-                config.drafter.name,
-                "the V2 model runner takes no custom drafter",
-                "set VLLM_USE_V2_MODEL_RUNNER=0",
-                model,
-            )
-        check_engine(cls, options, model, depth, config.allow_untested_vllm)
-        if not over_model:
-            speculation = {"method": "custom_class", "model": selection.PROPOSER_CLASS, "num_speculative_tokens": depth}
-            arguments += ["--speculative-config", json.dumps(speculation)]
+        arguments += _drafter_arguments(config, model, extra, num_speculative_tokens)
     if config.kv is not None:
         cls, options = plugins().resolve("kv", config.kv)
         check_engine(cls, options, model, 0, config.allow_untested_vllm)
@@ -133,6 +105,45 @@ def compose_serve_command(
         arguments += ["--served-model-name", model]
     folder = str(registry.EMBEDDED[model].folder) if model in registry.EMBEDDED else model
     return ServeCommand(vllm_serve(folder), (*arguments, *extra), model, folder)
+
+
+def _drafter_arguments(
+    config: PilotfishConfig, model: str, extra: Sequence[str], num_speculative_tokens: int | None
+) -> list[str]:
+    """Return vLLM's arguments for the selected drafter; ``extra`` are the user's own."""
+    assert config.drafter is not None
+    arguments: list[str] = []
+    cls, options = plugins().resolve("drafter", config.drafter)
+    speculates = any(
+        a.split("=")[0].split(".")[0].replace("_", "-") in ("--speculative-config", "-sc", "--spec-method")
+        for a in extra
+    )
+    over_model = cls.needs_draft_model(options)  # type: ignore[attr-defined]
+    if speculates and not over_model:
+        raise ConfigError("--drafter and --speculative-config both name a drafter; remove one")
+    if over_model and not speculates:
+        raise ConfigError(
+            f"--drafter {config.drafter.name} builds on a draft model; add --speculative-config "
+            f"'{compatibility.DRAFT_MODEL_CONFIG}'"
+        )
+    if over_model:
+        arguments.append("--no-async-scheduling")  # async scheduling would not schedule our drafts
+    if over_model and num_speculative_tokens is not None:
+        raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
+    depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
+    on_device = vllm_api.v2_runner_is_set()
+    if on_device and not compatibility.has_device_drafter(cls):
+        raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
+    check_engine(cls, options, model, depth, config.allow_untested_vllm)
+    if not over_model:
+        method = (
+            {"method": selection.DEVICE_METHOD}
+            if on_device
+            else {"method": "custom_class", "model": selection.PROPOSER_CLASS}
+        )
+        speculation = {**method, "num_speculative_tokens": depth}
+        arguments += ["--speculative-config", json.dumps(speculation)]
+    return arguments
 
 
 def check_local_model(model: str) -> None:

@@ -72,7 +72,7 @@ def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorRe
         report.findings.append(f"{problem[0]}; {problem[1]}")
     for kind in HOOKS:
         for cls in manager.classes(kind).values():
-            answer = _support(kind, problem)
+            answer = _support(kind, cls, problem)
             if answer["supported"] and model is not None and kind in ENGINE_KINDS:
                 answer = _model_support(kind, cls.name, model, vllm_args)  # type: ignore[attr-defined]
             report.plugins.append({"kind": kind, "name": cls.name, "origin": manager.origin(cls), **answer})  # type: ignore[attr-defined]
@@ -81,9 +81,13 @@ def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorRe
     return report
 
 
-def _support(kind: str, problem: tuple[str, str] | None) -> dict[str, Any]:
+def _support(kind: str, cls: Any, problem: tuple[str, str] | None) -> dict[str, Any]:
     if kind == "drafter" and problem is None and vllm_api.v2_runner_is_set():
-        return {"supported": False, "reason": "VLLM_USE_V2_MODEL_RUNNER is set; the V2 runner takes no custom drafter"}
+        from ..drafting import compatibility
+
+        if not compatibility.has_device_drafter(cls):
+            reason, remedy = compatibility.NO_DEVICE_DRAFTER
+            return {"supported": False, "reason": f"VLLM_USE_V2_MODEL_RUNNER is set; {reason}; {remedy}"}
     if kind in ENGINE_KINDS and problem is not None:
         return {"supported": False, "reason": problem[0]}
     return {"supported": True, "reason": None}

@@ -118,6 +118,18 @@ class TestWorker(Worker):
         """How many tokens were computed anew."""
         return {"tokens": self.core.scheduler.pilotfish_corrector.corrected}
 
+    def device_drafting(self) -> dict[str, Any]:
+        """How a drafter on the V2 runner is attached, and what it holds."""
+        config = self.llm.llm_engine.vllm_config
+        speculator = self.runner.speculator
+        return {
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "v2_runner": config.use_v2_model_runner,
+            "speculator": type(speculator).__name__,
+            "counts": speculator.counts,
+            "requests": len(speculator.drafter._key_of_request) + len(speculator._waiting),
+        }
+
     def draft_always(self) -> dict[str, Any]:
         """Make drafted tokens cost nothing, so that all are verified."""
         cost = self.runner.drafter.cost

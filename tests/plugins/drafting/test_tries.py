@@ -53,17 +53,17 @@ def test_base_tree_is_matched_by_path(a, b, data: st.DataObject) -> None:
     tokens, parents, *_ = grown(a)
     base_tokens, base_parents, *_ = grown(b)
     scores = scored(base_parents, data)
-    opinions = np.empty(len(tokens), np.int32)
-    tries.match_base_tree(tokens, parents, base_tokens, base_parents, scores, opinions)
+    feedback = np.empty(len(tokens), np.int32)
+    tries.match_base_tree(tokens, parents, base_tokens, base_parents, scores, feedback)
     base = dict(zip(paths(base_tokens, base_parents), scores.tolist(), strict=True))
-    for path, opinion in zip(paths(tokens, parents), opinions.tolist(), strict=True):
+    for path, kind in zip(paths(tokens, parents), feedback.tolist(), strict=True):
         siblings = {p: s for p, s in base.items() if len(p) == len(path) and p[:-1] == path[:-1]}
         if not siblings:
-            assert opinion == tries.UNKNOWN
+            assert kind == tries.UNKNOWN
         elif path not in siblings:
-            assert opinion == tries.ABSENT
+            assert kind == tries.ABSENT
         else:
-            assert opinion == (tries.FIRST if siblings[path] >= max(siblings.values()) else tries.LISTED)
+            assert kind == (tries.FIRST if siblings[path] >= max(siblings.values()) else tries.LISTED)
 
 
 @settings(deadline=None)
@@ -111,14 +111,14 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
 def test_scores_converge_to_acceptance_rates() -> None:
     seen, right = tries.make_acceptance_counts(2)
     tokens, parents, counts, depths = grown([[1, 2], [1, 3], [1, 2], [5, 5]])
-    opinions = np.full(len(tokens), tries.UNKNOWN, np.int32)
+    feedback = np.full(len(tokens), tries.UNKNOWN, np.int32)
     scores, cells = np.empty(len(tokens), np.float32), np.empty((len(tokens), 3), np.int32)
     rng = np.random.default_rng(0)
     for _ in range(4000):
-        tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+        tries.score_trie(1, 4, 4, parents, counts, depths, feedback, seen, right, scores, cells)
         accepted = np.array([1, 2 if rng.random() < 0.9 else 3] if rng.random() < 0.7 else [9], np.int32)
         tries.update_acceptance_counts(1, tokens, parents, cells, accepted, seen, right)
-    tries.score_trie(1, 4, 4, parents, counts, depths, opinions, seen, right, scores, cells)
+    tries.score_trie(1, 4, 4, parents, counts, depths, feedback, seen, right, scores, cells)
     by_path = dict(zip(paths(tokens, parents), scores.tolist(), strict=True))
     assert abs(by_path[1,] - 0.7) < 0.05
     assert abs(by_path[1, 2] - 0.63) < 0.06
@@ -142,7 +142,7 @@ def test_rates_of_base_tokens_depend_on_the_retrieved_tokens_beside_them() -> No
             assert abs(scores[n] - (0.1 if retrieved else 0.6)) < 0.05
 
 
-def test_the_rate_of_an_opinion_starts_at_the_rate_over_all_opinions() -> None:
+def test_the_rate_of_one_kind_of_feedback_starts_at_the_rate_over_all() -> None:
     seen, right = tries.make_acceptance_counts(1)
     tokens, parents = np.array([7], np.int32), np.array([ROOT], np.int32)
     counts, depths = np.array([1], np.int32), np.array([1], np.int32)

@@ -1,0 +1,197 @@
+"""The speculator that takes the place of vLLM's for ``--speculative-config '{"method": "ngram_gpu", ...}'``.
+
+vLLM has no method for third-party speculators. ``ngram_gpu`` is the one that needs no draft model, passes vLLM's checks
+for asynchronous scheduling, and keeps the token ids of all requests on the device.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from .....plugins.contracts import DeviceBatch, DeviceDrafter, DeviceLimits, Unsupported
+from ...engine import log
+from ...engine.selection import Attachment, attach
+from .. import compatibility
+from ..state_saver import StateSaver
+from ..top_k import top_k
+from .verification import replace_verification
+
+logger = log.logger
+
+
+class PilotfishSpeculator(BaseSpeculator):
+    """Speculator of vLLM's V2 model runner that calls a device drafter.
+
+    On the instance of the model runner, `load_model`, `sample`, `add_requests`, `_remove_request` and `shutdown` are
+    wrapped, and `compute_logits` of its model while it samples; vLLM's classes remain unchanged.
+
+    Args:
+        runner: vLLM's model runner.
+        drafting: The attached drafter.
+        drafter: The drafter's counterpart on the device.
+
+    Attributes:
+        drafter: The device drafter.
+        counts: Totals over all steps.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None  # the draft distribution is one-hot
+
+    def __init__(self, runner: Any, drafting: Attachment, drafter: DeviceDrafter) -> None:
+        self.drafter = drafter
+        self.counts = {"steps": 0, "requests": 0}
+        self._runner, self._requests = runner, runner.req_states
+        self._steps: int = runner.num_speculative_steps
+        self._waiting: dict[int, tuple[int, str | None]] = {}  # req_idx -> length of the prompt, tenant
+        self._candidates: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._none = torch.zeros(runner.max_num_reqs, self._steps, dtype=torch.int64, device=runner.device)
+        path = drafter.state_path
+        self._saver = None if path is None else StateSaver(drafter, Path(path))
+        self._wrap_runner()
+        how = (
+            f"speculator of the V2 runner, {self._steps} draft tokens per request and step, "
+            f"{drafter.nbytes / 2**20:,.0f} MiB on the device"
+        )
+        logger.info("%s", log.start_up_table("drafter", drafting, how))
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Do nothing: the drafter runs outside of CUDA graphs."""
+
+    def capture(self) -> None:
+        """Do nothing: the drafter runs outside of CUDA graphs."""
+
+    # --------------------------------------------------------------------------------------------------- the runner
+
+    def _wrap_runner(self) -> None:
+        runner = self._runner
+        load_model, sample = runner.load_model, runner.sample
+        add_requests, remove, shutdown = runner.add_requests, runner._remove_request, runner.shutdown
+
+        def load_model_and_replace_verification(*args: Any, **kwargs: Any) -> None:
+            load_model(*args, **kwargs)
+            if runner.rejection_sampler is not None:
+                replace_verification(runner.rejection_sampler)
+
+        def sample_and_record(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
+            model = runner.model
+            compute_logits = model.compute_logits
+
+            def compute_logits_and_record(*args: Any, **kwargs: Any) -> Any:
+                logits = compute_logits(*args, **kwargs)
+                self._record(logits)  # before a grammar changes them in place
+                return logits
+
+            model.compute_logits = compute_logits_and_record
+            try:
+                return sample(hidden_states, input_batch, grammar_output)
+            finally:
+                del model.compute_logits
+
+        def add_requests_and_start(scheduler_output: Any) -> None:
+            add_requests(scheduler_output)
+            for new in scheduler_output.scheduled_new_reqs:
+                extra = (new.sampling_params.extra_args if new.sampling_params is not None else None) or {}
+                tenant = extra.get("pilotfish_tenant")
+                req_idx = self._requests.req_id_to_index[new.req_id]
+                self._waiting[req_idx] = new.prompt_len, None if tenant is None else str(tenant)
+
+        def remove_and_finish(request: str) -> bool:
+            req_idx = self._requests.req_id_to_index.get(request)
+            if req_idx is not None and self._waiting.pop(req_idx, None) is None:
+                self.drafter.finish(req_idx)
+            return remove(request)
+
+        def save_and_shutdown(*args: Any, **kwargs: Any) -> Any:
+            if self._saver is not None:
+                self._saver.close()
+            return shutdown(*args, **kwargs)
+
+        runner.load_model, runner.sample = load_model_and_replace_verification, sample_and_record
+        runner.add_requests, runner._remove_request = add_requests_and_start, remove_and_finish
+        runner.shutdown = save_and_shutdown
+
+    def _record(self, logits: torch.Tensor) -> None:
+        """Keep the top-k tokens of all rows; the logits are modified later in the step."""
+        values, ids = top_k(logits, self.drafter.candidates)
+        self._candidates = ids, values.softmax(-1)
+
+    # --------------------------------------------------------------------------------------------------- each step
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Return the draft tokens of each request of the batch, [requests, K] int64."""
+        del attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_rejected, last_sampled
+        del next_prefill_tokens, temperature, seeds, dp_sync_state, skip_attn_for_dummy_run, mm_inputs, is_profile
+        del num_speculative_tokens
+        if dummy_run or self._candidates is None:
+            return self._none[: input_batch.num_reqs]
+        all_token_ids, rows = self._requests.all_token_ids.gpu, input_batch.logits_indices
+        for req_idx, (prompt_len, tenant) in self._waiting.items():
+            self.drafter.start(req_idx, all_token_ids[req_idx, :prompt_len], tenant)
+        self._waiting.clear()
+        ids, probs = self._candidates
+        self._candidates = None
+        batch = DeviceBatch(
+            num_requests=input_batch.num_reqs,
+            max_num_logits=self._steps + 1,
+            idx_mapping=input_batch.idx_mapping,
+            all_token_ids=all_token_ids,
+            total_len=self._requests.total_len.gpu,
+            num_sampled=num_sampled,
+            cu_num_logits=input_batch.cu_num_logits,
+            input_ids=input_batch.input_ids[rows],
+            positions=input_batch.positions[rows],
+            candidate_ids=ids,
+            candidate_probs=probs,
+        )
+        self.drafter.observe(batch)
+        drafts = self.drafter.propose(batch)
+        if self._saver is not None:
+            self._saver.touch()
+        self.counts["steps"] += 1
+        self.counts["requests"] += batch.num_requests
+        return drafts
+
+
+def attach_speculator(runner: Any) -> None:
+    """Replace the speculator of a V2 model runner by ours, if a drafter is selected.
+
+    Args:
+        runner: vLLM's model runner, constructed but without a model.
+
+    Raises:
+        ConfigError: The selection is invalid.
+        Unsupported: The drafter has no counterpart on the device, or the engine cannot serve it.
+    """
+    config = runner.vllm_config
+    drafting = attach("drafter", config)
+    if drafting is None or runner.speculator is None:  # only the last pipeline rank samples
+        return
+    compatibility.check(drafting, config)
+    limits = DeviceLimits(runner.device, runner.max_num_reqs, runner.num_speculative_steps, runner.max_model_len)
+    drafter = drafting.cls.device_drafter(drafting.options, drafting.engine, limits)  # type: ignore[attr-defined]
+    if drafter is None:
+        raise Unsupported(drafting.name, *compatibility.NO_DEVICE_DRAFTER, drafting.engine.model)
+    runner.speculator = PilotfishSpeculator(runner, drafting, drafter)

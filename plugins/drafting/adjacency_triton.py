@@ -1,0 +1,234 @@
+"""The adjacency tables of Token Recycling on a device; the counterpart of `adjacency`.
+
+Only `to_host` and `from_host` synchronise with the device: kernels are launched with sizes that the host knows.
+Several tables, one for each group of requests that shares one, follow one another in the same tensors.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import triton
+
+from ..contracts import DeviceBatch
+from . import programs_adjacency_triton as kernels
+from .adjacency_table import (
+    BIN_EDGES,
+    FROM_TEXT,
+    MAX_SEEN,
+    NONE,
+    NUM_CONFIDENCES,
+    AcceptanceRates,
+    AdjacencyTable,
+    make_acceptance_rates,
+    make_adjacency_table,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BEAMS = 4  # beams of the search for a chain
+MOST_FOLLOWERS = 4096  # occurrences of a context in a prompt that priming reads, the latest ones
+BLOCK = 256  # elements of a program
+
+
+class DeviceAdjacencyTables:
+    """Adjacency tables and acceptance rates on a device.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        k: Number of candidates in a row.
+        order: Longest context with its own rows, in tokens.
+        bits: Logarithm of the number of hashed rows of a table.
+        num_tables: Number of tables.
+        max_num_reqs: Number of request idx_mapping.
+        device: The device.
+
+    Attributes:
+        table_of_request: [max_num_reqs] int32 table of each request.
+    """
+
+    def __init__(
+        self, vocab_size: int, k: int, order: int, bits: int, num_tables: int, max_num_reqs: int, device: torch.device
+    ) -> None:
+        self._vocab, self._k, self._order = vocab_size, k, order
+        self._empty = make_adjacency_table(0, k, order, bits), make_acceptance_rates(order, k)
+        self._hashed = len(self._empty[0].keys)
+        self._rows = vocab_size + self._hashed
+        shape = num_tables, self._rows, k
+        self._tokens = torch.full(shape, NONE, dtype=torch.int32, device=device)
+        self._confidence = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self._keys = torch.zeros(num_tables, self._hashed, dtype=torch.int64, device=device)  # the bits of uint64
+        self._owners = torch.full((num_tables, self._rows), NONE, dtype=torch.int32, device=device)
+        prior = (torch.from_numpy(a).to(device) for a in self._empty[1])
+        self._seen, self._right, self._rate = (a.repeat(num_tables, 1, 1, 1) for a in prior)
+        self._prior = self._seen[0].clone(), self._right[0].clone(), self._rate[0].clone()
+        self._edges = torch.from_numpy(BIN_EDGES).to(device)
+        self.table_of_request = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._shape = {
+            "K": k,
+            "K_PADDED": triton.next_power_of_2(k),
+            "ORDER": order,
+            "ORDER_PADDED": triton.next_power_of_2(order),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        tensors = self._tokens, self._confidence, self._keys, self._owners, self._seen, self._right, self._rate
+        return sum(t.nbytes for t in tensors)
+
+    def clear(self, table: int) -> None:
+        """Empty a table."""
+        self._tokens[table].fill_(NONE)
+        self._keys[table].zero_()
+        for counts, prior in zip((self._seen, self._right, self._rate), self._prior, strict=True):
+            counts[table].copy_(prior)
+
+    def update_acceptance_rates(self, batch: DeviceBatch) -> None:
+        """Count the candidates before each token that the step sampled or accepted."""
+        kernels.count_candidates_kernel[(batch.num_requests, batch.max_num_logits)](
+            batch.all_token_ids,
+            batch.all_token_ids.stride(0),
+            batch.idx_mapping,
+            batch.total_len,
+            batch.num_sampled,
+            self.table_of_request,
+            self._tokens,
+            self._confidence,
+            self._keys,
+            self._seen,
+            self._right,
+            self._vocab,
+            self._hashed,
+            **self._shape,
+            CONFIDENCES=NUM_CONFIDENCES,
+        )
+        size = self._seen.numel()
+        kernels.refresh_rates_kernel[(triton.cdiv(size, BLOCK),)](
+            self._seen, self._right, self._rate, size, LIMIT=MAX_SEEN, BLOCK=BLOCK
+        )
+
+    def update_rows(self, batch: DeviceBatch) -> None:
+        """Overwrite the rows of all verified positions with the model's top-k tokens there.
+
+        Where positions share a row, the one that `adjacency.update_rows` would write last wins.
+        """
+        grid = (batch.num_requests, batch.max_num_logits)
+        where = (
+            batch.all_token_ids,
+            batch.all_token_ids.stride(0),
+            batch.idx_mapping,
+            batch.num_sampled,
+            self.table_of_request,
+            batch.cu_num_logits,
+            batch.input_ids,
+            batch.positions,
+        )
+        order = {"ORDER": self._shape["ORDER"], "ORDER_PADDED": self._shape["ORDER_PADDED"]}
+        kernels.claim_rows_kernel[grid](
+            *where, self._owners, self._vocab, self._hashed, MAX_NUM_LOGITS=batch.max_num_logits, **order
+        )
+        kernels.write_rows_kernel[grid](
+            *where,
+            batch.candidate_ids,
+            batch.candidate_probs,
+            self._edges,
+            self._owners,
+            self._tokens,
+            self._confidence,
+            self._keys,
+            self._vocab,
+            self._hashed,
+            EDGES=len(BIN_EDGES),
+            EDGES_PADDED=triton.next_power_of_2(len(BIN_EDGES)),
+            MAX_NUM_LOGITS=batch.max_num_logits,
+            **self._shape,
+        )
+
+    def prime_from_text(self, table: int, text: "Tensor") -> None:
+        """Insert the token after each context of a text [t] int32 at the first rank of the context's rows."""
+        size = len(text)
+        if size < 2:
+            return
+        total = (size - 1) * self._order
+        rows = torch.empty(total, dtype=torch.int64, device=text.device)
+        row_keys = torch.empty_like(rows)
+        kernels.text_rows_kernel[(triton.cdiv(size - 1, BLOCK),)](
+            text,
+            size,
+            table,
+            rows,
+            row_keys,
+            self._vocab,
+            self._hashed,
+            ORDER=self._order,
+            ORDER_PADDED=self._shape["ORDER_PADDED"],
+            BLOCK=BLOCK,
+        )
+        by_row, entries = rows.sort(stable=True)
+        kernels.prime_rows_kernel[(total,)](
+            text,
+            total,
+            by_row,
+            entries,
+            row_keys,
+            self._tokens,
+            self._confidence,
+            self._keys,
+            self._vocab,
+            self._hashed,
+            FROM_TEXT=FROM_TEXT,
+            MOST=MOST_FOLLOWERS,
+            K=self._k,
+            K_PADDED=self._shape["K_PADDED"],
+            ORDER=self._order,
+        )
+
+    def propose_chains(self, batch: DeviceBatch, drafts: "Tensor", scores: "Tensor") -> None:
+        """Propose a chain for each request of the batch, and the probabilities that its tokens are accepted.
+
+        Args:
+            batch: The step.
+            drafts: [requests, steps] int64, contiguous; output.
+            scores: [requests, steps] float32, contiguous; output.
+        """
+        steps = drafts.shape[1]
+        kernels.propose_chain_kernel[(batch.num_requests,)](
+            batch.all_token_ids,
+            batch.all_token_ids.stride(0),
+            batch.idx_mapping,
+            batch.total_len,
+            self.table_of_request,
+            self._tokens,
+            self._confidence,
+            self._keys,
+            self._rate,
+            drafts,
+            scores,
+            self._vocab,
+            self._hashed,
+            NUM_SPEC_TOKENS=steps,
+            NUM_SPEC_TOKENS_PADDED=triton.next_power_of_2(steps),
+            BEAMS=BEAMS,
+            **self._shape,
+            CONFIDENCES=NUM_CONFIDENCES,
+        )
+
+    def to_host(self, table: int) -> tuple[AdjacencyTable, AcceptanceRates]:
+        """Return copies of a table and its acceptance rates in host memory; waits for the device."""
+        rows = AdjacencyTable(
+            self._tokens[table].cpu().numpy(),
+            self._confidence[table].cpu().numpy(),
+            self._keys[table].cpu().numpy().view(np.uint64),
+        )
+        counts = (a[table].cpu().numpy() for a in (self._seen, self._right, self._rate))
+        return rows, AcceptanceRates(*counts)
+
+    def from_host(self, table: int, rows: AdjacencyTable, acceptance: AcceptanceRates) -> None:
+        """Replace the contents of a table."""
+        self._tokens[table].copy_(torch.from_numpy(rows.tokens))
+        self._confidence[table].copy_(torch.from_numpy(rows.confidence))
+        self._keys[table].copy_(torch.from_numpy(rows.keys.view(np.int64)))
+        for counts, array in zip((self._seen, self._right, self._rate), acceptance, strict=True):
+            counts[table].copy_(torch.from_numpy(array))

@@ -1,0 +1,239 @@
+"""Tests of the adjacency tables on a device against those on the host, which have a naive oracle of their own.
+
+The kernels are interpreted if there is no GPU.
+"""
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from device_wait import DeviceWaitError, no_device_wait
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pilotfish.plugins.contracts import ROOT, DeviceBatch
+from pilotfish.plugins.drafting import adjacency
+from pilotfish.plugins.drafting.adjacency_table import make_acceptance_rates, make_adjacency_table
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    # From NumPy, in Triton's interpreter: a hash wraps.
+    pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCAB, K, ORDER, BITS = 20, 3, 3, 5  # few hashed rows, so that contexts collide
+SLOTS, LENGTH = 4, 64
+fast = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def kernels(interpreted_triton: None) -> ModuleType:
+    """Return the module of the tables; its kernels are interpreted if there is no GPU."""
+    return importlib.import_module("pilotfish.plugins.drafting.adjacency_triton")
+
+
+def make_tables(kernels: ModuleType, num_tables: int = 1, order: int = ORDER) -> Any:
+    return kernels.DeviceAdjacencyTables(VOCAB, K, order, BITS, num_tables, SLOTS, DEVICE)
+
+
+def assert_same(device: Any, host: tuple[Any, Any], table: int = 0) -> None:
+    """The tokens, their confidence and the owners of all rows are the same, and so are the acceptance rates."""
+    rows, rates = device.to_host(table)
+    np.testing.assert_array_equal(rows.tokens, host[0].tokens)
+    held = rows.tokens >= 0
+    np.testing.assert_array_equal(rows.confidence[held], host[0].confidence[held])
+    np.testing.assert_array_equal(rows.keys, host[0].keys)
+    for ours, theirs in zip(rates, host[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+class Step:
+    """A verified step of some requests, for both implementations."""
+
+    def __init__(self, texts: list[list[int]], drafts: list[list[int]], sampled: list[list[int]], seed: int) -> None:
+        """Begin with the texts before the step; ``sampled`` holds the tokens that the step appends to each."""
+        random = np.random.default_rng(seed)
+        self.texts, self.sampled = texts, sampled
+        self.inputs = [[text[-1], *draft] for text, draft in zip(texts, drafts, strict=True)]
+        sizes = [len(i) for i in self.inputs]
+        self.starts = np.cumsum([0, *sizes])
+        n = int(self.starts[-1])
+        self.ids = np.stack([random.permutation(VOCAB)[:K] for _ in range(n)]).astype(np.int64)
+        self.probs = -np.sort(-random.dirichlet(np.ones(K), n).astype(np.float32), axis=1)
+
+    def on_host(self, tables: list[tuple[Any, Any]], order: int = ORDER) -> None:
+        # The device learns from all requests at once, and the host from one after the other.
+        for (rows, rates), text, tokens in zip(tables, self.texts, self.sampled, strict=True):
+            if tokens:
+                adjacency.update_acceptance_rates(rows, rates, order, as_ids(text), as_ids(tokens))
+        for i, (rows, _) in enumerate(tables):
+            inputs = self.inputs[i]
+            part = slice(self.starts[i], self.starts[i + 1])
+            accepted = np.arange(len(inputs)) < max(len(self.sampled[i]), 1)
+            parents = np.arange(ROOT, len(inputs) - 1, dtype=np.int32)
+            context = as_ids(self.texts[i][:-1])
+            arguments = as_ids(inputs), parents, accepted, self.ids[part].astype(np.int32), self.probs[part]
+            adjacency.update_rows(rows, order, context, *arguments)
+
+    def on_device(self, slots: list[int], width: int) -> DeviceBatch:
+        texts, lengths = torch.zeros(SLOTS, LENGTH, dtype=torch.int32), torch.zeros(SLOTS, dtype=torch.int32)
+        positions = []
+        for slot, text, tokens, inputs in zip(slots, self.texts, self.sampled, self.inputs, strict=True):
+            whole = [*text, *tokens]
+            texts[slot, : len(whole)] = torch.tensor(whole)
+            lengths[slot] = len(whole)
+            positions += range(len(text) - 1, len(text) - 1 + len(inputs))
+        tensors: dict[str, torch.Tensor] = {
+            "idx_mapping": torch.tensor(slots),
+            "all_token_ids": texts,
+            "total_len": lengths,
+            "num_sampled": torch.tensor([len(s) for s in self.sampled], dtype=torch.int32),
+            "cu_num_logits": torch.tensor(self.starts, dtype=torch.int32),
+            "input_ids": torch.tensor([t for i in self.inputs for t in i], dtype=torch.int32),
+            "positions": torch.tensor(positions),
+            "candidate_ids": torch.from_numpy(self.ids),
+            "candidate_probs": torch.from_numpy(self.probs),
+        }
+        return DeviceBatch(len(slots), width, **{name: t.to(DEVICE) for name, t in tensors.items()})
+
+
+def as_ids(tokens: list[int]) -> np.ndarray:
+    return np.array(tokens, np.int32)
+
+
+tokens = st.integers(0, VOCAB - 1)
+few = st.integers(0, 3)  # so that rows and contexts repeat
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    count = draw(st.integers(1, 3))
+    texts = [draw(st.lists(few, min_size=1, max_size=12)) for _ in range(count)]
+    drafts = [draw(st.lists(few, max_size=4)) for _ in range(count)]
+    sampled = []
+    for draft in drafts:
+        right = draw(st.integers(0, len(draft)))
+        sampled.append(draw(st.sampled_from([[*draft[:right], draw(tokens)], []])))
+    return Step(texts, drafts, sampled, draw(st.integers(0, 1 << 30)))
+
+
+@fast
+@given(st.lists(st.lists(few, min_size=1, max_size=30), max_size=3), st.sampled_from([1, 2, 3, 5]))
+def test_prompts_prime_rows_as_on_the_host(kernels: ModuleType, texts: list[list[int]], order: int) -> None:
+    device = make_tables(kernels, order=order)
+    rows, rates = make_adjacency_table(VOCAB, K, order, BITS), make_acceptance_rates(order, K)
+    for text in texts:
+        device.prime_from_text(0, torch.tensor(text, dtype=torch.int32, device=DEVICE))
+        adjacency.prime_from_text(rows, order, as_ids(text))
+    assert_same(device, (rows, rates))
+
+
+@fast
+@given(st.lists(steps(), min_size=1, max_size=3), st.lists(few, min_size=2, max_size=20))
+def test_steps_update_tables_as_on_the_host(kernels: ModuleType, events: list[Step], prompt: list[int]) -> None:
+    device = make_tables(kernels)
+    host = make_adjacency_table(VOCAB, K, ORDER, BITS), make_acceptance_rates(ORDER, K)
+    device.prime_from_text(0, torch.tensor(prompt, dtype=torch.int32, device=DEVICE))
+    adjacency.prime_from_text(host[0], ORDER, as_ids(prompt))
+    for event in events:
+        count = len(event.texts)
+        batch = event.on_device(list(range(count))[::-1], width=5)
+        device.update_acceptance_rates(batch)
+        device.update_rows(batch)
+        event.on_host([host] * count)
+    assert_same(device, host)
+
+
+@fast
+@given(steps())
+def test_each_request_updates_its_own_table(kernels: ModuleType, event: Step) -> None:
+    count = len(event.texts)
+    device = make_tables(kernels, num_tables=SLOTS)
+    device.table_of_request.copy_(torch.arange(SLOTS).flip(0))
+    hosts = [(make_adjacency_table(VOCAB, K, ORDER, BITS), make_acceptance_rates(ORDER, K)) for _ in range(count)]
+    batch = event.on_device(list(range(count)), width=5)
+    device.update_acceptance_rates(batch)
+    device.update_rows(batch)
+    event.on_host(hosts)
+    for slot, host in enumerate(hosts):
+        assert_same(device, host, table=SLOTS - 1 - slot)
+    for table in range(SLOTS - count):  # those of other slots
+        assert_same(device, (make_adjacency_table(VOCAB, K, ORDER, BITS), make_acceptance_rates(ORDER, K)), table)
+
+
+def best_chain(rows: Any, rates: Any, text: list[int], steps: int) -> tuple[float, list[int]]:
+    """Return the largest expected number of accepted tokens of any chain, and that chain, by exhaustive search."""
+    row, length = adjacency.find_row(rows, as_ids(text)[-ORDER:], ORDER)
+    best: tuple[float, list[int]] = (0.0, [])
+    if not steps:
+        return best
+    for rank in range(K):
+        token = int(rows.tokens[row, rank])
+        if token < 0:
+            break
+        probability = float(rates.rate[length, rank, rows.confidence[row, rank]])
+        value, chain = best_chain(rows, rates, [*text, token], steps - 1)
+        if probability * (1 + value) > best[0]:
+            best = probability * (1 + value), [token, *chain]
+    return best
+
+
+@fast
+@given(st.lists(few, min_size=2, max_size=40), st.lists(steps(), max_size=2), st.integers(1, 4))
+def test_chains_are_near_the_best(kernels: ModuleType, prompt: list[int], events: list[Step], steps: int) -> None:
+    host = make_adjacency_table(VOCAB, K, ORDER, BITS), make_acceptance_rates(ORDER, K)
+    adjacency.prime_from_text(host[0], ORDER, as_ids(prompt))
+    for event in events:
+        event.on_host([host] * len(event.texts))
+    device = make_tables(kernels)
+    device.from_host(0, *host)
+    batch = Step([prompt], [[]], [[]], 0).on_device([2], width=1)
+    drafts = torch.zeros(1, steps, dtype=torch.int64, device=DEVICE)
+    scores = torch.zeros(1, steps, dtype=torch.float32, device=DEVICE)
+    device.propose_chains(batch, drafts, scores)
+    value, chain = best_chain(*host, prompt, steps)
+    # The scores are the probabilities of the drafted chain.
+    text, expected, reached = list(prompt), [], 1.0
+    for token in drafts[0].tolist()[: len([s for s in scores[0].tolist() if s])]:
+        row, length = adjacency.find_row(host[0], as_ids(text)[-ORDER:], ORDER)
+        rank = host[0].tokens[row].tolist().index(token)
+        reached *= float(host[1].rate[length, rank, host[0].confidence[row, rank]])
+        expected.append(reached)
+        text.append(token)
+    np.testing.assert_allclose(scores[0].tolist()[: len(expected)], expected, rtol=1e-5)
+    assert sum(expected) >= 0.95 * value  # a beam search
+    assert len(expected) == len(chain)
+    assert drafts[0].tolist()[len(expected) :] == [prompt[-1]] * (steps - len(expected))
+
+
+def test_a_table_returns_from_the_host_as_it_was(kernels: ModuleType) -> None:
+    device = make_tables(kernels, num_tables=2)
+    device.prime_from_text(1, torch.tensor([1, 2, 3, 1, 2, 4], dtype=torch.int32, device=DEVICE))
+    rows, rates = device.to_host(1)
+    device.clear(1)
+    assert (device.to_host(1)[0].tokens < 0).all() and not device.to_host(1)[0].keys.any()
+    device.from_host(0, rows, rates)
+    assert_same(device, (rows, rates))
+
+
+def test_nothing_waits_for_the_device(kernels: ModuleType) -> None:
+    device = make_tables(kernels)
+    text = torch.tensor([1, 2, 3, 1, 2], dtype=torch.int32, device=DEVICE)
+    batch = Step([[1, 2, 3], [2]], [[1], []], [[1, 2], [3]], 0).on_device([0, 1], width=2)
+    drafts, scores = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), torch.zeros(2, 1, device=DEVICE)
+    with no_device_wait():
+        device.prime_from_text(0, text)
+        device.update_acceptance_rates(batch)
+        device.update_rows(batch)
+        device.propose_chains(batch, drafts, scores)
+
+
+@pytest.mark.parametrize("read", ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "nonzero"])
+def test_the_check_finds_a_wait(read: str) -> None:
+    with no_device_wait(), pytest.raises(DeviceWaitError, match=read):
+        getattr(torch.ones(1), read)()
+    assert torch.ones(1).item() == 1
