@@ -44,7 +44,7 @@ SAMPLE := $(PROMPTS) --sample 96 --sample-others 32 --seed 2
 
 bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
 	$(BIN)/pip install -q '.[bench]'
-	$(BIN)/pilotfish bench drafters $(SAMPLE) --max-tokens 64 --arms ngram,suffix,$(DEEP),token_recycling
+	$(BIN)/pilotfish bench drafters $(PROMPTS) --max-tokens 96
 	$(MAKE) tables
 
 TREE := token_recycling@verification=tree
@@ -63,6 +63,8 @@ bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best setting
 	$(BIN)/pip install -q arctic-inference
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms $(DEEP) --out benchmarks/results/drafters_suffix.json
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms rasd --out benchmarks/results/drafters_suffix_rasd.json
+	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms token_recycling \
+	  --out benchmarks/results/drafters_suffix_token_recycling.json
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 48 --model $(QWEN) --dtype bfloat16 --compiled \
 	  --arms $(DEEP),rasd --out benchmarks/results/drafters_suffix_qwen.json
 	$(MAKE) tables

@@ -92,24 +92,6 @@ def drafters_by_category() -> str:
     return markdown(["category", *(ARMS.get(a, a).replace("**", "") for a in arms)], rows)
 
 
-def drafters_short() -> str:
-    """Return the table of drafters over whole datasets, one request at a time."""
-    table = figures(load("drafters"))
-    rows = [
-        [
-            ARMS.get(arm, arm),
-            *(f"{table[d, 1, arm]['speedup']:.2f}x" for d in ("spec_bench", "humaneval")),
-            f"{table['spec_bench', 1, arm]['acceptance_length']:.2f}",
-            f"{table['spec_bench', 1, arm]['identical_share']:.0%}",
-        ]
-        for arm in ARMS
-        if ("spec_bench", 1, arm) in table and ("humaneval", 1, arm) in table
-    ]
-    return markdown(
-        ["drafter", "speed-up on Spec-Bench", "on HumanEval", "acceptance length", "identical outputs"], rows
-    )
-
-
 def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, context: int) -> float:
     """Return the speed-up that a step would have if attention were free.
 
@@ -198,7 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice": tree_tables.twice,
     "drafters_budget": tree_tables.budget,
-    "drafters_suffix": lambda: tree_tables.suffix_comparison("drafters_suffix", "drafters_suffix_rasd"),
+    "drafters_suffix": lambda: tree_tables.suffix_comparison(*tree_tables.SUFFIX_RESULTS),
     "drafters_suffix_qwen": lambda: tree_tables.suffix_comparison("drafters_suffix_qwen"),
     "drafter_trace": tree_tables.trace,
     "retrieval": retrieval_tables.retrieval,
@@ -221,7 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_twice_by_category": tree_tables.twice_by_category,
     "drafters": drafters,
     "drafters_by_category": drafters_by_category,
-    "drafters_short": drafters_short,
+    "drafters_short": tree_tables.summary,
     "rag_speed": rag_tables.speed,
     "rag_quality": rag_tables.quality,
     "rag_speed_qwen": lambda: rag_tables.speed("rag_qwen"),

@@ -112,6 +112,28 @@ def suffix_comparison(*benchmarks: str) -> str:
     return markdown(head, rows, texts=2) + "".join(map(provenance, results))
 
 
+# Each with 96 prompts of Spec-Bench and 32 of HumanEval, the same in all files.
+SUFFIX_RESULTS = ("drafters_suffix", "drafters_suffix_rasd", "drafters_suffix_token_recycling")
+
+
+def summary() -> str:
+    """Return the speed-up of each drafter over whole datasets, with 95 % confidence intervals over prompts."""
+    results = [load(name) for name in SUFFIX_RESULTS]
+    table = {key: values for result in results for key, values in figures(result).items()}
+    runs = {(r["dataset"], r["arm"]): r["runs"] for x in results for r in x["records"] if r["metric"] == "speedup"}
+    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
+    rows = []
+    for arm in sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm)):
+        cells = []
+        for dataset in ("spec_bench", "humaneval"):
+            mean, low, high = bootstrap_interval(runs[dataset, arm])
+            cells.append(f"{mean:.2f}x ({low:.2f} to {high:.2f})")
+        same = table["spec_bench", 1, arm]["identical_share"]
+        rows.append([label(arm), *cells, f"{lengths['spec_bench', arm]:.2f}", f"{same:.0%}"])
+    head = ["drafter", "speed-up on Spec-Bench", "on HumanEval", "acceptance length", "identical outputs"]
+    return markdown(head, rows) + "".join(map(provenance, results))
+
+
 REPLAYED = {
     "suffix": "`suffix`, documented settings",
     "suffix@depth=64": NAMES[DEEP_SUFFIX],

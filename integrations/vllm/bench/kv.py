@@ -103,7 +103,9 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
     with counting_bar() as bar, tempfile.TemporaryDirectory() as logs:
         task = bar.add_task("starting the engine", total=len(parts))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            return run_parts([(description, partial(part, engine)) for description, part in parts], plan.out, bar, task)
+            return run_parts(
+                [(description, partial(part, engine)) for description, part in parts], plan.out, plan.model, bar, task
+            )
 
 
 def _engine_policy(arms: list[KVArm]) -> str:

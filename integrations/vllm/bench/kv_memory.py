@@ -196,4 +196,4 @@ def run_memory_benchmark(work: KVWork) -> list[Record]:
     with tempfile.TemporaryDirectory() as logs:
         parts = list(memory.parts_in(Path(logs)))  # raises for texts that are too short, before anything is shown
         with counting_bar() as bar:
-            return run_parts(parts, work.plan.out, bar, bar.add_task("starting", total=len(parts)))
+            return run_parts(parts, work.plan.out, work.plan.model, bar, bar.add_task("starting", total=len(parts)))

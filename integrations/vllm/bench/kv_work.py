@@ -91,14 +91,14 @@ def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
 
 
 def run_parts(
-    parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, bar: Progress, task: TaskID
+    parts: list[tuple[str, Callable[[], list[Record]]]], out: Path, model: str, bar: Progress, task: TaskID
 ) -> list[Record]:
-    """Run the described parts of a benchmark, and write the JSON after every part."""
+    """Run the described parts of a benchmark with a model, and write the JSON after every part."""
     records: list[Record] = []
     for description, part in parts:
         bar.update(task, description=description)
         records += part()
-        record.write_records(out, records)
+        record.write_records(out, records, model=model)
         bar.advance(task)
     return records
 

@@ -98,6 +98,20 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
             f"{ROOT}.drafter: {plugin} is selected but the V2 model runner would not call it; "
             f"set --speculative-config '{value}', or {V1_RUNNER}"
         )
+    if config.verification.nodes is not None:
+        raise Unsupported(
+            plugin,
+            "the V2 model runner verifies num_speculative_tokens draft tokens of every request",
+            "remove nodes, and set num_speculative_tokens",
+            model,
+        )
+    if config.kv is not None:
+        raise Unsupported(
+            plugin,
+            "the V2 model runner runs no KV policy together with a drafter",
+            "remove one, or " + V1_RUNNER,
+            model,
+        )
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise Unsupported(
             plugin,

@@ -121,6 +121,8 @@ REQUIRED_APIS = (
         ("self", "input_batch"),
         "drafters on the V2 runner",
     ),
+    VllmApi(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), "drafters on the V2 runner"),
+    VllmApi(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), "drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.all_token_ids", why="drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.total_len", why="drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.prompt_len", why="exact prefill after preemption"),

@@ -43,19 +43,19 @@ def random_model(model: str, tmp_path_factory: pytest.TempPathFactory) -> Callab
     def save(architecture: Any, **options: Any) -> str:
         folder = tmp_path_factory.mktemp("random_model")
         torch.manual_seed(0)
-        config = architecture.config_class(
-            vocab_size=49_152,
-            hidden_size=128,
-            intermediate_size=256,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=1024,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.2,
-            **options,
-        )
+        defaults: dict[str, Any] = {
+            "vocab_size": 49_152,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.2,
+        }
+        config = architecture.config_class(**{**defaults, **options})
         architecture(config).save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(model) / name, folder)

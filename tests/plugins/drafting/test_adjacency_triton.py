@@ -4,7 +4,11 @@ The kernels are interpreted if there is no GPU.
 """
 
 import importlib
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -237,3 +241,33 @@ def test_the_check_finds_a_wait(read: str) -> None:
     with no_device_wait(), pytest.raises(DeviceWaitError, match=read):
         getattr(torch.ones(1), read)()
     assert torch.ones(1).item() == 1
+
+
+COMPILE = """
+import torch
+from ahead_of_time import compiled_launches
+from test_adjacency_triton import Step
+from pilotfish.plugins.drafting.adjacency_triton import DeviceAdjacencyTables
+with compiled_launches() as sizes:
+    device = DeviceAdjacencyTables(128_256, 8, 4, 16, 1, 4, torch.device("cpu"))
+    device.prime_from_text(0, torch.zeros(9, dtype=torch.int32))
+    batch = Step([[1, 2, 3]], [[1]], [[1, 2]], 0).on_device([0], width=13)
+    device.update_acceptance_rates(batch)
+    device.update_rows(batch)
+    device.propose_chains(batch, torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 12))
+print(sorted(sizes))
+"""
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, [here, here.parents[1] / "support"]))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env={**environment, "PYTHONPATH": paths}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    from pilotfish.plugins.drafting import programs_adjacency_triton
+
+    kernels = [name for name in vars(programs_adjacency_triton) if name.endswith("_kernel")]
+    assert result.stdout.strip() == str(sorted(kernels))

@@ -22,6 +22,7 @@ from .....plugins.manager import disabled
 from ...engine import log
 from ...engine.selection import attach
 from .. import compatibility, step_times
+from ..request_options import accepts_drafts, tenant_of
 from ..state_saver import StateSaver
 from .model_runner import RunnerBinding, Verified, find_runner
 from .sampling import replace_rejection_sampler, takes_drafts
@@ -258,13 +259,10 @@ class PilotfishProposer:
         """Start a request in the drafter, with its text before the tokens of this step."""
         assert self.plugin is not None
         params = self._binding.sampling_params(request)
-        extra = (params.extra_args if params is not None else None) or {}
-        wanted = str(extra.get("pilotfish_drafter", "on")).lower() not in {"off", "0", "false"}
-        self._requests[request] = _LiveRequest(wanted and takes_drafts(params))
-        tenant = extra.get("pilotfish_tenant")
+        self._requests[request] = _LiveRequest(accepts_drafts(params) and takes_drafts(params))
         prompt = self._binding.prompt(index)
         before = seen.text[: max(len(seen.text) - len(seen.tokens), len(prompt))]
-        self.plugin.start(request, before, None if tenant is None else str(tenant))
+        self.plugin.start(request, before, tenant_of(params))
 
     def _finish(self, request: str) -> None:
         if self._requests.pop(request, None) is not None and self.plugin is not None:

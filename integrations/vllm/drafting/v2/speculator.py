@@ -14,6 +14,7 @@ from .....plugins.contracts import DeviceBatch, DeviceDrafter, DeviceLimits, Uns
 from ...engine import log
 from ...engine.selection import Attachment, attach
 from .. import compatibility
+from ..request_options import tenant_of
 from ..state_saver import StateSaver
 from ..top_k import top_k
 from .verification import replace_verification
@@ -93,10 +94,8 @@ class PilotfishSpeculator(BaseSpeculator):
         def add_requests_and_start(scheduler_output: Any) -> None:
             add_requests(scheduler_output)
             for new in scheduler_output.scheduled_new_reqs:
-                extra = (new.sampling_params.extra_args if new.sampling_params is not None else None) or {}
-                tenant = extra.get("pilotfish_tenant")
                 req_idx = self._requests.req_id_to_index[new.req_id]
-                self._waiting[req_idx] = new.prompt_len, None if tenant is None else str(tenant)
+                self._waiting[req_idx] = new.prompt_len, tenant_of(new.sampling_params)
 
         def remove_and_finish(request: str) -> bool:
             req_idx = self._requests.req_id_to_index.get(request)

@@ -55,9 +55,10 @@ def test_doctor_reports_no_problems(cli: Callable) -> None:
 def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
     report = json.loads(cli("doctor", "--json", VLLM_USE_V2_MODEL_RUNNER="1", PILOTFISH_DISABLE="1").stdout)
     assert report["settings"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
-    (plugin,) = [p for p in report["plugins"] if p["name"] == "token_recycling"]
-    assert not plugin["supported"]
-    assert "V2" in plugin["reason"]
+    drafters = {p["name"]: p for p in report["plugins"] if p["kind"] == "drafter"}
+    assert drafters["token_recycling"]["supported"]
+    assert not drafters["rasd"]["supported"]
+    assert "V2" in drafters["rasd"]["reason"]
     assert any("PILOTFISH_DISABLE" in note for note in report["notes"])
 
 
@@ -200,9 +201,9 @@ def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -
     assert state.read_bytes() == b"nonsense"
 
 
-def test_serve_refuses_v2_model_runner_for_token_recycling(cli: Callable) -> None:
-    result = cli("serve", MODEL, "--drafter", "token_recycling", VLLM_USE_V2_MODEL_RUNNER="1")
-    refused(result, "token_recycling does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
+def test_serve_refuses_v2_model_runner_for_a_drafter_without_a_counterpart_on_the_device(cli: Callable) -> None:
+    result = cli("serve", MODEL, "--drafter", "rasd", VLLM_USE_V2_MODEL_RUNNER="1")
+    refused(result, "rasd does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def test_models_command(cli: Callable, tmp_path: Path) -> None:

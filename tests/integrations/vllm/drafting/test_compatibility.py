@@ -7,8 +7,9 @@ import pytest
 
 from pilotfish.integrations.vllm.drafting import compatibility
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
-from pilotfish.plugins.config import PilotfishConfig
+from pilotfish.plugins.config import ConfigError, PilotfishConfig, Selection, Verification
 from pilotfish.plugins.contracts import Unsupported
+from pilotfish.plugins.rasd import RASD
 from pilotfish.plugins.token_recycling import TokenRecycling
 
 
@@ -39,3 +40,40 @@ def test_accepts_settings_that_keep_the_output_distribution(speculative: dict[st
 def test_refuses_settings_that_its_verifier_does_not_implement(name: str, value: str) -> None:
     with pytest.raises(Unsupported, match=rf"token_recycling does not support model m: {name}='{value}'.*remove it"):
         check(**{name: value})
+
+
+def check_v2(drafter: Any = TokenRecycling, selection: PilotfishConfig | None = None, **facts: Any) -> None:
+    speculative = SimpleNamespace(method="ngram_gpu", model="ngram_gpu", **facts.pop("speculative", {}))
+    config = SimpleNamespace(
+        speculative_config=facts.pop("speculative_config", speculative),
+        model_config=SimpleNamespace(model="m", enable_prompt_embeds=False, runner_type="generate"),
+        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=facts.pop("sharded", False)),
+        use_v2_model_runner=True,
+    )
+    compatibility._check_speculation(drafter, drafter.Options(), selection or PilotfishConfig(), config)
+
+
+def test_the_v2_runner_takes_a_drafter_with_a_counterpart_on_the_device() -> None:
+    check_v2()
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"drafter": RASD}, "rasd does not support model m: the drafter has no counterpart on the device"),
+        ({"selection": PilotfishConfig(verification=Verification("tree"))}, "verifies chains, no trees.*or set VLLM"),
+        ({"selection": PilotfishConfig(kv=Selection("quest"))}, "no KV policy together with a drafter"),
+        ({"selection": PilotfishConfig(verification=Verification(nodes=4))}, "remove nodes"),
+        ({"sharded": True}, "omit --enable-batch-sharded-sampling"),
+        ({"speculative": {"draft_sample_method": "probabilistic"}}, "draft_sample_method='probabilistic'"),
+    ],
+)
+def test_the_v2_runner_refuses(facts: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        check_v2(**facts)
+
+
+@pytest.mark.parametrize("speculative", [None, SimpleNamespace(method="ngram"), SimpleNamespace(method="custom_class")])
+def test_the_v2_runner_names_the_method_that_calls_the_drafter(speculative: Any) -> None:
+    with pytest.raises(ConfigError, match=r"'\{\"method\": \"ngram_gpu\", \"num_speculative_tokens\": 12\}'"):
+        check_v2(speculative_config=speculative)

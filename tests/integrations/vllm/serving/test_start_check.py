@@ -61,8 +61,10 @@ REFUSED = {  # selection: families that are refused, and a part of the reason
     "pruner": dict.fromkeys(FAMILIES, "it takes no images"),
 }
 REFUSED |= {"tidal and chain": REFUSED["tidal"], "razor and chain": REFUSED["razor"], "corrected": REFUSED["tidal"]}
-# With the V2 runner: selections that are refused for every family.
-REFUSED_V2 = {name for name, one in SELECTIONS.items() if "drafter" in one} | {"corrected"}
+# With the V2 runner: selections that are refused for every family. Drafters verify chains there, without a KV policy.
+REFUSED_V2 = {
+    name for name, one in SELECTIONS.items() if "drafter" in one and ("kv" in one or "tree" in one["drafter"])
+} | {"corrected"}
 
 ANSWERS = """
 import json, os, sys

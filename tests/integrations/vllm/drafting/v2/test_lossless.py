@@ -3,33 +3,38 @@
 from typing import Any
 
 import pytest
+from gpu import HAS_GPU
 
 pytestmark = pytest.mark.engine
 
-GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "detokenize": False}
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
 SAMPLED = {**GREEDY, "temperature": 0.8}
+# vLLM's kernel for top-k and top-p cannot be interpreted.
 KINDS: list[dict[str, Any]] = [
     {**SAMPLED, "seed": 7},
-    {**SAMPLED, "seed": 7, "top_p": 0.9},
-    {**SAMPLED, "seed": 1, "top_k": 20},
+    *([{**SAMPLED, "seed": 7, "top_p": 0.9}, {**SAMPLED, "seed": 1, "top_k": 20}] if HAS_GPU else []),
     {**SAMPLED, "seed": 2, "repetition_penalty": 1.2, "presence_penalty": 0.3},
     {**GREEDY, "logprobs": 2},
-    {**GREEDY, "logit_bias": {5: 4.0}, "min_tokens": 4},
+    {**SAMPLED, "seed": 3, "min_p": 0.05},
 ]
-PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in ((7, 150), (5, 40), (9, 97), (3, 20))]
+PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in ((7, 20), (5, 12), (9, 16), (3, 8))]
 
 
 @pytest.fixture(scope="module")
-def engines(start_interpreted, tiny_model) -> Any:
+def engines(start_interpreted, random_model) -> Any:
     """Return a stock engine on the V2 runner, and one with Token Recycling."""
-    common = {"skip_tokenizer_init": True}
-    stock = start_interpreted(tiny_model, "1", **common)
+    from transformers import LlamaForCausalLM
+
+    # vLLM's kernels for sampling run over the vocabulary, and interpreted ones are slow.
+    model = random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
+    common = {"skip_tokenizer_init": True, "async_scheduling": True}
+    stock = start_interpreted(model, "1", **common)
     drafted = start_interpreted(
-        tiny_model,
+        model,
         "1",
         **common,
-        speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 4},
-        additional_config={"pilotfish": {"drafter": {"name": "token_recycling"}}},
+        speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3},
+        additional_config={"pilotfish": {"drafter": {"name": "token_recycling", "order": 2}}},
     )
     yield stock, drafted
     stock.close()
@@ -44,10 +49,10 @@ def test_greedy_text_equals_stock(engines) -> None:
     stock, drafted = engines
     expected, ours = complete(stock, [GREEDY] * 4), complete(drafted, [GREEDY] * 4)
     assert ours["tokens"] == expected["tokens"]
-    assert ours["request_steps"] < 0.8 * expected["request_steps"]
-    again = complete(drafted, [GREEDY] * 4)
+    assert ours["drafted"] > 0
+    again = complete(drafted, [GREEDY] * 4)  # the rows of all contexts are known
     assert again["tokens"] == expected["tokens"]
-    assert again["request_steps"] < ours["request_steps"]
+    assert again["request_steps"] < 0.5 * expected["request_steps"]
 
 
 def test_seeded_text_equals_stock(engines) -> None:
@@ -55,6 +60,15 @@ def test_seeded_text_equals_stock(engines) -> None:
     expected, ours = complete(stock, KINDS), complete(drafted, KINDS)
     assert ours["tokens"] == expected["tokens"]
     assert ours["drafted"] > 0
+
+
+def test_a_request_switches_the_drafter_off(engines) -> None:
+    stock, drafted = engines
+    off = {**GREEDY, "extra_args": {"pilotfish_drafter": "off"}}
+    mixed = complete(drafted, [GREEDY, off, GREEDY, off])
+    assert mixed["tokens"] == complete(stock, [GREEDY] * 4)["tokens"]
+    alone = complete(drafted, [off] * 2)
+    assert alone["drafted"] == 0 < mixed["drafted"]
 
 
 def test_scheduling_stays_asynchronous(engines) -> None:
