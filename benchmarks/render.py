@@ -180,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory_short": memory_tables.short,
     "drafters_twice": tree_tables.twice,
     "drafters_budget": tree_tables.budget,
+    "device_drafting_cost": tree_tables.device_cost,
     "drafters_suffix": lambda: tree_tables.suffix_comparison(*tree_tables.SUFFIX_RESULTS),
     "drafters_suffix_qwen": lambda: tree_tables.suffix_comparison("drafters_suffix_qwen"),
     "drafter_trace": tree_tables.trace,

@@ -134,6 +134,28 @@ def summary() -> str:
     return markdown(head, rows) + "".join(map(provenance, results))
 
 
+def device_cost() -> str:
+    """Return the table of the counted cost of a device drafter's step, and the measured one of its host counterpart."""
+    result = load("device_drafting_cost")
+    table: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    for r in result["records"]:
+        table[r["params"]["num_speculative_tokens"], r["params"]["batch"]][r["metric"]] = r["value"]
+    rows = [
+        [
+            f"{tokens}, batch {batch}",
+            f"{x['bytes'] / 1e6:.2f}",
+            f"{x['operations'] / 1e6:.1f}",
+            f"{x['counted_us']:.0f}",
+            f"{x['step_ms']:.2f}",
+            f"{x['share']:.2%}",
+            f"{x['host_ms']:.2f}",
+        ]
+        for (tokens, batch), x in table.items()
+    ]
+    head = ["draft tokens", "MB", "million operations", "µs, H100", "model's step, ms", "share", "on the host, ms"]
+    return markdown(head, rows) + provenance(result)
+
+
 REPLAYED = {
     "suffix": "`suffix`, documented settings",
     "suffix@depth=64": NAMES[DEEP_SUFFIX],

@@ -1,9 +1,11 @@
 """The far end of the engine tests, with vLLM's GPU attention backend on a CPU: its kernels and ours are interpreted."""
 
+import json
 import os
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["TRITON_INTERPRET"] = "1"
@@ -28,5 +30,16 @@ from worker import TestWorker, main  # noqa: E402
 BACKEND = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 CpuPlatform.get_attn_backend_cls = classmethod(lambda cls, *args, **kwargs: BACKEND)  # type: ignore[assignment]
 
+configure = CpuPlatform.check_and_update_config
+
+
+def keep_async_scheduling(vllm_config: Any) -> None:
+    """Configure the platform, which turns asynchronous scheduling off on CPUs; GPUs keep it."""
+    configure(vllm_config)
+    vllm_config.scheduler_config.async_scheduling = True
+
+
 if __name__ == "__main__":
+    if json.loads(sys.argv[1]).get("async_scheduling"):
+        CpuPlatform.check_and_update_config = keep_async_scheduling  # type: ignore[method-assign]
     main(TestWorker)

@@ -1,0 +1,125 @@
+"""Cost of Token Recycling on a device per step: counted for an H100, and measured on this CPU.
+
+usage: python benchmarks/device_drafting_cost.py
+
+Counted are the bytes that the kernels of ``plugins/drafting/adjacency_triton.py`` and the selection of the top-k tokens
+read and write, the operations, and the dependent reads and launches of a step. The step itself is that of a dense model
+of 8 billion parameters in bfloat16: its weights are read once, a token takes 16 billion operations, and the context is
+empty, so the real share is smaller. Measured is the counterpart on the host, `observe` and `propose` of all requests.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from common import RESULTS
+
+from pilotfish.integrations.bench import record
+from pilotfish.integrations.bench.record import Record
+from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine
+from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
+
+# Data sheet of the H100 SXM; latencies as published measurements of Hopper have them.
+BANDWIDTH, OPERATIONS = 3.35e12, 989e12  # bytes/s; bfloat16 operations/s of the tensor cores
+SCALAR_OPERATIONS = 33.5e12  # 32-bit operations/s outside of them
+LAUNCH, READ = 2e-6, 0.7e-6  # s: gap between two kernels in a stream, and a read that waits for another
+PARAMETERS, VOCABULARY = 8.03e9, 128_256
+K, ORDER, BEAMS, CHUNK = TokenRecyclingOptions().k, TokenRecyclingOptions().order, 4, 256
+KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
+ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
+KERNELS = 22  # launches of a step: five of ours, those of the top-k selection, and gathers
+
+
+@dataclass
+class Cost:
+    """Counts of a step.
+
+    Attributes:
+        bytes: Bytes read and written.
+        operations: Operations outside of the tensor cores.
+        reads: Reads of the longest chain in which each waits for the one before it.
+        launches: Number of kernels.
+    """
+
+    bytes: float
+    operations: float
+    reads: int
+    launches: int
+
+    @property
+    def seconds(self) -> float:
+        """Duration: the larger of memory and compute time, and what cannot overlap."""
+        busy = max(self.bytes / BANDWIDTH, self.operations / SCALAR_OPERATIONS)
+        return busy + self.reads * READ + self.launches * LAUNCH
+
+
+def drafting_cost(requests: int, draft_tokens: int) -> Cost:
+    """Return the cost of observing and proposing in one step."""
+    n = requests * (draft_tokens + 1)
+    top_k = n * (VOCABULARY * LOGIT + 2 * K * CHUNK * LOGIT)
+    context = ORDER * TOKEN
+    count = n * (context + (ORDER - 1) * KEY + ROW + 4 * K * RATE)
+    claim = n * (context + 2 * ORDER * PRIORITY)
+    write = n * (context + K * (8 + RATE) + 2 * ORDER * PRIORITY + ORDER * ROW + (ORDER - 1) * KEY)
+    propose = requests * draft_tokens * BEAMS * ((ORDER - 1) * KEY + ROW + K * RATE)
+    # A hash takes about four operations a token; a beam search compares all candidates once for each beam.
+    hashes = 4 * ORDER * ORDER * (3 * n + requests * draft_tokens * BEAMS)
+    search = requests * draft_tokens * BEAMS * (BEAMS * K + BEAMS * draft_tokens)
+    reads = 4 * 3 + 3 * draft_tokens  # a draft token needs keys, then the row, then rates
+    return Cost(top_k + count + claim + write + propose, n * VOCABULARY + hashes + search, reads, KERNELS)
+
+
+def step_seconds(requests: int, draft_tokens: int) -> float:
+    """Return the duration of the model's step that verifies the draft tokens."""
+    return max(PARAMETERS * 2 / BANDWIDTH, requests * (draft_tokens + 1) * PARAMETERS * 2 / OPERATIONS)
+
+
+def host_seconds(requests: int, draft_tokens: int, repeats: int = 30) -> list[float]:
+    """Measure a step of Token Recycling on the host: a request's text is random, and half of its draft is accepted."""
+    rng = np.random.default_rng(0)
+    engine = Engine("cost", VOCABULARY, 4096, requests, draft_tokens)
+    drafter = TokenRecycling(TokenRecyclingOptions(), engine)
+    text = rng.integers(0, 1000, 512).astype(np.int32)
+    accepted = draft_tokens // 2 + 1
+    asked = [DraftRequest(str(i), text, draft_tokens) for i in range(requests)]
+    inputs = text[-draft_tokens - 1 :]
+    ids = rng.integers(0, 1000, (len(inputs), K)).astype(np.int32)
+    probs = np.full((len(inputs), K), 1 / K, np.float32)
+    parents = np.arange(ROOT, draft_tokens, dtype=np.int32)
+    candidates = Candidates(text[: -draft_tokens - 1], inputs, parents, ids, probs)
+    for request in asked:
+        drafter.start(request.id, text)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for request in asked:
+            drafter.observe(request.id, inputs[1 : accepted + 1], candidates)
+        drafter.propose(asked, DraftBudget(4 * draft_tokens, draft_tokens))
+        seconds.append(time.perf_counter() - started)
+    return seconds[5:]  # without compilation
+
+
+def main() -> None:
+    """Count, measure, and write the JSON."""
+    records = []
+    for draft_tokens in (4, 12):
+        for requests in (1, 8, 64, 256):
+            cost, step = drafting_cost(requests, draft_tokens), step_seconds(requests, draft_tokens)
+            measured = [1000 * s for s in host_seconds(requests, draft_tokens)]
+            params = {"batch": requests, "num_speculative_tokens": draft_tokens}
+            for metric, value, unit, runs in (
+                ("bytes", cost.bytes, "bytes", []),
+                ("operations", cost.operations, "", []),
+                ("counted_us", 1e6 * cost.seconds, "us", []),
+                ("step_ms", 1e3 * step, "ms", []),
+                ("share", cost.seconds / step, "", []),
+                ("host_ms", statistics.median(measured), "ms", measured),
+            ):
+                where = ("device_drafting_cost", f"draft_tokens_{draft_tokens}", "token_recycling")
+                records.append(Record(*where, metric, round(value, 6), unit, [round(r, 4) for r in runs], params))
+    record.write_records(RESULTS / "device_drafting_cost.json", records)
+
+
+if __name__ == "__main__":
+    main()
