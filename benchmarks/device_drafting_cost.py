@@ -2,8 +2,8 @@
 
 usage: python benchmarks/device_drafting_cost.py
 
-Counted are the bytes that the kernels of ``plugins/drafting/adjacency_triton.py`` and the selection of the top-k tokens
-read and write, the operations, and the dependent reads and launches of a step. The step itself is that of a dense model
+Counted are the bytes that the kernels of ``plugins/drafting/adjacency_triton.py`` and ``top_k_triton.py`` read and
+write, the operations, and the dependent reads and launches of a step. The step itself is that of a dense model
 of 8 billion parameters in bfloat16: its weights are read once, a token takes 16 billion operations, and the context is
 empty, so the real share is smaller. Measured is the counterpart on the host, `observe` and `propose` of all requests.
 """
@@ -25,10 +25,10 @@ BANDWIDTH, OPERATIONS = 3.35e12, 989e12  # bytes/s; bfloat16 operations/s of the
 SCALAR_OPERATIONS = 33.5e12  # 32-bit operations/s outside of them
 LAUNCH, READ = 2e-6, 0.7e-6  # s: gap between two kernels in a stream, and a read that waits for another
 PARAMETERS, VOCABULARY = 8.03e9, 128_256
-K, ORDER, BEAMS, CHUNK = TokenRecyclingOptions().k, TokenRecyclingOptions().order, 4, 256
+K, ORDER, BEAMS, BLOCK = TokenRecyclingOptions().k, TokenRecyclingOptions().order, 4, 4096
 KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
 ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
-KERNELS = 22  # launches of a step: five of ours, those of the top-k selection, and gathers
+KERNELS = 7  # launches of a step: two select the top-k tokens, two gather, two learn, one proposes
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Cost:
 def drafting_cost(requests: int, draft_tokens: int) -> Cost:
     """Return the cost of observing and proposing in one step."""
     n = requests * (draft_tokens + 1)
-    top_k = n * (VOCABULARY * LOGIT + 2 * K * CHUNK * LOGIT)
+    blocks = VOCABULARY / BLOCK
+    top_k = n * (VOCABULARY * LOGIT + 2 * blocks * K * 8)
     context = ORDER * TOKEN
     count = n * (context + (ORDER - 1) * KEY + ROW + 4 * K * RATE)
     claim = n * (context + 2 * ORDER * PRIORITY)
@@ -67,7 +68,7 @@ def drafting_cost(requests: int, draft_tokens: int) -> Cost:
     hashes = 4 * ORDER * ORDER * (3 * n + requests * draft_tokens * BEAMS)
     search = requests * draft_tokens * BEAMS * (BEAMS * K + BEAMS * draft_tokens)
     reads = 4 * 3 + 3 * draft_tokens  # a draft token needs keys, then the row, then rates
-    return Cost(top_k + count + claim + write + propose, n * VOCABULARY + hashes + search, reads, KERNELS)
+    return Cost(top_k + count + claim + write + propose, 2 * K * n * VOCABULARY + hashes + search, reads, KERNELS)
 
 
 def step_seconds(requests: int, draft_tokens: int) -> float:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from common import STOCK, kv_figures, markdown, provenance
 
-# Policies that keep the whole cache, the quality of those that free blocks, and their step times.
-RESULTS = ("kv_budgets", "kv_budgets_streaming", "kv_budgets_streaming_steps")
+RESULTS = ("kv_budgets", "kv_budgets_streaming")  # policies that keep the whole cache, and those that free blocks
 NAMES = {"tidal_decode": "TidalDecode", "quest": "Quest", "streaming_llm": "StreamingLLM"}
 
 

@@ -85,36 +85,11 @@ class DeviceAdjacencyTables:
         for counts, prior in zip((self._seen, self._right, self._rate), self._prior, strict=True):
             counts[table].copy_(prior)
 
-    def update_acceptance_rates(self, batch: DeviceBatch) -> None:
-        """Count the candidates before each token that the step sampled or accepted."""
-        kernels.count_candidates_kernel[(batch.num_requests, batch.max_num_logits)](
-            batch.all_token_ids,
-            batch.all_token_ids.stride(0),
-            batch.idx_mapping,
-            batch.total_len,
-            batch.num_sampled,
-            self.table_of_request,
-            self._tokens,
-            self._confidence,
-            self._keys,
-            self._seen,
-            self._right,
-            self._vocab,
-            self._hashed,
-            **self._shape,
-            CONFIDENCES=NUM_CONFIDENCES,
-        )
-        size = self._seen.numel()
-        kernels.refresh_rates_kernel[(triton.cdiv(size, BLOCK),)](
-            self._seen, self._right, self._rate, size, LIMIT=MAX_SEEN, BLOCK=BLOCK
-        )
-
-    def update_rows(self, batch: DeviceBatch) -> None:
-        """Overwrite the rows of all verified positions with the model's top-k tokens there.
+    def update(self, batch: DeviceBatch) -> None:
+        """Update the acceptance rates from the sampled tokens, and then the rows of all verified positions.
 
         Where positions share a row, the one that `adjacency.update_rows` would write last wins.
         """
-        grid = (batch.num_requests, batch.max_num_logits)
         where = (
             batch.all_token_ids,
             batch.all_token_ids.stride(0),
@@ -124,26 +99,42 @@ class DeviceAdjacencyTables:
             batch.cu_num_logits,
             batch.input_ids,
             batch.positions,
-        )
-        order = {"ORDER": self._shape["ORDER"], "ORDER_PADDED": self._shape["ORDER_PADDED"]}
-        kernels.claim_rows_kernel[grid](
-            *where, self._owners, self._vocab, self._hashed, MAX_NUM_LOGITS=batch.max_num_logits, **order
-        )
-        kernels.write_rows_kernel[grid](
-            *where,
-            batch.candidate_ids,
-            batch.candidate_probs,
-            self._edges,
             self._owners,
             self._tokens,
             self._confidence,
             self._keys,
+        )
+        kernels.count_and_claim_kernel[(batch.num_requests, batch.max_num_logits)](
+            *where,
+            batch.total_len,
+            self._seen,
+            self._right,
+            self._vocab,
+            self._hashed,
+            MAX_NUM_LOGITS=batch.max_num_logits,
+            **self._shape,
+            CONFIDENCES=NUM_CONFIDENCES,
+        )
+        num_rates = self._rate.numel()
+        grid = (batch.num_requests * batch.max_num_logits + triton.cdiv(num_rates, BLOCK),)
+        kernels.write_and_refresh_kernel[grid](
+            *where,
+            batch.candidate_ids,
+            batch.candidate_probs,
+            self._edges,
+            self._seen,
+            self._right,
+            self._rate,
+            batch.num_requests,
+            num_rates,
             self._vocab,
             self._hashed,
             EDGES=len(BIN_EDGES),
             EDGES_PADDED=triton.next_power_of_2(len(BIN_EDGES)),
             MAX_NUM_LOGITS=batch.max_num_logits,
             **self._shape,
+            LIMIT=MAX_SEEN,
+            BLOCK=BLOCK,
         )
 
     def prime_from_text(self, table: int, text: "Tensor") -> None:

@@ -66,13 +66,12 @@ def find_rows(context, available, table, keys, vocab, num_hashed, ORDER: tl.cons
 
 
 @jit
-def count_candidates_kernel(
+def count_candidates(
     all_token_ids,
     token_ids_stride,
-    idx_mapping,
-    total_len,
-    sampled,
-    table_of_request,
+    req_idx,
+    position,
+    table,
     tokens,
     confidences,
     keys,
@@ -86,29 +85,24 @@ def count_candidates_kernel(
     ORDER_PADDED: tl.constexpr,
     CONFIDENCES: tl.constexpr,
 ):
-    """Count the candidates of the row before one sampled token, and the right one; see `update_acceptance_rates`."""
-    request, i = tl.program_id(0), tl.program_id(1)
-    req_idx, count = tl.load(idx_mapping + request).to(tl.int64), tl.load(sampled + request)
-    if i < count:
-        table = tl.load(table_of_request + req_idx).to(tl.int64)
-        position = tl.load(total_len + req_idx) - count + i
-        text = all_token_ids + req_idx * token_ids_stride + position
-        d = tl.arange(0, ORDER_PADDED)
-        context = tl.load(text - 1 - d, mask=(d < ORDER) & (d < position), other=0)[None, :]
-        row, length = find_rows(context, position, table, keys, vocab, num_hashed, ORDER)
-        rank = tl.arange(0, K_PADDED)[None, :]
-        candidate = tl.load(tokens + row[:, None] * K + rank, mask=rank < K, other=NONE)
-        confidence = tl.load(confidences + row[:, None] * K + rank, mask=rank < K, other=0).to(tl.int32)
-        cell = ((table * (ORDER + 1) + length[:, None]) * K + rank) * CONFIDENCES + confidence
-        one = tl.full([1, K_PADDED], 1.0, tl.float32)
-        tl.atomic_add(seen + cell, one, mask=candidate != NONE)
-        tl.atomic_add(right + cell, one, mask=(candidate != NONE) & (candidate == tl.load(text)))
+    """Count the candidates of the row before a token of a text, and the right one; see `update_acceptance_rates`."""
+    text = all_token_ids + req_idx * token_ids_stride + position
+    d = tl.arange(0, ORDER_PADDED)
+    context = tl.load(text - 1 - d, mask=(d < ORDER) & (d < position), other=0)[None, :]
+    row, length = find_rows(context, position, table, keys, vocab, num_hashed, ORDER)
+    rank = tl.arange(0, K_PADDED)[None, :]
+    candidate = tl.load(tokens + row[:, None] * K + rank, mask=rank < K, other=NONE)
+    confidence = tl.load(confidences + row[:, None] * K + rank, mask=rank < K, other=0).to(tl.int32)
+    cell = ((table * (ORDER + 1) + length[:, None]) * K + rank) * CONFIDENCES + confidence
+    one = tl.full([1, K_PADDED], 1.0, tl.float32)
+    tl.atomic_add(seen + cell, one, mask=candidate != NONE)
+    tl.atomic_add(right + cell, one, mask=(candidate != NONE) & (candidate == tl.load(text)))
 
 
 @jit
-def refresh_rates_kernel(seen, right, rate, size, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute the acceptance rates from the counts, and halve counts that have reached ``LIMIT``."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def refresh_rates(seen, right, rate, block, size, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute a block of the acceptance rates from the counts, and halve counts that have reached ``LIMIT``."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.load(seen + at, mask=inside, other=1.0)
     correct = tl.load(right + at, mask=inside, other=0.0)
@@ -143,33 +137,65 @@ def row_context(
 
 
 @jit
-def claim_rows_kernel(
+def count_and_claim_kernel(
     all_token_ids,
     token_ids_stride,
     idx_mapping,
-    sampled,
+    num_sampled,
     table_of_request,
     cu_num_logits,
     input_ids,
     positions,
     owners,
+    tokens,
+    confidences,
+    keys,
+    total_len,
+    seen,
+    right,
     vocab,
     num_hashed,
     MAX_NUM_LOGITS: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
     ORDER: tl.constexpr,
     ORDER_PADDED: tl.constexpr,
+    CONFIDENCES: tl.constexpr,
 ):
-    """Claim the table's rows for one verified position: the claim of highest priority will write.
+    """Count the candidates before a request's ``j``-th sampled token, and claim the rows of its ``j``-th logits.
+
+    Rows are read here and written by the next kernel. The claim of highest priority will write.
 
     Priorities are unique, and ordered as `update_rows` writes: by request; rejected positions before accepted ones,
     the first rejected and the deepest accepted one last; shorter contexts before longer ones.
     """
     request, j = tl.program_id(0), tl.program_id(1)
+    req_idx = tl.load(idx_mapping + request).to(tl.int64)
+    table = tl.load(table_of_request + req_idx).to(tl.int64)
+    count = tl.load(num_sampled + request)
+    if j < count:
+        count_candidates(
+            all_token_ids,
+            token_ids_stride,
+            req_idx,
+            tl.load(total_len + req_idx) - count + j,
+            table,
+            tokens,
+            confidences,
+            keys,
+            seen,
+            right,
+            vocab,
+            num_hashed,
+            K,
+            K_PADDED,
+            ORDER,
+            ORDER_PADDED,
+            CONFIDENCES,
+        )
     logit_idx = tl.load(cu_num_logits + request) + j
     if logit_idx < tl.load(cu_num_logits + request + 1):
-        req_idx = tl.load(idx_mapping + request).to(tl.int64)
-        table = tl.load(table_of_request + req_idx).to(tl.int64)
-        accepted = j < tl.maximum(tl.load(sampled + request), 1)
+        accepted = j < tl.maximum(count, 1)
         turn = request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
         position = tl.load(positions + logit_idx)
         context = row_context(
@@ -183,22 +209,27 @@ def claim_rows_kernel(
 
 
 @jit
-def write_rows_kernel(
+def write_and_refresh_kernel(
     all_token_ids,
     token_ids_stride,
     idx_mapping,
-    sampled,
+    num_sampled,
     table_of_request,
     cu_num_logits,
     input_ids,
     positions,
-    ids,
-    probs,
-    edges,
     owners,
     tokens,
     confidences,
     keys,
+    ids,
+    probs,
+    edges,
+    seen,
+    right,
+    rate,
+    num_requests,
+    num_rates,
     vocab,
     num_hashed,
     EDGES: tl.constexpr,
@@ -208,14 +239,23 @@ def write_rows_kernel(
     K_PADDED: tl.constexpr,
     ORDER: tl.constexpr,
     ORDER_PADDED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Write the model's top-k tokens at one verified position to the rows that it owns, and release them."""
-    request, j = tl.program_id(0), tl.program_id(1)
+    """Write the model's top-k tokens at each verified position to the rows that it owns, and release them.
+
+    The programs after those of the positions compute the acceptance rates.
+    """
+    program = tl.program_id(0)
+    if program >= num_requests * MAX_NUM_LOGITS:
+        refresh_rates(seen, right, rate, program - num_requests * MAX_NUM_LOGITS, num_rates, LIMIT, BLOCK)
+        return
+    request, j = program // MAX_NUM_LOGITS, program % MAX_NUM_LOGITS
     logit_idx = tl.load(cu_num_logits + request) + j
     if logit_idx < tl.load(cu_num_logits + request + 1):
         req_idx = tl.load(idx_mapping + request).to(tl.int64)
         table = tl.load(table_of_request + req_idx).to(tl.int64)
-        accepted = j < tl.maximum(tl.load(sampled + request), 1)
+        accepted = j < tl.maximum(tl.load(num_sampled + request), 1)
         turn = request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
         position = tl.load(positions + logit_idx)
         context = row_context(

@@ -84,8 +84,7 @@ class DeviceTokenRecycling(DeviceDrafter):
 
     def observe(self, batch: DeviceBatch) -> None:
         """Update acceptance rates from the accepted tokens, then update the tables for all verified positions."""
-        self._tables.update_acceptance_rates(batch)
-        self._tables.update_rows(batch)
+        self._tables.update(batch)
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Propose for each request the chain of the largest expected number of accepted tokens."""

@@ -146,8 +146,7 @@ def test_steps_update_tables_as_on_the_host(kernels: ModuleType, events: list[St
     for event in events:
         count = len(event.texts)
         batch = event.on_device(list(range(count))[::-1], width=5)
-        device.update_acceptance_rates(batch)
-        device.update_rows(batch)
+        device.update(batch)
         event.on_host([host] * count)
     assert_same(device, host)
 
@@ -160,8 +159,7 @@ def test_each_request_updates_its_own_table(kernels: ModuleType, event: Step) ->
     device.table_of_request.copy_(torch.arange(SLOTS).flip(0))
     hosts = [(make_adjacency_table(VOCAB, K, ORDER, BITS), make_acceptance_rates(ORDER, K)) for _ in range(count)]
     batch = event.on_device(list(range(count)), width=5)
-    device.update_acceptance_rates(batch)
-    device.update_rows(batch)
+    device.update(batch)
     event.on_host(hosts)
     for slot, host in enumerate(hosts):
         assert_same(device, host, table=SLOTS - 1 - slot)
@@ -231,8 +229,7 @@ def test_nothing_waits_for_the_device(kernels: ModuleType) -> None:
     drafts, scores = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), torch.zeros(2, 1, device=DEVICE)
     with no_device_wait():
         device.prime_from_text(0, text)
-        device.update_acceptance_rates(batch)
-        device.update_rows(batch)
+        device.update(batch)
         device.propose_chains(batch, drafts, scores)
 
 
@@ -248,13 +245,14 @@ import torch
 from ahead_of_time import compiled_launches
 from test_adjacency_triton import Step
 from pilotfish.plugins.drafting.adjacency_triton import DeviceAdjacencyTables
+from pilotfish.plugins.drafting.top_k_triton import top_k_probs
 with compiled_launches() as sizes:
     device = DeviceAdjacencyTables(128_256, 8, 4, 16, 1, 4, torch.device("cpu"))
     device.prime_from_text(0, torch.zeros(9, dtype=torch.int32))
     batch = Step([[1, 2, 3]], [[1]], [[1, 2]], 0).on_device([0], width=13)
-    device.update_acceptance_rates(batch)
-    device.update_rows(batch)
+    device.update(batch)
     device.propose_chains(batch, torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 12))
+    top_k_probs(torch.zeros(2, 128_256, dtype=torch.bfloat16), 8)
 print(sorted(sizes))
 """
 
@@ -267,7 +265,8 @@ def test_kernels_compile_for_a_gpu() -> None:
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env={**environment, "PYTHONPATH": paths}
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    from pilotfish.plugins.drafting import programs_adjacency_triton
+    from pilotfish.plugins.drafting import programs_adjacency_triton, top_k_triton
 
-    kernels = [name for name in vars(programs_adjacency_triton) if name.endswith("_kernel")]
+    modules = programs_adjacency_triton, top_k_triton
+    kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     assert result.stdout.strip() == str(sorted(kernels))

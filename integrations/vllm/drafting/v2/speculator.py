@@ -11,12 +11,12 @@ import torch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from .....plugins.contracts import DeviceBatch, DeviceDrafter, DeviceLimits, Unsupported
+from .....plugins.drafting.top_k_triton import top_k_probs
 from ...engine import log
 from ...engine.selection import Attachment, attach
 from .. import compatibility
 from ..request_options import tenant_of
 from ..state_saver import StateSaver
-from ..top_k import top_k
 from .verification import replace_verification
 
 logger = log.logger
@@ -114,8 +114,7 @@ class PilotfishSpeculator(BaseSpeculator):
 
     def _record(self, logits: torch.Tensor) -> None:
         """Keep the top-k tokens of all rows; the logits are modified later in the step."""
-        values, ids = top_k(logits, self.drafter.candidates)
-        self._candidates = ids, values.softmax(-1)
+        self._candidates = top_k_probs(logits, self.drafter.candidates)
 
     # --------------------------------------------------------------------------------------------------- each step
 
