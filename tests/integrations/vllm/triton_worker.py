@@ -41,5 +41,5 @@ def keep_async_scheduling(vllm_config: Any) -> None:
 
 if __name__ == "__main__":
     if json.loads(sys.argv[1]).get("async_scheduling"):
-        CpuPlatform.check_and_update_config = keep_async_scheduling  # type: ignore[method-assign]
+        CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling)  # type: ignore[assignment]
     main(TestWorker)

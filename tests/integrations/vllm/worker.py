@@ -128,6 +128,7 @@ class TestWorker(Worker):
             "speculator": type(speculator).__name__,
             "counts": speculator.counts,
             "requests": len(speculator.drafter._key_of_request) + len(speculator._waiting),
+            "held": len(self.runner.req_states.req_id_to_index),
         }
 
     def draft_always(self) -> dict[str, Any]:
