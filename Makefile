@@ -40,7 +40,6 @@ check: $(VENV)/.ready  ## lint, format, types, and who imports whom
 PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humaneval/HumanEval.jsonl.gz
 
 DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
-SAMPLE := $(PROMPTS) --sample 96 --sample-others 32 --seed 2
 
 bench: $(VENV)/.ready  ## the measurements behind the tables; DATA holds spec_bench and humaneval
 	$(BIN)/pip install -q '.[bench]'
@@ -57,7 +56,7 @@ bench-trees: $(VENV)/.ready  ## chains and trees, retrieval and its parts, on pr
 	  --max-tokens 96 --batch 0 --twice --out benchmarks/results/drafters_trees.json
 	$(MAKE) tables
 
-MANY := $(SAMPLE) --batch 0 --twice
+MANY := $(PROMPTS) --sample 96 --sample-others 32 --seed 2 --batch 0 --twice
 
 bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best settings, 128 prompts; QWEN is a folder with the model; four hours
 	$(BIN)/pip install -q arctic-inference

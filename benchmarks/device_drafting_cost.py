@@ -18,6 +18,8 @@ from common import RESULTS
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine
+from pilotfish.plugins.drafting.adjacency_triton import BEAMS
+from pilotfish.plugins.drafting.top_k_triton import BLOCK
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
 
 # Data sheet of the H100 SXM; latencies as published measurements of Hopper have them.
@@ -25,7 +27,7 @@ BANDWIDTH, OPERATIONS = 3.35e12, 989e12  # bytes/s; bfloat16 operations/s of the
 SCALAR_OPERATIONS = 33.5e12  # 32-bit operations/s outside of them
 LAUNCH, READ = 2e-6, 0.7e-6  # s: gap between two kernels in a stream, and a read that waits for another
 PARAMETERS, VOCABULARY = 8.03e9, 128_256
-K, ORDER, BEAMS, BLOCK = TokenRecyclingOptions().k, TokenRecyclingOptions().order, 4, 4096
+K, ORDER = TokenRecyclingOptions().k, TokenRecyclingOptions().order
 KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
 ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
 KERNELS = 7  # launches of a step: two select the top-k tokens, two gather, two learn, one proposes

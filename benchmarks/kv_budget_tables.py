@@ -1,7 +1,6 @@
 """Table of KV policies at equal budgets: `make bench-budgets`."""
 
 import statistics
-from collections.abc import Sequence
 
 from common import STOCK, kv_figures, markdown, provenance
 
@@ -9,11 +8,11 @@ RESULTS = ("kv_budgets", "kv_budgets_streaming")  # policies that keep the whole
 NAMES = {"tidal_decode": "TidalDecode", "quest": "Quest", "streaming_llm": "StreamingLLM"}
 
 
-def table(results: Sequence[str] = RESULTS) -> str:
-    """Return the table of some result files: speed-up of a decode step by context, divergence, and needle recall."""
+def table() -> str:
+    """Return the table: speed-up of a decode step by context, divergence, and needle recall."""
     found: dict[str, dict[tuple[str, int, int], dict[str, float]]] = {}
     sources = ""
-    for name in results:
+    for name in RESULTS:
         result, _, values = kv_figures(name)
         for (arm, dataset, context, batch), figures in values.items():
             found.setdefault(arm, {})[dataset, context, batch] = figures

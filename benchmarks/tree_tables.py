@@ -1,6 +1,7 @@
 """Tables of drafters that verify chains or trees, on prompts that run twice: `pilotfish bench drafters --twice`."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from bootstrap import bootstrap_interval, compare_paired
@@ -91,12 +92,7 @@ def suffix_comparison(*benchmarks: str) -> str:
     Args:
         benchmarks: Result files with the same prompts. Where several have the same arm, the last one counts.
     """
-    results = [load(benchmark) for benchmark in benchmarks]
-    table = {key: values for result in results for key, values in figures(result).items()}
-    speedups = [r for result in results for r in result["records"] if r["metric"] == "speedup"]
-    runs = {(r["dataset"], r["arm"]): r["runs"] for r in speedups}
-    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
-    arms = sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm))
+    results, table, runs, lengths, arms = _merged(benchmarks)
     rows = []
     for dataset in dict.fromkeys(d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))):
         for arm in arms:
@@ -112,18 +108,26 @@ def suffix_comparison(*benchmarks: str) -> str:
     return markdown(head, rows, texts=2) + "".join(map(provenance, results))
 
 
+def _merged(benchmarks: Sequence[str]) -> tuple[Any, Any, Any, Any, list[str]]:
+    """Return the results, their figures, speed-ups by prompt, acceptance lengths, and arms; the last file counts."""
+    results = [load(benchmark) for benchmark in benchmarks]
+    table = {key: values for result in results for key, values in figures(result).items()}
+    speedups = [r for result in results for r in result["records"] if r["metric"] == "speedup"]
+    runs = {(r["dataset"], r["arm"]): r["runs"] for r in speedups}
+    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
+    arms = sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm))
+    return results, table, runs, lengths, arms
+
+
 # Each with 96 prompts of Spec-Bench and 32 of HumanEval, the same in all files.
 SUFFIX_RESULTS = ("drafters_suffix", "drafters_suffix_rasd", "drafters_suffix_token_recycling")
 
 
 def summary() -> str:
     """Return the speed-up of each drafter over whole datasets, with 95 % confidence intervals over prompts."""
-    results = [load(name) for name in SUFFIX_RESULTS]
-    table = {key: values for result in results for key, values in figures(result).items()}
-    runs = {(r["dataset"], r["arm"]): r["runs"] for x in results for r in x["records"] if r["metric"] == "speedup"}
-    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
+    results, table, runs, lengths, arms = _merged(SUFFIX_RESULTS)
     rows = []
-    for arm in sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm)):
+    for arm in arms:
         cells = []
         for dataset in ("spec_bench", "humaneval"):
             mean, low, high = bootstrap_interval(runs[dataset, arm])

@@ -74,7 +74,7 @@ class DeviceDrafter(ABC):
     """Base class of drafters that keep their state on the device.
 
     It is constructed before vLLM profiles the memory, and allocates all of its memory then. With tensor parallelism
-    each rank runs a drafter of its own, on the same inputs, so all operations must be deterministic.
+    each rank runs its own drafter, on the same inputs, so all operations must be deterministic.
 
     Attributes:
         candidates: Number k of the target model's top next tokens in each `DeviceBatch`.

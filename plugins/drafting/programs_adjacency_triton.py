@@ -113,6 +113,17 @@ def refresh_rates(seen, right, rate, block, size, LIMIT: tl.constexpr, BLOCK: tl
 
 
 @jit
+def write_turn(request, j, count, MAX_NUM_LOGITS: tl.constexpr):
+    """Return the turn of a request's ``j``-th position among all of the step, in the order of `update_rows`.
+
+    Requests follow one another; rejected positions come before accepted ones, the first rejected and the deepest
+    accepted one last.
+    """
+    accepted = j < tl.maximum(count, 1)
+    return request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
+
+
+@jit
 def row_context(
     all_token_ids,
     token_ids_stride,
@@ -166,8 +177,7 @@ def count_and_claim_kernel(
 
     Rows are read here and written by the next kernel. The claim of highest priority will write.
 
-    Priorities are unique, and ordered as `update_rows` writes: by request; rejected positions before accepted ones,
-    the first rejected and the deepest accepted one last; shorter contexts before longer ones.
+    Priorities are unique, and ordered as `update_rows` writes: by `write_turn`, shorter contexts before longer ones.
     """
     request, j = tl.program_id(0), tl.program_id(1)
     req_idx = tl.load(idx_mapping + request).to(tl.int64)
@@ -195,8 +205,7 @@ def count_and_claim_kernel(
         )
     logit_idx = tl.load(cu_num_logits + request) + j
     if logit_idx < tl.load(cu_num_logits + request + 1):
-        accepted = j < tl.maximum(count, 1)
-        turn = request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
+        turn = write_turn(request, j, count, MAX_NUM_LOGITS)
         position = tl.load(positions + logit_idx)
         context = row_context(
             all_token_ids, token_ids_stride, req_idx, input_ids, logit_idx, j, position, ORDER, ORDER_PADDED
@@ -255,8 +264,7 @@ def write_and_refresh_kernel(
     if logit_idx < tl.load(cu_num_logits + request + 1):
         req_idx = tl.load(idx_mapping + request).to(tl.int64)
         table = tl.load(table_of_request + req_idx).to(tl.int64)
-        accepted = j < tl.maximum(tl.load(num_sampled + request), 1)
-        turn = request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
+        turn = write_turn(request, j, tl.load(num_sampled + request), MAX_NUM_LOGITS)
         position = tl.load(positions + logit_idx)
         context = row_context(
             all_token_ids, token_ids_stride, req_idx, input_ids, logit_idx, j, position, ORDER, ORDER_PADDED

@@ -28,7 +28,7 @@ class DeviceTokenRecycling(DeviceDrafter):
     def __init__(self, options: "TokenRecyclingOptions", engine: Engine, limits: DeviceLimits) -> None:
         self.options, self.engine = options, engine
         self.candidates, self.state_path = options.k, options.state_path
-        # Every running request may have a table of its own.
+        # Every running request may have its own table.
         count = {"engine": 1, "tenant": max(options.max_tables, limits.max_num_reqs), "request": limits.max_num_reqs}
         num_tables = count[options.share]
         self._tables = DeviceAdjacencyTables(

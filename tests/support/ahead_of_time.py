@@ -1,6 +1,6 @@
 """Compiles Triton kernels for a GPU that the machine does not have, to find errors that the interpreter does not find.
 
-Kernels are either compiled or interpreted in a process, so tests do this in a process of its own.
+Kernels are either compiled or interpreted in a process, so tests do this in another process.
 """
 
 import contextlib

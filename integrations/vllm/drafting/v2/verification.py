@@ -46,22 +46,22 @@ def replace_verification(rejection_sampler: Any) -> None:
 
 
 def accept_chains(
-    sampled: torch.Tensor, drafted: torch.Tensor, row_starts: torch.Tensor, width: int
+    sampled: torch.Tensor, drafted: torch.Tensor, cu_num_logits: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept the draft tokens of each request up to the first that differs from the sampled one.
 
     Args:
         sampled: [n] int64 token sampled at each row, that is after the row's token.
         drafted: [n] token of each row: first the last accepted one, then draft tokens; -1 for an invalid one.
-        row_starts: [requests + 1] int32 first row of each request.
+        cu_num_logits: [requests + 1] int32 first row of each request.
         width: Largest number of rows of a request.
 
     Returns:
         Tokens, [requests, width] int64, and how many of them each request gets, [requests] int32.
     """
     column = torch.arange(width, device=sampled.device)
-    rows = row_starts[:-1, None] + column
-    inside = rows < row_starts[1:, None]
+    rows = cu_num_logits[:-1, None] + column
+    inside = rows < cu_num_logits[1:, None]
     rows = rows.clamp(max=len(sampled) - 1)
     tokens = sampled[rows]
     right = (tokens[:, :-1] == drafted[rows][:, 1:]) & inside[:, 1:]
