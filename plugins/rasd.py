@@ -28,7 +28,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .config import ConfigError
-from .contracts import Candidates, DraftBudget, Drafter, DraftRequest, DraftTree, Engine, Int32, Unsupported
+from .contracts import (
+    Candidates,
+    DeviceDrafter,
+    DeviceLimits,
+    DraftBudget,
+    Drafter,
+    DraftRequest,
+    DraftTree,
+    Engine,
+    Int32,
+    Unsupported,
+)
+from .drafting.acceptance_counts import BASE, UNKNOWN, make_acceptance_counts
 from .drafting.draft_model_drafter import DraftModelDrafter
 from .hookspecs import Register, hookimpl
 
@@ -40,6 +52,8 @@ ENGINE = DraftModelDrafter.name
 REQUEST, OUTPUTS, DATASTORE = range(3)
 SOURCES = ("request", "outputs", "datastore")
 TRIE_NODES = 64  # as in REST (arXiv 2311.08252)
+DEVICE_OUTPUTS = 1 << 22  # a device reads all of them in each step
+DEVICE_OCCURRENCES = 64  # a device compares each with each
 PROMPT_CONTEXT = 16  # tokens from the end of a prompt that are kept with its output
 
 
@@ -140,6 +154,42 @@ class RASD(Drafter):
                     engine.model,
                 )
 
+    @classmethod
+    def device_drafter(cls, options: RASDOptions, engine: Engine, limits: DeviceLimits) -> DeviceDrafter:
+        """Return the drafter with its texts on the device; it proposes chains."""
+        from .drafting.rasd_device import DeviceRASD  # needs Triton
+        from .drafting.token_recycling_device import DeviceTokenRecycling
+
+        base = _base_drafter(options)
+        tables = None if base is None else DeviceTokenRecycling(base[1], engine, limits)
+        return DeviceRASD(options, tables, limits, PROMPT_CONTEXT)
+
+    @classmethod
+    def check_device(cls, options: RASDOptions, engine: Engine) -> None:
+        """Refuse other base drafters than Token Recycling, a datastore, and what a device cannot search in a step."""
+        refused = (
+            (
+                options.base not in ("token_recycling", "none"),
+                f"base={options.base}",
+                "set base to token_recycling or none",
+            ),
+            (options.datastore is not None, "a datastore", "remove datastore"),
+            (
+                options.outputs > DEVICE_OUTPUTS,
+                f"outputs={options.outputs}",
+                f"set outputs to {DEVICE_OUTPUTS} or less",
+            ),
+            (
+                options.max_occurrences > DEVICE_OCCURRENCES,
+                f"max_occurrences={options.max_occurrences}",
+                f"set max_occurrences to {DEVICE_OCCURRENCES} or less",
+            ),
+        )
+        for applies, what, remedy in refused:
+            if applies:
+                reason = f"{what} is not supported on the V2 model runner"
+                raise Unsupported(cls.name, reason, f"{remedy}, or set VLLM_USE_V2_MODEL_RUNNER=0", engine.model)
+
     def __init__(self, options: RASDOptions, engine: Engine) -> None:
         from .drafting import tries
         from .drafting.history import TokenHistory
@@ -152,7 +202,7 @@ class RASD(Drafter):
             self.candidates, self.state_path = self.base.candidates, self.base.state_path
         self._outputs = TokenHistory(options.outputs) if options.outputs else None
         self._store = None if options.datastore is None else _open_datastore(options.datastore)
-        self._num_verified, self._num_accepted = tries.make_acceptance_counts(len(SOURCES))
+        self._num_verified, self._num_accepted = make_acceptance_counts(len(SOURCES))
         self._requests: dict[str, _Request] = {}
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -211,7 +261,7 @@ class RASD(Drafter):
             cells = np.empty((len(base), 3), np.int32)
             tree = base.tokens, base.parents, base.scores
             n = self._tries.fuse_trees(n, tokens, parents, scores, *tree, self._num_verified, self._num_accepted, cells)
-            self._requests[request.id].tries.append((self._tries.BASE, base.tokens, base.parents, cells))
+            self._requests[request.id].tries.append((BASE, base.tokens, base.parents, cells))
         return DraftTree(*self._tries.best_nodes(tokens[:n], parents[:n], scores[:n], budget.nodes))
 
     def _retrieve(self, request: DraftRequest, depth: int) -> list[tuple[int, int, Int32]]:
@@ -236,7 +286,7 @@ class RASD(Drafter):
         tokens, parents, counts, depths = (np.empty(TRIE_NODES, np.int32) for _ in range(4))
         n = self._tries.build_trie(followers, tokens, parents, counts, depths)
         tokens, parents = tokens[:n], parents[:n]
-        feedback = np.full(n, self._tries.UNKNOWN, np.int32)
+        feedback = np.full(n, UNKNOWN, np.int32)
         if self.options.base_feedback:
             self._tries.match_base_tree(tokens, parents, base.tokens, base.parents, base.scores, feedback)
         scores, cells = np.empty(n, np.float32), np.empty((n, 3), np.int32)

@@ -116,13 +116,17 @@ class TokenRecycling(Drafter):
     @classmethod
     def device_drafter(cls, options: TokenRecyclingOptions, engine: Engine, limits: DeviceLimits) -> DeviceDrafter:
         """Return the drafter with its tables on the device; it proposes chains."""
+        from .drafting.token_recycling_device import DeviceTokenRecycling  # needs Triton
+
+        return DeviceTokenRecycling(options, engine, limits)
+
+    @classmethod
+    def check_device(cls, options: TokenRecyclingOptions, engine: Engine) -> None:
+        """Refuse the static tree."""
         if options.shape == "template":
             raise Unsupported(
                 cls.name, "the V2 model runner verifies chains, no static trees", "remove shape=template", engine.model
             )
-        from .drafting.token_recycling_device import DeviceTokenRecycling  # needs Triton
-
-        return DeviceTokenRecycling(options, engine, limits)
 
     def __init__(self, options: TokenRecyclingOptions, engine: Engine) -> None:
         from .drafting import adjacency  # compiles with numba

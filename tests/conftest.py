@@ -91,6 +91,14 @@ def cli() -> Cli:
 
 
 @pytest.fixture
+def preloaded_cli() -> Cli:
+    """Return a function that runs `pilotfish` in a process that has imported vLLM already."""
+    from preloaded_cli import run_preloaded
+
+    return run_preloaded
+
+
+@pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Return a function that runs `pilotfish` in this process, which is faster than `cli`."""
     from pilotfish.__main__ import main

@@ -112,8 +112,17 @@ class DeviceDrafter(ABC):
         """
 
     @abstractmethod
-    def finish(self, req_idx: int) -> None:
-        """Forget the request of an index."""
+    def finish(self, req_idx: int, text: "Tensor", total_len: "Tensor") -> None:
+        """Forget the request of an index; it must not wait for the device.
+
+        With asynchronous scheduling the text may go on after the token at which the request ended, by what the step
+        after it sampled.
+
+        Args:
+            req_idx: Index of the request.
+            text: [max_model_len] int32 token ids of the text, on the device, and anything after them.
+            total_len: [1] int32 number of tokens of the text, on the device.
+        """
 
     def save(self, path: Path) -> None:  # noqa: B027 -- most drafters have no state to save
         """Write the learned state to a file atomically.

@@ -157,13 +157,18 @@ class Drafter(Plugin, ABC):
 
     @classmethod
     def device_drafter(cls, options: Any, engine: Engine, limits: DeviceLimits) -> DeviceDrafter | None:
-        """Return the drafter's counterpart on the device, for vLLM's V2 model runner; None if there is none.
-
-        Raises:
-            Unsupported: The counterpart does not support an option.
-        """
+        """Return the drafter's counterpart on the device, for vLLM's V2 model runner; None if there is none."""
         del options, engine, limits
         return None
+
+    @classmethod
+    def check_device(cls, options: Any, engine: Engine) -> None:
+        """Check that the counterpart on the device supports the options.
+
+        Raises:
+            Unsupported: It does not support one.
+        """
+        del options, engine
 
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...

@@ -78,6 +78,17 @@ class DeviceAdjacencyTables:
         tensors = self._tokens, self._confidence, self._keys, self._owners, self._seen, self._right, self._rate
         return sum(t.nbytes for t in tensors)
 
+    @property
+    def arguments(self) -> tuple["Tensor | int", ...]:
+        """The tables, as kernels that read candidates take them."""
+        tensors = self.table_of_request, self._tokens, self._confidence, self._keys, self._rate
+        return *tensors, self._vocab, self._hashed
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time constants of these kernels."""
+        return {**self._shape, "CONFIDENCES": NUM_CONFIDENCES}
+
     def clear(self, table: int) -> None:
         """Empty a table."""
         self._tokens[table].fill_(NONE)
@@ -112,8 +123,7 @@ class DeviceAdjacencyTables:
             self._vocab,
             self._hashed,
             MAX_NUM_LOGITS=batch.max_num_logits,
-            **self._shape,
-            CONFIDENCES=NUM_CONFIDENCES,
+            **self.constants,
         )
         num_rates = self._rate.numel()
         grid = (batch.num_requests * batch.max_num_logits + triton.cdiv(num_rates, BLOCK),)
@@ -190,20 +200,13 @@ class DeviceAdjacencyTables:
             batch.all_token_ids.stride(0),
             batch.idx_mapping,
             batch.total_len,
-            self.table_of_request,
-            self._tokens,
-            self._confidence,
-            self._keys,
-            self._rate,
+            *self.arguments,
             drafts,
             scores,
-            self._vocab,
-            self._hashed,
             NUM_SPEC_TOKENS=steps,
             NUM_SPEC_TOKENS_PADDED=triton.next_power_of_2(steps),
             BEAMS=BEAMS,
-            **self._shape,
-            CONFIDENCES=NUM_CONFIDENCES,
+            **self.constants,
         )
 
     def to_host(self, table: int) -> tuple[AdjacencyTable, AcceptanceRates]:

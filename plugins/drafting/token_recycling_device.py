@@ -23,6 +23,9 @@ class DeviceTokenRecycling(DeviceDrafter):
         options: Options of Token Recycling.
         engine: Facts about the engine.
         limits: Sizes for which memory is allocated.
+
+    Attributes:
+        tables: The adjacency tables.
     """
 
     def __init__(self, options: "TokenRecyclingOptions", engine: Engine, limits: DeviceLimits) -> None:
@@ -31,7 +34,7 @@ class DeviceTokenRecycling(DeviceDrafter):
         # Every running request may have its own table.
         count = {"engine": 1, "tenant": max(options.max_tables, limits.max_num_reqs), "request": limits.max_num_reqs}
         num_tables = count[options.share]
-        self._tables = DeviceAdjacencyTables(
+        self.tables = DeviceAdjacencyTables(
             engine.vocab_size, options.k, options.order, options.bits, num_tables, limits.max_num_reqs, limits.device
         )
         self._table_of: OrderedDict[str, int] = OrderedDict()  # key of a group -> its table, the latest used last
@@ -45,12 +48,12 @@ class DeviceTokenRecycling(DeviceDrafter):
         )
         self._steps = limits.num_speculative_tokens
         if options.state_path is not None and Path(options.state_path).exists():
-            self._tables.from_host(0, *adjacency_state.read_state(Path(options.state_path), options, engine))
+            self.tables.from_host(0, *adjacency_state.read_state(Path(options.state_path), options, engine))
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the drafter holds."""
-        return self._tables.nbytes + self._drafts.nbytes + self._scores.nbytes
+        return self.tables.nbytes + self._drafts.nbytes + self._scores.nbytes
 
     def start(self, req_idx: int, prompt: "Tensor", tenant: str | None = None) -> None:
         """Assign the request its table, and prime it from the prompt."""
@@ -58,12 +61,13 @@ class DeviceTokenRecycling(DeviceDrafter):
         key = "" if share == "engine" else f"tenant {tenant}" if share == "tenant" and tenant else f"request {req_idx}"
         self._key_of_request[req_idx] = key
         table = self._table(key)
-        self._tables.table_of_request[req_idx].fill_(table)
+        self.tables.table_of_request[req_idx].fill_(table)
         if self.options.prime:
-            self._tables.prime_from_text(table, prompt)
+            self.tables.prime_from_text(table, prompt)
 
-    def finish(self, req_idx: int) -> None:
+    def finish(self, req_idx: int, text: "Tensor", total_len: "Tensor") -> None:
         """Forget the request, and its table if no other request can use it."""
+        del text, total_len
         key = self._key_of_request.pop(req_idx, None)
         if key is not None and key.startswith("request "):
             self._free.append(self._table_of.pop(key))
@@ -79,20 +83,20 @@ class DeviceTokenRecycling(DeviceDrafter):
             self._free.append(self._table_of.pop(idle))
         table = self._table_of[key] = self._free.pop()
         if key:  # the table of all requests may hold what the state file held
-            self._tables.clear(table)
+            self.tables.clear(table)
         return table
 
     def observe(self, batch: DeviceBatch) -> None:
         """Update acceptance rates from the accepted tokens, then update the tables for all verified positions."""
-        self._tables.update(batch)
+        self.tables.update(batch)
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Propose for each request the chain of the largest expected number of accepted tokens."""
         size = batch.num_requests * self._steps
         drafts = self._drafts[:size].view(batch.num_requests, self._steps)
-        self._tables.propose_chains(batch, drafts, self._scores[:size].view(batch.num_requests, self._steps))
+        self.tables.propose_chains(batch, drafts, self._scores[:size].view(batch.num_requests, self._steps))
         return drafts
 
     def save(self, path: Path) -> None:
         """Write the shared table atomically."""
-        adjacency_state.write_state(path, self.options, self.engine, *self._tables.to_host(0))
+        adjacency_state.write_state(path, self.options, self.engine, *self.tables.to_host(0))

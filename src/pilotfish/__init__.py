@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .kvcache.selection import ReadPlan, Role, SelectionRule
     from .plugins.contracts import (
         Candidates,
+        DeviceBatch,
+        DeviceDrafter,
+        DeviceLimits,
         DraftBudget,
         Drafter,
         DraftRequest,
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Candidates",
+    "DeviceBatch",
+    "DeviceDrafter",
+    "DeviceLimits",
     "DraftBudget",
     "DraftRequest",
     "DraftTree",

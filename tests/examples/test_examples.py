@@ -122,18 +122,18 @@ def test_refuses_unknown_options(
     assert f"pilotfish.{kind}.{written}: unknown, did you mean '{nearest}'?" in refused.stderr
 
 
-def test_broken_plugin_fails_only_if_selected(cli: Callable, tmp_path: Path) -> None:
+def test_broken_plugin_fails_only_if_selected(preloaded_cli: Callable, tmp_path: Path) -> None:
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[pilotfish]\nbroken = broken_module\n")
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('out of order')\n")
     environment = {"PYTHONPATH": str(tmp_path)}
-    assert cli("serve", MODEL, "--drafter", "token_recycling", "--print", **environment).returncode == 0
-    selected = cli("serve", MODEL, "--drafter", "broken", "--print", **environment)
+    assert preloaded_cli("serve", MODEL, "--drafter", "token_recycling", "--print", **environment).returncode == 0
+    selected = preloaded_cli("serve", MODEL, "--drafter", "broken", "--print", **environment)
     assert selected.returncode == 2
     assert "broken (RuntimeError: out of order)" in selected.stderr
-    doctor = cli("doctor", **environment)
+    doctor = preloaded_cli("doctor", **environment)
     assert doctor.returncode == 1
     assert "plugin broken failed to load: RuntimeError: out of order" in doctor.stdout
 
@@ -141,11 +141,11 @@ def test_broken_plugin_fails_only_if_selected(cli: Callable, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------------- drafter
 
 
-def test_drafter_is_selected_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
+def test_drafter_is_selected_and_its_options_are_checked(preloaded_cli: Callable, install: Callable) -> None:
     path = install("drafter_repeat_last")
-    selected = cli("serve", MODEL, "--drafter", "repeat_last,confidence=0.5", "--print", PYTHONPATH=path)
+    selected = preloaded_cli("serve", MODEL, "--drafter", "repeat_last,confidence=0.5", "--print", PYTHONPATH=path)
     assert '"name": "repeat_last", "confidence": 0.5' in selected.stdout
-    bad = cli("serve", MODEL, "--drafter", "repeat_last,confidence=2", "--print", PYTHONPATH=path)
+    bad = preloaded_cli("serve", MODEL, "--drafter", "repeat_last,confidence=2", "--print", PYTHONPATH=path)
     assert bad.returncode == 2
     assert "pilotfish.drafter.confidence: expected between 0 and 1, got 2.0" in bad.stderr
 
@@ -163,18 +163,18 @@ def test_drafter_copies_the_continuation_of_a_repeat(load: Callable) -> None:
 
 
 @pytest.mark.slow
-def test_pruner_is_used_by_prune_command(cli: Callable, install: Callable, tmp_path: Path) -> None:
+def test_pruner_is_used_by_prune_command(preloaded_cli: Callable, install: Callable, tmp_path: Path) -> None:
     from PIL import Image
 
     path = install("pruner_token_correlation")
     Image.effect_noise((400, 300), 60).convert("RGB").save(tmp_path / "noise.png")
     arguments = ("prune", str(tmp_path / "noise.png"), "--pruner", "token_correlation,retain=0.5")
-    answer = cli(*arguments, "--out", str(tmp_path / "out"), PYTHONPATH=path)
+    answer = preloaded_cli(*arguments, "--out", str(tmp_path / "out"), PYTHONPATH=path)
     assert answer.returncode == 0, answer.stderr
     assert (tmp_path / "out" / "noise-token-correlation-retain-0-5.png").exists()
-    assert cli(*arguments).returncode == 2, "the pruner does not exist without its package"
+    assert preloaded_cli(*arguments).returncode == 2, "the pruner does not exist without its package"
     serve = ("serve", MODEL, "--pruner", "token_correlation,similar=0.9", "--print")
-    refused(cli(*serve, PYTHONPATH=path), "token_correlation does not support", "it takes no images")
+    refused(preloaded_cli(*serve, PYTHONPATH=path), "token_correlation does not support", "it takes no images")
 
 
 def test_repeated_tokens_of_a_crop_are_pruned_first(load: Callable) -> None:
@@ -201,12 +201,12 @@ def test_repeated_tokens_of_a_crop_are_pruned_first(load: Callable) -> None:
 ENGINE = Engine("m", 1000, 8192, 8, layers=6, kv_heads=2)
 
 
-def test_policy_is_selected_and_its_options_are_checked(cli: Callable, install: Callable) -> None:
+def test_policy_is_selected_and_its_options_are_checked(preloaded_cli: Callable, install: Callable) -> None:
     path = install("kv_local_global")
-    selected = cli("serve", MODEL, "--kv", "local_global,window=512,every=3", "--print", PYTHONPATH=path)
+    selected = preloaded_cli("serve", MODEL, "--kv", "local_global,window=512,every=3", "--print", PYTHONPATH=path)
     assert '"kv": {"name": "local_global", "window": 512, "every": 3}' in selected.stdout
     assert "--no-enable-prefix-caching" in selected.stdout, "it frees blocks"
-    bad = cli("serve", MODEL, "--kv", "local_global,every=1", "--print", PYTHONPATH=path)
+    bad = preloaded_cli("serve", MODEL, "--kv", "local_global,every=1", "--print", PYTHONPATH=path)
     assert bad.returncode == 2
     assert "pilotfish.kv.every: expected 2 or more, got 1" in bad.stderr
 

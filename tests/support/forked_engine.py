@@ -7,7 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "pilotfish.integrations.vllm.bench.engine",
+        "vllm.entrypoints.cli.serve",
         "vllm.entrypoints.llm",
         "vllm.model_executor.models.llama",
         "vllm.v1.engine.core",
@@ -27,16 +28,22 @@ CONTEXT.set_forkserver_preload(
 )
 
 
+def start_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """Start a process that has imported vLLM already."""
+    with patch.dict(os.environ, {**ENVIRONMENT, **os.environ}):
+        multiprocessing.forkserver.ensure_running()  # vLLM reads some variables when it is imported
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 class ForkedProcess:
     """The part of `subprocess.Popen` that `EngineProcess` uses."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
         commands, stdin = CONTEXT.Pipe(duplex=False)
         stdout, answers = CONTEXT.Pipe(duplex=False)
-        with patch.dict(os.environ, {**ENVIRONMENT, **os.environ}):
-            multiprocessing.forkserver.ensure_running()  # vLLM reads some variables when it is imported
-        self._process = CONTEXT.Process(target=run_worker, args=(arguments, environment, commands, answers, log))
-        self._process.start()
+        self._process = start_process(run_worker, arguments, environment, commands, answers, log)
         self.stdin, self.stdout = as_file(stdin, "w"), as_file(stdout, "r")
         commands.close()
         answers.close()  # the worker has the only other end, so that the end of the worker is the end of the file

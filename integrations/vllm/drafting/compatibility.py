@@ -42,6 +42,8 @@ def check(attachment: Attachment, vllm_config: Any) -> None:
         Unsupported: The engine cannot serve the drafter.
     """
     _check_speculation(attachment.cls, attachment.options, attachment.config, vllm_config)
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        attachment.cls.check_device(attachment.options, attachment.engine)
     if attachment.config.verification.verification == "tree":
         _check_trees(attachment.name, attachment.config, vllm_config)
     _check_tokenizer(attachment.cls, attachment.options, vllm_config.model_config)

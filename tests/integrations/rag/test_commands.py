@@ -51,13 +51,18 @@ def test_ask_prints_answer_and_citations(cli: Cli, folder: str, language: Langua
     )
 
 
-def test_ask_uses_saved_threshold(cli: Cli, folder: str, language: LanguageServer) -> None:
+def test_ask_uses_saved_threshold(preloaded_cli: Cli, folder: str, language: LanguageServer) -> None:
     abstention.write_threshold(Path(folder), 1000.0, {})
-    assert "no document is similar enough" in cli("rag", "ask", folder, "sharks?", "--server", language.url).stdout
-    result = cli("rag", "ask", folder, "sharks?", "--server", language.url, "--threshold", "0")
+    assert (
+        "no document is similar enough"
+        in preloaded_cli("rag", "ask", folder, "sharks?", "--server", language.url).stdout
+    )
+    result = preloaded_cli("rag", "ask", folder, "sharks?", "--server", language.url, "--threshold", "0")
     assert result.stdout.startswith("Pilot fish")
     (Path(folder) / abstention.NAME).write_text("{")
-    refused(cli("rag", "ask", folder, "sharks?", "--server", language.url), abstention.NAME, "rag eval --save")
+    refused(
+        preloaded_cli("rag", "ask", folder, "sharks?", "--server", language.url), abstention.NAME, "rag eval --save"
+    )
 
 
 def test_chat_keeps_history_and_survives_errors(folder: str, language: LanguageServer) -> None:
@@ -86,10 +91,16 @@ def test_control_characters_are_removed_from_output(cli: Cli, tmp_path: Path, la
 
 
 @pytest.mark.slow
-def test_rag_refuses_bad_input(cli: Cli, inside: Cli, folder: str, language: LanguageServer, tmp_path: Path) -> None:
+def test_rag_refuses_bad_input(
+    preloaded_cli: Cli, inside: Cli, folder: str, language: LanguageServer, tmp_path: Path
+) -> None:
     server = ("--server", language.url)
-    refused(cli("rag", "ask", folder, "x", "--server", "http://127.0.0.1:9/v1"), "no server answers", "--start MODEL")
-    refused(cli("rag", "ask", folder, "x", *server, "--model", "other"), "has no model other", "by-rule")
+    refused(
+        preloaded_cli("rag", "ask", folder, "x", "--server", "http://127.0.0.1:9/v1"),
+        "no server answers",
+        "--start MODEL",
+    )
+    refused(preloaded_cli("rag", "ask", folder, "x", *server, "--model", "other"), "has no model other", "by-rule")
     refused(inside("rag", "ask", str(tmp_path / "absent"), "x", *server), "absent")
     refused(inside("rag", "ask", folder, "x", *server, "--where", "year <"), "expected a value")
     refused(inside("rag", "ask", folder, "x", *server, "--drafter", "rasd"), "--drafter", "--start MODEL")
@@ -108,14 +119,14 @@ def test_rag_refuses_bad_input(cli: Cli, inside: Cli, folder: str, language: Lan
     refused(inside("rag", "serve", str(tmp_path / "there"), *server, "--model", "other"), "has no model other")
     assert (tmp_path / "there").is_dir() and not list((tmp_path / "there").iterdir())
     refused(inside("rag", "ask", folder, "x", *server, "--threshold", "nan"), "--threshold")
-    failed = cli("rag", "ask", folder, "broken sharks", *server)
+    failed = preloaded_cli("rag", "ask", folder, "broken sharks", *server)
     assert (failed.returncode, failed.stdout.strip()) == (2, "Pilot fish")
     assert "the engine has died" in failed.stderr and "Traceback" not in failed.stderr
 
 
 @pytest.mark.slow
 def test_eval_prints_metrics_and_saves_threshold(
-    cli: Cli, folder: str, language: LanguageServer, tmp_path: Path
+    preloaded_cli: Cli, folder: str, language: LanguageServer, tmp_path: Path
 ) -> None:
     cases = [
         {"question": "what do pilot fish travel with?", "answers": ["sharks"], "documents": ["sharks"]},
@@ -126,26 +137,36 @@ def test_eval_prints_metrics_and_saves_threshold(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(c) + "\n" for c in cases * 4))
     command = ("rag", "eval", folder, str(questions))
-    result = cli(*command, "--server", language.url, "--json")
+    result = preloaded_cli(*command, "--server", language.url, "--json")
     assert result.returncode == 0, result.stderr
     payload = json.loads(result.stdout)
     assert (payload["recall@4"], payload["contains"], payload["citation_precision"]) == (1.0, 1.0, 1.0)
     assert (payload["true_abstentions"], payload["false_abstentions"]) == (1.0, 0.0)
     assert payload["with_answer"] + payload["without_answer"] == 8, "the other half is used for retrieval only"
-    refused(cli(*command, "--sample", "0", "--survey", "6", "--save"), "--save", "5 of each are needed", "--sample 0")
+    refused(
+        preloaded_cli(*command, "--sample", "0", "--survey", "6", "--save"),
+        "--save",
+        "5 of each are needed",
+        "--sample 0",
+    )
     assert not (Path(folder) / abstention.NAME).exists()
-    saved = cli(*command, "--sample", "0", "--save", "--json")
+    saved = preloaded_cli(*command, "--sample", "0", "--save", "--json")
     assert saved.returncode == 0, saved.stderr
     assert abstention.read_threshold(Path(folder)) == json.loads(saved.stdout)["threshold"] > 0
     squad = {"data": [{"title": "a", "paragraphs": [{"context": "Cats purr.", "qas": [
         {"question": "Who purrs?", "answers": [{"text": "Cats"}]}]}]}]}  # fmt: skip
     (tmp_path / "squad.json").write_text(json.dumps(squad))
-    refused(cli("rag", "eval", folder, str(tmp_path / "squad.json"), "--sample", "0"), "no document that answers")
-    refused(cli("rag", "eval", folder, str(tmp_path / "absent.json")), "absent.json")
+    refused(
+        preloaded_cli("rag", "eval", folder, str(tmp_path / "squad.json"), "--sample", "0"), "no document that answers"
+    )
+    refused(preloaded_cli("rag", "eval", folder, str(tmp_path / "absent.json")), "absent.json")
     unreachable = ("--server", "http://127.0.0.1:9/v1")
-    refused(cli("rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), *unreachable), "no server answers")
+    refused(
+        preloaded_cli("rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), *unreachable),
+        "no server answers",
+    )
     assert not (tmp_path / "new").exists(), "no index is created when no server answers"
-    created = cli(
+    created = preloaded_cli(
         "rag", "eval", str(tmp_path / "new"), str(tmp_path / "squad.json"), "--sample", "0", "--hold-out", "0"
     )
     assert created.returncode == 0, created.stderr
@@ -169,10 +190,10 @@ def test_serve_until_interrupted(folder: str, language: LanguageServer) -> None:
         server.stderr.close()
 
 
-def test_bench_rag_refuses_bad_input(cli: Cli, tmp_path: Path) -> None:
+def test_bench_rag_refuses_bad_input(preloaded_cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text('{"question": "q", "answers": ["a"]}\n')
     data = ("--data", str(tmp_path / "own.jsonl"))
-    refused(cli("bench", "rag", *data, "--arms", "rasdd"), "rasdd", "rasd")
-    refused(cli("bench", "rag", *data, "--out", str(tmp_path / "x.json")), "own", "no passages")
-    refused(cli("bench", "rag", "--data", str(tmp_path / "absent")), "absent")
-    refused(cli("bench", "rag", *data, "--out", str(tmp_path)), "a folder")
+    refused(preloaded_cli("bench", "rag", *data, "--arms", "rasdd"), "rasdd", "rasd")
+    refused(preloaded_cli("bench", "rag", *data, "--out", str(tmp_path / "x.json")), "own", "no passages")
+    refused(preloaded_cli("bench", "rag", "--data", str(tmp_path / "absent")), "absent")
+    refused(preloaded_cli("bench", "rag", *data, "--out", str(tmp_path)), "a folder")

@@ -56,7 +56,15 @@ def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock
         assert state == stock["state"]
 
 
-@pytest.mark.parametrize("case", [*DRAFTERS, *KV_POLICIES], ids=str)
+# The other two policies share the attention backend of one of these.
+SHARING = {"streaming_llm", "quest"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.long if c.name in SHARING else ()) for c in (*DRAFTERS, *KV_POLICIES)],
+    ids=str,
+)
 def test_a_plugin_reports_counts_and_serves(start, tiny_model, drafting_args, stock, case: PluginCase) -> None:
     more: dict[str, Any] = {"block_size": 32} if case.kind == "kv" else {}
     more["disable_log_stats"] = False  # vLLM's metrics call the plugins' counters

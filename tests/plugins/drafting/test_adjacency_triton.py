@@ -31,7 +31,7 @@ pytestmark = [
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, K, ORDER, BITS = 20, 3, 3, 5  # few hashed rows, so that contexts collide
 SLOTS, LENGTH = 4, 64
-fast = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fast = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

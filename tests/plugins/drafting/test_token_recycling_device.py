@@ -92,17 +92,17 @@ def test_requests_that_share_no_table_learn_nothing_from_each_other(module: Modu
 def test_a_table_is_empty_when_it_goes_to_another_request(module: ModuleType) -> None:
     drafter = make(module, share="request")
     drafter.start(0, ids(PROMPT))
-    drafter.finish(0)
+    drafter.finish(0, ids(PROMPT), ids([len(PROMPT)]))
     drafter.start(0, ids([7]))
     assert drafts(drafter, 0, [7, 1, 2]) == [2, 2]
-    drafter.finish(1)  # an unknown request
+    drafter.finish(1, ids(PROMPT), ids([len(PROMPT)]))  # an unknown request
 
 
 def test_the_idle_table_unused_longest_goes_to_a_new_tenant(module: ModuleType) -> None:
     drafter = make(module, share="tenant", max_tables=1)  # there are as many as requests can run at once
     for tenant in "abcd":
         drafter.start(0, ids(PROMPT), tenant)
-        drafter.finish(0)
+        drafter.finish(0, ids(PROMPT), ids([len(PROMPT)]))
     drafter.start(0, ids([7]), "b")
     drafter.start(1, ids([7]), "a")
     assert drafts(drafter, 0, [7, 1, 2]) == [3, 4]
@@ -130,7 +130,7 @@ def test_a_step_does_not_wait_for_the_device(module: ModuleType) -> None:
         drafter.start(0, prompt, "one")
         drafter.observe(batch)
         drafter.propose(batch)
-        drafter.finish(0)
+        drafter.finish(0, ids(PROMPT), ids([len(PROMPT)]))
 
 
 def test_memory_is_stated(module: ModuleType) -> None:
@@ -140,4 +140,4 @@ def test_memory_is_stated(module: ModuleType) -> None:
 
 def test_static_trees_are_refused() -> None:
     with pytest.raises(Unsupported, match="remove shape=template"):
-        TokenRecycling.device_drafter(Options(shape="template"), ENGINE, LIMITS)
+        TokenRecycling.check_device(Options(shape="template"), ENGINE)

@@ -6,6 +6,17 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import ROOT, DraftTree
 from pilotfish.plugins.drafting import tries
+from pilotfish.plugins.drafting.acceptance_counts import (
+    ABSENT,
+    ANY,
+    BASE,
+    CONDITIONALS,
+    FIRST,
+    LISTED,
+    SHARES,
+    UNKNOWN,
+    make_acceptance_counts,
+)
 from pilotfish.plugins.rasd import RASD
 
 rows = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=12)
@@ -59,11 +70,11 @@ def test_base_tree_is_matched_by_path(a, b, data: st.DataObject) -> None:
     for path, kind in zip(paths(tokens, parents), feedback.tolist(), strict=True):
         siblings = {p: s for p, s in base.items() if len(p) == len(path) and p[:-1] == path[:-1]}
         if not siblings:
-            assert kind == tries.UNKNOWN
+            assert kind == UNKNOWN
         elif path not in siblings:
-            assert kind == tries.ABSENT
+            assert kind == ABSENT
         else:
-            assert kind == (tries.FIRST if siblings[path] >= max(siblings.values()) else tries.LISTED)
+            assert kind == (FIRST if siblings[path] >= max(siblings.values()) else LISTED)
 
 
 @settings(deadline=None)
@@ -81,16 +92,16 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
     for part in parts[:2]:
         for path, score in zip(paths(*part[:2]), part[2].tolist(), strict=True):
             assert retrieved[path] >= score
-    seen, right = tries.make_acceptance_counts(1)
+    seen, right = make_acceptance_counts(1)
     right *= np.linspace(0.3, 1, right.size, dtype=np.float32).reshape(right.shape)
     cells = np.empty((len(parts[2][0]), 3), np.int32)
     base_tokens, base_parents, base_scores = parts[2]
     n = tries.fuse_trees(n, tokens, parents, scores, base_tokens, base_parents, base_scores, seen, right, cells)
 
     def rate(conditional: float, beside: float) -> float:
-        row = np.searchsorted(tries.CONDITIONALS, np.float32(conditional), side="right")
-        column = np.count_nonzero(np.float32(beside) < tries.SHARES)
-        return float(right[-1, row, column, tries.ANY] / seen[-1, row, column, tries.ANY])
+        row = np.searchsorted(CONDITIONALS, np.float32(conditional), side="right")
+        column = np.count_nonzero(np.float32(beside) < SHARES)
+        return float(right[-1, row, column, ANY] / seen[-1, row, column, ANY])
 
     fused_paths = paths(tokens[:n], parents[:n])
     base = dict(zip(paths(*parts[2][:2]), parts[2][2].tolist(), strict=True))
@@ -109,9 +120,9 @@ def test_fused_trees_hold_every_path_once(a, b, c, most: int, data: st.DataObjec
 
 
 def test_scores_converge_to_acceptance_rates() -> None:
-    seen, right = tries.make_acceptance_counts(2)
+    seen, right = make_acceptance_counts(2)
     tokens, parents, counts, depths = grown([[1, 2], [1, 3], [1, 2], [5, 5]])
-    feedback = np.full(len(tokens), tries.UNKNOWN, np.int32)
+    feedback = np.full(len(tokens), UNKNOWN, np.int32)
     scores, cells = np.empty(len(tokens), np.float32), np.empty((len(tokens), 3), np.int32)
     rng = np.random.default_rng(0)
     for _ in range(4000):
@@ -123,11 +134,11 @@ def test_scores_converge_to_acceptance_rates() -> None:
     assert abs(by_path[1,] - 0.7) < 0.05
     assert abs(by_path[1, 2] - 0.63) < 0.06
     assert by_path[5,] < 0.03
-    assert (seen[0, ..., tries.ANY] == 4).all(), "sources are counted separately"
+    assert (seen[0, ..., ANY] == 4).all(), "sources are counted separately"
 
 
 def test_rates_of_base_tokens_depend_on_the_retrieved_tokens_beside_them() -> None:
-    seen, right = tries.make_acceptance_counts(1)
+    seen, right = make_acceptance_counts(1)
     rng = np.random.default_rng(0)
     for turn in range(4000):
         retrieved = turn % 2 == 0  # a retrieved token 1 beside the base drafter's token 2, or none
@@ -137,28 +148,24 @@ def test_rates_of_base_tokens_depend_on_the_retrieved_tokens_beside_them() -> No
         cells = np.empty((1, 3), np.int32)
         assert tries.fuse_trees(n, tokens, parents, scores, base, above, score, seen, right, cells) == n + 1
         accepted = np.array([2 if rng.random() < (0.1 if retrieved else 0.6) else 9], np.int32)
-        tries.update_acceptance_counts(tries.BASE, base, above, cells, accepted, seen, right)
+        tries.update_acceptance_counts(BASE, base, above, cells, accepted, seen, right)
         if turn >= 3998:
             assert abs(scores[n] - (0.1 if retrieved else 0.6)) < 0.05
 
 
 def test_the_rate_of_one_kind_of_feedback_starts_at_the_rate_over_all() -> None:
-    seen, right = tries.make_acceptance_counts(1)
+    seen, right = make_acceptance_counts(1)
     tokens, parents = np.array([7], np.int32), np.array([ROOT], np.int32)
     counts, depths = np.array([1], np.int32), np.array([1], np.int32)
     scores, cells = np.empty(1, np.float32), np.empty((1, 3), np.int32)
     for _ in range(2000):  # tokens that the base drafter does not list are never right
-        tries.score_trie(
-            0, 4, 1, parents, counts, depths, np.array([tries.ABSENT], np.int32), seen, right, scores, cells
-        )
+        tries.score_trie(0, 4, 1, parents, counts, depths, np.array([ABSENT], np.int32), seen, right, scores, cells)
         tries.update_acceptance_counts(0, tokens, parents, cells, np.array([9], np.int32), seen, right)
-    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([tries.FIRST], np.int32), seen, right, scores, cells)
+    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([FIRST], np.int32), seen, right, scores, cells)
     assert scores[0] < 0.05
     for _ in range(100):  # those that it lists first always are
-        tries.score_trie(
-            0, 4, 1, parents, counts, depths, np.array([tries.FIRST], np.int32), seen, right, scores, cells
-        )
+        tries.score_trie(0, 4, 1, parents, counts, depths, np.array([FIRST], np.int32), seen, right, scores, cells)
         tries.update_acceptance_counts(0, tokens, parents, cells, tokens, seen, right)
     assert scores[0] > 0.85
-    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([tries.ABSENT], np.int32), seen, right, scores, cells)
+    tries.score_trie(0, 4, 1, parents, counts, depths, np.array([ABSENT], np.int32), seen, right, scores, cells)
     assert scores[0] < 0.05

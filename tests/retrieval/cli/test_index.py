@@ -77,12 +77,14 @@ def check_faiss_export(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_terms_are_explained_and_boosted(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_terms_are_explained_and_boosted(
+    preloaded_cli: Callable, inside: Callable, corpus: Path, tmp_path: Path
+) -> None:
     folder = str(tmp_path / "words")
-    assert "4 documents added" in cli("index", "build", folder, str(corpus), "--kind", "vdr").stderr
+    assert "4 documents added" in preloaded_cli("index", "build", folder, str(corpus), "--kind", "vdr").stderr
     query = "who follows sharks?"
     page = tmp_path / "why.html"
-    answer = cli("index", "explain", folder, query, "pilot", "--html", str(page))
+    answer = preloaded_cli("index", "explain", folder, query, "pilot", "--html", str(page))
     assert answer.returncode == 0, answer.stderr
     text = page.read_text()
     assert text.count("<section>") == 3
@@ -128,7 +130,7 @@ def test_hybrid_index_is_built_and_searched(inside: Callable, corpus: Path, tmp_
 
 
 @pytest.mark.slow
-def test_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_encoder_is_trained_and_used(preloaded_cli: Callable, inside: Callable, corpus: Path, tmp_path: Path) -> None:
     import tiny
 
     tiny.encoder(tmp_path / "base")
@@ -137,11 +139,11 @@ def test_encoder_is_trained_and_used(cli: Callable, inside: Callable, corpus: Pa
     )
     options = ("--text", str(tmp_path / "text.txt"), "--base", str(tmp_path / "base"), "--steps", "3", "--batch", "8")
     out = tmp_path / "made"
-    answer = cli("train", "vdr", str(out), *options)
+    answer = preloaded_cli("train", "vdr", str(out), *options)
     assert answer.returncode == 0, answer.stderr
     assert (out / "training" / "curve.png").exists()
-    assert cli("train", "vdr", str(out), *options).returncode == 2
-    answer = cli("index", "build", str(tmp_path / "i"), str(corpus), "--kind", "vdr", "--encoder", str(out))
+    assert preloaded_cli("train", "vdr", str(out), *options).returncode == 2
+    answer = preloaded_cli("index", "build", str(tmp_path / "i"), str(corpus), "--kind", "vdr", "--encoder", str(out))
     assert answer.returncode == 0, answer.stderr
     for wrong, message in (
         ((), "give --qrels FOLDER, --text PATH"),

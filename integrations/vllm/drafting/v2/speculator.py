@@ -100,7 +100,8 @@ class PilotfishSpeculator(BaseSpeculator):
         def remove_and_finish(request: str) -> bool:
             req_idx = self._requests.req_id_to_index.get(request)
             if req_idx is not None and self._waiting.pop(req_idx, None) is None:
-                self.drafter.finish(req_idx)
+                text, total_len = self._requests.all_token_ids.gpu[req_idx], self._requests.total_len.gpu
+                self.drafter.finish(req_idx, text, total_len[req_idx : req_idx + 1])
             return remove(request)
 
         def save_and_shutdown(*args: Any, **kwargs: Any) -> Any:

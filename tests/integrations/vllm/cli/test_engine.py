@@ -62,9 +62,9 @@ def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
     assert any("PILOTFISH_DISABLE" in note for note in report["notes"])
 
 
-def test_serve_print_output_can_be_parsed_by_a_shell(cli: Callable) -> None:
+def test_serve_print_output_can_be_parsed_by_a_shell(preloaded_cli: Callable) -> None:
     extra = ["--port", "8001", "--additional-config", '{"other": {"a": "it\'s"}}']
-    result = cli("serve", MODEL, "--drafter", "token_recycling,order=2,state_path=x y.npz", "--print", *extra)
+    result = preloaded_cli("serve", MODEL, "--drafter", "token_recycling,order=2,state_path=x y.npz", "--print", *extra)
     words = shlex.split(result.stdout)
     assert words[words.index("--port") + 1] == "8001"
     assert words[words.index("--served-model-name") + 1] == MODEL
@@ -79,11 +79,11 @@ def test_serve_print_output_can_be_parsed_by_a_shell(cli: Callable) -> None:
     assert words.count("--additional-config") == 1
 
 
-def test_serve_disables_prefix_caching_when_blocks_are_freed(cli: Callable) -> None:
-    words = shlex.split(cli("serve", MODEL, "--kv", "razor_attention,window=256", "--print").stdout)
+def test_serve_disables_prefix_caching_when_blocks_are_freed(preloaded_cli: Callable) -> None:
+    words = shlex.split(preloaded_cli("serve", MODEL, "--kv", "razor_attention,window=256", "--print").stdout)
     assert "--no-enable-prefix-caching" in words
     assert "--no-enable-prefix-caching" not in shlex.split(
-        cli("serve", MODEL, "--kv", "tidal_decode", "--print").stdout
+        preloaded_cli("serve", MODEL, "--kv", "tidal_decode", "--print").stdout
     )
 
 
@@ -156,30 +156,38 @@ def test_serve_refuses_invalid_options_in_one_line(
 
 
 @pytest.mark.slow
-def test_serve_refuses_missing_models(cli: Callable, tmp_path: Path) -> None:
-    refused(cli("serve", "./no-such-model", "--drafter", "token_recycling"), "no such folder")
-    refused(cli("serve", str(tmp_path), "--drafter", "token_recycling"), "holds no config.json")
-    refused(cli("serve", "org/not-cached", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not in the hub cache")
+def test_serve_refuses_missing_models(preloaded_cli: Callable, tmp_path: Path) -> None:
+    refused(preloaded_cli("serve", "./no-such-model", "--drafter", "token_recycling"), "no such folder")
+    refused(preloaded_cli("serve", str(tmp_path), "--drafter", "token_recycling"), "holds no config.json")
+    refused(
+        preloaded_cli("serve", "org/not-cached", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"),
+        "not in the hub cache",
+    )
 
 
 @pytest.mark.slow
-def test_serve_refuses_malformed_arguments(cli: Callable) -> None:
-    refused(cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first")
-    refused(cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"), "not a valid hub name")
-    refused(cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a valid name")
-    refused(cli("serve", MODEL, "--pruner", "aim", "--pruner", "globalcom2"), "--pruner", "given 2 times")
+def test_serve_refuses_malformed_arguments(preloaded_cli: Callable) -> None:
+    refused(
+        preloaded_cli("serve", "--port", "8000", MODEL, "--drafter", "token_recycling", "--print"), "MODEL comes first"
+    )
+    refused(
+        preloaded_cli("serve", "bad name/x--y", "--drafter", "token_recycling", HF_HUB_OFFLINE="1"),
+        "not a valid hub name",
+    )
+    refused(preloaded_cli("serve", "x" * 5000, "--drafter", "token_recycling"), "not a valid name")
+    refused(preloaded_cli("serve", MODEL, "--pruner", "aim", "--pruner", "globalcom2"), "--pruner", "given 2 times")
 
 
-def test_pilotfish_disable_serves_plain_vllm(cli: Callable) -> None:
+def test_pilotfish_disable_serves_plain_vllm(preloaded_cli: Callable) -> None:
     arguments = ("--drafter", "token_recycling", "--num-speculative-tokens", "4", "--print")
-    assert "custom_class" not in cli("serve", MODEL, *arguments, PILOTFISH_DISABLE="1").stdout
+    assert "custom_class" not in preloaded_cli("serve", MODEL, *arguments, PILOTFISH_DISABLE="1").stdout
 
 
 @pytest.mark.parametrize("config", ['{"vocab_size": null}', '{"text_config": null}'])
-def test_serve_leaves_unusual_model_config_to_vllm(cli: Callable, tmp_path: Path, config: str) -> None:
+def test_serve_leaves_unusual_model_config_to_vllm(preloaded_cli: Callable, tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     arguments = (str(tmp_path), "--drafter", "token_recycling", "--print")
-    refused(cli("serve", *arguments), "vLLM refuses the command", "model_type")
+    refused(preloaded_cli("serve", *arguments), "vLLM refuses the command", "model_type")
 
 
 @pytest.mark.parametrize("config", ["[]", "{"])
@@ -191,18 +199,19 @@ def test_refuses_broken_model_config(cli: Callable, tmp_path: Path, config: str)
     refused(cli("serve", "", "--print"), "the name is empty")
 
 
-def test_serve_refuses_an_unreadable_state_file(cli: Callable, tmp_path: Path) -> None:
+def test_serve_refuses_an_unreadable_state_file(preloaded_cli: Callable, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 100, "max_position_embeddings": 64}')
     state = tmp_path / "state.npz"
     state.write_bytes(b"nonsense")
     refused(
-        cli("serve", str(tmp_path), "--drafter", f"token_recycling,state_path={state}"), "not a readable state file"
+        preloaded_cli("serve", str(tmp_path), "--drafter", f"token_recycling,state_path={state}"),
+        "not a readable state file",
     )
     assert state.read_bytes() == b"nonsense"
 
 
-def test_serve_refuses_v2_model_runner_for_a_drafter_without_a_counterpart_on_the_device(cli: Callable) -> None:
-    result = cli("serve", MODEL, "--drafter", "rasd", VLLM_USE_V2_MODEL_RUNNER="1")
+def test_serve_refuses_options_that_the_v2_model_runner_does_not_support(preloaded_cli: Callable) -> None:
+    result = preloaded_cli("serve", MODEL, "--drafter", "rasd,max_occurrences=100", VLLM_USE_V2_MODEL_RUNNER="1")
     refused(result, "rasd does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 

@@ -20,7 +20,7 @@ def fetch_quietly(_: int) -> str:
     return str(base.fetch_model(SMOLLM2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fetch_is_cached_verified_and_safe_for_two_processes(cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(fetch_quietly, range(2)))) == 1

@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "smollm2-135m-instruct"
-TOKENS = 48
+TOKENS = 24
 
 
 def counters(url: str) -> dict[str, float]:

@@ -135,25 +135,33 @@ def test_answers_by_family(answers: Callable[[str], Answers], runner: str) -> No
             assert expected in str(answer), (family, name)
 
 
-def test_print_refuses_what_the_engine_refuses(cli: Callable, folders: dict[str, Path]) -> None:
+def test_print_refuses_what_the_engine_refuses(preloaded_cli: Callable, folders: dict[str, Path]) -> None:
     both = ("--drafter", "rasd,verification=tree", "--kv", "tidal_decode")
-    refused(cli("serve", str(folders["Llama"]), *both, "--print"), "does not work together with a KV policy")
-    refused(cli("serve", str(folders["Gemma2"]), "--kv", "tidal_decode", "--print"), "layers.1", "soft capping")
-    too_long = cli("serve", str(folders["Llama"]), "--kv", "tidal_decode", "--print", "--max-model-len", "9999")
+    refused(preloaded_cli("serve", str(folders["Llama"]), *both, "--print"), "does not work together with a KV policy")
+    refused(
+        preloaded_cli("serve", str(folders["Gemma2"]), "--kv", "tidal_decode", "--print"), "layers.1", "soft capping"
+    )
+    too_long = preloaded_cli(
+        "serve", str(folders["Llama"]), "--kv", "tidal_decode", "--print", "--max-model-len", "9999"
+    )
     refused(too_long, "vLLM refuses the command", "max_model_len (9999)")
-    unknown = cli("serve", str(folders["Llama"]), "--kv", "tidal_decode", "--print", "--max-model-length", "9")
+    unknown = preloaded_cli(
+        "serve", str(folders["Llama"]), "--kv", "tidal_decode", "--print", "--max-model-length", "9"
+    )
     refused(unknown, "vLLM refuses the command", "--max-model-length")
 
 
-def test_doctor_checks_a_model(cli: Callable, folders: dict[str, Path], tmp_path: Path) -> None:
-    report = json.loads(cli("doctor", str(folders["Gemma2"]), "--json").stdout)
+def test_doctor_checks_a_model(preloaded_cli: Callable, folders: dict[str, Path], tmp_path: Path) -> None:
+    report = json.loads(preloaded_cli("doctor", str(folders["Gemma2"]), "--json").stdout)
     answers = {p["name"]: p["reason"] for p in report["plugins"] if p["kind"] in ("kv", "drafter", "pruner")}
     assert answers["token_recycling"] is answers["rasd"] is None
     assert "soft capping" in answers["tidal_decode"]
     assert "pilotfish tune razor" in answers["razor_attention"]
     assert answers["aim"] == "it takes no images; run without the pruner"
-    refused(cli("doctor", str(tmp_path)), "holds no config.json")
-    refused(cli("doctor", "org/model", HF_HUB_OFFLINE="0"), "expected a folder, or the name of an embedded model")
+    refused(preloaded_cli("doctor", str(tmp_path)), "holds no config.json")
+    refused(
+        preloaded_cli("doctor", "org/model", HF_HUB_OFFLINE="0"), "expected a folder, or the name of an embedded model"
+    )
 
 
 @pytest.mark.engine

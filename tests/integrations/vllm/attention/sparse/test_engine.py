@@ -8,6 +8,8 @@ from pilotfish.kvcache.profiles import SHIPPED, read_profile
 pytestmark = pytest.mark.engine
 
 LAYERS = 30
+# The selections that the kernel tests cover too; engines run them in the long tests.
+FURTHER_RULES = [("sum", "token"), ("head", "page"), ("union", "page"), ("max", "token")]
 PAGE = {"budget": 192, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
 
 
@@ -60,7 +62,11 @@ def test_output_is_identical_with_our_kernel(sparse, stock, role: str) -> None:
 
 @pytest.mark.parametrize(
     ("aggregation", "granularity"),
-    [("sum", "page"), ("sum", "token"), ("kv_head", "token"), ("head", "page"), ("union", "page"), ("max", "token")],
+    [
+        ("sum", "page"),
+        ("kv_head", "token"),
+        *(pytest.param(*rule, marks=pytest.mark.long) for rule in FURTHER_RULES),
+    ],
 )
 @pytest.mark.shows("tidal_decode", "batches of mixed requests", "chunked prefill")
 def test_output_is_identical_in_mixed_batch(sparse, aggregation: str, granularity: str) -> None:

@@ -55,10 +55,10 @@ def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) ->
     [
         {"repetition_penalty": 1.3},
         {"presence_penalty": 0.7, "frequency_penalty": 0.5},
-        {"bad_words": ["the", " and"]},
-        {"min_tokens": 40},
+        pytest.param({"bad_words": ["the", " and"]}, marks=pytest.mark.long),
+        pytest.param({"min_tokens": 40}, marks=pytest.mark.long),
         {"stop": [".", "\n"]},
-        {"ignore_eos": True},
+        pytest.param({"ignore_eos": True}, marks=pytest.mark.long),
         {"allowed_token_ids": list(range(0, 49_152, 3))},
     ],
     ids=lambda extra: next(iter(extra)),

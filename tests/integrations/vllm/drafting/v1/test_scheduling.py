@@ -10,7 +10,7 @@ def stock(stock_engine):
     return stock_engine
 
 
-@pytest.fixture(scope="module", params=["chain", "tree"])
+@pytest.fixture(scope="module", params=[pytest.param("chain", marks=pytest.mark.long), "tree"])
 def constrained(request, start, model, drafting_args):
     # Few KV blocks, so that requests are preempted, prefill in chunks of 64 tokens, and a short context.
     # The draft length is fixed, since the adaptive one depends on the machine and its load.

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Acceptance lengths of device drafters and of their counterparts on the host, replayed over recorded greedy outputs.
+
+usage: python benchmarks/device_replay.py NAME=TRACE.jsonl.gz [--requests N] [--dataset NAME] [--arms A,...]
+
+TRACE is a recording of `drafter_trace.py`. All drafters propose chains of the same fixed length and have the same
+options; vLLM's ``ngram_gpu`` is replayed beside them, at its default setting and at the best one for these texts.
+Without a GPU, the device drafters' kernels are interpreted: some 0.3 seconds a step.
+
+As in `drafter_replay.py`, verification is lossless, so the output of a request does not depend on the drafter, and the
+candidates at rejected positions are not in a recording; no drafter learns from them.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from drafter_replay import DrafterReplay, Steps, StepTimes, _chain, _same, acceptance_length
+from drafter_trace import CANDIDATES, RecordedRequest, read_trace
+
+from pilotfish.integrations.bench.record import Record, write_records
+from pilotfish.plugins.contracts import DeviceBatch, DeviceLimits, DraftBudget, DraftRequest, DraftTree, Engine
+from pilotfish.plugins.drafting.draft_length import AcceptanceRecord
+from pilotfish.plugins.drafting.tree import truncate_tree
+from pilotfish.plugins.rasd import RASD, RASDOptions
+from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
+
+OUT = Path("benchmarks/results/device_replay.json")
+OUTPUTS = 1 << 15  # tokens of earlier outputs, more than all recorded ones
+LENGTHS = (4, 12)  # draft tokens of a request and step
+NO_COST = StepTimes([1, 2], np.array([1.0, 1.0]))
+OPTIONS: dict[str, tuple[type, Any]] = {
+    "token_recycling": (TokenRecycling, TokenRecyclingOptions()),
+    "rasd": (RASD, RASDOptions(outputs=OUTPUTS)),
+    "rasd@base=none": (RASD, RASDOptions(outputs=OUTPUTS, base="none")),
+}
+
+
+class FixedLength(DrafterReplay):
+    """A drafter on the host whose best chain is verified whole, as on the device."""
+
+    def _draft(self, name: str, request: RecordedRequest, at: int, record: AcceptanceRecord) -> DraftTree:
+        most = min(self.depth, max(request.end - at - 1, 0))
+        budget = DraftBudget(4 * self.depth, self.depth)
+        tree = self.drafter.propose([DraftRequest(name, request.text[:at], most)], budget)[0]
+        return truncate_tree(_chain(tree, tree.best_path()), most)
+
+
+@dataclass
+class NgramReplay:
+    """vLLM's ``ngram_gpu``: what followed the last occurrence of the longest suffix of ``low`` to ``high`` tokens."""
+
+    length: int
+    low: int
+    high: int
+
+    def run(self, name: str, request: RecordedRequest, cost: StepTimes) -> Steps:
+        del name
+        text, at, result = request.text, request.prompt + 1, Steps()
+        while at < len(text):
+            draft = self._draft(text[:at])
+            end = at + min(_same(draft, text[at:]) + 1, len(text) - at)
+            result.add(end - at, self.length, cost(1))
+            at = end
+        return result
+
+    def _draft(self, text: np.ndarray) -> np.ndarray:
+        for n in range(min(self.high, len(text) - 1), self.low - 1, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
+            found = np.flatnonzero((windows == text[-n:]).all(1))
+            if len(found):
+                return text[found[-1] + n :][: self.length]
+        return text[:0]
+
+
+class DeviceReplay:
+    """A device drafter with one request at a time."""
+
+    def __init__(self, name: str, engine: Engine, length: int, max_model_len: int) -> None:
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cls, options = OPTIONS[name]
+        self.drafter = cls.device_drafter(options, engine, DeviceLimits(device, 1, length, max_model_len))  # type: ignore[attr-defined]
+        self._torch, self._length = torch, length
+        self._texts = torch.zeros(1, max_model_len, dtype=torch.int32, device=device)
+        self._total = torch.zeros(1, dtype=torch.int32, device=device)
+        self._device = device
+
+    def run(self, name: str, request: RecordedRequest, cost: StepTimes) -> Steps:
+        del name
+        text, at, result = request.text, request.prompt + 1, Steps()
+        self._texts[0, : len(text)] = self._tensor(text)
+        self.drafter.start(0, self._texts[0, : request.prompt])
+        draft = self._step(request, at - 1, at)
+        while at < len(text):
+            end = at + min(_same(draft, text[at:]) + 1, len(text) - at)
+            result.add(end - at, self._length, cost(1))
+            draft = self._step(request, at, end)
+            at = end
+        self.drafter.finish(0, self._texts[0], self._total)
+        return result
+
+    def _step(self, r: RecordedRequest, at: int, end: int) -> np.ndarray:
+        """Pass the tokens from ``at`` to ``end`` to the drafter, and return the next chain."""
+        rows = [i for i in range(at - r.prompt, end - r.prompt) if i < len(r.ids)]
+        positions = np.arange(at - 1, at - 1 + len(rows))
+        self._total.fill_(end)
+        batch = DeviceBatch(
+            num_requests=1,
+            max_num_logits=self._length + 1,
+            idx_mapping=self._tensor([0], "i8"),
+            all_token_ids=self._texts,
+            total_len=self._total,
+            num_sampled=self._tensor([end - at]),
+            cu_num_logits=self._tensor([0, len(rows)]),
+            input_ids=self._tensor(r.text[positions]),
+            positions=self._tensor(positions, "i8"),
+            candidate_ids=self._tensor(r.ids[rows].reshape(-1, CANDIDATES), "i8"),
+            candidate_probs=self._tensor(r.probs[rows].reshape(-1, CANDIDATES), "f4"),
+        )
+        self.drafter.observe(batch)
+        return self.drafter.propose(batch)[0].cpu().numpy()
+
+    def _tensor(self, values: Any, dtype: str = "i4") -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self._device)
+
+
+def arms(engine: Engine, length: int, max_model_len: int) -> dict[str, Callable[[], Any]]:
+    """Return the drafters by name."""
+    result: dict[str, Callable[[], Any]] = {
+        "ngram_gpu": lambda: NgramReplay(length, 5, 5),
+        "ngram_gpu@prompt_lookup_min=2": lambda: NgramReplay(length, 2, 5),
+        "ngram_gpu@prompt_lookup_min=1": lambda: NgramReplay(length, 1, 5),
+    }
+    for name, (cls, options) in OPTIONS.items():
+        result[f"{name}, host"] = partial(lambda c, o: FixedLength(c(o, engine), length), cls, options)
+        result[f"{name}, device"] = partial(DeviceReplay, name, engine, length, max_model_len)
+    return result
+
+
+def replay(model: str, trace: list[RecordedRequest], chosen: list[str]) -> list[Record]:
+    """Replay drafters over all requests, and return the metrics."""
+    vocab_size = 1 + max(int(max(r.text.max(), r.ids.max())) for r in trace)
+    max_model_len = max(len(r.text) for r in trace) + max(LENGTHS)
+    engine: Any = argparse.Namespace(model=model, vocab_size=vocab_size, max_num_seqs=1)
+    records = []
+    for length in LENGTHS:
+        for arm, make in arms(engine, length, max_model_len).items():
+            if chosen and arm not in chosen:
+                continue
+            drafter = make()
+            steps = [drafter.run(str(number), request, NO_COST) for number, request in enumerate(trace)]
+            each = [round(acceptance_length([s]), 4) for s in steps if s.steps]
+            params = {"model": model, "requests": len(trace), "num_speculative_tokens": length}
+            place = f"{trace[0].dataset}, {model}, {length} draft tokens"
+            value = round(acceptance_length(steps), 4)
+            records.append(Record("device_replay", place, arm, "acceptance_length", value, "tokens", each, params))
+            sys.stderr.write(f"{place}: {arm}: {value}\n")
+    return records
+
+
+def main() -> None:
+    """Replay the drafters over a recording."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("trace", metavar="NAME=TRACE")
+    parser.add_argument("--requests", type=int, default=None, help="number of requests; default all")
+    parser.add_argument("--dataset", default="spec_bench")
+    parser.add_argument("--arms", default="", help="drafters, separated by semicolons; default all")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    os.environ.setdefault("TRITON_INTERPRET", "1" if not _has_gpu() else "0")
+    name, _, path = args.trace.partition("=")
+    requests = [r for r in read_trace(Path(path)) if r.dataset == args.dataset][: args.requests]
+    records = replay(name, requests, [a for a in args.arms.split(";") if a])
+    write_records(args.out, records)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()
