@@ -1,16 +1,18 @@
-"""Cost of Token Recycling on a device per step: counted for an H100, and measured on this CPU.
+"""Cost of device drafters per step: counted for an H100, and for Token Recycling measured on this CPU.
 
 usage: python benchmarks/device_drafting_cost.py
 
-Counted are the bytes that the kernels of ``plugins/drafting/adjacency_triton.py`` and ``top_k_triton.py`` read and
-write, the operations, and the dependent reads and launches of a step. The step itself is that of a dense model
-of 8 billion parameters in bfloat16: its weights are read once, a token takes 16 billion operations, and the context is
-empty, so the real share is smaller. Measured is the counterpart on the host, `observe` and `propose` of all requests.
+Counted are the bytes that the kernels of ``plugins/drafting/*_triton.py`` read and write, the operations, and the
+dependent reads and launches of a step. The step itself is that of a dense model of 8 billion parameters in bfloat16:
+its weights are read once, and a token takes 16 billion operations. Its attention is left out, so the real share is
+smaller. RASD searches texts of 4,096 tokens and 1,048,576 tokens of earlier outputs. Measured is the counterpart of
+Token Recycling on the host, `observe` and `propose` of all requests.
 """
 
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from common import RESULTS
@@ -19,7 +21,9 @@ from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine
 from pilotfish.plugins.drafting.adjacency_triton import BEAMS
+from pilotfish.plugins.drafting.history_triton import REQUESTS, SHARED_BLOCK
 from pilotfish.plugins.drafting.top_k_triton import BLOCK
+from pilotfish.plugins.rasd import RASDOptions
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
 
 # Data sheet of the H100 SXM; latencies as published measurements of Hopper have them.
@@ -30,6 +34,7 @@ PARAMETERS, VOCABULARY = 8.03e9, 128_256
 K, ORDER = TokenRecyclingOptions().k, TokenRecyclingOptions().order
 KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
 ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
+TEXT = 4096  # tokens of a request
 KERNELS = 7  # launches of a step: two select the top-k tokens, two gather, two learn, one proposes
 
 
@@ -48,6 +53,9 @@ class Cost:
     operations: float
     reads: int
     launches: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def seconds(self) -> float:
@@ -71,6 +79,24 @@ def drafting_cost(requests: int, draft_tokens: int) -> Cost:
     search = requests * draft_tokens * BEAMS * (BEAMS * K + BEAMS * draft_tokens)
     reads = 4 * 3 + 3 * draft_tokens  # a draft token needs keys, then the row, then rates
     return Cost(top_k + count + claim + write + propose, 2 * K * n * VOCABULARY + hashes + search, reads, KERNELS)
+
+
+def retrieval_cost(requests: int, draft_tokens: int) -> Cost:
+    """Return the cost that RASD adds to Token Recycling's: two searches, the fusion, and the counts."""
+    options, sources = RASDOptions(), 2
+    reads_of_outputs = math.ceil(requests / REQUESTS)  # a program reads a block for several requests
+    tokens = requests * TEXT + reads_of_outputs * options.outputs
+    scan = tokens * 2 * TOKEN  # a token, and mostly one before it
+    again = requests * sources * SHARED_BLOCK * 3 * TOKEN  # a block with the longest match, and what follows
+    continuations = requests * sources * options.max_occurrences * draft_tokens * TOKEN
+    row = (ORDER - 1) * KEY + ROW + K * RATE
+    fuse = continuations + requests * draft_tokens * (row + (sources + 1) * 6 * RATE)
+    count = requests * draft_tokens * (sources + 1) * 6 * RATE
+    votes = requests * draft_tokens * sources * options.max_occurrences**2 * 3
+    compared = requests * (TEXT + options.outputs) * 6
+    # A search reads a token, the one before it, and a follower; a fused token needs keys, then the row, then rates.
+    reads = sources * (3 + 4) + 4 * draft_tokens
+    return Cost(scan + again + 2 * continuations + fuse + count, votes + compared, reads, launches=7)
 
 
 def step_seconds(requests: int, draft_tokens: int) -> float:
@@ -108,19 +134,24 @@ def main() -> None:
     records = []
     for draft_tokens in (4, 12):
         for requests in (1, 8, 64, 256):
-            cost, step = drafting_cost(requests, draft_tokens), step_seconds(requests, draft_tokens)
+            step = step_seconds(requests, draft_tokens)
             measured = [1000 * s for s in host_seconds(requests, draft_tokens)]
             params = {"batch": requests, "num_speculative_tokens": draft_tokens}
-            for metric, value, unit, runs in (
-                ("bytes", cost.bytes, "bytes", []),
-                ("operations", cost.operations, "", []),
-                ("counted_us", 1e6 * cost.seconds, "us", []),
-                ("step_ms", 1e3 * step, "ms", []),
-                ("share", cost.seconds / step, "", []),
-                ("host_ms", statistics.median(measured), "ms", measured),
-            ):
-                where = ("device_drafting_cost", f"draft_tokens_{draft_tokens}", "token_recycling")
-                records.append(Record(*where, metric, round(value, 6), unit, [round(r, 4) for r in runs], params))
+            base = drafting_cost(requests, draft_tokens)
+            costs = {"token_recycling": base, "rasd": base + retrieval_cost(requests, draft_tokens)}
+            for arm, cost in costs.items():
+                values = [
+                    ("bytes", cost.bytes, "bytes", []),
+                    ("operations", cost.operations, "", []),
+                    ("counted_us", 1e6 * cost.seconds, "us", []),
+                    ("step_ms", 1e3 * step, "ms", []),
+                    ("share", cost.seconds / step, "", []),
+                ]
+                if arm == "token_recycling":
+                    values.append(("host_ms", statistics.median(measured), "ms", measured))
+                for metric, value, unit, runs in values:
+                    where = ("device_drafting_cost", f"draft_tokens_{draft_tokens}", arm)
+                    records.append(Record(*where, metric, round(value, 6), unit, [round(r, 4) for r in runs], params))
     record.write_records(RESULTS / "device_drafting_cost.json", records)
 
 

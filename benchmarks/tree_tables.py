@@ -139,11 +139,12 @@ def summary() -> str:
 
 
 def device_cost() -> str:
-    """Return the table of the counted cost of a device drafter's step, and the measured one of its host counterpart."""
+    """Return the table of the counted cost of device drafters' steps, and the measured one of a host counterpart."""
     result = load("device_drafting_cost")
-    table: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    table: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in result["records"]:
-        table[r["params"]["num_speculative_tokens"], r["params"]["batch"]][r["metric"]] = r["value"]
+        step = r["params"]["num_speculative_tokens"], r["params"]["batch"]
+        table[step][r["arm"]][r["metric"]] = r["value"]
     rows = [
         [
             f"{tokens}, batch {batch}",
@@ -152,11 +153,15 @@ def device_cost() -> str:
             f"{x['counted_us']:.0f}",
             f"{x['step_ms']:.2f}",
             f"{x['share']:.2%}",
+            f"{arms['rasd']['counted_us']:.0f}",
+            f"{arms['rasd']['share']:.2%}",
             f"{x['host_ms']:.2f}",
         ]
-        for (tokens, batch), x in table.items()
+        for (tokens, batch), arms in table.items()
+        for x in [arms["token_recycling"]]
     ]
-    head = ["draft tokens", "MB", "million operations", "µs, H100", "model's step, ms", "share", "on the host, ms"]
+    head = ["draft tokens", "MB", "million operations", "µs, H100", "model's step, ms", "share"]
+    head += ["RASD, µs", "RASD, share", "Token Recycling on the host, ms"]
     return markdown(head, rows) + provenance(result)
 
 

@@ -79,10 +79,14 @@ class DeviceDrafter(ABC):
     Attributes:
         candidates: Number k of the target model's top next tokens in each `DeviceBatch`.
         state_path: File in which `save` keeps the learned state between runs; None for no such file.
+        scores: [requests, K] float32 estimated probability that a draft token of the last `propose` is accepted, with
+            all before it, on the device. vLLM's adaptive verification allocates draft tokens by them. None if the
+            drafter does not estimate them.
     """
 
     candidates: int = 8
     state_path: str | None = None
+    scores: "Tensor | None" = None
 
     @property
     @abstractmethod

@@ -67,6 +67,7 @@ def fuse_chains_kernel(
     cells,  # where these tokens are counted
     chains,  # [max_num_reqs, NUM_SPEC_TOKENS]
     drafts,  # [requests, NUM_SPEC_TOKENS] the base drafter's chains; replaced where there is a continuation
+    scores,  # [requests, NUM_SPEC_TOKENS] probabilities that the drafts are accepted; replaced with them
     max_num_reqs,
     prune,  # least acceptance probability of a retrieved token
     SOURCES: tl.constexpr,
@@ -164,6 +165,7 @@ def fuse_chains_kernel(
         chosen = tl.where(score > 0.0, chosen, filler)
         tl.store(chains + req_idx * NUM_SPEC_TOKENS + depth, chosen)
         tl.store(drafts + request * NUM_SPEC_TOKENS + depth, chosen.to(tl.int64), mask=replaces)
+        tl.store(scores + request * NUM_SPEC_TOKENS + depth, score, mask=replaces)
         left = left & (follower == chosen)
         shifted = tl.sum(tl.where((d[:, None] + 1 == d[None, :])[None, :, :], context[:, :, None], 0), axis=1)
         context = tl.where((d == 0)[None, :], chosen, shifted)

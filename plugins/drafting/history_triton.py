@@ -157,7 +157,7 @@ def followers_kernel(
         at, in_text = written - 1 - offset, kept
         for i in range(WIDTH):
             follower = at + 1 + i
-            token = tl.load(tokens + (follower & mask), mask=in_text & (follower < written), other=BREAK)
+            token = tl.load(tokens + (follower & mask), mask=kept & (follower < written), other=BREAK)
             in_text = in_text & (token >= 0)
             tl.store(followers + (request * MOST + rank) * WIDTH + i, tl.where(in_text, token, BREAK), mask=kept)
         count += tl.sum(found, axis=0)

@@ -56,6 +56,7 @@ class DeviceRASD(DeviceDrafter):
         self._predicted, self._cells = ids(reqs, sources + 1, self._steps), ids(reqs, sources + 1, self._steps)
         self._chains = ids(reqs, self._steps)
         self._drafts = torch.zeros(reqs, self._steps, dtype=torch.int64, device=device)
+        self._scores = self.scores = torch.zeros(reqs, self._steps, dtype=torch.float32, device=device)
         counts = acceptance_counts.make_acceptance_counts(sources)
         self._num_verified, self._num_accepted = (torch.from_numpy(c).to(device) for c in counts)
         self._edges = [
@@ -73,7 +74,7 @@ class DeviceRASD(DeviceDrafter):
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the drafter holds."""
-        own = self._followers, self._lengths, self._predicted, self._cells, self._chains, self._drafts
+        own = self._followers, self._lengths, self._predicted, self._cells, self._chains, self._drafts, self._scores
         outputs = 0 if self._outputs is None else self._outputs.ring.nbytes
         base = 0 if self._base is None else self._base.nbytes
         return base + outputs + sum(t.nbytes for t in own) + sum(s.nbytes for s in self._searches)
@@ -111,7 +112,9 @@ class DeviceRASD(DeviceDrafter):
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Return the base drafter's chains, or those fused with the continuations retrieved for a request."""
-        drafts = self._drafts[: batch.num_requests] if self._base is None else self._base.propose(batch)
+        drafts, self.scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
+        if self._base is not None:
+            drafts, self.scores = self._base.propose(batch), self._base.scores
         for search, followers, lengths in zip(
             self._searches, self._followers.unbind(), self._lengths.unbind(), strict=True
         ):
@@ -132,6 +135,7 @@ class DeviceRASD(DeviceDrafter):
             self._cells,
             self._chains,
             drafts,
+            self.scores,
             self._lengths.shape[1],
             self.options.prune,
             SOURCES=sources,

@@ -40,13 +40,9 @@ class DeviceTokenRecycling(DeviceDrafter):
         self._table_of: OrderedDict[str, int] = OrderedDict()  # key of a group -> its table, the latest used last
         self._key_of_request: dict[int, str] = {}
         self._free = list(range(num_tables))
-        self._drafts = torch.zeros(
-            limits.max_num_reqs * limits.num_speculative_tokens, dtype=torch.int64, device=limits.device
-        )
-        self._scores = torch.zeros(
-            limits.max_num_reqs * limits.num_speculative_tokens, dtype=torch.float32, device=limits.device
-        )
-        self._steps = limits.num_speculative_tokens
+        shape = limits.max_num_reqs, limits.num_speculative_tokens
+        self._drafts = torch.zeros(shape, dtype=torch.int64, device=limits.device)
+        self._scores = self.scores = torch.zeros(shape, dtype=torch.float32, device=limits.device)
         if options.state_path is not None and Path(options.state_path).exists():
             self.tables.from_host(0, *adjacency_state.read_state(Path(options.state_path), options, engine))
 
@@ -92,9 +88,8 @@ class DeviceTokenRecycling(DeviceDrafter):
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Propose for each request the chain of the largest expected number of accepted tokens."""
-        size = batch.num_requests * self._steps
-        drafts = self._drafts[:size].view(batch.num_requests, self._steps)
-        self.tables.propose_chains(batch, drafts, self._scores[:size].view(batch.num_requests, self._steps))
+        drafts, self.scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
+        self.tables.propose_chains(batch, drafts, self.scores)
         return drafts
 
     def save(self, path: Path) -> None:

@@ -10,6 +10,9 @@ from ..engine.selection import DEVICE_METHOD, PROPOSER_CLASS, Attachment, is_pil
 
 V1_RUNNER = "set VLLM_USE_V2_MODEL_RUNNER=0"
 NO_DEVICE_DRAFTER = "the drafter has no counterpart on the device, which the V2 model runner needs", V1_RUNNER
+DEVICE_DRAFT_TOKENS = (12, 5, 2, 1)  # few, since vLLM captures CUDA graphs for each
+# A step with fewer tokens reads weights for longer than it computes, in bfloat16 on an A100 (156) to an H100 (295).
+MEMORY_BOUND_TOKENS = 192
 DRAFT_MODEL_CONFIG = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
 
 
@@ -23,6 +26,24 @@ def default_draft_tokens(drafter: Any, verification: Verification) -> int:
     if verification.verification == "chain":
         return drafter.default_depth
     return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
+
+
+def device_speculation(drafter: Any) -> dict[str, Any]:
+    """Return the default ``speculative_config`` of a drafter on the V2 model runner.
+
+    There every request of a step has the same number of draft tokens. Up to some number of tokens a step takes the time
+    in which the weights are read, so the number of draft tokens follows from the number of requests.
+    """
+    schedule, first = [], 1
+    for tokens in DEVICE_DRAFT_TOKENS:
+        last = MEMORY_BOUND_TOKENS // (tokens + 1)
+        schedule.append([first, last, min(tokens, drafter.default_depth)])
+        first = last + 1
+    return {
+        "method": DEVICE_METHOD,
+        "num_speculative_tokens": schedule[0][2],
+        "num_speculative_tokens_per_batch_size": [*schedule, [first, first, 0]],  # the last one holds for more, too
+    }
 
 
 def has_device_drafter(drafter: Any) -> bool:
@@ -93,9 +114,7 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
             plugin, "the V2 model runner verifies chains, no trees", "use verification=chain, or " + V1_RUNNER, model
         )
     if speculative is None or speculative.method != DEVICE_METHOD:
-        value = json.dumps(
-            {"method": DEVICE_METHOD, "num_speculative_tokens": default_draft_tokens(cls, config.verification)}
-        )
+        value = json.dumps(device_speculation(cls))
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the V2 model runner would not call it; "
             f"set --speculative-config '{value}', or {V1_RUNNER}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ....kvcache.profiles import SHAPE, model_fingerprint
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, parse_assignments
-from ....plugins.contracts import Engine, Unsupported
+from ....plugins.contracts import Drafter, Engine, Unsupported
 from ....plugins.manager import disabled, plugins
 from ...bench.record import package_version
 from ..drafting import compatibility
@@ -136,12 +136,13 @@ def _drafter_arguments(
         raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
     check_engine(cls, options, model, depth, config.allow_untested_vllm)
     if not over_model:
-        method = (
-            {"method": selection.DEVICE_METHOD}
-            if on_device
-            else {"method": "custom_class", "model": selection.PROPOSER_CLASS}
-        )
-        speculation = {**method, "num_speculative_tokens": depth}
+        if on_device and num_speculative_tokens is None:
+            speculation = compatibility.device_speculation(cls)
+        elif on_device:
+            speculation = {"method": selection.DEVICE_METHOD, "num_speculative_tokens": depth}
+        else:
+            method = {"method": "custom_class", "model": selection.PROPOSER_CLASS}
+            speculation = {**method, "num_speculative_tokens": depth}
         arguments += ["--speculative-config", json.dumps(speculation)]
     return arguments
 
@@ -248,6 +249,8 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or another form of configuration: checked when vLLM starts
     cls.check(options, facts)
+    if issubclass(cls, Drafter) and vllm_api.v2_runner_is_set():
+        cls.check_device(options, facts)
 
 
 def _take_json(arguments: list[str], flag: str) -> tuple[list[str], dict[str, Any]]:

@@ -127,7 +127,7 @@ class TestWorker(Worker):
             "v2_runner": config.use_v2_model_runner,
             "speculator": type(speculator).__name__,
             "counts": speculator.counts,
-            "requests": len(speculator.drafter._key_of_request) + len(speculator._waiting),
+            "requests": len(speculator.running) + len(speculator._waiting),
             "held": len(self.runner.req_states.req_id_to_index),
         }
 

@@ -109,10 +109,12 @@ def continuations(text: list[int], longest: int, most: int) -> tuple[int, list[l
     return best, [text[end + 1 :][:STEPS] for end in ends]
 
 
-def naive_chain(text: list[int], options: Options, seen: Any, right: Any) -> tuple[list[int], list[tuple[int, Any]]]:
-    """Return the chain from the text alone, and the predicted token and its cell at each depth."""
+def naive_chain(
+    text: list[int], options: Options, seen: Any, right: Any
+) -> tuple[list[int], list[float], list[tuple[int, Any]]]:
+    """Return the chain from the text alone, its scores, and the predicted token and its cell at each depth."""
     matched, rows = continuations(text, options.max_match, options.max_occurrences)
-    chain, predictions, score = [], [], 1.0
+    chain, scores, predictions, score = [], [], [], 1.0
     for depth in range(STEPS):
         before = len(rows)
         rows = [row for row in rows if len(row) > depth]
@@ -129,8 +131,9 @@ def naive_chain(text: list[int], options: Options, seen: Any, right: Any) -> tup
             score = 0.0
             token = text[-1]
         chain.append(token)
+        scores.append(score)
         rows = [row for row in rows if row[depth] == token]
-    return chain, predictions
+    return chain, scores, predictions
 
 
 @fast
@@ -159,8 +162,9 @@ def test_chains_and_counts_are_those_of_a_naive_implementation(
         np.testing.assert_array_equal(drafter._num_verified.cpu(), seen)
         np.testing.assert_array_equal(drafter._num_accepted.cpu(), right)
         drafted = drafter.propose(batch)[0].tolist()
-        chain, predictions = naive_chain(texts.texts[1], drafter.options, seen, right)
+        chain, scores, predictions = naive_chain(texts.texts[1], drafter.options, seen, right)
         assert drafted == chain
+        np.testing.assert_allclose(drafter.scores[0].cpu(), scores, rtol=1e-5)
 
 
 def drafts(drafter: Any, texts: Texts, req_idx: int, tokens: list[int]) -> list[int]:

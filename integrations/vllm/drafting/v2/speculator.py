@@ -36,6 +36,7 @@ class PilotfishSpeculator(BaseSpeculator):
     Attributes:
         drafter: The device drafter.
         counts: Totals over all steps.
+        running: Indices of the requests that the drafter has started.
     """
 
     supports_mm_inputs = False
@@ -44,6 +45,9 @@ class PilotfishSpeculator(BaseSpeculator):
     def __init__(self, runner: Any, drafting: Attachment, drafter: DeviceDrafter) -> None:
         self.drafter = drafter
         self.counts = {"steps": 0, "requests": 0}
+        self.running: set[int] = set()
+        # vLLM measures step times at start then, and verifies the draft tokens that are worth their time.
+        self.enable_adaptive_verification = runner.vllm_config.speculative_config.enable_adaptive_verification
         self._runner, self._requests = runner, runner.req_states
         self._steps: int = runner.num_speculative_steps
         self._waiting: dict[int, tuple[int, str | None]] = {}  # req_idx -> length of the prompt, tenant
@@ -63,6 +67,12 @@ class PilotfishSpeculator(BaseSpeculator):
 
     def capture(self) -> None:
         """Do nothing: the drafter runs outside of CUDA graphs."""
+
+    @property
+    def draft_token_confidence_probs(self) -> torch.Tensor:
+        """Return the estimated acceptance rate of each draft token after those before it, [requests, K] float32."""
+        assert self.drafter.scores is not None  # `attach_speculator` refuses such a drafter
+        return conditional_rates(self.drafter.scores)
 
     # --------------------------------------------------------------------------------------------------- the runner
 
@@ -99,7 +109,10 @@ class PilotfishSpeculator(BaseSpeculator):
 
         def remove_and_finish(request: str) -> bool:
             req_idx = self._requests.req_id_to_index.get(request)
-            if req_idx is not None and self._waiting.pop(req_idx, None) is None:
+            if req_idx is not None:
+                self._waiting.pop(req_idx, None)
+            if req_idx in self.running:
+                self.running.remove(req_idx)
                 text, total_len = self._requests.all_token_ids.gpu[req_idx], self._requests.total_len.gpu
                 self.drafter.finish(req_idx, text, total_len[req_idx : req_idx + 1])
             return remove(request)
@@ -149,6 +162,7 @@ class PilotfishSpeculator(BaseSpeculator):
         all_token_ids, rows = self._requests.all_token_ids.gpu, input_batch.logits_indices
         for req_idx, (prompt_len, tenant) in self._waiting.items():
             self.drafter.start(req_idx, all_token_ids[req_idx, :prompt_len], tenant)
+            self.running.add(req_idx)
         self._waiting.clear()
         ids, probs = self._candidates
         self._candidates = None
@@ -174,6 +188,12 @@ class PilotfishSpeculator(BaseSpeculator):
         return drafts
 
 
+def conditional_rates(scores: torch.Tensor) -> torch.Tensor:
+    """Return the acceptance rate of each token after those before it, from those of whole paths, [requests, K]."""
+    before = torch.nn.functional.pad(scores[:, :-1], (1, 0), value=1.0)
+    return torch.where(before > 0, scores / before, 0.0)
+
+
 def attach_speculator(runner: Any) -> None:
     """Replace the speculator of a V2 model runner by ours, if a drafter is selected.
 
@@ -193,4 +213,11 @@ def attach_speculator(runner: Any) -> None:
     drafter = drafting.cls.device_drafter(drafting.options, drafting.engine, limits)  # type: ignore[attr-defined]
     if drafter is None:
         raise Unsupported(drafting.name, *compatibility.NO_DEVICE_DRAFTER, drafting.engine.model)
+    if config.speculative_config.enable_adaptive_verification and drafter.scores is None:
+        raise Unsupported(
+            drafting.name,
+            "it does not estimate acceptance rates, which adaptive verification needs",
+            "remove enable_adaptive_verification from --speculative-config",
+            drafting.engine.model,
+        )
     runner.speculator = PilotfishSpeculator(runner, drafting, drafter)

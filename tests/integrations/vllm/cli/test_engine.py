@@ -56,9 +56,7 @@ def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
     report = json.loads(cli("doctor", "--json", VLLM_USE_V2_MODEL_RUNNER="1", PILOTFISH_DISABLE="1").stdout)
     assert report["settings"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     drafters = {p["name"]: p for p in report["plugins"] if p["kind"] == "drafter"}
-    assert drafters["token_recycling"]["supported"]
-    assert not drafters["rasd"]["supported"]
-    assert "V2" in drafters["rasd"]["reason"]
+    assert drafters["token_recycling"]["supported"] and drafters["rasd"]["supported"]
     assert any("PILOTFISH_DISABLE" in note for note in report["notes"])
 
 
@@ -211,7 +209,9 @@ def test_serve_refuses_an_unreadable_state_file(preloaded_cli: Callable, tmp_pat
 
 
 def test_serve_refuses_options_that_the_v2_model_runner_does_not_support(preloaded_cli: Callable) -> None:
-    result = preloaded_cli("serve", MODEL, "--drafter", "rasd,max_occurrences=100", VLLM_USE_V2_MODEL_RUNNER="1")
+    result = preloaded_cli(
+        "serve", MODEL, "--drafter", "rasd,max_occurrences=100", "--print", VLLM_USE_V2_MODEL_RUNNER="1"
+    )
     refused(result, "rasd does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 

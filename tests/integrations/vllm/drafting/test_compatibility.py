@@ -8,7 +8,7 @@ import pytest
 from pilotfish.integrations.vllm.drafting import compatibility
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
 from pilotfish.plugins.config import ConfigError, PilotfishConfig, Selection, Verification
-from pilotfish.plugins.contracts import Unsupported
+from pilotfish.plugins.contracts import Drafter, Unsupported
 from pilotfish.plugins.rasd import RASD
 from pilotfish.plugins.token_recycling import TokenRecycling
 
@@ -42,6 +42,13 @@ def test_refuses_settings_that_its_verifier_does_not_implement(name: str, value:
         check(**{name: value})
 
 
+class OnTheHost(TokenRecycling):
+    """A drafter without a counterpart on the device."""
+
+    name = "on_the_host"
+    device_drafter = Drafter.device_drafter
+
+
 def check_v2(drafter: Any = TokenRecycling, selection: PilotfishConfig | None = None, **facts: Any) -> None:
     speculative = SimpleNamespace(method="ngram_gpu", model="ngram_gpu", **facts.pop("speculative", {}))
     config = SimpleNamespace(
@@ -60,7 +67,7 @@ def test_the_v2_runner_takes_a_drafter_with_a_counterpart_on_the_device() -> Non
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"drafter": RASD}, "rasd does not support model m: the drafter has no counterpart on the device"),
+        ({"drafter": OnTheHost}, "on_the_host does not support model m: the drafter has no counterpart on the device"),
         ({"selection": PilotfishConfig(verification=Verification("tree"))}, "verifies chains, no trees.*or set VLLM"),
         ({"selection": PilotfishConfig(kv=Selection("quest"))}, "no KV policy together with a drafter"),
         ({"selection": PilotfishConfig(verification=Verification(nodes=4))}, "remove nodes"),
@@ -75,5 +82,18 @@ def test_the_v2_runner_refuses(facts: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize("speculative", [None, SimpleNamespace(method="ngram"), SimpleNamespace(method="custom_class")])
 def test_the_v2_runner_names_the_method_that_calls_the_drafter(speculative: Any) -> None:
-    with pytest.raises(ConfigError, match=r"'\{\"method\": \"ngram_gpu\", \"num_speculative_tokens\": 12\}'"):
+    with pytest.raises(ConfigError, match=r"set --speculative-config '\{\"method\": \"ngram_gpu\", "):
         check_v2(speculative_config=speculative)
+
+
+@pytest.mark.parametrize("drafter", [TokenRecycling, RASD])
+def test_draft_tokens_follow_from_the_number_of_requests(drafter: Any) -> None:
+    utils = pytest.importorskip("vllm.v1.spec_decode.dynamic.utils")
+    config = compatibility.device_speculation(drafter)
+    most = config["num_speculative_tokens"]
+    tokens = utils.build_dynamic_sd_schedule_lookup(config["num_speculative_tokens_per_batch_size"], 512, most)[1:]
+    assert tokens[0] == most == 12
+    assert tokens == sorted(tokens, reverse=True)
+    for requests, each in enumerate(tokens, 1):
+        assert each == 0 or requests * (each + 1) <= compatibility.MEMORY_BOUND_TOKENS
+    assert tokens[-1] == 0

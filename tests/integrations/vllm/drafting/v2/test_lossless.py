@@ -20,9 +20,12 @@ KINDS: list[dict[str, Any]] = [
 PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in ((7, 20), (5, 12), (9, 16), (3, 8))]
 
 
-@pytest.fixture(scope="module")
-def engines(start_interpreted, random_model) -> Any:
-    """Return a stock engine on the V2 runner, and one with Token Recycling."""
+DRAFTERS: dict[str, dict[str, Any]] = {"rasd": {"outputs": 256}, "token_recycling": {"order": 2}}
+
+
+@pytest.fixture(scope="module", params=["rasd", pytest.param("token_recycling", marks=pytest.mark.long)])
+def engines(request, start_interpreted, random_model) -> Any:
+    """Return a stock engine on the V2 runner, and one with a drafter; RASD runs Token Recycling's kernels too."""
     from transformers import LlamaForCausalLM
 
     # vLLM's kernels for sampling run over the vocabulary, and interpreted ones are slow.
@@ -33,8 +36,12 @@ def engines(start_interpreted, random_model) -> Any:
         model,
         "1",
         **common,
-        speculative_config={"method": "ngram_gpu", "num_speculative_tokens": 3},
-        additional_config={"pilotfish": {"drafter": {"name": "token_recycling", "order": 2}}},
+        speculative_config={
+            "method": "ngram_gpu",
+            "num_speculative_tokens": 3,
+            "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 1]],
+        },
+        additional_config={"pilotfish": {"drafter": {"name": request.param, **DRAFTERS[request.param]}}},
     )
     yield stock, drafted
     stock.close()
