@@ -72,13 +72,18 @@ def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
     ("arguments", "parts"),
     [
         (["--additional-config", '{"pilotfish": {"drafter": "nope"}}'], ["pilotfish.drafter.name: 'nope': unknown"]),
-        (["--additional-config", '{"pilotfish": {"drafter": "token_recycling"}}'], ["add --speculative-config"]),
-        (
+        pytest.param(
+            ["--additional-config", '{"pilotfish": {"drafter": "token_recycling"}}'],
+            ["add --speculative-config"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             [
                 "--speculative-config",
                 json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": 3}),
             ],
             ["pilotfish.drafter: missing"],
+            marks=pytest.mark.long,
         ),
     ],
     ids=["unknown plugin", "drafter without speculation", "speculation without drafter"],

@@ -54,7 +54,7 @@ def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) ->
     "extra",
     [
         {"repetition_penalty": 1.3},
-        {"presence_penalty": 0.7, "frequency_penalty": 0.5},
+        pytest.param({"presence_penalty": 0.7, "frequency_penalty": 0.5}, marks=pytest.mark.long),
         pytest.param({"bad_words": ["the", " and"]}, marks=pytest.mark.long),
         pytest.param({"min_tokens": 40}, marks=pytest.mark.long),
         {"stop": [".", "\n"]},

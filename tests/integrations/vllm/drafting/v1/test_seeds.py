@@ -44,7 +44,8 @@ def drafted(request, start, model, drafting_args):
     engine.close()
 
 
-@pytest.mark.parametrize("verification", ["chain", pytest.param("tree", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("verification", ["chain", "tree"])
 def test_preempted_requests_equal_stock(stock_engine, start, model, drafting_args, short, verification: str) -> None:
     """Test a cache too small for six requests: some lose their blocks and are processed again, with their outputs."""
     sampling = [{**SEEDED, "max_tokens": 180, "seed": i} for i in range(6)]

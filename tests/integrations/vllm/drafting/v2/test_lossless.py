@@ -7,7 +7,7 @@ from gpu import HAS_GPU
 
 pytestmark = pytest.mark.engine
 
-GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "detokenize": False}
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "detokenize": False}
 SAMPLED = {**GREEDY, "temperature": 0.8}
 # vLLM's kernel for top-k and top-p cannot be interpreted.
 KINDS: list[dict[str, Any]] = [
