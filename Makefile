@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-replay bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-replay bench-device bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -78,6 +78,13 @@ bench-replay: $(VENV)/.ready  ## drafters replayed over recorded outputs; out/tr
 	$(BIN)/python benchmarks/drafter_trace.py smollm2-135m-instruct out/trace/smollm2.jsonl.gz $(TRACED) --max-tokens 64 --dtype float32
 	$(BIN)/python benchmarks/drafter_trace.py $(QWEN) out/trace/qwen.jsonl.gz $(TRACED) --max-tokens 48 --dtype bfloat16
 	$(BIN)/python benchmarks/drafter_replay.py $(REPLAYED)
+	$(MAKE) tables
+
+bench-device: $(VENV)/.ready  ## device drafters beside those on the host; without a GPU their kernels are interpreted
+	$(BIN)/python benchmarks/drafter_trace.py smollm2-135m-instruct out/trace/smollm2.jsonl.gz $(DATA)/spec_bench/question.jsonl $(DATA)/humaneval/HumanEval.jsonl.gz \
+	  --sample 24,8 --max-tokens 64 --dtype float32
+	$(BIN)/python benchmarks/device_replay.py smollm2-135m-instruct=out/trace/smollm2.jsonl.gz --requests 12
+	$(BIN)/python benchmarks/device_drafting_cost.py
 	$(MAKE) tables
 
 SIZED := rasd@verification=tree@nodes
@@ -210,7 +217,7 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	  --out benchmarks/results/kv_budgets.json
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(KV_BUDGETS) --contexts '' \
 	  $(foreach n,256 512 1024,--setting budget=$(n)) --out benchmarks/results/kv_budgets_streaming.json
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 \
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 \
 	  --quality-contexts '' --needle-contexts '' --setting budget=512 \
 	  --out benchmarks/results/kv_budgets_streaming_steps.json
 	$(MAKE) tables

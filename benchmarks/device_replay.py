@@ -5,7 +5,7 @@ usage: python benchmarks/device_replay.py NAME=TRACE.jsonl.gz [--requests N] [--
 
 TRACE is a recording of `drafter_trace.py`. All drafters propose chains of the same fixed length and have the same
 options; vLLM's ``ngram_gpu`` is replayed beside them, at its default setting and at the best one for these texts.
-Without a GPU, the device drafters' kernels are interpreted: some 0.3 seconds a step.
+Without a GPU, the device drafters' kernels are interpreted: about a second a step.
 
 As in `drafter_replay.py`, verification is lossless, so the output of a request does not depend on the drafter, and the
 candidates at rejected positions are not in a recording; no drafter learns from them.
@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ NO_COST = StepTimes([1, 2], np.array([1.0, 1.0]))
 OPTIONS: dict[str, tuple[type, Any]] = {
     "token_recycling": (TokenRecycling, TokenRecyclingOptions()),
     "rasd": (RASD, RASDOptions(outputs=OUTPUTS)),
-    "rasd@base=none": (RASD, RASDOptions(outputs=OUTPUTS, base="none")),
 }
 
 
@@ -145,24 +145,23 @@ def arms(engine: Engine, length: int, max_model_len: int) -> dict[str, Callable[
     return result
 
 
-def replay(model: str, trace: list[RecordedRequest], chosen: list[str]) -> list[Record]:
-    """Replay drafters over all requests, and return the metrics."""
+def replay(model: str, trace: list[RecordedRequest], chosen: list[str], length: int) -> list[Record]:
+    """Replay drafters that propose ``length`` tokens over all requests, and return the metrics."""
     vocab_size = 1 + max(int(max(r.text.max(), r.ids.max())) for r in trace)
     max_model_len = max(len(r.text) for r in trace) + max(LENGTHS)
     engine: Any = argparse.Namespace(model=model, vocab_size=vocab_size, max_num_seqs=1)
     records = []
-    for length in LENGTHS:
-        for arm, make in arms(engine, length, max_model_len).items():
-            if chosen and arm not in chosen:
-                continue
-            drafter = make()
-            steps = [drafter.run(str(number), request, NO_COST) for number, request in enumerate(trace)]
-            each = [round(acceptance_length([s]), 4) for s in steps if s.steps]
-            params = {"model": model, "requests": len(trace), "num_speculative_tokens": length}
-            place = f"{trace[0].dataset}, {model}, {length} draft tokens"
-            value = round(acceptance_length(steps), 4)
-            records.append(Record("device_replay", place, arm, "acceptance_length", value, "tokens", each, params))
-            sys.stderr.write(f"{place}: {arm}: {value}\n")
+    for arm, make in arms(engine, length, max_model_len).items():
+        if chosen and arm not in chosen:
+            continue
+        drafter = make()
+        steps = [drafter.run(str(number), request, NO_COST) for number, request in enumerate(trace)]
+        each = [round(acceptance_length([s]), 4) for s in steps if s.steps]
+        params = {"model": model, "requests": len(trace), "num_speculative_tokens": length}
+        place = f"{trace[0].dataset}, {model}, {length} draft tokens"
+        value = round(acceptance_length(steps), 4)
+        records.append(Record("device_replay", place, arm, "acceptance_length", value, "tokens", each, params))
+        sys.stderr.write(f"{place}: {arm}: {value}\n")
     return records
 
 
@@ -178,8 +177,10 @@ def main() -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1" if not _has_gpu() else "0")
     name, _, path = args.trace.partition("=")
     requests = [r for r in read_trace(Path(path)) if r.dataset == args.dataset][: args.requests]
-    records = replay(name, requests, [a for a in args.arms.split(";") if a])
-    write_records(args.out, records)
+    chosen = [a for a in args.arms.split(";") if a]
+    with ProcessPoolExecutor(len(LENGTHS)) as pool:
+        records = list(pool.map(partial(replay, name, requests, chosen), LENGTHS))
+    write_records(args.out, [r for each in records for r in each])
 
 
 def _has_gpu() -> bool:

@@ -180,6 +180,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_twice": tree_tables.twice,
     "drafters_budget": tree_tables.budget,
     "device_drafting_cost": tree_tables.device_cost,
+    "device_replay": tree_tables.device_replay,
     "drafters_suffix": lambda: tree_tables.suffix_comparison(*tree_tables.SUFFIX_RESULTS),
     "drafters_suffix_qwen": lambda: tree_tables.suffix_comparison("drafters_suffix_qwen"),
     "drafter_trace": tree_tables.trace,

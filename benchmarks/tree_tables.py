@@ -165,6 +165,27 @@ def device_cost() -> str:
     return markdown(head, rows) + provenance(result)
 
 
+def device_replay() -> str:
+    """Return the table of the acceptance lengths of device drafters and of their counterparts on the host."""
+    result = load("device_replay")
+    lengths = sorted({r["params"]["num_speculative_tokens"] for r in result["records"]})
+    found = {(r["arm"], r["params"]["num_speculative_tokens"]): r["value"] for r in result["records"]}
+    rows = []
+    for drafter in dict.fromkeys(arm.removesuffix(", host").removesuffix(", device") for arm, _ in found):
+        cells = []
+        for length in lengths:
+            host, device = (found.get((f"{drafter}, {where}", length)) for where in ("host", "device"))
+            if host is None or device is None:
+                cells += ["", f"{found[drafter, length]:.2f}", ""]
+            else:
+                cells += [f"{host:.2f}", f"{device:.2f}", f"{device / host - 1:+.1%}"]
+        rows.append([f"`{drafter}`", *cells])
+    head = ["drafter"]
+    for length in lengths:
+        head += [f"{length} draft tokens: host", "device", "difference"]
+    return markdown(head, rows) + provenance(result)
+
+
 REPLAYED = {
     "suffix": "`suffix`, documented settings",
     "suffix@depth=64": NAMES[DEEP_SUFFIX],
