@@ -46,7 +46,7 @@ class OnTheHost(TokenRecycling):
     """A drafter without a counterpart on the device."""
 
     name = "on_the_host"
-    device_drafter = Drafter.device_drafter
+    device_drafter = Drafter.device_drafter  # type: ignore[assignment]
 
 
 def check_v2(drafter: Any = TokenRecycling, selection: PilotfishConfig | None = None, **facts: Any) -> None:
