@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Acceptance lengths of device drafters and of their counterparts on the host, replayed over recorded greedy outputs.
 
-usage: python benchmarks/device_replay.py NAME=TRACE.jsonl.gz [--requests N] [--dataset NAME] [--arms A,...]
+usage: python benchmarks/device_replay.py NAME=TRACE.jsonl.gz [--requests N] [--dataset NAME]
 
 TRACE is a recording of `drafter_trace.py`. All drafters propose chains of the same fixed length and have the same
 options; vLLM's ``ngram_gpu`` is replayed beside them, at its default setting and at the best one for these texts.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drafter_replay import DrafterReplay, Steps, StepTimes, _chain, _same, acceptance_length
+from drafter_replay import DrafterReplay, Steps, StepTimes, acceptance_length, chain_of, count_accepted
 from drafter_trace import CANDIDATES, RecordedRequest, read_trace
 
 from pilotfish.integrations.bench.record import Record, write_records
@@ -49,7 +49,7 @@ class FixedLength(DrafterReplay):
         most = min(self.depth, max(request.end - at - 1, 0))
         budget = DraftBudget(4 * self.depth, self.depth)
         tree = self.drafter.propose([DraftRequest(name, request.text[:at], most)], budget)[0]
-        return truncate_tree(_chain(tree, tree.best_path()), most)
+        return truncate_tree(chain_of(tree, tree.best_path()), most)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class NgramReplay:
         text, at, result = request.text, request.prompt + 1, Steps()
         while at < len(text):
             draft = self._draft(text[:at])
-            end = at + min(_same(draft, text[at:]) + 1, len(text) - at)
+            end = at + min(count_accepted(draft, text[at:]) + 1, len(text) - at)
             result.add(end - at, self.length, cost(1))
             at = end
         return result
@@ -100,7 +100,7 @@ class DeviceReplay:
         self.drafter.start(0, self._texts[0, : request.prompt])
         draft = self._step(request, at - 1, at)
         while at < len(text):
-            end = at + min(_same(draft, text[at:]) + 1, len(text) - at)
+            end = at + min(count_accepted(draft, text[at:]) + 1, len(text) - at)
             result.add(end - at, self._length, cost(1))
             draft = self._step(request, at, end)
             at = end
@@ -145,15 +145,13 @@ def arms(engine: Engine, length: int, max_model_len: int) -> dict[str, Callable[
     return result
 
 
-def replay(model: str, trace: list[RecordedRequest], chosen: list[str], length: int) -> list[Record]:
+def replay(model: str, trace: list[RecordedRequest], length: int) -> list[Record]:
     """Replay drafters that propose ``length`` tokens over all requests, and return the metrics."""
     vocab_size = 1 + max(int(max(r.text.max(), r.ids.max())) for r in trace)
     max_model_len = max(len(r.text) for r in trace) + max(LENGTHS)
     engine: Any = argparse.Namespace(model=model, vocab_size=vocab_size, max_num_seqs=1)
     records = []
     for arm, make in arms(engine, length, max_model_len).items():
-        if chosen and arm not in chosen:
-            continue
         drafter = make()
         steps = [drafter.run(str(number), request, NO_COST) for number, request in enumerate(trace)]
         each = [round(acceptance_length([s]), 4) for s in steps if s.steps]
@@ -171,15 +169,13 @@ def main() -> None:
     parser.add_argument("trace", metavar="NAME=TRACE")
     parser.add_argument("--requests", type=int, default=None, help="number of requests; default all")
     parser.add_argument("--dataset", default="spec_bench")
-    parser.add_argument("--arms", default="", help="drafters, separated by semicolons; default all")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1" if not _has_gpu() else "0")
     name, _, path = args.trace.partition("=")
     requests = [r for r in read_trace(Path(path)) if r.dataset == args.dataset][: args.requests]
-    chosen = [a for a in args.arms.split(";") if a]
     with ProcessPoolExecutor(len(LENGTHS)) as pool:
-        records = list(pool.map(partial(replay, name, requests, chosen), LENGTHS))
+        records = list(pool.map(partial(replay, name, requests), LENGTHS))
     write_records(args.out, [r for each in records for r in each])
 
 

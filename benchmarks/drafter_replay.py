@@ -93,7 +93,7 @@ class SuffixReplay:
         self.cache.add_active_response(name, text[request.prompt : at].tolist())
         while at < len(text):
             draft = self.cache.speculate(name, text[max(0, at - self.depth) : at], **self.limits).token_ids
-            end = at + min(_same(draft, text[at:]) + 1, len(text) - at)
+            end = at + min(count_accepted(draft, text[at:]) + 1, len(text) - at)
             result.add(end - at, len(draft), cost(1 + len(draft)))
             self.cache.add_active_response(name, text[at:end].tolist())
             at = end
@@ -142,10 +142,10 @@ class DrafterReplay:
         room = NODES if self.bound == "tree" else most if self.nodes else 4 * self.depth
         tree = self.drafter.propose([DraftRequest(name, text[:at], most)], DraftBudget(room, self.depth))[0]
         if self.bound == "tree":
-            return _chain(tree, np.array(_accepted_path(tree, text[at:]), np.int32))
+            return chain_of(tree, np.array(_accepted_path(tree, text[at:]), np.int32))
         if self.nodes is None:
             path = tree.best_path()
-            tree = _chain(tree, path[: _same(tree.tokens[path], text[at:])] if self.bound else path)
+            tree = chain_of(tree, path[: count_accepted(tree.tokens[path], text[at:])] if self.bound else path)
         tree = truncate_tree(sort_by_score(tree), most)
         if self.bound:
             return tree
@@ -165,7 +165,7 @@ class DrafterReplay:
 _EMPTY = DraftTree(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
-def _same(draft: Sequence[int] | np.ndarray, text: np.ndarray) -> int:
+def count_accepted(draft: Sequence[int] | np.ndarray, text: np.ndarray) -> int:
     """Return the number of leading tokens of a draft with which the text continues."""
     n = min(len(draft), len(text))
     wrong = np.flatnonzero(np.asarray(draft[:n]) != text[:n])
@@ -183,7 +183,7 @@ def _accepted_path(tree: DraftTree, text: np.ndarray) -> list[int]:
     return path
 
 
-def _chain(tree: DraftTree, path: np.ndarray) -> DraftTree:
+def chain_of(tree: DraftTree, path: np.ndarray) -> DraftTree:
     """Return a path of a tree as a tree."""
     return DraftTree(tree.tokens[path], np.arange(ROOT, len(path) - 1, dtype=np.int32), tree.scores[path])
 

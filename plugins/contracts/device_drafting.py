@@ -52,6 +52,11 @@ class DeviceBatch:
     candidate_ids: "Tensor"
     candidate_probs: "Tensor"
 
+    @property
+    def texts(self) -> tuple["Tensor", int, "Tensor", "Tensor"]:
+        """``all_token_ids`` and its stride, ``idx_mapping``, and ``total_len``: what kernels need to read the texts."""
+        return self.all_token_ids, self.all_token_ids.stride(0), self.idx_mapping, self.total_len
+
 
 @dataclass(frozen=True)
 class DeviceLimits:

@@ -196,10 +196,7 @@ class DeviceAdjacencyTables:
         """
         steps = drafts.shape[1]
         kernels.propose_chain_kernel[(batch.num_requests,)](
-            batch.all_token_ids,
-            batch.all_token_ids.stride(0),
-            batch.idx_mapping,
-            batch.total_len,
+            *batch.texts,
             *self.arguments,
             drafts,
             scores,

@@ -29,8 +29,10 @@ BREAK: tl.constexpr = tl.constexpr(TEXT_BREAK)
 
 
 @jit
-def match_lengths(tokens, mask, written, oldest, offset, wanted, present, total, LONGEST: tl.constexpr):
+def occurrences(tokens, mask, written, oldest, offset, wanted, present, total, LONGEST: tl.constexpr):
     """Return how many tokens up to each position equal the ends of texts, [requests, positions].
+
+    It is 0 where no token follows in the same text.
 
     Args:
         tokens: A text, or a ring buffer of texts.
@@ -53,14 +55,6 @@ def match_lengths(tokens, mask, written, oldest, offset, wanted, present, total,
         equal = equal & (token[None, :] == own[:, None])
         length += equal.to(tl.int32)
         d += 1
-    return length
-
-
-@jit
-def occurrences(tokens, mask, written, oldest, offset, wanted, present, total, LONGEST: tl.constexpr):
-    """Return `match_lengths`, with 0 where no token follows in the same text."""
-    length = match_lengths(tokens, mask, written, oldest, offset, wanted, present, total, LONGEST)
-    at = written - 1 - offset
     follower = tl.load(tokens + ((at + 1) & mask), mask=(offset > 0) & (at >= oldest), other=BREAK)
     return tl.where((follower >= 0)[None, :], length, 0)
 
@@ -250,10 +244,9 @@ class SuffixSearch:
             if history is None
             else (history.ring, history.written, history.size)
         )
-        texts = batch.all_token_ids, batch.all_token_ids.stride(0), batch.idx_mapping, batch.total_len
         requests = REQUESTS if shared else 1
         longest_matches_kernel[(triton.cdiv(batch.num_requests, requests), self._num_blocks)](
-            *texts,
+            *batch.texts,
             ring,
             written,
             size,
@@ -267,7 +260,7 @@ class SuffixSearch:
         )
         _, most, width = followers.shape
         followers_kernel[(batch.num_requests,)](
-            *texts,
+            *batch.texts,
             ring,
             written,
             size,

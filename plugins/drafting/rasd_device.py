@@ -91,10 +91,7 @@ class DeviceRASD(DeviceDrafter):
         if self._base is not None:
             self._base.observe(batch)
         fusion_triton.count_predictions_kernel[(batch.num_requests,)](
-            batch.all_token_ids,
-            batch.all_token_ids.stride(0),
-            batch.idx_mapping,
-            batch.total_len,
+            *batch.texts,
             batch.num_sampled,
             self._predicted,
             self._cells,
@@ -121,10 +118,7 @@ class DeviceRASD(DeviceDrafter):
             search.find(batch, followers, lengths)
         sources = len(self._searches)
         fusion_triton.fuse_chains_kernel[(batch.num_requests,)](
-            batch.all_token_ids,
-            batch.all_token_ids.stride(0),
-            batch.idx_mapping,
-            batch.total_len,
+            *batch.texts,
             self._followers,
             self._lengths,
             *self._tables.arguments,

@@ -3,8 +3,13 @@
 Kernels are either compiled or interpreted in a process, so tests do this in another process.
 """
 
+import ast
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +64,19 @@ def compiled_launches(compute_capability: int = 90) -> Iterator[dict[str, int]]:
         yield sizes
     finally:
         JITFunction.run = original
+
+
+def compiled_kernels(script: str, folder: Path) -> list[str]:
+    """Run a script that prints the sorted names of the kernels which it launched in `compiled_launches`.
+
+    Args:
+        script: Python code; it can import this module, and the test modules of a folder.
+        folder: The folder.
+    """
+    paths = os.pathsep.join(map(str, [folder, Path(__file__).parent]))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**environment, "PYTHONPATH": paths}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return ast.literal_eval(result.stdout)

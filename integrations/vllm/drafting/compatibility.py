@@ -28,12 +28,14 @@ def default_draft_tokens(drafter: Any, verification: Verification) -> int:
     return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
 
 
-def device_speculation(drafter: Any) -> dict[str, Any]:
-    """Return the default ``speculative_config`` of a drafter on the V2 model runner.
+def device_speculation(drafter: Any, num_speculative_tokens: int | None = None) -> dict[str, Any]:
+    """Return the ``speculative_config`` of a drafter on the V2 model runner.
 
     There every request of a step has the same number of draft tokens. Up to some number of tokens a step takes the time
-    in which the weights are read, so the number of draft tokens follows from the number of requests.
+    in which the weights are read, so the number of draft tokens follows from the number of requests by default.
     """
+    if num_speculative_tokens is not None:
+        return {"method": DEVICE_METHOD, "num_speculative_tokens": num_speculative_tokens}
     schedule, first = [], 1
     for tokens in DEVICE_DRAFT_TOKENS:
         last = MEMORY_BOUND_TOKENS // (tokens + 1)

@@ -136,10 +136,8 @@ def _drafter_arguments(
         raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
     check_engine(cls, options, model, depth, config.allow_untested_vllm)
     if not over_model:
-        if on_device and num_speculative_tokens is None:
-            speculation = compatibility.device_speculation(cls)
-        elif on_device:
-            speculation = {"method": selection.DEVICE_METHOD, "num_speculative_tokens": depth}
+        if on_device:
+            speculation = compatibility.device_speculation(cls, num_speculative_tokens)
         else:
             method = {"method": "custom_class", "model": selection.PROPOSER_CLASS}
             speculation = {**method, "num_speculative_tokens": depth}

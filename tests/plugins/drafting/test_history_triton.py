@@ -1,6 +1,7 @@
 """Tests of the searches on a device against those on the host, which have a naive oracle of their own."""
 
 import importlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -23,12 +24,13 @@ texts = st.lists(st.lists(few, min_size=1, max_size=40), min_size=1, max_size=3)
 
 
 @pytest.fixture(scope="module")
-def module(interpreted_triton: None) -> ModuleType:
+def module(interpreted_triton: None) -> Iterator[ModuleType]:
     """Return the module, with blocks so small that a text has several."""
     module = importlib.import_module("pilotfish.plugins.drafting.history_triton")
-    for name, value in (("BLOCK", 8), ("SHARED_BLOCK", 16), ("REQUESTS", 2)):
-        setattr(module, name, value)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("BLOCK", 8), ("SHARED_BLOCK", 16), ("REQUESTS", 2)):
+            patch.setattr(module, name, value)
+        yield module
 
 
 def ids(*tokens: int) -> torch.Tensor:
