@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ if WORKER:
 
 INTERPRETED = find_spec("triton") is not None and not HAS_GPU
 if INTERPRETED:
-    # Triton decides at import whether it interprets kernels; see `interpreted_triton`. The variable is removed again,
-    # because the engines that tests start inherit the environment.
+    # Triton decides whether it interprets a kernel when the kernel's module is imported, so all of them are imported here:
+    # a test that is not about kernels may import one first. The variable is removed again, because the engines that
+    # tests start inherit the environment; see `interpreted_triton`.
+    import pilotfish
+
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401
-
-    from pilotfish.kvcache.kernels import programs_heads_triton, programs_tree_triton  # noqa: F401
-
+    PACKAGE = Path(pilotfish.__file__).parent
+    for module in sorted(PACKAGE.glob("*/**/*_triton.py")):
+        import_module(".".join(["pilotfish", *module.relative_to(PACKAGE).with_suffix("").parts]))
     del os.environ["TRITON_INTERPRET"]
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
