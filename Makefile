@@ -4,13 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_033 := .venv-vllm-0.33
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # vLLM's CPU engine takes its cache from this many GiB; nothing is asked of a model hub.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-all check tables bench bench-trees bench-suffix bench-replay bench-device bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup clean
+.PHONY: demo test test-quick test-without-engine test-engine test-033 test-all check tables bench bench-trees bench-suffix bench-replay bench-device bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup setup-033 clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -25,8 +26,11 @@ test-quick: $(VENV)/.ready  ## all tests that need no engine and take less than 
 test-without-engine: $(VENV)/.ready
 	$(BIN)/python -m pytest -m 'not long and not engine' -n 2
 
-test-engine: $(VENV)/.ready
+test-engine: $(VENV)/.ready $(VLLM_033)/.ready
 	$(BIN)/python -m pytest -m 'not long and engine' -n 2 --dist loadfile --no-loadscope-reorder
+
+test-033: $(VENV)/.ready $(VLLM_033)/.ready  ## the tests with engines of vLLM 0.33
+	$(BIN)/python -m pytest -m vllm_033
 
 test-all: check  ## also the long ones: GPU kernels interpreted in real engines, further tensor-parallel ranks
 	$(BIN)/python -m pytest -m ''
@@ -271,5 +275,18 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install -q -e '.[dev,demo,retrieval]'
 	touch $@
 
+# vLLM 0.33 without a GPU. It has no CPU build, but its V2 runner needs no compiled code if Triton interprets its kernels:
+# its Python files, put before those of 0.32 on the path, run with all other packages of the environment. vLLM takes the
+# CPU as its platform where its version says so. `tests/integrations/vllm/triton_worker.py` adds what is then missing.
+setup-033: $(VLLM_033)/.ready  ## the Python files of vLLM 0.33, for the tests with engines of this version
+
+$(VLLM_033)/.ready: $(VENV)/.ready
+	rm -rf $(VLLM_033)
+	$(BIN)/pip install -q --no-deps --no-compile --target $(VLLM_033) 'vllm==0.33.0'
+	find $(VLLM_033) -name '*.so' -delete
+	mv $(VLLM_033)/vllm-0.33.0.dist-info $(VLLM_033)/vllm-0.33.0+cpu.dist-info
+	sed -i 's/^Version: .*/&+cpu/' $(VLLM_033)/vllm-0.33.0+cpu.dist-info/METADATA
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) $(VLLM_033) out build dist

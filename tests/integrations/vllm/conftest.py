@@ -24,6 +24,7 @@ from pilotfish.integrations.vllm.models.embedded import SMOLLM2
 
 WORKER = Path(__file__).parent / "worker.py"
 TRITON_WORKER = Path(__file__).parent / "triton_worker.py"
+VLLM_033 = Path(__file__).parents[3] / ".venv-vllm-0.33"  # made by `make setup-033`
 Start = Callable[..., EngineProcess]
 
 
@@ -102,14 +103,25 @@ def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) ->
 
 @pytest.fixture(scope="module")
 def start_interpreted(start: Start) -> Start:
-    """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted unless the machine has a GPU."""
+    """Start engines on vLLM's GPU backend, its Triton kernels and ours interpreted unless the machine has a GPU.
 
-    def begin(model: str, runner: str, **config: Any) -> EngineProcess:
+    ``release`` is the release of vLLM that the test needs, "0.32" or "0.33"; tests without it use the installed one.
+    """
+
+    def begin(model: str, runner: str, release: str | None = None, **config: Any) -> EngineProcess:
         small: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 128}
+        env = {"VLLM_USE_V2_MODEL_RUNNER": runner}
         if HAS_GPU:
             small["attention_backend"] = "TRITON_ATTN"
-        worker = WORKER if HAS_GPU else TRITON_WORKER
-        return start(model, {"VLLM_USE_V2_MODEL_RUNNER": runner}, worker, **{**small, **config})
+        elif release == "0.33":
+            if not (VLLM_033 / ".ready").exists():
+                pytest.skip("`make setup-033` has not been run")
+            env["PYTHONPATH"] = str(VLLM_033)
+        engine = start(model, env, WORKER if HAS_GPU else TRITON_WORKER, **{**small, **config})
+        if release and not (version := engine.ask(do="version")["vllm"]).startswith(release):
+            engine.close()
+            pytest.skip(f"the engine is vLLM {version}")
+        return engine
 
     return begin
 

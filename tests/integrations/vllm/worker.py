@@ -118,6 +118,12 @@ class TestWorker(Worker):
         """How many tokens were computed anew."""
         return {"tokens": self.core.scheduler.pilotfish_corrector.corrected}
 
+    def version(self) -> dict[str, Any]:
+        """The version of vLLM."""
+        import vllm
+
+        return {"vllm": vllm.__version__}
+
     def device_drafting(self) -> dict[str, Any]:
         """How a drafter on the V2 runner is attached, and what it holds."""
         config = self.llm.llm_engine.vllm_config

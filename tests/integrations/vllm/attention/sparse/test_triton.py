@@ -11,7 +11,7 @@ import pytest
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PAGE = {"budget": 160, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
 TOKEN = {**PAGE, "budget": 100, "head_aggregation": "kv_head", "granularity": "token"}
@@ -53,10 +53,12 @@ def engine(tiny_model, start_interpreted, expected) -> EngineProcess:
     return start_interpreted(tiny_model, "0", block_size=16, **policy())
 
 
+@pytest.mark.long
 def test_uses_sparse_triton_backend(engine: EngineProcess) -> None:
     assert engine.ask(do="attention")["impl"] == ["SparseTritonImpl"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("roles", "rule", "text"), [("all choose", PAGE, "whole"), ("sparse", PAGE, "page"), ("sparse", TOKEN, "token")]
 )
@@ -67,12 +69,16 @@ def test_output_matches_cpu_backend(
     assert output_with_plan(engine, roles, rule) == expected[text]
 
 
+@pytest.mark.long
 def test_output_is_identical_with_full_budget(engine: EngineProcess, expected: dict[str, Any]) -> None:
     assert output_with_plan(engine, "sparse", {**PAGE, "budget": 512}) == expected["whole"]
 
 
 @pytest.mark.shows("tidal_decode", "vLLM's V2 model runner")
-def test_v2_model_runner(tiny_model, start_interpreted, expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "release", [pytest.param("0.33", marks=pytest.mark.vllm_033), pytest.param("0.32", marks=pytest.mark.long)]
+)
+def test_v2_model_runner(tiny_model, start_interpreted, expected: dict[str, Any], release: str) -> None:
     """Test the V2 model runner, the default of GPU engines."""
-    engine = start_interpreted(tiny_model, "1", block_size=16, **policy())
+    engine = start_interpreted(tiny_model, "1", release, block_size=16, **policy())
     assert engine.ask(**ASK)["tokens"] == expected["page"]

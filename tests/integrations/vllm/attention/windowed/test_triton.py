@@ -35,9 +35,18 @@ def expected(start, tiny_model, config) -> list[list[int]]:
 
 
 @pytest.mark.shows("razor_attention", "Triton kernels, interpreted")
-@pytest.mark.parametrize("runner", ["1", pytest.param("0", marks=pytest.mark.long)])
-def test_output_matches_cpu_backend(start_interpreted, tiny_model, config, expected, runner: str) -> None:
-    engine = start_interpreted(tiny_model, runner, **config)
+@pytest.mark.parametrize(
+    ("runner", "release"),
+    [
+        pytest.param("1", "0.33", marks=pytest.mark.vllm_033),
+        pytest.param("1", "0.32", marks=pytest.mark.long),
+        pytest.param("0", "0.32", marks=pytest.mark.long),
+    ],
+)
+def test_output_matches_cpu_backend(
+    start_interpreted, tiny_model, config, expected, runner: str, release: str
+) -> None:
+    engine = start_interpreted(tiny_model, runner, release, **config)
     assert any(name.endswith(".WindowedTritonImpl") for name in engine.ask(do="state")["classes"])
     assert engine.ask(**ASK)["tokens"] == expected
     blocks = engine.ask(do="blocks")

@@ -6,6 +6,7 @@ import pytest
 from gpu import HAS_GPU
 
 pytestmark = pytest.mark.engine
+LONG = pytest.mark.long
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "detokenize": False}
 SAMPLED = {**GREEDY, "temperature": 0.8}
@@ -23,14 +24,24 @@ PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in 
 DRAFTERS: dict[str, dict[str, Any]] = {"rasd": {"outputs": 256}, "token_recycling": {"order": 2}}
 
 
-@pytest.fixture(scope="module", params=["rasd", pytest.param("token_recycling", marks=pytest.mark.long)])
+# RASD runs Token Recycling's kernels too.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("rasd", "0.33"), id="rasd-vllm0.33", marks=pytest.mark.vllm_033),
+        pytest.param(("rasd", "0.32"), id="rasd-vllm0.32"),
+        pytest.param(("token_recycling", "0.33"), id="token_recycling-vllm0.33", marks=[LONG, pytest.mark.vllm_033]),
+        pytest.param(("token_recycling", "0.32"), id="token_recycling-vllm0.32", marks=LONG),
+    ],
+)
 def engines(request, start_interpreted, random_model) -> Any:
-    """Return a stock engine on the V2 runner, and one with a drafter; RASD runs Token Recycling's kernels too."""
+    """Return a stock engine on the V2 runner, and one with a drafter."""
     from transformers import LlamaForCausalLM
 
     # vLLM's kernels for sampling run over the vocabulary, and interpreted ones are slow.
     model = random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
-    common = {"skip_tokenizer_init": True, "async_scheduling": True}
+    name, release = request.param
+    common = {"skip_tokenizer_init": True, "async_scheduling": True, "release": release}
     stock = start_interpreted(model, "1", **common)
     drafted = start_interpreted(
         model,
@@ -41,7 +52,7 @@ def engines(request, start_interpreted, random_model) -> Any:
             "num_speculative_tokens": 3,
             "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 1]],
         },
-        additional_config={"pilotfish": {"drafter": {"name": request.param, **DRAFTERS[request.param]}}},
+        additional_config={"pilotfish": {"drafter": {"name": name, **DRAFTERS[name]}}},
     )
     yield stock, drafted
     stock.close()
