@@ -69,7 +69,9 @@ def test_every_extra_that_is_named_exists(root: Path) -> None:
     assert set(EXTRAS) <= set(project["optional-dependencies"])
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", *(pytest.param(e, marks=pytest.mark.long) for e in ("ascii", "latin-1"))]
+)
 def test_output_to_a_terminal_that_is_not_utf8(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.txt").write_text("故乡 means home, İstanbul is a city 😀", encoding="utf-8")
     folder = str(tmp_path / "í故")

@@ -124,7 +124,8 @@ def answers(folders: dict[str, Path]) -> Callable[[str], Answers]:
     return of_runner
 
 
-@pytest.mark.parametrize("runner", ["0", pytest.param("1", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("runner", ["0", "1"])
 def test_answers_by_family(answers: Callable[[str], Answers], runner: str) -> None:
     for family, name in itertools.product(FAMILIES, SELECTIONS):
         answer, expected = answers(runner)[f"{family} {name}"], REFUSED.get(name, {}).get(family)

@@ -115,6 +115,7 @@ def test_two_tensor_parallel_ranks_select_the_same_tokens(start, tiny_model, two
     assert two_ranks(tiny_model, prompts, **policy)["tokens"] == expected
 
 
+@pytest.mark.long
 @pytest.mark.shows("tidal_decode", "preemption")
 def test_preempted_requests_resume(start, model) -> None:
     small = start(

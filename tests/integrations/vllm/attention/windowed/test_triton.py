@@ -43,9 +43,7 @@ def expected(start, tiny_model, config) -> list[list[int]]:
         pytest.param("0", "0.32", marks=pytest.mark.long),
     ],
 )
-def test_output_matches_cpu_backend(
-    start_interpreted, tiny_model, config, expected, runner: str, release: str
-) -> None:
+def test_output_matches_cpu_backend(start_interpreted, tiny_model, config, expected, runner: str, release: str) -> None:
     engine = start_interpreted(tiny_model, runner, release, **config)
     assert any(name.endswith(".WindowedTritonImpl") for name in engine.ask(do="state")["classes"])
     assert engine.ask(**ASK)["tokens"] == expected

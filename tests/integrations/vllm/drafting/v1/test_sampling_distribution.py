@@ -22,7 +22,7 @@ def stock(start, model):
     return start(model, max_num_seqs=64, enable_prefix_caching=True)
 
 
-@pytest.fixture(scope="module", params=["chain", pytest.param("tree", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["chain", "tree"])
 def drafted(request, start, model, drafting_args):
     drafter = drafting_args(4) if request.param == "chain" else drafting_args(5, verification="tree")
     engine = start(model, max_num_seqs=64, enable_prefix_caching=True, seed=7, **drafter)
@@ -61,10 +61,8 @@ def p_value(one: list, other: list) -> float:
     return 1.0 if table.shape[1] < 2 else chi2_contingency(table).pvalue  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [pytest.param(s, id=name, marks=[pytest.mark.long] if name != "plain" else []) for name, s in SETTINGS.items()],
-)
+@pytest.mark.long  # text of seeded requests equals stock's, which `test_seeds.py` tests, implies it
+@pytest.mark.parametrize("settings", [pytest.param(s, id=name) for name, s in SETTINGS.items()])
 @pytest.mark.shows("token_recycling", "sampling")
 def test_distribution_is_unchanged(controls, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2

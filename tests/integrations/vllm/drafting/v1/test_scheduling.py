@@ -49,6 +49,7 @@ def test_cached_prefixes(stock, constrained, prompts) -> None:
         assert a["tokens"] == b["tokens"]
 
 
+@pytest.mark.long
 @pytest.mark.shows("token_recycling", "the whole context length")
 def test_up_to_the_last_position_of_the_context(stock, constrained, prompts) -> None:
     lengths = [len(p) for p in prompts[:3]]

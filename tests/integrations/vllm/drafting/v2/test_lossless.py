@@ -29,7 +29,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {"rasd": {"outputs": 256}, "token_recyclin
     scope="module",
     params=[
         pytest.param(("rasd", "0.33"), id="rasd-vllm0.33", marks=pytest.mark.vllm_033),
-        pytest.param(("rasd", "0.32"), id="rasd-vllm0.32"),
+        pytest.param(("rasd", "0.32"), id="rasd-vllm0.32", marks=LONG),
         pytest.param(("token_recycling", "0.33"), id="token_recycling-vllm0.33", marks=[LONG, pytest.mark.vllm_033]),
         pytest.param(("token_recycling", "0.32"), id="token_recycling-vllm0.32", marks=LONG),
     ],
