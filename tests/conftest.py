@@ -28,9 +28,9 @@ if WORKER:
 
 INTERPRETED = find_spec("triton") is not None and not HAS_GPU
 if INTERPRETED:
-    # Triton decides whether it interprets a kernel when the kernel's module is imported, so all of them are imported here:
-    # a test that is not about kernels may import one first. The variable is removed again, because the engines that
-    # tests start inherit the environment; see `interpreted_triton`.
+    # Triton decides whether it interprets a kernel when the kernel's module is imported, so all of them are imported
+    # here: another test may import one first. The variable is removed again, because the engines that tests start
+    # inherit the environment; see `interpreted_triton`.
     import pilotfish
 
     os.environ["TRITON_INTERPRET"] = "1"

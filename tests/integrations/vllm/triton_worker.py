@@ -41,7 +41,7 @@ def keep_async_scheduling(vllm_config: Any) -> None:
 
 
 def replace_compiled_code() -> None:
-    """Define in Python what vLLM's CPU platform compiles: the files that `make setup-033` makes have no compiled code."""
+    """Define in Python what vLLM's CPU platform compiles, which `make setup-033` leaves out."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     for name, signature, function in (
