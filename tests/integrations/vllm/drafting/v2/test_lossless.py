@@ -24,36 +24,44 @@ PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in 
 DRAFTERS: dict[str, dict[str, Any]] = {"rasd": {"outputs": 256}, "token_recycling": {"order": 2}}
 
 
-# RASD runs Token Recycling's kernels too.
+def drafter_param(name: str, release: str, *marks: pytest.MarkDecorator) -> Any:
+    """Return a fixture's parameter; what the tests show of the drafter goes into the table of compatibility."""
+    shown = pytest.mark.shows(name, "vLLM's V2 model runner")
+    return pytest.param((name, release), id=f"{name}-vllm{release}", marks=[shown, *marks])
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("rasd", "0.33"), id="rasd-vllm0.33", marks=pytest.mark.vllm_033),
-        pytest.param(("rasd", "0.32"), id="rasd-vllm0.32", marks=LONG),
-        pytest.param(("token_recycling", "0.33"), id="token_recycling-vllm0.33", marks=[LONG, pytest.mark.vllm_033]),
-        pytest.param(("token_recycling", "0.32"), id="token_recycling-vllm0.32", marks=LONG),
+        drafter_param("rasd", "0.33", pytest.mark.vllm_033),  # runs Token Recycling's kernels too
+        drafter_param("rasd", "0.32", LONG),
+        drafter_param("token_recycling", "0.33", LONG, pytest.mark.vllm_033),
+        drafter_param("token_recycling", "0.32", LONG),
     ],
 )
-def engines(request, start_interpreted, random_model) -> Any:
-    """Return a stock engine on the V2 runner, and one with a drafter."""
+def chosen(request, random_model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of both engines, and those that select the drafter."""
     from transformers import LlamaForCausalLM
 
     # vLLM's kernels for sampling run over the vocabulary, and interpreted ones are slow.
     model = random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
     name, release = request.param
-    common = {"skip_tokenizer_init": True, "async_scheduling": True, "release": release}
-    stock = start_interpreted(model, "1", **common)
-    drafted = start_interpreted(
-        model,
-        "1",
-        **common,
-        speculative_config={
+    common = {"model": model, "runner": "1", "release": release, "skip_tokenizer_init": True, "async_scheduling": True}
+    return common, {
+        "speculative_config": {
             "method": "ngram_gpu",
             "num_speculative_tokens": 3,
             "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 1]],
         },
-        additional_config={"pilotfish": {"drafter": {"name": name, **DRAFTERS[name]}}},
-    )
+        "additional_config": {"pilotfish": {"drafter": {"name": name, **DRAFTERS[name]}}},
+    }
+
+
+@pytest.fixture(scope="module")
+def engines(chosen, start_interpreted) -> Any:
+    """Return a stock engine on the V2 runner, and one with a drafter."""
+    common, drafting = chosen
+    stock, drafted = start_interpreted(**common), start_interpreted(**common, **drafting)
     yield stock, drafted
     stock.close()
     drafted.close()
@@ -98,3 +106,21 @@ def test_scheduling_stays_asynchronous(engines) -> None:
     assert facts["speculator"] == "PilotfishSpeculator"
     assert facts["counts"]["steps"] > 0
     assert facts["requests"] == facts["held"]  # vLLM forgets a request at the step after its last one
+
+
+@LONG
+def test_preemption_chunked_prompts_and_prefix_caching(chosen, engines, start_interpreted) -> None:
+    """Test an engine with blocks for two of three requests, prompts in chunks of 16 tokens, and cached prefixes."""
+    stock, drafted = engines
+    sampling = [{**GREEDY, "max_tokens": 40}] * 3
+    expected = complete(stock, sampling)["tokens"]
+    drafted.close()  # at most two engines at once; this is the last test
+    common, drafting = chosen
+    blocks = {"max_model_len": 96, "num_gpu_blocks_override": 7, "block_size": 16}
+    few = start_interpreted(**common, **drafting, **blocks, max_num_batched_tokens=16, enable_prefix_caching=True)
+    preempted = complete(few, sampling)
+    assert preempted["tokens"] == expected
+    assert preempted["preemptions"] > 0
+    assert preempted["drafted"] > 0
+    assert complete(few, sampling)["tokens"] == expected  # the prefixes are cached now
+    few.close()
