@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_common import Clock, Step
+from gpu_common import Step
 from torch import Tensor
 
+from pilotfish.integrations.vllm.bench.device_clock import Clock
 from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels import head_cache_triton, paged_triton, tree_triton
 from pilotfish.kvcache.selection import PAGE_SIZE, SelectionRule

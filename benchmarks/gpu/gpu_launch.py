@@ -15,9 +15,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from gpu_common import Clock, Step, print_now
+from gpu_common import Step, print_now
 from gpu_kernels import HeadLayer, Paged, Run, Shape
 
+from pilotfish.integrations.vllm.bench.device_clock import Clock
 from pilotfish.kvcache.head_window import HeadWindow
 from pilotfish.kvcache.kernels import head_cache_triton, paged_triton, tree_triton
 from pilotfish.kvcache.kernels.launch import KernelConfig, KernelConfigs

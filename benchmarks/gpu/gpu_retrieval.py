@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_common import Clock, Step
+from gpu_common import Step
 
+from pilotfish.integrations.vllm.bench.device_clock import Clock
 from pilotfish.plugins.xtr import XTR, XTROptions, XTRSettings
 from pilotfish.retrieval.token_embeddings import TokenEmbeddings
 from pilotfish.retrieval.xtr import clustering

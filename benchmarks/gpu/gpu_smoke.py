@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 import triton
 import triton.language as tl
-from gpu_common import Clock, Step, print_now
+from gpu_common import Step, print_now
+
+from pilotfish.integrations.vllm.bench.device_clock import Clock
 
 jit = cast(Any, triton.jit)  # its stub does not declare that kernels are launched by subscripts
 

@@ -11,10 +11,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from gpu_common import Clock, Step
+from gpu_common import Step
 from gpu_kernels import Paged, Run, Shape, attention_weights, weighted_values
 from torch import Tensor
 
+from pilotfish.integrations.vllm.bench.device_clock import Clock
 from pilotfish.kvcache.kernels import paged_triton
 from pilotfish.kvcache.selection import SelectionRule
 

@@ -1,4 +1,4 @@
-"""Commands for vLLM: `serve`, `doctor`, `models`, `bench drafters`, `bench kv` and `tune`."""
+"""Commands for vLLM: `serve`, `doctor`, `models`, `bench drafters`, `bench kernels`, `bench kv` and `tune`."""
 
 import math
 from pathlib import Path
@@ -162,6 +162,33 @@ def bench_drafters(
             twice=twice,
             compiled=compiled,
         )
+    )
+
+
+@bench.command("kernels")
+def bench_kernels(
+    arms: Annotated[
+        str, typer.Option(help="Drafters with kernels: NAME[@option=value...], comma-separated.")
+    ] = "token_recycling,rasd",
+    device: Annotated[str, typer.Option(help="cuda; or cpu, where the kernels are interpreted.")] = "cuda",
+    batches: Annotated[str, typer.Option(help="Numbers of requests in a step.")] = "1,8,64,256",
+    context: Annotated[int, typer.Option(min=256, help="Length of the texts, in tokens.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(min=256, help="Size of the vocabulary.")] = 128_256,
+    num_speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens of a request.")] = 12,
+    out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/kernels.json"),
+) -> None:
+    """Measure the kernels with which drafters make their drafts on a GPU. Needs no model."""
+    from ....plugins.config import ConfigError
+    from ..bench import kernels
+
+    if device not in ("cuda", "cpu"):
+        raise ConfigError(f"--device: expected cuda or cpu, got '{device}'")
+    names = tuple(a.strip() for a in arms.split(",") if a.strip())
+    if not names:
+        raise ConfigError("--arms: no arm named")
+    sizes = _numbers(batches, "--batches")
+    kernels.run_kernel_benchmark(
+        kernels.KernelBenchmark(names, device, sizes, context, vocab_size, num_speculative_tokens, out)
     )
 
 
