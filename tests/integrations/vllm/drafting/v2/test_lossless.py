@@ -1,5 +1,6 @@
 """Drafters on vLLM's V2 model runner: the text is that of a stock engine, and scheduling stays asynchronous."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -81,7 +82,19 @@ def test_greedy_text_equals_stock(engines) -> None:
     assert again["request_steps"] < 0.5 * expected["request_steps"]
 
 
-@pytest.mark.long
+@LONG
+@pytest.mark.timeout(3600)
+def test_greedy_text_of_200_prompts_equals_stock(engines) -> None:
+    stock, drafted = engines
+    random = Random(0)
+    prompts = [random.choices(range(3, 512), k=random.randint(4, 24)) * random.randint(1, 2) for _ in range(200)]
+    ask = {"do": "sample", "prompts": prompts, "sampling": [{**GREEDY, "max_tokens": 6}] * len(prompts)}
+    expected, ours = stock.ask(**ask), drafted.ask(**ask)
+    assert ours["tokens"] == expected["tokens"]
+    assert ours["request_steps"] < expected["request_steps"]
+
+
+@LONG
 def test_seeded_text_equals_stock(engines) -> None:
     stock, drafted = engines
     expected, ours = complete(stock, KINDS), complete(drafted, KINDS)
@@ -89,7 +102,7 @@ def test_seeded_text_equals_stock(engines) -> None:
     assert ours["drafted"] > 0
 
 
-@pytest.mark.long
+@LONG
 def test_a_request_switches_the_drafter_off(engines) -> None:
     stock, drafted = engines
     off = {**GREEDY, "extra_args": {"pilotfish_drafter": "off"}}
