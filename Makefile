@@ -282,8 +282,11 @@ setup-033: $(VLLM_033)/.ready  ## the Python files of vLLM 0.33, for the tests w
 
 $(VLLM_033)/.ready: $(VENV)/.ready
 	rm -rf $(VLLM_033)
-	$(BIN)/pip install -q --no-deps --no-compile --target $(VLLM_033) 'vllm==0.33.0'
-	find $(VLLM_033) -name '*.so' -delete
+	$(BIN)/pip download -q --no-deps --only-binary :all: -d $(VLLM_033) 'vllm==0.33.0'
+	$(BIN)/python -c "import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+	  wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if not name.endswith('.so')])" \
+	  $(VLLM_033)/*.whl $(VLLM_033)
+	rm $(VLLM_033)/*.whl
 	mv $(VLLM_033)/vllm-0.33.0.dist-info $(VLLM_033)/vllm-0.33.0+cpu.dist-info
 	sed -i 's/^Version: .*/&+cpu/' $(VLLM_033)/vllm-0.33.0+cpu.dist-info/METADATA
 	touch $@

@@ -36,6 +36,7 @@ class TestRestartAndRanks:
         assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
         assert steps[1] < steps[0], "the second engine starts with a warm cache"
 
+    @pytest.mark.long
     @pytest.mark.shows("token_recycling", "two tensor-parallel ranks")
     def test_two_ranks_give_the_same_text(self, two_ranks, tiny_model, drafting_args, texts) -> None:
         answer = two_ranks(tiny_model, TEXTS, **drafting_args(20, verification="tree", nodes=20))
