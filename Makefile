@@ -156,8 +156,14 @@ LONG := out/scifact_long_queries
 
 bench-curves: $(VENV)/.ready $(PEERS)/.ready  ## latency against recall of multi-vector indexes, also with long queries; DATA as for bench-retrieval
 	$(BIN)/python benchmarks/long_queries.py $(DATA)/retrieval/scifact $(LONG)
-	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --data $(LONG) --arms $(subst $(EMPTY) $(EMPTY),$(COMMA),$(CURVES)) \
+	$(RETRIEVAL) --data $(DATA)/retrieval/cranfield --arms $(subst $(EMPTY) $(EMPTY),$(COMMA),$(CURVES)) \
 	  --out benchmarks/results/retrieval_curves.json
+	$(RETRIEVAL) --data $(LONG) --queries 100 --arms maxsim,xtr@exact,xtr,xtr@nprobe=4,xtr@nprobe=16,xtr@nprobe=64 \
+	  --out benchmarks/results/retrieval_curves_long.json
+	$(RETRIEVAL) --data $(LONG) --queries 100 --arms xtr_warp,xtr_warp@nprobe=4,xtr_warp@nprobe=16 \
+	  --out benchmarks/results/retrieval_curves_long_warp.json
+	$(RETRIEVAL) --data $(LONG) --queries 50 --arms fast_plaid,fast_plaid@n_full_scores=512@n_ivf_probe=4 \
+	  --out benchmarks/results/retrieval_curves_long_plaid.json
 	$(MAKE) tables
 
 # Encoders trained from MiniLM on scifact's training queries and on essays, measured on what they were not trained on.

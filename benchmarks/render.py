@@ -186,7 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafter_trace": tree_tables.trace,
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
-    "retrieval_curves": retrieval_tables.curves,
+    "retrieval_curves": lambda: retrieval_tables.curves("retrieval_curves"),
     "bm25_baselines": lambda: retrieval_tables.sparse_baselines(("bm25", "bm25s")),
     "vdr_baselines": lambda: retrieval_tables.sparse_baselines(("vdr", "seismic", "bmp")),
     "retrieval_memory": retrieval_tables.retrieval_memory,

@@ -53,10 +53,10 @@ def _arms(benchmark: str, kinds: tuple[str, ...], columns: tuple[tuple[str, str,
     return markdown(["collection", "index", *(title for _, title, _ in columns)], rows, texts) + provenance(result)
 
 
-def curves() -> str:
+def curves(*names: str) -> str:
     """Return the table of latency and recall of multi-vector indexes by search options, the fastest first."""
-    result = load("retrieval_curves")
-    found = [(d, arm, v) for (d, _, arm), v in figures(result).items() if "ndcg@10" in v]
+    results = [load(name) for name in names]
+    found = [(d, arm, v) for result in results for (d, _, arm), v in figures(result).items() if "ndcg@10" in v]
     exact = {d: v for d, arm, v in found if arm == "maxsim"}
     groups = list(dict.fromkeys((d, arm.split("@")[0]) for d, arm, _ in found))
     found.sort(key=lambda one: (groups.index((one[0], one[1].split("@")[0])), one[2]["query_ms_median"]))
@@ -66,7 +66,7 @@ def curves() -> str:
         latency = [f"{values[m]:.2f}" for m in ("query_ms_median", "query_ms_p95")]
         rows.append([dataset, label(arm), *latency, *quality])
     head = ["collection", "index", "ms, median", "ms, p95", "nDCG@10 (to MaxSim)", "Recall@100 (to MaxSim)"]
-    return markdown(head, rows, texts=2) + provenance(result)
+    return markdown(head, rows, texts=2) + "".join(map(provenance, results))
 
 
 def retrieval() -> str:
