@@ -7,7 +7,7 @@ of logits, as if all draft tokens were verified, and the logits are random.
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ def run_kernel_benchmark(plan: KernelBenchmark) -> None:
         ConfigError: The device does not exist, or a drafter has no counterpart on the device.
     """
     record.check_output_path(plan.out)
-    drafters = {arm: parse_assignments(arm.replace("@", ",")) for arm in plan.arms}
-    for arm, selected in drafters.items():
-        cls, _ = plugins().resolve("drafter", selected)
+    drafters = [(arm, *plugins().resolve("drafter", parse_assignments(arm.replace("@", ",")))) for arm in plan.arms]
+    steps = plan.num_speculative_tokens
+    largest = Engine("random weights", plan.vocab_size, plan.context, max(plan.batches), steps, device=plan.device)
+    for arm, cls, options in drafters:
         if not has_device_drafter(cls):
             raise ConfigError(f"--arms: {arm} has no kernels, it drafts on the host")
+        cls.check_device(options, largest)  # type: ignore[attr-defined]
     if find_spec("triton") is None:
         raise ConfigError("bench kernels: Triton is not installed, and all kernels are written in it")
     if plan.device == "cuda" and not torch.cuda.is_available():
@@ -61,20 +63,11 @@ def run_kernel_benchmark(plan: KernelBenchmark) -> None:
     if plan.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
     torch.manual_seed(0)
-    records = []
-    for arm, selected in drafters.items():
-        cls, options = plugins().resolve("drafter", selected)
+    records: list[Record] = []
+    for arm, cls, options in drafters:
         for batch in plan.batches:
-            engine = Engine(
-                "random weights",
-                plan.vocab_size,
-                plan.context,
-                batch,
-                plan.num_speculative_tokens,
-                device=plan.device,
-            )
-            cls.check_device(options, engine)  # type: ignore[attr-defined]
-            limits = DeviceLimits(torch.device(plan.device), batch, plan.num_speculative_tokens, plan.context)
+            limits = DeviceLimits(torch.device(plan.device), batch, steps, plan.context)
+            engine = replace(largest, max_num_seqs=batch)
             drafter = cls.device_drafter(options, engine, limits)  # type: ignore[attr-defined]
             records += measure_step(plan, arm, drafter, limits)
     record.write_records(plan.out, records)
