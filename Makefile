@@ -228,7 +228,7 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --policy streaming_llm $(KV_BUDGETS) --contexts '' \
 	  $(foreach n,256 512 1024,--setting budget=$(n)) --out benchmarks/results/kv_budgets_streaming.json
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pilotfish bench kv --policy streaming_llm --contexts 4000,8000 --batches 1 \
-	  --quality-contexts '' --needle-contexts '' --setting budget=512 \
+	  --requests 0 --quality-contexts '' --needle-contexts '' --setting budget=512 \
 	  --out benchmarks/results/kv_budgets_streaming_steps.json
 	$(MAKE) tables
 

@@ -21,7 +21,7 @@ from .needle_in_haystack import NeedleQuestion
 
 WORKER = ("-m", "pilotfish.integrations.vllm.bench.memory_worker")
 MEMORY = 512 << 20  # bytes of KV cache under load, small enough that requests have to wait
-REQUESTS, COMPLETION = 20, 150  # load: number of requests (half to full context), tokens decoded by each
+COMPLETION = 150  # tokens decoded by each request of the load
 TURNS, STEPS = 5, 12  # turns, and decode steps timed in each
 CHUNK = 2048  # tokens per prefill step
 
@@ -49,12 +49,13 @@ class KVMemoryWork(KVWork):
         """Yield the description of each part, and the function that runs it."""
         plan, first = self.plan, next(iter(self.texts))
         if plan.contexts:
-            longest = max(plan.contexts)
-            asked = [
-                ids[: max(1, longest // 2 + i * longest // (2 * REQUESTS - 2))]
-                for i, ids in enumerate(self.cut(first, REQUESTS, longest))
-            ]
-            yield "a load", partial(self.load, longest, asked, logs)
+            if plan.requests:
+                longest = max(plan.contexts)
+                asked = [  # from half to the full context
+                    ids[: max(1, longest // 2 + i * longest // max(2 * plan.requests - 2, 1))]
+                    for i, ids in enumerate(self.cut(first, plan.requests, longest))
+                ]
+                yield "a load", partial(self.load, longest, asked, logs)
             prompts = [self.cut(first, batch, context) for context in plan.contexts for batch in plan.batches]
             for arm in self.arms[1:]:
                 yield f"steps of {arm.label}", partial(self.steps, arm, prompts, logs)
@@ -85,7 +86,7 @@ class KVMemoryWork(KVWork):
         records: list[Record] = []
         base: dict[str, float] = {}
         for arm in self.arms:
-            config = self.config(arm, longest, max_num_seqs=REQUESTS, kv_cache_memory_bytes=MEMORY)
+            config = self.config(arm, longest, max_num_seqs=len(asked), kv_cache_memory_bytes=MEMORY)
             with EngineProcess(config, logs / "load.log", worker=WORKER) as engine:
                 reported = engine.ask(do="capacity")
                 metrics = engine.ask(do="load", prompts=asked, tokens=COMPLETION)

@@ -51,6 +51,7 @@ class KVBenchmark:
     kv_retrieval: Path | None = None
     questions: int = 40
     seed: int = 0
+    requests: int = 20  # of the load that policies which free blocks are measured with; 0 for no load
     eager: bool = False  # False: the model is compiled, which is vLLM's default
 
     @property

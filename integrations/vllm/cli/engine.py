@@ -226,6 +226,9 @@ def bench_kv(
     ] = "1000,2000,4000,7900",
     needles: Annotated[int, typer.Option(min=1, max=10, help="Needles at each of ten depths.")] = 5,
     questions: Annotated[int, typer.Option(min=1, help="Number of dictionaries to query.")] = 40,
+    requests: Annotated[
+        int, typer.Option(min=0, help="Requests sent at once to policies that free blocks; 0 to skip this load.")
+    ] = 20,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="Data type of the model, as in vLLM.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Random seed of the needles.")] = 0,
     eager: Annotated[bool, typer.Option(help="Do not compile the model: faster start, slower steps.")] = False,
@@ -256,6 +259,7 @@ def bench_kv(
             needles=needles,
             kv_retrieval=kv_retrieval,
             questions=questions,
+            requests=requests,
             dtype=dtype,
             seed=seed,
             eager=eager,

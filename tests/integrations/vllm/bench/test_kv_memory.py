@@ -1,5 +1,6 @@
 """Memory benchmark of KV policies that free blocks, with fake engines: engine arguments, and compared metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> kv_memory.KVMemoryW
 def values(records: list[Any], metric: str) -> dict[str, float]:
     """Return the values of a metric by arm."""
     return {r.arm: r.value for r in records if r.metric == metric}
+
+
+def test_load_can_be_skipped(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
+    work.plan = replace(work.plan, requests=0)
+    parts = [name for name, _ in work.parts_in(tmp_path)]
+    assert "a load" not in parts
+    assert any(name.startswith("steps of") for name in parts)
 
 
 def test_all_parts_are_compared_with_stock_attention(work: kv_memory.KVMemoryWork, tmp_path: Path) -> None:
