@@ -4,7 +4,8 @@ import statistics
 
 from common import STOCK, kv_figures, markdown, provenance
 
-RESULTS = ("kv_budgets", "kv_budgets_streaming")  # policies that keep the whole cache, and those that free blocks
+# Policies that keep the whole cache; those that free blocks, their quality and their steps.
+RESULTS = ("kv_budgets", "kv_budgets_streaming", "kv_budgets_streaming_steps")
 NAMES = {"tidal_decode": "TidalDecode", "quest": "Quest", "streaming_llm": "StreamingLLM"}
 
 
