@@ -30,9 +30,9 @@ test-engine: $(VENV)/.ready $(VLLM_033)/.ready
 	$(BIN)/python -m pytest -m 'not long and engine' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-033: $(VENV)/.ready $(VLLM_033)/.ready  ## the tests with engines of vLLM 0.33
-	$(BIN)/python -m pytest -m vllm_033
+	$(BIN)/python -m pytest -m 'vllm_033 and not long'
 
-test-all: check  ## also the long ones: GPU kernels interpreted in real engines, further tensor-parallel ranks
+test-all: check $(VLLM_033)/.ready  ## also the long ones: GPU kernels interpreted in real engines, further tensor-parallel ranks
 	$(BIN)/python -m pytest -m ''
 
 check: $(VENV)/.ready  ## lint, format, types, and who imports whom
