@@ -177,7 +177,7 @@ def bench_kernels(
     num_speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens of a request.")] = 12,
     out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/kernels.json"),
 ) -> None:
-    """Measure the kernels with which drafters make their drafts on a GPU. Needs no model."""
+    """Measure the GPU kernels of drafters, without a model."""
     from ....plugins.config import ConfigError
     from ..bench import kernels
 
