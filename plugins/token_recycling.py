@@ -115,7 +115,7 @@ class TokenRecycling(Drafter):
 
     @classmethod
     def device_drafter(cls, options: TokenRecyclingOptions, engine: Engine, limits: DeviceLimits) -> DeviceDrafter:
-        """Return the drafter with its tables on the device; it proposes chains."""
+        """Return the drafter with its tables on the device."""
         from .drafting.token_recycling_device import DeviceTokenRecycling  # needs Triton
 
         return DeviceTokenRecycling(options, engine, limits)
@@ -125,7 +125,7 @@ class TokenRecycling(Drafter):
         """Refuse the static tree."""
         if options.shape == "template":
             raise Unsupported(
-                cls.name, "the V2 model runner verifies chains, no static trees", "remove shape=template", engine.model
+                cls.name, "on the V2 model runner trees are dynamic", "remove shape=template", engine.model
             )
 
     def __init__(self, options: TokenRecyclingOptions, engine: Engine) -> None:

@@ -109,9 +109,9 @@ def merge_tree_splits_kernel(
     """Merge the splits of one tree token and head by log-sum-exp."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tl.load(rows + row).to(tl.int64)
-    d = tl.arange(0, HEAD_SIZE_PADDED)
-    base = (row * HEADS + head) * count
-    merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)
-    tl.store(
-        output + token * output_stride + head * HEAD_SIZE + d, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE
-    )
+    if token >= 0:
+        d = tl.arange(0, HEAD_SIZE_PADDED)
+        base = (row * HEADS + head) * count
+        merged = merge_splits(parts, tops, totals, base, count, d, HEAD_SIZE, HEAD_SIZE_PADDED, SPLITS_AT_ONCE)
+        to = output + token * output_stride + head * HEAD_SIZE + d
+        tl.store(to, merged.to(output.dtype.element_ty), mask=d < HEAD_SIZE)

@@ -21,6 +21,8 @@ from .paged_decode import DTYPES, CacheView, PromptSpans, cache_view, checked_ca
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_DEVICE_NODES = 63  # of a tree whose shape only the device knows: a row of its attention mask has 64 bits
+
 
 @functools.cache
 def load_tree_library() -> ctypes.CDLL:

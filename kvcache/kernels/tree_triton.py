@@ -20,6 +20,8 @@ from .tree import pack_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .device_tree_triton import TreeBatchView
+
 CONFIGS = KernelConfigs(
     KernelConfig(256, 64, num_warps=8, num_stages=2),
     KernelConfig(128, 64, num_warps=8, num_stages=2),
@@ -56,7 +58,12 @@ class TritonTreeBatch:
 
 
 def tree_attention(
-    query: "Tensor", cache: "Tensor", block_table: "Tensor", trees: TritonTreeBatch, scale: float, output: "Tensor"
+    query: "Tensor",
+    cache: "Tensor",
+    block_table: "Tensor",
+    trees: "TritonTreeBatch | TreeBatchView",
+    scale: float,
+    output: "Tensor",
 ) -> None:
     """Compute the attention of the trees' tokens, and write their rows of ``output``; see `tree.tree_attention`.
 

@@ -38,6 +38,11 @@ class DeviceBatch:
         positions: [n] int64 position in its text.
         candidate_ids: [n, k] int64 most probable next tokens, best first.
         candidate_probs: [n, k] float32 probabilities of these tokens, normalised over the k candidates.
+        parents: [n] int32 where draft tokens form trees: index, among the request's positions, of the one before each
+            in the tree; -1 for the first. None where they form chains.
+        accepted: [n] bool whether each position was accepted, where draft tokens form trees; else None.
+        chain_only: [max_num_reqs] bool, where draft tokens form trees: whether those of a request must form a chain,
+            because its sampling parameters depend on the tokens before. Else None.
     """
 
     num_requests: int
@@ -51,6 +56,9 @@ class DeviceBatch:
     positions: "Tensor"
     candidate_ids: "Tensor"
     candidate_probs: "Tensor"
+    parents: "Tensor | None" = None
+    accepted: "Tensor | None" = None
+    chain_only: "Tensor | None" = None
 
     @property
     def texts(self) -> tuple["Tensor", int, "Tensor", "Tensor"]:
@@ -67,12 +75,14 @@ class DeviceLimits:
         max_num_reqs: Number of requests that the engine runs at once; each ``req_idx`` is below it.
         num_speculative_tokens: Number of draft tokens of a request and step.
         max_model_len: Largest number of tokens of a text.
+        trees: Whether draft tokens form trees.
     """
 
     device: "torch.device"
     max_num_reqs: int
     num_speculative_tokens: int
     max_model_len: int
+    trees: bool = False
 
 
 class DeviceDrafter(ABC):
@@ -87,11 +97,15 @@ class DeviceDrafter(ABC):
         scores: [requests, K] float32 estimated probability that a draft token of the last `propose` is accepted, with
             all before it, on the device. vLLM's adaptive verification allocates draft tokens by them. None if the
             drafter does not estimate them.
+        parents: [requests, K] int32 parent of each draft token of the last `propose`, on the device: an index of an
+            earlier draft token, or -1 for the last token of the text. None if the drafter proposes chains. The engine
+            may verify fewer than K tokens, the first ones.
     """
 
     candidates: int = 8
     state_path: str | None = None
     scores: "Tensor | None" = None
+    parents: "Tensor | None" = None
 
     @property
     @abstractmethod
@@ -114,10 +128,10 @@ class DeviceDrafter(ABC):
 
     @abstractmethod
     def propose(self, batch: DeviceBatch) -> "Tensor":
-        """Propose chains of draft tokens; it must not wait for the device.
+        """Propose chains or trees of draft tokens; it must not wait for the device.
 
         Returns:
-            [requests, K] int64 token ids. Where a chain ends early, any valid token ids follow.
+            [requests, K] int64 token ids. Where a draft ends early, any valid token ids follow.
         """
 
     @abstractmethod

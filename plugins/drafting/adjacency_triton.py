@@ -12,6 +12,7 @@ import triton
 
 from ..contracts import DeviceBatch
 from . import programs_adjacency_triton as kernels
+from . import programs_drafts_triton as drafts_kernels
 from .adjacency_table import (
     BIN_EDGES,
     FROM_TEXT,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BEAMS = 4  # beams of the search for a chain
+TREE_BEAMS = 8  # and for a tree
+MAX_DEPTH = 12  # of a tree of the table's candidates
+MAX_CHAIN_DEPTH = 24  # of a tree that contains a chain of another source
+TILE = 64  # candidates of a tree that a program sorts
 MOST_FOLLOWERS = 4096  # occurrences of a context in a prompt that priming reads, the latest ones
 BLOCK = 256  # elements of a program
 
@@ -110,6 +115,8 @@ class DeviceAdjacencyTables:
             batch.cu_num_logits,
             batch.input_ids,
             batch.positions,
+            batch.parents,
+            batch.accepted,
             self._owners,
             self._tokens,
             self._confidence,
@@ -123,6 +130,7 @@ class DeviceAdjacencyTables:
             self._vocab,
             self._hashed,
             MAX_NUM_LOGITS=batch.max_num_logits,
+            TREES=batch.parents is not None,
             **self.constants,
         )
         num_rates = self._rate.numel()
@@ -143,6 +151,7 @@ class DeviceAdjacencyTables:
             EDGES_PADDED=triton.next_power_of_2(len(BIN_EDGES)),
             MAX_NUM_LOGITS=batch.max_num_logits,
             **self._shape,
+            TREES=batch.parents is not None,
             LIMIT=MAX_SEEN,
             BLOCK=BLOCK,
         )
@@ -195,7 +204,7 @@ class DeviceAdjacencyTables:
             scores: [requests, steps] float32, contiguous; output.
         """
         steps = drafts.shape[1]
-        kernels.propose_chain_kernel[(batch.num_requests,)](
+        drafts_kernels.propose_chain_kernel[(batch.num_requests,)](
             *batch.texts,
             *self.arguments,
             drafts,
@@ -204,6 +213,59 @@ class DeviceAdjacencyTables:
             NUM_SPEC_TOKENS_PADDED=triton.next_power_of_2(steps),
             BEAMS=BEAMS,
             **self.constants,
+        )
+
+    def propose_trees(
+        self,
+        batch: DeviceBatch,
+        drafts: "Tensor",
+        parents: "Tensor",
+        scores: "Tensor",
+        chain: "tuple[Tensor, Tensor] | None" = None,
+    ) -> None:
+        """Propose a tree for each request of the batch: the nodes of the highest scores, the best first.
+
+        Args:
+            batch: The step; its ``chain_only`` is read.
+            drafts: [requests, steps] int64, contiguous; output.
+            parents: [requests, steps] int32, contiguous; output.
+            scores: [requests, steps] float32, contiguous; output. The probability that a node is accepted.
+            chain: Tokens [requests, steps] int64 of a chain that another source proposes, and their scores, which do
+                not increase, and are 0 after its end. The chain is in the tree, as far as its scores suffice.
+        """
+        steps = drafts.shape[1]
+        depth, k = min(MAX_DEPTH if chain is None else MAX_CHAIN_DEPTH, steps), self._shape["K_PADDED"]
+        shape = batch.num_requests, depth * TREE_BEAMS * k
+        pool_tokens, pool_parents = torch.empty(2, *shape, dtype=torch.int32, device=drafts.device).unbind()
+        pool_scores = torch.empty(shape, dtype=torch.float32, device=drafts.device)
+        chain_tokens, chain_scores = (drafts, scores) if chain is None else chain
+        drafts_kernels.expand_beams_kernel[(batch.num_requests,)](
+            *batch.texts,
+            *self.arguments,
+            batch.chain_only,
+            chain_tokens,
+            chain_scores,
+            pool_tokens,
+            pool_scores,
+            pool_parents,
+            DEPTH=depth,
+            BEAMS=TREE_BEAMS,
+            HAS_CHAIN=chain is not None,
+            NUM_SPEC_TOKENS=steps,
+            **self.constants,
+        )
+        drafts_kernels.select_nodes_kernel[(batch.num_requests, triton.cdiv(shape[1], TILE))](
+            *batch.texts,
+            pool_tokens,
+            pool_scores,
+            pool_parents,
+            drafts,
+            parents,
+            scores,
+            shape[1],
+            NUM_SPEC_TOKENS=steps,
+            ROWS=TILE,
+            COLUMNS=TILE,
         )
 
     def to_host(self, table: int) -> tuple[AdjacencyTable, AcceptanceRates]:

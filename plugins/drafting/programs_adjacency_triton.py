@@ -113,14 +113,22 @@ def refresh_rates(seen, right, rate, block, size, LIMIT: tl.constexpr, BLOCK: tl
 
 
 @jit
-def write_turn(request, j, count, MAX_NUM_LOGITS: tl.constexpr):
+def write_turn(request, j, accepted, MAX_NUM_LOGITS: tl.constexpr):
     """Return the turn of a request's ``j``-th position among all of the step, in the order of `update_rows`.
 
     Requests follow one another; rejected positions come before accepted ones, the first rejected and the deepest
     accepted one last.
     """
-    accepted = j < tl.maximum(count, 1)
     return request * 2 * MAX_NUM_LOGITS + tl.where(accepted, MAX_NUM_LOGITS + j, MAX_NUM_LOGITS - 1 - j)
+
+
+@jit
+def is_accepted(j, count, accepted, logit_idx, TREES: tl.constexpr):
+    """Return whether a request's ``j``-th position was accepted, of which ``count`` tokens were sampled."""
+    if TREES:
+        return tl.load(accepted + logit_idx).to(tl.int32) > 0
+    else:
+        return j < tl.maximum(count, 1)
 
 
 @jit
@@ -129,22 +137,35 @@ def row_context(
     token_ids_stride,
     req_idx,
     input_ids,
+    parents,
     logit_idx,
     j,
     position,
+    depth,
     ORDER: tl.constexpr,
     ORDER_PADDED: tl.constexpr,
+    TREES: tl.constexpr,
 ):
     """Return the context that ends at a request's ``j``-th verified token, [1, ORDER_PADDED].
 
-    Its tokens are the request's verified ones, and before them those of the text.
+    Its tokens are the request's verified ones, and before them those of the text. ``depth`` is the number of the
+    token's ancestors among the verified ones, which is ``j`` in a chain.
     """
     d = tl.arange(0, ORDER_PADDED)
-    of_step = tl.load(input_ids + logit_idx - d, mask=d <= j, other=0)
+    node = j - d
+    if TREES:
+        node = tl.zeros([ORDER_PADDED], tl.int32)
+        ancestor = j
+        for i in tl.static_range(ORDER):
+            node = tl.where(d == i, ancestor, node)
+            ancestor = tl.load(parents + logit_idx - j + ancestor, mask=i < depth, other=0)
+    of_step = tl.load(input_ids + logit_idx - j + node, mask=(d <= depth) & (d < ORDER), other=0)
     before = tl.load(
-        all_token_ids + req_idx * token_ids_stride + position - d, mask=(d > j) & (d < ORDER) & (d <= position), other=0
+        all_token_ids + req_idx * token_ids_stride + position - d,
+        mask=(d > depth) & (d < ORDER) & (d <= position),
+        other=0,
     )
-    return tl.where(d <= j, of_step, before)[None, :]
+    return tl.where(d <= depth, of_step, before)[None, :]
 
 
 @jit
@@ -157,6 +178,8 @@ def count_and_claim_kernel(
     cu_num_logits,
     input_ids,
     positions,
+    parents,  # of positions, and whether they were accepted; read for trees only
+    accepted,
     owners,
     tokens,
     confidences,
@@ -172,6 +195,7 @@ def count_and_claim_kernel(
     ORDER: tl.constexpr,
     ORDER_PADDED: tl.constexpr,
     CONFIDENCES: tl.constexpr,
+    TREES: tl.constexpr,
 ):
     """Count the candidates before a request's ``j``-th sampled token, and claim the rows of its ``j``-th logits.
 
@@ -205,10 +229,22 @@ def count_and_claim_kernel(
         )
     logit_idx = tl.load(cu_num_logits + request) + j
     if logit_idx < tl.load(cu_num_logits + request + 1):
-        turn = write_turn(request, j, count, MAX_NUM_LOGITS)
+        turn = write_turn(request, j, is_accepted(j, count, accepted, logit_idx, TREES), MAX_NUM_LOGITS)
         position = tl.load(positions + logit_idx)
+        depth = (position - tl.load(positions + logit_idx - j)).to(tl.int32)
         context = row_context(
-            all_token_ids, token_ids_stride, req_idx, input_ids, logit_idx, j, position, ORDER, ORDER_PADDED
+            all_token_ids,
+            token_ids_stride,
+            req_idx,
+            input_ids,
+            parents,
+            logit_idx,
+            j,
+            position,
+            depth,
+            ORDER,
+            ORDER_PADDED,
+            TREES,
         )
         for i in tl.static_range(ORDER):
             key = context_keys(context, i + 1)
@@ -227,6 +263,8 @@ def write_and_refresh_kernel(
     cu_num_logits,
     input_ids,
     positions,
+    parents,  # of positions, and whether they were accepted; read for trees only
+    accepted,
     owners,
     tokens,
     confidences,
@@ -250,6 +288,7 @@ def write_and_refresh_kernel(
     ORDER_PADDED: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    TREES: tl.constexpr,
 ):
     """Write the model's top-k tokens at each verified position to the rows that it owns, and release them.
 
@@ -264,10 +303,23 @@ def write_and_refresh_kernel(
     if logit_idx < tl.load(cu_num_logits + request + 1):
         req_idx = tl.load(idx_mapping + request).to(tl.int64)
         table = tl.load(table_of_request + req_idx).to(tl.int64)
-        turn = write_turn(request, j, tl.load(num_sampled + request), MAX_NUM_LOGITS)
+        was_accepted = is_accepted(j, tl.load(num_sampled + request), accepted, logit_idx, TREES)
+        turn = write_turn(request, j, was_accepted, MAX_NUM_LOGITS)
         position = tl.load(positions + logit_idx)
+        depth = (position - tl.load(positions + logit_idx - j)).to(tl.int32)
         context = row_context(
-            all_token_ids, token_ids_stride, req_idx, input_ids, logit_idx, j, position, ORDER, ORDER_PADDED
+            all_token_ids,
+            token_ids_stride,
+            req_idx,
+            input_ids,
+            parents,
+            logit_idx,
+            j,
+            position,
+            depth,
+            ORDER,
+            ORDER_PADDED,
+            TREES,
         )
         rank, edge = tl.arange(0, K_PADDED), tl.arange(0, EDGES_PADDED)
         candidate = tl.load(ids + logit_idx * K + rank, mask=rank < K, other=NONE).to(tl.int32)
@@ -376,90 +428,3 @@ def prime_rows_kernel(
         tl.store(tokens + row * K + rank, kept, mask=rank < K)
         tl.store(confidences + row * K + rank, confidence.to(tl.uint8), mask=rank < K)
         tl.store(key_at, key, mask=hashed)
-
-
-@jit
-def propose_chain_kernel(
-    all_token_ids,
-    token_ids_stride,
-    idx_mapping,
-    total_len,
-    table_of_request,
-    tokens,
-    confidences,
-    keys,
-    rate,
-    vocab,
-    num_hashed,
-    drafts,
-    scores,
-    NUM_SPEC_TOKENS: tl.constexpr,
-    NUM_SPEC_TOKENS_PADDED: tl.constexpr,
-    BEAMS: tl.constexpr,
-    K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ORDER: tl.constexpr,
-    ORDER_PADDED: tl.constexpr,
-    CONFIDENCES: tl.constexpr,
-):
-    """Propose the chain of the largest expected number of accepted tokens for one request, by a beam search.
-
-    A beam's score is the probability that all of its tokens are accepted; the sum of the scores along it is the
-    expected number of accepted tokens. Where no row has a candidate, the chain is filled with the last token.
-    """
-    request = tl.program_id(0)
-    req_idx = tl.load(idx_mapping + request).to(tl.int64)
-    table = tl.load(table_of_request + req_idx).to(tl.int64)
-    length = tl.load(total_len + req_idx)
-    beam, d = tl.arange(0, BEAMS), tl.arange(0, ORDER_PADDED)
-    rank, step = tl.arange(0, K_PADDED), tl.arange(0, NUM_SPEC_TOKENS_PADDED)
-    flat = tl.arange(0, BEAMS * K_PADDED)
-    text = all_token_ids + req_idx * token_ids_stride + length - 1
-    tail = tl.load(text - d, mask=(d < ORDER) & (d < length), other=0)
-    context = tl.zeros([BEAMS, ORDER_PADDED], tl.int32) + tail[None, :]
-    score = tl.where(beam == 0, 1.0, 0.0)
-    expected = tl.zeros([BEAMS], tl.float32)
-    path = tl.zeros([BEAMS, NUM_SPEC_TOKENS_PADDED], tl.int32) + tl.load(text)
-    path_score = tl.zeros([BEAMS, NUM_SPEC_TOKENS_PADDED], tl.float32)
-    best = 0.0
-    best_path = tl.zeros([NUM_SPEC_TOKENS_PADDED], tl.int32) + tl.load(text)
-    best_score = tl.zeros([NUM_SPEC_TOKENS_PADDED], tl.float32)
-    for depth in range(NUM_SPEC_TOKENS):
-        row, known = find_rows(context, length + depth, table, keys, vocab, num_hashed, ORDER)
-        at = row[:, None] * K + rank[None, :]
-        candidate = tl.load(tokens + at, mask=(rank < K)[None, :], other=NONE)
-        confidence = tl.load(confidences + at, mask=(rank < K)[None, :], other=0).to(tl.int32)
-        cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
-        open_ = (candidate != NONE) & (score > 0.0)[:, None]
-        after = score[:, None] * tl.load(rate + cell, mask=open_, other=0.0)
-        left = tl.reshape(tl.where(open_, after, -1.0), [BEAMS * K_PADDED])
-        named = tl.reshape(candidate, [BEAMS * K_PADDED])
-        new_score = tl.zeros([BEAMS], tl.float32)
-        parent, token = tl.zeros([BEAMS], tl.int32), tl.zeros([BEAMS], tl.int32)
-        for i in tl.static_range(BEAMS):
-            top = tl.argmax(left, axis=0)
-            new_score = tl.where(beam == i, tl.maximum(tl.max(left, axis=0), 0.0), new_score)
-            parent = tl.where(beam == i, top // K_PADDED, parent)
-            token = tl.where(beam == i, tl.sum(tl.where(flat == top, named, 0), axis=0), token)
-            left = tl.where(flat == top, -1.0, left)
-        # Each beam continues its parent.
-        of_parent = parent[:, None] == beam[None, :]
-        score = new_score
-        expected = tl.sum(tl.where(of_parent, expected[None, :], 0.0), axis=1) + score
-        path = tl.sum(tl.where(of_parent[:, :, None], path[None, :, :], 0), axis=1)
-        path = tl.where((step == depth)[None, :], token[:, None], path)
-        path_score = tl.sum(tl.where(of_parent[:, :, None], path_score[None, :, :], 0.0), axis=1)
-        path_score = tl.where((step == depth)[None, :], score[:, None], path_score)
-        context = tl.sum(tl.where(of_parent[:, :, None], context[None, :, :], 0), axis=1)
-        is_next = d[None, :, None] + 1 == d[None, None, :]
-        context = tl.sum(tl.where(is_next, context[:, :, None], 0), axis=1)
-        context = tl.where((d == 0)[None, :], token[:, None], context)
-        # The expected number grows along a beam, so the best of all depths is seen even if a beam ends.
-        most, winner = tl.max(expected, axis=0), tl.argmax(expected, axis=0)
-        is_winner = (beam == winner)[:, None]
-        best_path = tl.where(most > best, tl.sum(tl.where(is_winner, path, 0), axis=0), best_path)
-        best_score = tl.where(most > best, tl.sum(tl.where(is_winner, path_score, 0.0), axis=0), best_score)
-        best = tl.maximum(most, best)
-    to = request * NUM_SPEC_TOKENS + step
-    tl.store(drafts + to, best_path.to(tl.int64), mask=step < NUM_SPEC_TOKENS)
-    tl.store(scores + to, best_score, mask=step < NUM_SPEC_TOKENS)

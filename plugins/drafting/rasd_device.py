@@ -1,11 +1,11 @@
 """RASD with its texts, counts and drafts on the device; see `rasd`.
 
 Of each source, the continuations of the longest match are found as on the host. They are fused with the rows of Token
-Recycling's table along one chain, see `fusion_triton`.
+Recycling's table along one chain, see `fusion_triton`. A tree consists of this chain and of candidates of the table.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ BLOCK = 256  # elements of a program
 
 
 class DeviceRASD(DeviceDrafter):
-    """Drafts chains from retrieved text, fused with the tables of Token Recycling, on the device.
+    """Drafts chains or trees from retrieved text, fused with the tables of Token Recycling, on the device.
 
     Args:
         options: Options of RASD.
@@ -57,6 +57,8 @@ class DeviceRASD(DeviceDrafter):
         self._chains = ids(reqs, self._steps)
         self._drafts = torch.zeros(reqs, self._steps, dtype=torch.int64, device=device)
         self._scores = self.scores = torch.zeros(reqs, self._steps, dtype=torch.float32, device=device)
+        self._trees = _TreeBuffers.like(self._drafts, self._scores) if limits.trees else None
+        self.parents = None if self._trees is None else self._trees.parents
         counts = acceptance_counts.make_acceptance_counts(sources)
         self._num_verified, self._num_accepted = (torch.from_numpy(c).to(device) for c in counts)
         self._edges = [
@@ -75,6 +77,7 @@ class DeviceRASD(DeviceDrafter):
     def nbytes(self) -> int:
         """Bytes of device memory that the drafter holds."""
         own = self._followers, self._lengths, self._predicted, self._cells, self._chains, self._drafts, self._scores
+        own += self._trees or ()
         outputs = 0 if self._outputs is None else self._outputs.ring.nbytes
         base = 0 if self._base is None else self._base.nbytes
         return base + outputs + sum(t.nbytes for t in own) + sum(s.nbytes for s in self._searches)
@@ -108,9 +111,11 @@ class DeviceRASD(DeviceDrafter):
         )
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
-        """Return the base drafter's chains, or those fused with the continuations retrieved for a request."""
+        """Return the base drafter's drafts, or those fused with the continuations retrieved for a request."""
         drafts, self.scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
-        if self._base is not None:
+        if self._trees is not None:
+            self.scores.zero_()  # where nothing is retrieved, there is no chain
+        elif self._base is not None:
             drafts, self.scores = self._base.propose(batch), self._base.scores
         for search, followers, lengths in zip(
             self._searches, self._followers.unbind(), self._lengths.unbind(), strict=True
@@ -144,6 +149,11 @@ class DeviceRASD(DeviceDrafter):
             SHARE_EDGES_PADDED=len(self._edges[1]),
             **self._tables.constants,
         )
+        if self._trees is None:
+            return drafts
+        chain = drafts, self.scores
+        drafts, self.scores, self.parents = (buffer[: batch.num_requests] for buffer in self._trees)
+        self._tables.propose_trees(batch, drafts, self.parents, self.scores, chain)
         return drafts
 
     def finish(self, req_idx: int, text: "Tensor", total_len: "Tensor") -> None:
@@ -158,6 +168,17 @@ class DeviceRASD(DeviceDrafter):
         """Write the base drafter's state."""
         if self._base is not None:
             self._base.save(path)
+
+
+class _TreeBuffers(NamedTuple):
+    drafts: "Tensor"
+    scores: "Tensor"
+    parents: "Tensor"
+
+    @classmethod
+    def like(cls, drafts: "Tensor", scores: "Tensor") -> "_TreeBuffers":
+        """Allocate buffers of these shapes."""
+        return cls(torch.zeros_like(drafts), torch.zeros_like(scores), torch.zeros_like(drafts, dtype=torch.int32))
 
 
 def _padded(edges: np.ndarray, filler: float) -> np.ndarray:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DeviceTokenRecycling(DeviceDrafter):
-    """Drafts chains from the top-k tokens of previous steps, on the device.
+    """Drafts chains or trees from the top-k tokens of previous steps, on the device.
 
     Args:
         options: Options of Token Recycling.
@@ -43,13 +43,16 @@ class DeviceTokenRecycling(DeviceDrafter):
         shape = limits.max_num_reqs, limits.num_speculative_tokens
         self._drafts = torch.zeros(shape, dtype=torch.int64, device=limits.device)
         self._scores = self.scores = torch.zeros(shape, dtype=torch.float32, device=limits.device)
+        self._parents = torch.zeros(shape, dtype=torch.int32, device=limits.device) if limits.trees else None
+        self.parents = self._parents
         if options.state_path is not None and Path(options.state_path).exists():
             self.tables.from_host(0, *adjacency_state.read_state(Path(options.state_path), options, engine))
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the drafter holds."""
-        return self.tables.nbytes + self._drafts.nbytes + self._scores.nbytes
+        parents = 0 if self._parents is None else self._parents.nbytes
+        return self.tables.nbytes + self._drafts.nbytes + self._scores.nbytes + parents
 
     def start(self, req_idx: int, prompt: "Tensor", tenant: str | None = None) -> None:
         """Assign the request its table, and prime it from the prompt."""
@@ -87,9 +90,13 @@ class DeviceTokenRecycling(DeviceDrafter):
         self.tables.update(batch)
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
-        """Propose for each request the chain of the largest expected number of accepted tokens."""
+        """Propose for each request the chain or tree of the largest expected number of accepted tokens."""
         drafts, self.scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
-        self.tables.propose_chains(batch, drafts, self.scores)
+        if self._parents is None:
+            self.tables.propose_chains(batch, drafts, self.scores)
+        else:
+            self.parents = self._parents[: batch.num_requests]
+            self.tables.propose_trees(batch, drafts, self.parents, self.scores)
         return drafts
 
     def save(self, path: Path) -> None:

@@ -53,7 +53,7 @@ def compiled_launches(compute_capability: int = 90) -> Iterator[dict[str, int]]:
         parameters = {p.name: p for p in self.params}
         values = dict(zip(parameters, args, strict=False)) | {k: v for k, v in kwargs.items() if k in parameters}
         options = {k: v for k, v in kwargs.items() if k not in parameters}
-        constants = {name: value for name, value in values.items() if parameters[name].is_constexpr}
+        constants = {n: value for n, value in values.items() if parameters[n].is_constexpr or value is None}
         types = {n: "constexpr" if n in constants else type_of(values[n]) for n in parameters}
         target = GPUTarget("cuda", compute_capability, 32)
         compiled = compile(ASTSource(self, types, constants), target=target, options=options)
@@ -66,14 +66,14 @@ def compiled_launches(compute_capability: int = 90) -> Iterator[dict[str, int]]:
         JITFunction.run = original
 
 
-def compiled_kernels(script: str, folder: Path) -> list[str]:
+def compiled_kernels(script: str, folder: Path | None = None) -> list[str]:
     """Run a script that prints the sorted names of the kernels which it launched in `compiled_launches`.
 
     Args:
-        script: Python code; it can import this module, and the test modules of a folder.
-        folder: The folder.
+        script: Python code; it can import the modules of this folder, and those of another one.
+        folder: The other folder.
     """
-    paths = os.pathsep.join(map(str, [folder, Path(__file__).parent]))
+    paths = os.pathsep.join(str(path) for path in (folder, Path(__file__).parent) if path is not None)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**environment, "PYTHONPATH": paths}

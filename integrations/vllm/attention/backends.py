@@ -24,6 +24,10 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
 
             return TreeCPUBackend
         if name in ("TRITON_ATTN", "FLASH_ATTN"):  # both use our kernels
+            if getattr(vllm_config, "use_v2_model_runner", False):
+                from .tree.device import DeviceTreeBackend
+
+                return DeviceTreeBackend
             from .tree.triton import TreeTritonBackend
 
             return TreeTritonBackend

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from ....kvcache.kernels.tree import MAX_DEVICE_NODES
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
 from ....plugins.contracts import Drafter, Unsupported
 from ..attention.compatibility import check_attention
@@ -10,7 +11,8 @@ from ..engine.selection import DEVICE_METHOD, PROPOSER_CLASS, Attachment, is_pil
 
 V1_RUNNER = "set VLLM_USE_V2_MODEL_RUNNER=0"
 NO_DEVICE_DRAFTER = "the drafter has no counterpart on the device, which the V2 model runner needs", V1_RUNNER
-DEVICE_DRAFT_TOKENS = (12, 5, 2, 1)  # few, since vLLM captures CUDA graphs for each
+NO_DEVICE_TREES = "on the V2 model runner the drafter proposes chains only", "use verification=chain"
+DEVICE_DRAFT_TOKENS = {"chain": (12, 5, 2, 1), "tree": (48, 24, 8, 2)}  # few, since vLLM captures CUDA graphs for each
 # A step with fewer tokens reads weights for longer than it computes, in bfloat16 on an A100 (156) to an H100 (295).
 MEMORY_BOUND_TOKENS = 192
 DRAFT_MODEL_CONFIG = json.dumps({"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 8})
@@ -28,7 +30,9 @@ def default_draft_tokens(drafter: Any, verification: Verification) -> int:
     return drafter.default_nodes if verification.nodes is None else max(verification.nodes, 1)
 
 
-def device_speculation(drafter: Any, num_speculative_tokens: int | None = None) -> dict[str, Any]:
+def device_speculation(
+    drafter: Any, verification: str = "chain", num_speculative_tokens: int | None = None
+) -> dict[str, Any]:
     """Return the ``speculative_config`` of a drafter on the V2 model runner.
 
     There every request of a step has the same number of draft tokens. Up to some number of tokens a step takes the time
@@ -37,9 +41,10 @@ def device_speculation(drafter: Any, num_speculative_tokens: int | None = None) 
     if num_speculative_tokens is not None:
         return {"method": DEVICE_METHOD, "num_speculative_tokens": num_speculative_tokens}
     schedule, first = [], 1
-    for tokens in DEVICE_DRAFT_TOKENS:
+    most = drafter.default_depth if verification == "chain" else drafter.default_nodes
+    for tokens in DEVICE_DRAFT_TOKENS[verification]:
         last = MEMORY_BOUND_TOKENS // (tokens + 1)
-        schedule.append([first, last, min(tokens, drafter.default_depth)])
+        schedule.append([first, last, min(tokens, most)])
         first = last + 1
     return {
         "method": DEVICE_METHOD,
@@ -111,12 +116,8 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
     plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
     if not has_device_drafter(cls):
         raise Unsupported(plugin, *NO_DEVICE_DRAFTER, model)
-    if config.verification.verification == "tree":
-        raise Unsupported(
-            plugin, "the V2 model runner verifies chains, no trees", "use verification=chain, or " + V1_RUNNER, model
-        )
     if speculative is None or speculative.method != DEVICE_METHOD:
-        value = json.dumps(device_speculation(cls))
+        value = json.dumps(device_speculation(cls, config.verification.verification))
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the V2 model runner would not call it; "
             f"set --speculative-config '{value}', or {V1_RUNNER}"
@@ -141,6 +142,31 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
             "each rank would see the logits of its own requests only",
             "omit --enable-batch-sharded-sampling",
             model,
+        )
+    if config.verification.verification == "tree":
+        _check_device_trees(plugin, vllm_config)
+
+
+def _check_device_trees(plugin: str, vllm_config: Any) -> None:
+    """Check what the V2 model runner needs in addition to verify trees."""
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    if speculative.num_speculative_tokens > MAX_DEVICE_NODES:
+        raise Unsupported(
+            plugin,
+            f"trees have at most {MAX_DEVICE_NODES} nodes on the V2 model runner",
+            f"set num_speculative_tokens to {MAX_DEVICE_NODES} or less",
+            model.model,
+        )
+    if speculative.enable_adaptive_verification:
+        raise Unsupported(
+            plugin,
+            "adaptive verification cuts chains, and the draft tokens form trees",
+            "remove enable_adaptive_verification from --speculative-config, or use verification=chain",
+            model.model,
+        )
+    if getattr(model, "return_sampling_mask", False):
+        raise Unsupported(
+            plugin, "sampling masks are returned for chains only", "omit --return-sampling-mask", model.model
         )
 
 

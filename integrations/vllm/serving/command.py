@@ -137,7 +137,8 @@ def _drafter_arguments(
     check_engine(cls, options, model, depth, config.allow_untested_vllm)
     if not over_model:
         if on_device:
-            speculation = compatibility.device_speculation(cls, num_speculative_tokens)
+            verification = config.verification.verification
+            speculation = compatibility.device_speculation(cls, verification, num_speculative_tokens)
         else:
             method = {"method": "custom_class", "model": selection.PROPOSER_CLASS}
             speculation = {**method, "num_speculative_tokens": depth}

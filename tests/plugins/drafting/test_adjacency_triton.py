@@ -5,19 +5,18 @@ The kernels are interpreted if there is no GPU.
 
 import importlib
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adjacency_steps import BITS, DEVICE, ORDER, SLOTS, VOCAB, K, Step, as_ids, assert_same, fast, few, steps
 from ahead_of_time import compiled_kernels
 from device_wait import DeviceWaitError, no_device_wait
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pilotfish.plugins.contracts import ROOT, DeviceBatch
 from pilotfish.plugins.drafting import adjacency
 from pilotfish.plugins.drafting.adjacency_table import make_acceptance_rates, make_adjacency_table
 
@@ -26,10 +25,6 @@ pytestmark = [
     # From NumPy, in Triton's interpreter: a hash wraps.
     pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value"),
 ]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB, K, ORDER, BITS = 20, 3, 3, 5  # few hashed rows, so that contexts collide
-SLOTS, LENGTH = 4, 64
-fast = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -40,87 +35,6 @@ def kernels(interpreted_triton: None) -> ModuleType:
 
 def make_tables(kernels: ModuleType, num_tables: int = 1, order: int = ORDER) -> Any:
     return kernels.DeviceAdjacencyTables(VOCAB, K, order, BITS, num_tables, SLOTS, DEVICE)
-
-
-def assert_same(device: Any, host: tuple[Any, Any], table: int = 0) -> None:
-    """The tokens, their confidence and the owners of all rows are the same, and so are the acceptance rates."""
-    rows, rates = device.to_host(table)
-    np.testing.assert_array_equal(rows.tokens, host[0].tokens)
-    held = rows.tokens >= 0
-    np.testing.assert_array_equal(rows.confidence[held], host[0].confidence[held])
-    np.testing.assert_array_equal(rows.keys, host[0].keys)
-    for ours, theirs in zip(rates, host[1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-
-
-class Step:
-    """A verified step of some requests, for both implementations."""
-
-    def __init__(self, texts: list[list[int]], drafts: list[list[int]], sampled: list[list[int]], seed: int) -> None:
-        """Begin with the texts before the step; ``sampled`` holds the tokens that the step appends to each."""
-        random = np.random.default_rng(seed)
-        self.texts, self.sampled = texts, sampled
-        self.inputs = [[text[-1], *draft] for text, draft in zip(texts, drafts, strict=True)]
-        sizes = [len(i) for i in self.inputs]
-        self.starts = np.cumsum([0, *sizes])
-        n = int(self.starts[-1])
-        self.ids = np.stack([random.permutation(VOCAB)[:K] for _ in range(n)]).astype(np.int64)
-        self.probs = -np.sort(-random.dirichlet(np.ones(K), n).astype(np.float32), axis=1)
-
-    def on_host(self, tables: list[tuple[Any, Any]], order: int = ORDER) -> None:
-        # The device learns from all requests at once, and the host from one after the other.
-        for (rows, rates), text, tokens in zip(tables, self.texts, self.sampled, strict=True):
-            if tokens:
-                adjacency.update_acceptance_rates(rows, rates, order, as_ids(text), as_ids(tokens))
-        for i, (rows, _) in enumerate(tables):
-            inputs = self.inputs[i]
-            part = slice(self.starts[i], self.starts[i + 1])
-            accepted = np.arange(len(inputs)) < max(len(self.sampled[i]), 1)
-            parents = np.arange(ROOT, len(inputs) - 1, dtype=np.int32)
-            context = as_ids(self.texts[i][:-1])
-            arguments = as_ids(inputs), parents, accepted, self.ids[part].astype(np.int32), self.probs[part]
-            adjacency.update_rows(rows, order, context, *arguments)
-
-    def on_device(self, slots: list[int], width: int) -> DeviceBatch:
-        texts, lengths = torch.zeros(SLOTS, LENGTH, dtype=torch.int32), torch.zeros(SLOTS, dtype=torch.int32)
-        positions = []
-        for slot, text, tokens, inputs in zip(slots, self.texts, self.sampled, self.inputs, strict=True):
-            whole = [*text, *tokens]
-            texts[slot, : len(whole)] = torch.tensor(whole)
-            lengths[slot] = len(whole)
-            positions += range(len(text) - 1, len(text) - 1 + len(inputs))
-        tensors: dict[str, torch.Tensor] = {
-            "idx_mapping": torch.tensor(slots),
-            "all_token_ids": texts,
-            "total_len": lengths,
-            "num_sampled": torch.tensor([len(s) for s in self.sampled], dtype=torch.int32),
-            "cu_num_logits": torch.tensor(self.starts, dtype=torch.int32),
-            "input_ids": torch.tensor([t for i in self.inputs for t in i], dtype=torch.int32),
-            "positions": torch.tensor(positions),
-            "candidate_ids": torch.from_numpy(self.ids),
-            "candidate_probs": torch.from_numpy(self.probs),
-        }
-        return DeviceBatch(len(slots), width, **{name: t.to(DEVICE) for name, t in tensors.items()})
-
-
-def as_ids(tokens: list[int]) -> np.ndarray:
-    return np.array(tokens, np.int32)
-
-
-tokens = st.integers(0, VOCAB - 1)
-few = st.integers(0, 3)  # so that rows and contexts repeat
-
-
-@st.composite
-def steps(draw: st.DrawFn) -> Step:
-    count = draw(st.integers(1, 3))
-    texts = [draw(st.lists(few, min_size=1, max_size=12)) for _ in range(count)]
-    drafts = [draw(st.lists(few, max_size=4)) for _ in range(count)]
-    sampled = []
-    for draft in drafts:
-        right = draw(st.integers(0, len(draft)))
-        sampled.append(draw(st.sampled_from([[*draft[:right], draw(tokens)], []])))
-    return Step(texts, drafts, sampled, draw(st.integers(0, 1 << 30)))
 
 
 @fast
@@ -240,8 +154,8 @@ def test_the_check_finds_a_wait(read: str) -> None:
 
 COMPILE = """
 import torch
+from adjacency_steps import Step, TreeStep
 from ahead_of_time import compiled_launches
-from test_adjacency_triton import Step
 from pilotfish.plugins.drafting.adjacency_triton import DeviceAdjacencyTables
 from pilotfish.plugins.drafting.top_k_triton import top_k_probs
 with compiled_launches() as sizes:
@@ -249,16 +163,20 @@ with compiled_launches() as sizes:
     device.prime_from_text(0, torch.zeros(9, dtype=torch.int32))
     batch = Step([[1, 2, 3]], [[1]], [[1, 2]], 0).on_device([0], width=13)
     device.update(batch)
-    device.propose_chains(batch, torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 12))
+    drafts, scores = torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 12)
+    device.propose_chains(batch, drafts, scores)
+    batch = TreeStep([[1, 2, 3]], [([1, 2], [-1, -1])], [[1, 2]], 0).on_device([0], width=13)
+    device.update(batch)
+    device.propose_trees(batch, drafts, drafts.int(), scores, chain=(drafts, scores))
     top_k_probs(torch.zeros(2, 128_256, dtype=torch.bfloat16), 8)
 print(sorted(sizes))
 """
 
 
 def test_kernels_compile_for_a_gpu() -> None:
-    compiled = compiled_kernels(COMPILE, Path(__file__).parent)
-    from pilotfish.plugins.drafting import programs_adjacency_triton, top_k_triton
+    compiled = compiled_kernels(COMPILE)
+    from pilotfish.plugins.drafting import programs_adjacency_triton, programs_drafts_triton, top_k_triton
 
-    modules = programs_adjacency_triton, top_k_triton
+    modules = programs_adjacency_triton, programs_drafts_triton, top_k_triton
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     assert compiled == sorted(kernels)

@@ -52,7 +52,7 @@ class TreeMetadataBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.scheduled_trees: Sequence[ScheduledTree] = ()
-        self._layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self._layers = attention_layers(vllm_config, layer_names)
         check_tree_layers(vllm_config, self._layers)
         self._slots = torch.empty(0, dtype=torch.int64)
         self._moves: Any = None
@@ -86,10 +86,7 @@ class TreeMetadataBuilder:
             target: Indices of the query tokens whose slots are overwritten.
         """
         if self._moves is None:
-            caches = {
-                layer.kv_cache.data_ptr(): layer.kv_cache for layer in self._layers.values()
-            }  # layers may share a cache
-            self._moves = self.mover(list(caches.values()))
+            self._moves = self.mover(distinct_caches(self._layers))
         self._moves(self._slots[list(source)].long(), self._slots[list(target)].long())
 
 
@@ -146,6 +143,23 @@ def max_error(
     return worst
 
 
+def attention_layers(vllm_config: Any, names: list[str]) -> dict[str, Any]:
+    """Return the attention layers of these names."""
+    return get_layers_from_vllm_config(vllm_config, Attention, names)
+
+
+def distinct_caches(layers: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the caches of layers, which may share one."""
+    return list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers.values()}.values())
+
+
+def no_trees(vllm_config: Any, reason: str, layer: str | None = None) -> Unsupported:
+    """Return the error that says why trees are not supported."""
+    drafter = selection.read_config(vllm_config.additional_config).drafter
+    plugin = "drafter" if drafter is None else drafter.name
+    return Unsupported(plugin, reason, USE_CHAIN, vllm_config.model_config.model, layer)
+
+
 def check_tree_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     """Check that our kernels support all layers.
 
@@ -156,11 +170,9 @@ def check_tree_layers(vllm_config: Any, layers: Mapping[str, Any]) -> None:
     Raises:
         Unsupported: A layer has a feature that our kernels do not support.
     """
-    drafter = selection.read_config(vllm_config.additional_config).drafter
     for name, layer in layers.items():
         reasons = compatibility.unsupported_features(layer.impl, 16)
         if compatibility.has_sliding_window(layer.impl):
             reasons.append("a sliding window")
         if reasons:
-            plugin = "drafter" if drafter is None else drafter.name
-            raise Unsupported(plugin, reasons[0], USE_CHAIN, vllm_config.model_config.model, name)
+            raise no_trees(vllm_config, reasons[0], name)

@@ -17,7 +17,8 @@ from ...engine.selection import Attachment, attach
 from .. import compatibility
 from ..request_options import tenant_of
 from ..state_saver import StateSaver
-from .verification import replace_verification
+from .tree_verification import DeviceTreeVerifier, takes_trees
+from .verification import accept_chains, replace_verification
 
 logger = log.logger
 
@@ -32,6 +33,7 @@ class PilotfishSpeculator(BaseSpeculator):
         runner: vLLM's model runner.
         drafting: The attached drafter.
         drafter: The drafter's counterpart on the device.
+        trees: Verification of its trees; None if it proposes chains.
 
     Attributes:
         drafter: The device drafter.
@@ -42,8 +44,10 @@ class PilotfishSpeculator(BaseSpeculator):
     supports_mm_inputs = False
     draft_logits = None  # the draft distribution is one-hot
 
-    def __init__(self, runner: Any, drafting: Attachment, drafter: DeviceDrafter) -> None:
-        self.drafter = drafter
+    def __init__(
+        self, runner: Any, drafting: Attachment, drafter: DeviceDrafter, trees: DeviceTreeVerifier | None = None
+    ) -> None:
+        self.drafter, self._trees = drafter, trees
         self.counts = {"steps": 0, "requests": 0}
         self.running: set[int] = set()
         # vLLM measures step times at start then, and verifies the draft tokens that are worth their time.
@@ -56,9 +60,12 @@ class PilotfishSpeculator(BaseSpeculator):
         path = drafter.state_path
         self._saver = None if path is None else StateSaver(drafter, Path(path))
         self._wrap_runner()
+        if trees is not None:
+            trees.attach()
+        nbytes = drafter.nbytes + (0 if trees is None else trees.trees.nbytes)
         how = (
-            f"speculator of the V2 runner, {self._steps} draft tokens per request and step, "
-            f"{drafter.nbytes / 2**20:,.0f} MiB on the device"
+            f"speculator of the V2 runner, {'chains' if trees is None else 'trees'} of {self._steps} draft tokens per "
+            f"request and step, {nbytes / 2**20:,.0f} MiB on the device"
         )
         logger.info("%s", log.start_up_table("drafter", drafting, how))
 
@@ -84,7 +91,9 @@ class PilotfishSpeculator(BaseSpeculator):
         def load_model_and_replace_verification(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
             if runner.rejection_sampler is not None:
-                replace_verification(runner.rejection_sampler)
+                replace_verification(runner.rejection_sampler, self._accept)
+                if self._trees is not None:
+                    self._trees.wrap_rejection_sampler(runner.rejection_sampler)
 
         def sample_and_record(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
             model = runner.model
@@ -96,6 +105,8 @@ class PilotfishSpeculator(BaseSpeculator):
                 return logits
 
             model.compute_logits = compute_logits_and_record
+            if self._trees is not None:
+                self._trees.accepted.clear()
             try:
                 return sample(hidden_states, input_batch, grammar_output)
             finally:
@@ -106,6 +117,8 @@ class PilotfishSpeculator(BaseSpeculator):
             for new in scheduler_output.scheduled_new_reqs:
                 req_idx = self._requests.req_id_to_index[new.req_id]
                 self._waiting[req_idx] = new.prompt_len, tenant_of(new.sampling_params)
+                if self._trees is not None:
+                    self._trees.chain_only[req_idx].fill_(not takes_trees(new.sampling_params, runner.sampler))
 
         def remove_and_finish(request: str) -> bool:
             req_idx = self._requests.req_id_to_index.get(request)
@@ -125,6 +138,13 @@ class PilotfishSpeculator(BaseSpeculator):
         runner.load_model, runner.sample = load_model_and_replace_verification, sample_and_record
         runner.add_requests, runner._remove_request = add_requests_and_start, remove_and_finish
         runner.shutdown = save_and_shutdown
+
+    def _accept(
+        self, sampled: torch.Tensor, drafted: torch.Tensor, cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._trees is not None:
+            return self._trees.accept(sampled, drafted, cu_num_logits, idx_mapping)
+        return accept_chains(sampled, drafted, cu_num_logits, self._steps + 1)
 
     def _record(self, logits: torch.Tensor) -> None:
         """Keep the top-k tokens of all rows; the logits are modified later in the step."""
@@ -154,7 +174,7 @@ class PilotfishSpeculator(BaseSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         """Return the draft tokens of each request of the batch, [requests, K] int64."""
-        del attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_rejected, last_sampled
+        del attn_metadata, last_hidden_states, aux_hidden_states, num_rejected, last_sampled
         del next_prefill_tokens, temperature, seeds, dp_sync_state, skip_attn_for_dummy_run, mm_inputs, is_profile
         del num_speculative_tokens
         if dummy_run or self._candidates is None:
@@ -166,6 +186,11 @@ class PilotfishSpeculator(BaseSpeculator):
         self._waiting.clear()
         ids, probs = self._candidates
         self._candidates = None
+        of_trees: dict[str, torch.Tensor] = {}
+        if self._trees is not None:
+            self._trees.move_accepted(input_batch, slot_mappings)
+            of_trees["parents"], of_trees["accepted"] = self._trees.rows(input_batch)
+            of_trees["chain_only"] = self._trees.chain_only
         batch = DeviceBatch(
             num_requests=input_batch.num_reqs,
             max_num_logits=self._steps + 1,
@@ -178,9 +203,13 @@ class PilotfishSpeculator(BaseSpeculator):
             positions=input_batch.positions[rows],
             candidate_ids=ids,
             candidate_probs=probs,
+            **of_trees,
         )
         self.drafter.observe(batch)
         drafts = self.drafter.propose(batch)
+        if self._trees is not None:
+            assert self.drafter.parents is not None  # `attach_speculator` refuses such a drafter
+            self._trees.trees.parents[batch.idx_mapping] = self.drafter.parents
         if self._saver is not None:
             self._saver.touch()
         self.counts["steps"] += 1
@@ -209,7 +238,9 @@ def attach_speculator(runner: Any) -> None:
     if drafting is None or runner.speculator is None:  # only the last pipeline rank samples
         return
     compatibility.check(drafting, config)
-    limits = DeviceLimits(runner.device, runner.max_num_reqs, runner.num_speculative_steps, runner.max_model_len)
+    sizes = runner.max_num_reqs, runner.num_speculative_steps, runner.max_model_len
+    trees = drafting.config.verification.verification == "tree"
+    limits = DeviceLimits(runner.device, *sizes, trees)
     drafter = drafting.cls.device_drafter(drafting.options, drafting.engine, limits)  # type: ignore[attr-defined]
     if drafter is None:
         raise Unsupported(drafting.name, *compatibility.NO_DEVICE_DRAFTER, drafting.engine.model)
@@ -220,4 +251,7 @@ def attach_speculator(runner: Any) -> None:
             "remove enable_adaptive_verification from --speculative-config",
             drafting.engine.model,
         )
-    runner.speculator = PilotfishSpeculator(runner, drafting, drafter)
+    if trees and drafter.parents is None:
+        raise Unsupported(drafting.name, *compatibility.NO_DEVICE_TREES, drafting.engine.model)
+    verifier = DeviceTreeVerifier(runner) if trees else None
+    runner.speculator = PilotfishSpeculator(runner, drafting, drafter, verifier)

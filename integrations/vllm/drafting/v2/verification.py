@@ -1,4 +1,4 @@
-"""Verification of draft chains by sampling at every position; a seeded request gets the text of stock vLLM.
+"""Verification of drafts by sampling at every position; a seeded request gets the text of stock vLLM.
 
 vLLM's rejection sampler draws a uniform number per draft token, so that a request with a seed gives other text with
 speculation than without. Here a token is sampled at every position, with the noise that vLLM draws for that position
@@ -6,14 +6,23 @@ without speculation, and draft tokens are accepted as long as they equal the sam
 draft distribution is one-hot, so both ways accept a draft token with its probability under the target model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+Accept = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-def replace_verification(rejection_sampler: Any) -> None:
-    """Replace the method of a rejection sampler of vLLM that samples and accepts tokens."""
-    sampler, width = rejection_sampler.sampler, rejection_sampler.num_speculative_steps + 1
+
+def replace_verification(rejection_sampler: Any, accept: Accept) -> None:
+    """Replace the method of a rejection sampler of vLLM that samples and accepts tokens.
+
+    Args:
+        rejection_sampler: vLLM's rejection sampler.
+        accept: Function of the token sampled at each row, the token of each row, the first row of each request, and
+            the index of each request. It returns the accepted tokens and their numbers, as `accept_chains`.
+    """
+    sampler = rejection_sampler.sampler
 
     def verify(
         logits: torch.Tensor,
@@ -40,7 +49,7 @@ def replace_verification(rejection_sampler: Any) -> None:
             seq_lens_upper_bound_np,
             return_logprobs=True,
         )
-        return processed_logits, *accept_chains(sampled, verify_draft_sampled, cu_num_logits, width)
+        return processed_logits, *accept(sampled, verify_draft_sampled, cu_num_logits, idx_mapping)
 
     rejection_sampler._verify = verify
 

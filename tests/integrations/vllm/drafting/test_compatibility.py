@@ -49,11 +49,17 @@ class OnTheHost(TokenRecycling):
     device_drafter = Drafter.device_drafter  # type: ignore[assignment]
 
 
+TREES = PilotfishConfig(verification=Verification("tree"))
+
+
 def check_v2(drafter: Any = TokenRecycling, selection: PilotfishConfig | None = None, **facts: Any) -> None:
-    speculative = SimpleNamespace(method="ngram_gpu", model="ngram_gpu", **facts.pop("speculative", {}))
+    settings = {"num_speculative_tokens": 48, "enable_adaptive_verification": False, **facts.pop("speculative", {})}
+    speculative = SimpleNamespace(method="ngram_gpu", model="ngram_gpu", **settings)
     config = SimpleNamespace(
         speculative_config=facts.pop("speculative_config", speculative),
-        model_config=SimpleNamespace(model="m", enable_prompt_embeds=False, runner_type="generate"),
+        model_config=SimpleNamespace(
+            model="m", enable_prompt_embeds=False, runner_type="generate", return_sampling_mask=facts.pop("mask", False)
+        ),
         parallel_config=SimpleNamespace(enable_batch_sharded_sampling=facts.pop("sharded", False)),
         use_v2_model_runner=True,
     )
@@ -62,13 +68,16 @@ def check_v2(drafter: Any = TokenRecycling, selection: PilotfishConfig | None = 
 
 def test_the_v2_runner_takes_a_drafter_with_a_counterpart_on_the_device() -> None:
     check_v2()
+    check_v2(selection=TREES)
 
 
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
         ({"drafter": OnTheHost}, "on_the_host does not support model m: the drafter has no counterpart on the device"),
-        ({"selection": PilotfishConfig(verification=Verification("tree"))}, "verifies chains, no trees.*or set VLLM"),
+        ({"selection": TREES, "speculative": {"num_speculative_tokens": 64}}, "at most 63 nodes"),
+        ({"selection": TREES, "speculative": {"enable_adaptive_verification": True}}, "adaptive verification cuts"),
+        ({"selection": TREES, "mask": True}, "omit --return-sampling-mask"),
         ({"selection": PilotfishConfig(kv=Selection("quest"))}, "no KV policy together with a drafter"),
         ({"selection": PilotfishConfig(verification=Verification(nodes=4))}, "remove nodes"),
         ({"sharded": True}, "omit --enable-batch-sharded-sampling"),
@@ -86,13 +95,14 @@ def test_the_v2_runner_names_the_method_that_calls_the_drafter(speculative: Any)
         check_v2(speculative_config=speculative)
 
 
+@pytest.mark.parametrize(("verification", "first"), [("chain", 12), ("tree", 48)])
 @pytest.mark.parametrize("drafter", [TokenRecycling, RASD])
-def test_draft_tokens_follow_from_the_number_of_requests(drafter: Any) -> None:
+def test_draft_tokens_follow_from_the_number_of_requests(drafter: Any, verification: str, first: int) -> None:
     utils = pytest.importorskip("vllm.v1.spec_decode.dynamic.utils")
-    config = compatibility.device_speculation(drafter)
+    config = compatibility.device_speculation(drafter, verification)
     most = config["num_speculative_tokens"]
     tokens = utils.build_dynamic_sd_schedule_lookup(config["num_speculative_tokens_per_batch_size"], 512, most)[1:]
-    assert tokens[0] == most == 12
+    assert tokens[0] == most == first
     assert tokens == sorted(tokens, reverse=True)
     for requests, each in enumerate(tokens, 1):
         assert each == 0 or requests * (each + 1) <= compatibility.MEMORY_BOUND_TOKENS

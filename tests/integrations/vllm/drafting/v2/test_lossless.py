@@ -23,21 +23,30 @@ PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in 
 
 
 DRAFTERS: dict[str, dict[str, Any]] = {"rasd": {"outputs": 256}, "token_recycling": {"order": 2}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "chain": {"num_speculative_tokens": 3, "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 1]]},
+    "tree": {"num_speculative_tokens": 9, "num_speculative_tokens_per_batch_size": [[1, 2, 9], [3, 3, 4]]},
+}
 
 
-def drafter_param(name: str, release: str, *marks: pytest.MarkDecorator) -> Any:
+def drafter_param(name: str, verification: str, release: str, *marks: pytest.MarkDecorator) -> Any:
     """Return a fixture's parameter; what the tests show of the drafter goes into the table of compatibility."""
-    shown = pytest.mark.shows(name, "vLLM's V2 model runner")
-    return pytest.param((name, release), id=f"{name}-vllm{release}", marks=[shown, *marks])
+    feature = "vLLM's V2 model runner" + (", trees" if verification == "tree" else "")
+    marks = (*marks, pytest.mark.shows(name, feature), *([pytest.mark.vllm_033] if release == "0.33" else []))
+    return pytest.param((name, verification, release), id=f"{name}-{verification}-vllm{release}", marks=marks)
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        drafter_param("rasd", "0.33", pytest.mark.vllm_033),  # runs Token Recycling's kernels too
-        drafter_param("rasd", "0.32", LONG),
-        drafter_param("token_recycling", "0.33", LONG, pytest.mark.vllm_033),
-        drafter_param("token_recycling", "0.32", LONG),
+        drafter_param("rasd", "chain", "0.33"),  # runs Token Recycling's kernels too
+        drafter_param("rasd", "tree", "0.33"),
+        drafter_param("rasd", "chain", "0.32", LONG),
+        drafter_param("rasd", "tree", "0.32", LONG),
+        drafter_param("token_recycling", "chain", "0.33", LONG),
+        drafter_param("token_recycling", "tree", "0.33", LONG),
+        drafter_param("token_recycling", "chain", "0.32", LONG),
+        drafter_param("token_recycling", "tree", "0.32", LONG),
     ],
 )
 def chosen(request, random_model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,15 +55,11 @@ def chosen(request, random_model) -> tuple[dict[str, Any], dict[str, Any]]:
 
     # vLLM's kernels for sampling run over the vocabulary, and interpreted ones are slow.
     model = random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
-    name, release = request.param
+    name, verification, release = request.param
     common = {"model": model, "runner": "1", "release": release, "skip_tokenizer_init": True, "async_scheduling": True}
     return common, {
-        "speculative_config": {
-            "method": "ngram_gpu",
-            "num_speculative_tokens": 3,
-            "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 3, 1]],
-        },
-        "additional_config": {"pilotfish": {"drafter": {"name": name, **DRAFTERS[name]}}},
+        "speculative_config": {"method": "ngram_gpu", **SHAPES[verification]},
+        "additional_config": {"pilotfish": {"drafter": {"name": name, "verification": verification, **DRAFTERS[name]}}},
     }
 
 
