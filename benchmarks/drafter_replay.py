@@ -126,7 +126,7 @@ class DrafterReplay:
         self._observe(name, request, at - 1, at, _EMPTY, [])
         while at < len(text):
             tree = self._draft(name, request, at, record)
-            accepted = _accepted_path(tree, text[at:])
+            accepted = accepted_path(tree, text[at:])
             end = at + min(len(accepted) + 1, len(text) - at)
             seconds = cost(1 + len(tree))
             result.add(end - at, len(tree), seconds)
@@ -142,7 +142,7 @@ class DrafterReplay:
         room = NODES if self.bound == "tree" else most if self.nodes else 4 * self.depth
         tree = self.drafter.propose([DraftRequest(name, text[:at], most)], DraftBudget(room, self.depth))[0]
         if self.bound == "tree":
-            return chain_of(tree, np.array(_accepted_path(tree, text[at:]), np.int32))
+            return chain_of(tree, np.array(accepted_path(tree, text[at:]), np.int32))
         if self.nodes is None:
             path = tree.best_path()
             tree = chain_of(tree, path[: count_accepted(tree.tokens[path], text[at:])] if self.bound else path)
@@ -172,7 +172,7 @@ def count_accepted(draft: Sequence[int] | np.ndarray, text: np.ndarray) -> int:
     return int(wrong[0]) if len(wrong) else n
 
 
-def _accepted_path(tree: DraftTree, text: np.ndarray) -> list[int]:
+def accepted_path(tree: DraftTree, text: np.ndarray) -> list[int]:
     """Return the nodes of the path with which the text continues."""
     path: list[int] = []
     for token in text:

@@ -168,22 +168,29 @@ def device_cost() -> str:
 def device_replay() -> str:
     """Return the table of the acceptance lengths of device drafters and of their counterparts on the host."""
     result = load("device_replay")
-    lengths = sorted({r["params"]["num_speculative_tokens"] for r in result["records"]})
-    found = {(r["arm"], r["params"]["num_speculative_tokens"]): r["value"] for r in result["records"]}
+    found = {(r["arm"], _shape(r["params"])): r["value"] for r in result["records"]}
+    shapes = sorted({shape for _, shape in found})
     rows = []
     for drafter in dict.fromkeys(arm.removesuffix(", host").removesuffix(", device") for arm, _ in found):
         cells = []
-        for length in lengths:
-            host, device = (found.get((f"{drafter}, {where}", length)) for where in ("host", "device"))
+        for shape in shapes:
+            host, device = (found.get((f"{drafter}, {where}", shape)) for where in ("host", "device"))
             if host is None or device is None:
-                cells += ["", f"{found[drafter, length]:.2f}", ""]
+                alone = found.get((drafter, shape))
+                cells += ["", "" if alone is None else f"{alone:.2f}", ""]
             else:
                 cells += [f"{host:.2f}", f"{device:.2f}", f"{device / host - 1:+.1%}"]
         rows.append([f"`{drafter}`", *cells])
     head = ["drafter"]
-    for length in lengths:
-        head += [f"{length} draft tokens: host", "device", "difference"]
+    for verification, length in shapes:
+        what = f"trees of {length} nodes" if verification == "tree" else f"{length} draft tokens"
+        head += [f"{what}: host", "device", "difference"]
     return markdown(head, rows) + provenance(result)
+
+
+def _shape(params: dict[str, Any]) -> tuple[str, int]:
+    """Return the form of the drafts of a record, and their number of tokens."""
+    return params.get("verification", "chain"), params["num_speculative_tokens"]
 
 
 REPLAYED = {
