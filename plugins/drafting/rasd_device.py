@@ -112,11 +112,11 @@ class DeviceRASD(DeviceDrafter):
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Return the base drafter's drafts, or those fused with the continuations retrieved for a request."""
-        drafts, self.scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
+        drafts, scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
         if self._trees is not None:
-            self.scores.zero_()  # where nothing is retrieved, there is no chain
+            scores.zero_()  # where nothing is retrieved, there is no chain
         elif self._base is not None:
-            drafts, self.scores = self._base.propose(batch), self._base.scores
+            drafts, scores = self._base.propose(batch), self._base.scores
         for search, followers, lengths in zip(
             self._searches, self._followers.unbind(), self._lengths.unbind(), strict=True
         ):
@@ -134,7 +134,7 @@ class DeviceRASD(DeviceDrafter):
             self._cells,
             self._chains,
             drafts,
-            self.scores,
+            scores,
             self._lengths.shape[1],
             self.options.prune,
             SOURCES=sources,
@@ -149,12 +149,12 @@ class DeviceRASD(DeviceDrafter):
             SHARE_EDGES_PADDED=len(self._edges[1]),
             **self._tables.constants,
         )
+        self.scores = scores
         if self._trees is None:
             return drafts
-        chain = drafts, self.scores
-        drafts, self.scores, self.parents = (buffer[: batch.num_requests] for buffer in self._trees)
-        self._tables.propose_trees(batch, drafts, self.parents, self.scores, chain)
-        return drafts
+        tree, self.scores, self.parents = (buffer[: batch.num_requests] for buffer in self._trees)
+        self._tables.propose_trees(batch, tree, self.parents, self.scores, chain=(drafts, scores))
+        return tree
 
     def finish(self, req_idx: int, text: "Tensor", total_len: "Tensor") -> None:
         """Forget the request; its output is kept as a source for other requests."""

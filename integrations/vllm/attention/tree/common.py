@@ -153,7 +153,7 @@ def distinct_caches(layers: Mapping[str, Any]) -> list[torch.Tensor]:
     return list({layer.kv_cache.data_ptr(): layer.kv_cache for layer in layers.values()}.values())
 
 
-def no_trees(vllm_config: Any, reason: str, layer: str | None = None) -> Unsupported:
+def no_trees(vllm_config: Any, reason: str, layer: str = "any") -> Unsupported:
     """Return the error that says why trees are not supported."""
     drafter = selection.read_config(vllm_config.additional_config).drafter
     plugin = "drafter" if drafter is None else drafter.name
