@@ -73,6 +73,14 @@ def tiny_model(random_model: Callable[..., str]) -> str:
     return random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True)
 
 
+@pytest.fixture(scope="session")
+def small_vocabulary(random_model: Callable[..., str]) -> str:
+    """`tiny_model` with 512 tokens: interpreted kernels, those of vLLM's sampler among them, are slow with more."""
+    from transformers import LlamaForCausalLM
+
+    return random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
+
+
 class StockEngine:
     """A stock engine that starts when a question is new in this session: it answers a repeated one the same."""
 

@@ -16,11 +16,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 PAGE = {"budget": 160, "sinks": 4, "recent": 32, "head_aggregation": "sum", "granularity": "page"}
 TOKEN = {**PAGE, "budget": 100, "head_aggregation": "kv_head", "granularity": "token"}
 ROLES = {"sparse": ["SELECT", "SPARSE"], "all choose": ["SELECT", "SELECT"]}
-GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
+GREEDY = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "detokenize": False}
 PROMPTS = [
     ([random.Random(i).randrange(1000, 40000) for i in range(60)] * 5)[:n]
     for n in (250, 40, 190)  # over, within and over the budget
 ]
+SMALL_PROMPTS = [[random.Random(97 * i).randrange(3, 512) for i in range(n)] for n in (200, 40)]  # over 128, within
 ASK: dict[str, Any] = {"do": "sample", "prompts": PROMPTS, "sampling": [GREEDY] * 3}
 
 
@@ -78,7 +79,14 @@ def test_output_is_identical_with_full_budget(engine: EngineProcess, expected: d
 @pytest.mark.parametrize(
     "release", [pytest.param("0.33", marks=pytest.mark.vllm_033), pytest.param("0.32", marks=pytest.mark.long)]
 )
-def test_v2_model_runner(tiny_model, start_interpreted, expected: dict[str, Any], release: str) -> None:
+def test_v2_model_runner(small_vocabulary, start_interpreted, start, release: str) -> None:
     """Test the V2 model runner, the default of GPU engines."""
-    engine = start_interpreted(tiny_model, "1", release, block_size=16, **policy())
-    assert engine.ask(**ASK)["tokens"] == expected["page"]
+    ask = {"do": "sample", "prompts": SMALL_PROMPTS, "sampling": [GREEDY] * 2}
+    arguments = {"skip_tokenizer_init": True, **policy(budget=128, recent=16)}
+    native = start(small_vocabulary, max_num_batched_tokens=128, **arguments)
+    expected = native.ask(**ask)["tokens"]
+    native.ask(do="attention", plan={"roles": ROLES["all choose"], "rule": PAGE})
+    assert native.ask(**ask)["tokens"] != expected, "sparse attention changes the output"
+    native.close()
+    engine = start_interpreted(small_vocabulary, "1", release, block_size=16, **arguments)
+    assert engine.ask(**ask)["tokens"] == expected

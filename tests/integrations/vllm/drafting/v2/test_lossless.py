@@ -37,17 +37,9 @@ def drafter_param(name: str, verification: str, release: str, *marks: pytest.Mar
 
 
 @pytest.fixture(scope="module")
-def model(random_model) -> str:
-    """Return a model with a small vocabulary: vLLM's kernels for sampling, interpreted, are slow in a large one."""
-    from transformers import LlamaForCausalLM
-
-    return random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
-
-
-@pytest.fixture(scope="module")
-def expected_greedy(model, start) -> dict[str, Any]:
+def expected_greedy(small_vocabulary, start) -> dict[str, Any]:
     """Return the output of vLLM's V1 runner, whose engine starts sooner; longer tests compare with the V2 runner."""
-    engine = start(model, skip_tokenizer_init=True)
+    engine = start(small_vocabulary, skip_tokenizer_init=True)
     expected = complete(engine, [GREEDY] * 2)
     engine.close()
     return expected
@@ -66,10 +58,16 @@ def expected_greedy(model, start) -> dict[str, Any]:
         drafter_param("token_recycling", "tree", "0.32", LONG),
     ],
 )
-def chosen(request, model) -> tuple[dict[str, Any], dict[str, Any]]:
+def chosen(request, small_vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of both engines, and those that select the drafter."""
     name, verification, release = request.param
-    common = {"model": model, "runner": "1", "release": release, "skip_tokenizer_init": True, "async_scheduling": True}
+    common = {
+        "model": small_vocabulary,
+        "runner": "1",
+        "release": release,
+        "skip_tokenizer_init": True,
+        "async_scheduling": True,
+    }
     return common, {
         "speculative_config": {"method": "ngram_gpu", **SHAPES[verification]},
         "additional_config": {"pilotfish": {"drafter": {"name": name, "verification": verification, **DRAFTERS[name]}}},
