@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from default_plugins import DRAFTERS, KV_POLICIES, PluginCase
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
 TEXTS = [[5, 6, 7, 8, 9], [100, 200, 300], [1000] * 20]
@@ -41,7 +41,11 @@ def stock(start: Callable, tiny_model: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "cases",
-    [(), (DRAFTERS[0], KV_POLICIES[0]), (DRAFTERS[1], KV_POLICIES[1])],
+    [
+        (),
+        (DRAFTERS[0], KV_POLICIES[0]),
+        pytest.param((DRAFTERS[1], KV_POLICIES[1]), marks=pytest.mark.long),
+    ],
     ids=lambda cases: "+".join(map(str, cases)) or "none",
 )
 def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock, cases) -> None:

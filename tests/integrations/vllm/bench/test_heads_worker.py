@@ -66,6 +66,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.long
 def test_scores_match_transformers(tmp_path: Path) -> None:
     tokens, period = retrieval_heads.repeated_random_tokens(512, 1 + 4 * PERIOD, seed=0)
     assert period == PERIOD

@@ -5,7 +5,7 @@ from engine_prompts import GREEDY, PROMPTS, ask
 
 from pilotfish.kvcache.profiles import SHIPPED, read_profile
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 LAYERS = 30
 # The selections that the kernel tests cover too; engines run them in the long tests.

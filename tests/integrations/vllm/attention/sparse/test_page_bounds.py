@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from engine_prompts import PROMPTS, ask
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 QUEST = {"name": "quest", "budget": 160, "recent": 16}
 
@@ -28,6 +28,7 @@ def quest(start, model, stock):
     return start(model, max_num_batched_tokens=128, enable_prefix_caching=True, **kv())
 
 
+@pytest.mark.long
 @pytest.mark.shows("quest", "full budget equals stock")
 def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(budget=1024))

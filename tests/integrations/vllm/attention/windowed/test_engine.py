@@ -3,7 +3,7 @@
 import pytest
 from engine_prompts import PROMPTS, ask, texts_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BLOCK = 32
 WINDOW = {"window": 96, "ratio": 0, "sinks": 4}
@@ -29,6 +29,7 @@ def streaming(start, model, stock):
     return start(model, max_num_batched_tokens=128, **kv(**WINDOW, prefill="streaming"))
 
 
+@pytest.mark.long
 @pytest.mark.shows("razor_attention", "full budget equals stock")
 def test_output_is_identical_with_windows_longer_than_the_context(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(window=1024, ratio=0))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from engine_prompts import PROMPTS, ask
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BLOCK = 32
 
@@ -25,6 +25,7 @@ def stock(stock_engine) -> list[list[int]]:
     return tokens
 
 
+@pytest.mark.long
 @pytest.mark.shows("streaming_llm", "full budget equals stock")
 def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(budget=1024))

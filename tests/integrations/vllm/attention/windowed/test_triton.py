@@ -38,7 +38,7 @@ def expected(start, small_vocabulary, config) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("runner", "release"),
     [
-        pytest.param("1", "0.33", marks=pytest.mark.vllm_033),
+        pytest.param("1", "0.33", marks=[pytest.mark.vllm_033, pytest.mark.long]),
         pytest.param("1", "0.32", marks=pytest.mark.long),
         pytest.param("0", "0.32", marks=pytest.mark.long),
     ],

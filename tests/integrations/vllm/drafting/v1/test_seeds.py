@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SEEDED = {"temperature": 0.8, "max_tokens": 32, "ignore_eos": True}
 KINDS: list[dict[str, Any]] = [

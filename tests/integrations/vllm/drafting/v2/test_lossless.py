@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from gpu import HAS_GPU
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 LONG = pytest.mark.long
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "detokenize": False}
@@ -49,11 +49,11 @@ def expected_greedy(small_vocabulary, start) -> dict[str, Any]:
     scope="module",
     params=[
         drafter_param("rasd", "chain", "0.33"),  # runs Token Recycling's kernels too
-        drafter_param("rasd", "tree", "0.33"),
+        drafter_param("token_recycling", "tree", "0.33"),
+        drafter_param("rasd", "tree", "0.33", LONG),
         drafter_param("rasd", "chain", "0.32", LONG),
         drafter_param("rasd", "tree", "0.32", LONG),
         drafter_param("token_recycling", "chain", "0.33", LONG),
-        drafter_param("token_recycling", "tree", "0.33", LONG),
         drafter_param("token_recycling", "chain", "0.32", LONG),
         drafter_param("token_recycling", "tree", "0.32", LONG),
     ],
