@@ -66,9 +66,13 @@ def _scheduler(original: Any) -> Any:
         from .engine import selection
 
         if selection.uses_device_drafter(vllm_config):
-            from .drafting.v2 import scheduling
+            from .drafting.v2 import draft_schedule, scheduling
 
             scheduling.install_request_switch(self)
+            drafting = selection.attach("drafter", vllm_config)
+            assert drafting is not None
+            verification = drafting.config.verification.verification
+            draft_schedule.install_measured_schedule(self, drafting.cls, verification)
         if selection.is_selected(vllm_config.additional_config):
             from .attention.sparse import kv_correction
 

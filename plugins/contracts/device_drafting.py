@@ -5,7 +5,8 @@ drafter never waits for the device: no ``.item()``, ``.tolist()``, ``.cpu()``, `
 in `DeviceDrafter.start`, `DeviceDrafter.observe` and `DeviceDrafter.propose`.
 
 In each step the engine calls, in this order, `DeviceDrafter.start` for requests whose first step it is,
-`DeviceDrafter.observe`, and `DeviceDrafter.propose`. It calls `DeviceDrafter.finish` when a request has ended.
+`DeviceDrafter.observe`, and `DeviceDrafter.propose`, unless the next step verifies no draft tokens. It calls
+`DeviceDrafter.finish` when a request has ended.
 """
 
 from abc import ABC, abstractmethod

@@ -69,6 +69,7 @@ class DeviceRASD(DeviceDrafter):
                 (acceptance_counts.CONDITIONALS, np.inf),
             )
         ]
+        self._has_predictions = False  # of the last step
         self._prompt_lens: dict[int, int] = {}
         # Without a base drafter the kernel gets tables that it does not read.
         self._tables = DeviceAdjacencyTables(1, 1, 1, 1, 1, reqs, device) if base is None else base.tables
@@ -93,6 +94,10 @@ class DeviceRASD(DeviceDrafter):
         """Count which retrieved tokens were accepted."""
         if self._base is not None:
             self._base.observe(batch)
+        if not self._has_predictions:
+            self._predicted.fill_(NONE)
+            return
+        self._has_predictions = False
         fusion_triton.count_predictions_kernel[(batch.num_requests,)](
             *batch.texts,
             batch.num_sampled,
@@ -112,6 +117,7 @@ class DeviceRASD(DeviceDrafter):
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
         """Return the base drafter's drafts, or those fused with the continuations retrieved for a request."""
+        self._has_predictions = True
         drafts, scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
         if self._trees is not None:
             scores.zero_()  # where nothing is retrieved, there is no chain

@@ -1,6 +1,7 @@
 """Tests of RASD on a device: the chains and the counts against a naive implementation, and the sources."""
 
 import importlib
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +195,52 @@ def test_the_base_drafter_drafts_where_nothing_is_retrieved_and_after_it() -> No
     drafted = drafts(drafter, texts, 1, [4])
     assert drafted == [9, 11, 4]
     assert all(0 <= t < VOCAB for t in drafted)
+
+
+def test_a_tree_has_the_retrieved_chain_and_tokens_of_the_base_drafter_beside_it() -> None:
+    steps = 8
+    limits = DeviceLimits(DEVICE, MAX_NUM_REQS, steps, LENGTH, trees=True)
+    drafter, texts = RASD.device_drafter(Options(outputs=64), ENGINE, limits), Texts()
+    assert drafter is not None
+    prompt = [9, 11, 4, 6, 9, 11, 12, 6, 9, 11]
+    texts.texts[0] = list(prompt)
+    drafter.start(0, ids(*prompt))
+    batch = texts.batch({0: [4]})
+    rows = len(batch.input_ids)
+    trees = {
+        "parents": torch.full((rows,), -1, dtype=torch.int32, device=DEVICE),
+        "accepted": torch.ones(rows, dtype=torch.bool, device=DEVICE),
+        "chain_only": torch.zeros(MAX_NUM_REQS, dtype=torch.bool, device=DEVICE),
+    }
+    batch = replace(batch, **trees)
+    with no_device_wait():
+        drafter.observe(batch)
+        tokens = drafter.propose(batch)
+    assert drafter.parents is not None and drafter.scores is not None
+    nodes = list(zip(tokens[0].tolist(), drafter.parents[0].tolist(), strict=True))
+    paths: list[list[int]] = []
+    for token, parent in nodes:
+        paths.append([*(paths[parent] if parent >= 0 else []), token])
+    assert [6, 9, 11] in paths  # what followed the last 9, 11, 4
+    assert [5] in paths  # the model's most probable token after 4, at this step
+    batch.chain_only.fill_(True)  # type: ignore[union-attr]
+    assert drafter.propose(batch)[0, :3].tolist() == [6, 9, 11]
+    assert drafter.parents[0].tolist() == list(range(-1, steps - 1))
+
+
+def test_predictions_are_forgotten_where_no_draft_was_made() -> None:
+    drafter, texts = make(base="none"), Texts()
+    prompt = [1, 2, 3, 4, 1, 2]
+    texts.texts[0] = list(prompt)
+    drafter.start(0, ids(*prompt))
+    assert drafts(drafter, texts, 0, [3]) == [4, 1, 2]
+    before = drafter._num_verified.clone()
+    drafter.observe(texts.batch({0: [4]}))  # the prediction of 4 is counted
+    counted = drafter._num_verified.clone()
+    assert not torch.equal(counted, before)
+    drafter.observe(texts.batch({0: [1]}))
+    drafter.observe(texts.batch({0: [2]}))
+    assert torch.equal(drafter._num_verified, counted)
 
 
 def test_a_better_base_token_replaces_a_retrieved_one() -> None:

@@ -176,7 +176,6 @@ class PilotfishSpeculator(BaseSpeculator):
         """Return the draft tokens of each request of the batch, [requests, K] int64."""
         del attn_metadata, last_hidden_states, aux_hidden_states, num_rejected, last_sampled
         del next_prefill_tokens, temperature, seeds, dp_sync_state, skip_attn_for_dummy_run, mm_inputs, is_profile
-        del num_speculative_tokens
         if dummy_run or self._candidates is None:
             return self._none[: input_batch.num_reqs]
         all_token_ids, rows = self._requests.all_token_ids.gpu, input_batch.logits_indices
@@ -206,14 +205,16 @@ class PilotfishSpeculator(BaseSpeculator):
             **of_trees,
         )
         self.drafter.observe(batch)
-        drafts = self.drafter.propose(batch)
-        if self._trees is not None:
-            assert self.drafter.parents is not None  # `attach_speculator` refuses such a drafter
-            self._trees.trees.parents[batch.idx_mapping] = self.drafter.parents
         if self._saver is not None:
             self._saver.touch()
         self.counts["steps"] += 1
         self.counts["requests"] += batch.num_requests
+        if num_speculative_tokens == 0 and not self.enable_adaptive_verification:  # none would be verified
+            return self._none[: batch.num_requests]
+        drafts = self.drafter.propose(batch)
+        if self._trees is not None:
+            assert self.drafter.parents is not None  # `attach_speculator` refuses such a drafter
+            self._trees.trees.parents[batch.idx_mapping] = self.drafter.parents
         return drafts
 
 

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 from gpu import HAS_GPU
 
+from pilotfish.integrations.vllm.drafting.compatibility import device_speculation
+from pilotfish.plugins.token_recycling import TokenRecycling
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 LONG = pytest.mark.long
 
@@ -102,6 +105,28 @@ def test_greedy_text_equals_stock(drafted, expected_greedy) -> None:
     again = complete(drafted, [GREEDY] * 2)  # the rows of all contexts are known
     assert again["tokens"] == expected_greedy["tokens"]
     assert again["request_steps"] < 0.5 * expected_greedy["request_steps"]
+
+
+@LONG
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("verification", ["chain", "tree"])
+def test_measured_number_of_draft_tokens(
+    small_vocabulary, expected_greedy, start_interpreted, verification: str
+) -> None:
+    """Test the default schedule, whose number of draft tokens follows from measured steps."""
+    config = {"name": "token_recycling", "order": 2, "verification": verification}
+    engine = start_interpreted(
+        small_vocabulary,
+        runner="1",
+        skip_tokenizer_init=True,
+        async_scheduling=True,
+        speculative_config=device_speculation(TokenRecycling, verification),
+        additional_config={"pilotfish": {"drafter": config}},
+    )
+    for _ in range(3):
+        assert complete(engine, [GREEDY] * 2)["tokens"] == expected_greedy["tokens"]
+    assert "the number of draft tokens per request follows measured step times: 0, " in engine.log.read_text()
+    engine.close()
 
 
 @LONG
