@@ -156,24 +156,31 @@ class RASD(Drafter):
 
     @classmethod
     def device_drafter(cls, options: RASDOptions, engine: Engine, limits: DeviceLimits) -> DeviceDrafter:
-        """Return the drafter with its texts on the device; it proposes chains."""
+        """Return the drafter with its texts and its datastore on the device."""
         from .drafting.rasd_device import DeviceRASD  # needs Triton
         from .drafting.token_recycling_device import DeviceTokenRecycling
 
         base = _base_drafter(options)
         tables = None if base is None else DeviceTokenRecycling(base[1], engine, limits)
-        return DeviceRASD(options, tables, limits, PROMPT_CONTEXT)
+        store = None if options.datastore is None else _open_datastore(options.datastore)
+        if store is not None and limits.device.type == "cuda":
+            import torch
+
+            need, free = store.tokens.nbytes + store.order.nbytes, torch.cuda.mem_get_info(limits.device)[0]
+            if need > free:
+                reason = f"the datastore takes {need >> 20:,} MiB on the device, which has {free >> 20:,} MiB"
+                raise Unsupported(cls.name, reason, "build it with fewer tokens, or remove datastore", engine.model)
+        return DeviceRASD(options, tables, limits, PROMPT_CONTEXT, store)
 
     @classmethod
     def check_device(cls, options: RASDOptions, engine: Engine) -> None:
-        """Refuse other base drafters than Token Recycling, a datastore, and what a device cannot search in a step."""
+        """Refuse other base drafters than Token Recycling, and what a device cannot search in a step."""
         refused = (
             (
                 options.base not in ("token_recycling", "none"),
                 f"base={options.base}",
                 "set base to token_recycling or none",
             ),
-            (options.datastore is not None, "a datastore", "remove datastore"),
             (
                 options.outputs > DEVICE_OUTPUTS,
                 f"outputs={options.outputs}",

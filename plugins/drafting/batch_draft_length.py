@@ -79,10 +79,10 @@ class BatchDraftLength:
             if not length:
                 continue
             others = known[(known != i) & (lengths[known] > 0)]
-            estimate = _chain_sum(PRIOR, length)
+            estimate = _chain_sum(PRIOR, float(length))
             if len(others):
                 nearest = others[np.argmin(np.abs(np.log(lengths[others] / length)))]
-                estimate = _extrapolate(mean[nearest], lengths[nearest], length)
+                estimate = _extrapolate(float(mean[nearest]), float(lengths[nearest]), float(length))
             share = min(self._weight[i] / ENOUGH, 1.0)
             result[i] = share * mean[i] + (1 - share) * estimate
         return result

@@ -1,6 +1,6 @@
 """RASD with its texts, counts and drafts on the device; see `rasd`.
 
-Of each source, the continuations of the longest match are found as on the host. They are fused with the rows of Token
+Of each source, the continuations of the longest match are found as on the host; a datastore is on the device too. They are fused with the rows of Token
 Recycling's table along one chain, see `fusion_triton`. A tree consists of this chain and of candidates of the table.
 """
 
@@ -15,6 +15,7 @@ from ..contracts import DeviceBatch, DeviceDrafter, DeviceLimits
 from . import acceptance_counts, fusion_triton
 from .adjacency_table import NONE
 from .adjacency_triton import DeviceAdjacencyTables
+from .datastore_triton import DatastoreSearch
 from .history_triton import DeviceHistory, SuffixSearch
 from .token_recycling_device import DeviceTokenRecycling
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..rasd import RASDOptions
+    from .datastore import Datastore
 BLOCK = 256  # elements of a program
 
 
@@ -33,10 +35,16 @@ class DeviceRASD(DeviceDrafter):
         base: Token Recycling on the device; None for none.
         limits: Sizes for which memory is allocated.
         prompt_context: Number of tokens from the end of a prompt that are kept with its output.
+        datastore: Datastore that is copied to the device; None for none.
     """
 
     def __init__(
-        self, options: "RASDOptions", base: DeviceTokenRecycling | None, limits: DeviceLimits, prompt_context: int
+        self,
+        options: "RASDOptions",
+        base: DeviceTokenRecycling | None,
+        limits: DeviceLimits,
+        prompt_context: int,
+        datastore: "Datastore | None" = None,
     ) -> None:
         self.options, self._base, self._prompt_context = options, base, prompt_context
         if base is not None:
@@ -45,7 +53,9 @@ class DeviceRASD(DeviceDrafter):
         self._outputs = DeviceHistory(options.outputs, device) if options.outputs else None
         histories = [None] * options.request + [self._outputs] * (self._outputs is not None)
         sizes = reqs, limits.max_model_len, options.max_match, options.min_match, device
-        self._searches = [SuffixSearch(history, *sizes) for history in histories]
+        self._searches: list[SuffixSearch | DatastoreSearch] = [SuffixSearch(history, *sizes) for history in histories]
+        if datastore is not None:
+            self._searches.append(DatastoreSearch(datastore, options.max_match, options.min_match, device))
 
         def ids(*shape: int) -> "Tensor":
             return torch.full(shape, NONE, dtype=torch.int32, device=device)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pilotfish.plugins.contracts import DeviceBatch, DeviceLimits, Engine, Unsupported
 from pilotfish.plugins.drafting import acceptance_counts as counts
+from pilotfish.plugins.drafting.datastore import build_datastore
 from pilotfish.plugins.rasd import RASD
 from pilotfish.plugins.rasd import RASDOptions as Options
 
@@ -197,6 +198,16 @@ def test_the_base_drafter_drafts_where_nothing_is_retrieved_and_after_it() -> No
     assert all(0 <= t < VOCAB for t in drafted)
 
 
+def test_a_datastore_is_a_source(tmp_path: Path) -> None:
+    build_datastore(tmp_path / "store", [[1, 2, 3, 4, 5], [1, 2, 6, 7, 8]], "toy", "0", 100)
+    drafter, texts = make(base="none", request=False, outputs=0, datastore=str(tmp_path / "store")), Texts()
+    assert drafter.nbytes > 12 * 8
+    texts.texts[0] = [9, 1]
+    drafter.start(0, ids(9, 1))
+    assert drafts(drafter, texts, 0, [2])[0] in (3, 6)
+    assert drafts(drafter, texts, 0, [6]) == [7, 8, 6]  # then the text ends
+
+
 def test_a_tree_has_the_retrieved_chain_and_tokens_of_the_base_drafter_beside_it() -> None:
     steps = 8
     limits = DeviceLimits(DEVICE, MAX_NUM_REQS, steps, LENGTH, trees=True)
@@ -274,7 +285,6 @@ def test_no_wait_for_the_device() -> None:
     ("options", "message"),
     [
         ({"base": "engine"}, "base=engine is not supported on the V2 model runner"),
-        ({"datastore": "folder"}, "a datastore is not supported on the V2 model runner"),
         ({"outputs": 1 << 23}, "set outputs to 4194304 or less"),
         ({"max_occurrences": 100}, "set max_occurrences to 64 or less"),
     ],
