@@ -1,7 +1,8 @@
 """RASD with its texts, counts and drafts on the device; see `rasd`.
 
-Of each source, the continuations of the longest match are found as on the host; a datastore is on the device too. They are fused with the rows of Token
-Recycling's table along one chain, see `fusion_triton`. A tree consists of this chain and of candidates of the table.
+Of each source, the continuations of the longest match are found as on the host; a datastore is on the device too. They
+are fused with the rows of Token Recycling's table along one chain, see `fusion_triton`. A tree consists of this chain
+and of candidates of the table.
 """
 
 from pathlib import Path
