@@ -5,12 +5,18 @@ from typing import Any
 
 from ....kvcache.kernels.tree import MAX_DEVICE_NODES
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, Verification
-from ....plugins.contracts import Drafter, Unsupported
+from ....plugins.contracts import Drafter, Engine, Unsupported
 from ..attention.compatibility import check_attention
+from ..engine import vllm_api
 from ..engine.selection import DEVICE_METHOD, PROPOSER_CLASS, Attachment, is_pilotfish_proposer
 
 V1_RUNNER = "set VLLM_USE_V2_MODEL_RUNNER=0"
 NO_DEVICE_DRAFTER = "the drafter has no counterpart on the device, which the V2 model runner needs", V1_RUNNER
+NO_DEVICE_NODES = (
+    "the V2 model runner verifies num_speculative_tokens draft tokens of every request",
+    "remove nodes, and set num_speculative_tokens",
+)
+NO_DEVICE_POLICY = "the V2 model runner runs no KV policy together with a drafter", "remove one, or " + V1_RUNNER
 NO_DEVICE_TREES = "on the V2 model runner the drafter proposes chains only", "use verification=chain"
 DEVICE_DRAFT_TOKENS = {"chain": (12, 5, 2, 1), "tree": (48, 24, 8, 2)}  # few, since vLLM captures CUDA graphs for each
 # A step with fewer tokens reads weights for longer than it computes, in bfloat16 on an A100 (156) to an H100 (295).
@@ -58,6 +64,32 @@ def has_device_drafter(drafter: Any) -> bool:
     return drafter.device_drafter.__func__ is not Drafter.device_drafter.__func__  # type: ignore[attr-defined]
 
 
+def device_objection(cls: Any, options: Any, config: PilotfishConfig, engine: Engine) -> str | None:
+    """Return why a drafter cannot run on the V2 model runner with these settings; None if it can."""
+    if not has_device_drafter(cls):
+        return NO_DEVICE_DRAFTER[0]
+    if config.verification.nodes is not None:
+        return NO_DEVICE_NODES[0]
+    if config.kv is not None:
+        return NO_DEVICE_POLICY[0]
+    try:
+        cls.check_device(options, engine)
+    except Unsupported as error:
+        return error.reason
+    return None
+
+
+def uses_device(cls: Any, options: Any, config: PilotfishConfig, engine: Engine) -> bool:
+    """Return whether `pilotfish serve` composes a command for the V2 model runner.
+
+    If the environment selects no model runner, it does so where vLLM would run the model on it, and the drafter can.
+    """
+    setting = vllm_api.model_runner_setting()
+    if setting is not None or cls.needs_draft_model(options):
+        return bool(setting)
+    return vllm_api.is_gpu_build() and device_objection(cls, options, config, engine) is None
+
+
 def check(attachment: Attachment, vllm_config: Any) -> None:
     """Check the engine settings that the selected drafter requires.
 
@@ -87,9 +119,10 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
     elif speculative is None or not is_pilotfish_proposer(speculative) or speculative.method != "custom_class":
         tokens = default_draft_tokens(cls, config.verification)
         value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": tokens})
-        raise ConfigError(
-            f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; add --speculative-config '{value}'"
-        )
+        how = f"add --speculative-config '{value}'"
+        if getattr(speculative, "method", None) == DEVICE_METHOD:  # composed for the V2 model runner
+            how = f"vLLM runs this model on its V1 model runner; set --speculative-config '{value}'"
+        raise ConfigError(f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; {how}")
     if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
         raise Unsupported(
             plugin,
@@ -123,19 +156,9 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
             f"set --speculative-config '{value}', or {V1_RUNNER}"
         )
     if config.verification.nodes is not None:
-        raise Unsupported(
-            plugin,
-            "the V2 model runner verifies num_speculative_tokens draft tokens of every request",
-            "remove nodes, and set num_speculative_tokens",
-            model,
-        )
+        raise Unsupported(plugin, *NO_DEVICE_NODES, model)
     if config.kv is not None:
-        raise Unsupported(
-            plugin,
-            "the V2 model runner runs no KV policy together with a drafter",
-            "remove one, or " + V1_RUNNER,
-            model,
-        )
+        raise Unsupported(plugin, *NO_DEVICE_POLICY, model)
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise Unsupported(
             plugin,

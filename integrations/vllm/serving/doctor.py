@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from ....plugins.config import ConfigError
-from ....plugins.contracts import Unsupported
+from ....plugins.config import ConfigError, PilotfishConfig
+from ....plugins.contracts import Engine, Unsupported
 from ....plugins.manager import HOOKS, disabled, plugins
 from ....plugins.terminal import make_table, print_plain
 from ...bench.record import PACKAGES, package_version
@@ -76,13 +76,36 @@ def examine(model: str | None = None, vllm_args: Sequence[str] = ()) -> DoctorRe
             if answer["supported"] and model is not None and kind in ENGINE_KINDS:
                 answer = _model_support(kind, cls.name, model, vllm_args)  # type: ignore[attr-defined]
             report.plugins.append({"kind": kind, "name": cls.name, "origin": manager.origin(cls), **answer})  # type: ignore[attr-defined]
+    if problem is None:
+        _model_runners(report, manager)
     report.findings += [f"plugin {f.plugin} failed to load: {f.error}" for f in manager.failures]
     _environment(report)
     return report
 
 
+def _model_runners(report: DoctorReport, manager: Any) -> None:
+    """Note on which model runner `pilotfish serve` runs each drafter with its default options, and why."""
+    from ..drafting import compatibility
+
+    setting = vllm_api.model_runner_setting()
+    if setting is not None:
+        report.notes.append(f"VLLM_USE_V2_MODEL_RUNNER selects the {'V2' if setting else 'V1'} model runner")
+        return
+    if not vllm_api.is_gpu_build():
+        report.notes.append("drafters run on the V1 model runner, vLLM's default in its CPU build")
+        return
+    for name, cls in manager.classes("drafter").items():
+        try:
+            options = cls.Options()
+            objection = compatibility.device_objection(cls, options, PilotfishConfig(), Engine("any", 0, 0, 0, 1))
+        except Exception as error:  # a plugin's own code
+            objection = str(error)
+        runner = "the V2 model runner, vLLM's default" if objection is None else f"the V1 model runner: {objection}"
+        report.notes.append(f"{name} runs on {runner}")
+
+
 def _support(kind: str, cls: Any, problem: tuple[str, str] | None) -> dict[str, Any]:
-    if kind == "drafter" and problem is None and vllm_api.v2_runner_is_set():
+    if kind == "drafter" and problem is None and vllm_api.model_runner_setting():
         from ..drafting import compatibility
 
         if not compatibility.has_device_drafter(cls):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from pilotfish.integrations.vllm.drafting import compatibility
+from pilotfish.integrations.vllm.engine import vllm_api
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
 from pilotfish.plugins.config import ConfigError, PilotfishConfig, Selection, Verification
-from pilotfish.plugins.contracts import Drafter, Unsupported
+from pilotfish.plugins.contracts import Drafter, Engine, Unsupported
 from pilotfish.plugins.rasd import RASD
 from pilotfish.plugins.token_recycling import TokenRecycling
 
@@ -87,6 +88,34 @@ def test_the_v2_runner_takes_a_drafter_with_a_counterpart_on_the_device() -> Non
 def test_the_v2_runner_refuses(facts: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         check_v2(**facts)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options", "selection", "objection"),
+    [
+        (TokenRecycling, {}, PilotfishConfig(), None),
+        (RASD, {}, TREES, None),
+        (OnTheHost, {}, PilotfishConfig(), "no counterpart on the device"),
+        (TokenRecycling, {"shape": "template"}, PilotfishConfig(), "trees are dynamic"),
+        (TokenRecycling, {}, PilotfishConfig(verification=Verification(nodes=4)), "num_speculative_tokens"),
+        (RASD, {}, PilotfishConfig(kv=Selection("tidal_decode")), "no KV policy"),
+    ],
+)
+def test_serve_uses_the_v2_runner_where_vllm_and_the_drafter_do(
+    monkeypatch, drafter: Any, options: dict[str, Any], selection: PilotfishConfig, objection: str | None
+) -> None:
+    arguments = drafter, drafter.Options(**options), selection, Engine("m", 0, 0, 0, 1)
+    found = compatibility.device_objection(*arguments)
+    assert found is None if objection is None else objection in (found or "")
+    for gpu, setting, expected in (
+        (True, "", objection is None),
+        (False, "", False),  # vLLM's CPU build has the V1 runner
+        (True, "0", False),
+        (False, "1", True),  # what the drafter does not support is refused then
+    ):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", setting)
+        monkeypatch.setattr(vllm_api, "is_gpu_build", lambda gpu=gpu: gpu)
+        assert compatibility.uses_device(*arguments) is expected
 
 
 @pytest.mark.parametrize("speculative", [None, SimpleNamespace(method="ngram"), SimpleNamespace(method="custom_class")])
