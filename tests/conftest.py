@@ -132,9 +132,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Record the result of a test with the marker `shows`, unless it was skipped."""
     report: pytest.TestReport = yield  # type: ignore[assignment]
     if not report.skipped and (report.when == "call" or report.failed):
-        for marker in item.iter_markers("shows"):
-            plugin, *features = marker.args
-            FEATURE_RESULTS.extend((plugin, feature, item.nodeid, report.passed) for feature in features)
+        shown = [marker.args for marker in item.iter_markers("shows")]
+        common = [feature for marker in item.iter_markers("shows_too") for feature in marker.args]
+        for plugin, *features in shown:
+            FEATURE_RESULTS.extend((plugin, feature, item.nodeid, report.passed) for feature in features + common)
     return report  # type: ignore[return-value]
 
 

@@ -37,6 +37,7 @@ class KernelBenchmark:
     context: int
     vocab_size: int
     num_speculative_tokens: int
+    trees: bool
     out: Path
 
 
@@ -64,12 +65,15 @@ def run_kernel_benchmark(plan: KernelBenchmark) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
     torch.manual_seed(0)
     records: list[Record] = []
+    suffix = "@verification=tree" if plan.trees else ""
     for arm, cls, options in drafters:
         for batch in plan.batches:
-            limits = DeviceLimits(torch.device(plan.device), batch, steps, plan.context)
+            limits = DeviceLimits(torch.device(plan.device), batch, steps, plan.context, plan.trees)
             engine = replace(largest, max_num_seqs=batch)
             drafter = cls.device_drafter(options, engine, limits)  # type: ignore[attr-defined]
-            records += measure_step(plan, arm, drafter, limits)
+            if plan.trees and drafter.parents is None:
+                raise ConfigError(f"--trees: {arm} proposes chains only")
+            records += measure_step(plan, arm + suffix, drafter, limits)
     record.write_records(plan.out, records)
     print_plain(table(records))
 
@@ -116,6 +120,11 @@ def step_of(limits: DeviceLimits, vocab_size: int, candidate_ids: Any, candidate
     texts = phrases.repeat(1, -(-length // PHRASE))[:, :length].contiguous()
     first = length - sampled - logits  # position of the first row of logits; all rows lie within the text
     positions = torch.arange(first, first + logits).repeat(b)
+    of_trees = {}
+    if limits.trees:  # a chain as a tree: its rows cost the same as those of other trees
+        row = torch.arange(logits, dtype=torch.int32, device=limits.device).repeat(b)
+        chain_only = torch.zeros(b, dtype=torch.bool, device=limits.device)
+        of_trees = {"parents": row - 1, "accepted": row < sampled, "chain_only": chain_only}
     return DeviceBatch(
         num_requests=b,
         max_num_logits=logits,
@@ -128,6 +137,7 @@ def step_of(limits: DeviceLimits, vocab_size: int, candidate_ids: Any, candidate
         positions=positions.to(limits.device),
         candidate_ids=candidate_ids,
         candidate_probs=candidate_probs,
+        **of_trees,
     )
 
 

@@ -174,7 +174,8 @@ def bench_kernels(
     batches: Annotated[str, typer.Option(help="Numbers of requests in a step.")] = "1,8,64,256",
     context: Annotated[int, typer.Option(min=256, help="Length of the texts, in tokens.")] = 4096,
     vocab_size: Annotated[int, typer.Option(min=256, help="Size of the vocabulary.")] = 128_256,
-    num_speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens of a request.")] = 12,
+    num_speculative_tokens: Annotated[int, typer.Option(min=1, max=63, help="Draft tokens of a request.")] = 12,
+    trees: Annotated[bool, typer.Option("--trees", help="Draft trees instead of chains.")] = False,
     out: Annotated[Path, typer.Option(help="Path of the JSON results.")] = Path("benchmarks/results/kernels.json"),
 ) -> None:
     """Measure the GPU kernels of drafters, without a model."""
@@ -188,7 +189,7 @@ def bench_kernels(
         raise ConfigError("--arms: no arm named")
     sizes = _numbers(batches, "--batches")
     kernels.run_kernel_benchmark(
-        kernels.KernelBenchmark(names, device, sizes, context, vocab_size, num_speculative_tokens, out)
+        kernels.KernelBenchmark(names, device, sizes, context, vocab_size, num_speculative_tokens, trees, out)
     )
 
 

@@ -13,15 +13,16 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 SMALL = ("--batches", "2", "--context", "256", "--vocab-size", "300", "--num-speculative-tokens", "2")
 
 
-def test_measures_every_part_of_a_step(cli: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(), pytest.param(("--trees",), marks=pytest.mark.long)])
+def test_measures_every_part_of_a_step(cli: Callable, tmp_path: Path, shape: tuple[str, ...]) -> None:
     out = tmp_path / "kernels.json"
     device = "cuda" if HAS_GPU else "cpu"
     arms = "token_recycling,rasd@outputs=64"
-    result = cli("bench", "kernels", "--device", device, "--arms", arms, *SMALL, "--out", str(out))
+    result = cli("bench", "kernels", "--device", device, "--arms", arms, *shape, *SMALL, "--out", str(out))
     assert result.returncode == 0, result.stderr
     records = json.loads(out.read_text())["records"]
     values = {(r["arm"], r["metric"]): r["value"] for r in records}
-    for arm in arms.split(","):
+    for arm in (name + "@verification=tree" * bool(shape) for name in arms.split(",")):
         for part in ("top_k", "observe", "propose"):
             assert values[arm, f"{part}_time_us"] > 0
             assert ((arm, f"{part}_graph_us") in values) == HAS_GPU

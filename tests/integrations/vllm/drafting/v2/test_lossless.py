@@ -32,10 +32,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def on_v2(*features: str) -> list[str]:
+    """Return the names of features in the table of compatibility."""
+    return [f"V2 model runner: {feature}" for feature in features]
+
+
 def drafter_param(name: str, verification: str, release: str, *marks: pytest.MarkDecorator) -> Any:
     """Return a fixture's parameter; what the tests show of the drafter goes into the table of compatibility."""
-    feature = "vLLM's V2 model runner" + (", trees" if verification == "tree" else "")
-    marks = (*marks, pytest.mark.shows(name, feature), *([pytest.mark.vllm_033] if release == "0.33" else []))
+    marks = (
+        *marks,
+        pytest.mark.shows(name, *on_v2(f"{verification}s")),
+        *([pytest.mark.vllm_033] if release == "0.33" else []),
+    )
     return pytest.param((name, verification, release), id=f"{name}-{verification}-vllm{release}", marks=marks)
 
 
@@ -141,6 +149,7 @@ def test_greedy_text_of_200_prompts_equals_stock(stock, drafted) -> None:
 
 
 @LONG
+@pytest.mark.shows_too(*on_v2("seeds of requests", "penalties", "logprobs"))
 def test_seeded_text_equals_stock(stock, drafted) -> None:
     expected, ours = complete(stock, KINDS), complete(drafted, KINDS)
     assert ours["tokens"] == expected["tokens"]
@@ -148,6 +157,7 @@ def test_seeded_text_equals_stock(stock, drafted) -> None:
 
 
 @LONG
+@pytest.mark.shows_too(*on_v2("switched off by a request"))
 def test_a_request_switches_the_drafter_off(stock, drafted) -> None:
     off = {**GREEDY, "extra_args": {"pilotfish_drafter": "off"}}
     mixed = complete(drafted, [GREEDY, off, GREEDY, off])
@@ -156,6 +166,7 @@ def test_a_request_switches_the_drafter_off(stock, drafted) -> None:
     assert alone["drafted"] == 0 < mixed["drafted"]
 
 
+@pytest.mark.shows_too(*on_v2("asynchronous scheduling"))
 def test_scheduling_stays_asynchronous(drafted) -> None:
     facts = drafted.ask(do="device_drafting")
     assert facts["async_scheduling"] and facts["v2_runner"]
@@ -165,6 +176,7 @@ def test_scheduling_stays_asynchronous(drafted) -> None:
 
 
 @LONG
+@pytest.mark.shows_too(*on_v2("preemption", "chunked prefill", "prefix caching"))
 def test_preemption_chunked_prompts_and_prefix_caching(chosen, stock, drafted, start_interpreted) -> None:
     """Test an engine with blocks for two of three requests, prompts in chunks of 16 tokens, and cached prefixes."""
     sampling = [{**GREEDY, "max_tokens": 40}] * 3
