@@ -162,7 +162,7 @@ bench-curves: $(VENV)/.ready $(PEERS)/.ready  ## latency against recall of multi
 	  --out benchmarks/results/retrieval_curves_long.json
 	$(RETRIEVAL) --data $(LONG) --queries 100 --arms xtr_warp,xtr_warp@nprobe=4,xtr_warp@nprobe=16 \
 	  --out benchmarks/results/retrieval_curves_long_warp.json
-	$(RETRIEVAL) --data $(LONG) --queries 50 --arms fast_plaid,fast_plaid@n_full_scores=512@n_ivf_probe=4 \
+	$(RETRIEVAL) --data $(LONG) --queries 100 --arms fast_plaid,fast_plaid@n_full_scores=512@n_ivf_probe=4 \
 	  --out benchmarks/results/retrieval_curves_long_plaid.json
 	$(MAKE) tables
 
