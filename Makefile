@@ -202,10 +202,7 @@ bench-rag: $(VENV)/.ready  ## questions answered from documents, with and withou
 	$(MAKE) tables
 
 compatibility: $(VENV)/.ready  ## the table of what works together, by all tests with engines; half an hour
-	$(BIN)/python -m pytest tests -m engine --ignore tests/integrations/vllm/drafting/v2 \
-	  --compatibility benchmarks/results/compatibility.json
-	$(BIN)/python -m pytest tests/integrations/vllm/drafting/v2 -m engine -k 'not 200_prompts' \
-	  --compatibility benchmarks/results/compatibility_v2.json
+	$(BIN)/python -m pytest tests -m engine --compatibility benchmarks/results/compatibility.json
 	$(MAKE) tables
 
 screenshots: $(VENV)/.ready  ## pictures of the page, for docs/images; needs Chromium

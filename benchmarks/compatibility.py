@@ -12,9 +12,9 @@ SIGNS = {1.0: "yes", 0.0: "**no**"}
 
 def table() -> str:
     """Return the table of features (rows) and plugins (columns)."""
-    result, v2 = load("compatibility"), load("compatibility_v2")
+    result = load("compatibility")
     cells: dict[tuple[str, str], float] = {}
-    for r in result["records"] + v2["records"]:  # several tests may cover the same feature: all have to pass
+    for r in result["records"]:  # several tests may cover the same feature: all have to pass
         key = (r["dataset"], r["arm"])
         cells[key] = min(cells.get(key, 1.0), r["value"])
     plugins = sorted({plugin for _, plugin in cells})
