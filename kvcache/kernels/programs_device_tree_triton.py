@@ -8,7 +8,7 @@ import triton.language as tl
 jit = cast(Any, triton.jit)
 
 
-@jit
+@jit(do_not_specialize=["num_reqs", "longest"])  # they change from step to step
 def describe_trees_kernel(
     idx_mapping,
     cu_num_logits,

@@ -12,9 +12,10 @@ import numpy as np
 
 from .draft_length import StepCostModel
 
-PROBE_EVERY, PROBE_STEPS = 256, 3  # steps between two trials, and steps of a trial
+PROBE_EVERY, PROBE_STEPS = 256, 4  # steps between two trials, and steps of a trial
 PROBE_LOSS = 0.5  # least expected rate of a trial, relative to the best number's
 MARGIN = 0.02  # least gain over steps without draft tokens
+OUTLIER = 4.0  # a duration is taken for at most this many times the expected one: kernels may be compiled in the step
 MEMORY = 0.98  # decay of the counts per step
 PRIOR = 0.5  # acceptance rate of a draft token after those before it, until one was verified
 ENOUGH = 8.0  # weight of a number's counts, in requests, from which they are taken as they are
@@ -23,7 +24,7 @@ ENOUGH = 8.0  # weight of a number's counts, in requests, from which they are ta
 class BatchDraftLength:
     """The number of draft tokens of each request, by the number of requests: ``lengths[num_requests]``.
 
-    It takes the place of vLLM's table ``dynamic_sd_lookup``.
+    It takes the place of vLLM's table ``dynamic_sd_lookup``, which is read once for each step.
 
     Args:
         schedule: The number of draft tokens at first, by the number of requests; element 0 is not used. Its values are
@@ -31,14 +32,15 @@ class BatchDraftLength:
         cost: Cost model of a step.
         memory_bound_tokens: Number of tokens up to which a step is assumed to take the time of one token, until steps
             have been observed.
+        max_tokens: Largest number of tokens of a step with draft tokens.
 
     Attributes:
         cost: The cost model.
         probes: Number of trials so far.
     """
 
-    def __init__(self, schedule: Sequence[int], cost: StepCostModel, memory_bound_tokens: int) -> None:
-        self._schedule, self.cost, self.probes = list(schedule), cost, 0
+    def __init__(self, schedule: Sequence[int], cost: StepCostModel, memory_bound_tokens: int, max_tokens: int) -> None:
+        self._schedule, self.cost, self.probes, self._max_tokens = list(schedule), cost, 0, max_tokens
         self.choices = sorted({0, *self._schedule[1:]})
         m = memory_bound_tokens
         cost.set_latency_profile([1, m, 4 * m], [1.0, 1.02, 4.02])
@@ -53,21 +55,25 @@ class BatchDraftLength:
 
     def __getitem__(self, num_requests: int) -> int:
         """Return the number of draft tokens of each request for the next step of ``num_requests`` requests."""
+        rates = self.rates(num_requests)
         if self._probe is not None:
-            return self.choices[self._probe[0]]
+            i, left = self._probe
+            self._probe = (i, left - 1) if left > 1 else None
+            if rates[i] >= PROBE_LOSS * rates.max():  # the number of requests may have changed
+                return self.choices[i]
         if not self._weight[1:].any():  # nothing is known yet
             return self._schedule[num_requests]
-        rates = self.rates(num_requests)
         best = int(np.argmax(rates))
         if rates[best] < (1 + MARGIN) * rates[0]:
             best = 0
         return self.choices[best]
 
     def rates(self, num_requests: int) -> np.ndarray:
-        """Return the expected number of tokens per second for each choice."""
+        """Return the expected number of tokens per second for each choice; 0 for steps of too many tokens."""
         lengths = np.array(self.choices)
         seconds = np.asarray(self.cost(num_requests, num_requests * lengths), np.float64)
-        return num_requests * (1 + self.expected_accepted()) / seconds
+        rates = num_requests * (1 + self.expected_accepted()) / seconds
+        return np.where((lengths == 0) | (num_requests * (1 + lengths) <= self._max_tokens), rates, 0.0)
 
     def expected_accepted(self) -> np.ndarray:
         """Return the expected number of accepted tokens of a request for each choice."""
@@ -98,6 +104,8 @@ class BatchDraftLength:
         """
         self._steps += 1
         if seconds is not None:
+            if self.cost.steps:
+                seconds = min(seconds, OUTLIER * float(self.cost(num_requests, num_requests * length)))
             self.cost.observe(num_requests, num_requests * length, seconds)
         if length in self.choices:
             i = self.choices.index(length)
@@ -106,8 +114,6 @@ class BatchDraftLength:
             self._weight[i] += num_requests
             self._accepted[i] += accepted
             self._tried[i] = self._steps
-            if self._probe is not None and self._probe[0] == i:
-                self._probe = (i, self._probe[1] - 1) if self._probe[1] > 1 else None
         if self._steps % PROBE_EVERY == 0:
             self._start_probe(num_requests)
 

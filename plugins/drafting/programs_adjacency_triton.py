@@ -337,6 +337,7 @@ def write_and_refresh_kernel(
             tl.store(confidences + to, confidence[None, :].to(tl.uint8), mask=written)
             if i > 0:
                 tl.store(keys + at, key, mask=mine)
+            tl.debug_barrier()  # all threads have read the owner
             # Priorities are unique, so a position that lost the row loses it after the release too.
             tl.store(owners + own, tl.full([1], NONE, tl.int32), mask=mine)
 

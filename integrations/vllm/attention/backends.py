@@ -19,12 +19,13 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
     config = read_config(vllm_config.additional_config)
     name = stock.get_name()  # type: ignore[attr-defined]
     if config.drafter is not None and config.verification.verification == "tree":
-        if name == "CPU_ATTN":
+        on_v2 = getattr(vllm_config, "use_v2_model_runner", False)
+        if name == "CPU_ATTN" and not on_v2:
             from .tree.cpu import TreeCPUBackend
 
             return TreeCPUBackend
         if name in ("TRITON_ATTN", "FLASH_ATTN"):  # both use our kernels
-            if getattr(vllm_config, "use_v2_model_runner", False):
+            if on_v2:
                 from .tree.device import DeviceTreeBackend
 
                 return DeviceTreeBackend

@@ -17,6 +17,10 @@ NO_DEVICE_NODES = (
     "remove nodes, and set num_speculative_tokens",
 )
 NO_DEVICE_POLICY = "the V2 model runner runs no KV policy together with a drafter", "remove one, or " + V1_RUNNER
+TOO_MANY_NODES = (
+    f"trees have at most {MAX_DEVICE_NODES} nodes on the V2 model runner",
+    f"set num_speculative_tokens to {MAX_DEVICE_NODES} or less",
+)
 NO_DEVICE_TREES = "on the V2 model runner the drafter proposes chains only", "use verification=chain"
 DEVICE_DRAFT_TOKENS = {"chain": (12, 5, 2, 1), "tree": (48, 24, 8, 2)}  # few, since vLLM captures CUDA graphs for each
 # A step with fewer tokens reads weights for longer than it computes, in bfloat16 on an A100 (156) to an H100 (295).
@@ -72,6 +76,8 @@ def device_objection(cls: Any, options: Any, config: PilotfishConfig, engine: En
         return NO_DEVICE_NODES[0]
     if config.kv is not None:
         return NO_DEVICE_POLICY[0]
+    if config.verification.verification == "tree" and engine.num_speculative_tokens > MAX_DEVICE_NODES:
+        return TOO_MANY_NODES[0]
     try:
         cls.check_device(options, engine)
     except Unsupported as error:
@@ -121,7 +127,7 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
         value = json.dumps({"method": "custom_class", "model": PROPOSER_CLASS, "num_speculative_tokens": tokens})
         how = f"add --speculative-config '{value}'"
         if getattr(speculative, "method", None) == DEVICE_METHOD:  # composed for the V2 model runner
-            how = f"vLLM runs this model on its V1 model runner; set --speculative-config '{value}'"
+            how = f"vLLM runs this model on its V1 model runner; {V1_RUNNER}, or --speculative-config '{value}'"
         raise ConfigError(f"{ROOT}.drafter: {plugin} is selected but the engine would not call it; {how}")
     if getattr(speculative, "rejection_sample_method", "standard") not in ("standard", "block"):
         raise Unsupported(
@@ -174,12 +180,7 @@ def _check_device_trees(plugin: str, vllm_config: Any) -> None:
     """Check what the V2 model runner needs in addition to verify trees."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
     if speculative.num_speculative_tokens > MAX_DEVICE_NODES:
-        raise Unsupported(
-            plugin,
-            f"trees have at most {MAX_DEVICE_NODES} nodes on the V2 model runner",
-            f"set num_speculative_tokens to {MAX_DEVICE_NODES} or less",
-            model.model,
-        )
+        raise Unsupported(plugin, *TOO_MANY_NODES, model.model)
     if speculative.enable_adaptive_verification:
         raise Unsupported(
             plugin,

@@ -131,7 +131,7 @@ def _drafter_arguments(
     if over_model and num_speculative_tokens is not None:
         raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
     depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
-    on_device = compatibility.uses_device(cls, options, config, Engine(model, 0, 0, 0, depth))
+    on_device = compatibility.uses_device(cls, options, config, Engine(model, 0, 0, 0, num_speculative_tokens or 0))
     if on_device and not compatibility.has_device_drafter(cls):
         raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
     check_engine(cls, options, model, depth, config.allow_untested_vllm, on_device)

@@ -23,7 +23,7 @@ def simulate(
 ) -> tuple[float, BatchDraftLength]:
     """Return the speed of an engine relative to one without drafts, after it has learned."""
     random = np.random.default_rng(seed)
-    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192)
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 4096)
     tokens = taken = 0.0
     for i in range(steps):
         k = lengths[num_requests]
@@ -53,14 +53,14 @@ def test_never_slower_than_stock_by_more_than_2_percent(memory_bound: int, rate:
 
 
 def test_the_schedule_holds_until_steps_were_observed() -> None:
-    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192)
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 4096)
     assert [lengths[b] for b in (1, 14, 15, 64, 96, 97)] == [12, 12, 5, 2, 1, 0]
     assert len(lengths) == len(SCHEDULE)
     assert lengths.choices == list(LENGTHS)
 
 
 def test_acceptance_that_returns_is_noticed() -> None:
-    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192)
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 4096)
     step, chosen = seconds_of(32), []
     for i in range(6000):
         k = lengths[4]
@@ -71,12 +71,34 @@ def test_acceptance_that_returns_is_noticed() -> None:
 
 
 def test_steps_of_unknown_duration_teach_acceptance() -> None:
-    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192)
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 4096)
     for _ in range(50):
         lengths.observe(2, 12, 24, None)
     assert lengths.cost.steps == 0
     assert lengths.expected_accepted()[-1] == pytest.approx(12)
     assert lengths[2] == 12
+
+
+def test_a_trial_ends_and_is_not_made_where_it_would_be_slow() -> None:
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 512)
+    step = seconds_of(192)
+    for i in range(2000):
+        k = (0, 12)[i // 2 % 2]
+        lengths.observe(1, k, k // 12 * 3, step(1, k))
+        lengths.observe(64, k, 64 * (k // 12) * 3, step(64, k))
+    lengths._probe = (lengths.choices.index(12), 4)
+    assert lengths[64] < 12
+    assert [lengths[1] for _ in range(3)] == [12, 12, 12]
+    assert lengths._probe is None
+    assert all(b * (1 + lengths[b]) <= 512 for b in range(1, 250) if lengths[b])
+
+
+def test_a_step_that_compiles_kernels_is_no_measure() -> None:
+    lengths = BatchDraftLength(SCHEDULE, StepCostModel(), 192, 512)
+    for _ in range(50):
+        lengths.observe(1, 0, 0, 0.01)
+    lengths.observe(1, 12, 10, 5.0)
+    assert float(lengths.cost(1, 12)) < 0.05
 
 
 def test_extrapolation_follows_a_chain() -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from .....kvcache.kernels.device_tree_triton import DeviceTrees
 from . import common
@@ -44,11 +45,19 @@ class DeviceTreeMetadataBuilder(TritonAttentionMetadataBuilder):
         self.trees: DeviceTrees | None = None
         self.layer_names = layer_names
         common.check_tree_layers(vllm_config, common.attention_layers(vllm_config, layer_names))
+        if isinstance(kv_cache_spec, ChunkedLocalAttentionSpec):
+            raise common.no_trees(vllm_config, "chunked local attention splits requests into several")
         error = self_test_tree_triton(kv_cache_spec.head_size, vllm_config.model_config.dtype, self.block_size, device)
         if error is not None:
             raise common.no_trees(vllm_config, error)
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._short_seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Build the metadata of a step without trees, with the number of rows that each request of the graph has."""
+        if self.trees is not None:
+            self.trees.clear(common_attn_metadata.max_query_len)
+        return super().build_for_cudagraph_capture(common_attn_metadata)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """Build vLLM's metadata, extended by our part of the step."""

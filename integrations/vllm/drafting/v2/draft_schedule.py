@@ -14,6 +14,8 @@ from .....plugins.drafting.draft_length import StepCostModel
 from ...engine import log
 from ..compatibility import MEMORY_BOUND_TOKENS, device_speculation
 
+MAX_TOKENS = 512  # of a step with draft tokens: vLLM's memory profile has logits for one token of each request
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -48,17 +50,21 @@ def install_measured_schedule(
     default = device_speculation(drafter, verification)["num_speculative_tokens_per_batch_size"]
     if table is None or [list(entry) for entry in given] != default:
         return
-    lengths = scheduler.dynamic_sd_lookup = BatchDraftLength(table, StepCostModel(), MEMORY_BOUND_TOKENS)
-    update, ended = scheduler.update_from_output, None
+    most = min(MAX_TOKENS, scheduler.max_num_scheduled_tokens)
+    lengths = scheduler.dynamic_sd_lookup = BatchDraftLength(table, StepCostModel(), MEMORY_BOUND_TOKENS, most)
+    update, ended, last = scheduler.update_from_output, None, -1
 
     def update_and_observe(scheduler_output: Any, model_runner_output: Any) -> Any:
-        nonlocal ended
+        nonlocal ended, last
         now, step = clock(), decode_step(scheduler_output, model_runner_output)
         if step is not None:
-            seconds = now - ended if ended is not None and step.uniform else None
+            # In the first step of another length, kernels may be compiled.
+            seconds = now - ended if ended is not None and step.uniform and step.length == last else None
             lengths.observe(step.num_requests, step.length, step.accepted, seconds)
-        ended = None if step is None else now
-        return update(scheduler_output, model_runner_output)
+        outputs = update(scheduler_output, model_runner_output)
+        last = -1 if step is None else step.length
+        ended = now if step is not None and scheduler.has_unfinished_requests() else None
+        return outputs
 
     scheduler.update_from_output = update_and_observe
     choices = ", ".join(map(str, lengths.choices))

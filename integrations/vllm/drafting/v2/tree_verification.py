@@ -38,10 +38,10 @@ class DeviceTreeVerifier:
         self._movers: list[tuple[str, DeviceKVMover]] = []  # a layer whose slots are used, and the mover
 
     def attach(self) -> None:
-        """Wrap three methods of the runner on this instance; its class remains unchanged."""
+        """Wrap four methods of the runner on this instance; its class remains unchanged."""
         runner = self._runner
         prepare_attn, prepare_dummy_attn = runner.prepare_attn, runner.prepare_dummy_attn
-        initialize_kv_cache = runner.initialize_kv_cache
+        initialize_kv_cache, capture_model = runner.initialize_kv_cache, runner.capture_model
 
         def prepare_attn_and_describe(input_batch: Any) -> Any:
             prepared = prepare_attn(input_batch)
@@ -66,10 +66,16 @@ class DeviceTreeVerifier:
             for group in (group for groups in runner.attn_groups for group in groups):
                 for builder in group.metadata_builders:
                     builder.trees = self.trees
+                caches = distinct_caches(attention_layers(runner.vllm_config, group.layer_names))
+                self._movers += [(group.layer_names[0], mover) for mover in kv_movers(caches)]
             return initialized
 
+        def clear_and_capture_model(*args: Any, **kwargs: Any) -> Any:
+            self.trees.clear(runner.num_speculative_steps + 1)  # of the steps that warmed up the kernels
+            return capture_model(*args, **kwargs)
+
         runner.prepare_attn, runner.prepare_dummy_attn = prepare_attn_and_describe, prepare_dummy_attn_and_clear
-        runner.initialize_kv_cache = initialize_kv_cache_and_attach
+        runner.initialize_kv_cache, runner.capture_model = initialize_kv_cache_and_attach, clear_and_capture_model
 
     # ------------------------------------------------------------------------------------------------- verification
 
@@ -132,15 +138,18 @@ class DeviceTreeVerifier:
         """
         if not self.accepted:
             return
-        if not self._movers:
-            groups = (group for groups in self._runner.attn_groups for group in groups)
-            for names in (group.layer_names for group in groups):
-                caches = distinct_caches(attention_layers(self._runner.vllm_config, names))
-                self._movers.append((names[0], DeviceKVMover(caches)))
         counts, paths = zip(*((part.counts, part.paths) for part in self.accepted), strict=True)
         accepted = torch.cat(counts), torch.cat(paths)
         for layer, mover in self._movers:
             mover(slot_mappings[layer], input_batch.cu_num_logits, input_batch.logits_indices, *accepted)
+
+
+def kv_movers(caches: list[torch.Tensor]) -> list[DeviceKVMover]:
+    """Return movers for the caches of layers, one for each layout of a cache."""
+    layouts: dict[Any, list[torch.Tensor]] = {}
+    for cache in caches:
+        layouts.setdefault((cache.stride(), cache.dtype, cache.shape[1:]), []).append(cache)
+    return [DeviceKVMover(group) for group in layouts.values()]
 
 
 def draft_tokens(input_batch: Any, positions: torch.Tensor, prefill_len: torch.Tensor) -> torch.Tensor:

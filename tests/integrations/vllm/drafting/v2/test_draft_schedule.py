@@ -23,10 +23,15 @@ class Scheduler:
         self.vllm_config = SimpleNamespace(speculative_config=speculative)
         self.dynamic_sd_lookup = None if schedule is None else [0] + [12] * 14 + [5] * 18 + [2] * 32
         self.updates: list[Any] = []
+        self.max_num_scheduled_tokens = 2048
+        self.unfinished = True
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> str:
         self.updates.append((scheduler_output, model_runner_output))
         return "outputs"
+
+    def has_unfinished_requests(self) -> bool:
+        return self.unfinished
 
 
 def step(drafts: dict[str, int], accepted: dict[str, int], prompt: int = 0) -> tuple[Any, Any]:
@@ -60,16 +65,21 @@ def test_the_default_schedule_follows_measured_steps() -> None:
     install_measured_schedule(scheduler, TokenRecycling, "chain", lambda: now[0])
     lengths: Any = scheduler.dynamic_sd_lookup
     assert isinstance(lengths, BatchDraftLength) and lengths[2] == 12
-    for k in [12, 5, 2, 1, 0] * 40:  # draft tokens are never accepted, and each takes time
+    for k in [12, 12, 5, 5, 2, 2, 1, 1, 0, 0] * 20:  # draft tokens are never accepted, and each takes time
         now[0] += 0.01 * (1 + k)
         assert scheduler.update_from_output(*step({"a": k, "b": k}, {})) == "outputs"
     assert lengths[2] == 0
     assert len(scheduler.updates) == 200
-    assert lengths.cost.steps == 199  # the duration of the first is not known
+    assert lengths.cost.steps == 100  # of the second step of each length
+    scheduler.unfinished, now[0] = False, now[0] + 0.01
+    scheduler.update_from_output(*step({"a": 0, "b": 0}, {}))
+    scheduler.unfinished, now[0] = True, now[0] + 99
+    scheduler.update_from_output(*step({"a": 0, "b": 0}, {}))
+    assert lengths.cost.steps == 101  # the engine was idle
     scheduler.update_from_output(*step({"a": 12}, {"a": 12}, prompt=99))
     now[0] += 99
     scheduler.update_from_output(*step({"a": 12}, {"a": 12}))
-    assert lengths.cost.steps == 199  # nor that of a step after a prompt
+    assert lengths.cost.steps == 101  # the step before processed a prompt
 
 
 @pytest.mark.parametrize("schedule", [None, [[1, 4, 12], [5, 5, 0]]])
