@@ -187,7 +187,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
     "retrieval_curves": lambda: retrieval_tables.curves("retrieval_curves"),
-    "retrieval_curves_long": lambda: retrieval_tables.curves("retrieval_curves_long", "retrieval_curves_long_warp"),
+    "retrieval_curves_long": lambda: retrieval_tables.curves(
+        "retrieval_curves_long", "retrieval_curves_long_warp", "retrieval_curves_long_plaid"
+    ),
     "bm25_baselines": lambda: retrieval_tables.sparse_baselines(("bm25", "bm25s")),
     "vdr_baselines": lambda: retrieval_tables.sparse_baselines(("vdr", "seismic", "bmp")),
     "retrieval_memory": retrieval_tables.retrieval_memory,
