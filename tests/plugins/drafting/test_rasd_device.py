@@ -308,6 +308,7 @@ with compiled_launches() as sizes:
     texts.texts[0] = [1, 2, 3]
     drafter.start(0, ids(1, 2, 3))
     batch = texts.batch({0: [4]})
+    drafter.propose(batch)
     drafter.observe(batch)
     drafter.propose(batch)
     drafter.finish(0, *texts.row(0))
