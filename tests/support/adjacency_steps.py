@@ -14,7 +14,7 @@ from pilotfish.plugins.drafting.tree import node_depths
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, K, ORDER, BITS = 20, 3, 3, 5  # few hashed rows, so that contexts collide
 SLOTS, LENGTH = 4, 64
-fast = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fast = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_same(device: Any, host: tuple[Any, Any], table: int = 0) -> None:

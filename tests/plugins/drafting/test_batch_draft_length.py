@@ -41,12 +41,12 @@ def best(step: Step, rate: float, b: int) -> float:
     return max(gains)
 
 
-@pytest.mark.parametrize("num_requests", [1, 8, 64, 200])
+@pytest.mark.parametrize("num_requests", [1, 8, 200])
 @pytest.mark.parametrize("rate", [0.02, 0.3, 0.8])
 @pytest.mark.parametrize("memory_bound", [4, 64, 512])
 def test_never_slower_than_stock_by_more_than_2_percent(memory_bound: int, rate: float, num_requests: int) -> None:
     step = seconds_of(memory_bound, overhead=0.01)
-    steps = 3000 if num_requests <= 8 else 1500
+    steps = 2000 if num_requests <= 8 else 1000
     speed, _ = simulate(step, rate, num_requests, steps)
     assert speed >= 0.98
     assert speed >= 0.85 * best(step, rate, num_requests)

@@ -197,6 +197,7 @@ def _config() -> Any:
     return SimpleNamespace(vision_config=vision, image_grid_pinpoints=PINPOINTS)
 
 
+@pytest.mark.long  # pruning in layers is experimental
 @pytest.mark.shows("aim", "batches of mixed requests")
 def test_visual_tokens_are_dropped_inside_the_language_model(
     start: Callable, vision_model: str, requests: list[dict[str, Any]]

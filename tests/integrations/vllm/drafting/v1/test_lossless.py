@@ -59,7 +59,7 @@ def test_greedy_output_is_identical_in_a_mixed_batch(stock, drafted, prompts) ->
         pytest.param({"min_tokens": 40}, marks=pytest.mark.long),
         {"stop": [".", "\n"]},
         pytest.param({"ignore_eos": True}, marks=pytest.mark.long),
-        {"allowed_token_ids": list(range(0, 49_152, 3))},
+        pytest.param({"allowed_token_ids": list(range(0, 49_152, 3))}, marks=pytest.mark.long),
     ],
     ids=lambda extra: next(iter(extra)),
 )

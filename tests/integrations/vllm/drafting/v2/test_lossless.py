@@ -110,9 +110,9 @@ def test_greedy_text_equals_stock(drafted, expected_greedy) -> None:
     ours = complete(drafted, [GREEDY] * 2)
     assert ours["tokens"] == expected_greedy["tokens"]
     assert ours["drafted"] > 0
-    again = complete(drafted, [GREEDY] * 2)  # the rows of all contexts are known
-    assert again["tokens"] == expected_greedy["tokens"]
-    assert again["request_steps"] < 0.5 * expected_greedy["request_steps"]
+    again = complete(drafted, [GREEDY])  # the rows of all contexts are known
+    assert again["tokens"] == expected_greedy["tokens"][:1]
+    assert again["request_steps"] < 0.25 * expected_greedy["request_steps"]
 
 
 @LONG
