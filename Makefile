@@ -233,7 +233,7 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	$(MAKE) tables
 
 bench-budgets-qwen: $(VENV)/.ready  ## the same with a larger model; QWEN is a folder with the model
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 \
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 --requests 0 \
 	  --quality-contexts 4000 --needle-contexts 4000 --needles 1 --setting budget=512 --setting quest,budget=512 \
 	  --out benchmarks/results/kv_budgets_qwen.json
 	$(MAKE) tables
