@@ -40,7 +40,7 @@ class DeviceBatch:
         candidate_ids: [n, k] int64 most probable next tokens, best first.
         candidate_probs: [n, k] float32 probabilities of these tokens, normalised over the k candidates.
         parents: [n] int32 where draft tokens form trees: index, among the request's positions, of the one before each
-            in the tree; -1 for the first. None where they form chains.
+            in the tree; -1 for the first. Position i + 1 is draft token i. None where they form chains.
         accepted: [n] bool whether each position was accepted, where draft tokens form trees; else None.
         chain_only: [max_num_reqs] bool, where draft tokens form trees: whether those of a request must form a chain,
             because its sampling parameters depend on the tokens before. Else None.
