@@ -181,6 +181,11 @@ class DeviceTrees:
         return AcceptedPaths(tokens, counts, paths, parents, accepted, path_rows)
 
 
+def cache_layout(cache: "Tensor") -> tuple[tuple[int, ...], torch.dtype, torch.Size]:
+    """Return what the caches of layers that are moved together have in common: strides, dtype, and shape of a block."""
+    return cache.stride(), cache.dtype, cache.shape[1:]
+
+
 class DeviceKVMover:
     """A function that moves the keys and values of accepted nodes to the slots where a chain would have stored them.
 
@@ -191,13 +196,9 @@ class DeviceKVMover:
 
     def __init__(self, caches: "Sequence[Tensor]") -> None:
         self._like = caches[0]
-        if any((c.stride(), c.dtype, c.shape[1:]) != self._layout for c in caches):
+        if len({cache_layout(cache) for cache in caches}) > 1:
             raise ValueError("the layers have caches of different layouts")
         self._addresses = torch.tensor([c.data_ptr() for c in caches], dtype=torch.int64, device=self._like.device)
-
-    @property
-    def _layout(self) -> tuple[tuple[int, ...], torch.dtype, torch.Size]:
-        return self._like.stride(), self._like.dtype, self._like.shape[1:]
 
     def __call__(
         self, slots: "Tensor", cu_num_logits: "Tensor", logits_indices: "Tensor", counts: "Tensor", paths: "Tensor"

@@ -36,11 +36,10 @@ class BatchDraftLength:
 
     Attributes:
         cost: The cost model.
-        probes: Number of trials so far.
     """
 
     def __init__(self, schedule: Sequence[int], cost: StepCostModel, memory_bound_tokens: int, max_tokens: int) -> None:
-        self._schedule, self.cost, self.probes, self._max_tokens = list(schedule), cost, 0, max_tokens
+        self._schedule, self.cost, self._max_tokens = list(schedule), cost, max_tokens
         self.choices = sorted({0, *self._schedule[1:]})
         m = memory_bound_tokens
         cost.set_latency_profile([1, m, 4 * m], [1.0, 1.02, 4.02])
@@ -122,7 +121,6 @@ class BatchDraftLength:
         rates = self.rates(num_requests)
         fast = [i for i in range(len(rates)) if rates[i] >= PROBE_LOSS * rates.max() and self._tried[i] < self._steps]
         self._probe = (min(fast, key=lambda i: self._tried[i]), PROBE_STEPS) if fast else None
-        self.probes += self._probe is not None
 
 
 def _extrapolate(accepted: float, length: float, to: float) -> float:

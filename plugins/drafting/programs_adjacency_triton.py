@@ -137,20 +137,21 @@ def row_context(
     token_ids_stride,
     req_idx,
     input_ids,
+    positions,
     parents,
     logit_idx,
     j,
-    position,
-    depth,
     ORDER: tl.constexpr,
     ORDER_PADDED: tl.constexpr,
     TREES: tl.constexpr,
 ):
-    """Return the context that ends at a request's ``j``-th verified token, [1, ORDER_PADDED].
+    """Return the context that ends at a request's ``j``-th verified token, [1, ORDER_PADDED], and its position.
 
-    Its tokens are the request's verified ones, and before them those of the text. ``depth`` is the number of the
-    token's ancestors among the verified ones, which is ``j`` in a chain.
+    Its tokens are the request's verified ones, and before them those of the text.
     """
+    position = tl.load(positions + logit_idx)
+    # The number of the token's ancestors among the verified ones, which is j in a chain.
+    depth = (position - tl.load(positions + logit_idx - j)).to(tl.int32)
     d = tl.arange(0, ORDER_PADDED)
     node = j - d
     if TREES:
@@ -165,7 +166,7 @@ def row_context(
         mask=(d > depth) & (d < ORDER) & (d <= position),
         other=0,
     )
-    return tl.where(d <= depth, of_step, before)[None, :]
+    return tl.where(d <= depth, of_step, before)[None, :], position
 
 
 @jit
@@ -230,18 +231,15 @@ def count_and_claim_kernel(
     logit_idx = tl.load(cu_num_logits + request) + j
     if logit_idx < tl.load(cu_num_logits + request + 1):
         turn = write_turn(request, j, is_accepted(j, count, accepted, logit_idx, TREES), MAX_NUM_LOGITS)
-        position = tl.load(positions + logit_idx)
-        depth = (position - tl.load(positions + logit_idx - j)).to(tl.int32)
-        context = row_context(
+        context, position = row_context(
             all_token_ids,
             token_ids_stride,
             req_idx,
             input_ids,
+            positions,
             parents,
             logit_idx,
             j,
-            position,
-            depth,
             ORDER,
             ORDER_PADDED,
             TREES,
@@ -305,18 +303,15 @@ def write_and_refresh_kernel(
         table = tl.load(table_of_request + req_idx).to(tl.int64)
         was_accepted = is_accepted(j, tl.load(num_sampled + request), accepted, logit_idx, TREES)
         turn = write_turn(request, j, was_accepted, MAX_NUM_LOGITS)
-        position = tl.load(positions + logit_idx)
-        depth = (position - tl.load(positions + logit_idx - j)).to(tl.int32)
-        context = row_context(
+        context, position = row_context(
             all_token_ids,
             token_ids_stride,
             req_idx,
             input_ids,
+            positions,
             parents,
             logit_idx,
             j,
-            position,
-            depth,
             ORDER,
             ORDER_PADDED,
             TREES,

@@ -18,6 +18,53 @@ CLOSED: tl.constexpr = tl.constexpr(-1.0)  # score of a candidate that does not 
 
 
 @jit
+def score_candidates(
+    context,
+    available,
+    score,
+    table,
+    tokens,
+    confidences,
+    keys,
+    rate,
+    vocab,
+    num_hashed,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ORDER: tl.constexpr,
+    CONFIDENCES: tl.constexpr,
+):
+    """Return the candidates after the contexts of beams and their scores, [BEAMS, K_PADDED] each; see `find_rows`.
+
+    ``score`` [BEAMS] is that of each beam; one with score 0 has no candidates.
+    """
+    rank = tl.arange(0, K_PADDED)
+    row, known = find_rows(context, available, table, keys, vocab, num_hashed, ORDER)
+    at = row[:, None] * K + rank[None, :]
+    candidate = tl.load(tokens + at, mask=(rank < K)[None, :], other=NONE)
+    confidence = tl.load(confidences + at, mask=(rank < K)[None, :], other=0).to(tl.int32)
+    cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
+    exists = (candidate != NONE) & (score > 0.0)[:, None]
+    return candidate, tl.where(exists, score[:, None] * tl.load(rate + cell, mask=exists, other=0.0), CLOSED)
+
+
+@jit
+def extend_contexts(context, of_parent, token):
+    """Return the contexts of beams that continue their parents by one token each.
+
+    Args:
+        context: [BEAMS, ORDER_PADDED] contexts of the beams before.
+        of_parent: [BEAMS, BEAMS] whether a beam (row) continues one of those (column).
+        token: [BEAMS] tokens.
+    """
+    d = tl.arange(0, context.shape[1])
+    context = tl.sum(tl.where(of_parent[:, :, None], context[None, :, :], 0), axis=1)
+    is_next = d[None, :, None] + 1 == d[None, None, :]
+    context = tl.sum(tl.where(is_next, context[:, :, None], 0), axis=1)
+    return tl.where((d == 0)[None, :], token[:, None], context)
+
+
+@jit
 def propose_chain_kernel(
     all_token_ids,
     token_ids_stride,
@@ -51,7 +98,7 @@ def propose_chain_kernel(
     table = tl.load(table_of_request + req_idx).to(tl.int64)
     length = tl.load(total_len + req_idx)
     beam, d = tl.arange(0, BEAMS), tl.arange(0, ORDER_PADDED)
-    rank, step = tl.arange(0, K_PADDED), tl.arange(0, NUM_SPEC_TOKENS_PADDED)
+    step = tl.arange(0, NUM_SPEC_TOKENS_PADDED)
     flat = tl.arange(0, BEAMS * K_PADDED)
     text = all_token_ids + req_idx * token_ids_stride + length - 1
     tail = tl.load(text - d, mask=(d < ORDER) & (d < length), other=0)
@@ -64,14 +111,23 @@ def propose_chain_kernel(
     best_path = tl.zeros([NUM_SPEC_TOKENS_PADDED], tl.int32) + tl.load(text)
     best_score = tl.zeros([NUM_SPEC_TOKENS_PADDED], tl.float32)
     for depth in range(NUM_SPEC_TOKENS):
-        row, known = find_rows(context, length + depth, table, keys, vocab, num_hashed, ORDER)
-        at = row[:, None] * K + rank[None, :]
-        candidate = tl.load(tokens + at, mask=(rank < K)[None, :], other=NONE)
-        confidence = tl.load(confidences + at, mask=(rank < K)[None, :], other=0).to(tl.int32)
-        cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
-        open_ = (candidate != NONE) & (score > 0.0)[:, None]
-        after = score[:, None] * tl.load(rate + cell, mask=open_, other=0.0)
-        left = tl.reshape(tl.where(open_, after, -1.0), [BEAMS * K_PADDED])
+        candidate, after = score_candidates(
+            context,
+            length + depth,
+            score,
+            table,
+            tokens,
+            confidences,
+            keys,
+            rate,
+            vocab,
+            num_hashed,
+            K,
+            K_PADDED,
+            ORDER,
+            CONFIDENCES,
+        )
+        left = tl.reshape(after, [BEAMS * K_PADDED])
         named = tl.reshape(candidate, [BEAMS * K_PADDED])
         new_score = tl.zeros([BEAMS], tl.float32)
         parent, token = tl.zeros([BEAMS], tl.int32), tl.zeros([BEAMS], tl.int32)
@@ -89,10 +145,7 @@ def propose_chain_kernel(
         path = tl.where((step == depth)[None, :], token[:, None], path)
         path_score = tl.sum(tl.where(of_parent[:, :, None], path_score[None, :, :], 0.0), axis=1)
         path_score = tl.where((step == depth)[None, :], score[:, None], path_score)
-        context = tl.sum(tl.where(of_parent[:, :, None], context[None, :, :], 0), axis=1)
-        is_next = d[None, :, None] + 1 == d[None, None, :]
-        context = tl.sum(tl.where(is_next, context[:, :, None], 0), axis=1)
-        context = tl.where((d == 0)[None, :], token[:, None], context)
+        context = extend_contexts(context, of_parent, token)
         # The expected number grows along a beam, so the best of all depths is seen even if a beam ends.
         most, winner = tl.max(expected, axis=0), tl.argmax(expected, axis=0)
         is_winner = (beam == winner)[:, None]
@@ -150,18 +203,27 @@ def expand_beams_kernel(
     first = (beam == 0)[:, None] & (rank >= 0)[None, :]
     spare = first & (rank == K_PADDED - 1)[None, :]
     for depth in range(DEPTH):
-        row, known = find_rows(context, length + depth, table, keys, vocab, num_hashed, ORDER)
-        at = row[:, None] * K + rank[None, :]
-        candidate = tl.load(tokens + at, mask=(rank < K)[None, :], other=NONE)
-        confidence = tl.load(confidences + at, mask=(rank < K)[None, :], other=0).to(tl.int32)
-        cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
-        open_ = (candidate != NONE) & (score > 0.0)[:, None]
-        after = tl.where(open_, score[:, None] * tl.load(rate + cell, mask=open_, other=0.0), CLOSED)
+        candidate, after = score_candidates(
+            context,
+            length + depth,
+            score,
+            table,
+            tokens,
+            confidences,
+            keys,
+            rate,
+            vocab,
+            num_hashed,
+            K,
+            K_PADDED,
+            ORDER,
+            CONFIDENCES,
+        )
         followed = first & (candidate < NONE)  # where the chain goes on, if it does
         if HAS_CHAIN:
             chained = tl.load(chains + request * NUM_SPEC_TOKENS + depth).to(tl.int32)
             chain_score = tl.load(chain_scores + request * NUM_SPEC_TOKENS + depth) + tl.zeros_like(after)
-            listed = first & open_ & (candidate == chained)
+            listed = first & (after >= 0.0) & (candidate == chained)
             is_listed = tl.max(tl.max(listed.to(tl.int32), axis=1), axis=0) + tl.zeros_like(candidate)
             followed = (chain_score > 0.0) & (listed | (spare & (is_listed == 0)))
             candidate = tl.where(followed, chained, candidate)
@@ -192,10 +254,7 @@ def expand_beams_kernel(
         tl.store(pool_parents + to, tl.reshape(node[:, None] + tl.zeros_like(candidate), [BEAMS * K_PADDED]))
         score, node = new_score, new_node
         of_parent = parent[:, None] == beam[None, :]
-        context = tl.sum(tl.where(of_parent[:, :, None], context[None, :, :], 0), axis=1)
-        is_next = d[None, :, None] + 1 == d[None, None, :]
-        context = tl.sum(tl.where(is_next, context[:, :, None], 0), axis=1)
-        context = tl.where((d == 0)[None, :], token[:, None], context)
+        context = extend_contexts(context, of_parent, token)
 
 
 @jit

@@ -35,7 +35,6 @@ class DeviceTreeMetadataBuilder(TritonAttentionMetadataBuilder):
 
     Attributes:
         trees: The draft trees of all requests; set by `drafting.v2.tree_verification` before the first step.
-        layer_names: Names of the layers.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -43,7 +42,6 @@ class DeviceTreeMetadataBuilder(TritonAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.trees: DeviceTrees | None = None
-        self.layer_names = layer_names
         common.check_tree_layers(vllm_config, common.attention_layers(vllm_config, layer_names))
         if isinstance(kv_cache_spec, ChunkedLocalAttentionSpec):
             raise common.no_trees(vllm_config, "chunked local attention splits requests into several")

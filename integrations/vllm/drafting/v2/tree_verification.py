@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .....kvcache.kernels.device_tree_triton import AcceptedPaths, DeviceKVMover, DeviceTrees
+from .....kvcache.kernels.device_tree_triton import AcceptedPaths, DeviceKVMover, DeviceTrees, cache_layout
 from ...attention.tree.common import attention_layers, distinct_caches
 
 
@@ -148,7 +148,7 @@ def kv_movers(caches: list[torch.Tensor]) -> list[DeviceKVMover]:
     """Return movers for the caches of layers, one for each layout of a cache."""
     layouts: dict[Any, list[torch.Tensor]] = {}
     for cache in caches:
-        layouts.setdefault((cache.stride(), cache.dtype, cache.shape[1:]), []).append(cache)
+        layouts.setdefault(cache_layout(cache), []).append(cache)
     return [DeviceKVMover(group) for group in layouts.values()]
 
 
