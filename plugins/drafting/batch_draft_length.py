@@ -2,8 +2,8 @@
 
 The number is chosen before the drafts are known, so it follows from the steps before: it maximises the expected number
 of tokens per second, with the cost of a step of `StepCostModel` and the mean number of accepted tokens of recent steps.
-A number that has not been tried lately is estimated from the others. From time to time one of these is tried for a few
-steps, if it is not expected to be slow.
+A number that has not been used lately is estimated from the others. From time to time one of these is probed: used for
+a few steps, if it is not expected to be slow.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import numpy as np
 
 from .draft_length import StepCostModel
 
-PROBE_EVERY, PROBE_STEPS = 256, 4  # steps between two trials, and steps of a trial
-PROBE_LOSS = 0.5  # least expected rate of a trial, relative to the best number's
-MARGIN = 0.02  # least gain over steps without draft tokens
+PROBE_INTERVAL, PROBE_STEPS = 256, 4  # steps from one probe to the next, and steps of a probe
+MIN_PROBE_RATE = 0.5  # least expected rate of a probed number, relative to the best number's
+MIN_GAIN = 0.02  # over steps without draft tokens
 OUTLIER = 4.0  # a duration is taken for at most this many times the expected one: kernels may be compiled in the step
-MEMORY = 0.98  # decay of the counts per step
+DECAY = 0.98  # of the counts, per step
 PRIOR = 0.5  # acceptance rate of a draft token after those before it, until one was verified
-ENOUGH = 8.0  # weight of a number's counts, in requests, from which they are taken as they are
+FULL_WEIGHT = 8.0  # requests counted for a number from which its mean is not mixed with an estimate
 
 
 class BatchDraftLength:
@@ -44,7 +44,8 @@ class BatchDraftLength:
         m = memory_bound_tokens
         cost.set_latency_profile([1, m, 4 * m], [1.0, 1.02, 4.02])
         self._weight, self._accepted = np.zeros((2, len(self.choices)))  # decayed counts of requests, and of tokens
-        self._tried = np.zeros(len(self.choices), np.int64)  # step of the last observation
+        self._last_used = np.zeros(len(self.choices), np.int64)  # step of the last use
+        self._expected: np.ndarray | None = None  # see `expected_accepted`; None after an observation
         self._steps = 0
         self._probe: tuple[int, int] | None = None  # choice, and steps left
 
@@ -58,12 +59,12 @@ class BatchDraftLength:
         if self._probe is not None:
             i, left = self._probe
             self._probe = (i, left - 1) if left > 1 else None
-            if rates[i] >= PROBE_LOSS * rates.max():  # the number of requests may have changed
+            if rates[i] >= MIN_PROBE_RATE * rates.max():  # the number of requests may have changed
                 return self.choices[i]
         if not self._weight[1:].any():  # nothing is known yet
             return self._schedule[num_requests]
         best = int(np.argmax(rates))
-        if rates[best] < (1 + MARGIN) * rates[0]:
+        if rates[best] < (1 + MIN_GAIN) * rates[0]:
             best = 0
         return self.choices[best]
 
@@ -76,6 +77,11 @@ class BatchDraftLength:
 
     def expected_accepted(self) -> np.ndarray:
         """Return the expected number of accepted tokens of a request for each choice."""
+        if self._expected is None:
+            self._expected = self._estimate_accepted()
+        return self._expected
+
+    def _estimate_accepted(self) -> np.ndarray:
         lengths = np.array(self.choices, np.float64)
         known = np.flatnonzero(self._weight > 0)
         mean = np.divide(self._accepted, self._weight, out=np.zeros(len(lengths)), where=self._weight > 0)
@@ -88,7 +94,7 @@ class BatchDraftLength:
             if len(others):
                 nearest = others[np.argmin(np.abs(np.log(lengths[others] / length)))]
                 estimate = _extrapolate(float(mean[nearest]), float(lengths[nearest]), float(length))
-            share = min(self._weight[i] / ENOUGH, 1.0)
+            share = min(self._weight[i] / FULL_WEIGHT, 1.0)
             result[i] = share * mean[i] + (1 - share) * estimate
         return result
 
@@ -108,19 +114,20 @@ class BatchDraftLength:
             self.cost.observe(num_requests, num_requests * length, seconds)
         if length in self.choices:
             i = self.choices.index(length)
-            self._weight *= MEMORY
-            self._accepted *= MEMORY
+            self._expected = None
+            self._weight *= DECAY
+            self._accepted *= DECAY
             self._weight[i] += num_requests
             self._accepted[i] += accepted
-            self._tried[i] = self._steps
-        if self._steps % PROBE_EVERY == 0:
+            self._last_used[i] = self._steps
+        if self._steps % PROBE_INTERVAL == 0:
             self._start_probe(num_requests)
 
     def _start_probe(self, num_requests: int) -> None:
-        """Begin a trial of the choice that was not tried for longest, among those that are not expected to be slow."""
+        """Begin to probe the choice that was not used for longest, among those that are not expected to be slow."""
         rates = self.rates(num_requests)
-        fast = [i for i in range(len(rates)) if rates[i] >= PROBE_LOSS * rates.max() and self._tried[i] < self._steps]
-        self._probe = (min(fast, key=lambda i: self._tried[i]), PROBE_STEPS) if fast else None
+        fast = [i for i in range(len(rates)) if rates[i] >= MIN_PROBE_RATE * rates.max() and self._last_used[i] < self._steps]
+        self._probe = (min(fast, key=lambda i: self._last_used[i]), PROBE_STEPS) if fast else None
 
 
 def _extrapolate(accepted: float, length: float, to: float) -> float:

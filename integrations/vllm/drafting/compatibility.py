@@ -14,14 +14,14 @@ V1_RUNNER = "set VLLM_USE_V2_MODEL_RUNNER=0"
 NO_DEVICE_DRAFTER = "the drafter has no counterpart on the device, which the V2 model runner needs", V1_RUNNER
 NO_DEVICE_NODES = (
     "the V2 model runner verifies num_speculative_tokens draft tokens of every request",
-    "remove nodes, and set num_speculative_tokens",
+    "remove nodes, and set num_speculative_tokens, or " + V1_RUNNER,
 )
 NO_DEVICE_POLICY = "the V2 model runner runs no KV policy together with a drafter", "remove one, or " + V1_RUNNER
 TOO_MANY_NODES = (
     f"trees have at most {MAX_DEVICE_NODES} nodes on the V2 model runner",
-    f"set num_speculative_tokens to {MAX_DEVICE_NODES} or less",
+    f"set num_speculative_tokens to {MAX_DEVICE_NODES} or less, or {V1_RUNNER}",
 )
-NO_DEVICE_TREES = "on the V2 model runner the drafter proposes chains only", "use verification=chain"
+NO_DEVICE_TREES = "on the V2 model runner the drafter proposes chains only", "use verification=chain, or " + V1_RUNNER
 DEVICE_DRAFT_TOKENS = {"chain": (12, 5, 2, 1), "tree": (48, 24, 8, 2)}  # few, since vLLM captures CUDA graphs for each
 # A step with fewer tokens reads weights for longer than it computes, in bfloat16 on an A100 (156) to an H100 (295).
 MEMORY_BOUND_TOKENS = 192
@@ -70,18 +70,25 @@ def has_device_drafter(drafter: Any) -> bool:
 
 def device_objection(cls: Any, options: Any, config: PilotfishConfig, engine: Engine) -> str | None:
     """Return why a drafter cannot run on the V2 model runner with these settings; None if it can."""
-    if not has_device_drafter(cls):
-        return NO_DEVICE_DRAFTER[0]
-    if config.verification.nodes is not None:
-        return NO_DEVICE_NODES[0]
-    if config.kv is not None:
-        return NO_DEVICE_POLICY[0]
-    if config.verification.verification == "tree" and engine.num_speculative_tokens > MAX_DEVICE_NODES:
-        return TOO_MANY_NODES[0]
+    if (refusal := _device_refusal(cls, config, engine.num_speculative_tokens)) is not None:
+        return refusal[0]
     try:
         cls.check_device(options, engine)
     except Unsupported as error:
         return error.reason
+    return None
+
+
+def _device_refusal(cls: Any, config: PilotfishConfig, num_speculative_tokens: int) -> tuple[str, str] | None:
+    """Return why a drafter's settings do not suit the V2 model runner, and the remedy; None if they do."""
+    if not has_device_drafter(cls):
+        return NO_DEVICE_DRAFTER
+    if config.verification.nodes is not None:
+        return NO_DEVICE_NODES
+    if config.kv is not None:
+        return NO_DEVICE_POLICY
+    if config.verification.verification == "tree" and num_speculative_tokens > MAX_DEVICE_NODES:
+        return TOO_MANY_NODES
     return None
 
 
@@ -153,18 +160,15 @@ def _check_speculation(cls: Any, options: Any, config: PilotfishConfig, vllm_con
 def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -> None:
     """Check that the V2 model runner calls the drafter's counterpart on the device, and that there is one."""
     plugin, speculative, model = cls.name, vllm_config.speculative_config, vllm_config.model_config.model
-    if not has_device_drafter(cls):
-        raise Unsupported(plugin, *NO_DEVICE_DRAFTER, model)
+    tokens = getattr(speculative, "num_speculative_tokens", None) or 0
+    if (refusal := _device_refusal(cls, config, tokens)) is not None:
+        raise Unsupported(plugin, *refusal, model)
     if speculative is None or speculative.method != DEVICE_METHOD:
         value = json.dumps(device_speculation(cls, config.verification.verification))
         raise ConfigError(
             f"{ROOT}.drafter: {plugin} is selected but the V2 model runner would not call it; "
             f"set --speculative-config '{value}', or {V1_RUNNER}"
         )
-    if config.verification.nodes is not None:
-        raise Unsupported(plugin, *NO_DEVICE_NODES, model)
-    if config.kv is not None:
-        raise Unsupported(plugin, *NO_DEVICE_POLICY, model)
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise Unsupported(
             plugin,
@@ -179,8 +183,6 @@ def _check_device_drafter(cls: Any, config: PilotfishConfig, vllm_config: Any) -
 def _check_device_trees(plugin: str, vllm_config: Any) -> None:
     """Check what the V2 model runner needs in addition to verify trees."""
     speculative, model = vllm_config.speculative_config, vllm_config.model_config
-    if speculative.num_speculative_tokens > MAX_DEVICE_NODES:
-        raise Unsupported(plugin, *TOO_MANY_NODES, model.model)
     if speculative.enable_adaptive_verification:
         raise Unsupported(
             plugin,

@@ -64,7 +64,7 @@ class PilotfishSpeculator(BaseSpeculator):
             trees.attach()
         nbytes = drafter.nbytes + (0 if trees is None else trees.trees.nbytes)
         how = (
-            f"speculator of the V2 runner, {'chains' if trees is None else 'trees'} of {self._steps} draft tokens per "
+            f"speculator of the V2 runner, {'chains' if trees is None else 'trees'} of up to {self._steps} draft tokens per "
             f"request and step, {nbytes / 2**20:,.0f} MiB on the device"
         )
         logger.info("%s", log.start_up_table("drafter", drafting, how))

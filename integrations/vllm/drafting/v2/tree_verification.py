@@ -103,7 +103,7 @@ class DeviceTreeVerifier:
             verify_draft_sampled: torch.Tensor,
         ) -> Any:
             invalid = verify_draft_sampled != draft_sampled  # by a grammar
-            drafted = draft_tokens(input_batch, pos, prefill_len)
+            drafted = row_tokens(input_batch, pos, prefill_len)
             drafted_or_invalid = drafted.masked_fill(invalid, -1)
             chunks = max_chunk_logits, max_num_logprobs, drafted_or_invalid
             return verify_in_chunks(logits, input_batch, draft_logits, drafted, pos, *chunks)
@@ -152,7 +152,7 @@ def kv_movers(caches: list[torch.Tensor]) -> list[DeviceKVMover]:
     return [DeviceKVMover(group) for group in layouts.values()]
 
 
-def draft_tokens(input_batch: Any, positions: torch.Tensor, prefill_len: torch.Tensor) -> torch.Tensor:
+def row_tokens(input_batch: Any, positions: torch.Tensor, prefill_len: torch.Tensor) -> torch.Tensor:
     """Return the token of each row with logits, [n] int32; -1 for the placeholder of a draft token.
 
     vLLM tells placeholders by the position of a row in a chain. Here that is the position of the root: draft tokens are
