@@ -4,8 +4,9 @@ usage: python benchmarks/device_drafting_cost.py
 
 Counted are the bytes that the kernels of ``plugins/drafting/*_triton.py`` read and write, the operations, and the
 dependent reads and launches of a step. The step itself is that of a dense model of 8 billion parameters in bfloat16:
-its weights are read once, and a token takes 16 billion operations. Its attention is left out, so the real share is
-smaller. RASD searches texts of 4,096 tokens and 1,048,576 tokens of earlier outputs. Measured is the counterpart of
+its weights are read once, the keys and values of all texts too, and a token takes 16 billion operations. Texts have
+4,096 tokens, or as many as fit into the memory beside the weights. RASD searches them and 1,048,576 tokens of earlier
+outputs. Measured is the counterpart of
 Token Recycling on the host, `observe` and `propose` of all requests.
 """
 
@@ -21,7 +22,8 @@ from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine
 from pilotfish.plugins.drafting.adjacency_triton import BEAMS
-from pilotfish.plugins.drafting.history_triton import REQUESTS, SHARED_BLOCK
+from pilotfish.plugins.drafting.history_triton import BLOCK as HISTORY_BLOCK
+from pilotfish.plugins.drafting.history_triton import REQUESTS
 from pilotfish.plugins.drafting.top_k_triton import BLOCK
 from pilotfish.plugins.rasd import RASDOptions
 from pilotfish.plugins.token_recycling import TokenRecycling, TokenRecyclingOptions
@@ -35,7 +37,8 @@ K, ORDER = TokenRecyclingOptions().k, TokenRecyclingOptions().order
 KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
 ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
 TEXT = 4096  # tokens of a request
-KERNELS = 7  # launches of a step: two select the top-k tokens, two gather, two learn, one proposes
+KV_MEMORY, KV_TOKEN = 60e9, 131_072  # bytes for keys and values, and of a token: 32 layers, 8 heads of 128, bfloat16
+KERNELS = 6  # launches of a step: two select the top-k tokens, one gathers, two learn, one proposes
 
 
 @dataclass
@@ -77,31 +80,41 @@ def drafting_cost(requests: int, draft_tokens: int) -> Cost:
     # A hash takes about four operations a token; a beam search compares all candidates once for each beam.
     hashes = 4 * ORDER * ORDER * (3 * n + requests * draft_tokens * BEAMS)
     search = requests * draft_tokens * BEAMS * (BEAMS * K + BEAMS * draft_tokens)
-    reads = 4 * 3 + 3 * draft_tokens  # a draft token needs keys, then the row, then rates
+    # Before the first draft token: the request, its length, its text. A draft token needs keys and rows, which are read
+    # together; the rates are in the L1 cache.
+    reads = 4 * 3 + 3 + draft_tokens
     return Cost(top_k + count + claim + write + propose, 2 * K * n * VOCABULARY + hashes + search, reads, KERNELS)
 
 
 def retrieval_cost(requests: int, draft_tokens: int) -> Cost:
-    """Return the cost that RASD adds to Token Recycling's: two searches, the fusion, and the counts."""
+    """Return the cost that RASD adds to Token Recycling's: the searches, and the counts.
+
+    Its fusion reads the same rows as Token Recycling's search, and takes its place.
+    """
     options, sources = RASDOptions(), 2
     reads_of_outputs = math.ceil(requests / REQUESTS)  # a program reads a block for several requests
-    tokens = requests * TEXT + reads_of_outputs * options.outputs
-    scan = tokens * 2 * TOKEN  # a token, and mostly one before it
-    again = requests * sources * SHARED_BLOCK * 3 * TOKEN  # a block with the longest match, and what follows
+    tokens = requests * text_tokens(requests) + reads_of_outputs * options.outputs
+    scan = tokens * TOKEN  # the tokens before and after a position are in the same cache lines
+    again = requests * sources * HISTORY_BLOCK * TOKEN  # a block with the longest match
     continuations = requests * sources * options.max_occurrences * draft_tokens * TOKEN
-    row = (ORDER - 1) * KEY + ROW + K * RATE
-    fuse = continuations + requests * draft_tokens * (row + (sources + 1) * 6 * RATE)
+    fuse = continuations + requests * draft_tokens * (sources + 1) * 6 * RATE
     count = requests * draft_tokens * (sources + 1) * 6 * RATE
     votes = requests * draft_tokens * sources * options.max_occurrences**2 * 3
-    compared = requests * (TEXT + options.outputs) * 6
-    # A search reads a token, the one before it, and a follower; a fused token needs keys, then the row, then rates.
-    reads = sources * (3 + 4) + 4 * draft_tokens
-    return Cost(scan + again + 2 * continuations + fuse + count, votes + compared, reads, launches=7)
+    compared = requests * (text_tokens(requests) + options.outputs) * 6
+    # The counts: the request, its text, the predictions. A search: the request, its text, a token; and again for what
+    # follows. The fusion: lengths, then continuations.
+    return Cost(scan + again + 2 * continuations + fuse + count, votes + compared, 3 + 3 + 4 + 2, launches=3)
+
+
+def text_tokens(requests: int) -> float:
+    """Return the number of tokens of each text."""
+    return min(TEXT, KV_MEMORY / KV_TOKEN / requests)
 
 
 def step_seconds(requests: int, draft_tokens: int) -> float:
     """Return the duration of the model's step that verifies the draft tokens."""
-    return max(PARAMETERS * 2 / BANDWIDTH, requests * (draft_tokens + 1) * PARAMETERS * 2 / OPERATIONS)
+    weights = max(PARAMETERS * 2 / BANDWIDTH, requests * (draft_tokens + 1) * PARAMETERS * 2 / OPERATIONS)
+    return weights + requests * text_tokens(requests) * KV_TOKEN / BANDWIDTH
 
 
 def host_seconds(requests: int, draft_tokens: int, repeats: int = 30) -> list[float]:

@@ -126,7 +126,11 @@ class BatchDraftLength:
     def _start_probe(self, num_requests: int) -> None:
         """Begin to probe the choice that was not used for longest, among those that are not expected to be slow."""
         rates = self.rates(num_requests)
-        fast = [i for i in range(len(rates)) if rates[i] >= MIN_PROBE_RATE * rates.max() and self._last_used[i] < self._steps]
+        fast = [
+            i
+            for i in range(len(rates))
+            if rates[i] >= MIN_PROBE_RATE * rates.max() and self._last_used[i] < self._steps
+        ]
         self._probe = (min(fast, key=lambda i: self._last_used[i]), PROBE_STEPS) if fast else None
 
 

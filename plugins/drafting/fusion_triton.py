@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from . import acceptance_counts as counts
-from .programs_adjacency_triton import NONE, find_rows
+from .programs_adjacency_triton import NONE, find_candidates
+from .programs_drafts_triton import propose_chain
 
 jit = cast(Any, triton.jit)
 
@@ -66,8 +67,8 @@ def fuse_chains_kernel(
     predicted,  # [max_num_reqs, SOURCES + 1, NUM_SPEC_TOKENS] next token of each source, and of the table
     cells,  # where these tokens are counted
     chains,  # [max_num_reqs, NUM_SPEC_TOKENS]
-    drafts,  # [requests, NUM_SPEC_TOKENS] the base drafter's chains; replaced where there is a continuation
-    scores,  # [requests, NUM_SPEC_TOKENS] probabilities that the drafts are accepted; replaced with them
+    drafts,  # [requests, NUM_SPEC_TOKENS] int64; output
+    scores,  # [requests, NUM_SPEC_TOKENS] float32 probabilities that the drafts are accepted; output
     max_num_reqs,
     prune,  # least acceptance probability of a retrieved token
     SOURCES: tl.constexpr,
@@ -75,9 +76,13 @@ def fuse_chains_kernel(
     MOST: tl.constexpr,
     MOST_PADDED: tl.constexpr,
     NUM_SPEC_TOKENS: tl.constexpr,
+    NUM_SPEC_TOKENS_PADDED: tl.constexpr,
+    BEAMS: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    BASE_DRAFTS: tl.constexpr,
     BASE_FEEDBACK: tl.constexpr,
     FUSE: tl.constexpr,
+    PREDICTIONS_PADDED: tl.constexpr,
     LENGTH_EDGES_PADDED: tl.constexpr,
     SHARE_EDGES_PADDED: tl.constexpr,
     K: tl.constexpr,
@@ -86,7 +91,11 @@ def fuse_chains_kernel(
     ORDER_PADDED: tl.constexpr,
     CONFIDENCES: tl.constexpr,
 ):
-    """Write the chain of one request, and what each source predicts along it."""
+    """Write the chain of one request, and what each source predicts along it.
+
+    Where nothing was retrieved and there is a base drafter, its chain is written with ``BASE_DRAFTS``, and without it
+    none.
+    """
     request = tl.program_id(0).to(tl.int64)
     req_idx = tl.load(idx_mapping + request).to(tl.int64)
     total = tl.load(total_len + req_idx)
@@ -100,7 +109,39 @@ def fuse_chains_kernel(
     left = (source < SOURCES)[:, None] & (row < MOST)[None, :] & (matched > 0)[:, None]
     left = left & (tl.load(at, mask=left, other=NO_FOLLOWER) >= 0)  # the other rows are empty
     found = tl.max(tl.max(left.to(tl.int32), axis=1), axis=0)
-    replaces = found >= HAS_BASE  # without a base drafter, always
+    if (found == 0) & (HAS_BASE == 1):
+        i, predictions = tl.arange(0, PREDICTIONS_PADDED), (SOURCES + 1) * NUM_SPEC_TOKENS
+        tl.store(predicted + req_idx * predictions + i, i * 0 + NONE, mask=i < predictions)
+        if BASE_DRAFTS:
+            propose_chain(
+                request,
+                all_token_ids,
+                token_ids_stride,
+                idx_mapping,
+                total_len,
+                table_of_request,
+                row_tokens,
+                row_confidences,
+                row_keys,
+                row_rates,
+                vocab,
+                num_hashed,
+                drafts,
+                scores,
+                NUM_SPEC_TOKENS,
+                NUM_SPEC_TOKENS_PADDED,
+                BEAMS,
+                K,
+                K_PADDED,
+                ORDER,
+                ORDER_PADDED,
+                CONFIDENCES,
+            )
+        else:
+            step = tl.arange(0, NUM_SPEC_TOKENS_PADDED)
+            no_score = tl.zeros([NUM_SPEC_TOKENS_PADDED], tl.float32)
+            tl.store(scores + request * NUM_SPEC_TOKENS + step, no_score, mask=step < NUM_SPEC_TOKENS)
+        return
     text = all_token_ids + req_idx * token_ids_stride + total - 1
     filler = tl.load(text)
     context = tl.load(text - d, mask=(d < ORDER) & (d < total), other=0)[None, :]
@@ -121,10 +162,19 @@ def fuse_chains_kernel(
         base_token, base_rate = filler, tl.sum(tl.full([1], -1.0, tl.float32), axis=0)
         feedback = tl.zeros_like(most) + UNKNOWN
         if HAS_BASE:
-            index, known = find_rows(context, total + depth, table, row_keys, vocab, num_hashed, ORDER)
-            slot = index[:, None] * K + rank[None, :]
-            candidate = tl.load(row_tokens + slot, mask=(rank < K)[None, :], other=NONE)
-            confidence = tl.load(row_confidences + slot, mask=(rank < K)[None, :], other=0).to(tl.int32)
+            candidate, confidence, known = find_candidates(
+                context,
+                total + depth,
+                table,
+                row_tokens,
+                row_confidences,
+                row_keys,
+                vocab,
+                num_hashed,
+                K,
+                K_PADDED,
+                ORDER,
+            )
             cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
             rates = tl.load(row_rates + cell, mask=candidate != NONE, other=-1.0)
             base_rate = tl.max(tl.max(rates, axis=1), axis=0)
@@ -164,8 +214,8 @@ def fuse_chains_kernel(
         score *= tl.maximum(highest, base_rate)
         chosen = tl.where(score > 0.0, chosen, filler)
         tl.store(chains + req_idx * NUM_SPEC_TOKENS + depth, chosen)
-        tl.store(drafts + request * NUM_SPEC_TOKENS + depth, chosen.to(tl.int64), mask=replaces)
-        tl.store(scores + request * NUM_SPEC_TOKENS + depth, score, mask=replaces)
+        tl.store(drafts + request * NUM_SPEC_TOKENS + depth, chosen.to(tl.int64))
+        tl.store(scores + request * NUM_SPEC_TOKENS + depth, score)
         left = left & (follower == chosen)
         shifted = tl.sum(tl.where((d[:, None] + 1 == d[None, :])[None, :, :], context[:, :, None], 0), axis=1)
         context = tl.where((d == 0)[None, :], chosen, shifted)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 jit = cast(Any, triton.jit)
-BLOCK = 1024  # tokens of a program in a request's own text
-SHARED_BLOCK = 4096  # tokens of a program in the history of all requests
+BLOCK = 1024  # tokens of a program
 REQUESTS = 8  # requests for which a program reads a block of the history of all requests
 NO_TOKEN: tl.constexpr = tl.constexpr(-2)  # where there is no token; equal to none, and to no break
 BREAK: tl.constexpr = tl.constexpr(TEXT_BREAK)
@@ -60,7 +59,7 @@ def occurrences(tokens, mask, written, oldest, offset, wanted, present, total, L
 
 
 @jit
-def longest_matches_kernel(
+def longest_in_block(
     all_token_ids,
     token_ids_stride,
     idx_mapping,
@@ -71,16 +70,18 @@ def longest_matches_kernel(
     block_matches,
     num_requests,
     num_blocks,
+    group,
+    block,
     SHARED: tl.constexpr,
     REQUESTS: tl.constexpr,
     LONGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the length of the longest match in one block of positions, for some requests.
+    """Write the length of the longest match in one block of positions, for one group of requests.
 
     With ``SHARED`` they search the ring buffer, otherwise one request searches its own text.
     """
-    request, block = tl.program_id(0) * REQUESTS + tl.arange(0, REQUESTS), tl.program_id(1)
+    request = group * REQUESTS + tl.arange(0, REQUESTS)
     present = request < num_requests
     req_idx = tl.load(idx_mapping + request, mask=present, other=0).to(tl.int64)
     total = tl.load(total_len + req_idx, mask=present, other=0).to(tl.int64)
@@ -97,7 +98,40 @@ def longest_matches_kernel(
 
 
 @jit
-def followers_kernel(
+def longest_matches_kernel(
+    all_token_ids,
+    token_ids_stride,
+    idx_mapping,
+    total_len,
+    ring,
+    ring_written,
+    ring_size,
+    own_matches,  # [requests, own_blocks] of the own text; output
+    shared_matches,  # [requests, shared_blocks] of the ring buffer; output
+    num_requests,
+    own_blocks,
+    shared_blocks,
+    OWN: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    LONGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the length of the longest match in one block: of a request's own text with ``OWN``, then of the ring."""
+    program = tl.program_id(0)
+    own_programs = num_requests * own_blocks * OWN
+    batch = all_token_ids, token_ids_stride, idx_mapping, total_len
+    if program < own_programs:
+        group, block = program // own_blocks, program % own_blocks
+        found = own_matches, num_requests, own_blocks
+        longest_in_block(*batch, ring, ring_written, ring_size, *found, group, block, False, 1, LONGEST, BLOCK)
+    else:
+        group, block = (program - own_programs) // shared_blocks, (program - own_programs) % shared_blocks
+        found = shared_matches, num_requests, shared_blocks
+        longest_in_block(*batch, ring, ring_written, ring_size, *found, group, block, True, REQUESTS, LONGEST, BLOCK)
+
+
+@jit
+def write_followers(
     all_token_ids,
     token_ids_stride,
     idx_mapping,
@@ -162,6 +196,74 @@ def followers_kernel(
 
 
 @jit
+def followers_kernel(
+    all_token_ids,
+    token_ids_stride,
+    idx_mapping,
+    total_len,
+    ring,
+    ring_written,
+    ring_size,
+    own_matches,
+    shared_matches,
+    followers,
+    lengths,
+    own_blocks,
+    shared_blocks,
+    max_num_reqs,
+    OWN: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+    MOST: tl.constexpr,
+    MOST_PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OWN_BLOCKS_PADDED: tl.constexpr,
+    SHARED_BLOCKS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write what follows the longest match of one request in one source; see `write_followers`."""
+    source = tl.program_id(1)
+    batch = all_token_ids, token_ids_stride, idx_mapping, total_len
+    to = followers + source.to(tl.int64) * max_num_reqs * MOST * WIDTH, lengths + source * max_num_reqs
+    if source < OWN:
+        write_followers(
+            *batch,
+            ring,
+            ring_written,
+            ring_size,
+            own_matches,
+            *to,
+            own_blocks,
+            False,
+            SHORTEST,
+            LONGEST,
+            MOST,
+            MOST_PADDED,
+            WIDTH,
+            OWN_BLOCKS_PADDED,
+            BLOCK,
+        )
+    else:
+        write_followers(
+            *batch,
+            ring,
+            ring_written,
+            ring_size,
+            shared_matches,
+            *to,
+            shared_blocks,
+            True,
+            SHORTEST,
+            LONGEST,
+            MOST,
+            MOST_PADDED,
+            WIDTH,
+            SHARED_BLOCKS_PADDED,
+            BLOCK,
+        )
+
+
+@jit
 def append_kernel(text, begin, length, ring, ring_written, ring_size, BLOCK: tl.constexpr):
     """Append the tokens of a text from ``begin`` on to the ring buffer, and a break."""
     end, written = tl.load(length).to(tl.int64), tl.load(ring_written)
@@ -202,16 +304,21 @@ class SuffixSearch:
     """A search for the longest suffixes of the texts of a batch, with memory for the largest batch.
 
     Args:
-        history: The history of all requests to search; None to search each request's own text.
+        own: Whether each request's own text is searched; it is the first source then.
+        history: The history of all requests, the next source; None for none.
         max_num_reqs: Largest number of requests of a batch.
         max_model_len: Largest number of tokens of a text.
         longest: Largest number of tokens to match.
         shortest: Smallest number of tokens that have to match.
         device: The device.
+
+    Attributes:
+        sources: Number of sources.
     """
 
     def __init__(
         self,
+        own: bool,
         history: DeviceHistory | None,
         max_num_reqs: int,
         max_model_len: int,
@@ -219,61 +326,73 @@ class SuffixSearch:
         shortest: int,
         device: torch.device,
     ) -> None:
-        self._history, self._longest, self._shortest = history, longest, shortest
-        self._block = BLOCK if history is None else SHARED_BLOCK
-        self._num_blocks = triton.cdiv(max_model_len if history is None else history.size, self._block)
-        self._block_matches = torch.zeros(max_num_reqs * self._num_blocks, dtype=torch.int32, device=device)
+        self._own, self._history, self._longest, self._shortest = own, history, longest, shortest
+        self.sources = int(own) + (history is not None)
+        self._own_blocks = triton.cdiv(max_model_len, BLOCK) if own else 1
+        self._shared_blocks = 1 if history is None else triton.cdiv(history.size, BLOCK)
+        self._own_matches, self._shared_matches = (
+            torch.zeros(max_num_reqs * blocks, dtype=torch.int32, device=device)
+            for blocks in (self._own_blocks, self._shared_blocks)
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory, without the history."""
-        return self._block_matches.nbytes
+        return self._own_matches.nbytes + self._shared_matches.nbytes
 
     def find(self, batch: DeviceBatch, followers: "Tensor", lengths: "Tensor") -> None:
         """Find the longest suffix of each text that occurred before, and the tokens that followed it.
 
         Args:
             batch: The step.
-            followers: [requests, occurrences, width] int32, contiguous: the tokens after each occurrence, the newest
-                first; `TEXT_BREAK` after the end of a text, and where there are fewer occurrences; output.
-            lengths: [requests] int32 number of matching tokens; 0 if fewer than ``shortest`` match; output.
+            followers: [sources, max_num_reqs, occurrences, width] int32, contiguous: the tokens after each occurrence,
+                the newest first; `TEXT_BREAK` after the end of a text, and where there are fewer occurrences; output.
+            lengths: [sources, max_num_reqs] int32, contiguous: number of matching tokens; 0 if fewer than ``shortest``
+                match; output.
         """
-        shared, history = self._history is not None, self._history
+        history = self._history
         ring, written, size = (
             (batch.all_token_ids, batch.total_len, 1)
             if history is None
             else (history.ring, history.written, history.size)
         )
-        requests = REQUESTS if shared else 1
-        longest_matches_kernel[(triton.cdiv(batch.num_requests, requests), self._num_blocks)](
+        groups = 0 if history is None else triton.cdiv(batch.num_requests, REQUESTS)
+        programs = batch.num_requests * self._own_blocks * self._own + groups * self._shared_blocks
+        longest_matches_kernel[(programs,)](
             *batch.texts,
             ring,
             written,
             size,
-            self._block_matches,
+            self._own_matches,
+            self._shared_matches,
             batch.num_requests,
-            self._num_blocks,
-            SHARED=shared,
-            REQUESTS=requests,
+            self._own_blocks,
+            self._shared_blocks,
+            OWN=int(self._own),
+            REQUESTS=REQUESTS,
             LONGEST=self._longest,
-            BLOCK=self._block,
+            BLOCK=BLOCK,
         )
-        _, most, width = followers.shape
-        followers_kernel[(batch.num_requests,)](
+        _, max_num_reqs, most, width = followers.shape
+        followers_kernel[(batch.num_requests, self.sources)](
             *batch.texts,
             ring,
             written,
             size,
-            self._block_matches,
+            self._own_matches,
+            self._shared_matches,
             followers,
             lengths,
-            self._num_blocks,
-            SHARED=shared,
+            self._own_blocks,
+            self._shared_blocks,
+            max_num_reqs,
+            OWN=int(self._own),
             SHORTEST=self._shortest,
             LONGEST=self._longest,
             MOST=most,
             MOST_PADDED=triton.next_power_of_2(most),
             WIDTH=width,
-            NUM_BLOCKS_PADDED=triton.next_power_of_2(self._num_blocks),
-            BLOCK=self._block,
+            OWN_BLOCKS_PADDED=triton.next_power_of_2(self._own_blocks),
+            SHARED_BLOCKS_PADDED=triton.next_power_of_2(self._shared_blocks),
+            BLOCK=BLOCK,
         )

@@ -41,28 +41,57 @@ def context_rows(key, context, table, vocab, num_hashed, LENGTH: tl.constexpr):
 
 
 @jit
-def find_rows(context, available, table, keys, vocab, num_hashed, ORDER: tl.constexpr):
-    """Return the row of the longest known context of each, and that context's length, [n] each; see `find_row`.
+def find_candidates(
+    context,
+    available,
+    table,
+    tokens,
+    confidences,
+    keys,
+    vocab,
+    num_hashed,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """Return the candidates of the longest known context of each text; see `find_row`.
+
+    The rows of all lengths are read together with the keys that decide between them, so that no read waits for another.
 
     Args:
         context: [n, ORDER_PADDED] contexts.
         available: [n] number of tokens in each text, which may be fewer than the order.
         table: Index of the table.
+        tokens: Candidates of all rows.
+        confidences: Their confidences.
         keys: Hashes of the contexts that own the hashed rows.
         vocab: Size of the vocabulary.
         num_hashed: Number of hashed rows of a table.
+        K: Number of candidates in a row.
+        K_PADDED: The next power of two.
         ORDER: Longest context with its own rows.
+
+    Returns:
+        Candidates and their confidences, [n, K_PADDED] int32 each, and the length of the context, [n] int32.
     """
+    rank = tl.arange(0, K_PADDED)[None, :]
     key = context_keys(context, 1)
     row, _ = context_rows(key, context, table, vocab, num_hashed, 1)
+    slot = row[:, None] * K + rank
+    candidate = tl.load(tokens + slot, mask=rank < K, other=NONE)
+    confidence = tl.load(confidences + slot, mask=rank < K, other=0)
     length = tl.full([context.shape[0]], 1, tl.int32)
     for i in tl.static_range(ORDER - 1):  # a longer context replaces a shorter one
         key = context_keys(context, i + 2)
-        own, at = context_rows(key, context, table, vocab, num_hashed, i + 2)
+        row, at = context_rows(key, context, table, vocab, num_hashed, i + 2)
+        slot = row[:, None] * K + rank
+        of_longer = tl.load(tokens + slot, mask=rank < K, other=NONE)
+        confidence_of_longer = tl.load(confidences + slot, mask=rank < K, other=0)
         known = (available >= i + 2) & (tl.load(keys + at) == key)
-        row = tl.where(known, own, row)
+        candidate = tl.where(known[:, None], of_longer, candidate)
+        confidence = tl.where(known[:, None], confidence_of_longer, confidence)
         length = tl.where(known, i + 2, length)
-    return row, length
+    return candidate, confidence.to(tl.int32), length
 
 
 @jit
@@ -89,10 +118,10 @@ def count_candidates(
     text = all_token_ids + req_idx * token_ids_stride + position
     d = tl.arange(0, ORDER_PADDED)
     context = tl.load(text - 1 - d, mask=(d < ORDER) & (d < position), other=0)[None, :]
-    row, length = find_rows(context, position, table, keys, vocab, num_hashed, ORDER)
+    candidate, confidence, length = find_candidates(
+        context, position, table, tokens, confidences, keys, vocab, num_hashed, K, K_PADDED, ORDER
+    )
     rank = tl.arange(0, K_PADDED)[None, :]
-    candidate = tl.load(tokens + row[:, None] * K + rank, mask=rank < K, other=NONE)
-    confidence = tl.load(confidences + row[:, None] * K + rank, mask=rank < K, other=0).to(tl.int32)
     cell = ((table * (ORDER + 1) + length[:, None]) * K + rank) * CONFIDENCES + confidence
     one = tl.full([1, K_PADDED], 1.0, tl.float32)
     tl.atomic_add(seen + cell, one, mask=candidate != NONE)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_adjacency_triton import NONE, find_rows
+from .programs_adjacency_triton import NONE, find_candidates
 
 jit = cast(Any, triton.jit)
 
@@ -34,15 +34,14 @@ def score_candidates(
     ORDER: tl.constexpr,
     CONFIDENCES: tl.constexpr,
 ):
-    """Return the candidates after the contexts of beams and their scores, [BEAMS, K_PADDED] each; see `find_rows`.
+    """Return the candidates after the contexts of beams and their scores, [BEAMS, K_PADDED] each.
 
     ``score`` [BEAMS] is that of each beam; one with score 0 has no candidates.
     """
     rank = tl.arange(0, K_PADDED)
-    row, known = find_rows(context, available, table, keys, vocab, num_hashed, ORDER)
-    at = row[:, None] * K + rank[None, :]
-    candidate = tl.load(tokens + at, mask=(rank < K)[None, :], other=NONE)
-    confidence = tl.load(confidences + at, mask=(rank < K)[None, :], other=0).to(tl.int32)
+    candidate, confidence, known = find_candidates(
+        context, available, table, tokens, confidences, keys, vocab, num_hashed, K, K_PADDED, ORDER
+    )
     cell = ((table * (ORDER + 1) + known[:, None]) * K + rank[None, :]) * CONFIDENCES + confidence
     exists = (candidate != NONE) & (score > 0.0)[:, None]
     return candidate, tl.where(exists, score[:, None] * tl.load(rate + cell, mask=exists, other=0.0), CLOSED)
@@ -65,7 +64,8 @@ def extend_contexts(context, of_parent, token):
 
 
 @jit
-def propose_chain_kernel(
+def propose_chain(
+    request,
     all_token_ids,
     token_ids_stride,
     idx_mapping,
@@ -93,7 +93,6 @@ def propose_chain_kernel(
     A beam's score is the probability that all of its tokens are accepted; the sum of the scores along it is the
     expected number of accepted tokens. Where no row has a candidate, the chain is filled with the last token.
     """
-    request = tl.program_id(0)
     req_idx = tl.load(idx_mapping + request).to(tl.int64)
     table = tl.load(table_of_request + req_idx).to(tl.int64)
     length = tl.load(total_len + req_idx)
@@ -155,6 +154,57 @@ def propose_chain_kernel(
     to = request * NUM_SPEC_TOKENS + step
     tl.store(drafts + to, best_path.to(tl.int64), mask=step < NUM_SPEC_TOKENS)
     tl.store(scores + to, best_score, mask=step < NUM_SPEC_TOKENS)
+
+
+@jit
+def propose_chain_kernel(
+    all_token_ids,
+    token_ids_stride,
+    idx_mapping,
+    total_len,
+    table_of_request,
+    tokens,
+    confidences,
+    keys,
+    rate,
+    vocab,
+    num_hashed,
+    drafts,
+    scores,
+    NUM_SPEC_TOKENS: tl.constexpr,
+    NUM_SPEC_TOKENS_PADDED: tl.constexpr,
+    BEAMS: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ORDER: tl.constexpr,
+    ORDER_PADDED: tl.constexpr,
+    CONFIDENCES: tl.constexpr,
+):
+    """Propose a chain for one request; see `propose_chain`."""
+    propose_chain(
+        tl.program_id(0),
+        all_token_ids,
+        token_ids_stride,
+        idx_mapping,
+        total_len,
+        table_of_request,
+        tokens,
+        confidences,
+        keys,
+        rate,
+        vocab,
+        num_hashed,
+        drafts,
+        scores,
+        NUM_SPEC_TOKENS,
+        NUM_SPEC_TOKENS_PADDED,
+        BEAMS,
+        K,
+        K_PADDED,
+        ORDER,
+        ORDER_PADDED,
+        CONFIDENCES,
+    )
 
 
 @jit

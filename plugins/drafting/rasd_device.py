@@ -15,7 +15,7 @@ import triton
 from ..contracts import DeviceBatch, DeviceDrafter, DeviceLimits
 from . import acceptance_counts, fusion_triton
 from .adjacency_table import NONE
-from .adjacency_triton import DeviceAdjacencyTables
+from .adjacency_triton import BEAMS, DeviceAdjacencyTables
 from .datastore_triton import DatastoreSearch
 from .history_triton import DeviceHistory, SuffixSearch
 from .token_recycling_device import DeviceTokenRecycling
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..rasd import RASDOptions
     from .datastore import Datastore
 BLOCK = 256  # elements of a program
+HALVE_INTERVAL = 64  # steps after which large counts are halved: float32 counts further, exactly
 
 
 class DeviceRASD(DeviceDrafter):
@@ -52,16 +53,16 @@ class DeviceRASD(DeviceDrafter):
             self.candidates, self.state_path = base.candidates, base.state_path
         device, reqs, self._steps = limits.device, limits.max_num_reqs, limits.num_speculative_tokens
         self._outputs = DeviceHistory(options.outputs, device) if options.outputs else None
-        histories = [None] * options.request + [self._outputs] * (self._outputs is not None)
         sizes = reqs, limits.max_model_len, options.max_match, options.min_match, device
-        self._searches: list[SuffixSearch | DatastoreSearch] = [SuffixSearch(history, *sizes) for history in histories]
-        if datastore is not None:
-            self._searches.append(DatastoreSearch(datastore, options.max_match, options.min_match, device))
+        self._history_search = SuffixSearch(options.request, self._outputs, *sizes)
+        self._datastore_search = (
+            None if datastore is None else DatastoreSearch(datastore, options.max_match, options.min_match, device)
+        )
 
         def ids(*shape: int) -> "Tensor":
             return torch.full(shape, NONE, dtype=torch.int32, device=device)
 
-        sources = len(self._searches)
+        sources = self._sources = self._history_search.sources + (datastore is not None)
         self._followers = ids(sources, reqs, options.max_occurrences, self._steps)
         self._lengths = ids(sources, reqs).zero_()
         self._predicted, self._cells = ids(reqs, sources + 1, self._steps), ids(reqs, sources + 1, self._steps)
@@ -81,6 +82,7 @@ class DeviceRASD(DeviceDrafter):
             )
         ]
         self._has_predictions = False  # of the last step
+        self._counted_steps = 0
         self._prompt_lens: dict[int, int] = {}
         # Without a base drafter the kernel gets tables that it does not read.
         self._tables = DeviceAdjacencyTables(1, 1, 1, 1, 1, reqs, device) if base is None else base.tables
@@ -92,7 +94,8 @@ class DeviceRASD(DeviceDrafter):
         own += self._trees or ()
         outputs = 0 if self._outputs is None else self._outputs.ring.nbytes
         base = 0 if self._base is None else self._base.nbytes
-        return base + outputs + sum(t.nbytes for t in own) + sum(s.nbytes for s in self._searches)
+        datastore = 0 if self._datastore_search is None else self._datastore_search.nbytes
+        return base + outputs + sum(t.nbytes for t in own) + self._history_search.nbytes + datastore
 
     def start(self, req_idx: int, prompt: "Tensor", tenant: str | None = None) -> None:
         """Start to draft for a request."""
@@ -117,28 +120,26 @@ class DeviceRASD(DeviceDrafter):
             self._chains,
             self._num_verified,
             self._num_accepted,
-            PREDICTORS=len(self._searches) + 1,
-            PREDICTORS_PADDED=triton.next_power_of_2(len(self._searches) + 1),
+            PREDICTORS=self._sources + 1,
+            PREDICTORS_PADDED=triton.next_power_of_2(self._sources + 1),
             NUM_SPEC_TOKENS=self._steps,
         )
-        size = self._num_verified.numel()
-        fusion_triton.halve_counts_kernel[(triton.cdiv(size, BLOCK),)](
-            self._num_verified, self._num_accepted, size, BLOCK=BLOCK
-        )
+        self._counted_steps += 1
+        if self._counted_steps % HALVE_INTERVAL == 0:
+            size = self._num_verified.numel()
+            fusion_triton.halve_counts_kernel[(triton.cdiv(size, BLOCK),)](
+                self._num_verified, self._num_accepted, size, BLOCK=BLOCK
+            )
 
     def propose(self, batch: DeviceBatch) -> "Tensor":
-        """Return the base drafter's drafts, or those fused with the continuations retrieved for a request."""
+        """Return for each request the continuations retrieved for it, fused with the base drafter's candidates."""
         self._has_predictions = True
         drafts, scores = self._drafts[: batch.num_requests], self._scores[: batch.num_requests]
-        if self._trees is not None:
-            scores.zero_()  # where nothing is retrieved, there is no chain
-        elif self._base is not None:
-            drafts, scores = self._base.propose(batch), self._base.scores
-        for search, followers, lengths in zip(
-            self._searches, self._followers.unbind(), self._lengths.unbind(), strict=True
-        ):
-            search.find(batch, followers, lengths)
-        sources = len(self._searches)
+        if self._history_search.sources:
+            self._history_search.find(batch, self._followers, self._lengths)
+        if self._datastore_search is not None:
+            self._datastore_search.find(batch, self._followers[-1], self._lengths[-1])
+        sources = self._sources
         fusion_triton.fuse_chains_kernel[(batch.num_requests,)](
             *batch.texts,
             self._followers,
@@ -159,9 +160,13 @@ class DeviceRASD(DeviceDrafter):
             MOST=self.options.max_occurrences,
             MOST_PADDED=triton.next_power_of_2(self.options.max_occurrences),
             NUM_SPEC_TOKENS=self._steps,
+            NUM_SPEC_TOKENS_PADDED=triton.next_power_of_2(self._steps),
+            BEAMS=BEAMS,
             HAS_BASE=self._base is not None,
+            BASE_DRAFTS=self._base is not None and self._trees is None,
             BASE_FEEDBACK=self.options.base_feedback,
             FUSE=self.options.fuse,
+            PREDICTIONS_PADDED=triton.next_power_of_2((sources + 1) * self._steps),
             LENGTH_EDGES_PADDED=len(self._edges[0]),
             SHARE_EDGES_PADDED=len(self._edges[1]),
             **self._tables.constants,

@@ -157,6 +157,7 @@ import torch
 from adjacency_steps import Step, TreeStep
 from ahead_of_time import compiled_launches
 from pilotfish.plugins.drafting.adjacency_triton import DeviceAdjacencyTables
+from pilotfish.plugins.drafting.rows_triton import gather_rows
 from pilotfish.plugins.drafting.top_k_triton import top_k_probs
 with compiled_launches() as sizes:
     device = DeviceAdjacencyTables(128_256, 8, 4, 16, 1, 4, torch.device("cpu"))
@@ -169,14 +170,16 @@ with compiled_launches() as sizes:
     device.update(batch)
     device.propose_trees(batch, drafts, drafts.int(), scores, chain=(drafts, scores))
     top_k_probs(torch.zeros(2, 128_256, dtype=torch.bfloat16), 8)
+    rows = torch.zeros(2, dtype=torch.int64)
+    gather_rows(rows.int(), rows, rows)
 print(sorted(sizes))
 """
 
 
 def test_kernels_compile_for_a_gpu() -> None:
     compiled = compiled_kernels(COMPILE)
-    from pilotfish.plugins.drafting import programs_adjacency_triton, programs_drafts_triton, top_k_triton
+    from pilotfish.plugins.drafting import programs_adjacency_triton, programs_drafts_triton, rows_triton, top_k_triton
 
-    modules = programs_adjacency_triton, programs_drafts_triton, top_k_triton
+    modules = programs_adjacency_triton, programs_drafts_triton, rows_triton, top_k_triton
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     assert compiled == sorted(kernels)

@@ -28,7 +28,7 @@ def module(interpreted_triton: None) -> Iterator[ModuleType]:
     """Return the module, with blocks so small that a text has several."""
     module = importlib.import_module("pilotfish.plugins.drafting.history_triton")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("BLOCK", 8), ("SHARED_BLOCK", 16), ("REQUESTS", 2)):
+        for name, value in (("BLOCK", 8), ("REQUESTS", 2)):
             patch.setattr(module, name, value)
         yield module
 
@@ -59,12 +59,15 @@ def batch_of(texts: list[list[int]]) -> DeviceBatch:
     )
 
 
-def find(module: ModuleType, history: Any, batch: DeviceBatch, longest: int, shortest: int) -> tuple[Any, Any]:
-    search = module.SuffixSearch(history, MAX_NUM_REQS, LENGTH, longest, shortest, DEVICE)
-    followers = torch.full((MAX_NUM_REQS, MOST, WIDTH), 7, dtype=torch.int32, device=DEVICE)
-    lengths = torch.full((MAX_NUM_REQS,), 7, dtype=torch.int32, device=DEVICE)
+def find(
+    module: ModuleType, own: bool, history: Any, batch: DeviceBatch, longest: int, shortest: int
+) -> list[tuple[Any, Any]]:
+    """Return followers and lengths of each source."""
+    search = module.SuffixSearch(own, history, MAX_NUM_REQS, LENGTH, longest, shortest, DEVICE)
+    followers = torch.full((search.sources, MAX_NUM_REQS, MOST, WIDTH), 7, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((search.sources, MAX_NUM_REQS), 7, dtype=torch.int32, device=DEVICE)
     search.find(batch, followers, lengths)
-    return followers.cpu().numpy(), lengths.cpu().numpy()
+    return list(zip(followers.cpu().numpy(), lengths.cpu().numpy(), strict=True))
 
 
 def assert_same(
@@ -83,7 +86,7 @@ def test_own_texts_are_searched_as_on_the_host(
     module: ModuleType, texts: list[list[int]], longest: int, shortest: int
 ) -> None:
     bounds = max(longest, shortest), shortest
-    found = find(module, None, batch_of(texts), *bounds)
+    (found,) = find(module, True, None, batch_of(texts), *bounds)
     for i, text in enumerate(texts):
         history = TokenHistory(LENGTH)
         history.append(np.array(text, np.int32))
@@ -91,17 +94,22 @@ def test_own_texts_are_searched_as_on_the_host(
 
 
 @fast
-@given(st.lists(st.lists(few, max_size=50), max_size=5), texts, st.integers(2, 12))
+@given(st.lists(st.lists(few, max_size=50), max_size=5), texts, st.integers(2, 12), st.booleans())
 def test_earlier_outputs_are_searched_as_on_the_host(
-    module: ModuleType, outputs: list[list[int]], texts: list[list[int]], longest: int
+    module: ModuleType, outputs: list[list[int]], texts: list[list[int]], longest: int, own: bool
 ) -> None:
     device, host = module.DeviceHistory(64, DEVICE), TokenHistory(64)
     for output in outputs:
         device.append(ids(*output, *[9] * (LENGTH - len(output))), 0, ids(len(output)))
         host.append(np.array(output, np.int32), ends=True)
-    found = find(module, device, batch_of(texts), longest, 2)
+    found = find(module, own, device, batch_of(texts), longest, 2)
+    assert len(found) == 1 + own
     for i, text in enumerate(texts):
-        assert_same(found, i, text, host, (longest, 2))
+        assert_same(found[-1], i, text, host, (longest, 2))
+        if own:
+            text_alone = TokenHistory(LENGTH)
+            text_alone.append(np.array(text, np.int32))
+            assert_same(found[0], i, text, text_alone, (longest, 2))
 
 
 def test_a_text_longer_than_the_ring_leaves_its_end(module: ModuleType) -> None:

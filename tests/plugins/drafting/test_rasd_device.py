@@ -298,11 +298,30 @@ def test_memory_is_reported() -> None:
     assert make(base="none", outputs=1 << 16).nbytes - make(base="none", outputs=1 << 15).nbytes >= 4 << 15
 
 
+def test_large_counts_are_halved_from_time_to_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HALVE_INTERVAL", 2)
+    drafter, texts = make(base="none"), Texts()
+    texts.texts[0] = [1, 2, 3]
+    drafter.start(0, ids(1, 2, 3))
+    batch = texts.batch({0: [4]})
+    large, small = (0, 0, 0, counts.ANY), (0, 1, 0, counts.ANY)
+    drafter._num_verified[large], drafter._num_verified[small] = float(counts.MAX_COUNT), counts.MAX_COUNT - 1.0
+    drafter._num_accepted[large], drafter._num_accepted[small] = 500.0, 500.0
+    found = []
+    for _ in range(2):
+        drafter.propose(batch)
+        drafter.observe(batch)
+        found.append([(drafter._num_verified[at].item(), drafter._num_accepted[at].item()) for at in (large, small)])
+    assert found == [[(1000.0, 500.0), (999.0, 500.0)], [(500.0, 250.0), (999.0, 500.0)]]
+
+
 AHEAD_OF_TIME = """
 import torch
 from ahead_of_time import compiled_launches
+from pilotfish.plugins.drafting import rasd_device
 from test_rasd_device import ENGINE, Texts, ids, make
 
+rasd_device.HALVE_INTERVAL = 1
 with compiled_launches() as sizes:
     drafter, texts = make(), Texts()
     texts.texts[0] = [1, 2, 3]

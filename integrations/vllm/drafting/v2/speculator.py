@@ -11,6 +11,7 @@ import torch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from .....plugins.contracts import DeviceBatch, DeviceDrafter, DeviceLimits, Unsupported
+from .....plugins.drafting.rows_triton import gather_rows
 from .....plugins.drafting.top_k_triton import top_k_probs
 from ...engine import log
 from ...engine.selection import Attachment, attach
@@ -63,9 +64,10 @@ class PilotfishSpeculator(BaseSpeculator):
         if trees is not None:
             trees.attach()
         nbytes = drafter.nbytes + (0 if trees is None else trees.trees.nbytes)
+        shape = "chains" if trees is None else "trees"
         how = (
-            f"speculator of the V2 runner, {'chains' if trees is None else 'trees'} of up to {self._steps} draft tokens per "
-            f"request and step, {nbytes / 2**20:,.0f} MiB on the device"
+            f"speculator of the V2 runner, {shape} of up to {self._steps} draft tokens per request and step, "
+            f"{nbytes / 2**20:,.0f} MiB on the device"
         )
         logger.info("%s", log.start_up_table("drafter", drafting, how))
 
@@ -178,7 +180,8 @@ class PilotfishSpeculator(BaseSpeculator):
         del next_prefill_tokens, temperature, seeds, dp_sync_state, skip_attn_for_dummy_run, mm_inputs, is_profile
         if dummy_run or self._candidates is None:
             return self._none[: input_batch.num_reqs]
-        all_token_ids, rows = self._requests.all_token_ids.gpu, input_batch.logits_indices
+        all_token_ids = self._requests.all_token_ids.gpu
+        row_ids, row_positions = gather_rows(input_batch.input_ids, input_batch.positions, input_batch.logits_indices)
         for req_idx, (prompt_len, tenant) in self._waiting.items():
             self.drafter.start(req_idx, all_token_ids[req_idx, :prompt_len], tenant)
             self.running.add(req_idx)
@@ -198,8 +201,8 @@ class PilotfishSpeculator(BaseSpeculator):
             total_len=self._requests.total_len.gpu,
             num_sampled=num_sampled,
             cu_num_logits=input_batch.cu_num_logits,
-            input_ids=input_batch.input_ids[rows],
-            positions=input_batch.positions[rows],
+            input_ids=row_ids,
+            positions=row_positions,
             candidate_ids=ids,
             candidate_probs=probs,
             **of_trees,
