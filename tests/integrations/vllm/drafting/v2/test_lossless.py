@@ -21,7 +21,10 @@ KINDS: list[dict[str, Any]] = [
     {**SAMPLED, "seed": 2, "repetition_penalty": 1.2, "presence_penalty": 0.3},
     {**GREEDY, "logprobs": 2},
     {**SAMPLED, "seed": 3, "logprobs": 1},
+    {**GREEDY, "allowed_token_ids": [5, 7, 11]},
+    {**SAMPLED, "seed": 4, "logit_bias": {9: 4.0}, "min_tokens": 4, "stop_token_ids": [9]},
 ]
+SCHEMA = {"type": "object", "properties": {"depth": {"type": "integer"}}, "required": ["depth"]}
 PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in ((7, 20), (5, 12), (9, 16), (3, 8))]
 
 
@@ -149,7 +152,7 @@ def test_greedy_text_of_200_prompts_equals_stock(stock, drafted) -> None:
 
 
 @LONG
-@pytest.mark.shows_too(*on_v2("seeds of requests", "penalties", "logprobs"))
+@pytest.mark.shows_too(*on_v2("seeds of requests", "penalties", "logprobs", "allowed tokens"))
 def test_seeded_text_equals_stock(stock, drafted) -> None:
     expected, ours = complete(stock, KINDS), complete(drafted, KINDS)
     assert ours["tokens"] == expected["tokens"]
@@ -191,3 +194,31 @@ def test_preemption_chunked_prompts_and_prefix_caching(chosen, stock, drafted, s
     assert preempted["drafted"] > 0
     assert complete(few, sampling)["tokens"] == expected  # the prefixes are cached now
     few.close()
+
+
+@LONG
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("verification", ["chain", "tree"])
+@pytest.mark.shows("token_recycling", *on_v2("structured output"))
+def test_structured_output_equals_stock(tiny_model, start_interpreted, verification: str) -> None:
+    arguments = {"runner": "1", "async_scheduling": True}
+    ask = {
+        "do": "sample",
+        "prompts": PROMPTS[:2],
+        "sampling": [{"temperature": 0, "max_tokens": 8, "json_schema": SCHEMA}, GREEDY],
+    }
+    stock = start_interpreted(tiny_model, **arguments)
+    expected = stock.ask(**ask)
+    stock.close()
+    assert expected["text"][0].startswith("{")
+    config = {"name": "token_recycling", "order": 2, "verification": verification}
+    engine = start_interpreted(
+        tiny_model,
+        **arguments,
+        speculative_config={"method": "ngram_gpu", **SHAPES[verification]},
+        additional_config={"pilotfish": {"drafter": config}},
+    )
+    ours = engine.ask(**ask)
+    engine.close()
+    assert ours["tokens"] == expected["tokens"]
+    assert ours["drafted"] > 0
