@@ -3,16 +3,15 @@
 Two runs without speculation are the control: their difference is chance.
 """
 
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import chi2_contingency
+from sampling_distribution import LEVEL, assert_same_distribution, draw, p_value
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-SAMPLES, TOKENS, LEVEL = 400, 3, 1e-4
+SAMPLES, TOKENS = 400, 3
 PROMPT = "The three primary colours are red, blue and yellow. My favourite colour is"
 SETTINGS = {"plain": {}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20, "temperature": 0.7}}
 
@@ -39,26 +38,13 @@ def controls(stock) -> Callable[[int, dict], tuple[list, list]]:
     def control(count: int, settings: dict) -> tuple[list, list]:
         key = repr(settings)
         if key not in drawn:
-            drawn[key] = draw(stock, count, settings)[0], draw(stock, count, settings)[0]
+            drawn[key] = (
+                draw(stock, PROMPT, count, TOKENS, **settings)[0],
+                draw(stock, PROMPT, count, TOKENS, **settings)[0],
+            )
         return drawn[key]
 
     return control
-
-
-def draw(engine, count: int, settings: dict) -> tuple[list[tuple[int, ...]], int]:
-    """Draw ``count`` samples of the prompt; returns them and the number of draft tokens."""
-    sampling = {"temperature": 1.0, "max_tokens": TOKENS + 1, "ignore_eos": True, **settings}
-    answer = engine.ask(do="sample", prompts=[PROMPT] * count, sampling=[sampling] * count)
-    return [tuple(t[:TOKENS]) for t in answer["tokens"]], answer["drafted"]
-
-
-def p_value(one: list, other: list) -> float:
-    """Return the p-value of a chi-square test of two samples; rare outcomes are merged."""
-    a, b = Counter(one), Counter(other)
-    frequent = [x for x in a.keys() | b.keys() if a[x] + b[x] >= 12]
-    table = np.array([[c[x] for x in frequent] + [c.total() - sum(c[x] for x in frequent)] for c in (a, b)])
-    table = table[:, table.sum(0) > 0]
-    return 1.0 if table.shape[1] < 2 else chi2_contingency(table).pvalue  # type: ignore[attr-defined]
 
 
 @pytest.mark.long  # text of seeded requests equals stock's, which `test_seeds.py` tests, implies it
@@ -67,13 +53,9 @@ def p_value(one: list, other: list) -> float:
 def test_distribution_is_unchanged(controls, drafted, settings: dict) -> None:
     count = SAMPLES if not settings else SAMPLES // 2
     control, again = controls(count, settings)
-    sampled, num_drafted = draw(drafted, count, settings)
+    sampled, num_drafted = draw(drafted, PROMPT, count, TOKENS, **settings)
     assert num_drafted > count / 4, "the test needs drafts"
-    for position in range(TOKENS):
-        at = [[s[position] for s in sample] for sample in (control, again, sampled)]
-        assert p_value(at[0], at[1]) > LEVEL, "the two control samples differ"
-        assert p_value(at[0] + at[1], at[2]) > LEVEL, f"token {position + 1}"
-    assert p_value(control + again, sampled) > LEVEL, "joint distribution"
+    assert_same_distribution(control, again, sampled)
 
 
 def test_biased_sampler_is_detected() -> None:

@@ -22,7 +22,7 @@ KINDS: list[dict[str, Any]] = [
     {**GREEDY, "logprobs": 2},
     {**SAMPLED, "seed": 3, "logprobs": 1},
     {**GREEDY, "allowed_token_ids": [5, 7, 11]},
-    {**SAMPLED, "seed": 4, "logit_bias": {9: 4.0}, "min_tokens": 4, "stop_token_ids": [9]},
+    {**SAMPLED, "seed": 4, "min_tokens": 4, "stop_token_ids": list(range(100))},
 ]
 SCHEMA = {"type": "object", "properties": {"depth": {"type": "integer"}}, "required": ["depth"]}
 PROMPTS = [(list(range(100, 100 + period)) * 60)[:length] for period, length in ((7, 20), (5, 12), (9, 16), (3, 8))]
