@@ -52,6 +52,12 @@ def export_to_faiss(index: Any, out: Path) -> int:
             numbers.append(s["documents"][part][mask])
             total += len(ids)
     faiss_index.ntotal = total
+    # The index comes last: where it exists, the files that explain it do too.
+    rows = np.concatenate(numbers).tolist()
+    names = {n: d.id for n, d in index.documents(sorted(set(rows))).items()}
+    text = "".join(json.dumps(names[n], ensure_ascii=False) + "\n" for n in rows)
+    atomic_write.write_bytes(out.with_name(f"{out.name}.documents.jsonl"), text.encode())
+    atomic_write.write_array(out.with_name(f"{out.name}.projection.npy"), snapshot.shared["projection"])
     partial = out.with_name(f".{out.name}.partial")
     try:
         faiss.write_index(faiss_index, str(partial))
@@ -60,9 +66,4 @@ def export_to_faiss(index: Any, out: Path) -> int:
         raise OSError(None, str(error).splitlines()[-1], str(out)) from None
     finally:
         partial.unlink(missing_ok=True)
-    rows = np.concatenate(numbers).tolist()
-    names = {n: d.id for n, d in index.documents(sorted(set(rows))).items()}
-    text = "".join(json.dumps(names[n], ensure_ascii=False) + "\n" for n in rows)
-    atomic_write.write_bytes(out.with_name(f"{out.name}.documents.jsonl"), text.encode())
-    atomic_write.write_array(out.with_name(f"{out.name}.projection.npy"), snapshot.shared["projection"])
     return total

@@ -282,6 +282,7 @@ def test_refuses_wrong_input_in_one_line(inside: Callable, corpus: Path, tmp_pat
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     new = str(tmp_path / "new")
+    (tmp_path / "y.faiss.documents.jsonl").mkdir()
     for arguments, message in (
         (("build", folder, str(corpus)), "holds an index already"),
         (("build", new, str(tmp_path / "nothing")), "no such file or folder"),
@@ -301,6 +302,7 @@ def test_refuses_wrong_input_in_one_line(inside: Callable, corpus: Path, tmp_pat
         (("eval", folder, str(tmp_path)), "there are no qrels"),
         (("serve", folder, "--host", "0.0.0.0"), "give --token"),
         (("export", folder, str(tmp_path / "no" / "x.faiss")), "x.faiss"),
+        (("export", folder, str(tmp_path / "y.faiss")), "y.faiss.documents.jsonl"),
     ):
         answer = inside("index", *arguments)
         assert answer.returncode == 2, (arguments, answer.stderr)
@@ -309,6 +311,7 @@ def test_refuses_wrong_input_in_one_line(inside: Callable, corpus: Path, tmp_pat
         assert "Traceback" not in answer.stderr
     assert "4 documents, all right" in inside("index", "check", folder).stdout
     assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "y.faiss").exists(), "an index without the ids of its documents"
 
 
 def test_shards_need_a_new_folder(inside: Callable, corpus: Path, tmp_path: Path) -> None:
