@@ -60,6 +60,7 @@ def test_modules_that_the_install_step_imports_exist(scripts: Path, root: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kernel_step_passes_in_triton_interpreter(scripts: Path, tmp_path: Path) -> None:
     """Test that all checks of the step `kernels` pass with tiny shapes on a CPU."""
     process = subprocess.run(
