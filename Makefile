@@ -206,7 +206,7 @@ bench-rag: $(VENV)/.ready  ## questions answered from documents, with and withou
 
 V2_DRAFTERS := tests/integrations/vllm/drafting/v2
 
-compatibility: $(VENV)/.ready  ## the table of what works together, by all tests with engines; half an hour
+compatibility: $(VENV)/.ready  ## the table of what works together, by all tests with engines; hours, since kernels are interpreted
 	$(BIN)/python -m pytest tests -m engine --ignore $(V2_DRAFTERS) --compatibility benchmarks/results/compatibility.json
 	$(BIN)/python -m pytest $(V2_DRAFTERS) -m engine --compatibility benchmarks/results/compatibility_v2.json
 	$(MAKE) tables

@@ -6,8 +6,7 @@ Counted are the bytes that the kernels of ``plugins/drafting/*_triton.py`` read 
 dependent reads and launches of a step. The step itself is that of a dense model of 8 billion parameters in bfloat16:
 its weights are read once, the keys and values of all texts too, and a token takes 16 billion operations. Texts have
 4,096 tokens, or as many as fit into the memory beside the weights. RASD searches them and 1,048,576 tokens of earlier
-outputs. Measured is the counterpart of
-Token Recycling on the host, `observe` and `propose` of all requests.
+outputs. Measured is the counterpart of Token Recycling on the host, `observe` and `propose` of all requests.
 """
 
 import math

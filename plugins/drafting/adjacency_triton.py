@@ -13,6 +13,7 @@ import triton
 from ..contracts import DeviceBatch
 from . import programs_adjacency_triton as kernels
 from . import programs_drafts_triton as drafts_kernels
+from . import programs_priming_triton as priming_kernels
 from .adjacency_table import (
     BIN_EDGES,
     FROM_TEXT,
@@ -164,7 +165,7 @@ class DeviceAdjacencyTables:
         total = (size - 1) * self._order
         rows = torch.empty(total, dtype=torch.int64, device=text.device)
         row_keys = torch.empty_like(rows)
-        kernels.text_rows_kernel[(triton.cdiv(size - 1, BLOCK),)](
+        priming_kernels.text_rows_kernel[(triton.cdiv(size - 1, BLOCK),)](
             text,
             size,
             table,
@@ -177,7 +178,7 @@ class DeviceAdjacencyTables:
             BLOCK=BLOCK,
         )
         by_row, entries = rows.sort(stable=True)
-        kernels.prime_rows_kernel[(total,)](
+        priming_kernels.prime_rows_kernel[(total,)](
             text,
             total,
             by_row,

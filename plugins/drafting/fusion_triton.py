@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from . import acceptance_counts as counts
+from . import programs_drafts_triton
 from .programs_adjacency_triton import NONE, find_candidates
-from .programs_drafts_triton import propose_chain
 
 jit = cast(Any, triton.jit)
 
@@ -113,8 +113,7 @@ def fuse_chains_kernel(
         i, predictions = tl.arange(0, PREDICTIONS_PADDED), (SOURCES + 1) * NUM_SPEC_TOKENS
         tl.store(predicted + req_idx * predictions + i, i * 0 + NONE, mask=i < predictions)
         if BASE_DRAFTS:
-            propose_chain(
-                request,
+            programs_drafts_triton.propose_chain_kernel(
                 all_token_ids,
                 token_ids_stride,
                 idx_mapping,
@@ -203,7 +202,7 @@ def fuse_chains_kernel(
         base_cell = cell_of(SOURCES, conditional_bin, taken_bin, UNKNOWN)
         base_rate = acceptance_rates(base_cell, num_verified, num_accepted, counts_base)
         to = (req_idx * (SOURCES + 1) + SOURCES) * NUM_SPEC_TOKENS + depth
-        tl.store(predicted + to, tl.where(counts_base & (found > 0) & FUSE, base_token, NONE))
+        tl.store(predicted + to, tl.where(counts_base & FUSE, base_token, NONE))
         tl.store(cells + to, base_cell)
         # The token of the highest rate continues the chain.
         rate = tl.where(score * rate >= prune, rate, 0.0)

@@ -120,14 +120,15 @@ def longest_matches_kernel(
     program = tl.program_id(0)
     own_programs = num_requests * own_blocks * OWN
     batch = all_token_ids, token_ids_stride, idx_mapping, total_len
+    search = ring, ring_written, ring_size
     if program < own_programs:
         group, block = program // own_blocks, program % own_blocks
         found = own_matches, num_requests, own_blocks
-        longest_in_block(*batch, ring, ring_written, ring_size, *found, group, block, False, 1, LONGEST, BLOCK)
+        longest_in_block(*batch, *search, *found, group, block, False, 1, LONGEST, BLOCK)
     else:
         group, block = (program - own_programs) // shared_blocks, (program - own_programs) % shared_blocks
         found = shared_matches, num_requests, shared_blocks
-        longest_in_block(*batch, ring, ring_written, ring_size, *found, group, block, True, REQUESTS, LONGEST, BLOCK)
+        longest_in_block(*batch, *search, *found, group, block, True, REQUESTS, LONGEST, BLOCK)
 
 
 @jit
@@ -225,12 +226,11 @@ def followers_kernel(
     source = tl.program_id(1)
     batch = all_token_ids, token_ids_stride, idx_mapping, total_len
     to = followers + source.to(tl.int64) * max_num_reqs * MOST * WIDTH, lengths + source * max_num_reqs
+    search = ring, ring_written, ring_size
     if source < OWN:
         write_followers(
             *batch,
-            ring,
-            ring_written,
-            ring_size,
+            *search,
             own_matches,
             *to,
             own_blocks,
@@ -246,9 +246,7 @@ def followers_kernel(
     else:
         write_followers(
             *batch,
-            ring,
-            ring_written,
-            ring_size,
+            *search,
             shared_matches,
             *to,
             shared_blocks,

@@ -64,8 +64,7 @@ def extend_contexts(context, of_parent, token):
 
 
 @jit
-def propose_chain(
-    request,
+def propose_chain_kernel(
     all_token_ids,
     token_ids_stride,
     idx_mapping,
@@ -93,6 +92,7 @@ def propose_chain(
     A beam's score is the probability that all of its tokens are accepted; the sum of the scores along it is the
     expected number of accepted tokens. Where no row has a candidate, the chain is filled with the last token.
     """
+    request = tl.program_id(0).to(tl.int64)
     req_idx = tl.load(idx_mapping + request).to(tl.int64)
     table = tl.load(table_of_request + req_idx).to(tl.int64)
     length = tl.load(total_len + req_idx)
@@ -154,57 +154,6 @@ def propose_chain(
     to = request * NUM_SPEC_TOKENS + step
     tl.store(drafts + to, best_path.to(tl.int64), mask=step < NUM_SPEC_TOKENS)
     tl.store(scores + to, best_score, mask=step < NUM_SPEC_TOKENS)
-
-
-@jit
-def propose_chain_kernel(
-    all_token_ids,
-    token_ids_stride,
-    idx_mapping,
-    total_len,
-    table_of_request,
-    tokens,
-    confidences,
-    keys,
-    rate,
-    vocab,
-    num_hashed,
-    drafts,
-    scores,
-    NUM_SPEC_TOKENS: tl.constexpr,
-    NUM_SPEC_TOKENS_PADDED: tl.constexpr,
-    BEAMS: tl.constexpr,
-    K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    ORDER: tl.constexpr,
-    ORDER_PADDED: tl.constexpr,
-    CONFIDENCES: tl.constexpr,
-):
-    """Propose a chain for one request; see `propose_chain`."""
-    propose_chain(
-        tl.program_id(0),
-        all_token_ids,
-        token_ids_stride,
-        idx_mapping,
-        total_len,
-        table_of_request,
-        tokens,
-        confidences,
-        keys,
-        rate,
-        vocab,
-        num_hashed,
-        drafts,
-        scores,
-        NUM_SPEC_TOKENS,
-        NUM_SPEC_TOKENS_PADDED,
-        BEAMS,
-        K,
-        K_PADDED,
-        ORDER,
-        ORDER_PADDED,
-        CONFIDENCES,
-    )
 
 
 @jit

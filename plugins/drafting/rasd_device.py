@@ -62,7 +62,7 @@ class DeviceRASD(DeviceDrafter):
         def ids(*shape: int) -> "Tensor":
             return torch.full(shape, NONE, dtype=torch.int32, device=device)
 
-        sources = self._sources = self._history_search.sources + (datastore is not None)
+        sources = self._history_search.sources + (datastore is not None)
         self._followers = ids(sources, reqs, options.max_occurrences, self._steps)
         self._lengths = ids(sources, reqs).zero_()
         self._predicted, self._cells = ids(reqs, sources + 1, self._steps), ids(reqs, sources + 1, self._steps)
@@ -120,8 +120,8 @@ class DeviceRASD(DeviceDrafter):
             self._chains,
             self._num_verified,
             self._num_accepted,
-            PREDICTORS=self._sources + 1,
-            PREDICTORS_PADDED=triton.next_power_of_2(self._sources + 1),
+            PREDICTORS=len(self._lengths) + 1,
+            PREDICTORS_PADDED=triton.next_power_of_2(len(self._lengths) + 1),
             NUM_SPEC_TOKENS=self._steps,
         )
         self._counted_steps += 1
@@ -139,7 +139,7 @@ class DeviceRASD(DeviceDrafter):
             self._history_search.find(batch, self._followers, self._lengths)
         if self._datastore_search is not None:
             self._datastore_search.find(batch, self._followers[-1], self._lengths[-1])
-        sources = self._sources
+        sources = len(self._lengths)
         fusion_triton.fuse_chains_kernel[(batch.num_requests,)](
             *batch.texts,
             self._followers,

@@ -60,7 +60,6 @@ def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock
         assert state == stock["state"]
 
 
-# The other two policies share the attention backend of one of these.
 CHECKED_IN_CI = {"token_recycling", "tidal_decode"}  # one of each kind
 
 

@@ -178,8 +178,14 @@ print(sorted(sizes))
 
 def test_kernels_compile_for_a_gpu() -> None:
     compiled = compiled_kernels(COMPILE)
-    from pilotfish.plugins.drafting import programs_adjacency_triton, programs_drafts_triton, rows_triton, top_k_triton
+    from pilotfish.plugins.drafting import (
+        programs_adjacency_triton,
+        programs_drafts_triton,
+        programs_priming_triton,
+        rows_triton,
+        top_k_triton,
+    )
 
-    modules = programs_adjacency_triton, programs_drafts_triton, rows_triton, top_k_triton
+    modules = programs_adjacency_triton, programs_drafts_triton, programs_priming_triton, rows_triton, top_k_triton
     kernels = [name for module in modules for name in vars(module) if name.endswith("_kernel")]
     assert compiled == sorted(kernels)
