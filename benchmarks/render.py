@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 import compatibility
+import drafter_tables
 import gpu_tables
 import kv_budget_tables
 import losses
@@ -22,74 +23,10 @@ import rag_tables
 import retrieval_tables
 import tree_tables
 import vision_tables
-from common import ROOT, STOCK, figures, kv_figures, load, markdown, provenance, setting
+from common import ROOT, STOCK, kv_figures, markdown, provenance, setting
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FILE = re.compile(r"(<!-- file (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-ARMS = {
-    "ngram": "vLLM `ngram`",
-    "suffix": "vLLM `suffix`",
-    tree_tables.DEEP_SUFFIX: "vLLM `suffix`, depth 64",
-    "token_recycling@cold": "**Token Recycling**, cold cache",
-    "token_recycling@warm": "**Token Recycling**, warm cache",
-}
-
-
-def drafters() -> str:
-    """Return the table of drafters for all datasets and batch sizes."""
-    result = load("drafters")
-    rows = []
-    for (dataset, batch, arm), f in figures(result).items():
-        if "/" in dataset:
-            continue
-        rows.append(
-            [
-                f"{dataset}, batch {batch}",
-                ARMS.get(arm, arm),
-                f"{f['speedup']:.2f}",
-                f"{f['decode_speedup']:.2f}" if "decode_speedup" in f else "",
-                f"{f['median_speedup']:.2f}",
-                f"{f['acceptance_length']:.2f}",
-                f"{f['identical_share']:.0%}",
-                f"{f['proposal_ms']:.2f}" if "proposal_ms" in f else "",
-            ]
-        )
-    rows.sort(key=lambda r: r[0].replace("spec_bench, batch 1", ""))
-    head = [
-        "prompts",
-        "drafter",
-        "speed-up",
-        "decoding only",
-        "median",
-        "acceptance length",
-        "identical",
-        "proposal ms",
-    ]
-    return markdown(head, rows) + provenance(result)
-
-
-def drafters_by_category() -> str:
-    """Return the table of speed-up and acceptance length, by category of Spec-Bench."""
-    result = load("drafters")
-    table = figures(result)
-    arms = list(dict.fromkeys(arm for _, _, arm in table))
-    categories = sorted({d for d, b, _ in table if "/" in d and b == 1})
-    rows = []
-    for dataset in categories:
-        cells = [table[dataset, 1, arm] for arm in arms]
-        best = max(c["speedup"] for c in cells)
-        rows.append(
-            [
-                dataset,
-                *(
-                    f"{'**' if c['speedup'] == best else ''}{c['speedup']:.2f}{'**' if c['speedup'] == best else ''} "
-                    f"({c['acceptance_length']:.2f})"
-                    for c in cells
-                ),
-            ]
-        )
-    return markdown(["category", *(ARMS.get(a, a).replace("**", "") for a in arms)], rows)
 
 
 def bound(table: dict[tuple[str, str, int, int], dict[str, float]], batch: int, context: int) -> float:
@@ -182,8 +119,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_budget": tree_tables.budget,
     "device_drafting_cost": tree_tables.device_cost,
     "device_replay": tree_tables.device_replay,
-    "drafters_suffix": lambda: tree_tables.suffix_comparison(*tree_tables.SUFFIX_RESULTS),
-    "drafters_suffix_qwen": lambda: tree_tables.suffix_comparison("drafters_suffix_qwen"),
+    "drafters_suffix": lambda: drafter_tables.suffix_comparison(*drafter_tables.SUFFIX_RESULTS),
+    "drafters_suffix_qwen": lambda: drafter_tables.suffix_comparison("drafters_suffix_qwen"),
     "drafter_trace": tree_tables.trace,
     "retrieval": retrieval_tables.retrieval,
     "retrieval_scifact": retrieval_tables.retrieval_scifact,
@@ -206,9 +143,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "drafters_sources": tree_tables.sources,
     "datastore_lookups": tree_tables.lookups,
     "drafters_twice_by_category": tree_tables.twice_by_category,
-    "drafters": drafters,
-    "drafters_by_category": drafters_by_category,
-    "drafters_short": tree_tables.summary,
+    "drafters": drafter_tables.overall,
+    "drafters_by_category": drafter_tables.by_category,
+    "drafters_batch": drafter_tables.in_batches,
+    "drafters_short": drafter_tables.summary,
     "rag_speed": rag_tables.speed,
     "rag_quality": rag_tables.quality,
     "rag_speed_qwen": lambda: rag_tables.speed("rag_qwen"),

@@ -1,11 +1,9 @@
 """Tables of drafters that verify chains or trees, on prompts that run twice: `pilotfish bench drafters --twice`."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
-from bootstrap import bootstrap_interval, compare_paired
-from common import STOCK, figures, load, markdown, provenance
+from common import figures, load, markdown, provenance
 
 RESULT = "drafters_trees"
 NAMES = {"ngram": "vLLM `ngram`", "suffix": "`suffix` (arctic-inference)"}
@@ -66,76 +64,6 @@ def budget() -> str:
         rows.append([dataset, *(f"{speeds[arm]:.2f}" for arm in arms), f"{speeds[budgeted] / best:.0%}"])
     heads = [label(arm) for arm in arms]
     return markdown(["prompts", *heads, "budget / best fixed"], rows) + provenance(result)
-
-
-def _acceptance_lengths(result: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Return the number of tokens per verification step, by dataset and arm.
-
-    The tokens are those of the stock run beside each run: early results count tokens after the end of an answer too.
-    """
-    tokens: dict[tuple[str, str], int] = defaultdict(int)
-    steps: dict[tuple[str, str], int] = defaultdict(int)
-    runs = result["raw"]["runs"]
-    stock = {(r["arm"], r["dataset"], r["turn"], r["again"]): r for r in runs if r["arm"].startswith(f"{STOCK}|")}
-    for run in runs:
-        pair = stock.get((f"{STOCK}|{run['arm']}", run["dataset"], run["turn"], run["again"]))
-        if pair is not None:
-            key = run["dataset"] + ("_again" if run["again"] else ""), run["arm"]
-            tokens[key] += pair["answer"]["emitted"]
-            steps[key] += run["answer"]["request_steps"]
-    return {key: tokens[key] / steps[key] for key in tokens}
-
-
-def suffix_comparison(*benchmarks: str) -> str:
-    """Return the speed-ups with 95 % confidence intervals, and RASD relative to each other arm, paired by prompt.
-
-    Args:
-        benchmarks: Result files with the same prompts. Where several have the same arm, the last one counts.
-    """
-    results, table, runs, lengths, arms = _merged(benchmarks)
-    rows = []
-    for dataset in dict.fromkeys(d for d, *_ in table if "/" not in d and not d.endswith(("_again", "_twice"))):
-        for arm in arms:
-            cells = []
-            for place in (dataset, f"{dataset}_again"):
-                mean, low, high = bootstrap_interval(runs[place, arm])
-                cells += [f"{mean:.2f} ({low:.2f} to {high:.2f})", f"{lengths[place, arm]:.2f}"]
-                cells.append("" if arm == "rasd" else compare_paired(runs[place, "rasd"], runs[place, arm]))
-            same = all(table[p, 1, arm]["identical_share"] == 1 for p in (dataset, f"{dataset}_again"))
-            rows.append([f"{dataset}, {len(runs[dataset, arm])}", label(arm), *cells, "yes" if same else "no"])
-    one = ["speed-up", "acceptance length", "RASD vs. this arm"]
-    head = ["prompts", "drafter", *(f"{x}, {turn}" for turn in ("first", "second") for x in one), "identical"]
-    return markdown(head, rows, texts=2) + "".join(map(provenance, results))
-
-
-def _merged(benchmarks: Sequence[str]) -> tuple[Any, Any, Any, Any, list[str]]:
-    """Return the results, their figures, speed-ups by prompt, acceptance lengths, and arms; the last file counts."""
-    results = [load(benchmark) for benchmark in benchmarks]
-    table = {key: values for result in results for key, values in figures(result).items()}
-    speedups = [r for result in results for r in result["records"] if r["metric"] == "speedup"]
-    runs = {(r["dataset"], r["arm"]): r["runs"] for r in speedups}
-    lengths = {key: length for result in results for key, length in _acceptance_lengths(result).items()}
-    arms = sorted({arm for _, _, arm in table}, key=lambda arm: (not arm.startswith("suffix"), arm))
-    return results, table, runs, lengths, arms
-
-
-# Each with 96 prompts of Spec-Bench and 32 of HumanEval, the same in all files.
-SUFFIX_RESULTS = ("drafters_suffix", "drafters_suffix_rasd", "drafters_suffix_token_recycling")
-
-
-def summary() -> str:
-    """Return the speed-up of each drafter over whole datasets, with 95 % confidence intervals over prompts."""
-    results, table, runs, lengths, arms = _merged(SUFFIX_RESULTS)
-    rows = []
-    for arm in arms:
-        cells = []
-        for dataset in ("spec_bench", "humaneval"):
-            mean, low, high = bootstrap_interval(runs[dataset, arm])
-            cells.append(f"{mean:.2f}x ({low:.2f} to {high:.2f})")
-        same = table["spec_bench", 1, arm]["identical_share"]
-        rows.append([label(arm), *cells, f"{lengths['spec_bench', arm]:.2f}", f"{same:.0%}"])
-    head = ["drafter", "speed-up on Spec-Bench", "on HumanEval", "acceptance length", "identical outputs"]
-    return markdown(head, rows) + "".join(map(provenance, results))
 
 
 def device_cost() -> str:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import httpx
 import pytest
 from forked_engine import ForkedEngineProcess
 from gpu import HAS_GPU
+from stock_engine import StockEngine
 
 from pilotfish.integrations.vllm.bench.engine import EngineProcess
 from pilotfish.integrations.vllm.engine.selection import PROPOSER_CLASS
@@ -79,26 +80,6 @@ def small_vocabulary(random_model: Callable[..., str]) -> str:
     from transformers import LlamaForCausalLM
 
     return random_model(LlamaForCausalLM, num_hidden_layers=2, tie_word_embeddings=True, vocab_size=512)
-
-
-class StockEngine:
-    """A stock engine that starts when a question is new in this session: it answers a repeated one the same."""
-
-    def __init__(self, start: Callable[[], EngineProcess], answers: dict[str, Any]) -> None:
-        self._start, self._answers = start, answers
-        self._engine: EngineProcess | None = None
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        key = json.dumps(command)
-        if key not in self._answers:
-            if self._engine is None:
-                self._engine = self._start()
-            self._answers[key] = self._engine.ask(**command)
-        return self._answers[key]
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
 
 
 def drafting(tokens: int = 12, name: str = "token_recycling", **options: Any) -> dict[str, Any]:
@@ -258,7 +239,11 @@ def serve() -> type[Server]:
 
 
 TWO_RANKS = """
-import json, sys
+import json, os, sys
+if os.environ.get('TRITON_INTERPRET'):
+    import triton_worker  # in each rank
+    if __name__ == '__main__':
+        triton_worker.keep_scheduling_asynchronous()
 from PIL import Image
 from vllm import LLM, SamplingParams
 def request(prompt):
@@ -269,10 +254,8 @@ def request(prompt):
 if __name__ == '__main__':
     config, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     llm = LLM(**config)
-    greedy = {'max_tokens': 40, 'ignore_eos': True}
-    # Every other request samples, from one token: where a rank knew nothing of top-k, ranks would not agree.
-    kinds = [{'temperature': 0}, {'temperature': 0.8, 'top_k': 1}]
-    params = [SamplingParams(**greedy, **kinds[i % 2]) for i in range(len(prompts))]
+    kinds = json.loads(sys.argv[3])
+    params = [SamplingParams(**kinds[i % len(kinds)], ignore_eos=True) for i in range(len(prompts))]
     out = llm.generate([request(p) for p in prompts], params, use_tqdm=False)
     metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, 'value')}
     tokens = [list(o.outputs[0].token_ids) for o in out]
@@ -281,11 +264,22 @@ if __name__ == '__main__':
 """
 
 
+# Every other request samples, from one token: where a rank knew nothing of top-k, ranks would not agree.
+GREEDY = [{"temperature": 0, "max_tokens": 40}, {"temperature": 0.8, "top_k": 1, "max_tokens": 40}]
+
+
 @pytest.fixture
 def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Greedy completions of 40 tokens, of token ids or prompts with pictures, by two tensor-parallel ranks."""
+    """Completions of token ids or prompts with pictures, by two tensor-parallel ranks."""
 
-    def complete(model: str, prompts: list[Any], **config: Any) -> dict[str, Any]:
+    def complete(
+        model: str,
+        prompts: list[Any],
+        sampling: Sequence[dict[str, Any]] = GREEDY,
+        interpreted: bool = False,
+        **config: Any,
+    ) -> dict[str, Any]:
+        on_v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON_WORKER.parent)}
         script = tmp_path / "two.py"
         script.write_text(TWO_RANKS)
         common = {
@@ -298,12 +292,17 @@ def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "disable_log_stats": False,
         }
         result = subprocess.run(
-            [sys.executable, str(script), json.dumps({**common, **config}), json.dumps(prompts)],
+            [sys.executable, str(script), *map(json.dumps, ({**common, **config}, prompts, sampling))],
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900 if interpreted else 400,
             # Each rank is bound to a core by hand: there is one NUMA node only.
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+            env={
+                **os.environ,
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+                **(on_v2 if interpreted else {}),
+            },
         )
         lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
         assert lines, result.stderr[-2000:]

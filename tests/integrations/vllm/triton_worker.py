@@ -34,10 +34,14 @@ CpuPlatform.get_attn_backend_cls = classmethod(lambda cls, *args, **kwargs: BACK
 configure = CpuPlatform.check_and_update_config
 
 
-def keep_async_scheduling(vllm_config: Any) -> None:
-    """Configure the platform, which turns asynchronous scheduling off on CPUs; GPUs keep it."""
-    configure(vllm_config)
-    vllm_config.scheduler_config.async_scheduling = True
+def keep_scheduling_asynchronous() -> None:
+    """Let an engine schedule asynchronously as on GPUs; on CPUs the platform turns it off."""
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        configure(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[assignment]
 
 
 def replace_compiled_code() -> None:
@@ -57,5 +61,5 @@ if __name__ == "__main__":
     if not find_spec("vllm._C"):
         replace_compiled_code()
     if json.loads(sys.argv[1]).get("async_scheduling"):
-        CpuPlatform.check_and_update_config = staticmethod(keep_async_scheduling)  # type: ignore[assignment]
+        keep_scheduling_asynchronous()
     main(TestWorker)

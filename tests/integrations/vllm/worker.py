@@ -42,9 +42,12 @@ class TestWorker(Worker):
             "tokens": cache.kv_cache_size_tokens,
         }
 
-    def sample(self, prompts: list[Any], sampling: list[dict[str, Any]]) -> dict[str, Any]:
-        """Complete prompts (token ids or text), each with its own sampling parameters."""
+    def sample(
+        self, prompts: list[Any], sampling: list[dict[str, Any]], adapters: list[str | None] | None = None
+    ) -> dict[str, Any]:
+        """Complete prompts (token ids or text), each with its own sampling parameters and LoRA adapter."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import StructuredOutputsParams
 
         def params(values: dict[str, Any]) -> SamplingParams:
@@ -55,7 +58,9 @@ class TestWorker(Worker):
         self._request_steps = self._drafted = self.preemptions = 0
         self._first.clear()
         inputs: list[Any] = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
-        outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], use_tqdm=False)
+        folders = list(dict.fromkeys(filter(None, adapters or [])))
+        lora = adapters and [None if a is None else LoRARequest(a, folders.index(a) + 1, a) for a in adapters]
+        outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], lora_request=lora, use_tqdm=False)
         answers = [a for o in outputs for a in o.outputs]  # n answers of each prompt
         return {
             "tokens": [list(a.token_ids) for a in answers],

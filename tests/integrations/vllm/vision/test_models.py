@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from lora import RANK, save_adapter
 
 from pilotfish.integrations.vllm.vision import layouts
 from pilotfish.plugins.contracts import LayerSchedule
@@ -298,18 +298,10 @@ def test_lora_adapters_of_the_language_model(
     start: Callable, vision_model: str, requests: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """Test LoRA adapters: retain=1.0 equals stock vLLM, and pruned output does not depend on the batch."""
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(1)
-    names = [f"base_model.model.model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    weights = {f"{n}.lora_A.weight": torch.randn(8, 128) for n in names}
-    weights |= {f"{n}.lora_B.weight": torch.randn(128, 8) * 0.3 for n in names}
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    adapted = [{**r, "adapter": str(tmp_path)} for r in requests]
-    lora = {"enable_lora": True, "max_lora_rank": 8}
+    modules = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    adapter = save_adapter(tmp_path, modules, hidden_size=128)
+    adapted = [{**r, "adapter": adapter} for r in requests]
+    lora = {"enable_lora": True, "max_lora_rank": RANK}
 
     stock = start_engine(start, vision_model, **lora)
     full, without = stock.ask(do="look", requests=adapted), stock.ask(do="look", requests=requests)

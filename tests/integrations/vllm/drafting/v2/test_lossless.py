@@ -1,10 +1,13 @@
 """Drafters on vLLM's V2 model runner: the text is that of a stock engine, and scheduling stays asynchronous."""
 
+from collections import defaultdict
 from random import Random
 from typing import Any
 
 import pytest
+from default_plugins import DRAFTER_COUNTERS
 from gpu import HAS_GPU
+from stock_engine import StockEngine
 
 from pilotfish.integrations.vllm.drafting.compatibility import device_speculation
 from pilotfish.plugins.token_recycling import TokenRecycling
@@ -92,15 +95,22 @@ def chosen(request, small_vocabulary) -> tuple[dict[str, Any], dict[str, Any]]:
 def drafted(chosen, start_interpreted) -> Any:
     """Return an engine on the V2 runner with a drafter."""
     common, drafting = chosen
-    engine = start_interpreted(**common, **drafting)
+    engine = start_interpreted(**common, **drafting, disable_log_stats=False)
     yield engine
     engine.close()
 
 
+@pytest.fixture(scope="session")
+def v2_answers() -> dict[str, dict[str, Any]]:
+    """Return the answers of stock engines on the V2 runner, by release."""
+    return defaultdict(dict)
+
+
 @pytest.fixture(scope="module")
-def stock(chosen, start_interpreted) -> Any:
+def stock(chosen, start_interpreted, v2_answers) -> Any:
     """Return a stock engine on the V2 runner."""
-    engine = start_interpreted(**chosen[0])
+    common, _ = chosen
+    engine = StockEngine(lambda: start_interpreted(**common), v2_answers[common["release"]])
     yield engine
     engine.close()
 
@@ -169,6 +179,16 @@ def test_a_request_switches_the_drafter_off(stock, drafted) -> None:
     assert alone["drafted"] == 0 < mixed["drafted"]
 
 
+@LONG
+@pytest.mark.shows_too(*on_v2("metrics"))
+def test_metrics_count_drafts(drafted) -> None:
+    before = drafted.ask(do="metrics")
+    complete(drafted, [GREEDY] * 2)
+    after = drafted.ask(do="metrics")
+    for counter in DRAFTER_COUNTERS:
+        assert after[counter] > before.get(counter, 0), counter
+
+
 @pytest.mark.shows_too(*on_v2("asynchronous scheduling"))
 def test_scheduling_stays_asynchronous(drafted) -> None:
     facts = drafted.ask(do="device_drafting")
@@ -194,6 +214,25 @@ def test_preemption_chunked_prompts_and_prefix_caching(chosen, stock, drafted, s
     assert preempted["drafted"] > 0
     assert complete(few, sampling)["tokens"] == expected  # the prefixes are cached now
     few.close()
+
+
+@LONG
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("verification", ["chain", "tree"])
+@pytest.mark.shows("token_recycling", *on_v2("two tensor-parallel ranks"))
+def test_two_tensor_parallel_ranks(small_vocabulary, expected_greedy, two_ranks, verification: str) -> None:
+    config = {"name": "token_recycling", "order": 2, "verification": verification}
+    answer = two_ranks(
+        small_vocabulary,
+        PROMPTS[:2],
+        [{k: v for k, v in GREEDY.items() if k != "ignore_eos"}],
+        interpreted=True,
+        skip_tokenizer_init=True,
+        speculative_config={"method": "ngram_gpu", **SHAPES[verification]},
+        additional_config={"pilotfish": {"drafter": config}},
+    )
+    assert answer["tokens"] == expected_greedy["tokens"]
+    assert answer["accepted"] > 0
 
 
 @LONG
