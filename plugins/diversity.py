@@ -1,4 +1,6 @@
-"""Diversity: keep the visual tokens that differ most from each other. It needs no attention, so any tower will do.
+"""Diversity: keep the visual tokens that differ most from each other.
+
+It needs no attention, so it works with any vision encoder.
 
 ``farthest`` is farthest-point sampling (Gonzalez 1985, as in DivPrune, arXiv 2503.02175): the next token is the one
 whose nearest selected token is farthest. Tokens are compared by random projections, which preserve angles (Johnson and

@@ -38,9 +38,11 @@ class HybridOptions:
     def __post_init__(self) -> None:
         names = self.members.split("+")
         if len(set(names)) < len(names) or len(names) < 2 or "hybrid" in names:
-            raise ValueError(f"members: expected two or more other kinds, each once, got {self.members!r}")
+            raise ValueError(
+                f"members: expected two or more index types other than hybrid, each once, got {self.members!r}"
+            )
         if stray := sorted(set(self.options) - set(names)):
-            raise ValueError(f"options: {stray[0]!r} is no member")
+            raise ValueError(f"options: {stray[0]!r} is none of the members {', '.join(names)}")
         for name in names:
             plugins().resolve("index", Selection(name, dict(self.options.get(name, {}))))
 
@@ -218,7 +220,7 @@ class Hybrid(IndexKind):
             if (weight := float(settings.weights.get(m, 1.0))) > 0:
                 asked[m] = kind, own, weight
         if not asked:
-            raise RetrievalError("hybrid setting: weights leave out every member")
+            raise RetrievalError("hybrid setting: weights leave out every member; give one of them a weight above 0")
         return asked
 
     def _found(

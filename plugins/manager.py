@@ -120,9 +120,11 @@ class PluginManager:
             def register(cls: type, kind: str = kind) -> None:
                 label = getattr(cls, "name", None)
                 if not isinstance(label, str) or not label:
-                    raise ValueError(f"{cls.__qualname__} has no name")
+                    raise ValueError(f"{cls.__qualname__}: the class attribute `name` is missing")
                 if label in self._classes[kind] or label in {c.name for c in brought[kind]}:  # type: ignore[attr-defined]
-                    raise ValueError(f"a {kind} named '{label}' is registered already")
+                    raise ValueError(
+                        f"{cls.__qualname__}: '{label}' is registered already for the type {kind}; choose another name"
+                    )
                 brought[kind].append(cls)
 
             self._pluggy.subset_hook_caller(hook, others)(register=register)

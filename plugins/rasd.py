@@ -173,7 +173,7 @@ class RASD(Drafter):
         return DeviceRASD(options, tables, limits, PROMPT_CONTEXT, store)
 
     @classmethod
-    def check_device(cls, options: RASDOptions, engine: Engine) -> None:
+    def check_device(cls, options: RASDOptions, engine: Engine, trees: bool = False) -> None:
         """Refuse other base drafters than Token Recycling, and what a device cannot search in a step."""
         refused = (
             (
@@ -190,6 +190,11 @@ class RASD(Drafter):
                 options.max_occurrences > DEVICE_OCCURRENCES,
                 f"max_occurrences={options.max_occurrences}",
                 f"set max_occurrences to {DEVICE_OCCURRENCES} or less",
+            ),
+            (
+                trees and not options.fuse,
+                "fuse=false with verification=tree",
+                "omit one of the two",
             ),
         )
         for applies, what, remedy in refused:

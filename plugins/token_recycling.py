@@ -121,8 +121,9 @@ class TokenRecycling(Drafter):
         return DeviceTokenRecycling(options, engine, limits)
 
     @classmethod
-    def check_device(cls, options: TokenRecyclingOptions, engine: Engine) -> None:
+    def check_device(cls, options: TokenRecyclingOptions, engine: Engine, trees: bool = False) -> None:
         """Refuse the static tree."""
+        del trees
         if options.shape == "template":
             raise Unsupported(
                 cls.name, "on the V2 model runner trees are dynamic", "remove shape=template", engine.model

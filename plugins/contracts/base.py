@@ -82,7 +82,10 @@ class Plugin:
 
     @classmethod
     def check(cls, options: Any, engine: Engine) -> None:
-        """Check that the engine can be served; called by `pilotfish serve` and when the engine starts.
+        """Check that the engine can be served.
+
+        Called when the engine starts; for drafters and KV policies also by `pilotfish serve`. Not called for index
+        types and encoders.
 
         Args:
             options: Instance of ``Options``.

@@ -162,13 +162,18 @@ class Drafter(Plugin, ABC):
         return None
 
     @classmethod
-    def check_device(cls, options: Any, engine: Engine) -> None:
+    def check_device(cls, options: Any, engine: Engine, trees: bool = False) -> None:
         """Check that the counterpart on the device supports the options.
+
+        Args:
+            options: Instance of ``Options``.
+            engine: Properties of the engine.
+            trees: Whether the drafts form trees.
 
         Raises:
             Unsupported: It does not support one.
         """
-        del options, engine
+        del options, engine, trees
 
     @abstractmethod
     def __init__(self, options: Any, engine: Engine) -> None: ...

@@ -17,6 +17,7 @@ from . import adjacency_table
 from .adjacency_table import AcceptanceRates, AdjacencyTable
 
 FORMAT = 1
+REMEDY = "remove the file, or name another one in state_path"
 
 
 class TableOptions(Protocol):
@@ -53,23 +54,23 @@ def read_state(path: Path, options: TableOptions, engine: Engine) -> tuple[Adjac
             arrays = {name: file[name] for name in file.files}
         meta = dict(json.loads(str(arrays.pop("meta"))))
     except Exception as error:  # zipfile, numpy and json each have their own; all mean the same here
-        raise ConfigError(f"{where} is not a readable state file ({error})") from None
+        raise ConfigError(f"{where}: not a readable state file ({error}); {REMEDY}") from None
     for key, expected in _meta(options, engine).items():
         if meta.get(key) != expected:
-            raise ConfigError(f"{where} was written with {key}={meta.get(key)}, this engine has {expected}")
+            raise ConfigError(f"{where}: written with {key}={meta.get(key)}, this engine has {expected}; {REMEDY}")
     rows = adjacency_table.make_adjacency_table(engine.vocab_size, options.k, options.order, options.bits)
     acceptance = adjacency_table.make_acceptance_rates(options.order, options.k)
     for field, expected in {**rows._asdict(), **acceptance._asdict()}.items():
         array = arrays.get(field)
         if array is None or array.shape != expected.shape or array.dtype != expected.dtype:
-            raise ConfigError(f"{where} is damaged: {field} is missing or of another shape")
+            raise ConfigError(f"{where}: damaged, {field} is missing or of another shape; {REMEDY}")
     # Compiled code checks no bounds: what it will use as an index is checked here.
     tokens, confidence = arrays["tokens"], arrays["confidence"]
     sound = tokens.min() >= adjacency_table.NONE and tokens.max() < engine.vocab_size
     seen, right, rate = arrays["seen"], arrays["right"], arrays["rate"]
     sound = sound and bool(((seen > 0) & (right >= 0) & (right <= seen) & (rate >= 0) & (rate <= 1)).all())
     if not sound or confidence.max() >= adjacency_table.NUM_CONFIDENCES:
-        raise ConfigError(f"{where} is damaged: it holds values out of range")
+        raise ConfigError(f"{where}: damaged, it holds values out of range; {REMEDY}")
     return AdjacencyTable(tokens, confidence, arrays["keys"]), AcceptanceRates(seen, right, rate)
 
 

@@ -47,7 +47,7 @@ class DeviceAdjacencyTables:
         order: Longest context with its own rows, in tokens.
         bits: Logarithm of the number of hashed rows of a table.
         num_tables: Number of tables.
-        max_num_reqs: Number of request idx_mapping.
+        max_num_reqs: Largest number of requests; each `req_idx` is below it.
         device: The device.
 
     Attributes:

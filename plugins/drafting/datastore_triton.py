@@ -45,13 +45,13 @@ def compare_suffixes(tokens, size, order, index, inside, pattern, length):
 
 
 @jit
-def narrow(tokens, size, order, begin, end, pattern, length, behind: tl.constexpr, WAYS: tl.constexpr):
-    """Return a smaller range that contains the first suffix which begins with the pattern, or is ``behind`` those."""
+def narrow(tokens, size, order, begin, end, pattern, length, upper: tl.constexpr, WAYS: tl.constexpr):
+    """Return a smaller range that has the first suffix of the pattern, or with ``upper`` the first after all of them."""
     j = tl.arange(0, WAYS)
     pivot = begin + (end - begin) * (j + 1) // (WAYS + 1)
     inside = pivot < end
     order_to_pattern = compare_suffixes(tokens, size, order, pivot, inside, pattern, length)
-    before = inside & ((order_to_pattern < 0) | ((order_to_pattern == 0) & behind))
+    before = inside & ((order_to_pattern < 0) | ((order_to_pattern == 0) & upper))
     after = inside & ~before
     return tl.max(tl.where(before, pivot + 1, begin), axis=0), tl.min(tl.where(after, pivot, end), axis=0)
 

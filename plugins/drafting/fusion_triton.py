@@ -2,7 +2,7 @@
 
 The host fuses whole trees. A device drafter proposes a chain, so one program walks down the fused tree: at each depth
 it estimates the acceptance rates of the token that most continuations of each source have, and of the adjacency
-table's best candidate, and takes the token of the highest one. Continuations that have another token there are left.
+table's best candidate, and takes the token of the highest one. Continuations that have another token there are dropped.
 """
 
 from typing import Any, cast

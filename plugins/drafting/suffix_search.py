@@ -22,12 +22,12 @@ def _compare(tokens: Int32, at: "int | np.int64", pattern: Int32) -> int:
 
 
 @jit
-def _first(tokens: Int32, order: UInt32, pattern: Int32, begin: int, end: int, behind: bool) -> int:
-    """Return the first suffix in ``order`` that begins with a pattern, or the first after those (``behind``)."""
+def _first(tokens: Int32, order: UInt32, pattern: Int32, begin: int, end: int, upper: bool) -> int:
+    """Return the first suffix in ``order`` that begins with a pattern, or with ``upper`` the first after those."""
     while begin < end:
         middle = (begin + end) // 2
         order_to_pattern = _compare(tokens, np.int64(order[middle]), pattern)
-        if order_to_pattern < 0 or (behind and order_to_pattern == 0):
+        if order_to_pattern < 0 or (upper and order_to_pattern == 0):
             begin = middle + 1
         else:
             end = middle

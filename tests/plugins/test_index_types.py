@@ -158,7 +158,7 @@ def test_refuses_invalid_hybrid_settings(hybrid: Index, tmp_path) -> None:
         (lambda: hybrid.search("x", settings={"vdr": {"rerank": 5}}), "not for members"),
         (lambda: Index.create(tmp_path / "y", "hybrid", options={"members": "xtr"}), "two or more"),
         (lambda: Index.create(tmp_path / "y", "hybrid", options={"members": "xtr+vrd"}), "did you mean 'vdr'"),
-        (lambda: Index.create(tmp_path / "y", "hybrid", options={"options": {"x": {}}}), "'x' is no member"),
+        (lambda: Index.create(tmp_path / "y", "hybrid", options={"options": {"x": {}}}), "'x' is none of the member"),
         (lambda: Index.create(tmp_path / "y", "hybrid", options={"options": {"xtr": {"codec": "x"}}}), "expected sq4"),
         (lambda: Index.create(tmp_path / "y", "hybrid", "minilm"), "expected MEMBER=ENCODER"),
         (lambda: Index.create(tmp_path / "y", "bm25", "minilm"), "supports the encoder stems only"),

@@ -55,7 +55,7 @@ def test_refuses_duplicate_and_missing_names() -> None:
     manager.register(plugin(Echo), "mine")
     with pytest.raises(ValueError, match="registered already"):
         manager.register(plugin(Echo), "other")
-    with pytest.raises(ValueError, match="has no name"):
+    with pytest.raises(ValueError, match="the class attribute `name` is missing"):
         manager.register(plugin(type("Nameless", (), {})), "third")
     assert manager.classes("drafter") == {"echo": Echo}
 

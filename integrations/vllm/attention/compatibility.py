@@ -105,12 +105,12 @@ def check_attention(plugin: str, vllm_config: Any) -> None:
         ),
         (
             parallel.pipeline_parallel_size > 1,
-            "selected tokens are not sent to other pipeline stages",
+            "pipeline parallelism is not supported",
             "use --tensor-parallel-size instead",
         ),
         (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
-            "context parallelism splits the tokens to select from",
+            "context parallelism is not supported",
             "disable context parallelism",
         ),
     ):

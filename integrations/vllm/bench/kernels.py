@@ -56,7 +56,7 @@ def run_kernel_benchmark(plan: KernelBenchmark) -> None:
     for arm, cls, options in drafters:
         if not has_device_drafter(cls):
             raise ConfigError(f"--arms: {arm} has no kernels, it drafts on the host")
-        cls.check_device(options, largest)  # type: ignore[attr-defined]
+        cls.check_device(options, largest, plan.trees)  # type: ignore[attr-defined]
     if find_spec("triton") is None:
         raise ConfigError("bench kernels: Triton is not installed, and all kernels are written in it")
     if plan.device == "cuda" and not torch.cuda.is_available():

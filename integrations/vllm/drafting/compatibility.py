@@ -73,7 +73,7 @@ def device_objection(cls: Any, options: Any, config: PilotfishConfig, engine: En
     if (refusal := _device_refusal(cls, config, engine.num_speculative_tokens)) is not None:
         return refusal[0]
     try:
-        cls.check_device(options, engine)
+        cls.check_device(options, engine, config.verification.verification == "tree")
     except Unsupported as error:
         return error.reason
     return None
@@ -115,9 +115,10 @@ def check(attachment: Attachment, vllm_config: Any) -> None:
         Unsupported: The engine cannot serve the drafter.
     """
     _check_speculation(attachment.cls, attachment.options, attachment.config, vllm_config)
+    trees = attachment.config.verification.verification == "tree"
     if getattr(vllm_config, "use_v2_model_runner", False):
-        attachment.cls.check_device(attachment.options, attachment.engine)
-    if attachment.config.verification.verification == "tree":
+        attachment.cls.check_device(attachment.options, attachment.engine, trees)
+    if trees:
         _check_trees(attachment.name, attachment.config, vllm_config)
     _check_tokenizer(attachment.cls, attachment.options, vllm_config.model_config)
 
@@ -186,7 +187,7 @@ def _check_device_trees(plugin: str, vllm_config: Any) -> None:
     if speculative.enable_adaptive_verification:
         raise Unsupported(
             plugin,
-            "adaptive verification cuts chains, and the draft tokens form trees",
+            "adaptive verification truncates chains, and the draft tokens form trees",
             "remove enable_adaptive_verification from --speculative-config, or use verification=chain",
             model.model,
         )

@@ -107,13 +107,26 @@ REQUIRED_APIS = (
             ("add_requests", ("scheduler_output",)),
             ("_remove_request", ("req_id",)),
             ("shutdown", ()),
+            ("prepare_dummy_attn", ("input_batch",)),
+            ("initialize_kv_cache", ("kv_cache_config",)),
+            ("capture_model", ()),
         )
     ),
-    VllmApi(
-        "v1/worker/gpu/spec_decode/rejection_sampler.py",
-        "RejectionSampler._verify",
-        ("self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits"),
-        "drafters on the V2 runner",
+    *(
+        VllmApi(
+            "v1/worker/gpu/spec_decode/rejection_sampler.py",
+            f"RejectionSampler.{name}",
+            ("self", *parameters),
+            "drafters on the V2 runner",
+        )
+        for name, parameters in (
+            ("_verify", ("logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits")),
+            (
+                "_verify_in_chunks",
+                ("logits", "input_batch", "draft_logits", "draft_sampled", "pos", "max_chunk_logits"),
+            ),
+            ("_get_logprobs_tensors", ("sampled", "num_sampled", "logits", "cu_num_logits")),
+        )
     ),
     VllmApi(
         "v1/worker/gpu/spec_decode/speculator.py",
@@ -122,6 +135,7 @@ REQUIRED_APIS = (
         "drafters on the V2 runner",
     ),
     VllmApi(_SCHEDULER, "Scheduler._update_after_schedule", ("self", "scheduler_output"), "drafters on the V2 runner"),
+    VllmApi(_SCHEDULER, "Scheduler.dynamic_sd_lookup", why="number of draft tokens on the V2 runner"),
     VllmApi(_SCHEDULER, "Scheduler.update_draft_token_ids", ("self", "draft_token_ids"), "drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.all_token_ids", why="drafters on the V2 runner"),
     VllmApi("v1/worker/gpu/states.py", "RequestState.total_len", why="drafters on the V2 runner"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from ....kvcache.profiles import SHAPE, model_fingerprint
 from ....plugins.config import ROOT, ConfigError, PilotfishConfig, parse_assignments
-from ....plugins.contracts import Drafter, Engine, Unsupported
+from ....plugins.contracts import Engine, Unsupported
 from ....plugins.manager import disabled, plugins
 from ...bench.record import package_version
 from ..drafting import compatibility
@@ -131,13 +131,16 @@ def _drafter_arguments(
     if over_model and num_speculative_tokens is not None:
         raise ConfigError("--num-speculative-tokens: --speculative-config sets it already")
     depth = num_speculative_tokens or compatibility.default_draft_tokens(cls, config.verification)
-    on_device = compatibility.uses_device(cls, options, config, Engine(model, 0, 0, 0, num_speculative_tokens or 0))
+    unknown = Engine(model, 0, 0, 0, num_speculative_tokens or 0)
+    on_device = compatibility.uses_device(cls, options, config, unknown)
     if on_device and not compatibility.has_device_drafter(cls):
         raise Unsupported(config.drafter.name, *compatibility.NO_DEVICE_DRAFTER, model)
-    check_engine(cls, options, model, depth, config.allow_untested_vllm, on_device)
+    engine = check_engine(cls, options, model, depth, config.allow_untested_vllm) or unknown
+    verification = config.verification.verification
+    if on_device:
+        cls.check_device(options, engine, verification == "tree")
     if not over_model:
         if on_device:
-            verification = config.verification.verification
             speculation = compatibility.device_speculation(cls, verification, num_speculative_tokens)
         else:
             method = {"method": "custom_class", "model": selection.PROPOSER_CLASS}
@@ -217,8 +220,11 @@ def run_vllm_serve(command: ServeCommand) -> None:
     os.execv(command.arguments[0], command.arguments)
 
 
-def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool, on_device: bool = False) -> None:
-    """Run those checks of a plugin that need no running engine; with ``on_device`` those of the V2 model runner too.
+def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested: bool) -> Engine | None:
+    """Run those checks of a plugin that need no running engine.
+
+    Returns:
+        Properties of the engine; None for a model whose configuration is read when vLLM starts.
 
     Raises:
         Unsupported: The plugin does not support the installed vLLM or this model.
@@ -246,10 +252,9 @@ def check_engine(cls: Any, options: Any, model: str, depth: int, allow_untested:
             device="cuda" if vllm_api.is_gpu_build() else "cpu",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # a hub name, or another form of configuration: checked when vLLM starts
+        return None  # a hub name, or another form of configuration: checked when vLLM starts
     cls.check(options, facts)
-    if issubclass(cls, Drafter) and on_device:
-        cls.check_device(options, facts)
+    return facts
 
 
 def _take_json(arguments: list[str], flag: str) -> tuple[list[str], dict[str, Any]]:

@@ -143,10 +143,16 @@ def prune_features(pruner: Any, layout: ImageLayout, plan: Any, features: ImageF
             tokens that vLLM assembled.
     """
     if len(features.tokens) != layout.num_tokens:
-        raise RuntimeError(f"pilotfish: {len(features.tokens)} visual tokens, expected {layout.num_tokens}")
+        raise RuntimeError(
+            f"pilotfish: vLLM assembled {len(features.tokens)} visual tokens for the model, the layout has "
+            f"{layout.num_tokens}; run without the pruner and report this"
+        )
     kept = pruner.apply(layout, plan, features)
     if len(kept) != plan.num_tokens:
-        raise RuntimeError(f"pilotfish: {pruner.name} planned {plan.num_tokens} tokens and kept {len(kept)}")
+        raise RuntimeError(
+            f"pilotfish: pruner {pruner.name} planned {plan.num_tokens} visual tokens and kept "
+            f"{len(kept)}; use another one"
+        )
     return kept
 
 

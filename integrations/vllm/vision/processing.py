@@ -55,7 +55,10 @@ class PrunedInfo:
         layout = layouts.BY_MODEL[self.model](self.get_hf_config(), height, width)
         stock = super().get_num_image_tokens(image_width=width, image_height=height)  # type: ignore[misc]
         if stock != layout.num_tokens:
-            raise RuntimeError(f"pilotfish: {layout.num_tokens} tokens for {width} x {height}, where vLLM has {stock}")
+            raise RuntimeError(
+                f"pilotfish: model {self.model}: {layout.num_tokens} visual tokens for an image of {width} x {height} "
+                f"pixels, vLLM computes {stock}; run without the pruner and report this"
+            )
         return layout
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:

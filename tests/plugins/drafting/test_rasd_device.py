@@ -287,11 +287,16 @@ def test_no_wait_for_the_device() -> None:
         ({"base": "engine"}, "base=engine is not supported on the V2 model runner"),
         ({"outputs": 1 << 23}, "set outputs to 4194304 or less"),
         ({"max_occurrences": 100}, "set max_occurrences to 64 or less"),
+        ({"fuse": False}, "fuse=false with verification=tree is not supported on the V2 model runner"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
     with pytest.raises(Unsupported, match=message):
-        RASD.check_device(Options(**options), ENGINE)
+        RASD.check_device(Options(**options), ENGINE, trees=True)
+
+
+def test_chains_without_fusion_are_supported() -> None:
+    RASD.check_device(Options(fuse=False), ENGINE)
 
 
 def test_memory_is_reported() -> None:

@@ -40,7 +40,7 @@ class WindowedImpl:
     policy: str
     plan: HeadPlan
     _announce: LogWhenActive
-    _whole: frozenset[int]  # retrieval heads: KV heads that keep all tokens
+    _retrieval_heads: frozenset[int]  # retrieval heads: KV heads that keep all tokens
     _heads: Sequence[Any] = ()  # cache layers, one for each KV head
     _caches: Any = None
     _places: Sequence[int] = ()  # addresses of the caches in `_caches`
@@ -64,16 +64,18 @@ class WindowedImpl:
         if not self._heads:  # the first layer splits all of them; reloading weights has no effect
             split_layers_into_heads(self._vllm_config)
 
-    def use(self, heads: Sequence[Any], whole: frozenset[int], plan: HeadPlan, announce: LogWhenActive) -> None:
+    def use(
+        self, heads: Sequence[Any], retrieval_heads: frozenset[int], plan: HeadPlan, announce: LogWhenActive
+    ) -> None:
         """Set the cache layers of this layer.
 
         Args:
             heads: Cache layer of each KV head.
-            whole: Retrieval heads, which keep all tokens.
+            retrieval_heads: Retrieval heads, which keep all tokens.
             plan: Head plan of this rank.
             announce: Callable that logs the first step in which tokens are skipped.
         """
-        self._heads, self._whole, self.plan, self._announce = heads, whole, plan, announce
+        self._heads, self._retrieval_heads, self.plan, self._announce = heads, retrieval_heads, plan, announce
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -117,7 +119,7 @@ class WindowedImpl:
         addresses = [cache.data_ptr() for cache in caches]
         # Addresses change, since vLLM profiles CUDA graphs with a small cache before it allocates the final one.
         if addresses != self._places:
-            windowed = [head not in self._whole for head in range(len(caches))]
+            windowed = [head not in self._retrieval_heads for head in range(len(caches))]
             self._caches, self._places = self.head_caches(caches, windowed, self.plan.window), addresses
         return self._caches
 
@@ -192,7 +194,7 @@ def self_test_windowed(
     head_caches: type,
     make_step: Callable[[int, int, HeadWindow], Any],
     dtype: torch.dtype,
-    share: int,
+    num_queries_per_kv: int,
     head_size: int,
     block_size: int,
     device: Any,
@@ -204,7 +206,7 @@ def self_test_windowed(
         make_step: Function from the first position, the end position and the window of one request to the kernels'
             description of the step.
         dtype: Data type of the cache.
-        share: Number of query heads per KV head.
+        num_queries_per_kv: Number of query heads per KV head.
         head_size: Size of a head.
         block_size: Number of tokens per block.
         device: Device of the cache.
@@ -215,7 +217,8 @@ def self_test_windowed(
     generator = torch.Generator().manual_seed(0)
     prompt = 3 * block_size + 9
     key, value, query = (
-        torch.randn(prompt + 1, heads, head_size, generator=generator).to(dtype).to(device) for heads in (1, 1, share)
+        torch.randn(prompt + 1, heads, head_size, generator=generator).to(dtype).to(device)
+        for heads in (1, 1, num_queries_per_kv)
     )
     page = block_size * 2 * head_size + means_bytes(head_size) // dtype.itemsize
     cache = torch.zeros(5 * page, dtype=dtype, device=device).as_strided(

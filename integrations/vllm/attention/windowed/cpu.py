@@ -87,10 +87,10 @@ class WindowedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 @functools.cache
-def self_test_windowed_cpu(dtype: torch.dtype, share: int, head_size: int, block_size: int) -> str | None:
+def self_test_windowed_cpu(dtype: torch.dtype, num_queries_per_kv: int, head_size: int, block_size: int) -> str | None:
     """Run `common.self_test_windowed` with the CPU kernels; return an error message, or None."""
 
     def make_step(begin: int, end: int, window: HeadWindow) -> WindowedStep:
-        return WindowedStep([begin], [end], lambda _, n: window.num_evicted(n, block_size), share)
+        return WindowedStep([begin], [end], lambda _, n: window.num_evicted(n, block_size), num_queries_per_kv)
 
-    return common.self_test_windowed(CPUHeadCaches, make_step, dtype, share, head_size, block_size, "cpu")
+    return common.self_test_windowed(CPUHeadCaches, make_step, dtype, num_queries_per_kv, head_size, block_size, "cpu")

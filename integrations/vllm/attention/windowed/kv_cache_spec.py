@@ -176,7 +176,7 @@ class HeadSpec:
 
 
 def split_into_heads(
-    ours: Sequence[Any], layers: dict[str, Any], whole: Sequence[frozenset[int]], window: HeadWindow
+    ours: Sequence[Any], layers: dict[str, Any], retrieval_heads: Sequence[frozenset[int]], window: HeadWindow
 ) -> list[list[Any]]:
     """Create one cache layer per KV head; an attention layer is the cache layer of its first head.
 
@@ -187,13 +187,13 @@ def split_into_heads(
     Args:
         ours: vLLM's attention layers.
         layers: vLLM's layers by name; new cache layers are added.
-        whole: Retrieval heads of each attention layer.
+        retrieval_heads: Retrieval heads of each attention layer.
         window: Sinks and window of the other heads.
 
     Returns:
         Cache layer of each KV head, for each attention layer.
     """
-    num_retrieval = sum(map(len, whole))
+    num_retrieval = sum(map(len, retrieval_heads))
     slots: list[Any] = []
     for layer in ours:
         for head in range(layer.num_kv_heads):
@@ -208,7 +208,7 @@ def split_into_heads(
     full, windowed = iter(slots[:num_retrieval]), iter(slots[num_retrieval:])
     return [
         [next(full if head in heads else windowed) for head in range(layer.num_kv_heads)]
-        for layer, heads in zip(ours, whole, strict=True)
+        for layer, heads in zip(ours, retrieval_heads, strict=True)
     ]
 
 

@@ -85,7 +85,7 @@ def prompt_lens_buffer(requests: int, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def self_test_windowed_triton(
-    dtype: torch.dtype, share: int, head_size: int, block_size: int, device: torch.device
+    dtype: torch.dtype, num_queries_per_kv: int, head_size: int, block_size: int, device: torch.device
 ) -> str | None:
     """Run `common.self_test_windowed` with the Triton kernels; return an error message, or None."""
 
@@ -96,4 +96,6 @@ def self_test_windowed_triton(
         )
         return TritonWindowedStep(starts, lens, prompt_lens, end - begin, end)
 
-    return common.self_test_windowed(TritonHeadCaches, make_step, dtype, share, head_size, block_size, device)
+    return common.self_test_windowed(
+        TritonHeadCaches, make_step, dtype, num_queries_per_kv, head_size, block_size, device
+    )

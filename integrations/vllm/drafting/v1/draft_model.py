@@ -54,18 +54,18 @@ def accepted_tokens(runner: Any, sampled: torch.Tensor) -> list[list[int]]:
     ]
 
 
-def append_accepted_tokens(batch: Any, came: list[list[int]]) -> np.ndarray:
+def append_accepted_tokens(batch: Any, accepted: list[list[int]]) -> np.ndarray:
     """Append tokens to the texts of a batch, as vLLM does again later in the step.
 
     Args:
         batch: vLLM's input batch.
-        came: Accepted and sampled tokens of each request.
+        accepted: Accepted and sampled tokens of each request.
 
     Returns:
         [b] new lengths of the texts.
     """
-    lengths = np.array(batch.num_tokens_no_spec[: len(came)])
-    for i, tokens in enumerate(came):
+    lengths = np.array(batch.num_tokens_no_spec[: len(accepted)])
+    for i, tokens in enumerate(accepted):
         batch.token_ids_cpu[i, lengths[i] : lengths[i] + len(tokens)] = tokens
         lengths[i] += len(tokens)
     return lengths

@@ -96,7 +96,10 @@ class PilotfishProposer:
             return
         runner = find_runner()
         if runner is None:
-            raise ConfigError("pilotfish.drafter: must be constructed by vLLM's V1 model runner")
+            raise ConfigError(
+                "pilotfish.drafter: constructed outside of vLLM's V1 model runner; select the drafter with "
+                "`pilotfish serve`, or set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         self._runner = runner
         self._verification = drafting.config.verification
         if self._verification.verification == "tree":
