@@ -69,7 +69,7 @@ bench: $(VENV)/.ready  ## vLLM's drafters at documented settings, and batches of
 	  --arms ngram,$(DEEP),token_recycling,rasd --out benchmarks/results/drafters_batch.json
 	$(MAKE) tables
 
-bench-suffix: $(VENV)/.ready  ## RASD beside suffix decoding at its best settings, 128 prompts; QWEN is a folder with the model; four hours
+bench-suffix: $(VENV)/.ready  ## RASD compared with suffix decoding at a deeper setting, 128 prompts; QWEN is a folder with the model; four hours
 	$(BIN)/pip install -q arctic-inference
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms $(DEEP) --out benchmarks/results/drafters_suffix.json
 	$(BIN)/pilotfish bench drafters $(MANY) --max-tokens 64 --arms rasd --out benchmarks/results/drafters_suffix_rasd.json
@@ -91,7 +91,7 @@ bench-replay: $(VENV)/.ready  ## drafters replayed over recorded outputs; out/tr
 	$(BIN)/python benchmarks/drafter_replay.py $(REPLAYED)
 	$(MAKE) tables
 
-bench-device: $(VENV)/.ready  ## device drafters beside those on the host; without a GPU their kernels are interpreted
+bench-device: $(VENV)/.ready  ## device drafters compared with those on the host; without a GPU their kernels are interpreted
 	$(BIN)/python benchmarks/drafter_trace.py smollm2-135m-instruct out/trace/smollm2.jsonl.gz $(DATA)/spec_bench/question.jsonl $(DATA)/humaneval/HumanEval.jsonl.gz \
 	  --sample 24,8 --max-tokens 64 --dtype float32
 	$(BIN)/python benchmarks/device_replay.py smollm2-135m-instruct=out/trace/smollm2.jsonl.gz --requests 12
@@ -101,7 +101,7 @@ bench-device: $(VENV)/.ready  ## device drafters beside those on the host; witho
 SIZED := rasd@verification=tree@nodes
 BUDGETS := $(SIZED)=2,$(SIZED)=5,$(SIZED)=10
 
-bench-budget: $(VENV)/.ready  ## trees of measured size beside fixed ones, on more prompts, each seen once; DATA as for bench
+bench-budget: $(VENV)/.ready  ## trees of measured size compared with fixed ones, on more prompts, each seen once; DATA as for bench
 	$(BIN)/pip install -q arctic-inference
 	$(BIN)/pilotfish bench drafters $(PROMPTS) \
 	  --arms suffix,rasd@verification=tree,rasd,token_recycling,$(BUDGETS) --sample 24 --sample-others 8 --seed 1 \
@@ -177,7 +177,7 @@ bench-curves: $(VENV)/.ready $(PEERS)/.ready  ## latency against recall of multi
 TAUGHT := --qrels $(DATA)/retrieval/scifact --text $(DATA)/pg_essays --steps 200 --batch 16
 TRAINED := bm25s,maxsim,xtr,vdr,vdr@encoder=out/vdr,vdr@encoder=out/vdr@query_encoding=bag_of_words,xtr@encoder=out/xtr
 
-bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-retrieval
+bench-training: $(VENV)/.ready  ## train a VDR and an XTR encoder, and evaluate them; DATA as for bench-retrieval
 	$(BIN)/pip install -q bm25s PyStemmer
 	$(BIN)/pilotfish train vdr out/vdr $(TAUGHT)
 	$(BIN)/pilotfish train xtr out/xtr $(TAUGHT)
@@ -187,7 +187,7 @@ bench-training: $(VENV)/.ready  ## train both, measure them; DATA as for bench-r
 
 PICTURES := astronaut coffee chelsea rocket
 
-bench-vision: $(VENV)/.ready  ## visual pruners beside stock; DATA holds skimage_samples and owleval
+bench-vision: $(VENV)/.ready  ## visual pruners compared with stock vLLM; DATA holds skimage_samples and owleval
 	$(BIN)/pip install -q onnxruntime
 	VLLM_CPU_KVCACHE_SPACE=2 $(BIN)/pilotfish bench vision \
 	  $(foreach P,$(PICTURES),--image $(wildcard $(DATA)/skimage_samples/$(P).*)) \
@@ -222,7 +222,7 @@ docs: $(VENV)/.ready  ## the report of all measurements, and the site, in site/
 	$(BIN)/pilotfish report --out docs/report.html
 	$(BIN)/mkdocs build --strict
 
-bench-kv: $(VENV)/.ready  ## the same for KV policies; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
+bench-kv: $(VENV)/.ready  ## KV policies compared with full attention; DATA holds wikitext2, gutenberg, pg_essays and kv_retrieval
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --data $(DATA) --questions 10 --needle-contexts 1000,4000,7900
 	$(MAKE) tables
 
@@ -242,7 +242,7 @@ bench-budgets: $(VENV)/.ready  ## TidalDecode, Quest and StreamingLLM at equal b
 	  --out benchmarks/results/kv_budgets_streaming_steps.json
 	$(MAKE) tables
 
-bench-budgets-qwen: $(VENV)/.ready  ## the same with a larger model; QWEN is a folder with the model
+bench-budgets-qwen: $(VENV)/.ready  ## TidalDecode and Quest at equal budgets with a larger model; QWEN is a folder with the model
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 --requests 0 \
 	  --quality-contexts '' --needle-contexts '' --setting budget=512 --setting quest,budget=512 \
 	  --out benchmarks/results/kv_budgets_qwen.json
@@ -254,7 +254,7 @@ bench-budgets-qwen: $(VENV)/.ready  ## the same with a larger model; QWEN is a f
 # As many heads as the profile keeps, drawn at random from the others.
 OTHER_HEADS := keep=[[1,2],[5,2],[9,0],[11,0],[12,0],[12,2],[15,0],[16,1],[17,0],[17,2],[20,1],[20,2],[21,1],[21,2],[24,2]]
 
-bench-memory: $(VENV)/.ready  ## the same for policies that free memory
+bench-memory: $(VENV)/.ready  ## memory, load and quality of KV policies that free blocks
 	$(RAZOR) --text $(DATA)/wikitext2 --setting '' --setting prefill=streaming --contexts 1000,4000,8000 \
 	  --quality-contexts '' --needle-contexts '' --out benchmarks/results/kv_memory.json
 	$(RAZOR) --data $(DATA) --setting '' --contexts '' --needle-contexts 4000,7900 --needles 3 --questions 5 \

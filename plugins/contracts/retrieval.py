@@ -120,10 +120,11 @@ class IndexKind(Plugin, ABC):
             query: One query, an item of the return value of `queries`.
             k: Largest number of documents to return.
             settings: Instance of ``Settings``.
-            allow: Bitmap of the internal doc ids that may be returned, least significant bit first; None for all.
+            allow: [ceil(documents / 8)] bitmap of the internal doc ids that may be returned, least significant bit
+                first; None for all.
 
         Returns:
-            Internal doc ids and scores of at most ``k`` documents, best first.
+            [n] internal doc ids and [n] scores of at most ``k`` documents, best first.
         """
 
     def queries(self, encoder: "Encoder", texts: Sequence[str], settings: Any) -> Any:

@@ -107,6 +107,16 @@ def update_rows(
 
     If several positions write the same row, the deepest accepted one must win, else the first one. So rejected
     positions are written in reverse order, and then accepted ones in order.
+
+    Args:
+        rows: The table; updated.
+        order: Longest context with its own rows, in tokens.
+        context: [m] tokens before the verified ones, the last one at the end.
+        inputs: [n] verified tokens.
+        parents: [n] index of the token before each one; `ROOT` for the first.
+        accepted: [n] whether each token was accepted.
+        ids: [n, k] the model's top-k tokens after each token, the most probable first.
+        probs: [n, k] their probabilities.
     """
     buffer = np.empty(order, np.int32)
     n = inputs.shape[0]

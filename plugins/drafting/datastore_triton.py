@@ -46,7 +46,7 @@ def compare_suffixes(tokens, size, order, index, inside, pattern, length):
 
 @jit
 def narrow(tokens, size, order, begin, end, pattern, length, upper: tl.constexpr, WAYS: tl.constexpr):
-    """Return a smaller range that has the first suffix of the pattern, or with ``upper`` the first after all of them."""
+    """Return a smaller range that has the first suffix of the pattern, or with ``upper`` the first after them."""
     j = tl.arange(0, WAYS)
     pivot = begin + (end - begin) * (j + 1) // (WAYS + 1)
     inside = pivot < end

@@ -111,7 +111,16 @@ def match_base_tree(
     base_scores: Float32,
     feedback: Int32,
 ) -> None:
-    """Write the base feedback of each node, FIRST, LISTED, ABSENT or UNKNOWN, to ``feedback`` [n]."""
+    """Write the base feedback of each node of a tree.
+
+    Args:
+        tokens: [n] tokens of the nodes, parents first.
+        parents: [n] their parents.
+        base_tokens: [m] tokens of the base drafter's tree, parents first.
+        base_parents: [m] their parents.
+        base_scores: [m] their scores.
+        feedback: [n] FIRST, LISTED, ABSENT or UNKNOWN; output.
+    """
     n, base = tokens.shape[0], base_tokens.shape[0]
     same = np.full(n, -2, np.int32)  # node of the base tree with the same path; -2 for none
     for i in range(n):
@@ -229,7 +238,14 @@ def merge_tries(
 ) -> int:
     """Merge a second tree into a tree of ``n`` nodes, and return the number of nodes; equal paths get the higher score.
 
-    The arrays of the first tree have room for all nodes.
+    Args:
+        n: Number of nodes of the first tree.
+        tokens: [at least n + m] tokens of the first tree, parents first; those of new nodes are appended.
+        parents: [at least n + m] their parents.
+        scores: [at least n + m] their scores.
+        more_tokens: [m] tokens of the second tree, parents first.
+        more_parents: [m] their parents.
+        more_scores: [m] their scores.
     """
     index = np.empty(more_tokens.shape[0], np.int32)
     for i in range(more_tokens.shape[0]):

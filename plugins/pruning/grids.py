@@ -45,7 +45,7 @@ def token_indices(layout: ImageLayout, first: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         layout: Layout of the image.
-        first: Indices of the kept tokens before the grid, in output order.
+        first: [kept] int64 indices of the kept tokens before the grid, in output order.
         mask: [rows, columns] bool mask of the kept tokens of the grid.
     """
     if layout.row_newlines:
@@ -62,7 +62,7 @@ def grid_values(layout: ImageLayout, values: Tensor) -> Tensor:
 
 
 def top_patches_per_crop(layout: ImageLayout, scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return a [rows, columns] mask of the ``counts`` patches of highest score in each crop."""
+    """Return a [rows, columns] bool mask of the ``counts`` patches of highest [rows, columns] score in each crop."""
     keep = torch.zeros(layout.grid, dtype=torch.bool, device=scores.device)
     for (top, bottom, left, right), count in zip(layout.crop_regions, counts, strict=True):
         part = scores[top:bottom, left:right]

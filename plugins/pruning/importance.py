@@ -35,7 +35,16 @@ def page_rank(query: Tensor, key: Tensor, scale: float, temperature: float, iter
 
 
 def keep_visual_tokens(importance: Tensor, visual: Tensor, count: int) -> Tensor:
-    """Return a mask [n] of all text tokens and the ``count`` most important visual tokens; of equals the earlier."""
+    """Return a mask of all text tokens and the most important visual tokens; of equals the earlier.
+
+    Args:
+        importance: [n] importance of each token.
+        visual: [n] bool, whether each token is visual.
+        count: Number of visual tokens to keep.
+
+    Returns:
+        [n] bool mask.
+    """
     keep = ~visual
     indices = visual.nonzero().flatten()
     order = torch.sort(importance[indices], descending=True, stable=True).indices

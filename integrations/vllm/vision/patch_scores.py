@@ -80,7 +80,7 @@ class ClsAttentionScorer:
             layers[-1].register_forward_pre_hook(lambda layer, inputs: self.record_layer(layer, inputs[0]))
 
     def record_layer(self, layer: Any, hidden: Tensor) -> None:
-        """Record the logits of a layer's input, if scores are wanted."""
+        """Record the logits of a layer's input [views, 1 + patches, width], if scores are wanted."""
         if self.wanted:
             self._taken.append(cls_logits(layer, hidden))
 

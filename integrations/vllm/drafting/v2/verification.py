@@ -19,8 +19,9 @@ def replace_verification(rejection_sampler: Any, accept: Accept) -> None:
 
     Args:
         rejection_sampler: vLLM's rejection sampler.
-        accept: Function of the token sampled at each row, the token of each row, the first row of each request, and
-            the index of each request. It returns the accepted tokens and their numbers, as `accept_chains`.
+        accept: Function of the token sampled at each row [rows] int64, the token of each row [rows] int32, the
+            first row of each request [requests + 1] int32, and the index of each request [requests] int32. It
+            returns the accepted tokens and their numbers, as `accept_chains`.
     """
     sampler = rejection_sampler.sampler
 
