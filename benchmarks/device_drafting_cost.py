@@ -20,7 +20,9 @@ from common import RESULTS
 from pilotfish.integrations.bench import record
 from pilotfish.integrations.bench.record import Record
 from pilotfish.plugins.contracts import ROOT, Candidates, DraftBudget, DraftRequest, Engine
-from pilotfish.plugins.drafting.adjacency_triton import BEAMS
+from pilotfish.plugins.drafting.adjacency_triton import BEAMS, MAX_CHAIN_DEPTH, MAX_DEPTH, TILE, TREE_BEAMS
+from pilotfish.plugins.drafting.datastore import SUFFIX_DEPTH
+from pilotfish.plugins.drafting.datastore_triton import WAYS
 from pilotfish.plugins.drafting.history_triton import BLOCK as HISTORY_BLOCK
 from pilotfish.plugins.drafting.history_triton import REQUESTS
 from pilotfish.plugins.drafting.top_k_triton import BLOCK
@@ -37,7 +39,10 @@ KEY, TOKEN, LOGIT, PRIORITY, RATE = 8, 4, 2, 4, 4  # bytes
 ROW = K * (TOKEN + 1)  # a row of the table: tokens and confidences
 TEXT = 4096  # tokens of a request
 KV_MEMORY, KV_TOKEN = 60e9, 131_072  # bytes for keys and values, and of a token: 32 layers, 8 heads of 128, bfloat16
-KERNELS = 6  # launches of a step: two select the top-k tokens, one gathers, two learn, one proposes
+HASH = 4 * ORDER * ORDER  # operations: a hash takes about four for a token
+EXPANDED = (ORDER - 1) * KEY + ROW + K * RATE  # bytes that the search reads for a node
+CANDIDATE = TOKEN + RATE + 4  # bytes of a candidate of a tree: token, score, parent
+DATASTORE = 100_000_000  # tokens
 
 
 @dataclass
@@ -66,8 +71,8 @@ class Cost:
         return busy + self.reads * READ + self.launches * LAUNCH
 
 
-def drafting_cost(requests: int, draft_tokens: int) -> Cost:
-    """Return the cost of observing and proposing in one step."""
+def learning_cost(requests: int, draft_tokens: int) -> Cost:
+    """Return the cost of observing a step: the top-k tokens of all rows, counts, and rows of the table."""
     n = requests * (draft_tokens + 1)
     blocks = VOCABULARY / BLOCK
     top_k = n * (VOCABULARY * LOGIT + 2 * blocks * K * 8)
@@ -75,20 +80,37 @@ def drafting_cost(requests: int, draft_tokens: int) -> Cost:
     count = n * (context + (ORDER - 1) * KEY + ROW + 4 * K * RATE)
     claim = n * (context + 2 * ORDER * PRIORITY)
     write = n * (context + K * (8 + RATE) + 2 * ORDER * PRIORITY + ORDER * ROW + (ORDER - 1) * KEY)
-    propose = requests * draft_tokens * BEAMS * ((ORDER - 1) * KEY + ROW + K * RATE)
-    # A hash takes about four operations a token; a beam search compares all candidates once for each beam.
-    hashes = 4 * ORDER * ORDER * (3 * n + requests * draft_tokens * BEAMS)
-    search = requests * draft_tokens * BEAMS * (BEAMS * K + BEAMS * draft_tokens)
+    # Two launches select the top-k tokens, one gathers, two learn; each of the last three reads a request, then a text.
+    return Cost(top_k + count + claim + write, 2 * K * n * VOCABULARY + HASH * 3 * n, 4 * 3, launches=5)
+
+
+def chain_cost(requests: int, draft_tokens: int) -> Cost:
+    """Return the cost of a beam search for the chains of all requests."""
+    nodes = requests * draft_tokens * BEAMS
+    # A beam search compares all candidates once for each beam.
+    search = nodes * (HASH + BEAMS * K + BEAMS * draft_tokens)
     # Before the first draft token: the request, its length, its text. A draft token needs keys and rows, which are read
     # together; the rates are in the L1 cache.
-    reads = 4 * 3 + 3 + draft_tokens
-    return Cost(top_k + count + claim + write + propose, 2 * K * n * VOCABULARY + hashes + search, reads, KERNELS)
+    return Cost(nodes * EXPANDED, search, 3 + draft_tokens, launches=1)
+
+
+def tree_cost(requests: int, draft_tokens: int, max_depth: int) -> Cost:
+    """Return the cost of the trees of all requests: a beam search collects candidates, and the best become nodes."""
+    depth = min(max_depth, draft_tokens)
+    nodes = requests * depth * TREE_BEAMS
+    size = depth * TREE_BEAMS * K  # candidates of a request
+    expand = nodes * (EXPANDED + K * CANDIDATE)
+    # A program compares its candidates and their parents with all others.
+    select = requests * math.ceil(size / TILE) * size * RATE + requests * draft_tokens * CANDIDATE
+    compared = requests * size * size * 2 * 3
+    # The search, as of a chain. The selection: a candidate, its parent, all others, and the last token of the text.
+    return Cost(expand + select, nodes * (HASH + TREE_BEAMS * K) + compared, 3 + depth + 4, launches=2)
 
 
 def retrieval_cost(requests: int, draft_tokens: int) -> Cost:
     """Return the cost that RASD adds to Token Recycling's: the searches, and the counts.
 
-    Its fusion reads the same rows as Token Recycling's search, and takes its place.
+    Its fusion reads the same rows as Token Recycling's search for a chain, and takes its place.
     """
     options, sources = RASDOptions(), 2
     reads_of_outputs = math.ceil(requests / REQUESTS)  # a program reads a block for several requests
@@ -103,6 +125,20 @@ def retrieval_cost(requests: int, draft_tokens: int) -> Cost:
     # The counts: the request, its text, the predictions. A search: the request, its text, a token; and again for what
     # follows. The fusion: lengths, then continuations.
     return Cost(scan + again + 2 * continuations + fuse + count, votes + compared, 3 + 3 + 4 + 2, launches=3)
+
+
+def datastore_cost(requests: int, draft_tokens: int) -> Cost:
+    """Return the cost that a datastore adds to RASD's: a search in its suffix array, and the continuations."""
+    options = RASDOptions()
+    lengths = SUFFIX_DEPTH - options.min_match + 1
+    levels = math.ceil(math.log(DATASTORE, WAYS + 1))
+    compared = requests * lengths * levels * 2 * WAYS  # suffixes: a first one and a last one are searched for
+    continuations = requests * options.max_occurrences * draft_tokens * TOKEN
+    # The request and its text; at each level an entry of the suffix array, then its tokens; then the continuations.
+    reads = 3 + levels * 2 + 2
+    return Cost(
+        compared * (TOKEN + SUFFIX_DEPTH * TOKEN) + 2 * continuations, compared * SUFFIX_DEPTH * 4, reads, launches=1
+    )
 
 
 def text_tokens(requests: int) -> float:
@@ -141,29 +177,47 @@ def host_seconds(requests: int, draft_tokens: int, repeats: int = 30) -> list[fl
     return seconds[5:]  # without compilation
 
 
+def counted(requests: int, draft_tokens: int, verification: str) -> dict[str, Cost]:
+    """Return the cost of a step by drafter."""
+    learning = learning_cost(requests, draft_tokens)
+    if verification == "chain":
+        chain, retrieval = chain_cost(requests, draft_tokens), retrieval_cost(requests, draft_tokens)
+        costs = {"token_recycling": learning + chain, "rasd": learning + chain + retrieval}
+    else:
+        chain_length = min(draft_tokens, MAX_CHAIN_DEPTH)
+        fused = learning + chain_cost(requests, chain_length) + retrieval_cost(requests, chain_length)
+        fused += tree_cost(requests, draft_tokens, MAX_CHAIN_DEPTH)
+        costs = {"token_recycling": learning + tree_cost(requests, draft_tokens, MAX_DEPTH), "rasd": fused}
+    return {**costs, "rasd@datastore": costs["rasd"] + datastore_cost(requests, draft_tokens)}
+
+
+# Trees have the number of nodes that `pilotfish serve` starts with at each batch size, and none above 64 requests.
+STEPS = (
+    *(("chain", draft_tokens, batch) for draft_tokens in (4, 12) for batch in (1, 8, 64, 256)),
+    *(("tree", nodes, batch) for nodes, batch in ((48, 1), (24, 7), (8, 8), (2, 64))),
+)
+
+
 def main() -> None:
     """Count, measure, and write the JSON."""
     records = []
-    for draft_tokens in (4, 12):
-        for requests in (1, 8, 64, 256):
-            step = step_seconds(requests, draft_tokens)
-            measured = [1000 * s for s in host_seconds(requests, draft_tokens)]
-            params = {"batch": requests, "num_speculative_tokens": draft_tokens}
-            base = drafting_cost(requests, draft_tokens)
-            costs = {"token_recycling": base, "rasd": base + retrieval_cost(requests, draft_tokens)}
-            for arm, cost in costs.items():
-                values = [
-                    ("bytes", cost.bytes, "bytes", []),
-                    ("operations", cost.operations, "", []),
-                    ("counted_us", 1e6 * cost.seconds, "us", []),
-                    ("step_ms", 1e3 * step, "ms", []),
-                    ("share", cost.seconds / step, "", []),
-                ]
-                if arm == "token_recycling":
-                    values.append(("host_ms", statistics.median(measured), "ms", measured))
-                for metric, value, unit, runs in values:
-                    where = ("device_drafting_cost", f"draft_tokens_{draft_tokens}", arm)
-                    records.append(Record(*where, metric, round(value, 6), unit, [round(r, 4) for r in runs], params))
+    for verification, draft_tokens, requests in STEPS:
+        step = step_seconds(requests, draft_tokens)
+        params = {"batch": requests, "num_speculative_tokens": draft_tokens, "verification": verification}
+        for arm, cost in counted(requests, draft_tokens, verification).items():
+            values = [
+                ("bytes", cost.bytes, "bytes", []),
+                ("operations", cost.operations, "", []),
+                ("counted_us", 1e6 * cost.seconds, "us", []),
+                ("step_ms", 1e3 * step, "ms", []),
+                ("share", cost.seconds / step, "", []),
+            ]
+            if arm == "token_recycling" and verification == "chain":
+                measured = [1000 * s for s in host_seconds(requests, draft_tokens)]
+                values.append(("host_ms", statistics.median(measured), "ms", measured))
+            for metric, value, unit, runs in values:
+                where = ("device_drafting_cost", f"draft_tokens_{draft_tokens}", arm)
+                records.append(Record(*where, metric, round(value, 6), unit, [round(r, 4) for r in runs], params))
     record.write_records(RESULTS / "device_drafting_cost.json", records)
 
 

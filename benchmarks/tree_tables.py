@@ -69,28 +69,25 @@ def budget() -> str:
 def device_cost() -> str:
     """Return the table of the counted cost of device drafters' steps, and the measured one of a host counterpart."""
     result = load("device_drafting_cost")
-    table: dict[tuple[int, int], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    table: dict[tuple[str, int, int], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in result["records"]:
-        step = r["params"]["num_speculative_tokens"], r["params"]["batch"]
-        table[step][r["arm"]][r["metric"]] = r["value"]
-    rows = [
-        [
-            f"{tokens}, batch {batch}",
-            f"{x['bytes'] / 1e6:.2f}",
-            f"{x['operations'] / 1e6:.1f}",
-            f"{x['counted_us']:.0f}",
-            f"{x['step_ms']:.2f}",
-            f"{x['share']:.2%}",
-            f"{arms['rasd']['counted_us']:.0f}",
-            f"{arms['rasd']['share']:.2%}",
-            f"{x['host_ms']:.2f}",
-        ]
-        for (tokens, batch), arms in table.items()
-        for x in [arms["token_recycling"]]
-    ]
-    head = ["draft tokens", "MB", "million operations", "µs, H100", "model's step, ms", "share"]
-    head += ["RASD, µs", "RASD, share", "Token Recycling on the host, ms"]
-    return markdown(head, rows) + provenance(result)
+        verification, tokens = _shape(r["params"])
+        table[verification, tokens, r["params"]["batch"]][r["arm"]][r["metric"]] = r["value"]
+    rows = []
+    for (verification, tokens, batch), arms in table.items():
+        x = arms["token_recycling"]
+        rows.append(
+            [
+                f"{'tree' if verification == 'tree' else 'chain'} of {tokens}, batch {batch}",
+                f"{x['bytes'] / 1e6:.2f}",
+                f"{x['operations'] / 1e6:.1f}",
+                f"{x['step_ms']:.2f}",
+                *(f"{arm['counted_us']:.0f}, {arm['share']:.2%}" for arm in arms.values()),
+                f"{x['host_ms']:.2f}" if "host_ms" in x else "",
+            ]
+        )
+    head = ["draft tokens", "MB", "million operations", "model's step, ms", "Token Recycling, µs", "RASD, µs"]
+    return markdown([*head, "RASD with a datastore, µs", "Token Recycling on the host, ms"], rows) + provenance(result)
 
 
 def device_replay() -> str:

@@ -231,8 +231,9 @@ class DeviceAdjacencyTables:
             drafts: [requests, steps] int64, contiguous; output.
             parents: [requests, steps] int32, contiguous; output.
             scores: [requests, steps] float32, contiguous; output. The probability that a node is accepted.
-            chain: Tokens [requests, steps] int64 of a chain that another source proposes, and their scores, which do
-                not increase, and are 0 after its end. The chain is in the tree, as far as its scores suffice.
+            chain: Tokens [requests, at least min(steps, MAX_CHAIN_DEPTH)] int64 of a chain that another source
+                proposes, and their scores, which do not increase, and are 0 after its end. The chain is in the tree, as
+                far as its scores suffice.
         """
         steps = drafts.shape[1]
         depth, k = min(MAX_DEPTH if chain is None else MAX_CHAIN_DEPTH, steps), self._shape["K_PADDED"]
@@ -252,7 +253,7 @@ class DeviceAdjacencyTables:
             DEPTH=depth,
             BEAMS=TREE_BEAMS,
             HAS_CHAIN=chain is not None,
-            NUM_SPEC_TOKENS=steps,
+            CHAIN_LENGTH=chain_tokens.shape[1],
             **self.constants,
         )
         drafts_kernels.select_nodes_kernel[(batch.num_requests, triton.cdiv(shape[1], TILE))](

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .datastore import Datastore
 
 jit = cast(Any, triton.jit)
-WAYS = 32  # suffixes that are compared at once
+WAYS = 16  # suffixes that are compared at once, of each length
 DEPTH: tl.constexpr = tl.constexpr(SUFFIX_DEPTH)
 BREAK: tl.constexpr = tl.constexpr(TEXT_BREAK)
 NO_TOKEN: tl.constexpr = tl.constexpr(TEXT_BREAK - 1)  # after the last token; below all tokens
@@ -28,43 +28,32 @@ NO_TOKEN: tl.constexpr = tl.constexpr(TEXT_BREAK - 1)  # after the last token; b
 
 @jit
 def compare_suffixes(tokens, size, order, index, inside, pattern, length):
-    """Return for suffixes [n] of the suffix array whether they come before (-1) or after (1) a pattern [DEPTH], or not.
+    """Return for suffixes [lengths, n] whether they come before (-1) or after (1) their pattern [lengths, DEPTH].
 
-    Those that begin with the first ``length`` tokens of the pattern are equal to it (0).
+    Those that begin with the first ``length`` [lengths] tokens of the pattern are equal to it (0).
     """
-    i = tl.arange(0, DEPTH)
+    i = tl.arange(0, DEPTH)[None, None, :]
     at = tl.load(order + index, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    position = at[:, None] + i[None, :]
-    used = inside[:, None] & (i < length)[None, :]
+    position = at[:, :, None] + i
+    used = inside[:, :, None] & (i < length[:, None, None])
     token = tl.load(tokens + position, mask=used & (position < size), other=NO_TOKEN)
-    differs = used & (token != pattern[None, :])
-    first = tl.min(tl.where(differs, i[None, :], DEPTH), axis=1)
-    here = i[None, :] == first[:, None]
-    difference = tl.sum(tl.where(here & differs, tl.where(token < pattern[None, :], -1, 1), 0), axis=1)
-    return difference
+    differs = used & (token != pattern[:, None, :])
+    first = tl.min(tl.where(differs, i, DEPTH), axis=2)
+    here = differs & (i == first[:, :, None])
+    return tl.sum(tl.where(here, tl.where(token < pattern[:, None, :], -1, 1), 0), axis=2)
 
 
 @jit
 def narrow(tokens, size, order, begin, end, pattern, length, upper: tl.constexpr, WAYS: tl.constexpr):
-    """Return a smaller range that has the first suffix of the pattern, or with ``upper`` the first after them."""
-    j = tl.arange(0, WAYS)
-    pivot = begin + (end - begin) * (j + 1) // (WAYS + 1)
-    inside = pivot < end
+    """Return smaller ranges that have the first suffix of each pattern, or with ``upper`` the first after them."""
+    j = tl.arange(0, WAYS)[None, :]
+    begins, ends = begin[:, None], end[:, None]
+    pivot = begins + (ends - begins) * (j + 1) // (WAYS + 1)
+    inside = pivot < ends
     order_to_pattern = compare_suffixes(tokens, size, order, pivot, inside, pattern, length)
     before = inside & ((order_to_pattern < 0) | ((order_to_pattern == 0) & upper))
     after = inside & ~before
-    return tl.max(tl.where(before, pivot + 1, begin), axis=0), tl.min(tl.where(after, pivot, end), axis=0)
-
-
-@jit
-def find_pattern(tokens, size, order, pattern, length, WAYS: tl.constexpr):
-    """Return the first suffix that begins with the first ``length`` tokens of a pattern, and the first after those."""
-    low, low_end = size * 0, size
-    high, high_end = size * 0, size
-    while (low < low_end) | (high < high_end):
-        low, low_end = narrow(tokens, size, order, low, low_end, pattern, length, False, WAYS)
-        high, high_end = narrow(tokens, size, order, high, high_end, pattern, length, True, WAYS)
-    return low, high
+    return tl.max(tl.where(before, pivot + 1, begins), axis=1), tl.min(tl.where(after, pivot, ends), axis=1)
 
 
 @jit
@@ -80,31 +69,36 @@ def search_datastore_kernel(
     lengths,
     SHORTEST: tl.constexpr,
     LONGEST: tl.constexpr,
+    LENGTHS_PADDED: tl.constexpr,
     MOST: tl.constexpr,
     MOST_PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Write the tokens that follow the occurrences of one request's longest match, and the match's length."""
+    """Write the tokens that follow the occurrences of one request's longest match, and the match's length.
+
+    Patterns of all lengths are searched for at once: one after the other would multiply the reads that wait for others.
+    """
     request = tl.program_id(0).to(tl.int64)
     req_idx = tl.load(idx_mapping + request).to(tl.int64)
     total = tl.load(total_len + req_idx)
     text = all_token_ids + req_idx * token_ids_stride + total
     size = tl.load(size)
-    i = tl.arange(0, DEPTH)
-    best, begin, end = total * 0, size * 0, size * 0
-    shortest, longest = total * 0 + SHORTEST, tl.minimum(total, LONGEST)
-    # If the last n tokens occur, the last n - 1 do too, so the length is found by binary search.
-    while shortest <= longest:
-        length = tl.where(best > 0, (shortest + longest + 1) // 2, shortest)  # most fail at the shortest length
-        pattern = tl.load(text - length + i, mask=i < length, other=0)
-        low, high = find_pattern(tokens, size, order, pattern, length, WAYS)
-        found = low < high
-        best, begin, end = tl.where(found, length, best), tl.where(found, low, begin), tl.where(found, high, end)
-        shortest, longest = tl.where(found, length + 1, shortest), tl.where(found, longest, length - 1)
+    i, length = tl.arange(0, DEPTH), SHORTEST + tl.arange(0, LENGTHS_PADDED)
+    usable = length <= tl.minimum(total, LONGEST)
+    pattern = tl.load(
+        text - length[:, None] + i[None, :], mask=usable[:, None] & (i[None, :] < length[:, None]), other=0
+    )
+    low, high = tl.zeros_like(length).to(tl.int64), tl.zeros_like(length).to(tl.int64)
+    low_end, high_end = tl.where(usable, size, 0), tl.where(usable, size, 0)
+    while tl.max(tl.maximum(low_end - low, high_end - high), axis=0) > 0:
+        low, low_end = narrow(tokens, size, order, low, low_end, pattern, length, False, WAYS)
+        high, high_end = narrow(tokens, size, order, high, high_end, pattern, length, True, WAYS)
+    best = tl.max(tl.where(low < high, length, 0), axis=0)
+    begin = tl.sum(tl.where(length == best, low, 0), axis=0)
+    count = tl.sum(tl.where(length == best, high, 0), axis=0) - begin
     tl.store(lengths + request, best)
     row = tl.arange(0, MOST_PADDED)
-    count = end - begin
     taken = tl.minimum(count, MOST)
     in_text = row < taken
     index = begin + row * count // tl.maximum(taken, 1)
@@ -158,8 +152,10 @@ class DatastoreSearch:
             lengths,
             SHORTEST=self._shortest,
             LONGEST=self._longest,
+            LENGTHS_PADDED=triton.next_power_of_2(max(self._longest - self._shortest + 1, 1)),
             MOST=most,
             MOST_PADDED=triton.next_power_of_2(most),
             WIDTH=width,
             WAYS=WAYS,
+            num_warps=8,
         )

@@ -170,15 +170,15 @@ def expand_beams_kernel(
     vocab,
     num_hashed,
     chain_only,  # [max_num_reqs] bool: whether the drafts of a request must be a chain
-    chains,  # [requests, NUM_SPEC_TOKENS] int64 chain that the search follows in its first beam
-    chain_scores,  # [requests, NUM_SPEC_TOKENS] float32, 0 after its end
+    chains,  # [requests, CHAIN_LENGTH] int64 chain that the search follows in its first beam
+    chain_scores,  # [requests, CHAIN_LENGTH] float32, 0 after its end
     pool_tokens,  # [requests, DEPTH, BEAMS, K_PADDED]
     pool_scores,
     pool_parents,  # index of each candidate's parent among those of its request; NONE for the root
     DEPTH: tl.constexpr,
     BEAMS: tl.constexpr,
     HAS_CHAIN: tl.constexpr,
-    NUM_SPEC_TOKENS: tl.constexpr,
+    CHAIN_LENGTH: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     ORDER: tl.constexpr,
@@ -220,8 +220,8 @@ def expand_beams_kernel(
         )
         followed = first & (candidate < NONE)  # where the chain goes on, if it does
         if HAS_CHAIN:
-            chained = tl.load(chains + request * NUM_SPEC_TOKENS + depth).to(tl.int32)
-            chain_score = tl.load(chain_scores + request * NUM_SPEC_TOKENS + depth) + tl.zeros_like(after)
+            chained = tl.load(chains + request * CHAIN_LENGTH + depth).to(tl.int32)
+            chain_score = tl.load(chain_scores + request * CHAIN_LENGTH + depth) + tl.zeros_like(after)
             listed = first & (after >= 0.0) & (candidate == chained)
             is_listed = tl.max(tl.max(listed.to(tl.int32), axis=1), axis=0) + tl.zeros_like(candidate)
             followed = (chain_score > 0.0) & (listed | (spare & (is_listed == 0)))

@@ -15,7 +15,7 @@ import triton
 from ..contracts import DeviceBatch, DeviceDrafter, DeviceLimits
 from . import acceptance_counts, fusion_triton
 from .adjacency_table import NONE
-from .adjacency_triton import BEAMS, DeviceAdjacencyTables
+from .adjacency_triton import BEAMS, MAX_CHAIN_DEPTH, DeviceAdjacencyTables
 from .datastore_triton import DatastoreSearch
 from .history_triton import DeviceHistory, SuffixSearch
 from .token_recycling_device import DeviceTokenRecycling
@@ -51,7 +51,8 @@ class DeviceRASD(DeviceDrafter):
         self.options, self._base, self._prompt_context = options, base, prompt_context
         if base is not None:
             self.candidates, self.state_path = base.candidates, base.state_path
-        device, reqs, self._steps = limits.device, limits.max_num_reqs, limits.num_speculative_tokens
+        device, reqs, steps = limits.device, limits.max_num_reqs, limits.num_speculative_tokens
+        self._steps = min(steps, MAX_CHAIN_DEPTH) if limits.trees else steps  # of the chain
         self._outputs = DeviceHistory(options.outputs, device) if options.outputs else None
         sizes = reqs, limits.max_model_len, options.max_match, options.min_match, device
         self._history_search = SuffixSearch(options.request, self._outputs, *sizes)
@@ -69,7 +70,7 @@ class DeviceRASD(DeviceDrafter):
         self._chains = ids(reqs, self._steps)
         self._drafts = torch.zeros(reqs, self._steps, dtype=torch.int64, device=device)
         self._scores = self.scores = torch.zeros(reqs, self._steps, dtype=torch.float32, device=device)
-        self._trees = _TreeBuffers.like(self._drafts, self._scores) if limits.trees else None
+        self._trees = _TreeBuffers.make(reqs, steps, device) if limits.trees else None
         self.parents = None if self._trees is None else self._trees.parents
         counts = acceptance_counts.make_acceptance_counts(sources)
         self._num_verified, self._num_accepted = (torch.from_numpy(c).to(device) for c in counts)
@@ -198,9 +199,10 @@ class _TreeBuffers(NamedTuple):
     parents: "Tensor"
 
     @classmethod
-    def like(cls, drafts: "Tensor", scores: "Tensor") -> "_TreeBuffers":
-        """Allocate buffers of these shapes."""
-        return cls(torch.zeros_like(drafts), torch.zeros_like(scores), torch.zeros_like(drafts, dtype=torch.int32))
+    def make(cls, max_num_reqs: int, num_nodes: int, device: torch.device) -> "_TreeBuffers":
+        """Allocate buffers [max_num_reqs, num_nodes] for the trees of a step."""
+        dtypes = torch.int64, torch.float32, torch.int32
+        return cls(*(torch.zeros(max_num_reqs, num_nodes, dtype=dtype, device=device) for dtype in dtypes))
 
 
 def _padded(edges: np.ndarray, filler: float) -> np.ndarray:

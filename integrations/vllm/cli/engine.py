@@ -298,7 +298,7 @@ def tune_tidal(
         int | None, typer.Option(min=64, help="Tokens of each context [default: the model's maximum, at most 8000].")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each of four contexts.")] = 48,
-    most: Annotated[int, typer.Option(min=1, help="Maximum number of full-attention layers.")] = 6,
+    max_layers: Annotated[int, typer.Option(min=1, help="Maximum number of full-attention layers.")] = 6,
     default_kl: Annotated[
         float, typer.Option(callback=_finite, help="Maximum divergence of the setting `default`, in nats.")
     ] = 0.1,
@@ -315,7 +315,9 @@ def tune_tidal(
     from ..tuning import tidal
 
     tidal.find_selection_layers(
-        tidal.TidalTuning(model, text, budget, context or 0, tokens, most, default_kl, fast_kl, needle_loss, dtype, out)
+        tidal.TidalTuning(
+            model, text, budget, context or 0, tokens, max_layers, default_kl, fast_kl, needle_loss, dtype, out
+        )
     )
 
 
@@ -323,7 +325,7 @@ def tune_tidal(
 def tune_razor(
     model: Annotated[str, typer.Argument(help="Model folder, Hugging Face Hub name, or name of an embedded model.")],
     sequences: Annotated[int, typer.Option(min=1, help="Number of random sequences to read.")] = 1,
-    longest: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of a sequence.")] = 10_001,
+    max_tokens: Annotated[int, typer.Option(min=256, help="Maximum number of tokens of a sequence.")] = 10_001,
     dtype: Annotated[str, typer.Option(callback=_dtype, help="Data type of the model, as in vLLM.")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="Path of the profile.")] = Path("razor_attention.json"),
     plot: Annotated[Path | None, typer.Option(help="PNG file to write a heat map of the heads to.")] = None,
@@ -331,4 +333,4 @@ def tune_razor(
     """Find the retrieval heads of MODEL for RazorAttention. Writes a profile."""
     from ..tuning import razor
 
-    razor.find_retrieval_heads(razor.RazorTuning(model, sequences, longest, dtype, out, plot))
+    razor.find_retrieval_heads(razor.RazorTuning(model, sequences, max_tokens, dtype, out, plot))

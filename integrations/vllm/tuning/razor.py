@@ -37,7 +37,7 @@ class RazorTuning:
 
     model: str
     sequences: int
-    longest: int
+    max_tokens: int
     dtype: str
     out: Path
     plot: Path | None
@@ -54,7 +54,7 @@ def find_retrieval_heads(plan: RazorTuning) -> Profile:
         if find_spec("matplotlib") is None:
             raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
     folder = registry.resolve_model(plan.model)
-    room = min(plan.longest, max_positions(folder) or plan.longest) - 1
+    room = min(plan.max_tokens, max_positions(folder) or plan.max_tokens) - 1
     config = {
         "model": folder,
         "dtype": plan.dtype,

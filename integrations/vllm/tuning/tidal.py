@@ -48,7 +48,7 @@ class TidalTuning:
     budget: int
     context: int  # 0: the model's maximum, at most `LONGEST`
     tokens: int
-    most: int
+    max_layers: int
     default_kl: float
     fast_kl: float
     needle_loss: float
@@ -139,7 +139,7 @@ def _try(
         answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=positions)
         of_needles += np.array(answer["missed"])
     bar.update(task, description="running sets of layers", advance=1)
-    choices = candidates(of_text, of_needles, plan.most)
+    choices = candidates(of_text, of_needles, plan.max_layers)
     settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
     distances: list[tuple[float, float]] = []
     for options in settings:

@@ -113,7 +113,7 @@ def test_tune_razor_refuses_bad_input(inside, tmp_path: Path) -> None:
         (("./no",), "no such folder"),
         (("smollm2-135m-instruct", "--out", str(tmp_path)), "--out"),
         (("smollm2-135m-instruct", "--plot", str(tmp_path / "no" / "p.png")), "--plot"),
-        (("smollm2-135m-instruct", "--longest", "3"), "--longest"),
+        (("smollm2-135m-instruct", "--max-tokens", "3"), "--max-tokens"),
     ):
         answer = inside("tune", "razor", *arguments)
         assert answer.returncode == 2, answer
