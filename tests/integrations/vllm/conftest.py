@@ -194,7 +194,9 @@ class Server:
             )
         deadline = time.monotonic() + 240
         while True:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.tail()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"the server did not start: {self.tail()}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
                     break
