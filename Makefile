@@ -67,8 +67,8 @@ bench: $(VENV)/.ready  ## vLLM's drafters at documented settings, and batches of
 	$(BIN)/pip install -q '.[bench]' arctic-inference
 	$(BIN)/pilotfish bench drafters $(PROMPTS) --sample 96 --sample-others 32 --seed 2 --batch 0 --max-tokens 64 --arms ngram,suffix \
 	  --out benchmarks/results/drafters_documented.json
-	$(BIN)/pilotfish bench drafters $(PROMPTS) --sample 8 --sample-others 3 --seed 2 --no-warm --max-tokens 64 \
-	  --arms ngram,$(DEEP),token_recycling,rasd --out benchmarks/results/drafters_batch.json
+	$(BIN)/pilotfish bench drafters $(PROMPTS) --sample 8 --sample-others 3 --no-warm --max-tokens 96 \
+	  --arms ngram,suffix,token_recycling,rasd --out benchmarks/results/drafters_batch.json
 	$(MAKE) tables
 
 bench-suffix: $(VENV)/.ready  ## RASD compared with suffix decoding at a deeper setting, 128 prompts; QWEN is a folder with the model; four hours

@@ -60,8 +60,8 @@ def in_batches() -> str:
             each = runs[dataset, arm]
             tie = "tie, " if min(each) <= 1 <= max(each) else ""
             spread = f"{tie}{x['speedup']:.2f} ({min(each):.2f} to {max(each):.2f})"
-            rows.append([f"{dataset}, batch {batch}", label(arm), spread, f"{x['acceptance_length']:.2f}"])
-    return markdown(["prompts", "drafter", "speed-up", "acceptance length"], rows, texts=2) + provenance(result)
+            rows.append([f"{dataset}, batch {batch}", label(arm), spread])
+    return markdown(["prompts", "drafter", "speed-up"], rows, texts=2) + provenance(result)
 
 
 def suffix_comparison(*benchmarks: str) -> str:

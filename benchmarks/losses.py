@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import drafter_tables
 from common import RESULTS, markdown
 
 from pilotfish.integrations.bench import plots, report
@@ -52,7 +53,7 @@ CAUSES = {  # (plugin, metric title): cause
     (
         "token_recycling",
         "speed-up",
-    ): "repeated prompts: suffix decoding drafts from earlier outputs, matching up to 24 tokens",
+    ): "suffix decoding copies whole passages: of the prompt, and on repeated prompts of earlier outputs",
     ("bm25", LATENCY): "half of the time is Python code around the loops: document frequencies, segments, filters",
 }
 
@@ -66,7 +67,7 @@ def table() -> str:
     ours = {name for kind in HOOKS for name in plugins().classes(kind)}
     results = report.read_results([RESULTS])
     worst: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for loss in [*report.losses(results, ours), *_slower(results)]:
+    for loss in [*report.losses(results, ours), *_slower(_merge_drafters(results))]:
         plugin = report.base(loss["arm"])
         if report.is_default_arm(loss["arm"], plugin):
             worst.setdefault((plugin, loss["metric"]), []).append(loss)
@@ -79,6 +80,14 @@ def table() -> str:
     return markdown(
         ["plugin", "metric", "compared with", "where", "cause", "plugin's value", "other value"], rows, texts=5
     )
+
+
+def _merge_drafters(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results with those of drafters on the same prompts as one, since each of them has some of the arms."""
+    by_name = {result["name"]: result for result in results}
+    parts = [by_name.pop(name) for name in drafter_tables.RESULTS]
+    records = {(r["dataset"], r["arm"], r["metric"]): r for part in parts for r in part["records"]}
+    return [{**parts[0], "records": list(records.values())}, *by_name.values()]
 
 
 def _slower(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
