@@ -61,7 +61,9 @@ def test_dashboard_shows_existing_metrics(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["langchain", "llama_index", "haystack"])
+@pytest.mark.parametrize(
+    "name", ["langchain", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama_index", "haystack"))]
+)
 def test_framework_examples_run(root: Path, name: str) -> None:
     example = root / "examples" / f"{name}_search.py"
     result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)

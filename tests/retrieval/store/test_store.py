@@ -116,7 +116,7 @@ def run_writer_until_killed(forker: subprocess.Popen[str], what: str, changes: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["xtr", pytest.param("vdr", marks=pytest.mark.long), "hybrid"])
+@pytest.mark.parametrize("kind", ["xtr", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("vdr", "hybrid"))])
 def test_killed_writer_loses_no_committed_change(create, tmp_path: Path, kind: str) -> None:
     create(kind=kind).add([{"id": "start", "text": "wordstart in text"}])
     assert kill_writers_and_check(tmp_path / "index", 4, 0) > 1

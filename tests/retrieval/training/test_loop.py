@@ -135,7 +135,7 @@ def training_losses(out: Path) -> list[float]:
     return [e["loss"] for e in state["log_history"] if "loss" in e]
 
 
-@pytest.mark.parametrize("kind", ["vdr", "xtr"])
+@pytest.mark.parametrize("kind", ["vdr", pytest.param("xtr", marks=pytest.mark.long)])
 def test_resumed_training_matches_uninterrupted_training(base: Path, tmp_path: Path, kind: str) -> None:
     plan = loop.TrainingPlan(24, 8, 1e-3, every=4)
 

@@ -77,7 +77,10 @@ def test_the_v2_runner_takes_a_drafter_with_a_counterpart_on_the_device() -> Non
     [
         ({"drafter": OnTheHost}, "on_the_host does not support model m: the drafter has no counterpart on the device"),
         ({"selection": TREES, "speculative": {"num_speculative_tokens": 64}}, "at most 63 nodes"),
-        ({"selection": TREES, "speculative": {"enable_adaptive_verification": True}}, "adaptive verification truncates"),
+        (
+            {"selection": TREES, "speculative": {"enable_adaptive_verification": True}},
+            "adaptive verification truncates",
+        ),
         ({"selection": TREES, "mask": True}, "omit --return-sampling-mask"),
         ({"selection": PilotfishConfig(kv=Selection("quest"))}, "no KV policy together with a drafter"),
         ({"selection": PilotfishConfig(verification=Verification(nodes=4))}, "remove nodes"),
