@@ -26,6 +26,7 @@ SUPERSETS = {
     "euc_kr": "cp949",
     "big5": "big5hkscs",
 }
+WESTERN = "cp1252"
 SAMPLE = 1 << 18  # bytes from which the encoding of a file that is not UTF-8 is detected
 
 
@@ -82,10 +83,16 @@ def detect_encoding(path: Path, name: str, declared: str | None = None) -> str:
     from charset_normalizer import from_bytes
 
     with open_binary(path, name) as file:
-        best = from_bytes(file.read(SAMPLE)).best()
-    if best is None or not _decodes(path, name, best.encoding):
-        raise RetrievalError(f"{name}: not text in an encoding that can be recognised; convert it to UTF-8")
-    return best.encoding
+        guesses = from_bytes(file.read(SAMPLE))
+    best = guesses.best()
+    if best is not None:
+        # Short texts fit several code pages equally well; among these the Western European one is the most common.
+        equal = [g for g in guesses if (g.chaos, g.coherence) == (best.chaos, best.coherence)]
+        western = [WESTERN for g in equal if WESTERN in g.could_be_from_charset]
+        for encoding in (*western, best.encoding):
+            if _decodes(path, name, encoding):
+                return encoding
+    raise RetrievalError(f"{name}: not text in an encoding that can be recognised; convert it to UTF-8")
 
 
 def _declared_codecs(declared: str | None) -> list[str]:

@@ -116,7 +116,8 @@ def document_batches(documents: Iterable[Document], unique: bool) -> Iterator[li
     batch: dict[str, Document] = {}
     for document in documents:
         if batch.pop(document.id, None) is not None and unique:
-            raise RetrievalError(f"document {document.id!r} comes twice; give each document a unique id, or use upsert")
+            where = "" if document.source is None else f", the second time in {document.source}"
+            raise RetrievalError(f"document {document.id!r} comes twice{where}; give each document a unique id")
         batch[document.id] = document
         if len(batch) == BATCH:
             yield list(batch.values())

@@ -11,6 +11,7 @@ from pilotfish.retrieval.loaders import DocumentSource
 from pilotfish.retrieval.text_encoding import detect_encoding
 
 GERMAN = "Der Lotsenfisch begleitet größere Fische, zum Beispiel Haie und Rochen. Früher hieß er Pilotfisch. " * 3
+CZECH = "Žralok a příliš žluťoučký kůň úpěl ďábelské ódy"
 RUSSIAN = "Рыба-лоцман сопровождает акул и питается остатками их пищи, а также паразитами на их коже. " * 3
 JAPANESE = (
     "ブリモドキはサメなどの大きな魚と一緒に泳ぎ、食べ残しや寄生虫を食べる魚である。日本では古くから知られている。"
@@ -36,6 +37,8 @@ def read(path: Path) -> str:
         (GERMAN, codecs.BOM_UTF16_BE + GERMAN.encode("utf-16-be")),
         (GERMAN, GERMAN.encode("utf-32")),
         (GERMAN, GERMAN.encode("cp1252")),
+        ("café naïve, a text about sharks and pêche", "café naïve, a text about sharks and pêche".encode("cp1252")),
+        (CZECH, CZECH.encode("cp1250")),
         (RUSSIAN, RUSSIAN.encode("cp1251")),
         (JAPANESE, JAPANESE.encode("shift_jis")),
         (JAPANESE, JAPANESE.encode("euc_jp")),

@@ -1,5 +1,6 @@
 """`pilotfish serve`: composes a `vllm serve` command from plugin names, and refuses one that cannot work."""
 
+import difflib
 import json
 import os
 import shlex
@@ -71,6 +72,12 @@ def compose_serve_command(
     base = additional.get(ROOT, {})
     if not isinstance(base, dict):
         raise ConfigError(f"{ROOT}: expected an object, got {base!r}")
+    for name in additional:
+        if name != ROOT and difflib.get_close_matches(name, [ROOT], cutoff=0.8):
+            raise ConfigError(f"--additional-config: {name!r}: unknown, did you mean {ROOT!r}?")
+    for kind in selected:
+        if kind in base:
+            raise ConfigError(f"--{kind}: --additional-config has a {kind} already; remove one")
     key: dict[str, Any] = dict(base)
     key |= {kind: {"name": s.name, **s.options} for kind, s in selected.items()}
     if allow_untested_vllm:

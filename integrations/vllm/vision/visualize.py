@@ -1,6 +1,7 @@
 """Visualisation of pruning: an image in which pruned patches are darkened."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,8 @@ def _open(path: Path) -> Any:
         with Image.open(path) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise ConfigError(f"{path}: {opened.width} x {opened.height} pixels, more than {MOST_PIXELS}")
+            if opened.mode.startswith(("I", "F")):
+                sys.stderr.write(f"{path}: more than 8 bits per channel; values above 255 are clipped, as in vLLM\n")
             file = opened
             with contextlib.suppress(Exception):  # like vLLM's normalize_image: damaged EXIF data are ignored
                 file = ImageOps.exif_transpose(opened)

@@ -18,6 +18,7 @@ from ...engine.selection import Attachment, attach
 from .. import compatibility
 from ..request_options import tenant_of
 from ..state_saver import StateSaver
+from .adapters import map_adapters_to_rows
 from .tree_verification import DeviceTreeVerifier, takes_trees
 from .verification import accept_chains, replace_verification
 
@@ -140,6 +141,8 @@ class PilotfishSpeculator(BaseSpeculator):
         runner.load_model, runner.sample = load_model_and_replace_verification, sample_and_record
         runner.add_requests, runner._remove_request = add_requests_and_start, remove_and_finish
         runner.shutdown = save_and_shutdown
+        if runner.lora_config is not None:
+            map_adapters_to_rows(runner)
 
     def _accept(
         self, sampled: torch.Tensor, drafted: torch.Tensor, cu_num_logits: torch.Tensor, idx_mapping: torch.Tensor

@@ -108,6 +108,11 @@ def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
         (("--drafter", "token_recycling", "--additional-config", "{"), ("--additional-config: not JSON",)),
         (("--drafter", "token_recycling", "--additional-config"), ("a value is missing",)),
         (("--additional-config", '{"pilotfish": {"drafters": {}}}'), ("did you mean 'drafter'?",)),
+        (("--additional-config", '{"pilotfsh": {}}'), ("'pilotfsh': unknown, did you mean 'pilotfish'?",)),
+        (
+            ("--drafter", "rasd", "--additional-config", '{"pilotfish": {"drafter": "token_recycling"}}'),
+            ("--drafter: --additional-config has a drafter already; remove one",),
+        ),
         (("--kv", "razor"), ("pilotfish.kv.name: 'razor': unknown",)),
         (("--kv", "razor_attention,windows=5"), ("pilotfish.kv.windows: unknown, did you mean 'window'?",)),
         (("--kv", "razor_attention,keep=[[99,0]]"), ("layer 99", "layers 0 to 29")),
