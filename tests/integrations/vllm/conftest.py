@@ -281,7 +281,12 @@ def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         interpreted: bool = False,
         **config: Any,
     ) -> dict[str, Any]:
-        on_v2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON_WORKER.parent)}
+        on_v2 = {
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "TRITON_INTERPRET": "1",
+            "TORCH_COMPILE_DISABLE": "1",  # torch.compile asks Triton's backend for a target
+            "PYTHONPATH": str(TRITON_WORKER.parent),
+        }
         script = tmp_path / "two.py"
         script.write_text(TWO_RANKS)
         common = {

@@ -33,6 +33,7 @@ def test_output_is_identical_with_a_budget_beyond_the_context(start, model, stoc
     engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.shows("streaming_llm", "batches of mixed requests", "chunked prefill")
 def test_every_head_keeps_the_budget_only(start, model, stock) -> None:
     engine = start(model, max_num_batched_tokens=128, **kv(budget=100, prefill="streaming"))
