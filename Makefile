@@ -50,7 +50,6 @@ PROMPTS := --prompts $(DATA)/spec_bench/question.jsonl --prompts $(DATA)/humanev
 
 DEEP := suffix@num_speculative_tokens=64@suffix_decoding_max_tree_depth=64@suffix_decoding_max_spec_factor=4.0
 
-
 TREE := token_recycling@verification=tree
 TWICE := suffix,token_recycling,$(TREE),$(TREE)@nodes=8,$(TREE)@nodes=40,rasd,rasd@verification=tree
 PARTS := rasd@base=none,rasd@base_feedback=false@prune=0.0,rasd@fuse=false,rasd@outputs=0

@@ -180,15 +180,17 @@ def host_seconds(requests: int, draft_tokens: int, repeats: int = 30) -> list[fl
 def counted(requests: int, draft_tokens: int, verification: str) -> dict[str, Cost]:
     """Return the cost of a step by drafter."""
     learning = learning_cost(requests, draft_tokens)
-    if verification == "chain":
-        chain, retrieval = chain_cost(requests, draft_tokens), retrieval_cost(requests, draft_tokens)
-        costs = {"token_recycling": learning + chain, "rasd": learning + chain + retrieval}
-    else:
-        chain_length = min(draft_tokens, MAX_CHAIN_DEPTH)
-        fused = learning + chain_cost(requests, chain_length) + retrieval_cost(requests, chain_length)
-        fused += tree_cost(requests, draft_tokens, MAX_CHAIN_DEPTH)
-        costs = {"token_recycling": learning + tree_cost(requests, draft_tokens, MAX_DEPTH), "rasd": fused}
-    return {**costs, "rasd@datastore": costs["rasd"] + datastore_cost(requests, draft_tokens)}
+    trees = verification == "tree"
+    length = min(draft_tokens, MAX_CHAIN_DEPTH) if trees else draft_tokens  # of RASD's chain
+    chain = chain_cost(requests, length)
+    rasd = learning + chain + retrieval_cost(requests, length)
+    if trees:
+        rasd += tree_cost(requests, draft_tokens, MAX_CHAIN_DEPTH)
+    return {
+        "token_recycling": learning + (tree_cost(requests, draft_tokens, MAX_DEPTH) if trees else chain),
+        "rasd": rasd,
+        "rasd@datastore": rasd + datastore_cost(requests, length),
+    }
 
 
 # Trees have the number of nodes that `pilotfish serve` starts with at each batch size, and none above 64 requests.

@@ -88,9 +88,9 @@ def detect_encoding(path: Path, name: str, declared: str | None = None) -> str:
     if best is not None:
         # Short texts fit several code pages equally well; among these the Western European one is the most common.
         equal = [g for g in guesses if (g.chaos, g.coherence) == (best.chaos, best.coherence)]
-        western = [WESTERN for g in equal if WESTERN in g.could_be_from_charset]
-        for encoding in (*western, best.encoding):
-            if _decodes(path, name, encoding):
+        western = any(WESTERN in g.could_be_from_charset for g in equal)
+        for encoding in (WESTERN if western else None, best.encoding):
+            if encoding is not None and _decodes(path, name, encoding):
                 return encoding
     raise RetrievalError(f"{name}: not text in an encoding that can be recognised; convert it to UTF-8")
 

@@ -272,7 +272,7 @@ GREEDY = [{"temperature": 0, "max_tokens": 40}, {"temperature": 0.8, "top_k": 1,
 
 @pytest.fixture
 def two_ranks(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Completions of token ids or prompts with pictures, by two tensor-parallel ranks."""
+    """Completions of token ids or prompts with images, by two tensor-parallel ranks."""
 
     def complete(
         model: str,

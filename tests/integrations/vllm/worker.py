@@ -43,7 +43,7 @@ class TestWorker(Worker):
         }
 
     def sample(
-        self, prompts: list[Any], sampling: list[dict[str, Any]], adapters: list[str | None] | None = None
+        self, prompts: list[Any], sampling: list[dict[str, Any]], adapters: list[str] | None = None
     ) -> dict[str, Any]:
         """Complete prompts (token ids or text), each with its own sampling parameters and LoRA adapter."""
         from vllm import SamplingParams
@@ -58,8 +58,8 @@ class TestWorker(Worker):
         self._request_steps = self._drafted = self.preemptions = 0
         self._first.clear()
         inputs: list[Any] = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
-        folders = list(dict.fromkeys(filter(None, adapters or [])))
-        lora = adapters and [None if a is None else LoRARequest(a, folders.index(a) + 1, a) for a in adapters]
+        folders = sorted(set(adapters or []))
+        lora = adapters and [LoRARequest(a, folders.index(a) + 1, a) for a in adapters]
         outputs = self.llm.generate(inputs, [params(dict(s)) for s in sampling], lora_request=lora, use_tqdm=False)
         answers = [a for o in outputs for a in o.outputs]  # n answers of each prompt
         return {

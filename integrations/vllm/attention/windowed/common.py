@@ -40,7 +40,7 @@ class WindowedImpl:
     policy: str
     plan: HeadPlan
     _announce: LogWhenActive
-    _retrieval_heads: frozenset[int]  # retrieval heads: KV heads that keep all tokens
+    _retrieval_heads: frozenset[int]  # KV heads that keep all tokens
     _heads: Sequence[Any] = ()  # cache layers, one for each KV head
     _caches: Any = None
     _places: Sequence[int] = ()  # addresses of the caches in `_caches`
