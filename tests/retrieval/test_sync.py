@@ -256,26 +256,26 @@ def test_a_source_that_spans_batches_is_replaced_once(create: Callable, monkeypa
 # ------------------------------------------------------------------------------------------------- commands and HTTP
 
 
-def test_command(cli: Any, folder: Path, tmp_path: Path) -> None:
+def test_command(preloaded_cli: Any, folder: Path, tmp_path: Path) -> None:
     place = str(tmp_path / "index")
     options = ("--number-ids",)
-    assert cli("index", "build", place, str(folder), "--kind", "bm25", *options).returncode == 0
+    assert preloaded_cli("index", "build", place, str(folder), "--kind", "bm25", *options).returncode == 0
     (folder / "a.txt").write_text("delta")
     (folder / "sub" / "b.md").unlink()
     (folder / "z.txt").write_text("zeta")
-    planned = cli("index", "sync", place, str(folder), "--dry-run", *options)
+    planned = preloaded_cli("index", "sync", place, str(folder), "--dry-run", *options)
     assert planned.stdout.splitlines() == ["added   z.txt", "changed a.txt", "removed sub/b.md"]
     assert "1 added, 1 changed, 1 removed, 1 unchanged" in planned.stderr and "nothing was written" in planned.stderr
-    done = cli("index", "sync", place, str(folder), "--json", *options)
+    done = preloaded_cli("index", "sync", place, str(folder), "--json", *options)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     assert json.loads(done.stdout) == {
         "added": ["z.txt"], "changed": ["a.txt"], "removed": ["sub/b.md"], "unchanged": 1, "skipped": {},
         "documents_added": 2, "documents_removed": 2, "documents": 4,
     }  # fmt: skip
-    again = cli("index", "sync", place, str(folder), *options)
+    again = preloaded_cli("index", "sync", place, str(folder), *options)
     assert "0 added, 0 changed, 0 removed, 3 unchanged" in again.stderr
-    assert "there is no index" in cli("index", "sync", str(tmp_path / "none"), str(folder)).stderr
-    added = cli("index", "add", place, str(folder / "a.txt"))
+    assert "there is no index" in preloaded_cli("index", "sync", str(tmp_path / "none"), str(folder)).stderr
+    added = preloaded_cli("index", "add", place, str(folder / "a.txt"))
     assert "1 documents added, 4 in all" in added.stderr, "the same file again"
 
 

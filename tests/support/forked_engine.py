@@ -1,6 +1,7 @@
 """Engines whose workers are forked from a process that has imported vLLM: each starts about ten seconds sooner."""
 
 import gc
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -60,7 +61,7 @@ class ForkedProcess:
 
 
 class ForkedEngineProcess(EngineProcess):
-    """Client of a forked worker. For workers with the environment of the tests, and without Triton's interpreter."""
+    """Client of a forked worker. Not for workers with another release of vLLM, or with Triton's interpreter."""
 
     def _spawn(self, arguments: Sequence[str], environment: dict[str, str]) -> Any:
         return ForkedProcess(arguments, environment, self.log)
@@ -87,6 +88,9 @@ def run_worker(
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.clear()
     os.environ.update(environment)
+    logger = logging.getLogger("vllm")  # was configured when vLLM was imported
+    for leveled in (logger, *logger.handlers):
+        leveled.setLevel(environment["VLLM_LOGGING_LEVEL"])
     gc.freeze()  # vLLM collects several times at start; imported modules need no look
     script, *sys.argv[1:] = arguments
     sys.path.insert(0, str(Path(script).parent))

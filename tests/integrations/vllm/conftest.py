@@ -153,8 +153,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         if HAS_GPU:
             common["gpu_memory_utilization"] = 0.1  # engines of parallel test workers share the GPU
         # A forked process cannot use CUDA if its parent has initialized it.
-        forked = ForkedEngineProcess if env is None and worker != TRITON_WORKER and not HAS_GPU else EngineProcess
-        engine = forked({**common, **config}, log, worker=(str(worker),), **(env or {}))
+        kind = ForkedEngineProcess if worker != TRITON_WORKER and not HAS_GPU else EngineProcess
+        engine = kind({**common, **config}, log, worker=(str(worker),), **(env or {}))
         alive.append(engine)
         return engine
 

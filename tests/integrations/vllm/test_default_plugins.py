@@ -50,7 +50,7 @@ def stock(start: Callable, tiny_model: str) -> dict[str, Any]:
 )
 def test_disabled_plugins_have_no_effect(start, tiny_model, drafting_args, stock, cases) -> None:
     """Nothing selected, or everything disabled: the classes and the output of an engine without Pilotfish."""
-    engine = start(tiny_model, {"PILOTFISH_DISABLE": "1"} if cases else {}, **engine_arguments(drafting_args, *cases))
+    engine = start(tiny_model, {"PILOTFISH_DISABLE": "1"} if cases else None, **engine_arguments(drafting_args, *cases))
     state, answer = engine.ask(do="state"), sample(engine, TEXTS)
     engine.close()
     assert answer["tokens"] == stock["tokens"]

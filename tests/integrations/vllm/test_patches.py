@@ -28,7 +28,7 @@ class TestRestartAndRanks:
         path = tmp_path / "state.npz"
         steps = []
         for _ in range(2):
-            with engine(tmp_path_factory, tiny_model, {}, **drafting_args(state_path=str(path))) as drafted:
+            with engine(tmp_path_factory, tiny_model, **drafting_args(state_path=str(path))) as drafted:
                 answer = drafted.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)
                 assert answer["tokens"] == texts
                 steps.append(answer["request_steps"])
@@ -44,11 +44,9 @@ class TestRestartAndRanks:
         assert answer["accepted"] > 0
 
 
-def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **config):
+def engine(factory: pytest.TempPathFactory, model: str, **config):
     """Start an engine with the test worker."""
     from forked_engine import ForkedEngineProcess
-
-    from pilotfish.integrations.vllm.bench.engine import EngineProcess
 
     worker = Path(__file__).parent / "worker.py"
     common = {
@@ -59,13 +57,12 @@ def engine(factory: pytest.TempPathFactory, model: str, env: dict[str, str], **c
         "enforce_eager": True,
         "seed": 0,
     }
-    start = EngineProcess if env else ForkedEngineProcess
-    return start({**common, **config}, factory.mktemp("engine") / "log", worker=(str(worker),), **env)
+    return ForkedEngineProcess({**common, **config}, factory.mktemp("engine") / "log", worker=(str(worker),))
 
 
 def tokens_of(factory: pytest.TempPathFactory, model: str) -> list[list[int]]:
     """Return the output of stock vLLM for ``TEXTS``."""
-    with engine(factory, model, {}) as stock:
+    with engine(factory, model) as stock:
         return stock.ask(do="sample", prompts=TEXTS, sampling=[GREEDY] * 3)["tokens"]
 
 

