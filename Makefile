@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # pip compiles on one core, `compileall` on all. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would
-# else compile what it imports, which for vLLM takes longer than most tests. Files that are not valid Python are skipped.
+# else compile what it imports, which for vLLM takes longer than most tests. Files that are not valid Python are skipped, and
+# the packages' own tests.
 INSTALL := $(BIN)/pip install -q --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/'
 VLLM_033 := .venv-vllm-0.33
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu

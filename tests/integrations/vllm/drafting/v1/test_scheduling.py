@@ -19,7 +19,7 @@ def constrained(request, start, model, drafting_args):
         model,
         **drafting_args(**(tree if request.param == "tree" else {"nodes": 8})),
         block_size=32,
-        num_gpu_blocks_override=24,
+        num_gpu_blocks_override=16,
         max_model_len=320,
         max_num_batched_tokens=64,
         enable_chunked_prefill=True,
@@ -31,7 +31,7 @@ def constrained(request, start, model, drafting_args):
 
 @pytest.mark.shows("token_recycling", "preemption", "chunked prefill")
 def test_preemption_and_chunked_prompts(stock, constrained, prompts) -> None:
-    sampling = [{"temperature": 0, "max_tokens": 120, "ignore_eos": True}] * 8
+    sampling = [{"temperature": 0, "max_tokens": 72, "ignore_eos": True}] * 8
     a = stock.ask(do="sample", prompts=prompts[:8], sampling=sampling)
     b = constrained.ask(do="sample", prompts=prompts[:8], sampling=sampling)
     assert b["preemptions"] > 0
