@@ -248,9 +248,9 @@ bench-budgets-qwen: $(VENV)/.ready  ## TidalDecode and Quest at equal budgets wi
 	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts 4000,8000 --batches 1 --requests 0 \
 	  --quality-contexts '' --needle-contexts '' --setting budget=512 --setting quest,budget=512 \
 	  --out benchmarks/results/kv_budgets_qwen.json
-	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) $(TEXTS) --contexts '' --requests 0 \
-	  --quality-contexts 4000 --needle-contexts 4000 --needles 1 --setting budget=512 --setting quest,budget=512 \
-	  --out benchmarks/results/kv_budgets_qwen_quality.json
+	for text in wikitext2:quality gutenberg:gutenberg; do VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) \
+	  --text $(DATA)/$${text%:*} --contexts '' --requests 0 --quality-contexts 4000 --needle-contexts '' \
+	  --setting budget=512 --setting quest,budget=512 --out benchmarks/results/kv_budgets_qwen_$${text#*:}.json; done
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.

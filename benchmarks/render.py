@@ -110,7 +110,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_quality": kv_quality,
     "kv_recall": kv_recall,
     "kv_budgets": kv_budget_tables.table,
-    "kv_budgets_qwen": lambda: kv_budget_tables.table("kv_budgets_qwen", "kv_budgets_qwen_quality"),
+    "kv_budgets_qwen": lambda: kv_budget_tables.table(
+        "kv_budgets_qwen", "kv_budgets_qwen_quality", "kv_budgets_qwen_gutenberg"
+    ),
     "memory_load": memory_tables.load_table,
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,
