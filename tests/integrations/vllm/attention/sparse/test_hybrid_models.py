@@ -38,14 +38,21 @@ def test_default_layers_serve_gemma3(start, gemma3: str) -> None:
     stock = start(gemma3, max_num_batched_tokens=128)
     expected = stock.ask(**ASK)["tokens"]
     stock.close()
-    whole = start(gemma3, max_num_batched_tokens=128, **kv(budget=1024))
-    assert whole.ask(**ASK)["tokens"] == expected
-    whole.close()
     sparse = start(gemma3, max_num_batched_tokens=128, **kv(budget=128))
     answers = sparse.ask(**ASK)["tokens"]
     sparse.close()
     assert answers[1] == expected[1], "the short request fits the budget"
     assert answers[0] != expected[0], "the long request reads a part of its context"
+
+
+@pytest.mark.long
+def test_a_budget_beyond_the_context_changes_nothing(start, gemma3: str) -> None:
+    stock = start(gemma3, max_num_batched_tokens=128)
+    expected = stock.ask(**ASK)["tokens"]
+    stock.close()
+    whole = start(gemma3, max_num_batched_tokens=128, **kv(budget=1024))
+    assert whole.ask(**ASK)["tokens"] == expected
+    whole.close()
 
 
 @pytest.mark.long
