@@ -4,7 +4,7 @@ This module holds values only. `kernels.paged_decode` and `kernels.paged_triton`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -20,6 +20,7 @@ class Role(Enum):
     FULL = "full attention"
     SELECT = "full attention, and selects tokens"
     SPARSE = "attention over the selected tokens"
+    WINDOW = "attention over the first tokens and the latest ones"
     PAGE_BOUNDS = "attention over pages selected by bounds of their keys"
 
 
@@ -56,6 +57,11 @@ class SelectionRule:
         if self.granularity == "token":
             return self.sinks + self.recent + 2
         return PAGE_SIZE * (-(-self.sinks // PAGE_SIZE) + self.recent // PAGE_SIZE + 3)
+
+    @property
+    def window(self) -> "SelectionRule":
+        """Rule of window layers, with pages ranked by position: all heads read the first pages and the latest ones."""
+        return replace(self, recent=0, head_aggregation="max", granularity="page")
 
 
 @dataclass(frozen=True)

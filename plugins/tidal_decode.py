@@ -8,12 +8,15 @@ and select the top-k tokens, and the layers after each of them attend to these t
     layers in between       sparse attention over the selected tokens
     select_layers[1]        token re-selection layer: full attention; selects again
     ...
+    window_layers           sparse attention over the first and the latest tokens
     prefill                 full attention in every layer
     KV correction           every T decoded tokens, recompute their keys and values with full attention (section 3.4)
 
 Not in the paper, each measured in ``docs/tidal_decode.md``: heads share one selection, ranked by the largest attention
 weight of any head, so that a token which matters to a single head is kept; sinks and recent tokens are always kept;
-whole pages of 32 tokens are selected, which reads memory in the order of its layout.
+whole pages of 32 tokens are selected, which reads memory in the order of its layout. Window layers read no selection:
+some layers of most models attend to little else than the first and the latest tokens, as in StreamingLLM (arXiv
+2309.17453), so that they need neither full attention nor the selection of another layer.
 
 The static methods of `TidalDecode` are the float64 reference of the kernels in ``kvcache/kernels/paged_decode.cpp`` and
 ``kvcache/kernels/programs_triton.py``, which compute the same over vLLM's paged KV cache.
@@ -21,7 +24,7 @@ The static methods of `TidalDecode` are the float64 reference of the kernels in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +52,13 @@ class TidalDecodeOptions:
     Attributes:
         budget: Number of tokens that sparse layers read (k in the paper). Requests with a shorter context are served by
             stock attention.
-        profile: Source of ``full_layers`` and ``select_layers`` where they are not given: the ``NAME`` of a setting in
+        profile: Source of the layers where ``select_layers`` is not given: the ``NAME`` of a setting in
             the profile shipped for the model (``default``, ``fast``), or ``FILE.json`` or ``FILE.json#NAME`` from
             `pilotfish tune tidal`.
         full_layers: Layers that always compute full attention.
         select_layers: Token selection layers: they compute full attention and select tokens for the layers after them.
+        window_layers: Layers that read the first tokens and the latest ones, in whole pages up to ``budget``, instead of
+            selected ones.
         head_aggregation: Which heads share a selection, and how their attention is combined; see
             `kvcache.selection.SelectionRule`.
         granularity: Select single tokens (``token``, as in the paper) or pages of 32 tokens (``page``).
@@ -67,6 +72,7 @@ class TidalDecodeOptions:
     profile: str | None = None
     full_layers: tuple[int, ...] | None = None
     select_layers: tuple[int, ...] | None = None
+    window_layers: tuple[int, ...] | None = None
     head_aggregation: HeadAggregation = "max"
     granularity: Granularity = "page"
     sinks: int = 4
@@ -78,14 +84,18 @@ class TidalDecodeOptions:
             value = getattr(self, name)
             if value is not None and not low <= value <= 1 << 24:
                 raise ValueError(f"{name}: expected {low} to {1 << 24}, got {value}")
-        for name in ("full_layers", "select_layers"):
+        for name in ("full_layers", "select_layers", "window_layers"):
             layers = getattr(self, name) or ()
             if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
                 raise ValueError(f"{name}: expected layer numbers in ascending order, got {list(layers)}")
         if self.select_layers is not None and not self.select_layers:
             raise ValueError("select_layers: expected at least one layer")
-        if self.select_layers is None and self.full_layers is not None:
-            raise ValueError("full_layers: given without select_layers")
+        for name in ("full_layers", "window_layers"):
+            if self.select_layers is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: given without select_layers")
+        for layer in self.window_layers or ():
+            if layer in (*(self.full_layers or ()), *(self.select_layers or ())):
+                raise ValueError(f"window_layers: layer {layer} is in full_layers or select_layers too")
         if self.select_layers is not None and self.profile is not None:
             raise ValueError("profile: given together with select_layers; leave one out")
         if self.granularity == "page" and self.budget % PAGE_SIZE:
@@ -95,6 +105,9 @@ class TidalDecodeOptions:
                 f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent tokens "
                 f"and one selected token or page, got {self.budget}"
             )
+
+        if self.window_layers and self.budget < (least := self.rule.window.min_budget):
+            raise ValueError(f"budget: expected at least {least} with window_layers, got {self.budget}")
 
     @property
     def rule(self) -> SelectionRule:
@@ -120,8 +133,8 @@ class TidalDecode(KVPolicy):
             raise Unsupported(
                 cls.name, "no layer of the model attends to all tokens", "run without the policy", engine.model
             )
-        full, select = resolve_layers(options, engine)
-        for name, layers in (("full_layers", full), ("select_layers", select)):
+        full, select, window = resolve_layers(options, engine)
+        for name, layers in (("full_layers", full), ("select_layers", select), ("window_layers", window)):
             for layer in layers if engine.layers else ():
                 if layer >= engine.layers:
                     reason, remedy = f"the model has layers 0 to {engine.layers - 1}", f"choose {name} for this model"
@@ -131,7 +144,8 @@ class TidalDecode(KVPolicy):
                 else:
                     continue
                 raise Unsupported(cls.name, f"{name} names it, but {reason}", remedy, engine.model, str(layer))
-        if engine.layers and not any(layer > select[0] and layer not in {*full, *select} for layer in attending):
+        sparse = [layer for layer in attending if layer > select[0] and layer not in {*full, *select, *window}]
+        if engine.layers and not sparse:
             number = f"{len(attending)} of {engine.layers} layers attend to all tokens"
             raise Unsupported(
                 cls.name,
@@ -147,12 +161,12 @@ class TidalDecode(KVPolicy):
 
     def read_plan(self) -> ReadPlan:
         """Return the role of every layer, in the order of the model."""
-        full, select = map(set, resolve_layers(self.options, self.engine))
-        roles = tuple(
-            Role.SELECT if layer in select else Role.FULL if layer in full else Role.SPARSE
-            for layer in range(self.engine.layers)
-        )
-        return ReadPlan(roles, self.options.rule, self.options.correction_interval)
+        layers = resolve_layers(self.options, self.engine)
+        roles = [Role.SPARSE] * self.engine.layers
+        for role, of_role in zip((Role.FULL, Role.SELECT, Role.WINDOW), layers, strict=True):
+            for layer in of_role:
+                roles[layer] = role
+        return ReadPlan(tuple(roles), self.options.rule, self.options.correction_interval)
 
     # ---------------------------------------------------------------------------------- the algorithm, in NumPy
 
@@ -177,6 +191,12 @@ class TidalDecode(KVPolicy):
             # Sparse layer: attend to the tokens that the last selection layer selected.
             if role is Role.SPARSE and selected is not None:
                 outputs.append(self.sparse_attention(queries[layer], keys[layer], values[layer], scale, selected))
+                continue
+            # Window layer: attend to the first and the latest tokens.
+            if role is Role.WINDOW and len(keys[layer]) > plan.rule.budget:
+                pages = np.arange(-(-len(keys[layer]) // PAGE_SIZE))
+                window = self.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys[layer])], plan.rule.window)
+                outputs.append(self.sparse_attention(queries[layer], keys[layer], values[layer], scale, [window]))
                 continue
             # Full-attention layer.
             logits, output = attention(queries[layer], keys[layer], values[layer], scale)
@@ -264,30 +284,38 @@ class TidalDecode(KVPolicy):
         return output
 
 
-def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return ``full_layers`` and ``select_layers``: as given, from a profile, or evenly spaced.
+class Layers(NamedTuple):
+    """Layers of a model by their role, as in `TidalDecodeOptions`; the others are sparse."""
+
+    full: tuple[int, ...]
+    select: tuple[int, ...]
+    window: tuple[int, ...] = ()
+
+
+def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> Layers:
+    """Return the layers with a role: as given, from a profile, or evenly spaced.
 
     Raises:
         ConfigError: The profile cannot be read, or has no such setting.
         Unsupported: The profile belongs to another model.
     """
     if options.select_layers is not None:
-        return options.full_layers or (), options.select_layers
+        return Layers(options.full_layers or (), options.select_layers, options.window_layers or ())
     setting = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if setting is None:
         return evenly_spaced_layers(engine.attention_layers)
-    full = setting.get("full_layers", ())
-    select = setting.get("select_layers", ())
-    for layers in (full, select):
+    names = ("full_layers", "select_layers", "window_layers")
+    found = [setting.get(name, []) for name in names]
+    for name, layers in zip(names, found, strict=True):
         if not isinstance(layers, list) or not all(isinstance(n, int) and n >= 0 for n in layers):
-            raise ConfigError("pilotfish.kv.profile: full_layers and select_layers are expected as lists of numbers")
-    if not select:
+            raise ConfigError(f"pilotfish.kv.profile: {name}: expected a list of layer numbers")
+    if not found[1]:
         raise ConfigError("pilotfish.kv.profile: select_layers is empty, so that no token would be selected")
-    return tuple(full), tuple(select)
+    return Layers(*map(tuple, found))
 
 
-def evenly_spaced_layers(layers: Sequence[int], selections: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return ``full_layers`` and ``select_layers`` for a model that was not tuned.
+def evenly_spaced_layers(layers: Sequence[int], selections: int = 4) -> Layers:
+    """Return the layers with a role for a model that was not tuned.
 
     The first two layers compute full attention; at most ``selections`` selection layers follow at equal distances.
 
@@ -297,7 +325,7 @@ def evenly_spaced_layers(layers: Sequence[int], selections: int = 4) -> tuple[tu
     """
     first = min(2, max(len(layers) - 2, 0))
     step = max(2, -(-(len(layers) - first) // selections))  # at least one sparse layer after each selection layer
-    return tuple(layers[:first]), tuple(layers[first::step]) or (0,)
+    return Layers(tuple(layers[:first]), tuple(layers[first::step]) or (0,))
 
 
 @hookimpl

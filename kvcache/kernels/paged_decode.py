@@ -344,6 +344,19 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor", per_
     return choice
 
 
+def select_window(rows: DecodeBatch, rule: SelectionRule) -> SelectedTokens:
+    """Select the first pages and the latest ones, for all heads.
+
+    Args:
+        rows: Query tokens of the batch.
+        rule: Window rule, see `SelectionRule.window`.
+    """
+    import torch
+
+    pages = torch.arange(rows.padded // PAGE_SIZE, dtype=torch.float32)
+    return select_tokens(rows, rule, pages.repeat(rows.count, 1, 1), per_unit=True)
+
+
 def _rule_struct(rule: SelectionRule, num_head_groups: int) -> _SelectionRule:
     by_page = rule.granularity == "page"
     return _SelectionRule(

@@ -166,6 +166,20 @@ def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> 
     return selected.sort(-1).values.int()
 
 
+def select_window(batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
+    """Select the first pages and the latest ones, for all heads.
+
+    Args:
+        batch: Requests of the step.
+        rule: Window rule, see `SelectionRule.window`.
+
+    Returns:
+        [num_requests, 1, budget in pages] int32, as from `select_tokens`.
+    """
+    pages = torch.arange(-(-batch.max_seq_len // PAGE_SIZE), dtype=torch.float32, device=batch.seq_lens.device)
+    return select_tokens(pages.repeat(len(batch.seq_lens), 1, 1), batch, rule)
+
+
 def can_shorten_block_table(rule: SelectionRule, block_size: int) -> bool:
     """Return whether a shortened block table can express the selection: whole blocks, shared by all heads."""
     shared = rule.head_aggregation in ("sum", "max", "union")

@@ -28,6 +28,13 @@ ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
         ({"select_layers": []}, "select_layers: expected at least one"),
         ({"full_layers": [0]}, "full_layers: given without select_layers"),
         ({"select_layers": [2], "profile": "fast"}, "profile: given together with select_layers"),
+        ({"window_layers": [1]}, "window_layers: given without select_layers"),
+        ({"select_layers": [2], "window_layers": [2]}, "layer 2 is in full_layers or select_layers too"),
+        ({"select_layers": [2], "window_layers": [4, 3]}, "window_layers: expected layer numbers in ascending order"),
+        (
+            {"select_layers": [2], "window_layers": [3], "budget": 64, "recent": 0, "granularity": "token"},
+            "budget: expected at least 128 with window_layers",
+        ),
         ({"head_aggregation": "mean"}, "head_aggregation: expected one of"),
         ({"correction_interval": -1}, "correction_interval: expected 0 to"),
     ],
@@ -45,10 +52,41 @@ def test_layer_roles_follow_the_options() -> None:
     assert plan.rule.recent == 64
 
 
+def test_window_layers_have_a_role() -> None:
+    options = TidalDecodeOptions(select_layers=(2, 7), window_layers=(0, 1, 4))
+    plan = TidalDecode(options, ENGINE).read_plan()
+    assert [i for i, role in enumerate(plan.roles) if role is Role.WINDOW] == [0, 1, 4]
+    assert [i for i, role in enumerate(plan.roles) if role is Role.SPARSE] == [3, 5, 6, 8, 9, 10, 11]
+    TidalDecode.check(options, ENGINE)
+    only_windows = TidalDecodeOptions(select_layers=(10,), window_layers=(11,))
+    with pytest.raises(Unsupported, match="no layer would attend to the selected tokens"):
+        TidalDecode.check(only_windows, ENGINE)
+    hybrid = Engine("m", 1000, 8192, 8, layers=12, full_attention_layers=(3, 7, 11))
+    with pytest.raises(Unsupported, match="layer 5: window_layers names it"):
+        TidalDecode.check(TidalDecodeOptions(select_layers=(3,), window_layers=(5,)), hybrid)
+
+
+@pytest.mark.parametrize("context", [129, 160, 300, 321])
+def test_window_layers_read_the_first_and_the_latest_pages(context: int) -> None:
+    rng = np.random.default_rng(context)
+    options = TidalDecodeOptions(budget=128, recent=0, select_layers=(1,), window_layers=(0, 2))
+    policy = TidalDecode(options, Engine("m", 1000, 8192, 8, layers=4, fingerprint="f"))
+    queries = rng.normal(size=(4, 2, 8))
+    keys, values = rng.normal(size=(2, 4, context, 1, 8))
+    outputs = policy.decode_step(list(queries), list(keys), list(values), 0.5)
+    pages = -(-context // 32)
+    positions = [t for t in range(context) if t < 32 or t // 32 > pages - 4]
+    for layer in (0, 2):
+        for head in range(2):
+            weights = np.exp(keys[layer, positions, 0] @ queries[layer, head] * 0.5)
+            expected = weights @ values[layer, positions, 0] / weights.sum()
+            np.testing.assert_allclose(outputs[layer][head], expected)
+
+
 def test_untuned_model_gets_evenly_spaced_layers() -> None:
-    assert resolve_layers(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11))
+    assert resolve_layers(TidalDecodeOptions(), ENGINE) == ((0, 1), (2, 5, 8, 11), ())
     for layers in range(1, 100):
-        full, select = evenly_spaced_layers(range(layers))
+        full, select, _ = evenly_spaced_layers(range(layers))
         assert select
         assert max(full + select) < layers
 
@@ -69,7 +107,7 @@ def test_untuned_model_gets_evenly_spaced_layers() -> None:
 )
 def test_layers_of_hybrid_models_are_those_with_full_attention(name: str, layers: int, attending: range) -> None:
     engine = Engine(name, 1000, 8192, 8, layers=layers, full_attention_layers=tuple(attending))
-    full, select = resolve_layers(TidalDecodeOptions(), engine)
+    full, select, _ = resolve_layers(TidalDecodeOptions(), engine)
     assert {*full, *select} < set(attending)
     sparse = [layer for layer in attending if layer not in {*full, *select}]
     assert any(layer > select[0] for layer in sparse)
@@ -104,11 +142,11 @@ def test_layers_come_from_a_profile(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     settings = {
         "default": {"full_layers": [0], "select_layers": [1, 5]},
-        "fast": {"full_layers": [], "select_layers": [0]},
+        "fast": {"full_layers": [], "select_layers": [0], "window_layers": [2]},
     }
     profiles.write_profile(path, Profile("tidal_decode", "m", "f", settings))
-    assert resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE) == ((0,), (1, 5))
-    assert resolve_layers(TidalDecodeOptions(profile=f"{path}#fast"), ENGINE) == ((), (0,))
+    assert resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE) == ((0,), (1, 5), ())
+    assert resolve_layers(TidalDecodeOptions(profile=f"{path}#fast"), ENGINE) == ((), (0,), (2,))
     with pytest.raises(ConfigError, match="did you mean 'fast'"):
         resolve_layers(TidalDecodeOptions(profile=f"{path}#fats"), ENGINE)
     other = Engine("other", 1000, 8192, 8, layers=12, fingerprint="g")
@@ -152,12 +190,13 @@ def test_refuses_machine_without_compiler(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "setting",
     [{}, {"full_layers": "ab", "select_layers": [1]}, {"full_layers": None, "select_layers": [1]}]
+    + [{"select_layers": [1], "window_layers": 2}]
     + [{"full_layers": [], "select_layers": layers} for layers in ([], [-3], ["a"])],
 )
 def test_refuses_profile_settings_without_layers(tmp_path: Path, setting: dict) -> None:
     path = tmp_path / "p.json"
     profiles.write_profile(path, Profile("tidal_decode", "m", "f", {"default": setting}))
-    with pytest.raises(ConfigError, match="select_layers"):
+    with pytest.raises(ConfigError, match=r"profile: (full|select|window)_layers"):
         resolve_layers(TidalDecodeOptions(profile=str(path)), ENGINE)
 
 

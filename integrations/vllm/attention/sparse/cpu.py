@@ -42,6 +42,7 @@ class SparseCPUStep:
         rows: Query tokens of those requests.
         others: Metadata for vLLM's kernel with those requests cut to one token; None if there are no other requests.
         choice: Latest token selection; None before the first.
+        window: Tokens that window layers read; None before the first of them.
         observe: Callback for the logits of selecting layers; see `SparseCPUMetadataBuilder`.
     """
 
@@ -49,6 +50,7 @@ class SparseCPUStep:
     rows: DecodeBatch
     others: CPUAttentionMetadata | None
     choice: SelectedTokens | None = None
+    window: SelectedTokens | None = None
     observe: "Observer | None" = None
 
 
@@ -155,6 +157,10 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
         rows = step.rows
         if role is Role.SPARSE:  # without a selection, before the first one, all tokens are read
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.choice)
+        elif role is Role.WINDOW:
+            if step.window is None:
+                step.window = paged_decode.select_window(rows, step.plan.rule.window)
+            paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.window)
         elif role is Role.FULL:
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
         else:

@@ -28,6 +28,21 @@ from .. import compatibility
 from . import common
 
 
+@dataclass(frozen=True)
+class SelectedRead:
+    """What sparse requests read in a layer, all of which read the same units.
+
+    Attributes:
+        rule: Rule by which the units were selected.
+        metadata: Metadata for vLLM's kernel, which reads the selected pages of sparse requests and all of the others.
+        kept: Selected units if our kernel reads them, else None.
+    """
+
+    rule: SelectionRule
+    metadata: Any
+    kept: torch.Tensor | None
+
+
 @dataclass
 class SparseGPUStep:
     """Our part of a step's metadata, shared by its layers.
@@ -36,15 +51,23 @@ class SparseGPUStep:
         plan: Read plan of the policy.
         batch: Requests of the step.
         stock: vLLM's metadata of the step.
-        rest: Metadata for vLLM's kernel in sparse layers, set by the latest selection; None before the first.
-        kept: Selected units of the latest selection if our kernel reads them, else None.
+        selected: What sparse layers read, by the latest selection; None before the first.
     """
 
     plan: ReadPlan
     batch: DeviceBatch
     stock: Any
-    rest: Any = None
-    kept: torch.Tensor | None = None
+    selected: SelectedRead | None = None
+    _window: SelectedRead | None = None
+
+    def read_of(self, role: Role, block_size: int) -> SelectedRead | None:
+        """Return what sparse requests read in a layer; None if they read everything."""
+        if role is Role.SPARSE:
+            return self.selected
+        if role is Role.WINDOW and self._window is None:
+            rule = self.plan.rule.window
+            self._window = self._read(paged_triton.select_window(self.batch, rule), rule, block_size)
+        return self._window if role is Role.WINDOW else None
 
     def select_tokens(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
         """Select tokens by the attention of one layer.
@@ -57,15 +80,18 @@ class SparseGPUStep:
         rule, block_size = self.plan.rule, cache.shape[2]
         scores = paged_triton.token_scores(query, cache, self.batch, rule, scale)
         common.reduce_over_ranks(scores, rule)
-        selected = paged_triton.select_tokens(scores, self.batch, rule)
-        rest = copy.copy(self.stock)
+        self.selected = self._read(paged_triton.select_tokens(scores, self.batch, rule), rule, block_size)
+
+    def _read(self, kept: torch.Tensor, rule: SelectionRule, block_size: int) -> SelectedRead:
+        metadata = copy.copy(self.stock)
+        metadata.scheduler_metadata = None  # FlashAttention's schedule was computed for the full table
         if paged_triton.can_shorten_block_table(rule, block_size):
-            rest.block_table, rest.seq_lens = paged_triton.shorten_block_table(selected, self.batch, rule, block_size)
-        else:  # vLLM's kernel does almost no work for these requests, and ours overwrites its output
-            self.kept = selected
-            rest.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
-        rest.scheduler_metadata = None  # FlashAttention's schedule was computed for the full table
-        self.rest = rest
+            table = paged_triton.shorten_block_table(kept, self.batch, rule, block_size)
+            metadata.block_table, metadata.seq_lens = table
+            return SelectedRead(rule, metadata, None)
+        # vLLM's kernel does almost no work for these requests, and ours overwrites its output
+        metadata.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
+        return SelectedRead(rule, metadata, kept)
 
 
 class SparseGPUMetadataBuilder:
@@ -160,12 +186,10 @@ class SparseGPUImpl(common.LayerRoleMixin):
         if step is None or compatibility.has_sliding_window(self):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
-        if role is Role.SPARSE and step.rest is not None:  # before the first selection all tokens are read
-            stock(layer, query, key, value, kv_cache, step.rest, output, *scales)
-            if step.kept is not None:
-                paged_triton.paged_decode_attention(
-                    query, kv_cache, step.batch, step.plan.rule, scale, output, step.kept
-                )
+        if (read := step.read_of(role, kv_cache.shape[2])) is not None:
+            stock(layer, query, key, value, kv_cache, read.metadata, output, *scales)
+            if read.kept is not None:
+                paged_triton.paged_decode_attention(query, kv_cache, step.batch, read.rule, scale, output, read.kept)
             return output
         stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if role is Role.SELECT:

@@ -193,3 +193,21 @@ def test_requests_within_the_budget_and_prefill_match_vllm(batch: Batch) -> None
         key, value = (x[positions].double().numpy() for x in batch.text[r])
         _, expected = reference.attention(query, key, value, batch.size**-0.5)
         np.testing.assert_allclose(selected[rows][0].double().numpy(), expected, atol=tolerance)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches(longest=900))
+def test_window_layers_read_the_first_and_the_latest_pages(batch: Batch) -> None:
+    metadata = batch.metadata(plan_of(256, Role.WINDOW))
+    stock = batch.attend(batch.metadata(ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))))
+    output = batch.attend(metadata, 0)
+    for r, context in enumerate(batch.contexts):
+        rows, tolerance = batch.rows(r), TOLERANCE[batch.dtype]
+        if context <= 256 or batch.queries[r] > 1:
+            torch.testing.assert_close(output[rows], stock[rows], atol=tolerance, rtol=0)
+            continue
+        positions = [p for p in range(context) if p < 32 or p // 32 > -(-context // 32) - 8]
+        query = batch.query[rows][0].double().numpy()
+        key, value = (x[positions].double().numpy() for x in batch.text[r])
+        _, expected = reference.attention(query, key, value, batch.size**-0.5)
+        np.testing.assert_allclose(output[rows][0].double().numpy(), expected, atol=tolerance)

@@ -63,7 +63,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
         dcp_world_size=1,
     )
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
-    plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE), rule)
+    plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE, Role.WINDOW), rule)
     vars(builder).update(plan=plan, _compilation_config=EAGER, _longest=512, announce=lambda context: None)
     generator = torch.Generator().manual_seed(0)
     need = [-(-c // BLOCK) for c in CONTEXTS]
@@ -104,33 +104,37 @@ def test_sparse_requests_attend_to_selected_tokens_and_others_to_all(
     impl, metadata, query, cache = build(flash, rule)
     calls.clear()
     outputs = []
-    for index in range(3):
+    for index in range(4):
         impl._index = index
         layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
         outputs.append(impl.forward(layer, query, query, query, cache, metadata, torch.zeros_like(query)))
     assert torch.equal(outputs[0], outputs[1]), "a re-selection layer attends to all tokens"
-    assert [c["scheduler_metadata"] for c in calls] == ["whole", "whole", None]
-    step = metadata.step
+    assert [c["scheduler_metadata"] for c in calls] == ["whole", "whole", None, None]
+    selected = metadata.step.selected
     for r, context in enumerate(CONTEXTS):
         rows = slice(STARTS[r], STARTS[r + 1])
         if QUERIES[r] > 1 or context <= rule.budget:
             torch.testing.assert_close(outputs[2][rows], outputs[0][rows])
+            torch.testing.assert_close(outputs[3][rows], outputs[0][rows])
             continue
         positions = np.arange(context)
         text = cache.numpy()[metadata.block_table[r].numpy()[positions // BLOCK], :, positions % BLOCK]
         for head in range(HEADS):
-            if step.kept is None:
-                length = int(step.rest.seq_lens[r])
+            if selected.kept is None:
+                length = int(selected.metadata.seq_lens[r])
                 assert length <= rule.budget
-                blocks = step.rest.block_table[r].numpy()[np.arange(length) // BLOCK]
-                selected = cache.numpy()[blocks, :, np.arange(length) % BLOCK]
+                blocks = selected.metadata.block_table[r].numpy()[np.arange(length) // BLOCK]
+                read = cache.numpy()[blocks, :, np.arange(length) % BLOCK]
             else:
-                selected = text[[p for p in step.kept[r, head // 2].tolist() if p < context]]
-            assert len(selected) < context
-            _, expected = reference.attention(
-                query[STARTS[r]].numpy(), selected[..., :SIZE], selected[..., SIZE:], SIZE**-0.5
-            )
-            np.testing.assert_allclose(outputs[2][STARTS[r], head].numpy(), expected[head], atol=2e-5)
+                read = text[[p for p in selected.kept[r, head // 2].tolist() if p < context]]
+            assert len(read) < context
+            last = -(-context // 32) - rule.budget // 32  # the first page and the latest ones
+            window = text[(positions < 32) | (positions // 32 > last)]
+            for output, tokens in ((outputs[2], read), (outputs[3], window)):
+                _, expected = reference.attention(
+                    query[STARTS[r]].numpy(), tokens[..., :SIZE], tokens[..., SIZE:], SIZE**-0.5
+                )
+                np.testing.assert_allclose(output[STARTS[r], head].numpy(), expected[head], atol=2e-5)
 
 
 def test_update_block_table_builds_a_new_step(flash: Any) -> None:
@@ -142,4 +146,4 @@ def test_update_block_table_builds_a_new_step(flash: Any) -> None:
     updated = builder.update_block_table(metadata, other, metadata.slot_mapping)
     assert updated.step is not metadata.step
     assert torch.equal(updated.step.batch.block_table, other)
-    assert updated.step.rest is None
+    assert updated.step.selected is None
