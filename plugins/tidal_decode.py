@@ -57,8 +57,8 @@ class TidalDecodeOptions:
             `pilotfish tune tidal`.
         full_layers: Layers that always compute full attention.
         select_layers: Token selection layers: they compute full attention and select tokens for the layers after them.
-        window_layers: Layers that read the first tokens and the latest ones, in whole pages up to ``budget``, instead of
-            selected ones.
+        window_layers: Layers that read the first tokens and the latest ones, up to ``budget`` in whole pages, instead
+            of selected ones.
         head_aggregation: Which heads share a selection, and how their attention is combined; see
             `kvcache.selection.SelectionRule`.
         granularity: Select single tokens (``token``, as in the paper) or pages of 32 tokens (``page``).
