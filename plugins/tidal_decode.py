@@ -14,16 +14,16 @@ and select the top-k tokens, and the layers after each of them attend to these t
 
 Not in the paper, each measured in ``docs/tidal_decode.md``: heads share one selection, ranked by the largest attention
 weight of any head, so that a token which matters to a single head is kept; sinks and recent tokens are always kept;
-whole pages of 32 tokens are selected, which reads memory in the order of its layout. Window layers read no selection:
-some layers of most models attend to little else than the first and the latest tokens, as in StreamingLLM (arXiv
-2309.17453), so that they need neither full attention nor the selection of another layer.
+whole pages of 32 tokens are selected, which reads memory in the order of its layout. Neither in the paper nor measured
+there: window layers. Some layers of most models attend to little else than the first and the latest tokens, as in
+StreamingLLM (arXiv 2309.17453), so that they need neither full attention nor the selection of another layer.
 
 The static methods of `TidalDecode` are the float64 reference of the kernels in ``kvcache/kernels/paged_decode.cpp`` and
 ``kvcache/kernels/programs_triton.py``, which compute the same over vLLM's paged KV cache.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -105,7 +105,6 @@ class TidalDecodeOptions:
                 f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent tokens "
                 f"and one selected token or page, got {self.budget}"
             )
-
         if self.window_layers and self.budget < (least := self.rule.window.min_budget):
             raise ValueError(f"budget: expected at least {least} with window_layers, got {self.budget}")
 
@@ -162,11 +161,9 @@ class TidalDecode(KVPolicy):
     def read_plan(self) -> ReadPlan:
         """Return the role of every layer, in the order of the model."""
         layers = resolve_layers(self.options, self.engine)
-        roles = [Role.SPARSE] * self.engine.layers
-        for role, of_role in zip((Role.FULL, Role.SELECT, Role.WINDOW), layers, strict=True):
-            for layer in of_role:
-                roles[layer] = role
-        return ReadPlan(tuple(roles), self.options.rule, self.options.correction_interval)
+        role_of = {n: role for role, ns in zip((Role.FULL, Role.SELECT, Role.WINDOW), layers, strict=True) for n in ns}
+        roles = tuple(role_of.get(layer, Role.SPARSE) for layer in range(self.engine.layers))
+        return ReadPlan(roles, self.options.rule, self.options.correction_interval)
 
     # ---------------------------------------------------------------------------------- the algorithm, in NumPy
 
@@ -309,9 +306,12 @@ def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> Layers:
     for name, layers in zip(names, found, strict=True):
         if not isinstance(layers, list) or not all(isinstance(n, int) and n >= 0 for n in layers):
             raise ConfigError(f"pilotfish.kv.profile: {name}: expected a list of layer numbers")
-    if not found[1]:
-        raise ConfigError("pilotfish.kv.profile: select_layers is empty, so that no token would be selected")
-    return Layers(*map(tuple, found))
+    full, select, window = map(tuple, found)
+    try:  # the layers of a profile have to fit the other options as given ones do
+        replace(options, profile=None, full_layers=full, select_layers=select, window_layers=window)
+    except ValueError as error:
+        raise ConfigError(f"pilotfish.kv.profile: {error}") from None
+    return Layers(full, select, window)
 
 
 def evenly_spaced_layers(layers: Sequence[int], selections: int = 4) -> Layers:

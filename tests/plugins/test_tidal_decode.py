@@ -190,7 +190,7 @@ def test_refuses_machine_without_compiler(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "setting",
     [{}, {"full_layers": "ab", "select_layers": [1]}, {"full_layers": None, "select_layers": [1]}]
-    + [{"select_layers": [1], "window_layers": 2}]
+    + [{"select_layers": [1], "window_layers": 2}, {"select_layers": [1], "window_layers": [1]}]
     + [{"full_layers": [], "select_layers": layers} for layers in ([], [-3], ["a"])],
 )
 def test_refuses_profile_settings_without_layers(tmp_path: Path, setting: dict) -> None:
