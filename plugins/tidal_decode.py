@@ -15,7 +15,7 @@ and select the top-k tokens, and the layers after each of them attend to these t
 Not in the paper, each measured in ``docs/tidal_decode.md``: heads share one selection, ranked by the largest attention
 weight of any head, so that a token which matters to a single head is kept; sinks and recent tokens are always kept;
 whole pages of 32 tokens are selected, which reads memory in the order of its layout. Neither in the paper nor measured
-there: window layers. Some layers of most models attend to little else than the first and the latest tokens, as in
+there: window layers. Some layers of a model may attend to little else than the first and the latest tokens, as in
 StreamingLLM (arXiv 2309.17453), so that they need neither full attention nor the selection of another layer.
 
 The static methods of `TidalDecode` are the float64 reference of the kernels in ``kvcache/kernels/paged_decode.cpp`` and
