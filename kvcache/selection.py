@@ -39,6 +39,9 @@ class SelectionRule:
             the proposals are ranked by the sum of attention.
         granularity: Select single tokens (``token``, as in the paper), or pages of `PAGE_SIZE` tokens (``page``),
             ranked by the sum of the attention to their tokens.
+        candidates: Number of tokens among which is selected: those of the pages with the largest bounds of their
+            attention; 0 for all tokens.
+        window_size: Number of tokens that window layers read; 0 for the budget.
     """
 
     budget: int
@@ -46,6 +49,8 @@ class SelectionRule:
     recent: int
     head_aggregation: HeadAggregation
     granularity: Granularity
+    candidates: int = 0
+    window_size: int = 0
 
     def num_head_groups(self, query_heads: int, kv_heads: int) -> int:
         """Return the number of head groups, each of which has its own selection."""
@@ -59,9 +64,15 @@ class SelectionRule:
         return PAGE_SIZE * (-(-self.sinks // PAGE_SIZE) + self.recent // PAGE_SIZE + 3)
 
     @property
+    def of_candidates(self) -> "SelectionRule":
+        """Rule by which the candidates are selected, with pages ranked by their bounds."""
+        return replace(self, budget=self.candidates, granularity="page", candidates=0)
+
+    @property
     def window(self) -> "SelectionRule":
         """Rule of window layers, with pages ranked by position: all heads read the first pages and the latest ones."""
-        return replace(self, recent=0, head_aggregation="max", granularity="page")
+        budget = self.window_size or self.budget
+        return replace(self, budget=budget, recent=0, head_aggregation="max", granularity="page", candidates=0)
 
 
 @dataclass(frozen=True)
@@ -75,16 +86,18 @@ class ReadPlan:
         rule: Rule by which tokens are selected.
         correction_interval: Number of decoded tokens after which their keys and values are recomputed with full
             attention; 0 for never.
+        full_selection: Whether selection layers attend to all tokens, instead of those that they select.
     """
 
     roles: tuple[Role, ...]
     rule: SelectionRule
     correction_interval: int = 0
+    full_selection: bool = True
 
     @property
     def keeps_page_bounds(self) -> bool:
         """Whether a layer selects pages by bounds of their keys, which have to be kept."""
-        return Role.PAGE_BOUNDS in self.roles
+        return Role.PAGE_BOUNDS in self.roles or self.rule.candidates > 0
 
 
 def unit_positions(units: Sequence[int], context: int, rule: SelectionRule) -> list[int]:

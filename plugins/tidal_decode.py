@@ -14,9 +14,13 @@ and select the top-k tokens, and the layers after each of them attend to these t
 
 Not in the paper, each measured in ``docs/tidal_decode.md``: heads share one selection, ranked by the largest attention
 weight of any head, so that a token which matters to a single head is kept; sinks and recent tokens are always kept;
-whole pages of 32 tokens are selected, which reads memory in the order of its layout. Neither in the paper nor measured
-there: window layers. Some layers of a model may attend to little else than the first and the latest tokens, as in
-StreamingLLM (arXiv 2309.17453), so that they need neither full attention nor the selection of another layer.
+whole pages of 32 tokens are selected, which reads memory in the order of its layout; window layers: some layers of a
+model attend to little else than the first and the latest tokens, as in StreamingLLM (arXiv 2309.17453), so that they
+need neither full attention nor the selection of another layer; selection layers may attend to the tokens that they
+select, and then read the keys of all tokens but few values; selection in two passes (``select=two_pass``):
+
+    candidates              pages of the largest bounds of their attention, as in Quest (arXiv 2406.10774)
+    selection               tokens of the highest attention among the candidates, as if there were no others
 
 The static methods of `TidalDecode` are the float64 reference of the kernels in ``kvcache/kernels/paged_decode.cpp`` and
 ``kvcache/kernels/programs_triton.py``, which compute the same over vLLM's paged KV cache.
@@ -24,7 +28,7 @@ The static methods of `TidalDecode` are the float64 reference of the kernels in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +47,7 @@ from . import compiler_check, profile_option
 from .config import ConfigError
 from .contracts import Engine, KVPolicy, Unsupported
 from .hookspecs import Register, hookimpl
+from .quest import Quest
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,14 @@ class TidalDecodeOptions:
             `pilotfish tune tidal`.
         full_layers: Layers that always compute full attention.
         select_layers: Token selection layers: they compute full attention and select tokens for the layers after them.
-        window_layers: Layers that read the first tokens and the latest ones, up to ``budget`` in whole pages, instead
-            of selected ones.
+        window_layers: Layers that read the first tokens and the latest ones, in whole pages, instead of selected ones.
+        window: Number of tokens that window layers read; the budget if not given.
+        select: Select among all tokens (``exact``), or in two passes (``two_pass``), which computes the weights of few
+            tokens and keeps bounds of each page's keys, in 1/32 of the memory of a selection layer's KV cache.
+        candidates: Number of tokens, in whole pages, among which ``two_pass`` selects; four times the budget if not
+            given.
+        select_attention: Selection layers attend to all tokens (``full``, as in the paper), or to those that they
+            select (``selected``).
         head_aggregation: Which heads share a selection, and how their attention is combined; see
             `kvcache.selection.SelectionRule`.
         granularity: Select single tokens (``token``, as in the paper) or pages of 32 tokens (``page``).
@@ -73,6 +84,10 @@ class TidalDecodeOptions:
     full_layers: tuple[int, ...] | None = None
     select_layers: tuple[int, ...] | None = None
     window_layers: tuple[int, ...] | None = None
+    window: int | None = None
+    select: Literal["exact", "two_pass"] = "exact"
+    candidates: int | None = None
+    select_attention: Literal["full", "selected"] = "full"
     head_aggregation: HeadAggregation = "max"
     granularity: Granularity = "page"
     sinks: int = 4
@@ -80,7 +95,8 @@ class TidalDecodeOptions:
     correction_interval: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("sinks", 0), ("recent", 0), ("correction_interval", 0)):
+        lows = {"budget": 1, "window": 1, "candidates": 1, "sinks": 0, "recent": 0, "correction_interval": 0}
+        for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= 1 << 24:
                 raise ValueError(f"{name}: expected {low} to {1 << 24}, got {value}")
@@ -105,14 +121,35 @@ class TidalDecodeOptions:
                 f"budget: expected at least {least} to hold {self.sinks} sinks, {self.rule.recent} recent tokens "
                 f"and one selected token or page, got {self.budget}"
             )
-        if self.window_layers and self.budget < (least := self.rule.window.min_budget):
-            raise ValueError(f"budget: expected at least {least} with window_layers, got {self.budget}")
+        for name in ("window", "candidates"):
+            if (value := getattr(self, name)) is not None and value % PAGE_SIZE:
+                raise ValueError(f"{name}: expected a multiple of {PAGE_SIZE}, got {value}")
+        if self.window is not None and self.select_layers is not None and not self.window_layers:
+            raise ValueError("window: given without window_layers")
+        if self.window_layers and (read := self.rule.window).budget < read.min_budget:
+            name = "budget" if self.window is None else "window"
+            raise ValueError(f"{name}: expected at least {read.min_budget} with window_layers, got {read.budget}")
+        if self.candidates is not None and self.select != "two_pass":
+            raise ValueError("candidates: given without select=two_pass")
+        if self.rule.candidates and self.rule.candidates < (
+            least := max(self.budget, self.rule.of_candidates.min_budget)
+        ):
+            raise ValueError(f"candidates: expected at least {least}, got {self.rule.candidates}")
 
     @property
     def rule(self) -> SelectionRule:
         """The selection rule that these options describe."""
         recent = self.budget // 8 if self.recent is None else self.recent
-        return SelectionRule(self.budget, self.sinks, recent, self.head_aggregation, self.granularity)
+        candidates = self.candidates or -(-4 * self.budget // PAGE_SIZE) * PAGE_SIZE
+        return SelectionRule(
+            self.budget,
+            self.sinks,
+            recent,
+            self.head_aggregation,
+            self.granularity,
+            candidates=candidates if self.select == "two_pass" else 0,
+            window_size=self.window or 0,
+        )
 
 
 class TidalDecode(KVPolicy):
@@ -152,6 +189,8 @@ class TidalDecode(KVPolicy):
                 "choose other select_layers, or run without the policy",
                 engine.model,
             )
+        if options.select == "two_pass" and engine.device != "cpu":
+            raise Unsupported(cls.name, "the bounds of pages are kept on CPUs only", "set select=exact", engine.model)
         compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
@@ -163,7 +202,8 @@ class TidalDecode(KVPolicy):
         layers = resolve_layers(self.options, self.engine)
         role_of = {n: role for role, ns in zip((Role.FULL, Role.SELECT, Role.WINDOW), layers, strict=True) for n in ns}
         roles = tuple(role_of.get(layer, Role.SPARSE) for layer in range(self.engine.layers))
-        return ReadPlan(roles, self.options.rule, self.options.correction_interval)
+        full_selection = self.options.select_attention == "full"
+        return ReadPlan(roles, self.options.rule, self.options.correction_interval, full_selection)
 
     # ---------------------------------------------------------------------------------- the algorithm, in NumPy
 
@@ -200,8 +240,13 @@ class TidalDecode(KVPolicy):
             outputs.append(output)
             # Token selection or re-selection layer: select the top-k tokens for the layers that follow.
             if role is Role.SELECT and logits.shape[1] > plan.rule.budget:
-                scores = self.token_scores(logits, plan.rule, keys[layer].shape[1])
-                selected = [self.select_tokens(group, plan.rule) for group in scores]
+                if plan.rule.candidates:
+                    selected = self.select_in_two_passes(queries[layer], keys[layer], logits, scale, plan.rule)
+                else:
+                    scores = self.token_scores(logits, plan.rule, keys[layer].shape[1])
+                    selected = [self.select_tokens(group, plan.rule) for group in scores]
+                if not plan.full_selection:
+                    outputs[-1] = self.sparse_attention(queries[layer], keys[layer], values[layer], scale, selected)
         return outputs
 
     @staticmethod
@@ -253,6 +298,32 @@ class TidalDecode(KVPolicy):
         others = sorted((u for u in range(num_units) if u not in kept), key=lambda u: (-unit_scores[u], u))
         kept |= set(others[: max(0, rule.budget // unit - len(kept))])
         return unit_positions(sorted(kept), context, rule)
+
+    @staticmethod
+    def select_in_two_passes(
+        query: NDArray, keys: NDArray, logits: NDArray, scale: float, rule: SelectionRule
+    ) -> list[list[int]]:
+        """Select the top-k tokens among the pages with the largest bounds of their attention.
+
+        Args:
+            query: [num_heads, head_size].
+            keys: [context, num_kv_heads, head_size].
+            logits: [num_heads, context] scaled query-key products, of which those of the candidates are used.
+            scale: Softmax scale.
+            rule: The selection rule, with a number of candidates.
+
+        Returns:
+            For each group of heads the positions of the selected tokens, ascending.
+        """
+        num_head_groups = rule.num_head_groups(len(query), keys.shape[1])
+        bounds = Quest.bound_logits(query, Quest.page_bounds(keys), scale)
+        scores = TidalDecode.token_scores(bounds, rule.of_candidates, keys.shape[1])
+        result = []
+        for pages, group in zip(scores, np.split(logits, num_head_groups), strict=True):
+            candidates = TidalDecode.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys)], rule.of_candidates)
+            of_candidates = TidalDecode.token_scores(group[:, candidates], rule, num_kv_heads=1)
+            result.append([candidates[i] for i in TidalDecode.select_tokens(of_candidates[0], rule)])
+        return result
 
     @staticmethod
     def sparse_attention(

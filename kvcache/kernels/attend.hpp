@@ -38,6 +38,12 @@ struct Choice {  // the selected tokens; all tokens if num_head_groups is 0
     int32_t* sizes;   // [count, num_head_groups] number of groups
 };
 
+struct Logits {  // where scaled query-key products are written
+    float* data;  // [count, num_heads, stride]; null if they are not needed
+    int64_t stride;
+    Choice pages;  // the pages whose products are written, one after the other; all at their positions if it is empty
+};
+
 struct Window {  // the tokens evicted in non-retrieval heads
     int32_t sinks;        // number of groups that hold the sinks; the evicted groups follow them
     const int32_t* gaps;  // [num_tokens] number of groups evicted for each query token, in whole blocks; null for none
@@ -75,9 +81,20 @@ inline LeftOut left_out(const Cache& cache, const Head& head, const Window& wind
     return {means, product * scale + std::log((float)(gap * GROUP))};
 }
 
+// Return which page of a row of logits holds the products of a page of the context; negative if none does.
+inline int logits_page(const Logits& logits, int row, int head, int heads, int page) {
+    const Choice& pages = logits.pages;
+    if (!pages.num_head_groups) return page;
+    const int64_t head_group = (int64_t)row * pages.num_head_groups + head * pages.num_head_groups / heads;
+    const int32_t* begin = pages.groups + head_group * pages.capacity;
+    const int32_t* end = begin + pages.sizes[head_group];
+    const int32_t* found = std::lower_bound(begin, end, page);
+    return found < end && *found == page ? (int)(found - begin) : -1;
+}
+
 template <typename T>
 void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Window& window, float scale, const T* query,
-            int64_t query_stride, T* output, int64_t output_stride, float* logits, int64_t logits_stride, int threads) {
+            int64_t query_stride, T* output, int64_t output_stride, const Logits& logits, int threads) {
     const int heads = rows.query_heads, head_size = cache.head_size;
     const int num_queries_per_kv = heads / cache.kv_heads;
     const auto gap_of = [&](int r, int kv_head) {  // number of groups that are evicted after the sinks
@@ -99,7 +116,7 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
     }
     const int splits = first[rows.count];
     std::vector<Partial> partials((size_t)splits * heads);
-    std::unique_ptr<float[]> sums(new float[(size_t)splits * heads * head_size]);  // read only for splits with weights
+    std::unique_ptr<float[]> sums(new float[output ? (size_t)splits * heads * head_size : 0]);  // read only with weights
 
 #pragma omp parallel num_threads(threads)
     {
@@ -152,10 +169,14 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
                 const int valid = std::min(GROUP, context - position);
                 const uint32_t all = valid == GROUP ? ~0u : (1u << valid) - 1u;
                 const uint32_t mask = masks ? masks[g] & all : all;
-                if (logits)
-                    for (int h = 0; h < per_unit; ++h)
-                        std::memcpy(logits + ((int64_t)r * heads + head + h) * logits_stride + position,
+                if (logits.data)
+                    for (int h = 0; h < per_unit; ++h) {
+                        const int at_page = logits_page(logits, r, head + h, heads, group);
+                        if (at_page < 0) continue;
+                        std::memcpy(logits.data + ((int64_t)r * heads + head + h) * logits.stride + at_page * GROUP,
                                     &scores[h * GROUP], valid * sizeof(float));
+                    }
+                if (!output) continue;
                 if (mask == ~0u) {
                     for (int t = 0; t < GROUP; ++t) values[n + t] = value + (int64_t)t * head_size;
                     for (int h = 0; h < per_unit; ++h)
@@ -170,6 +191,7 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
                 }
             }
 
+            if (!output) continue;
             for (int h = 0; h < per_unit; ++h) {
                 float* w = &weights[h * width];
                 const float top = greatest(w, n);  // n <= width, a whole number of lanes
@@ -189,7 +211,7 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
         }
 
 #pragma omp for schedule(static)
-        for (int item = 0; item < rows.count * heads; ++item) {
+        for (int item = 0; item < (output ? rows.count * heads : 0); ++item) {
             const int r = item / heads, h = item % heads;
             const int gap = gap_of(r, h / num_queries_per_kv);
             const LeftOut rest = left_out(cache, cache.heads[h / num_queries_per_kv], window, rows.request[r], gap,

@@ -95,7 +95,7 @@ int pilotfish_attend(int type, const Cache* cache, const Rows* rows, const Windo
         for (int begin = 0; begin < rows->count; begin += TOGETHER) {
             const Rows part = {std::min(TOGETHER, rows->count - begin), rows->query_heads, rows->request + begin,
                                rows->token + begin, rows->context + begin};
-            decode(*cache, part, everything, *window, scale, q, query_stride, out, output_stride, nullptr, 0, threads);
+            decode(*cache, part, everything, *window, scale, q, query_stride, out, output_stride, Logits{}, threads);
         }
     };
     FOR_TYPE(some((const T*)query, (T*)output))

@@ -29,14 +29,12 @@ float kth_largest(const float* x, int n, int k, std::vector<float>& scratch) {
 extern "C" {
 
 // Compute the attention of a batch of query tokens. type: 0 float32, 1 bfloat16, 2 float16. Strides are in elements.
-// logits: null, or [count, num_heads, logits_stride] float32, to which the scaled query-key products are written.
-// Return 0, or 1 for an unknown type.
+// output: null if only logits are needed. Return 0, or 1 for an unknown type.
 int pilotfish_decode(int type, const Cache* cache, const Rows* rows, const Choice* choice, float scale, const void* query,
-                     int64_t query_stride, void* output, int64_t output_stride, float* logits, int64_t logits_stride,
-                     int threads) {
+                     int64_t query_stride, void* output, int64_t output_stride, const Logits* logits, int threads) {
     const Window nothing = {0, nullptr, -1};
     FOR_TYPE(decode<T>(*cache, *rows, *choice, nothing, scale, (const T*)query, query_stride, (T*)output, output_stride,
-                       logits, logits_stride, threads))
+                       *logits, threads))
 }
 
 // Compute the attention weight of each token: a softmax for each head, then the sum or maximum over each head group.

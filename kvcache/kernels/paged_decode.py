@@ -7,9 +7,9 @@ or float16.
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,10 @@ class _SelectedTokens(Structure):
     )
 
 
+class _Logits(Structure):
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("pages", _SelectedTokens))
+
+
 class _SelectionRule(Structure):
     _fields_ = tuple(
         (name, c_int32) for name in ("num_head_groups", "aggregate", "budget", "sinks", "recent", "by_page")
@@ -98,7 +102,10 @@ def load_paged_decode_library() -> ctypes.CDLL:
         POINTER(_SelectionRule),
     )
     strided = (c_void_p, c_int64)
-    lib.pilotfish_decode.argtypes = (c_int, cache, rows, choice, c_float, *strided, *strided, *strided, c_int)
+    lib.pilotfish_decode.argtypes = (
+        *(c_int, cache, rows, choice, c_float, *strided, *strided),
+        *(POINTER(_Logits), c_int),
+    )
     lib.pilotfish_decode.restype = c_int
     lib.pilotfish_token_scores.argtypes = (rows, rule, c_void_p, *strided, c_int)
     lib.pilotfish_token_scores.restype = None
@@ -133,9 +140,14 @@ class DecodeBatch:
         """Length of a row of scores: the longest context, rounded up to whole pages."""
         return -(-self.longest // PAGE_SIZE) * PAGE_SIZE
 
-    def parts(self, max_bytes: int) -> "Iterator[DecodeBatch]":
-        """Split the batch so that the logits of each part take at most ``max_bytes``, or belong to one query token."""
-        step = max(1, max_bytes // (4 * self.query_heads * self.padded))
+    def parts(self, max_bytes: int, logits: int | None = None) -> "Iterator[DecodeBatch]":
+        """Split the batch so that the logits of each part take at most ``max_bytes``, or belong to one query token.
+
+        Args:
+            max_bytes: Maximum size of the logits of a part.
+            logits: Number of logits of a head; the padded context length if not given.
+        """
+        step = max(1, max_bytes // (4 * self.query_heads * (logits or self.padded)))
         for i in range(0, self.count, step):
             part = slice(i, i + step)
             yield DecodeBatch(self.request[part], self.token[part], self.context[part], self.query_heads)
@@ -248,9 +260,10 @@ def paged_decode_attention(
     block_table: "Tensor",
     rows: DecodeBatch,
     scale: float,
-    output: "Tensor",
+    output: "Tensor | None",
     choice: SelectedTokens | None = None,
     logits: "Tensor | None" = None,
+    candidates: SelectedTokens | None = None,
 ) -> None:
     """Compute the attention of a decode batch, and write the rows of its query tokens in ``output``.
 
@@ -260,16 +273,18 @@ def paged_decode_attention(
         block_table: [num_requests, max_blocks] int32.
         rows: Query tokens of the batch.
         scale: Softmax scale.
-        output: [num_tokens, num_heads, head_size], heads contiguous, in the dtype of the query.
+        output: [num_tokens, num_heads, head_size], heads contiguous, in the dtype of the query; None if only logits are
+            needed, for which no values are read.
         choice: Selected tokens to attend to; all tokens if not given.
         logits: [count, num_heads, >= longest context] float32, to which the scaled query-key products are written.
+        candidates: Whole pages; the logits of these pages only are written, without gaps, and may be as short.
 
     Raises:
         ValueError: The kernels do not support a shape, stride or dtype; see `checked_cache_view`.
     """
     import torch
 
-    paged = checked_cache_view(query, cache, block_table, output)
+    paged = checked_cache_view(query, cache, block_table, query if output is None else output)
     load_paged_decode_library().pilotfish_decode(
         DTYPES[str(query.dtype)],
         byref(paged),
@@ -278,10 +293,15 @@ def paged_decode_attention(
         scale,
         query.data_ptr(),
         query.stride(0),
-        output.data_ptr(),
-        output.stride(0),
-        None if logits is None else logits.data_ptr(),
-        0 if logits is None else logits.shape[2],
+        None if output is None else output.data_ptr(),
+        0 if output is None else output.stride(0),
+        byref(
+            _Logits(
+                None if logits is None else logits.data_ptr(),
+                0 if logits is None else logits.shape[2],
+                _ALL_TOKENS if candidates is None else candidates.struct(),
+            )
+        ),
         torch.get_num_threads(),
     )
 
@@ -342,6 +362,41 @@ def select_tokens(rows: DecodeBatch, rule: SelectionRule, scores: "Tensor", per_
         torch.get_num_threads(),
     )
     return choice
+
+
+def select_among(
+    candidates: SelectedTokens,
+    rows: DecodeBatch,
+    rule: SelectionRule,
+    kv_heads: int,
+    logits: "Tensor",
+    reduce: "Callable[[Tensor, SelectionRule], None] | None" = None,
+) -> SelectedTokens:
+    """Select the top tokens or pages of each head group among candidates, as if the context had no other tokens.
+
+    Args:
+        candidates: Whole pages of each query token and head group, sinks and recent tokens included.
+        rows: Query tokens of the batch.
+        rule: Selection rule.
+        kv_heads: Number of KV heads.
+        logits: [count, num_heads, pages * 32] result of `paged_decode_attention` for the candidates; overwritten.
+        reduce: Function that reduces scores over tensor-parallel ranks in place.
+
+    Returns:
+        The selected tokens of each query token and head group.
+    """
+    # Every head group has the same number of candidates, of which the last page is that of the current token.
+    lengths = [
+        count * PAGE_SIZE - -context % PAGE_SIZE
+        for count, context in zip(candidates.num_pages[:, 0].tolist(), rows.context, strict=True)
+    ]
+    compact = DecodeBatch(rows.request, rows.token, lengths, rows.query_heads)
+    scores = token_scores(compact, rule, kv_heads, logits)
+    if reduce is not None:
+        reduce(scores, rule)
+    selected = select_tokens(compact, rule, scores)
+    numbers = selected.pages.long().clamp(0, candidates.pages.shape[2] - 1)  # undefined beyond the selected pages
+    return replace(selected, pages=candidates.pages.gather(2, numbers))
 
 
 def select_window(rows: DecodeBatch, rule: SelectionRule) -> SelectedTokens:

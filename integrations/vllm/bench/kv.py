@@ -9,6 +9,7 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -108,10 +109,10 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
             )
 
 
-def _engine_policy(arms: list[KVArm]) -> str:
-    """Return the policy with which the engine starts: one that keeps bounds of pages, if any does."""
-    names = [arm.policy for arm in arms[1:]]
-    return "quest" if "quest" in names else names[0]
+def _engine_policy(arms: list[KVArm]) -> dict[str, Any]:
+    """Return the policy with which the engine starts: one that keeps bounds of pages in all layers, if any arm does."""
+    keeps_bounds = any(arm.policy == "quest" or (arm.options or {}).get("select") == "two_pass" for arm in arms[1:])
+    return {"name": "quest", "full_layers": 0} if keeps_bounds else {"name": arms[1].policy}
 
 
 def print_kv_table(records: list[Record]) -> None:

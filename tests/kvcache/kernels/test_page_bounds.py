@@ -1,16 +1,21 @@
-"""Tests of the kernels for page bounds against the reference of Quest."""
+"""Tests of the kernels for page bounds against the references of Quest and of TidalDecode's selection in two passes."""
+
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_cache import build
 
-from pilotfish.kvcache.kernels import page_bounds
+from pilotfish.kvcache import reference
+from pilotfish.kvcache.kernels import page_bounds, paged_decode
 from pilotfish.kvcache.kernels.paged_decode import DecodeBatch
 from pilotfish.kvcache.reference import softmax
-from pilotfish.kvcache.selection import PAGE_SIZE, SelectionRule, unit_positions
+from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule, unit_positions
 from pilotfish.plugins.quest import Quest
+from pilotfish.plugins.tidal_decode import TidalDecode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -100,6 +105,62 @@ def test_logits_and_selected_pages_equal_the_reference(
             weights = softmax(expected).reshape(groups, -1, expected.shape[1])
             for group, scores in enumerate(weights.max(1) if aggregation == "max" else weights.sum(1)):
                 assert_best_pages(selected.positions(r, group), scores, context, rule)
+
+
+@given(
+    st.builds(
+        SelectionRule,
+        budget=st.sampled_from([96, 128]),
+        sinks=st.integers(0, 8),
+        recent=st.integers(0, 20),
+        head_aggregation=st.sampled_from(get_args(HeadAggregation)),
+        granularity=st.sampled_from(get_args(Granularity)),
+        candidates=st.sampled_from([128, 160, 256]),
+    ),
+    st.lists(st.integers(129, 600), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_selection_in_two_passes_equals_the_reference(
+    rule: SelectionRule, contexts: list[int], share: int, seed: int
+) -> None:
+    case = build(contexts, 2, share, 32, 64, torch.float32, seed)
+    bounds = page_bounds.zero_bounds(case.cache)
+    for request, context in enumerate(contexts):
+        at = torch.arange(context)
+        page_bounds.update_bounds(case.cache, bounds, case.table[request, at // 64].long() * 64 + at % 64)
+    of_pages = page_bounds.bound_logits(case.query, case.cache, bounds, case.table, case.rows, 0.3)
+    candidates = page_bounds.select_pages(case.rows, rule.of_candidates, 2, of_pages)
+    logits = torch.full((len(contexts), 2 * share, candidates.pages.shape[2] * PAGE_SIZE), float("nan"))
+    attended = torch.zeros_like(case.query)
+    paged_decode.paged_decode_attention(
+        case.query, case.cache, case.table, case.rows, 0.3, attended, logits=logits, candidates=candidates
+    )
+    without_values = torch.full_like(logits, float("nan"))
+    paged_decode.paged_decode_attention(
+        case.query, case.cache, case.table, case.rows, 0.3, None, candidates, without_values, candidates
+    )
+    torch.testing.assert_close(without_values, logits, rtol=0, atol=0, equal_nan=True)
+    selected = paged_decode.select_among(candidates, case.rows, rule, 2, logits)
+    for r, context in enumerate(contexts):
+        query, keys = (x.double().numpy() for x in (case.query[case.tokens[r]], case.keys[r]))
+        exact, output = reference.attention(query, keys, case.values[r].double().numpy(), 0.3)
+        np.testing.assert_allclose(attended[case.tokens[r]].numpy(), output, atol=1e-5)
+        expected = TidalDecode.select_in_two_passes(query, keys, exact, 0.3, rule)
+        for group, positions in enumerate(expected):
+            assert [p for p in selected.positions(r, group) if p < context] == positions
+
+
+@given(st.integers(129, 600), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_selection_among_all_pages_equals_the_exact_one(context: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    query, keys = rng.normal(size=(4, 16)), rng.normal(size=(context, 2, 16))
+    logits, _ = reference.attention(query, keys, keys, 0.3)
+    rule = SelectionRule(128, 4, 16, "kv_head", "token", candidates=640)
+    exact = [TidalDecode.select_tokens(scores, rule) for scores in TidalDecode.token_scores(logits, rule, 2)]
+    assert TidalDecode.select_in_two_passes(query, keys, logits, 0.3, rule) == exact
 
 
 def assert_best_pages(positions: list[int], scores: np.ndarray, context: int, rule: SelectionRule) -> None:

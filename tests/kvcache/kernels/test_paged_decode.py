@@ -1,6 +1,5 @@
 """Tests of the paged decode kernels against naive attention over gathered keys and values."""
 
-from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_cache import PagedCache, build
 
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels import paged_decode
@@ -18,48 +18,9 @@ from pilotfish.plugins.tidal_decode import TidalDecode
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@dataclass
-class Case:
-    """A filled KV cache, with the keys and values that it holds."""
-
-    query: torch.Tensor  # [tokens, heads, head_size]
-    keys: list[torch.Tensor]  # per request [context, kv_heads, head_size]
-    values: list[torch.Tensor]
-    cache: torch.Tensor
-    table: torch.Tensor
-    rows: DecodeBatch
-    tokens: list[int]
-    contexts: list[int]
-
-
-def build(contexts: list[int], kv_heads: int, share: int, size: int, block: int, dtype: torch.dtype, seed: int) -> Case:
-    """Return requests with the given context lengths; their blocks are scattered over a larger cache."""
-    rng = torch.Generator().manual_seed(seed)
-    need = [-(-c // block) for c in contexts]
-    order = torch.randperm(sum(need) + 3, generator=rng)
-    cache = torch.full((len(order), kv_heads, block, 2 * size), float("nan"), dtype=dtype)
-    table = torch.full((len(contexts), max(need) + 1), -1, dtype=torch.int32)
-    keys, values, used = [], [], 0
-    for r, context in enumerate(contexts):
-        k, v = (torch.randn(context, kv_heads, size, generator=rng).to(dtype) for _ in range(2))
-        for b in range(need[r]):
-            block_id = int(order[used])
-            used += 1
-            table[r, b] = block_id
-            part = cache[block_id].view(kv_heads, 2, block * size)
-            kt, vt = part[:, 0].view(kv_heads, size, block), part[:, 1].view(kv_heads, block, size)
-            n = min(block, context - b * block)
-            kt[:, :, :n] = k[b * block : b * block + n].permute(1, 2, 0)
-            vt[:, :n] = v[b * block : b * block + n].permute(1, 0, 2)
-        keys.append(k)
-        values.append(v)
-    tokens = torch.randperm(len(contexts) + 2, generator=rng)[: len(contexts)].tolist()
-    query = torch.randn(len(contexts) + 2, kv_heads * share, size, generator=rng).to(dtype)
-    rows = DecodeBatch(list(range(len(contexts))), tokens, contexts, kv_heads * share)
-    return Case(query, keys, values, cache, table, rows, tokens, contexts)
-
-
-def naive_attention(case: Case, r: int, head: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+def naive_attention(
+    case: PagedCache, r: int, head: int, positions: list[int], scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores [n] and the output [head_size] of one head over the given positions, in float64."""
     keys, values = (x[r][positions].double().numpy() for x in (case.keys, case.values))
     scores, output = reference.attention(case.query[case.tokens[r]].double().numpy(), keys, values, scale)

@@ -7,7 +7,7 @@ outlives a step, so prefix caching, preemption and chunked prefill work unchange
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,20 +164,27 @@ class SparseCPUImpl(LayerRoleMixin, CPUAttentionBackendImpl):
         elif role is Role.FULL:
             paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output)
         else:
+            attended = output if step.plan.full_selection else None
             step.choice = SelectedTokens.cat(
-                [self._select(query, cache, table, output, step, part) for part in rows.parts(LOGITS_BYTES)]
+                [self._select(query, cache, table, attended, step, part) for part in self._parts(step)]
             )
+            if attended is None:
+                paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, step.choice)
+
+    def _parts(self, step: SparseCPUStep) -> Iterator[DecodeBatch]:
+        """Split the query tokens of a step into parts such that the logits of `_select` have a bounded size."""
+        return step.rows.parts(LOGITS_BYTES)
 
     def _select(
         self,
         query: torch.Tensor,
         cache: torch.Tensor,
         table: torch.Tensor,
-        output: torch.Tensor,
+        output: torch.Tensor | None,
         step: SparseCPUStep,
         rows: DecodeBatch,
     ) -> SelectedTokens:
-        """Compute full attention for some requests of a step, and select their tokens."""
+        """Select the tokens of some requests of a step; also compute full attention if there is an ``output``."""
         logits = torch.empty(rows.count, rows.query_heads, rows.padded)
         paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, logits=logits)
         if step.observe is not None:
