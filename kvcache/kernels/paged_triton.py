@@ -15,6 +15,7 @@ Selected tokens can be read in two ways:
 - `paged_decode_attention` reads any selected tokens, with one selection per head group.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TILE = 128  # positions that a program processes at a time
 TARGET_PROGRAMS = 2048  # number of programs that keeps a large GPU busy
 MAX_SPLITS = 64  # parts into which a context is split
+SCORE_BYTES = 64 << 20  # maximum size of the scores of a selection, and of their copies; larger batches are split
 SCORES_LAUNCH = {"num_warps": 4, "num_stages": 3}
 
 
@@ -54,6 +56,13 @@ class DeviceBatch:
         """Return which requests decode one token with a context beyond the budget, [num_requests] bool."""
         one = self.query_start_loc[1:] - self.query_start_loc[:-1] == 1
         return one & (self.seq_lens > rule.budget)
+
+    def parts(self, size: int) -> "Iterator[DeviceBatch]":
+        """Split the batch into parts of at most ``size`` requests."""
+        for i in range(0, len(self.seq_lens), size):
+            part = slice(i, i + size)
+            starts = self.query_start_loc[i : i + size + 1]
+            yield DeviceBatch(starts, self.seq_lens[part], self.block_table[part], self.max_seq_len)
 
 
 def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: SelectionRule, scale: float) -> "Tensor":
@@ -141,6 +150,11 @@ def score_bytes(rule: SelectionRule, requests: int, heads: int, kv_heads: int, m
     return 2 * 4 * requests * groups * units
 
 
+def requests_at_once(rule: SelectionRule, heads: int, kv_heads: int, max_seq_len: int) -> int:
+    """Return the number of requests whose scores take at most `SCORE_BYTES`, at least 1; see `score_bytes`."""
+    return max(1, SCORE_BYTES // score_bytes(rule, 1, heads, kv_heads, max_seq_len))
+
+
 def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> "Tensor":
     """Select the top units (pages or tokens) of each head group by their scores.
 
@@ -161,7 +175,7 @@ def select_tokens(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule) -> 
     context = batch.seq_lens[:, None, None]
     recent = (context - 1 - rule.recent).clamp_min(0) // unit
     always = (number < -(-rule.sinks // unit)) | (number >= recent)
-    ranked = scores.masked_fill(always, float("inf")).masked_fill(number * unit >= context, float("-inf"))
+    ranked = scores.masked_fill(always, float("inf")).masked_fill_(number * unit >= context, float("-inf"))
     selected = ranked.topk(min(rule.budget // unit, units), sorted=False).indices
     return selected.sort(-1).values.int()
 

@@ -19,10 +19,13 @@ from .needle_in_haystack import NeedleQuestion, NeedleResult
 STOCK = "none"
 
 
-TURNS = 5
+LEAST = "least_attention"  # steps whose layers read 64 tokens: no policy can be faster
 
 
-STEPS = 12  # decode steps timed in every turn
+TURNS = 15
+
+
+STEPS = 4  # decode steps timed in every turn: few, since the speed of a machine changes with time
 
 
 TEXTS = 4  # texts decoded together when distributions are compared
@@ -168,27 +171,38 @@ class KVWork:
 
 
 def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
-    """Time decode steps of all prompts together; the order of the configurations changes from turn to turn."""
+    """Time decode steps of all prompts together; the order of the configurations changes from turn to turn.
+
+    The ``bound_share`` of a configuration is the time that it saves, in parts of what is saved by a step with next to
+    no attention.
+    """
     batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)
     engine.ask(do="steps", prompts=prompts, count=1)  # prefill
-    seconds: dict[str, list[float]] = {arm.label: [] for arm in arms}
+    commands = [(arm.label, arm.setting) for arm in arms] + [(LEAST, {"do": "least_attention"})]
+    seconds: dict[str, list[float]] = {label: [] for label, _ in commands}
     for turn in range(TURNS):
-        for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-            engine.ask(**arm.setting)
+        for label, command in commands[turn % len(commands) :] + commands[: turn % len(commands)]:
+            engine.ask(**command)
             answer = engine.ask(do="steps", prompts=prompts, count=STEPS)
-            seconds[arm.label].append(statistics.median(answer["seconds"]))
+            seconds[label].append(statistics.median(answer["seconds"]))
     params = {"batch": batch, "context": context}
     records = []
-    for arm in arms:
-        arm_seconds = seconds[arm.label]
-        ratios = [a / b for a, b in zip(seconds[STOCK], arm_seconds, strict=True)]
-        common = ("kv", f"context_{context}", arm.label)
-        milliseconds = [round(1e3 * s, 3) for s in arm_seconds]
+    for label, of_arm in seconds.items():
+        common = ("kv", f"context_{context}", label)
+        milliseconds = [round(1e3 * s, 3) for s in of_arm]
         records.append(Record(*common, "step_ms", statistics.median(milliseconds), "ms", milliseconds, params))
-        if arm.options is not None:
-            rounded = [round(r, 4) for r in ratios]
-            records.append(Record(*common, "step_speedup", statistics.median(rounded), "x", rounded, params))
+        if label == STOCK:
+            continue
+        ratios = [round(a / b, 4) for a, b in zip(seconds[STOCK], of_arm, strict=True)]
+        records.append(Record(*common, "step_speedup", statistics.median(ratios), "x", ratios, params))
+        shares = [
+            round((stock - own) / (stock - least), 4)
+            for stock, own, least in zip(seconds[STOCK], of_arm, seconds[LEAST], strict=True)
+            if stock > least
+        ]
+        if shares and label != LEAST:
+            records.append(Record(*common, "bound_share", statistics.median(shares), "", shares, params))
     return records
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ....kvcache.kernels import paged_decode
-from ....kvcache.selection import ReadPlan, Role, SelectionRule
+from ....kvcache.selection import PAGE_SIZE, ReadPlan, Role, SelectionRule
 from ....plugins.config import build_options
 from ....plugins.manager import plugins
 from ..attention.sparse import kv_correction
@@ -19,6 +19,8 @@ from .engine import main
 from .teacher_forcing import TeacherForcingWorker
 
 STOCK = ReadPlan((), SelectionRule(1 << 30, 0, 0, "sum", "page"))
+
+LEAST = SelectionRule(2 * PAGE_SIZE, 0, 0, "max", "page")
 
 
 class KVWorker(TeacherForcingWorker):
@@ -38,6 +40,13 @@ class KVWorker(TeacherForcingWorker):
         if options is not None:
             cls: Any = plugins().get("kv", name) if name else self._attachment.cls
             plan = cls(build_options(cls.Options, options, "pilotfish.kv"), self._attachment.engine).read_plan()
+        return self._switch(plan)
+
+    def least_attention(self) -> dict[str, Any]:
+        """Switch to a plan by which every layer reads so few tokens that attention takes next to no time."""
+        return self._switch(ReadPlan((Role.WINDOW,) * self._attachment.engine.layers, LEAST))
+
+    def _switch(self, plan: ReadPlan) -> dict[str, Any]:
         for builder in self._builders:
             builder.plan = plan
         self.core.scheduler.update_from_output = self._update

@@ -77,10 +77,14 @@ class SparseGPUStep:
             cache: [blocks, kv_heads, block_size, 2 * head_size] KV cache of the layer.
             scale: Softmax scale.
         """
-        rule, block_size = self.plan.rule, cache.shape[2]
-        scores = paged_triton.token_scores(query, cache, self.batch, rule, scale)
-        common.reduce_over_ranks(scores, rule)
-        self.selected = self._read(paged_triton.select_tokens(scores, self.batch, rule), rule, block_size)
+        rule, (kv_heads, block_size) = self.plan.rule, cache.shape[1:3]
+        at_once = paged_triton.requests_at_once(rule, query.shape[1], kv_heads, self.batch.max_seq_len)
+        kept = []
+        for part in self.batch.parts(at_once):
+            scores = paged_triton.token_scores(query, cache, part, rule, scale)
+            common.reduce_over_ranks(scores, rule)
+            kept.append(paged_triton.select_tokens(scores, part, rule))
+        self.selected = self._read(torch.cat(kept), rule, block_size)
 
     def _read(self, kept: torch.Tensor, rule: SelectionRule, block_size: int) -> SelectedRead:
         metadata = copy.copy(self.stock)
@@ -115,7 +119,8 @@ class SparseGPUMetadataBuilder:
         requests = vllm_config.scheduler_config.max_num_seqs
 
         def how(rule: SelectionRule) -> str:
-            size = paged_triton.score_bytes(rule, requests, heads, kv_heads, self._longest)
+            at_once = min(requests, paged_triton.requests_at_once(rule, heads, kv_heads, self._longest))
+            size = paged_triton.score_bytes(rule, at_once, heads, kv_heads, self._longest)
             return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB not counted in vLLM's memory profiling,"
 
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, how)
@@ -186,6 +191,9 @@ class SparseGPUImpl(common.LayerRoleMixin):
         if step is None or compatibility.has_sliding_window(self):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
+        if role is Role.SELECT and not step.plan.full_selection:
+            step.select_tokens(query, kv_cache, scale)
+            role = Role.SPARSE  # the layer reads what it selected
         if (read := step.read_of(role, kv_cache.shape[2])) is not None:
             stock(layer, query, key, value, kv_cache, read.metadata, output, *scales)
             if read.kept is not None:

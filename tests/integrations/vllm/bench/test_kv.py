@@ -15,19 +15,24 @@ ARMS = [KVArm("none", None), KVArm("tidal_decode@budget=256", {"budget": 256})]
 
 
 class FakeEngine:
-    """Fake engine: steps take 20 ms with stock attention, 10 ms with the policy, and get slower from turn to turn."""
+    """Fake engine: steps take 20 ms with stock attention, 10 ms with the policy, 4 ms with next to no attention.
+
+    They get slower from turn to turn.
+    """
 
     def __init__(self) -> None:
         self.options: Any = None
+        self.seconds = 0.02
         self.asked: list[str] = []
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
         self.asked.append(do)
-        if do == "policy":
-            self.options = values["options"]
+        if do in ("policy", "least_attention"):
+            self.options = values.get("options")
+            self.seconds = 0.004 if do == "least_attention" else 0.02 if self.options is None else 0.01
             return {}
         if do == "steps":
-            seconds = (0.02 if self.options is None else 0.01) * (1 + self.asked.count("steps") // 3)
+            seconds = self.seconds * (1 + self.asked.count("steps") // 4)
             return {"seconds": [seconds] * values["count"]}
         lengths = [len(t) for t in values["texts"]]
         if values["keep"] is None:
@@ -53,7 +58,16 @@ def test_step_speedup_is_computed_per_turn() -> None:
     assert len(speedup.runs) == kv_work.TURNS
     assert 0.9 < speedup.value < 2.1
     assert engine.asked[:2] == ["policy", "steps"], "prompts are prefilled before anything is timed"
-    assert {r.metric for r in records} == {"step_ms", "step_speedup"}
+    assert {r.metric for r in records} == {"step_ms", "step_speedup", "bound_share"}
+
+
+def test_bound_share_is_the_time_saved_in_parts_of_the_most_that_can_be_saved() -> None:
+    records = kv_work.measure_kv_step_times(FakeEngine(), ARMS, [[1, 2]])
+    (share,) = (r for r in records if r.metric == "bound_share")
+    assert share.arm == "tidal_decode@budget=256"
+    assert 0.5 < share.value < 0.8, "10 of 16 ms, up to the drift"
+    steps = {r.arm: r.value for r in records if r.metric == "step_ms"}
+    assert steps[kv_work.LEAST] < steps[share.arm] < steps[kv_work.STOCK]
 
 
 def test_quality_is_measured_against_full_attention() -> None:
