@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A choice of full-attention layers; all other layers are sparse.
+    """A choice of full-attention layers and of window layers; all other layers are sparse.
 
     Attributes:
         full: First layers, before the first selection layer; they compute full attention.
         select: Token selection layers; they compute full attention too.
         loss: Attention outside the selected tokens, summed over the sparse layers.
+        window: Layers that read the first and the latest tokens.
     """
 
     full: tuple[int, ...]
     select: tuple[int, ...]
     loss: float
+    window: tuple[int, ...] = ()
 
     @property
     def num_full_layers(self) -> int:

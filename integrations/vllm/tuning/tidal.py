@@ -1,9 +1,11 @@
 """`pilotfish tune tidal`: finds the layers of a model that should select tokens, by measurements inside vLLM.
 
-1. One pass over a few texts in which every layer selects tokens: for each pair of layers, how much of the attention of
+1. One run for each layer in which this layer reads the first and the latest tokens only: layers with next to no
+   divergence from full attention become window layers.
+2. One pass over a few texts in which every layer selects tokens: for each pair of layers, how much of the attention of
    one layer is missed with the selection of the other.
-2. For every number of full-attention layers, the set of layers that misses least (`kvcache.layer_choice`).
-3. Each of these sets is run, and its divergence from full attention and its needle recall are measured.
+3. For every number of full-attention layers, the set of other layers that misses least (`kvcache.layer_choice`).
+4. Each of these sets is run, and its divergence from full attention and its needle recall are measured.
 
 The ``default`` setting has the fewest full-attention layers whose divergence stays below the target and that find the
 needles which full attention finds; ``fast`` has the fewest whose divergence stays below a larger target.
@@ -36,6 +38,8 @@ from ..serving.command import check_model
 from ..serving.progress import console as status
 from ..serving.progress import counting_bar
 
+# Share of the default setting's target that the divergence of all window layers may reach, if they add up.
+WINDOW_SHARE = 0.5
 LONGEST = 8000  # tokens: layers that suit a long context suit a short one, but not the reverse
 
 
@@ -91,12 +95,12 @@ def find_selection_layers(plan: TidalTuning) -> Profile:
         "additional_config": {"pilotfish": {"kv": {"name": TidalDecode.name, "budget": plan.budget}}},
     }
     with tempfile.TemporaryDirectory() as logs, counting_bar() as bar:
-        task = bar.add_task("starting the engine", total=2 + len(groups))
+        task = bar.add_task("starting the engine", total=3 + len(groups))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
-            fingerprint = engine.ask(do="facts")["fingerprint"]
-            full, tried = _try(plan, engine, cut, groups, bar, task)
+            facts = engine.ask(do="facts")
+            full, tried = _try(plan, engine, facts["layers"], cut, groups, bar, task)
     print_tidal_profile(full, tried)
-    profile = to_profile(plan, fingerprint, full, tried)
+    profile = to_profile(plan, facts["fingerprint"], full, tried)
     profiles.write_profile(plan.out, profile)
     status.print(f"written to {plan.out}: {', '.join(profile.settings)}", markup=False)
     return profile
@@ -116,6 +120,7 @@ def check_profile_path(path: Path) -> None:
 def _try(
     plan: TidalTuning,
     engine: Any,
+    layers: int,
     cut: list[list[int]],
     groups: list[list[NeedleQuestion]],
     bar: Progress,
@@ -129,6 +134,16 @@ def _try(
     bar.update(task, description="full attention")
     engine.ask(do="policy", options=None)
     engine.ask(do="forced", **ask, keep=True)
+
+    def divergence(options: dict[str, Any]) -> tuple[float, float]:
+        engine.ask(do="policy", options=options)
+        answer = engine.ask(do="forced", **ask, keep=False)
+        kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
+        return kl, same
+
+    bar.update(task, description="layers as window layers", advance=1)
+    alone = [divergence(only_window_layer(layer, layers, plan.budget))[0] for layer in range(layers)]
+    window = window_layers(alone, plan.default_kl)
     bar.update(task, description="comparing the selections of layers", advance=1)
     rule = vars(TidalDecodeOptions(budget=plan.budget).rule)
     of_text = np.array(engine.ask(do="missed", **ask, rule=rule)["missed"])
@@ -139,14 +154,9 @@ def _try(
         answer = engine.ask(do="missed", prompts=contexts, texts=copied, rule=rule, places=positions)
         of_needles += np.array(answer["missed"])
     bar.update(task, description="running sets of layers", advance=1)
-    choices = candidates(of_text, of_needles, plan.max_layers)
-    settings = [{"budget": plan.budget, "full_layers": c.full, "select_layers": c.select} for c in choices]
-    distances: list[tuple[float, float]] = []
-    for options in settings:
-        engine.ask(do="policy", options=options)
-        answer = engine.ask(do="forced", **ask, keep=False)
-        kl, same = (statistics.fmean(x for row in answer[key] for x in row) for key in ("kl", "same"))
-        distances.append((kl, same))
+    choices = candidates(of_text, of_needles, plan.max_layers, window)
+    settings = [{"budget": plan.budget, **layers_of(c)} for c in choices]
+    distances = [divergence(options) for options in settings]
     bar.update(task, description="needle test")
     exact: list[list[bool]] = [[] for _ in range(1 + len(settings))]
     for group in groups:  # all sets on one group, so that its contexts are prefilled once
@@ -159,7 +169,32 @@ def _try(
     return full, tried
 
 
-def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], most: int) -> list[LayerChoice]:
+def only_window_layer(layer: int, layers: int, budget: int) -> dict[str, Any]:
+    """Return options by which one layer is a window layer and the others compute full attention."""
+    select, *full = (n for n in range(layers) if n != layer)
+    return {"budget": budget, "full_layers": full, "select_layers": [select], "window_layers": [layer]}
+
+
+def window_layers(alone: list[float], target: float) -> tuple[int, ...]:
+    """Return the layers that become window layers; at least three are left to select tokens and to read them.
+
+    Args:
+        alone: Divergence from full attention for each layer, if it alone is a window layer.
+        target: Divergence that the ``default`` setting may have.
+    """
+    ranked = sorted(range(len(alone)), key=lambda n: alone[n])[: max(0, len(alone) - 3)]
+    return tuple(sorted(n for n in ranked if alone[n] <= WINDOW_SHARE * target / len(alone)))
+
+
+def layers_of(choice: LayerChoice) -> dict[str, list[int]]:
+    """Return the options that choose these layers."""
+    layers = {"full_layers": list(choice.full), "select_layers": list(choice.select)}
+    return layers | ({"window_layers": list(choice.window)} if choice.window else {})
+
+
+def candidates(
+    of_text: NDArray[np.floating], of_needles: NDArray[np.floating], most: int, window: tuple[int, ...] = ()
+) -> list[LayerChoice]:
     """Return sets of layers worth running, smallest first: the best of every size for texts, for needles, for both.
 
     Args:
@@ -167,15 +202,19 @@ def candidates(of_text: NDArray[np.floating], of_needles: NDArray[np.floating], 
             layer, while a text is decoded.
         of_needles: [layers, layers] the same attention, while needles are retrieved.
         most: Largest number of full-attention layers.
+        window: Window layers; the others have another role.
 
     Returns:
         Different sets; their losses are not comparable with each other.
     """
+    others = [n for n in range(len(of_text)) if n not in window]
+    of_text, of_needles = (m[np.ix_(others, others)] for m in (of_text, of_needles))
     losses = [m / max(best_layer_choices(m, most=1)[0].loss, 1e-12) for m in (of_text, of_needles)]
     sets: dict[tuple[tuple[int, ...], tuple[int, ...]], LayerChoice] = {}
     for weights in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0)):
         for choice in best_layer_choices(weights[0] * losses[0] + weights[1] * losses[1], most):
-            sets.setdefault((choice.full, choice.select), choice)
+            full, select = (tuple(others[n] for n in numbers) for numbers in (choice.full, choice.select))
+            sets.setdefault((full, select), LayerChoice(full, select, choice.loss, window))
     return sorted(sets.values(), key=lambda c: c.num_full_layers)
 
 
@@ -204,7 +243,7 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
                 markup=False,
             )
         choice = (best or closest).choice
-        settings[name] = {"full_layers": list(choice.full), "select_layers": list(choice.select)}
+        settings[name] = layers_of(choice)
     return Profile(
         policy=TidalDecode.name,
         model=plan.model,
@@ -219,8 +258,7 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
             "needles_full_attention": full,
             "curve": [
                 {
-                    "full_layers": list(t.choice.full),
-                    "select_layers": list(t.choice.select),
+                    **layers_of(t.choice),
                     "kl": round(t.kl, 5),
                     "same_top": round(t.same_top, 4),
                     "needles": t.needles,
@@ -234,11 +272,13 @@ def to_profile(plan: TidalTuning, fingerprint: str, full: float, tried: list[Lay
 def print_tidal_profile(full: float, tried: list[LayerTrial]) -> None:
     """Print the measured sets of layers as a table."""
     numbers = ("layers", "KL", "same top token", "needle recall")
-    table = make_table("layers", "full attention", "token selection", *numbers[1:], numbers=numbers)
+    names = ("layers", "full attention", "token selection", "window", *numbers[1:])
+    table = make_table(*names, numbers=numbers)
     table.title = "Sets of full-attention layers"
-    table.add_row("all", "all", "", "0", "", f"{full:.0%}")
+    table.add_row("all", "all", "", "", "0", "", f"{full:.0%}")
     for t in tried:
-        layers, select = (" ".join(map(str, layers)) for layers in (t.choice.full, t.choice.select))
-        row = (str(t.choice.num_full_layers), layers, select, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
+        choice = t.choice
+        layers = [" ".join(map(str, layers)) for layers in (choice.full, choice.select, choice.window)]
+        row = (str(choice.num_full_layers), *layers, f"{t.kl:.4f}", f"{t.same_top:.1%}", f"{t.needles:.0%}")
         table.add_row(*row)
     print_plain(table)

@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from pilotfish.integrations.vllm.bench.kv_worker import MissedAttention
-from pilotfish.integrations.vllm.tuning.tidal import LayerTrial, TidalTuning, candidates, to_profile
+from pilotfish.integrations.vllm.tuning.tidal import (
+    LayerTrial,
+    TidalTuning,
+    candidates,
+    layers_of,
+    only_window_layer,
+    to_profile,
+    window_layers,
+)
 from pilotfish.kvcache import reference
 from pilotfish.kvcache.kernels.paged_decode import DecodeBatch
 from pilotfish.kvcache.layer_choice import LayerChoice, best_layer_choices
-from pilotfish.kvcache.selection import SelectionRule
-from pilotfish.plugins.tidal_decode import TidalDecode
+from pilotfish.kvcache.selection import Role, SelectionRule
+from pilotfish.plugins.config import build_options
+from pilotfish.plugins.contracts import Engine
+from pilotfish.plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 
 PLAN = TidalTuning("m", None, 512, 4000, 48, 12, 0.08, 0.25, 0.02, "bfloat16", Path("p.json"))
 
@@ -92,6 +102,34 @@ def test_missed_attention_matches_reference_for_all_positions_and_for_a_span() -
                 for reading in range(layers):
                     expected[selecting, reading] += (weights[reading][:, missed].sum(-1) ** 2).mean() / len(contexts)
         np.testing.assert_allclose(observer.mean.numpy(), expected, atol=1e-5)
+
+
+def test_layers_with_next_to_no_divergence_become_window_layers() -> None:
+    assert window_layers([0.02, 0.004, 0.5, 0.0, 0.3], 0.05) == (1, 3)
+    assert window_layers([0.0] * 6, 0.05) == (0, 1, 2), "three layers are left"
+    assert window_layers([0.0] * 3, 0.05) == ()
+
+
+def test_candidates_leave_window_layers_out() -> None:
+    missed = np.triu(np.random.default_rng(2).random((9, 9)), 1)
+    window = (0, 1, 4)
+    choices = candidates(missed, missed, most=4, window=window)
+    assert all(c.window == window and not {*c.full, *c.select} & {*window} for c in choices)
+    others = [2, 3, 5, 6, 7, 8]
+    expected = best_layer_choices(missed[np.ix_(others, others)], most=4)
+    assert {c.select for c in choices} == {tuple(others[n] for n in c.select) for c in expected}
+    for choice in choices:
+        options = build_options(TidalDecodeOptions, {"budget": 128, **layers_of(choice)}, "pilotfish.kv")
+        assert options.window_layers == window
+    assert "window_layers" not in layers_of(LayerChoice((0,), (1,), 0.0))
+
+
+def test_one_layer_alone_is_a_window_layer() -> None:
+    for layer in range(4):
+        options = build_options(TidalDecodeOptions, only_window_layer(layer, 4, 128), "pilotfish.kv")
+        roles = TidalDecode(options, Engine("m", 1000, 8192, 8, layers=4)).read_plan().roles
+        assert [n for n, role in enumerate(roles) if role is Role.WINDOW] == [layer]
+        assert Role.SPARSE not in roles
 
 
 def test_candidates_include_the_best_sets_for_text_and_for_needles() -> None:
