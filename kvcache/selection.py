@@ -65,8 +65,8 @@ class SelectionRule:
 
     @property
     def of_candidates(self) -> "SelectionRule":
-        """Rule by which the candidates are selected, with pages ranked by their bounds."""
-        return replace(self, budget=self.candidates, granularity="page", candidates=0)
+        """Rule by which the candidates of all heads are selected, with pages ranked by their bounds."""
+        return replace(self, budget=self.candidates, head_aggregation="max", granularity="page", candidates=0)
 
     @property
     def window(self) -> "SelectionRule":

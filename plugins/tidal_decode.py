@@ -131,9 +131,8 @@ class TidalDecodeOptions:
             raise ValueError(f"{name}: expected at least {read.min_budget} with window_layers, got {read.budget}")
         if self.candidates is not None and self.select != "two_pass":
             raise ValueError("candidates: given without select=two_pass")
-        if self.rule.candidates and self.rule.candidates < (
-            least := max(self.budget, self.rule.of_candidates.min_budget)
-        ):
+        least = PAGE_SIZE * (-(-self.budget // PAGE_SIZE) + 1)
+        if self.select == "two_pass" and self.rule.candidates < least:
             raise ValueError(f"candidates: expected at least {least}, got {self.rule.candidates}")
 
     @property
@@ -189,8 +188,6 @@ class TidalDecode(KVPolicy):
                 "choose other select_layers, or run without the policy",
                 engine.model,
             )
-        if options.select == "two_pass" and engine.device != "cpu":
-            raise Unsupported(cls.name, "the bounds of pages are kept on CPUs only", "set select=exact", engine.model)
         compiler_check.require_compiler(cls.name, engine)
 
     def __init__(self, options: TidalDecodeOptions, engine: Engine) -> None:
@@ -315,15 +312,11 @@ class TidalDecode(KVPolicy):
         Returns:
             For each group of heads the positions of the selected tokens, ascending.
         """
-        num_head_groups = rule.num_head_groups(len(query), keys.shape[1])
         bounds = Quest.bound_logits(query, Quest.page_bounds(keys), scale)
-        scores = TidalDecode.token_scores(bounds, rule.of_candidates, keys.shape[1])
-        result = []
-        for pages, group in zip(scores, np.split(logits, num_head_groups), strict=True):
-            candidates = TidalDecode.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys)], rule.of_candidates)
-            of_candidates = TidalDecode.token_scores(group[:, candidates], rule, num_kv_heads=1)
-            result.append([candidates[i] for i in TidalDecode.select_tokens(of_candidates[0], rule)])
-        return result
+        pages = TidalDecode.token_scores(bounds, rule.of_candidates, keys.shape[1])[0]
+        candidates = TidalDecode.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys)], rule.of_candidates)
+        scores = TidalDecode.token_scores(logits[:, candidates], rule, keys.shape[1])
+        return [[candidates[i] for i in TidalDecode.select_tokens(group, rule)] for group in scores]
 
     @staticmethod
     def sparse_attention(

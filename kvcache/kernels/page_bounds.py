@@ -35,7 +35,7 @@ def load_page_bounds_library() -> ctypes.CDLL:
     return lib
 
 
-def zero_bounds(cache: "Tensor") -> "Tensor":
+def allocate_bounds(cache: "Tensor") -> "Tensor":
     """Allocate zeroed page bounds for a cache.
 
     Args:
@@ -56,7 +56,7 @@ def update_bounds(cache: "Tensor", bounds: "Tensor", slots: "Tensor") -> None:
 
     Args:
         cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], with the new keys.
-        bounds: Bounds of the cache, from `zero_bounds`; overwritten in part.
+        bounds: Bounds of the cache, from `allocate_bounds`; overwritten in part.
         slots: [tokens] int64 slots of the new keys, those of a request in ascending order; negative ones are padding.
     """
     import torch

@@ -375,7 +375,7 @@ def select_among(
     """Select the top tokens or pages of each head group among candidates, as if the context had no other tokens.
 
     Args:
-        candidates: Whole pages of each query token and head group, sinks and recent tokens included.
+        candidates: Whole pages of each query token for all heads, sinks and recent tokens included.
         rows: Query tokens of the batch.
         rule: Selection rule.
         kv_heads: Number of KV heads.
@@ -385,7 +385,7 @@ def select_among(
     Returns:
         The selected tokens of each query token and head group.
     """
-    # Every head group has the same number of candidates, of which the last page is that of the current token.
+    # The last page of the candidates is that of the current token.
     lengths = [
         count * PAGE_SIZE - -context % PAGE_SIZE
         for count, context in zip(candidates.num_pages[:, 0].tolist(), rows.context, strict=True)
@@ -396,7 +396,7 @@ def select_among(
         reduce(scores, rule)
     selected = select_tokens(compact, rule, scores)
     numbers = selected.pages.long().clamp(0, candidates.pages.shape[2] - 1)  # undefined beyond the selected pages
-    return replace(selected, pages=candidates.pages.gather(2, numbers))
+    return replace(selected, pages=candidates.pages.expand(-1, numbers.shape[1], -1).gather(2, numbers))
 
 
 def select_window(rows: DecodeBatch, rule: SelectionRule) -> SelectedTokens:

@@ -16,7 +16,7 @@ Selected tokens can be read in two ways:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,6 +144,9 @@ def score_bytes(rule: SelectionRule, requests: int, heads: int, kv_heads: int, m
         kv_heads: Number of KV heads.
         max_seq_len: Longest context.
     """
+    if rule.candidates:
+        sizes = (rule.of_candidates, max_seq_len), (replace(rule, candidates=0), min(rule.candidates, max_seq_len))
+        return max(score_bytes(r, requests, heads, kv_heads, longest) for r, longest in sizes)
     per_token = rule.head_aggregation == "union" or rule.granularity == "token"
     groups = heads if rule.head_aggregation == "union" else rule.num_head_groups(heads, kv_heads)
     units = triton.cdiv(max_seq_len, TILE) * TILE // (1 if per_token else PAGE_SIZE)

@@ -37,6 +37,18 @@ def cache_offsets(table, position, inside, block_stride, token_stride, BLOCK: tl
 
 
 @jit
+def log_sum_exp_of_splits(split_lse, head, some, s, splits):
+    """Return the log-sum-exp [rows] of heads from that of their splits; ``some`` are the rows that are no padding."""
+    of_split = tl.load(
+        split_lse + head[:, None] * splits + s[None, :],
+        mask=some[:, None] & (s < splits)[None, :],
+        other=-float("inf"),
+    )
+    top = tl.where(some, tl.max(of_split, 1), 0.0)
+    return top + tl.log(tl.maximum(tl.sum(tl.exp(of_split - top[:, None]), 1), 1e-30))
+
+
+@jit
 def score_lse_kernel(
     query,
     cache,
@@ -145,14 +157,7 @@ def unit_weights_kernel(
                 first = (group * KV_HEADS_PER_GROUP + i) * NUM_QUERIES_PER_KV
                 q = load_query(query, row, first, NUM_QUERIES_PER_KV, query_stride, g, d, HEAD_SIZE)
                 head = request.to(tl.int64) * HEADS + first + g
-                of_split = tl.load(
-                    split_lse + head[:, None] * splits + s[None, :],
-                    mask=(g < NUM_QUERIES_PER_KV)[:, None] & (s < splits)[None, :],
-                    other=-float("inf"),
-                )
-                top = tl.max(of_split, 1)
-                top = tl.where(g < NUM_QUERIES_PER_KV, top, 0.0)
-                lse = top + tl.log(tl.maximum(tl.sum(tl.exp(of_split - top[:, None]), 1), 1e-30))
+                lse = log_sum_exp_of_splits(split_lse, head, g < NUM_QUERIES_PER_KV, s, splits)
                 to = cache + (group * KV_HEADS_PER_GROUP + i).to(tl.int64) * head_stride + at
                 k = tl.load(to[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
                 x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale

@@ -57,29 +57,21 @@ def attention_backend(stock: type, vllm_config: Any) -> type:
             vllm_config.model_config.model,
         )
     plan = policy.read_plan()
-    if plan is not None and plan.keeps_page_bounds:
-        if name != "CPU_ATTN":
-            raise Unsupported(
-                policy.name,
-                "the bounds of pages are kept on CPUs only",
-                "run without the policy",
-                vllm_config.model_config.model,
-            )
-        from .sparse.page_bounds import PageBoundsCPUBackend
-
-        return PageBoundsCPUBackend
+    keeps_bounds = plan is not None and plan.keeps_page_bounds
     if name == "CPU_ATTN":
         from .sparse.cpu import SparseCPUBackend
+        from .sparse.page_bounds import PageBoundsCPUBackend
 
-        return SparseCPUBackend
+        return PageBoundsCPUBackend if keeps_bounds else SparseCPUBackend
     if name == "TRITON_ATTN":
+        from .sparse.page_bounds_triton import PageBoundsTritonBackend
         from .sparse.triton import SparseTritonBackend
 
-        return SparseTritonBackend
+        return PageBoundsTritonBackend if keeps_bounds else SparseTritonBackend
     if name == "FLASH_ATTN":
-        from .sparse.flash_attn import SparseFlashBackend
+        from .sparse.flash_attn import PageBoundsFlashBackend, SparseFlashBackend
 
-        return SparseFlashBackend
+        return PageBoundsFlashBackend if keeps_bounds else SparseFlashBackend
     raise Unsupported(
         policy.name,
         f"it does not support the attention backend {name}",

@@ -30,7 +30,7 @@ class Cache:
         self.table = torch.randperm(requests * blocks, generator=rng)[: requests * blocks].view(requests, blocks).int()
         # What was in the cache before must not matter.
         self.values = torch.full((requests * blocks, kv_heads, block, 2 * size), 99.0, dtype=dtype)
-        self.bounds = page_bounds.zero_bounds(self.values)
+        self.bounds = page_bounds.allocate_bounds(self.values)
         self.keys: list[list[torch.Tensor]] = [[] for _ in range(requests)]
 
     def write(self, writes: list[tuple[int, int, torch.Tensor]], padding: int = 0) -> None:
@@ -126,7 +126,7 @@ def test_selection_in_two_passes_equals_the_reference(
     rule: SelectionRule, contexts: list[int], share: int, seed: int
 ) -> None:
     case = build(contexts, 2, share, 32, 64, torch.float32, seed)
-    bounds = page_bounds.zero_bounds(case.cache)
+    bounds = page_bounds.allocate_bounds(case.cache)
     for request, context in enumerate(contexts):
         at = torch.arange(context)
         page_bounds.update_bounds(case.cache, bounds, case.table[request, at // 64].long() * 64 + at % 64)

@@ -1,18 +1,17 @@
 """Tests of the paged Triton kernels against naive attention; the kernels are interpreted if there is no GPU."""
 
 import importlib
-from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from device_cache import ON_GPU, DeviceCache, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pilotfish.kvcache import reference
 from pilotfish.kvcache.selection import PAGE_SIZE, Granularity, HeadAggregation, SelectionRule, unit_positions
 from pilotfish.plugins.tidal_decode import TidalDecode
 
@@ -22,8 +21,6 @@ pytestmark = [
 ]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter computes wrong values in bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
@@ -34,68 +31,8 @@ def kernels(interpreted_triton: None) -> ModuleType:
     return importlib.import_module("pilotfish.kvcache.kernels.paged_triton")
 
 
-@dataclass(repr=False)
-class Case:
-    """A filled KV cache, and a batch of decode requests (one token) and prefill requests (several tokens)."""
-
-    query: torch.Tensor  # [tokens, heads, head_size]
-    keys: list[torch.Tensor]  # per request [context, kv_heads, head_size]
-    values: list[torch.Tensor]
-    cache: torch.Tensor
-    table: torch.Tensor
-    starts: list[int]
-    contexts: list[int]
-
-    def __repr__(self) -> str:
-        shapes = tuple(self.query.shape), tuple(self.cache.shape), self.query.dtype
-        return f"Case(starts={self.starts}, contexts={self.contexts}, query and cache {shapes})"
-
-    def batch(self, kernels: ModuleType) -> Any:
-        return kernels.DeviceBatch(
-            torch.tensor(self.starts, dtype=torch.int32, device=DEVICE),
-            torch.tensor(self.contexts, dtype=torch.int32, device=DEVICE),
-            self.table.to(DEVICE),
-            max(self.contexts) + 100,
-        )
-
-    def sparse(self, rule: SelectionRule) -> list[int]:
-        lengths = np.diff(self.starts)
-        return [r for r, n in enumerate(self.contexts) if lengths[r] == 1 and n > rule.budget]
-
-    def attention(self, r: int, positions: list[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
-        keys, values = (x[r][positions].double().numpy() for x in (self.keys, self.values))
-        return reference.attention(self.query[self.starts[r]].cpu().double().numpy(), keys, values, scale)
-
-
-def build(
-    contexts: list[int], queries: list[int], kv_heads: int, share: int, size: int, block: int, dtype: torch.dtype
-) -> Case:
-    """Return requests with the given context lengths; their blocks are scattered over a larger cache."""
-    rng = torch.Generator().manual_seed(sum(contexts) + size + block)
-    need = [-(-c // block) for c in contexts]
-    order = torch.randperm(sum(need) + 3, generator=rng)
-    # vLLM's layout: the heads of a token are adjacent in memory; the view has the head dimension first.
-    cache = torch.full((len(order), block, kv_heads, 2 * size), float("nan"), dtype=dtype).transpose(1, 2)
-    table = torch.zeros((len(contexts), -(-(max(contexts) + 100) // block) + 1), dtype=torch.int32)
-    keys, values, used = [], [], 0
-    for r, context in enumerate(contexts):
-        k, v = (torch.randn(context, kv_heads, size, generator=rng).to(dtype) for _ in range(2))
-        for b in range(need[r]):
-            block_id = int(order[used])
-            used += 1
-            table[r, b] = block_id
-            part = torch.cat([k, v], -1)[b * block : (b + 1) * block]
-            cache[block_id, :, : len(part)] = part.transpose(0, 1)
-        keys.append(k)
-        values.append(v)
-    lengths = [min(q, c) for q, c in zip(queries, contexts, strict=True)]
-    starts = [0, *np.cumsum(lengths).tolist()]
-    query = torch.randn(starts[-1] + 1, kv_heads * share, size, generator=rng).to(dtype)
-    return Case(query.to(DEVICE), keys, values, cache.to(DEVICE), table, starts, contexts)
-
-
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> DeviceCache:
     contexts = draw(st.lists(st.integers(1, 500), min_size=1, max_size=3))
     return build(
         contexts,
@@ -122,14 +59,18 @@ def rules(draw: st.DrawFn) -> SelectionRule:
 MANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def select(kernels: ModuleType, case: Case, rule: SelectionRule, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def select(
+    kernels: ModuleType, case: DeviceCache, rule: SelectionRule, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = kernels.token_scores(case.query, case.cache, case.batch(kernels), rule, scale)
     return scores, kernels.select_tokens(scores, case.batch(kernels), rule)
 
 
 @MANY
 @given(cases(), rules())
-def test_scores_and_selection_match_naive_computation(kernels: ModuleType, case: Case, rule: SelectionRule) -> None:
+def test_scores_and_selection_match_naive_computation(
+    kernels: ModuleType, case: DeviceCache, rule: SelectionRule
+) -> None:
     scale = case.query.shape[-1] ** -0.5
     scores, selected = select(kernels, case, rule, scale)
     requests, heads, kv_heads = len(scores), case.query.shape[1], case.cache.shape[1]
@@ -166,7 +107,7 @@ def test_scores_and_selection_match_naive_computation(kernels: ModuleType, case:
 @MANY
 @given(cases(), rules())
 def test_decode_matches_naive_attention_over_selected_tokens(
-    kernels: ModuleType, case: Case, rule: SelectionRule
+    kernels: ModuleType, case: DeviceCache, rule: SelectionRule
 ) -> None:
     scale = case.query.shape[-1] ** -0.5
     _, selected = select(kernels, case, rule, scale)
@@ -187,7 +128,7 @@ def test_decode_matches_naive_attention_over_selected_tokens(
 @MANY
 @given(cases(), rules(), st.sampled_from(["sum", "max", "union"]))
 def test_shortened_block_table_holds_selected_tokens(
-    kernels: ModuleType, case: Case, rule: SelectionRule, aggregate: HeadAggregation
+    kernels: ModuleType, case: DeviceCache, rule: SelectionRule, aggregate: HeadAggregation
 ) -> None:
     block = case.cache.shape[2]
     rule = SelectionRule(-(-max(rule.budget, 224) // PAGE_SIZE) * PAGE_SIZE, rule.sinks, rule.recent, aggregate, "page")

@@ -1,10 +1,10 @@
 """Code shared by the sparse backends of all platforms: read plan, layer checks, reduction over ranks."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from .....kvcache.selection import ReadPlan, Role, SelectionRule
 from .....plugins.contracts import KVPolicy, Unsupported
 from ...engine import log
-from ...engine.selection import attach
+from ...engine.selection import attach, kv_policy
 from .. import compatibility
 from ..compatibility import LogWhenActive, has_sliding_window, unsupported_features
 
@@ -28,6 +28,48 @@ class LayerRoleMixin:
         if index is None:
             index = self._index = extract_layer_index(layer.layer_name)
         return plan.roles[index]
+
+
+def selected_policy(vllm_config: Any) -> KVPolicy:
+    """Return the selected KV policy."""
+    policy = kv_policy(vllm_config)
+    assert policy is not None  # else the backend would be vLLM's
+    return policy
+
+
+class PageBoundsMixin(LayerRoleMixin):
+    """Mixin for the attention implementation of one layer that keeps bounds of pages, if its role needs them.
+
+    The bounds are a separate tensor, which is updated with every write to the KV cache. So prefix caching, preemption
+    and chunked prefill need no further code.
+
+    Attributes:
+        bounds_kernels: Module with the functions ``allocate_bounds`` and ``update_bounds``.
+    """
+
+    bounds_kernels: ClassVar[Any]
+    _bounds: torch.Tensor | None = None
+    _address = 0  # of the cache to which the bounds belong
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plan = selected_policy(get_current_vllm_config()).read_plan()
+        assert plan is not None
+        self._first_plan = plan
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write keys and values to the cache, and update the bounds of their pages."""
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
+        if self.role(layer, self._first_plan) in (Role.PAGE_BOUNDS, Role.SELECT):
+            self.bounds_kernels.update_bounds(kv_cache, self.bounds_of(kv_cache), slot_mapping[: len(key)])
+
+    def bounds_of(self, cache: torch.Tensor) -> torch.Tensor:
+        """Return the bounds of the pages of a cache; they are allocated at the first call."""
+        if self._bounds is None or cache.data_ptr() != self._address:
+            self._bounds, self._address = self.bounds_kernels.allocate_bounds(cache), cache.data_ptr()
+        return self._bounds
 
 
 def read_plan_for(

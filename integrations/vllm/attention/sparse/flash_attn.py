@@ -13,6 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from .page_bounds_triton import PageBoundsGPUImpl
 from .triton import SparseGPUImpl, SparseGPUMetadataBuilder
 
 
@@ -39,3 +40,16 @@ class SparseFlashBackend(FlashAttentionBackend):
     def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
         """Return the class of the metadata builder."""
         return SparseFlashMetadataBuilder
+
+
+class PageBoundsFlashImpl(PageBoundsGPUImpl, SparseFlashImpl):
+    """Attention implementation of one layer that keeps bounds of its pages."""
+
+
+class PageBoundsFlashBackend(SparseFlashBackend):
+    """Sparse backend whose selection layers keep bounds of their pages, to select among candidates."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """Return the class of the attention implementation."""
+        return PageBoundsFlashImpl

@@ -1,20 +1,14 @@
-"""Sparse attention on vLLM's CPU backend for layers that select pages, or candidates, by bounds of their keys.
-
-Each of these layers stores the bounds in a separate tensor and updates them with every write to its KV cache. So prefix
-caching, preemption and chunked prefill need no further code.
-"""
+"""Sparse attention on vLLM's CPU backend for layers that select pages, or candidates, by bounds of their keys."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
 
 from .....kvcache.kernels import page_bounds, paged_decode
 from .....kvcache.kernels.paged_decode import DecodeBatch, SelectedTokens
 from .....kvcache.selection import PAGE_SIZE, Role, SelectionRule
-from ...engine.selection import kv_policy
-from .common import reduce_over_ranks
+from .common import PageBoundsMixin, reduce_over_ranks
 from .cpu import LOGITS_BYTES, SparseCPUBackend, SparseCPUImpl, SparseCPUStep
 
 
@@ -27,31 +21,10 @@ class PageBoundsCPUBackend(SparseCPUBackend):
         return PageBoundsCPUImpl
 
 
-class PageBoundsCPUImpl(SparseCPUImpl):
+class PageBoundsCPUImpl(PageBoundsMixin, SparseCPUImpl):
     """Attention implementation of one layer."""
 
-    _bounds: torch.Tensor | None = None
-    _address = 0  # of the cache to which the bounds belong
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        policy = kv_policy(get_current_vllm_config())
-        plan = policy and policy.read_plan()
-        assert plan is not None
-        self._first_plan = plan
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write keys and values to the cache, and update the bounds of their pages."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.role(layer, self._first_plan) in (Role.PAGE_BOUNDS, Role.SELECT):
-            page_bounds.update_bounds(kv_cache, self._bounds_of(kv_cache), slot_mapping[: len(key)])
-
-    def _bounds_of(self, cache: torch.Tensor) -> torch.Tensor:
-        if self._bounds is None or cache.data_ptr() != self._address:
-            self._bounds, self._address = page_bounds.zero_bounds(cache), cache.data_ptr()
-        return self._bounds
+    bounds_kernels: ClassVar[Any] = page_bounds
 
     def _decode(
         self,
@@ -98,5 +71,5 @@ class PageBoundsCPUImpl(SparseCPUImpl):
         self, query: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, rows: DecodeBatch, rule: SelectionRule
     ) -> SelectedTokens:
         """Select the pages with the largest bounds of their attention."""
-        logits = page_bounds.bound_logits(query, cache, self._bounds_of(cache), table, rows, self.scale)
+        logits = page_bounds.bound_logits(query, cache, self.bounds_of(cache), table, rows, self.scale)
         return page_bounds.select_pages(rows, rule, self.num_kv_heads, logits, reduce_over_ranks)

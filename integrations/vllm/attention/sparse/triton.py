@@ -21,9 +21,10 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from .....kvcache import reference
-from .....kvcache.kernels import paged_triton
+from .....kvcache.kernels import page_bounds_triton, paged_triton
 from .....kvcache.kernels.paged_triton import DeviceBatch
-from .....kvcache.selection import ReadPlan, Role, SelectionRule
+from .....kvcache.selection import PAGE_SIZE, ReadPlan, Role, SelectionRule
+from .....plugins.contracts import Unsupported
 from .. import compatibility
 from . import common
 
@@ -69,21 +70,28 @@ class SparseGPUStep:
             self._window = self._read(paged_triton.select_window(self.batch, rule), rule, block_size)
         return self._window if role is Role.WINDOW else None
 
-    def select_tokens(self, query: torch.Tensor, cache: torch.Tensor, scale: float) -> None:
+    def select_tokens(
+        self, query: torch.Tensor, cache: torch.Tensor, scale: float, bounds: torch.Tensor | None = None
+    ) -> None:
         """Select tokens by the attention of one layer.
 
         Args:
             query: [tokens, query_heads, head_size].
             cache: [blocks, kv_heads, block_size, 2 * head_size] KV cache of the layer.
             scale: Softmax scale.
+            bounds: Bounds of the layer's pages, to select among candidates; not given to select among all tokens.
         """
         rule, (kv_heads, block_size) = self.plan.rule, cache.shape[1:3]
         at_once = paged_triton.requests_at_once(rule, query.shape[1], kv_heads, self.batch.max_seq_len)
         kept = []
         for part in self.batch.parts(at_once):
-            scores = paged_triton.token_scores(query, cache, part, rule, scale)
-            common.reduce_over_ranks(scores, rule)
-            kept.append(paged_triton.select_tokens(scores, part, rule))
+            if bounds is None:
+                kept.append(_selected(query, cache, part, rule, scale))
+                continue
+            scores = page_bounds_triton.page_scores(query, bounds, part, rule.candidates, scale, block_size)
+            common.reduce_over_ranks(scores, rule.of_candidates)
+            among = page_bounds_triton.select_candidates(scores, part, rule, block_size)
+            kept.append(among.units_of_context(_selected(query, cache, among.batch, rule, scale), rule))
         self.selected = self._read(torch.cat(kept), rule, block_size)
 
     def _read(self, kept: torch.Tensor, rule: SelectionRule, block_size: int) -> SelectedRead:
@@ -96,6 +104,15 @@ class SparseGPUStep:
         # vLLM's kernel does almost no work for these requests, and ours overwrites its output
         metadata.seq_lens = torch.where(self.batch.is_sparse(rule), 1, self.batch.seq_lens)
         return SelectedRead(rule, metadata, kept)
+
+
+def _selected(
+    query: torch.Tensor, cache: torch.Tensor, batch: DeviceBatch, rule: SelectionRule, scale: float
+) -> torch.Tensor:
+    """Return the units of highest attention of each request, with the same result on all tensor-parallel ranks."""
+    scores = paged_triton.token_scores(query, cache, batch, rule, scale)
+    common.reduce_over_ranks(scores, rule)
+    return paged_triton.select_tokens(scores, batch, rule)
 
 
 class SparseGPUMetadataBuilder:
@@ -121,9 +138,16 @@ class SparseGPUMetadataBuilder:
         def how(rule: SelectionRule) -> str:
             at_once = min(requests, paged_triton.requests_at_once(rule, heads, kv_heads, self._longest))
             size = paged_triton.score_bytes(rule, at_once, heads, kv_heads, self._longest)
-            return f"over {self.over}, scores of up to {size / 2**20:.0f} MiB not counted in vLLM's memory profiling,"
+            scores = f"scores of up to {size / 2**20:.0f} MiB"
+            if rule.candidates:
+                scores += f" and page bounds of 1/{kv_cache_spec.block_size} of each selection layer's KV cache"
+            return f"over {self.over}, {scores} not counted in vLLM's memory profiling,"
 
         self.plan, self.announce = common.read_plan_for(vllm_config, layer_names, error, how)
+        if self.plan.rule.candidates and PAGE_SIZE % kv_cache_spec.block_size:
+            reason = f"candidates are pages of {PAGE_SIZE} tokens, and KV blocks have {kv_cache_spec.block_size}"
+            remedy, model = "use --block-size 16 or 32, or select=exact", vllm_config.model_config.model
+            raise Unsupported(common.selected_policy(vllm_config).name, reason, remedy, model)
         self._compilation_config = vllm_config.compilation_config
 
     @property
@@ -192,7 +216,7 @@ class SparseGPUImpl(common.LayerRoleMixin):
             return stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         role, scale = self.role(layer, step.plan), self.scale  # type: ignore[attr-defined]
         if role is Role.SELECT and not step.plan.full_selection:
-            step.select_tokens(query, kv_cache, scale)
+            step.select_tokens(query, kv_cache, scale, self._candidate_bounds(kv_cache, step))
             role = Role.SPARSE  # the layer reads what it selected
         if (read := step.read_of(role, kv_cache.shape[2])) is not None:
             stock(layer, query, key, value, kv_cache, read.metadata, output, *scales)
@@ -201,8 +225,13 @@ class SparseGPUImpl(common.LayerRoleMixin):
             return output
         stock(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if role is Role.SELECT:
-            step.select_tokens(query, kv_cache, scale)
+            step.select_tokens(query, kv_cache, scale, self._candidate_bounds(kv_cache, step))
         return output
+
+    def _candidate_bounds(self, cache: torch.Tensor, step: SparseGPUStep) -> torch.Tensor | None:
+        """Return the bounds of the layer's pages if tokens are selected among candidates."""
+        del cache, step
+        return None
 
 
 class SparseTritonImpl(SparseGPUImpl, TritonAttentionImpl):

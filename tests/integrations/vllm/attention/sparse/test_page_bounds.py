@@ -1,4 +1,4 @@
-"""Quest in a running engine: identical output where all is read, and bounds that survive what happens to blocks."""
+"""Quest, and TidalDecode in two passes, in a running engine: bounds of pages survive what happens to blocks."""
 
 from typing import Any
 
@@ -60,3 +60,29 @@ def test_preempted_requests_resume(quest, start, model) -> None:
     assert scarce["preemptions"] > 0
     assert [t[:20] for t in scarce["tokens"]] == [t[:20] for t in ample["tokens"]]
     assert all(len(t) == 120 for t in scarce["tokens"])
+
+
+@pytest.mark.shows("tidal_decode", "selection in two passes")
+@pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "selected"])
+def test_tidal_decode_selects_among_candidates(start, model, stock, attention: str) -> None:
+    options = {"budget": 160, "recent": 16, "select_attention": attention}
+    outputs = []
+    for more in ({"select": "exact"}, {"select": "two_pass", "candidates": 1024}, {"select": "two_pass"}):
+        policy = {"name": "tidal_decode", "candidates": 192, **options, **more}
+        if more["select"] == "exact":
+            del policy["candidates"]
+        engine = start(
+            model,
+            max_num_batched_tokens=128,
+            enable_prefix_caching=True,
+            additional_config={"pilotfish": {"kv": policy}},
+        )
+        together = engine.ask(**ask(PROMPTS))["tokens"]
+        assert together == engine.ask(**ask(PROMPTS))["tokens"], "from the prefix cache"
+        assert together == [engine.ask(**ask([p]))["tokens"][0] for p in PROMPTS]
+        outputs.append(together)
+        engine.close()
+    exact, among_all, among_few = outputs
+    assert exact == among_all, "candidates beyond the context leave nothing out"
+    assert among_few != stock
+    assert among_few[1] == stock[1], "a context within the budget is read completely"

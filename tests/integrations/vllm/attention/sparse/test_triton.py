@@ -75,6 +75,19 @@ def test_output_is_identical_with_full_budget(engine: EngineProcess, expected: d
     assert output_with_plan(engine, "sparse", {**PAGE, "budget": 512}) == expected["whole"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["full", "selected"])
+def test_selection_in_two_passes_matches_cpu_backend(tiny_model, start, start_interpreted, attention: str) -> None:
+    chosen = policy(select="two_pass", candidates=192, select_attention=attention)
+    on_cpu = start(tiny_model, max_num_batched_tokens=128, **chosen)
+    tokens = on_cpu.ask(**ASK)["tokens"]
+    on_cpu.close()
+    interpreted = start_interpreted(tiny_model, "0", block_size=16, **chosen)
+    assert interpreted.ask(do="attention")["impl"] == ["PageBoundsTritonImpl"]
+    assert interpreted.ask(**ASK)["tokens"] == tokens
+    interpreted.close()
+
+
 @pytest.mark.shows("tidal_decode", "vLLM's V2 model runner")
 @pytest.mark.parametrize(
     "release", [pytest.param("0.33", marks=pytest.mark.vllm_033), pytest.param("0.32", marks=pytest.mark.long)]
