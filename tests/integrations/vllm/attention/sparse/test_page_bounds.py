@@ -62,27 +62,32 @@ def test_preempted_requests_resume(quest, start, model) -> None:
     assert all(len(t) == 120 for t in scarce["tokens"])
 
 
+def in_two_passes(**options: Any) -> dict[str, Any]:
+    """Return engine arguments that select TidalDecode with candidates."""
+    policy = {"name": "tidal_decode", "budget": 160, "recent": 16, "select": "two_pass", **options}
+    return {"enable_prefix_caching": True, "additional_config": {"pilotfish": {"kv": policy}}}
+
+
 @pytest.mark.shows("tidal_decode", "selection in two passes")
 @pytest.mark.parametrize("attention", [pytest.param("full", marks=pytest.mark.long), "selected"])
-def test_tidal_decode_selects_among_candidates(start, model, stock, attention: str) -> None:
-    options = {"budget": 160, "recent": 16, "select_attention": attention}
+def test_candidates_are_the_same_alone_in_a_batch_and_from_the_prefix_cache(start, model, stock, attention) -> None:
+    chosen = in_two_passes(candidates=192, select_attention=attention)
+    engine = start(model, max_num_batched_tokens=128, **chosen)
+    together = engine.ask(**ask(PROMPTS))["tokens"]
+    assert together == engine.ask(**ask(PROMPTS))["tokens"], "from the prefix cache"
+    assert together == [engine.ask(**ask([p]))["tokens"][0] for p in PROMPTS]
+    assert together != stock
+    assert together[1] == stock[1], "a context within the budget is read completely"
+    engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["full", "selected"])
+def test_candidates_beyond_the_context_leave_nothing_out(start, model, attention: str) -> None:
     outputs = []
-    for more in ({"select": "exact"}, {"select": "two_pass", "candidates": 1024}, {"select": "two_pass"}):
-        policy = {"name": "tidal_decode", "candidates": 192, **options, **more}
-        if more["select"] == "exact":
-            del policy["candidates"]
-        engine = start(
-            model,
-            max_num_batched_tokens=128,
-            enable_prefix_caching=True,
-            additional_config={"pilotfish": {"kv": policy}},
-        )
-        together = engine.ask(**ask(PROMPTS))["tokens"]
-        assert together == engine.ask(**ask(PROMPTS))["tokens"], "from the prefix cache"
-        assert together == [engine.ask(**ask([p]))["tokens"][0] for p in PROMPTS]
-        outputs.append(together)
+    for options in ({"select": "exact"}, {"candidates": 1024}):
+        chosen = in_two_passes(select_attention=attention, **options)
+        engine = start(model, max_num_batched_tokens=128, **chosen)
+        outputs.append(engine.ask(**ask(PROMPTS))["tokens"])
         engine.close()
-    exact, among_all, among_few = outputs
-    assert exact == among_all, "candidates beyond the context leave nothing out"
-    assert among_few != stock
-    assert among_few[1] == stock[1], "a context within the budget is read completely"
+    assert outputs[0] == outputs[1]
