@@ -16,7 +16,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-quick test-without-engine test-engine test-033 test-all check tables bench bench-trees bench-suffix bench-replay bench-device bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup setup-033 clean
+.PHONY: demo test test-quick test-without-engine test-engine test-033 test-all check tables bench bench-trees bench-suffix bench-replay bench-device bench-budget bench-sources bench-retrieval bench-curves bench-training bench-vision bench-kv bench-memory bench-budgets bench-budgets-qwen bench-windows-qwen bench-rag bench-rag-qwen compatibility screenshots docs setup setup-033 clean
 
 demo: $(VENV)/.ready  ## stock vLLM with and without a drafter, on the embedded model
 	$(BIN)/python examples/demo.py
@@ -251,6 +251,15 @@ bench-budgets-qwen: $(VENV)/.ready  ## TidalDecode and Quest at equal budgets wi
 	for text in wikitext2:quality gutenberg:gutenberg; do VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) \
 	  --text $(DATA)/$${text%:*} --contexts '' --requests 0 --quality-contexts 4000 --needle-contexts '' \
 	  --setting budget=512 --setting quest,budget=512 --out benchmarks/results/kv_budgets_qwen_$${text#*:}.json; done
+	$(MAKE) tables
+
+WINDOWED := budget=1024,select_layers=[3,9,13,16,20],window_layers=[0,1,2,4,5,6,7,8,18],window=256
+
+bench-windows-qwen: $(VENV)/.ready  ## TidalDecode with window layers on a larger model; QWEN is a folder with the model
+	VLLM_CPU_KVCACHE_SPACE=4 $(BIN)/pilotfish bench kv --model $(QWEN) --text $(DATA)/wikitext2 --contexts 8000 --batches 1,4 \
+	  --requests 0 --quality-contexts 8000 --needle-contexts '' --setting budget=512 --setting '$(WINDOWED)' \
+	  --setting '$(WINDOWED),select_attention=selected' --setting '$(WINDOWED),select=two_pass' \
+	  --out benchmarks/results/kv_window_layers_qwen.json
 	$(MAKE) tables
 
 # As many heads as the profile keeps, drawn at random from the others.

@@ -7,6 +7,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STOCK = "none"
+LEAST_ATTENTION = "least_attention"
 
 
 def load(benchmark: str) -> dict[str, Any]:
@@ -56,10 +57,13 @@ def setting(arm: str) -> str:
 
 
 def kv_figures(benchmark: str) -> tuple[dict[str, Any], list[str], dict[tuple[str, str, int, int], dict[str, float]]]:
-    """Return a result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``; batch 0 for no batch."""
+    """Return a result, its arms, and ``(arm, dataset, context, batch) -> metric -> value``; batch 0 for no batch.
+
+    Steps with next to no attention are left out: they are no policy.
+    """
     result = load(benchmark)
     table: dict[tuple[str, str, int, int], dict[str, float]] = {}
-    for r in (r for r in result["records"] if "depth" not in r["params"]):
+    for r in (r for r in result["records"] if "depth" not in r["params"] and r["arm"] != LEAST_ATTENTION):
         key = r["arm"], r["dataset"], r["params"]["context"], r["params"].get("batch", 0)
         table.setdefault(key, {})[r["metric"]] = r["value"]
     return result, list(dict.fromkeys(arm for arm, *_ in table)), table

@@ -23,6 +23,7 @@ import rag_tables
 import retrieval_tables
 import tree_tables
 import vision_tables
+import window_layer_tables
 from common import ROOT, STOCK, kv_figures, markdown, provenance, setting
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -113,6 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_budgets_qwen": lambda: kv_budget_tables.table(
         "kv_budgets_qwen", "kv_budgets_qwen_quality", "kv_budgets_qwen_gutenberg"
     ),
+    "kv_window_layers_qwen": window_layer_tables.table,
     "memory_load": memory_tables.load_table,
     "memory_steps": memory_tables.steps,
     "memory_quality": memory_tables.quality,
