@@ -124,8 +124,8 @@ class Candidates:
 
     Attributes:
         batch: The step as if the contexts of sparse requests had no other tokens.
-        pages: [num_requests, pages] int32 pages of the candidates, ascending; of requests with more tokens than that.
-        all_tokens: [num_requests] bool, the requests of which all tokens are candidates.
+        pages: [num_requests, num_pages] int32 pages of the candidates in ascending order; undefined where `all_tokens`.
+        all_tokens: [num_requests] bool, whether all tokens of the context are candidates.
     """
 
     batch: DeviceBatch

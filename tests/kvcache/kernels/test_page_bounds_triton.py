@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from ahead_of_time import compiled_kernels
 from device_cache import DEVICE, DeviceCache, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -131,3 +132,33 @@ def test_selection_in_two_passes_equals_the_reference(
 def test_bounds_need_pages_of_whole_blocks(bounds_kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="blocks of 64 tokens: expected a divisor of 32"):
         bounds_kernels.allocate_bounds(torch.empty(2, 1, 64, 32))
+
+
+COMPILE = """
+import torch
+from ahead_of_time import compiled_launches
+from pilotfish.kvcache.kernels import page_bounds_triton, paged_triton
+from pilotfish.kvcache.selection import SelectionRule
+with compiled_launches() as sizes:
+    cache = torch.zeros(40, 2, 16, 128, dtype=torch.bfloat16)
+    bounds = page_bounds_triton.allocate_bounds(cache)
+    page_bounds_triton.update_bounds(cache, bounds, torch.arange(3))
+    numbers, table = torch.tensor([[0, 1], [400, 0]], dtype=torch.int32), torch.zeros(1, 40, dtype=torch.int32)
+    batch = paged_triton.DeviceBatch(numbers[0], numbers[1, :1], table, 400)
+    rule = SelectionRule(128, 4, 16, "max", "token", candidates=160)
+    query = torch.zeros(1, 4, 64, dtype=torch.bfloat16)
+    scores = page_bounds_triton.page_scores(query, bounds, batch, 160, 0.1, 16).zero_()
+    among = page_bounds_triton.select_candidates(scores, batch, rule, 16)
+    weights = paged_triton.token_scores(query, cache, among.batch, rule, 0.1).zero_()
+    kept = among.units_of_context(paged_triton.select_tokens(weights, among.batch, rule), rule)
+    paged_triton.paged_decode_attention(query, cache, batch, rule, 0.1, torch.zeros_like(query), kept)
+print(sorted(sizes))
+"""
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    compiled = compiled_kernels(COMPILE)
+    from pilotfish.kvcache.kernels import programs_page_bounds_triton, programs_triton
+
+    modules = programs_page_bounds_triton, programs_triton
+    assert compiled == sorted(name for module in modules for name in vars(module) if name.endswith("_kernel"))
