@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pilotfish.kvcache import reference
-from pilotfish.kvcache.selection import ReadPlan, Role, SelectionRule
+from pilotfish.kvcache.selection import Granularity, ReadPlan, Role, SelectionRule
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="replaces a kernel on the CPU")
@@ -42,7 +42,7 @@ def flash(interpreted_triton: None) -> Any:
     return importlib.import_module("pilotfish.integrations.vllm.attention.sparse.flash_attn")
 
 
-def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+def build(flash: Any, rule: SelectionRule, full_selection: bool = True) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Return a layer's attention, metadata of a step, queries, and a filled cache."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
@@ -63,7 +63,7 @@ def build(flash: Any, rule: SelectionRule) -> tuple[Any, Any, torch.Tensor, torc
         dcp_world_size=1,
     )
     builder: Any = object.__new__(flash.SparseFlashMetadataBuilder)
-    plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE, Role.WINDOW), rule)
+    plan = ReadPlan((Role.FULL, Role.SELECT, Role.SPARSE, Role.WINDOW), rule, full_selection=full_selection)
     vars(builder).update(plan=plan, _compilation_config=EAGER, _longest=512, announce=lambda context: None)
     generator = torch.Generator().manual_seed(0)
     need = [-(-c // BLOCK) for c in CONTEXTS]
@@ -135,6 +135,29 @@ def test_sparse_requests_attend_to_selected_tokens_and_others_to_all(
                     query[STARTS[r]].numpy(), tokens[..., :SIZE], tokens[..., SIZE:], SIZE**-0.5
                 )
                 np.testing.assert_allclose(output[STARTS[r], head].numpy(), expected[head], atol=2e-5)
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+def test_selection_layers_can_attend_to_what_they_select(
+    flash: Any, monkeypatch: pytest.MonkeyPatch, granularity: Granularity
+) -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    from pilotfish.integrations.vllm.attention.sparse import common
+
+    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", paged_attention)
+    monkeypatch.setattr(common, "reduce_over_ranks", lambda scores, rule: None)  # single rank
+    outputs = []
+    rule = SelectionRule(160, 4, 32, "max", granularity)
+    impl, metadata, query, cache = build(flash, rule, full_selection=False)
+    for index in range(3):  # full attention, selection, sparse: all with the same queries and keys
+        impl._index = index
+        layer = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1), _q_scale=torch.ones(1))
+        outputs.append(impl.forward(layer, query, query, query, cache, metadata, torch.zeros_like(query)))
+    assert torch.equal(outputs[1], outputs[2])
+    sparse = [STARTS[r] for r, n in enumerate(CONTEXTS) if QUERIES[r] == 1 and n > rule.budget]
+    differs = (outputs[1] != outputs[0]).any(-1).any(-1).nonzero().flatten().tolist()
+    assert differs == sparse
 
 
 def test_update_block_table_builds_a_new_step(flash: Any) -> None:
