@@ -18,7 +18,7 @@ class Role(Enum):
     """The role of a layer in a decode step."""
 
     FULL = "full attention"
-    SELECT = "full attention, and selects tokens"
+    SELECT = "selects tokens, by the attention to all of them or to candidates"
     SPARSE = "attention over the selected tokens"
     WINDOW = "attention over the first tokens and the latest ones"
     PAGE_BOUNDS = "attention over pages selected by bounds of their keys"
@@ -39,9 +39,10 @@ class SelectionRule:
             the proposals are ranked by the sum of attention.
         granularity: Select single tokens (``token``, as in the paper), or pages of `PAGE_SIZE` tokens (``page``),
             ranked by the sum of the attention to their tokens.
-        candidates: Number of tokens among which is selected: those of the pages with the largest bounds of their
-            attention; 0 for all tokens.
+        candidates: Number of tokens to select from: those of the pages with the largest bounds of their attention; 0
+            for all tokens.
         window_size: Number of tokens that window layers read; 0 for the budget.
+        full_context: Longest context that is read completely; 0 for the budget.
     """
 
     budget: int
@@ -51,6 +52,12 @@ class SelectionRule:
     granularity: Granularity
     candidates: int = 0
     window_size: int = 0
+    full_context: int = 0
+
+    @property
+    def longest_full_context(self) -> int:
+        """Longest context that is read completely; the rule applies to longer ones."""
+        return self.full_context or self.budget
 
     def num_head_groups(self, query_heads: int, kv_heads: int) -> int:
         """Return the number of head groups, each of which has its own selection."""
@@ -64,7 +71,7 @@ class SelectionRule:
         return PAGE_SIZE * (-(-self.sinks // PAGE_SIZE) + self.recent // PAGE_SIZE + 3)
 
     @property
-    def of_candidates(self) -> "SelectionRule":
+    def candidate_rule(self) -> "SelectionRule":
         """Rule by which the candidates of all heads are selected, with pages ranked by their bounds."""
         return replace(self, budget=self.candidates, head_aggregation="max", granularity="page", candidates=0)
 
@@ -72,7 +79,7 @@ class SelectionRule:
     def window(self) -> "SelectionRule":
         """Rule of window layers, with pages ranked by position: all heads read the first pages and the latest ones."""
         budget = self.window_size or self.budget
-        return replace(self, budget=budget, recent=0, head_aggregation="max", granularity="page", candidates=0)
+        return SelectionRule(budget, self.sinks, 0, "max", "page", full_context=self.longest_full_context)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class TidalDecodeOptions:
         window: Number of tokens that window layers read; the budget if not given.
         select: Select among all tokens (``exact``), or in two passes (``two_pass``), which computes the weights of few
             tokens and keeps bounds of each page's keys, in 1/32 of the memory of a selection layer's KV cache.
-        candidates: Number of tokens, in whole pages, among which ``two_pass`` selects; four times the budget if not
+        candidates: Number of tokens, in whole pages, from which ``two_pass`` selects; four times the budget if not
             given.
         select_attention: Selection layers attend to all tokens (``full``, as in the paper), or to those that they
             select (``selected``).
@@ -131,15 +131,23 @@ class TidalDecodeOptions:
             raise ValueError(f"{name}: expected at least {read.min_budget} with window_layers, got {read.budget}")
         if self.candidates is not None and self.select != "two_pass":
             raise ValueError("candidates: given without select=two_pass")
-        least = PAGE_SIZE * (-(-self.budget // PAGE_SIZE) + 1)
-        if self.select == "two_pass" and self.rule.candidates < least:
-            raise ValueError(f"candidates: expected at least {least}, got {self.rule.candidates}")
+        if self.window is not None and self.window > self.budget:
+            raise ValueError(f"window: expected at most the budget, {self.budget}, got {self.window}")
+        if self.candidates is not None and self.candidates < (least := self._least_candidates):
+            raise ValueError(f"candidates: expected at least {least}, got {self.candidates}")
+
+    @property
+    def _least_candidates(self) -> int:
+        """Candidates that hold the sinks, the recent tokens and more than the budget."""
+        recent = self.budget // 8 if self.recent is None else self.recent
+        pages = SelectionRule(0, self.sinks, recent, "max", "page").min_budget
+        return max(pages, PAGE_SIZE * (-(-self.budget // PAGE_SIZE) + 1))
 
     @property
     def rule(self) -> SelectionRule:
         """The selection rule that these options describe."""
         recent = self.budget // 8 if self.recent is None else self.recent
-        candidates = self.candidates or -(-4 * self.budget // PAGE_SIZE) * PAGE_SIZE
+        candidates = self.candidates or max(-(-4 * self.budget // PAGE_SIZE) * PAGE_SIZE, self._least_candidates)
         return SelectionRule(
             self.budget,
             self.sinks,
@@ -180,11 +188,11 @@ class TidalDecode(KVPolicy):
                     continue
                 raise Unsupported(cls.name, f"{name} names it, but {reason}", remedy, engine.model, str(layer))
         sparse = [layer for layer in attending if layer > select[0] and layer not in {*full, *select, *window}]
-        if engine.layers and not sparse:
+        if engine.layers and not sparse and options.select_attention == "full":
             number = f"{len(attending)} of {engine.layers} layers attend to all tokens"
             raise Unsupported(
                 cls.name,
-                f"no layer would attend to the selected tokens: {number}, and all of them are full or selection layers",
+                f"no layer would attend to the selected tokens: {number}, all of them full, selection or window layers",
                 "choose other select_layers, or run without the policy",
                 engine.model,
             )
@@ -313,8 +321,8 @@ class TidalDecode(KVPolicy):
             For each group of heads the positions of the selected tokens, ascending.
         """
         bounds = Quest.bound_logits(query, Quest.page_bounds(keys), scale)
-        pages = TidalDecode.token_scores(bounds, rule.of_candidates, keys.shape[1])[0]
-        candidates = TidalDecode.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys)], rule.of_candidates)
+        pages = TidalDecode.token_scores(bounds, rule.candidate_rule, keys.shape[1])[0]
+        candidates = TidalDecode.select_tokens(np.repeat(pages, PAGE_SIZE)[: len(keys)], rule.candidate_rule)
         scores = TidalDecode.token_scores(logits[:, candidates], rule, keys.shape[1])
         return [[candidates[i] for i in TidalDecode.select_tokens(group, rule)] for group in scores]
 
@@ -364,6 +372,8 @@ def resolve_layers(options: TidalDecodeOptions, engine: Engine) -> Layers:
         return Layers(options.full_layers or (), options.select_layers, options.window_layers or ())
     setting = profile_option.resolve_profile_option(TidalDecode.name, options.profile, engine, "pilotfish tune tidal")
     if setting is None:
+        if options.window is not None:
+            raise ConfigError("pilotfish.kv.window: no layer is a window layer; set select_layers and window_layers")
         return evenly_spaced_layers(engine.attention_layers)
     names = ("full_layers", "select_layers", "window_layers")
     found = [setting.get(name, []) for name in names]

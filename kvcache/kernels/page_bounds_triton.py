@@ -120,7 +120,7 @@ def page_scores(
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens of a step among which is selected.
+    """The tokens of a step to select from.
 
     Attributes:
         batch: The step as if the contexts of sparse requests had no other tokens.
@@ -154,7 +154,7 @@ def select_candidates(scores: "Tensor", batch: DeviceBatch, rule: SelectionRule,
         rule: Selection rule with a number of candidates.
         block_size: Number of tokens in a block, which divides a page.
     """
-    by_page = rule.of_candidates
+    by_page = rule.candidate_rule
     kept = paged_triton.select_tokens(scores, batch, by_page)
     table, lens = paged_triton.shorten_block_table(kept, batch, by_page, block_size)
     longest = min(batch.max_seq_len, rule.candidates)

@@ -55,7 +55,7 @@ class DeviceBatch:
     def is_sparse(self, rule: SelectionRule) -> "Tensor":
         """Return which requests decode one token with a context beyond the budget, [num_requests] bool."""
         one = self.query_start_loc[1:] - self.query_start_loc[:-1] == 1
-        return one & (self.seq_lens > rule.budget)
+        return one & (self.seq_lens > rule.longest_full_context)
 
     def parts(self, size: int) -> "Iterator[DeviceBatch]":
         """Split the batch into parts of at most ``size`` requests."""
@@ -99,7 +99,7 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
     splits = min(MAX_SPLITS, tiles, triton.cdiv(TARGET_PROGRAMS, requests * kv_heads))
     split_lse = torch.empty(requests, heads, splits, dtype=torch.float32, device=query.device)
     kernels.score_lse_kernel[(requests, kv_heads, splits)](
-        *inputs, split_lse, scale, rule.budget, *strides, **sizes, **SCORES_LAUNCH
+        *inputs, split_lse, scale, rule.longest_full_context, *strides, **sizes, **SCORES_LAUNCH
     )
 
     def weights(num_head_groups: int, unit: int) -> "Tensor":
@@ -112,7 +112,7 @@ def token_scores(query: "Tensor", cache: "Tensor", batch: DeviceBatch, rule: Sel
             split_lse,
             result,
             scale,
-            rule.budget,
+            rule.longest_full_context,
             result.shape[-1],
             splits,
             *strides,
@@ -145,7 +145,7 @@ def score_bytes(rule: SelectionRule, requests: int, heads: int, kv_heads: int, m
         max_seq_len: Longest context.
     """
     if rule.candidates:
-        sizes = (rule.of_candidates, max_seq_len), (replace(rule, candidates=0), min(rule.candidates, max_seq_len))
+        sizes = (rule.candidate_rule, max_seq_len), (replace(rule, candidates=0), min(rule.candidates, max_seq_len))
         return max(score_bytes(r, requests, heads, kv_heads, longest) for r, longest in sizes)
     per_token = rule.head_aggregation == "union" or rule.granularity == "token"
     groups = heads if rule.head_aggregation == "union" else rule.num_head_groups(heads, kv_heads)
@@ -228,7 +228,7 @@ def shorten_block_table(
         batch.seq_lens,
         table,
         lens,
-        rule.budget,
+        rule.longest_full_context,
         kept.shape[-1],
         batch.block_table.stride(0),
         table.stride(0),
@@ -283,7 +283,7 @@ def paged_decode_attention(
         tops,
         totals,
         scale,
-        rule.budget,
+        rule.longest_full_context,
         units,
         query.stride(0),
         *cache.stride()[:3],
@@ -304,7 +304,7 @@ def paged_decode_attention(
         batch.query_start_loc,
         batch.seq_lens,
         output,
-        rule.budget,
+        rule.longest_full_context,
         count,
         output.stride(0),
         **sizes,

@@ -38,7 +38,7 @@ def cache_offsets(table, position, inside, block_stride, token_stride, BLOCK: tl
 
 @jit
 def log_sum_exp_of_splits(split_lse, head, some, s, splits):
-    """Return the log-sum-exp [rows] of heads from that of their splits; ``some`` are the rows that are no padding."""
+    """Return the log-sum-exp [rows] of heads from that of their splits; ``some`` are the rows that are not padding."""
     of_split = tl.load(
         split_lse + head[:, None] * splits + s[None, :],
         mask=some[:, None] & (s < splits)[None, :],

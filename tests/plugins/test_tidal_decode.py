@@ -35,6 +35,20 @@ ENGINE = Engine("m", 1000, 8192, 8, layers=12, fingerprint="f")
             {"select_layers": [2], "window_layers": [3], "budget": 64, "recent": 0, "granularity": "token"},
             "budget: expected at least 128 with window_layers",
         ),
+        ({"select_layers": [2], "window": 128}, "window: given without window_layers"),
+        ({"window": 130}, "window: expected a multiple of 32"),
+        ({"window": 1024}, "window: expected at most the budget, 512"),
+        (
+            {"select_layers": [2], "window_layers": [3], "window": 64},
+            "window: expected at least 128 with window_layers, got 64",
+        ),
+        ({"candidates": 1024}, "candidates: given without select=two_pass"),
+        ({"select": "two_pass", "candidates": 1000}, "candidates: expected a multiple of 32"),
+        ({"select": "two_pass", "candidates": 512}, "candidates: expected at least 544"),
+        (
+            {"select": "two_pass", "budget": 1152, "recent": 1024, "candidates": 1152},
+            "candidates: expected at least 1184",
+        ),
         ({"head_aggregation": "mean"}, "head_aggregation: expected one of"),
         ({"correction_interval": -1}, "correction_interval: expected 0 to"),
     ],
@@ -50,6 +64,20 @@ def test_layer_roles_follow_the_options() -> None:
     assert [i for i, role in enumerate(plan.roles) if role is Role.SELECT] == [2, 7]
     assert len(plan.roles) == 12
     assert plan.rule.recent == 64
+
+
+@pytest.mark.parametrize("budget", [16, 32, 100, 500])
+def test_candidates_hold_what_is_always_kept_and_more_than_the_budget(budget: int) -> None:
+    options = TidalDecodeOptions(budget=budget, granularity="token", select="two_pass")
+    rule = options.rule
+    assert rule.candidates % 32 == 0
+    assert rule.candidates - 32 >= budget, "also if the last page has one token"
+    assert rule.candidate_rule.min_budget <= rule.candidates
+
+
+def test_a_window_without_window_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window: no layer is a window layer"):
+        resolve_layers(TidalDecodeOptions(window=256), ENGINE)
 
 
 def test_window_layers_have_a_role() -> None:

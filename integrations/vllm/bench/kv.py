@@ -110,9 +110,19 @@ def _in_one_engine(work: "KVWork") -> list[Record]:
 
 
 def _engine_policy(arms: list[KVArm]) -> dict[str, Any]:
-    """Return the policy with which the engine starts: one that keeps bounds of pages in all layers, if any arm does."""
-    keeps_bounds = any(arm.policy == "quest" or (arm.options or {}).get("select") == "two_pass" for arm in arms[1:])
-    return {"name": "quest", "full_layers": 0} if keeps_bounds else {"name": arms[1].policy}
+    """Return the policy with which the engine starts: one that keeps the bounds of pages that the others need.
+
+    Raises:
+        ConfigError: Settings need bounds in different layers.
+    """
+    if any(arm.policy == "quest" for arm in arms):
+        return {"name": "quest", "full_layers": 0}
+    in_two_passes = [arm for arm in arms if (arm.options or {}).get("select") == "two_pass"]
+    layers = [[(arm.options or {}).get(key) for key in ("select_layers", "profile")] for arm in in_two_passes]
+    if any(of_arm != layers[0] for of_arm in layers):
+        raise ConfigError("--setting: settings with select=two_pass need the same selection layers in one engine")
+    first = in_two_passes[0] if in_two_passes else arms[1]
+    return {"name": first.policy, **((first.options or {}) if in_two_passes else {})}
 
 
 def print_kv_table(records: list[Record]) -> None:

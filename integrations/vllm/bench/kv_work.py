@@ -173,8 +173,8 @@ class KVWork:
 def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int]]) -> list[Record]:
     """Time decode steps of all prompts together; the order of the configurations changes from turn to turn.
 
-    The ``bound_share`` of a configuration is the time that it saves, in parts of what is saved by a step with next to
-    no attention.
+    The ``bound_share`` of a configuration is the time that it saves, as a fraction of what is saved by a step with next
+    to no attention (medians; its runs compare the time saved in each turn with the latter median).
     """
     batch, context = len(prompts), len(prompts[0])
     engine.ask(do="policy", options=None)
@@ -196,13 +196,11 @@ def measure_kv_step_times(engine: Any, arms: list[KVArm], prompts: list[list[int
             continue
         ratios = [round(a / b, 4) for a, b in zip(seconds[STOCK], of_arm, strict=True)]
         records.append(Record(*common, "step_speedup", statistics.median(ratios), "x", ratios, params))
-        shares = [
-            round((stock - own) / (stock - least), 4)
-            for stock, own, least in zip(seconds[STOCK], of_arm, seconds[LEAST], strict=True)
-            if stock > least
-        ]
-        if shares and label != LEAST:
-            records.append(Record(*common, "bound_share", statistics.median(shares), "", shares, params))
+        stock, own, least = (statistics.median(seconds[x]) for x in (STOCK, label, LEAST))
+        if label != LEAST and stock > least:
+            shares = [round((a - b) / (stock - least), 4) for a, b in zip(seconds[STOCK], of_arm, strict=True)]
+            share = round((stock - own) / (stock - least), 4)
+            records.append(Record(*common, "bound_share", share, "", shares, params))
     return records
 
 

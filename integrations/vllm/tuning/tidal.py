@@ -25,6 +25,7 @@ from ....kvcache import profiles
 from ....kvcache.layer_choice import LayerChoice, best_layer_choices
 from ....kvcache.profiles import Profile
 from ....plugins.config import ConfigError, build_options
+from ....plugins.contracts import Engine
 from ....plugins.terminal import make_table, print_plain
 from ....plugins.tidal_decode import TidalDecode, TidalDecodeOptions
 from ...bench import record
@@ -98,7 +99,7 @@ def find_selection_layers(plan: TidalTuning) -> Profile:
         task = bar.add_task("starting the engine", total=3 + len(groups))
         with EngineProcess(config, Path(logs) / "engine.log", worker=WORKER) as engine:
             facts = engine.ask(do="facts")
-            full, tried = _try(plan, engine, facts["layers"], cut, groups, bar, task)
+            full, tried = _try(plan, engine, Engine(**facts), cut, groups, bar, task)
     print_tidal_profile(full, tried)
     profile = to_profile(plan, facts["fingerprint"], full, tried)
     profiles.write_profile(plan.out, profile)
@@ -120,7 +121,7 @@ def check_profile_path(path: Path) -> None:
 def _try(
     plan: TidalTuning,
     engine: Any,
-    layers: int,
+    model: Engine,
     cut: list[list[int]],
     groups: list[list[NeedleQuestion]],
     bar: Progress,
@@ -142,7 +143,7 @@ def _try(
         return kl, same
 
     bar.update(task, description="layers as window layers", advance=1)
-    alone = [divergence(only_window_layer(layer, layers, plan.budget))[0] for layer in range(layers)]
+    alone = {n: divergence(only_window_layer(n, model.layers, plan.budget))[0] for n in model.attention_layers}
     window = window_layers(alone, plan.default_kl)
     bar.update(task, description="comparing the selections of layers", advance=1)
     rule = vars(TidalDecodeOptions(budget=plan.budget).rule)
@@ -175,14 +176,14 @@ def only_window_layer(layer: int, layers: int, budget: int) -> dict[str, Any]:
     return {"budget": budget, "full_layers": full, "select_layers": [select], "window_layers": [layer]}
 
 
-def window_layers(alone: list[float], target: float) -> tuple[int, ...]:
+def window_layers(alone: dict[int, float], target: float) -> tuple[int, ...]:
     """Return the layers that become window layers; at least three are left to select tokens and to read them.
 
     Args:
-        alone: Divergence from full attention for each layer, if it alone is a window layer.
+        alone: Divergence from full attention by layer, if it alone is a window layer.
         target: Divergence that the ``default`` setting may have.
     """
-    ranked = sorted(range(len(alone)), key=lambda n: alone[n])[: max(0, len(alone) - 3)]
+    ranked = sorted(alone, key=lambda n: alone[n])[: max(0, len(alone) - 3)]
     return tuple(sorted(n for n in ranked if alone[n] <= WINDOW_SHARE * target / len(alone)))
 
 

@@ -131,7 +131,7 @@ def test_selection_in_two_passes_equals_the_reference(
         at = torch.arange(context)
         page_bounds.update_bounds(case.cache, bounds, case.table[request, at // 64].long() * 64 + at % 64)
     of_pages = page_bounds.bound_logits(case.query, case.cache, bounds, case.table, case.rows, 0.3)
-    candidates = page_bounds.select_pages(case.rows, rule.of_candidates, 2, of_pages)
+    candidates = page_bounds.select_pages(case.rows, rule.candidate_rule, 2, of_pages)
     logits = torch.full((len(contexts), 2 * share, candidates.pages.shape[2] * PAGE_SIZE), float("nan"))
     attended = torch.zeros_like(case.query)
     paged_decode.paged_decode_attention(

@@ -27,7 +27,7 @@ class LayerRoleMixin:
         index = self._index
         if index is None:
             index = self._index = extract_layer_index(layer.layer_name)
-        return plan.roles[index]
+        return plan.roles[index] if index < len(plan.roles) else Role.FULL  # layers of a draft model follow
 
 
 def selected_policy(vllm_config: Any) -> KVPolicy:
@@ -49,7 +49,7 @@ class PageBoundsMixin(LayerRoleMixin):
 
     bounds_kernels: ClassVar[Any]
     _bounds: torch.Tensor | None = None
-    _address = 0  # of the cache to which the bounds belong
+    _cache: tuple[int, torch.Size] | None = None  # address and shape of the cache to which the bounds belong
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,8 +67,9 @@ class PageBoundsMixin(LayerRoleMixin):
 
     def bounds_of(self, cache: torch.Tensor) -> torch.Tensor:
         """Return the bounds of the pages of a cache; they are allocated at the first call."""
-        if self._bounds is None or cache.data_ptr() != self._address:
-            self._bounds, self._address = self.bounds_kernels.allocate_bounds(cache), cache.data_ptr()
+        key = cache.data_ptr(), cache.shape
+        if self._bounds is None or key != self._cache:  # vLLM profiles with a smaller cache
+            self._bounds, self._cache = self.bounds_kernels.allocate_bounds(cache), key
         return self._bounds
 
 

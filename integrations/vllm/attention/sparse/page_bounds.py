@@ -47,7 +47,7 @@ class PageBoundsCPUImpl(PageBoundsMixin, SparseCPUImpl):
         if not rule.candidates or step.observe is not None:
             return super()._parts(step)
         # Logits are those of pages, and then those of the candidates.
-        return rows.parts(LOGITS_BYTES, max(rows.padded // PAGE_SIZE, rule.candidates))
+        return rows.parts(LOGITS_BYTES, max(rows.padded // PAGE_SIZE, min(rule.candidates, rows.padded)))
 
     def _select(
         self,
@@ -61,7 +61,7 @@ class PageBoundsCPUImpl(PageBoundsMixin, SparseCPUImpl):
         rule = step.plan.rule
         if not rule.candidates or step.observe is not None:
             return super()._select(query, cache, table, output, step, rows)
-        candidates = self._best_pages(query, cache, table, rows, rule.of_candidates)
+        candidates = self._best_pages(query, cache, table, rows, rule.candidate_rule)
         logits = torch.empty(rows.count, rows.query_heads, candidates.pages.shape[2] * PAGE_SIZE)
         read = candidates if output is None else None
         paged_decode.paged_decode_attention(query, cache, table, rows, self.scale, output, read, logits, candidates)

@@ -89,7 +89,7 @@ class SparseGPUStep:
                 kept.append(_selected(query, cache, part, rule, scale))
                 continue
             scores = page_bounds_triton.page_scores(query, bounds, part, rule.candidates, scale, block_size)
-            common.reduce_over_ranks(scores, rule.of_candidates)
+            common.reduce_over_ranks(scores, rule.candidate_rule)
             among = page_bounds_triton.select_candidates(scores, part, rule, block_size)
             kept.append(among.units_of_context(_selected(query, cache, among.batch, rule, scale), rule))
         self.selected = self._read(torch.cat(kept), rule, block_size)

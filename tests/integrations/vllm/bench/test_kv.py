@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pilotfish.integrations.vllm.bench import kv_work
+from pilotfish.integrations.vllm.bench import kv, kv_work
 from pilotfish.integrations.vllm.bench.kv_work import KVArm
 from pilotfish.integrations.vllm.bench.needle_in_haystack import NeedleQuestion
+from pilotfish.plugins.config import ConfigError
 
 ARMS = [KVArm("none", None), KVArm("tidal_decode@budget=256", {"budget": 256})]
 
@@ -59,6 +60,20 @@ def test_step_speedup_is_computed_per_turn() -> None:
     assert 0.9 < speedup.value < 2.1
     assert engine.asked[:2] == ["policy", "steps"], "prompts are prefilled before anything is timed"
     assert {r.metric for r in records} == {"step_ms", "step_speedup", "bound_share"}
+
+
+def test_an_engine_starts_with_a_policy_that_keeps_the_bounds_of_all_settings() -> None:
+    def arm(policy: str, **options: Any) -> KVArm:
+        return KVArm(policy, options, policy)
+
+    stock, plain = KVArm(kv_work.STOCK, None), arm("tidal_decode", budget=512)
+    two_pass = {"select": "two_pass", "select_layers": (2, 5)}
+    assert kv._engine_policy([stock, plain]) == {"name": "tidal_decode"}
+    assert kv._engine_policy([stock, plain, arm("quest")]) == {"name": "quest", "full_layers": 0}
+    assert kv._engine_policy([stock, plain, arm("tidal_decode", **two_pass)]) == {"name": "tidal_decode", **two_pass}
+    other = arm("tidal_decode", **{**two_pass, "select_layers": (3,)})
+    with pytest.raises(ConfigError, match="need the same selection layers"):
+        kv._engine_policy([stock, arm("tidal_decode", **two_pass), other])
 
 
 def test_bound_share_is_the_time_saved_in_parts_of_the_most_that_can_be_saved() -> None:

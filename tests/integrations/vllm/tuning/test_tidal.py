@@ -105,9 +105,13 @@ def test_missed_attention_matches_reference_for_all_positions_and_for_a_span() -
 
 
 def test_layers_with_next_to_no_divergence_become_window_layers() -> None:
-    assert window_layers([0.02, 0.004, 0.5, 0.0, 0.3], 0.05) == (1, 3)
-    assert window_layers([0.0] * 6, 0.05) == (0, 1, 2), "three layers are left"
-    assert window_layers([0.0] * 3, 0.05) == ()
+    assert window_layers(dict(enumerate([0.02, 0.004, 0.5, 0.0, 0.3])), 0.05) == (1, 3)
+    assert window_layers(dict(enumerate([0.0] * 6)), 0.05) == (0, 1, 2), "three layers are left"
+    assert window_layers(dict(enumerate([0.0] * 3)), 0.05) == ()
+
+
+def test_only_measured_layers_become_window_layers() -> None:
+    assert window_layers({5: 0.0, 11: 0.0, 17: 0.0, 23: 0.5}, 0.05) == (5,)
 
 
 def test_candidates_leave_window_layers_out() -> None:

@@ -89,8 +89,12 @@ def build(flash: Any, rule: SelectionRule, full_selection: bool = True) -> tuple
 
 @pytest.mark.parametrize(
     "rule",
-    [SelectionRule(160, 4, 32, "sum", "page"), SelectionRule(100, 4, 32, "kv_head", "token")],
-    ids=["shortened tables", "our kernel"],
+    [
+        SelectionRule(160, 4, 32, "sum", "page"),
+        SelectionRule(100, 4, 32, "kv_head", "token"),
+        SelectionRule(160, 4, 32, "sum", "page", window_size=64),  # less than the context of a request in the budget
+    ],
+    ids=["shortened tables", "our kernel", "small window"],
 )
 def test_sparse_requests_attend_to_selected_tokens_and_others_to_all(
     flash: Any, monkeypatch: pytest.MonkeyPatch, rule: SelectionRule
@@ -128,7 +132,7 @@ def test_sparse_requests_attend_to_selected_tokens_and_others_to_all(
             else:
                 read = text[[p for p in selected.kept[r, head // 2].tolist() if p < context]]
             assert len(read) < context
-            last = -(-context // 32) - rule.budget // 32  # the first page and the latest ones
+            last = -(-context // 32) - rule.window.budget // 32  # the first page and the latest ones
             window = text[(positions < 32) | (positions // 32 > last)]
             for output, tokens in ((outputs[2], read), (outputs[3], window)):
                 _, expected = reference.attention(
