@@ -137,21 +137,23 @@ class TidalDecodeOptions:
             raise ValueError(f"candidates: expected at least {least}, got {self.candidates}")
 
     @property
+    def _num_recent(self) -> int:
+        return self.budget // 8 if self.recent is None else self.recent
+
+    @property
     def _least_candidates(self) -> int:
         """Candidates that hold the sinks, the recent tokens and more than the budget."""
-        recent = self.budget // 8 if self.recent is None else self.recent
-        pages = SelectionRule(0, self.sinks, recent, "max", "page").min_budget
+        pages = SelectionRule(0, self.sinks, self._num_recent, "max", "page").min_budget
         return max(pages, PAGE_SIZE * (-(-self.budget // PAGE_SIZE) + 1))
 
     @property
     def rule(self) -> SelectionRule:
         """The selection rule that these options describe."""
-        recent = self.budget // 8 if self.recent is None else self.recent
         candidates = self.candidates or max(-(-4 * self.budget // PAGE_SIZE) * PAGE_SIZE, self._least_candidates)
         return SelectionRule(
             self.budget,
             self.sinks,
-            recent,
+            self._num_recent,
             self.head_aggregation,
             self.granularity,
             candidates=candidates if self.select == "two_pass" else 0,

@@ -41,7 +41,8 @@ struct Choice {  // the selected tokens; all tokens if num_head_groups is 0
 struct Logits {  // where scaled query-key products are written
     float* data;  // [count, num_heads, stride]; null if they are not needed
     int64_t stride;
-    Choice pages;  // the pages whose products are written, one after the other; all at their positions if it is empty
+    Choice pages;  // the pages whose products are written, one after the other, the same for all heads; if it is empty,
+                   // those of all pages are written at their positions
 };
 
 struct Window {  // the tokens evicted in non-retrieval heads
@@ -82,12 +83,11 @@ inline LeftOut left_out(const Cache& cache, const Head& head, const Window& wind
 }
 
 // Return which page of a row of logits holds the products of a page of the context; negative if none does.
-inline int logits_page(const Logits& logits, int row, int head, int heads, int page) {
+inline int logits_page(const Logits& logits, int row, int page) {
     const Choice& pages = logits.pages;
     if (!pages.num_head_groups) return page;
-    const int64_t head_group = (int64_t)row * pages.num_head_groups + head * pages.num_head_groups / heads;
-    const int32_t* begin = pages.groups + head_group * pages.capacity;
-    const int32_t* end = begin + pages.sizes[head_group];
+    const int32_t* begin = pages.groups + (int64_t)row * pages.capacity;
+    const int32_t* end = begin + pages.sizes[row];
     const int32_t* found = std::lower_bound(begin, end, page);
     return found < end && *found == page ? (int)(found - begin) : -1;
 }
@@ -169,13 +169,10 @@ void decode(const Cache& cache, const Rows& rows, const Choice& choice, const Wi
                 const int valid = std::min(GROUP, context - position);
                 const uint32_t all = valid == GROUP ? ~0u : (1u << valid) - 1u;
                 const uint32_t mask = masks ? masks[g] & all : all;
-                if (logits.data)
-                    for (int h = 0; h < per_unit; ++h) {
-                        const int at_page = logits_page(logits, r, head + h, heads, group);
-                        if (at_page < 0) continue;
-                        std::memcpy(logits.data + ((int64_t)r * heads + head + h) * logits.stride + at_page * GROUP,
-                                    &scores[h * GROUP], valid * sizeof(float));
-                    }
+                const int page = logits.data ? logits_page(logits, r, group) : -1;
+                for (int h = 0; page >= 0 && h < per_unit; ++h)
+                    std::memcpy(logits.data + ((int64_t)r * heads + head + h) * logits.stride + page * GROUP,
+                                &scores[h * GROUP], valid * sizeof(float));
                 if (!output) continue;
                 if (mask == ~0u) {
                     for (int t = 0; t < GROUP; ++t) values[n + t] = value + (int64_t)t * head_size;

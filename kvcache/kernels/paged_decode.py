@@ -277,7 +277,8 @@ def paged_decode_attention(
             needed, for which no values are read.
         choice: Selected tokens to attend to; all tokens if not given.
         logits: [count, num_heads, >= longest context] float32, to which the scaled query-key products are written.
-        candidates: Whole pages; the logits of these pages only are written, without gaps, and may be as short.
+        candidates: Whole pages, the same for all heads; the logits of these pages only are written, without gaps, and
+            may be as short.
 
     Raises:
         ValueError: The kernels do not support a shape, stride or dtype; see `checked_cache_view`.

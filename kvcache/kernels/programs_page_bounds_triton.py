@@ -5,7 +5,13 @@ from typing import Any, cast
 import triton
 import triton.language as tl
 
-from .programs_triton import load_query, load_request, log_sum_exp_of_splits
+from .programs_triton import (
+    add_to_log_sum_exp,
+    load_query,
+    load_request,
+    log_sum_exp_of_splits,
+    store_log_sum_exp,
+)
 
 jit = cast(Any, triton.jit)
 
@@ -114,16 +120,9 @@ def bound_lse_kernel(
             page = tile + tl.arange(0, TILE)
             x = bound_products(q, bounds, table, page, context, kv_head, d, KV_HEADS, HEAD_SIZE, BLOCK, PAGE)
             x = tl.where((page < pages)[None, :], x * scale, -float("inf"))
-            now = tl.maximum(top, tl.max(x, 1))  # finite: every tile has a page
-            total = total * tl.exp(top - now) + tl.sum(tl.exp(x - now[:, None]), 1)
-            top = now
+            top, total = add_to_log_sum_exp(top, total, x)  # every tile has a page
         to = split_lse + (request.to(tl.int64) * HEADS + kv_head * NUM_QUERIES_PER_KV + g) * tl.num_programs(2) + split
-        some = total > 0
-        tl.store(
-            to,
-            tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -float("inf")),
-            mask=g < NUM_QUERIES_PER_KV,
-        )
+        store_log_sum_exp(to, top, total, g < NUM_QUERIES_PER_KV)
 
 
 @jit

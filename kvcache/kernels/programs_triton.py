@@ -49,6 +49,23 @@ def log_sum_exp_of_splits(split_lse, head, some, s, splits):
 
 
 @jit
+def add_to_log_sum_exp(top, total, x):
+    """Return the running maximum and total [rows] of a log-sum-exp after some logits [rows, columns].
+
+    Every row of the logits has a finite one.
+    """
+    now = tl.maximum(top, tl.max(x, 1))
+    return now, total * tl.exp(top - now) + tl.sum(tl.exp(x - now[:, None]), 1)
+
+
+@jit
+def store_log_sum_exp(to, top, total, mask):
+    """Write a log-sum-exp from its running maximum and total; -inf if there were no logits."""
+    some = total > 0
+    tl.store(to, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -float("inf")), mask=mask)
+
+
+@jit
 def score_lse_kernel(
     query,
     cache,
@@ -93,16 +110,9 @@ def score_lse_kernel(
             k = tl.load(cache + at[:, None] + d[None, :], mask=inside[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
             x = tl.dot(q, tl.trans(k), input_precision="ieee").to(tl.float32) * scale
             x = tl.where(inside[None, :], x, -float("inf"))
-            now = tl.maximum(top, tl.max(x, 1))  # finite: every tile has a token
-            total = total * tl.exp(top - now) + tl.sum(tl.exp(x - now[:, None]), 1)
-            top = now
+            top, total = add_to_log_sum_exp(top, total, x)  # every tile has a token
         to = split_lse + (request.to(tl.int64) * HEADS + head) * tl.num_programs(2) + split
-        some = total > 0
-        tl.store(
-            to,
-            tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -float("inf")),
-            mask=g < NUM_QUERIES_PER_KV,
-        )
+        store_log_sum_exp(to, top, total, g < NUM_QUERIES_PER_KV)
 
 
 @jit
